@@ -1,0 +1,55 @@
+"""Every error a user can meet, one family.
+
+Each message says what was wrong, where, what was expected, and what to do about it.
+All of them derive from `FunctrainError`; those about a value are also `ValueError`s.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FunctrainError(Exception):
+    """The base of every error raised on purpose by functrain."""
+
+
+class ConfigError(FunctrainError, ValueError):
+    """An option, a name or a combination of them that cannot be built."""
+
+
+class BatchError(FunctrainError, ValueError):
+    """A batch that a step cannot train on: named before any compute."""
+
+
+class DataError(FunctrainError, ValueError):
+    """A data source, file or record that cannot be read as what it should be."""
+
+
+class ArchitectureError(FunctrainError, ValueError):
+    """A module that cannot be split, or values that do not fit the architecture."""
+
+
+class StateError(FunctrainError, ValueError):
+    """A state that does not belong to this step."""
+
+
+class ConsumedStateError(StateError):
+    """A state, or one of its mappings, whose memory a donated step has reused."""
+
+
+class AliasError(StateError):
+    """Storage that a donated step would overwrite is shared with something still needed."""
+
+
+class CheckpointError(FunctrainError, ValueError):
+    """A checkpoint that is missing, incomplete, altered, or of another architecture."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known ones, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"known: {', '.join(repr(n) for n in names)}"
