@@ -41,14 +41,14 @@ def seeded(key: int, device: torch.device | None = None) -> Iterator[None]:
     """
     cpu = torch.default_generator
     saved = cpu.get_state()
-    saved_random, saved_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    saved_random, saved_numpy = random.getstate(), np.random.get_state()
     accelerator = device is not None and device.type == "cuda"
     saved_device = torch.cuda.get_rng_state(device) if accelerator and device is not None else None
     try:
         # Not torch.manual_seed: that would seed every accelerator of the process.
         cpu.manual_seed(key)
         random.seed(key)
-        np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002
+        np.random.seed(key & 0xFFFFFFFF)
         if accelerator:
             index = device.index if device is not None and device.index is not None else 0
             torch.cuda.default_generators[index].manual_seed(key)
@@ -56,6 +56,6 @@ def seeded(key: int, device: torch.device | None = None) -> Iterator[None]:
     finally:
         cpu.set_state(saved)
         random.setstate(saved_random)
-        np.random.set_state(saved_numpy)  # noqa: NPY002
+        np.random.set_state(saved_numpy)
         if saved_device is not None and device is not None:
             torch.cuda.set_rng_state(saved_device, device)

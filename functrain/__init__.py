@@ -1,0 +1,1 @@
+"""functrain: training as a value passing through pure functions."""

@@ -1,0 +1,209 @@
+"""A module without its weights, and the context in which it has them again.
+
+`split` takes the weights out of a module and leaves it on the meta device: structure alone, so
+that stale weights cannot be used by accident and memory is not held twice. `bound` puts values
+into its parameter slots for as long as a loss *and its gradient* are computed.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain.errors import ArchitectureError, did_you_mean
+from functrain.trees import Tensors
+
+Mode = Literal["train", "eval"]
+Place = tuple[dict[str, Tensor | None], str]
+
+
+@attrs.frozen(eq=False)
+class Slots:
+    """Where each named value of an architecture goes: every slot, both of a tied pair."""
+
+    params: Mapping[str, tuple[Place, ...]]
+    buffers: Mapping[str, tuple[Place, ...]]
+    modules: tuple[nn.Module, ...]
+    trainable: frozenset[str]
+
+
+# The slots are shared by all users of an architecture: one binding at a time, others wait.
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
+    """Take the weights out of `module`: `(architecture, params, buffers)`.
+
+    The architecture is `module` itself, now on the meta device; `params` and `buffers` are its
+    tensors (not copies) by their own names. A tied parameter has one name, its first; buffers
+    that are not persistent are kept, since the forward needs them.
+
+    Raises `ArchitectureError` for a module on the meta device, and for one whose parameters share
+    storage without being the same parameter.
+    """
+    places = slots(module)
+    params = {name: _tensor_at(at) for name, at in places.params.items()}
+    buffers = {name: _tensor_at(at) for name, at in places.buffers.items()}
+    _refuse_meta({**params, **buffers})
+    _refuse_shared(params)
+    for name, tensor in params.items():
+        empty = nn.Parameter(
+            torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad
+        )
+        _fill(places.params[name], empty)
+    for name, tensor in buffers.items():
+        _fill(places.buffers[name], torch.empty_like(tensor, device="meta"))
+    detached = Tensors({name: tensor.detach() for name, tensor in params.items()})
+    return module, detached, Tensors({n: t.detach() for n, t in buffers.items()})
+
+
+def slots(architecture: nn.Module) -> Slots:
+    """Find every slot of every parameter and buffer; names are those of `named_parameters()`."""
+    params = _places(architecture, "_parameters")
+    buffers = _places(architecture, "_buffers")
+    trainable = frozenset(n for n, at in params.items() if _tensor_at(at).requires_grad)
+    return Slots(params, buffers, tuple(architecture.modules()), trainable)
+
+
+def _places(architecture: nn.Module, table: str) -> dict[str, tuple[Place, ...]]:
+    first_name: dict[int, str] = {}
+    found: dict[str, tuple[Place, ...]] = {}
+    for prefix, module in architecture.named_modules():
+        entries: dict[str, Tensor | None] = getattr(module, table)
+        for key, tensor in entries.items():
+            if tensor is None:
+                continue
+            name = first_name.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+            found[name] = (*found.get(name, ()), (entries, key))
+    return dict(sorted(found.items()))
+
+
+def _tensor_at(places: tuple[Place, ...]) -> Tensor:
+    entries, key = places[0]
+    tensor = entries[key]
+    assert tensor is not None  # `_places` leaves empty slots out
+    return tensor
+
+
+def _fill(places: tuple[Place, ...], tensor: Tensor) -> None:
+    for entries, key in places:
+        entries[key] = tensor
+
+
+def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise ArchitectureError(
+                f"{name}: on the meta device, so there are no weights to take out; "
+                "split a module that has its weights (was it split already?)"
+            )
+
+
+def _refuse_shared(params: Mapping[str, Tensor]) -> None:
+    seen: dict[tuple[int, int], str] = {}
+    for name, tensor in params.items():
+        if not tensor.numel():
+            continue
+        other = seen.setdefault((tensor.data_ptr(), tensor.untyped_storage().data_ptr()), name)
+        if other != name:
+            raise ArchitectureError(
+                f"{name} and {other} are different parameters over the same storage; tie them by "
+                "assigning the same nn.Parameter to both, or clone one"
+            )
+
+
+def check_names(
+    given: Mapping[str, Tensor], expected: Mapping[str, object], what: str, hint: str
+) -> None:
+    """Raise `ArchitectureError` unless the names of `given` are those of `expected`."""
+    if given.keys() == expected.keys():
+        return
+    missing = [name for name in expected if name not in given]
+    unknown = [name for name in given if name not in expected]
+    parts = []
+    if missing:
+        parts.append(f"missing {_some(missing)}")
+    if unknown:
+        near = did_you_mean(unknown[0], missing or expected)
+        parts.append(f"unexpected {_some(unknown)} ({near})")
+    raise ArchitectureError(f"{what}: {'; '.join(parts)}; {hint}")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+@contextmanager
+def bound(
+    architecture: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    mode: Mode = "train",
+    *,
+    places: Slots | None = None,
+) -> Iterator[nn.Module]:
+    """Within it, `architecture` computes with these values, in train or eval mode.
+
+    Take the loss *and the gradient* inside: under activation checkpointing the backward runs the
+    forward again, and after the context has ended it would find other values (with
+    `functional_call` around the forward alone the loss was right and the gradient 13.7 times
+    wrong, silently). The slots are swapped, not copied: no cost in memory. On exit the slots
+    hold what they held before, also after an exception. One binding at a time for an
+    architecture: other threads wait.
+
+    Buffers are bound as they are; a module that updates them in place (BatchNorm in train mode)
+    updates what was passed, so pass clones where that matters. `places` spares the search for the
+    slots when `slots(architecture)` is known.
+
+    Raises `ArchitectureError` when names do not match the architecture's.
+    """
+    places = slots(architecture) if places is None else places
+    hint = "these values belong to another architecture"
+    check_names(params, places.params, "params", hint)
+    check_names(buffers, places.buffers, "buffers", hint)
+    with _locks.setdefault(architecture, threading.RLock()):
+        before = [(entries, key, entries[key]) for entries, key in _all_places(places)]
+        modes = [module.training for module in places.modules]
+        try:
+            for name, at in places.params.items():
+                _fill(at, params[name])
+            for name, at in places.buffers.items():
+                _fill(at, buffers[name])
+            for module in places.modules:
+                module.training = mode == "train"
+            yield architecture
+        finally:
+            for entries, key, tensor in before:
+                entries[key] = tensor
+            for module, training in zip(places.modules, modes, strict=True):
+                module.training = training
+
+
+def _all_places(places: Slots) -> Iterator[Place]:
+    for group in (places.params, places.buffers):
+        for at in group.values():
+            yield from at
+
+
+def bound_buffers(places: Slots) -> dict[str, Tensor]:
+    """Inside a binding: the buffers as they are now, whether updated in place or assigned anew."""
+    return {name: _tensor_at(at) for name, at in places.buffers.items()}
+
+
+def vocabulary_of(architecture: nn.Module) -> int | None:
+    """How many token ids the architecture's input embedding knows, where that can be told."""
+    embedding = getattr(architecture, "get_input_embeddings", None)
+    if callable(embedding):
+        found = embedding()
+        if isinstance(found, nn.Embedding):
+            return found.num_embeddings
+    embeddings = [m for m in architecture.modules() if isinstance(m, nn.Embedding)]
+    return embeddings[0].num_embeddings if len(embeddings) == 1 else None

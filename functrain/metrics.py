@@ -1,0 +1,110 @@
+"""Metrics as (sum, weight): merged exactly, divided once, read only when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain.errors import did_you_mean
+
+Reading = Literal["mean", "total", "exp"]
+
+
+@attrs.frozen(eq=False)
+class Metric:
+    """A sum and its weight, both 0-d float64 tensors, and how to read them.
+
+    `mean` is sum/weight; `exp` is its exponential (a perplexity, whose sum and weight are the
+    loss's own, so that it merges as the loss does); `total` is the sum.
+    """
+
+    sum: Tensor
+    weight: Tensor
+    reading: Reading = "mean"
+
+    def merge(self, other: Metric) -> Metric:
+        """The metric over both: sums and weights added."""
+        return attrs.evolve(self, sum=self.sum + other.sum, weight=self.weight + other.weight)
+
+    @property
+    def value(self) -> Tensor:
+        """The reading: a 0-d float64 tensor."""
+        if self.reading == "total":
+            return self.sum
+        mean = self.sum / self.weight
+        return mean.exp() if self.reading == "exp" else mean
+
+
+def mean(total: Tensor | float, weight: Tensor | float = 1) -> Metric:
+    """A weighted mean, from its sum and its weight."""
+    return Metric(_scalar(total), _scalar(weight))
+
+
+def total(value: Tensor | float) -> Metric:
+    """A count that adds up when metrics are merged."""
+    return Metric(_scalar(value), _scalar(1), "total")
+
+
+def exponential(total_loss: Tensor | float, weight: Tensor | float) -> Metric:
+    """The exponential of a weighted mean: a perplexity, from the loss's sum and weight."""
+    return Metric(_scalar(total_loss), _scalar(weight), "exp")
+
+
+def _scalar(value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64)
+    return torch.tensor(value, dtype=torch.float64)
+
+
+class Metrics(Mapping[str, Tensor]):
+    """Named metrics: reads as a mapping from name to 0-d tensor; merges as (sum, weight).
+
+    Nothing is divided, and on an accelerator nothing is waited for, before a value is read.
+    Law: merging the metrics of any partition of a batch gives the metrics of the batch.
+    """
+
+    __slots__ = ("_metrics",)
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self._metrics = dict(metrics)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.metric(name).value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metrics)
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(f'{n}={v:.6g}' for n, v in self.to_dict().items())})"
+
+    def metric(self, name: str) -> Metric:
+        """The (sum, weight) behind a name; an unknown one raises `KeyError` with the nearest."""
+        if name not in self._metrics:
+            raise KeyError(f"{name!r}; {did_you_mean(name, self._metrics)}")
+        return self._metrics[name]
+
+    def merge(self, other: Metrics) -> Metrics:
+        """Both together; a name that only one of them has keeps its own sum and weight."""
+        merged = dict(self._metrics)
+        for name, metric in other._metrics.items():
+            merged[name] = merged[name].merge(metric) if name in merged else metric
+        return Metrics(merged)
+
+    def __or__(self, other: Metrics) -> Metrics:
+        """The metrics of both, for disjoint names; `other` wins where they meet."""
+        return Metrics({**self._metrics, **other._metrics})
+
+    def prefixed(self, prefix: str) -> Metrics:
+        """The same metrics under `prefix + name`."""
+        return Metrics({prefix + name: metric for name, metric in self._metrics.items()})
+
+    def to_dict(self) -> dict[str, float]:
+        """All values as Python floats; on an accelerator this waits for them."""
+        return {name: float(metric.value) for name, metric in self._metrics.items()}

@@ -1,0 +1,1 @@
+"""What is minimised: a sum over a batch, and the weight that divides it."""

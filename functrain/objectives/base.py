@@ -1,0 +1,88 @@
+"""The contract of an objective: a weight before the forward, and a sum after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from functrain.architecture import Mode
+from functrain.errors import ArchitectureError
+from functrain.metrics import Metrics
+from functrain.objectives.batches import MODEL_INPUTS, Batch
+
+
+class Objective(Protocol):
+    """What a step minimises: `sum / weight`, both additive over examples unless `batch_coupled`.
+
+    The law that accumulation rests on: for any partition of a batch, the sums of the parts add up
+    to the sum of the whole, and so do the weights.
+    """
+
+    @property
+    def name(self) -> str:
+        """The stage's name: `pretrain`, `sft`, `dpo`."""
+        ...
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the module while it trains."""
+        ...
+
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether the loss of one example depends on the others of its batch."""
+        ...
+
+    def check(self, batch: Batch, vocabulary: int | None) -> None:
+        """Raise `BatchError` for a batch that is not of this objective's form."""
+        ...
+
+    def weight(self, batch: Batch) -> Tensor:
+        """What the batch counts for: target tokens, or pairs; int64, 0-d; known before compute."""
+        ...
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise `BatchError` where a whole logical batch counts for nothing."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The summed loss (0-d, with its gradient history) and metrics, within a binding."""
+        ...
+
+    def kept(self) -> Mapping[str, Tensor] | None:
+        """Tensors that the objective reads at every step and nobody may overwrite."""
+        ...
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits [batch, time, vocabulary] for a batch of sequences, in float32 or more.
+
+    The model is called with the keywords that the batch has; it may return logits, a mapping with
+    `logits`, or an object with `.logits`. Half precision is widened here, so that the loss is
+    taken in float32 whatever the forward's precision was.
+    """
+    outputs = model(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
+    logits = _logits(outputs)
+    expected = tuple(batch["input_ids"].shape)
+    if not isinstance(logits, Tensor) or tuple(logits.shape[:-1]) != expected:
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ArchitectureError(
+            f"logits: the model returned {shape}, expected [batch, time, vocabulary] = "
+            f"[{expected[0]}, {expected[1]}, …]"
+        )
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+def _logits(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    raise ArchitectureError(
+        f"the model returned a {type(outputs).__name__} without logits; expected a tensor, a "
+        "mapping with 'logits', or an object with .logits"
+    )

@@ -1,0 +1,162 @@
+"""Batches as objectives read them: their schema, checked before any compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrain.errors import BatchError, did_you_mean
+
+Batch = Mapping[str, Any]
+"""`input_ids`, `labels`, `attention_mask`, `position_ids`: tensors of shape [batch, time]."""
+
+IGNORE_INDEX = -100
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+SEQUENCE_KEYS = (*MODEL_INPUTS, "labels")
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def check_sequences(batch: Batch, vocabulary: int | None, where: str = "") -> None:
+    """Raise `BatchError` unless `batch` is a well-formed batch of token sequences.
+
+    Keys, types, dtypes and shapes always; the range of ids and labels where the tensors are on
+    the CPU (elsewhere it would cost a synchronisation: hand the step CPU batches, it moves them).
+    `where` prefixes the names in messages (`chosen.`).
+    """
+    if not isinstance(batch, Mapping):
+        raise BatchError(
+            f"{where.rstrip('.') or 'batch'}: expected a mapping with input_ids and labels, "
+            f"got {type(batch).__name__}"
+        )
+    for key in batch:
+        if key not in SEQUENCE_KEYS:
+            raise BatchError(
+                f"{where}{key}: unknown key; {did_you_mean(str(key), SEQUENCE_KEYS)} "
+                "Take it out of the batch"
+            )
+    for key in ("input_ids", "labels"):
+        if key not in batch:
+            raise BatchError(
+                f"{where}{key}: missing; for plain language modelling labels are the input_ids"
+            )
+    ids = _checked_tensor(batch["input_ids"], f"{where}input_ids", _INTEGERS)
+    labels = _checked_tensor(batch["labels"], f"{where}labels", (torch.int64,))
+    if ids.ndim != 2 or not ids.numel():
+        raise BatchError(
+            f"{where}input_ids: shape {list(ids.shape)}, expected [batch, time] with neither 0"
+        )
+    for key in batch:
+        if batch[key].shape != ids.shape:
+            raise BatchError(
+                f"{where}{key}: shape {list(batch[key].shape)} differs from input_ids' "
+                f"{list(ids.shape)}"
+            )
+    _check_range(ids, f"{where}input_ids", 0, vocabulary)
+    _check_labels(labels, f"{where}labels", vocabulary)
+    if "attention_mask" in batch:
+        mask = _checked_tensor(
+            batch["attention_mask"], f"{where}attention_mask", (*_INTEGERS, torch.bool)
+        )
+        _check_range(mask, f"{where}attention_mask", 0, 2)
+    if "position_ids" in batch:
+        _checked_tensor(batch["position_ids"], f"{where}position_ids", _INTEGERS)
+        _check_range(batch["position_ids"], f"{where}position_ids", 0, None)
+
+
+def _checked_tensor(value: object, name: str, dtypes: Sequence[torch.dtype]) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise BatchError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise BatchError(
+            f"{name}: dtype {str(value.dtype).removeprefix('torch.')}, expected {wanted}"
+        )
+    return value
+
+
+def _check_range(tensor: Tensor, name: str, low: int, high: int | None) -> None:
+    if tensor.device.type != "cpu":
+        return
+    least, most = (int(x) for x in torch.aminmax(tensor.to(torch.int64)))
+    if least < low or (high is not None and most >= high):
+        bad = least if least < low else most
+        at = (tensor == bad).nonzero()[0].tolist()
+        bound = f"[{low}, {high})" if high is not None else f"at least {low}"
+        raise BatchError(f"{name}: {bad} at {at} is out of range, expected {bound}")
+
+
+def _check_labels(labels: Tensor, name: str, vocabulary: int | None) -> None:
+    if labels.device.type != "cpu":
+        return
+    targets = labels.masked_fill(labels == IGNORE_INDEX, 0)
+    least, most = (int(x) for x in torch.aminmax(targets))
+    if least < 0 or (vocabulary is not None and most >= vocabulary):
+        bad = least if least < 0 else most
+        at = (labels == bad).nonzero()[0].tolist()
+        bound = f"[0, {vocabulary})" if vocabulary is not None else "at least 0"
+        raise BatchError(
+            f"{name}: {bad} at {at} is out of range, expected {bound}, or -100 for no target"
+        )
+
+
+def count_targets(batch: Batch) -> Tensor:
+    """How many positions are predicted: labels other than -100 after the shift; int64, 0-d."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+
+def check_targets(count: Tensor, where: str) -> None:
+    """Raise `BatchError` for a logical batch without one target token (checked on the CPU)."""
+    if count.device.type == "cpu" and int(count) == 0:
+        raise BatchError(
+            f"{where}: every position is -100 (the first of each row is never a target), so the "
+            "batch has no target token; check the prompt mask or the chat template's assistant "
+            "mask"
+        )
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """`batch` in `parts` equal slices of its examples, views without a copy.
+
+    Raises `BatchError` unless the number of examples divides by `parts`.
+    """
+    if parts == 1:
+        return [batch]
+    examples = examples_in(batch)
+    if examples % parts:
+        raise BatchError(
+            f"microbatches={parts} does not divide the batch's {examples} examples; choose a "
+            "divisor, or pass a sequence of ready micro-batches"
+        )
+    size = examples // parts
+    return [_slice(batch, i * size, (i + 1) * size) for i in range(parts)]
+
+
+def _slice(batch: Batch, start: int, stop: int) -> Batch:
+    return {
+        key: _slice(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
+        for key, value in batch.items()
+    }
+
+
+def examples_in(batch: Batch) -> int:
+    """The size of the first dimension of a batch's first tensor."""
+    for value in batch.values():
+        if isinstance(value, Mapping):
+            return examples_in(value)
+        if isinstance(value, Tensor) and value.ndim:
+            return value.shape[0]
+    raise BatchError("batch: empty; expected input_ids and labels, or chosen and rejected")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; itself where it is there already."""
+    return {
+        key: to_device(value, device)
+        if isinstance(value, Mapping)
+        else value.to(device, non_blocking=True)
+        for key, value in batch.items()
+    }

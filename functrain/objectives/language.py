@@ -1,0 +1,68 @@
+"""Next-token cross entropy: the objective of pretraining and of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from functrain import metrics as m
+from functrain.architecture import Mode
+from functrain.metrics import Metrics
+from functrain.objectives.base import logits_of
+from functrain.objectives.batches import (
+    IGNORE_INDEX,
+    Batch,
+    check_sequences,
+    check_targets,
+    count_targets,
+)
+
+
+@attrs.frozen(kw_only=True)
+class LanguageModeling:
+    """The sum over target tokens of −log p(token | tokens before it), in nats.
+
+    `labels` are aligned with `input_ids`; the shift is inside: position t predicts the label at
+    t + 1, and −100 is no target. The weight is the number of target tokens. Pretraining and SFT
+    differ only in which labels the data leaves.
+    """
+
+    name: str = "pretrain"
+    mode: Mode = "train"
+    batch_coupled: bool = attrs.field(default=False, init=False)
+
+    def check(self, batch: Batch, vocabulary: int | None) -> None:
+        """Raise `BatchError` unless the batch has well-formed input_ids and labels."""
+        check_sequences(batch, vocabulary)
+
+    def weight(self, batch: Batch) -> Tensor:
+        """The number of target tokens; int64, 0-d."""
+        return count_targets(batch)
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise `BatchError` for a logical batch without a target token."""
+        check_targets(weight, "labels")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The summed cross entropy, with loss, perplexity, accuracy and the number of targets."""
+        logits = logits_of(model, batch)[:, :-1].flatten(0, 1)
+        targets = batch["labels"][:, 1:].flatten()
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        weight = count_targets(batch)
+        # A label of -100 is no token id, so what is ignored never counts as right.
+        correct = (logits.detach().argmax(-1) == targets).sum()
+        return total, Metrics(
+            {
+                "loss": m.mean(total, weight),
+                "perplexity": m.exponential(total, weight),
+                "mean_token_accuracy": m.mean(correct, weight),
+                "num_tokens": m.total(weight),
+            }
+        )
+
+    def kept(self) -> Mapping[str, Tensor] | None:
+        """Nothing: the loss needs the batch and the params alone."""
+        return None

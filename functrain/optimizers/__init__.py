@@ -1,0 +1,32 @@
+"""Optimizers as pure pairs `init`, `update` over PyTorch's own arithmetic.
+
+`update(grads, state, params, learning_rate)` returns new params and a new state. The arithmetic
+is torch.optim's, so that an update equals the class's own bit for bit. `adamw` and `adam` call the
+functional kernels directly (fused where there is one); every other class of the
+`torch.optim.Optimizer` interface goes through one adapter, `from_torch`.
+"""
+
+from functrain.optimizers.adam import Adam, adam, adamw
+from functrain.optimizers.adapter import Adapter, adafactor, from_torch, sgd
+from functrain.optimizers.base import Group, Optimizer, OptimizerState, group, no_decay
+from functrain.optimizers.partition import Partition, is_any, is_hidden_matrix, muon, partition
+
+__all__ = [
+    "Adam",
+    "Adapter",
+    "Group",
+    "Optimizer",
+    "OptimizerState",
+    "Partition",
+    "adafactor",
+    "adam",
+    "adamw",
+    "from_torch",
+    "group",
+    "is_any",
+    "is_hidden_matrix",
+    "muon",
+    "no_decay",
+    "partition",
+    "sgd",
+]

@@ -1,0 +1,179 @@
+"""Adam and AdamW, straight over torch's functional kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as adam_kernel
+
+from functrain.errors import ConfigError
+from functrain.optimizers.base import (
+    Group,
+    OptimizerState,
+    advanced,
+    checked,
+    grouped,
+    held_back,
+    owned,
+    rate_of,
+    zero_count,
+)
+from functrain.trees import Tensors, tensors
+
+
+def adamw(
+    lr: float = 1e-3,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    fused: bool = True,
+    groups: Sequence[Group] = (),
+) -> Adam:
+    """AdamW (Loshchilov & Hutter, 1711.05101), bit-equal to `torch.optim.AdamW(fused=fused)`."""
+    return Adam(
+        decoupled=True,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        fused=fused,
+        groups=tuple(groups),
+    )
+
+
+def adam(
+    lr: float = 1e-3,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    fused: bool = True,
+    groups: Sequence[Group] = (),
+) -> Adam:
+    """Adam (Kingma & Ba, 1412.6980), bit-equal to `torch.optim.Adam(fused=fused)`."""
+    return Adam(
+        decoupled=False,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        fused=fused,
+        groups=tuple(groups),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Adam:
+    """Adam and AdamW over torch's functional kernel; see `adamw` and `adam`."""
+
+    decoupled: bool
+    lr: float = attrs.field()
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    amsgrad: bool = False
+    maximize: bool = False
+    fused: bool = True
+    groups: tuple[Group, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        # torch's own constructor checks the ranges and words the errors.
+        checked(torch.optim.AdamW, **self._options())
+        for each in self.groups:
+            checked(torch.optim.AdamW, **self._options(each.options))
+
+    def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
+        """Zero moments for every parameter, on its device and in its dtype."""
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
+        slots = {
+            slot: Tensors({name: torch.zeros_like(p) for name, p in params.items()})
+            for slot in names
+        }
+        slots["step"] = Tensors({name: self._step_count(p) for name, p in params.items()})
+        return OptimizerState(count=zero_count(params), slots=slots)
+
+    def _step_count(self, param: Tensor) -> Tensor:
+        device = param.device if self.fused else torch.device("cpu")
+        return torch.zeros((), dtype=torch.float32, device=device)
+
+    def update(
+        self,
+        grads: Mapping[str, Tensor],
+        state: OptimizerState,
+        params: Mapping[str, Tensor],
+        learning_rate: Tensor | float,
+        *,
+        applied: Tensor | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensors, OptimizerState]:
+        """One update by torch's kernel; see `Optimizer.update`."""
+        if held_back(applied):
+            return tensors(params), state
+        params, slots = owned(params, state.slots, grads, donate)
+        for options, names in grouped(self.groups, params, grads):
+            self._kernel(options, names, grads, params, slots, learning_rate, applied)
+        return params, OptimizerState(count=advanced(state.count, applied), slots=slots)
+
+    def _kernel(
+        self,
+        options: Mapping[str, Any],
+        names: Sequence[str],
+        grads: Mapping[str, Tensor],
+        params: Tensors,
+        slots: Mapping[str, Tensors],
+        learning_rate: Tensor | float,
+        applied: Tensor | None,
+    ) -> None:
+        settings = self._options(options)
+        beta1, beta2 = settings["betas"]
+        with torch.no_grad():
+            adam_kernel(
+                [params[n] for n in names],
+                [grads[n] for n in names],
+                [slots["exp_avg"][n] for n in names],
+                [slots["exp_avg_sq"][n] for n in names],
+                [slots["max_exp_avg_sq"][n] for n in names] if self.amsgrad else [],
+                [slots["step"][n] for n in names],
+                foreach=False,
+                fused=self.fused,
+                found_inf=_found_inf(applied) if self.fused else None,
+                decoupled_weight_decay=self.decoupled,
+                amsgrad=self.amsgrad,
+                beta1=beta1,
+                beta2=beta2,
+                lr=rate_of(learning_rate, options),
+                weight_decay=settings["weight_decay"],
+                eps=settings["eps"],
+                maximize=self.maximize,
+            )
+
+    def _options(self, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        own = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        given = {k: v for k, v in (overrides or {}).items() if k != "lr_scale"}
+        unknown = given.keys() - own.keys()
+        if unknown:
+            raise ConfigError(
+                f"group option {min(unknown)!r}: an Adam group may set betas, eps, weight_decay "
+                "and lr_scale"
+            )
+        return {"lr": self.lr, **own, **given}
+
+
+def _found_inf(applied: Tensor | None) -> Tensor | None:
+    """What tells the kernel to hold back; on the CPU that has been decided before."""
+    if applied is None or applied.device.type == "cpu":
+        return None
+    return (~applied).float()

@@ -1,0 +1,146 @@
+"""The optimizer's contract: a pure pair, its state, and parameter groups by predicate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain.errors import ConfigError
+from functrain.trees import Tensors
+
+Predicate = Callable[[str, Tensor], bool]
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class OptimizerState:
+    """What an optimizer carries: per-parameter tensors by slot, and the applied updates.
+
+    `count`: int64, 0-d; a skipped step does not advance it. `slots`: for each of torch's state
+    names (`exp_avg`, `step`, …) a mapping from parameter name to tensor.
+    """
+
+    count: Tensor
+    slots: Mapping[str, Tensors]
+
+
+class Optimizer(Protocol):
+    """A pure optimizer; `lr` is used where a step has no schedule."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate when no schedule gives one."""
+        ...
+
+    def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
+        """The state before the first update."""
+        ...
+
+    def update(
+        self,
+        grads: Mapping[str, Tensor],
+        state: OptimizerState,
+        params: Mapping[str, Tensor],
+        learning_rate: Tensor | float,
+        *,
+        applied: Tensor | None = None,
+        donate: bool = False,
+    ) -> tuple[Tensors, OptimizerState]:
+        """New params and state; a parameter without a gradient stays as it is.
+
+        `applied` (bool, 0-d): where False, nothing changes. `donate=True` writes into the memory
+        of `params` and `state`, which must not be used afterwards.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class Group:
+    """Options for the parameters that `where(name, tensor)` selects; the first match counts."""
+
+    where: Predicate
+    options: Mapping[str, Any]
+
+
+def group(where: Predicate, **options: Any) -> Group:
+    """A parameter group: `group(is_bias, weight_decay=0.0, lr_scale=0.1)`.
+
+    Options are those of the optimizer; `lr_scale` multiplies the learning rate.
+    """
+    return Group(where=where, options=options)
+
+
+def no_decay(architecture: nn.Module) -> Group:
+    """The group without weight decay: biases, norms and embeddings of this architecture."""
+    exempt: set[int] = set()
+    for module in architecture.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower():
+            exempt.update(id(p) for p in own.values())
+        exempt.update(id(p) for name, p in own.items() if name == "bias" or p.ndim < 2)
+    names = frozenset(name for name, p in architecture.named_parameters() if id(p) in exempt)
+    return group(lambda name, _: name in names, weight_decay=0.0)
+
+
+def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+    try:
+        cls([torch.zeros(2, 2)], **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        name = getattr(cls, "__name__", repr(cls))
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def zero_count(params: Mapping[str, Tensor]) -> Tensor:
+    device = next((p.device for p in params.values()), torch.device("cpu"))
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def advanced(count: Tensor, applied: Tensor | None) -> Tensor:
+    return count + 1 if applied is None else count + applied.to(count.dtype)
+
+
+def held_back(applied: Tensor | None) -> bool:
+    """Whether nothing is applied, where reading that costs nothing; kernels decide elsewhere."""
+    return applied is not None and applied.device.type == "cpu" and not bool(applied)
+
+
+def rate_of(learning_rate: Tensor | float, options: Mapping[str, Any]) -> Tensor | float:
+    scale = options.get("lr_scale", 1.0)
+    if isinstance(learning_rate, Tensor) and learning_rate.device.type != "cpu":
+        return (learning_rate * scale).float()
+    rate = float(learning_rate)
+    return rate if scale == 1.0 else rate * scale
+
+
+def owned(
+    params: Mapping[str, Tensor],
+    slots: Mapping[str, Tensors],
+    grads: Mapping[str, Tensor],
+    donate: bool,
+) -> tuple[Tensors, dict[str, Tensors]]:
+    """Memory that the kernel may write: the same when donated, else copies of what will change."""
+    if donate:
+        return Tensors(params), {slot: Tensors(t) for slot, t in slots.items()}
+
+    def copied(items: Mapping[str, Tensor]) -> Tensors:
+        return Tensors({n: t.detach().clone() if n in grads else t for n, t in items.items()})
+
+    return copied(params), {slot: copied(t) for slot, t in slots.items()}
+
+
+def grouped(
+    groups: Sequence[Group], params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
+    """The options of each group with the names it holds, then the defaults with the rest."""
+    members: list[list[str]] = [[] for _ in range(len(groups) + 1)]
+    for name, tensor in params.items():
+        if name in grads:
+            at = next((i for i, g in enumerate(groups) if g.where(name, tensor)), len(groups))
+            members[at].append(name)
+    every: list[Mapping[str, Any]] = [*(g.options for g in groups), {}]
+    for options, names in zip(every, members, strict=True):
+        if names:
+            yield options, names

@@ -1,0 +1,145 @@
+"""Precision as a policy, and the dynamic loss scale as a record with pure functions.
+
+The arithmetic is PyTorch's: autocast for the forward, and the kernels behind
+`torch.amp.GradScaler` for the scale, so that its trajectory is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain.errors import ConfigError, did_you_mean
+from functrain.trees import Tensors, map_leaves
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class LossScale:
+    """The dynamic loss scale of fp16 training, everything its next value depends on.
+
+    `scale`: float32, 0-d. `growth_count`: int32, 0-d, finite steps since the last change.
+    """
+
+    scale: Tensor
+    growth_count: Tensor
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+
+
+def init_loss_scale(
+    initial: float = 2.0**16,
+    *,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    growth_interval: int = 2000,
+) -> LossScale:
+    """A loss scale at its start, with `torch.amp.GradScaler`'s defaults."""
+    if not 0 < initial < float("inf"):
+        raise ConfigError(f"initial loss scale: {initial} is not a positive finite number")
+    if not growth_factor > 1 or not 0 < backoff_factor < 1 or growth_interval < 1:
+        raise ConfigError(
+            f"loss scale: growth_factor={growth_factor} must be above 1, "
+            f"backoff_factor={backoff_factor} in (0, 1), growth_interval={growth_interval} >= 1"
+        )
+    return LossScale(
+        scale=torch.tensor(initial, dtype=torch.float32),
+        growth_count=torch.tensor(0, dtype=torch.int32),
+        growth_factor=growth_factor,
+        backoff_factor=backoff_factor,
+        growth_interval=growth_interval,
+    )
+
+
+def scale_loss(loss: Tensor, scaler: LossScale | None) -> Tensor:
+    """`loss` times the scale; the loss itself where there is no scaler."""
+    return loss if scaler is None else loss * scaler.scale.to(loss.device)
+
+
+def unscale(grads: Mapping[str, Tensor], scaler: LossScale | None) -> Tensors:
+    """The gradients divided by the scale, as a multiplication by its reciprocal like GradScaler."""
+    if scaler is None:
+        return Tensors(grads)
+    inverse = scaler.scale.double().reciprocal().float()
+    return map_leaves(lambda grad: grad * inverse.to(grad.device), grads)
+
+
+def update_loss_scale(scaler: LossScale, finite: Tensor) -> LossScale:
+    """The scale after a step: backed off if not `finite` (bool, 0-d), grown after an interval.
+
+    The same kernel as `torch.amp.GradScaler.update`.
+    """
+    scale, count = scaler.scale.clone(), scaler.growth_count.clone()
+    found_inf = (~finite).to(torch.float32).to(scale.device)
+    torch._amp_update_scale_(
+        scale,
+        count,
+        found_inf,
+        scaler.growth_factor,
+        scaler.backoff_factor,
+        scaler.growth_interval,
+    )
+    return attrs.evolve(scaler, scale=scale, growth_count=count)
+
+
+@attrs.frozen(kw_only=True)
+class Precision:
+    """How a step computes; the state's params stay in their own dtype (float32 as a rule).
+
+    `autocast`: dtype of the forward's matrix products, or None. `cast`: dtype to which floating
+    params are cast for the forward and the backward, or None; gradients come back in the params'
+    own dtype, so the state holds the master copy. `loss_scale`: a dynamic scale in the state.
+    """
+
+    name: str
+    autocast: torch.dtype | None = None
+    cast: torch.dtype | None = None
+    loss_scale: bool = False
+    initial_scale: float = 2.0**16
+    growth_interval: int = 2000
+
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context of the forward on `device`."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+    def leaf(self, param: Tensor) -> Tensor:
+        """The value that the forward sees, still without a gradient history."""
+        if self.cast is None or not param.is_floating_point():
+            return param.detach()
+        return param.detach().to(self.cast)
+
+    def init_scaler(self, device: torch.device) -> LossScale | None:
+        """A loss scale at its start on `device`, or None where this policy has none."""
+        if not self.loss_scale:
+            return None
+        scaler = init_loss_scale(self.initial_scale, growth_interval=self.growth_interval)
+        scale, count = scaler.scale.to(device), scaler.growth_count.to(device)
+        return attrs.evolve(scaler, scale=scale, growth_count=count)
+
+
+POLICIES: Mapping[str, Precision] = {
+    policy.name: policy
+    for policy in (
+        Precision(name="fp32"),
+        Precision(name="bf16", autocast=torch.bfloat16),
+        Precision(name="fp16", autocast=torch.float16, loss_scale=True),
+        Precision(name="bf16_params", cast=torch.bfloat16),
+    )
+}
+
+
+def policy(precision: str | Precision) -> Precision:
+    """The policy of that name, or the policy itself; an unknown name raises `ConfigError`."""
+    if isinstance(precision, Precision):
+        return precision
+    if precision not in POLICIES:
+        raise ConfigError(
+            f"precision: {precision!r} is unknown; {did_you_mean(precision, POLICIES)}"
+        )
+    return POLICIES[precision]

@@ -1,0 +1,196 @@
+"""The training state: one immutable record of everything that the next step depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain.errors import AliasError, ConfigError, ConsumedStateError
+from functrain.keys import MAX_KEY
+from functrain.optimizers import OptimizerState
+from functrain.precision import LossScale
+from functrain.schedules import PlateauState
+from functrain.trees import Tensors, clone, digest, storages
+
+Leaf = Tensor | int | float | str | None
+
+
+@attrs.frozen(kw_only=True)
+class Cursor:
+    """How much data has been consumed: samples and tokens trained on since the stage began.
+
+    `loader` is the JSON state of a loader that keeps one, as it was after the consumed batch.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    loader: str | None = None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class SchedulerState:
+    """`count`: applied updates, int64, 0-d. `plateau`: the record of `reduce_on_plateau`."""
+
+    count: Tensor
+    plateau: PlateauState | None = None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class TrainState:
+    """Everything the next step depends on.
+
+    `step` counts calls; `optimizer.count` and `scheduler.count` count applied updates, so a
+    skipped step (overflow, non-finite gradients) advances only the first. `params` and `buffers`
+    map the module's own names to tensors, sorted. `key` is the root of all randomness. `average`
+    is the moving average of the params where a step keeps one, `reference` the reference params
+    of a method that moves them.
+
+    Change a field with `attrs.evolve(state, ...)`; branch with `functrain.clone(state)` where a
+    donating step follows.
+    """
+
+    step: int
+    params: Tensors
+    buffers: Tensors
+    optimizer: OptimizerState
+    scheduler: SchedulerState
+    scaler: LossScale | None
+    key: int
+    cursor: Cursor = Cursor()
+    average: Tensors | None = None
+    reference: Tensors | None = None
+
+
+class _ConsumedState(TrainState):
+    """What a state becomes when a donated step has reused its memory."""
+
+    __slots__ = ()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in ("__class__", "__repr__"):
+            _raise_consumed(object.__getattribute__(self, "step"))
+        return object.__getattribute__(self, name)
+
+    def __repr__(self) -> str:
+        return "TrainState(consumed)"
+
+
+def _raise_consumed(step: int) -> NoReturn:
+    raise ConsumedStateError(
+        f"this state was donated to the step that made step {step + 1} of it, which reused its "
+        "memory; use the state that step returned, or call the step with donate=False"
+    )
+
+
+def consume(state: TrainState, successor: TrainState) -> None:
+    """Tombstone a donated state: each later access raises `ConsumedStateError`.
+
+    Mappings that live on in `successor` are left alone.
+    """
+    by = f"the step that made step {state.step + 1}"
+    kept = {id(items) for _, items in _mappings(successor)}
+    for _, items in _mappings(state):
+        if id(items) not in kept:
+            items.consume(by)
+    object.__setattr__(state, "__class__", _ConsumedState)
+
+
+def _mappings(state: TrainState) -> Iterator[tuple[str, Tensors]]:
+    yield "params", state.params
+    yield "buffers", state.buffers
+    for slot, items in state.optimizer.slots.items():
+        yield f"optimizer/{slot}", items
+    if state.average is not None:
+        yield "average", state.average
+    if state.reference is not None:
+        yield "reference", state.reference
+
+
+def refuse_aliases(state: TrainState, *others: Mapping[str, Tensor] | None) -> None:
+    """Raise `AliasError` where what a donated step overwrites shares storage with what it reads.
+
+    Overwritten: the params and the optimizer's slots. Read: `state.average`, `state.reference`
+    and `others` (a step's own reference).
+    """
+    kept = [items for items in (state.average, state.reference, *others) if items is not None]
+    if not kept:
+        return
+    read = {address: name for items in kept for address, name in storages(items).items()}
+    for owner, items in (("params", state.params), *_slot_items(state)):
+        for address, name in storages(items).items():
+            if address in read and address:
+                raise AliasError(
+                    f"{owner}/{name} shares storage with {read[address]} of the reference or the "
+                    "average, which a donated step would overwrite; give the state params of its "
+                    "own: step.init(functrain.trees.clone(params), buffers)"
+                )
+
+
+def _slot_items(state: TrainState) -> Iterator[tuple[str, Tensors]]:
+    for slot, items in state.optimizer.slots.items():
+        yield f"optimizer/{slot}", items
+
+
+def checked_key(seed: int) -> int:
+    """A seed as a root key; outside [0, 2**63) it raises `ConfigError`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_KEY:
+        raise ConfigError(f"seed: expected an integer in [0, 2**63), got {seed!r}")
+    return seed
+
+
+def leaves(record: object, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Every leaf of a state with its path, `optimizer/slots/exp_avg/head.weight`, in order."""
+    if isinstance(record, Mapping):
+        for name in sorted(record):
+            yield from leaves(record[name], f"{prefix}/{name}")
+    elif (fields := getattr(type(record), "__attrs_attrs__", None)) is not None:
+        for field in fields:
+            path = f"{prefix}/{field.name}" if prefix else field.name
+            yield from leaves(getattr(record, field.name), path)
+    elif record is None or isinstance(record, Tensor | int | float | str):
+        yield prefix, record
+    else:
+        raise TypeError(f"{prefix}: a state cannot hold a {type(record).__name__}")
+
+
+def fingerprints(state: TrainState) -> dict[str, str]:
+    """A hash for each leaf: sha256 of a tensor's dtype, shape and bytes, `repr` of a number."""
+    return {
+        path: digest(leaf) if isinstance(leaf, Tensor) else repr(leaf)
+        for path, leaf in leaves(state)
+    }
+
+
+def fingerprint(state: TrainState) -> str:
+    """The hash over all leaves, hexadecimal; equal if and only if every leaf has the same bits."""
+    hasher = hashlib.sha256()
+    for path, leaf in fingerprints(state).items():
+        hasher.update(f"{path}\0{leaf}\0".encode())
+    return hasher.hexdigest()
+
+
+def clone_state(state: TrainState) -> TrainState:
+    """The same values in memory of their own, for a branch beside a donating step."""
+    return attrs.evolve(
+        state,
+        params=clone(state.params),
+        buffers=clone(state.buffers),
+        optimizer=attrs.evolve(
+            state.optimizer, slots={s: clone(t) for s, t in state.optimizer.slots.items()}
+        ),
+        average=None if state.average is None else clone(state.average),
+        reference=None if state.reference is None else clone(state.reference),
+    )
+
+
+def device_of(params: Mapping[str, Tensor]) -> torch.device:
+    """The device of the params; more than one raises `ConfigError`."""
+    devices = {tensor.device for tensor in params.values()}
+    if len(devices) > 1:
+        raise ConfigError(f"params: on several devices {sorted(map(str, devices))}, expected one")
+    return next(iter(devices), torch.device("cpu"))

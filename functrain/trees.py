@@ -1,0 +1,172 @@
+"""Mappings from names to tensors: ordered, immutable, cloned, measured and fingerprinted."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from functrain.errors import ConsumedStateError, StateError, did_you_mean
+
+
+class Tensors(dict[str, Tensor]):
+    """An immutable mapping from names to tensors, sorted by name.
+
+    Sorted once, here at the door, because the order reaches the bits of every sum over the leaves.
+    A `dict`, so that `torch.func.functional_call` and `load_state_dict` take it as it is; its
+    mutating methods raise `TypeError`. When a donated step has reused the memory, every access
+    raises `ConsumedStateError`.
+    """
+
+    __slots__ = ("_consumed_by",)
+
+    def __init__(
+        self, items: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (), /, **named: Tensor
+    ) -> None:
+        unsorted = dict(items, **named)
+        super().__init__((name, unsorted[name]) for name in sorted(unsorted))
+        self._consumed_by: str | None = None
+
+    def consume(self, by: str) -> None:
+        """Forget the tensors: from now on each access raises, naming `by`."""
+        self._consumed_by = by
+        super().clear()
+
+    def _alive(self) -> None:
+        if self._consumed_by is not None:
+            raise ConsumedStateError(
+                f"these tensors were donated to {self._consumed_by}, which reused their memory; "
+                "use the state that step returned, or call the step with donate=False"
+            )
+
+    def __missing__(self, name: str) -> NoReturn:
+        self._alive()
+        raise KeyError(name)
+
+    # Iteration is overridden so that `dict(t)` and `{**t}` come through here as well.
+    def __iter__(self) -> Iterator[str]:
+        self._alive()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._alive()
+        return super().__len__()
+
+    def __contains__(self, name: object) -> bool:
+        self._alive()
+        return super().__contains__(name)
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        """The names, sorted."""
+        self._alive()
+        return super().keys()
+
+    def values(self) -> ValuesView[Tensor]:  # type: ignore[override]
+        """The tensors, in the order of their names."""
+        self._alive()
+        return super().values()
+
+    def items(self) -> ItemsView[str, Tensor]:  # type: ignore[override]
+        """The pairs, in the order of their names."""
+        self._alive()
+        return super().items()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The tensor of that name, or `default`."""
+        self._alive()
+        return super().get(name, default)
+
+    def __repr__(self) -> str:
+        if self._consumed_by is not None:
+            return f"Tensors(consumed by {self._consumed_by})"
+        leaves = (f"{n}: {_kind(t)}" for n, t in self.items())
+        return f"Tensors({', '.join(leaves)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Tensors, (dict(self.items()),))
+
+    def _immutable(self, *_args: object, **_kwargs: object) -> NoReturn:
+        raise TypeError(
+            "Tensors is immutable; make a new one: Tensors({**old, name: tensor}), "
+            "and a new state with attrs.evolve(state, params=...)"
+        )
+
+    __setitem__ = _immutable
+    __delitem__ = _immutable
+    __ior__ = _immutable
+    clear = _immutable
+    pop = _immutable
+    popitem = _immutable
+    setdefault = _immutable
+    update = _immutable
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def tensors(items: Mapping[str, Tensor]) -> Tensors:
+    """`items` itself where it is `Tensors` already, else a sorted immutable copy of the mapping."""
+    return items if isinstance(items, Tensors) else Tensors(items)
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], items: Mapping[str, Tensor]) -> Tensors:
+    """`function` of every tensor, under the same names."""
+    return Tensors({name: function(tensor) for name, tensor in items.items()})
+
+
+def clone(items: Mapping[str, Tensor]) -> Tensors:
+    """The same values in memory of their own."""
+    return map_leaves(lambda tensor: tensor.detach().clone(), items)
+
+
+def select(items: Mapping[str, Tensor], *patterns: str) -> Tensors:
+    """The tensors whose names match one of the shell patterns; a pattern without match raises."""
+    return Tensors({name: items[name] for name in _matching(items, patterns)})
+
+
+def zero(items: Mapping[str, Tensor], *patterns: str) -> Tensors:
+    """The same mapping with the matching tensors replaced by zeros (a LoRA reference, say)."""
+    zeroed = set(_matching(items, patterns))
+    return Tensors({n: torch.zeros_like(t) if n in zeroed else t for n, t in items.items()})
+
+
+def _matching(items: Mapping[str, Tensor], patterns: Iterable[str]) -> list[str]:
+    matched: list[str] = []
+    for pattern in patterns:
+        names = [name for name in items if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise StateError(f"no tensor matches {pattern!r}; {did_you_mean(pattern, items)}")
+        matched += names
+    return matched
+
+
+def global_norm(items: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean norm over all leaves: a 0-d float64 tensor, without host synchronisation.
+
+    Accumulated in float64: in float32, runs that shard the same leaves differently part as soon
+    as clipping acts, and an fp32 sum of squares overflows long before a gradient does.
+    """
+    leaves = list(items.values())
+    if not leaves:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch._foreach_norm(leaves, 2, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and the very bytes, in hexadecimal."""
+    hasher = hashlib.sha256(_kind(tensor).encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    hasher.update(flat.view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def storages(items: Mapping[str, Tensor]) -> dict[int, str]:
+    """The address of each leaf's storage, with the leaf's name."""
+    return {tensor.untyped_storage().data_ptr(): name for name, tensor in items.items()}
