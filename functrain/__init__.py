@@ -1,1 +1,149 @@
-"""functrain: training as a value passing through pure functions."""
+"""functrain: training as a value passing through pure functions.
+
+    state, metrics = step(state, batch)
+
+Read `functrain/state.py`, then `functrain/steps.py`, and you have seen the whole idea. Names are
+loaded when first used, so that `functrain --help` and config checks need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from functrain import data, models, precision, schedules, testing, trees
+    from functrain import optimizers as optim
+    from functrain.architecture import bound, split
+    from functrain.checkpoint import latest, load, save
+    from functrain.errors import (
+        AliasError,
+        ArchitectureError,
+        BatchError,
+        CheckpointError,
+        ConfigError,
+        ConsumedStateError,
+        DataError,
+        FunctrainError,
+        StateError,
+    )
+    from functrain.gradients import (
+        accumulate,
+        adaptive_clip,
+        clip_by_global_norm,
+        clip_by_value,
+        value_and_grad,
+    )
+    from functrain.loop import train
+    from functrain.metrics import Metrics
+    from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
+    from functrain.state import Cursor, TrainState, fingerprint, fingerprints
+    from functrain.state import clone_state as clone
+    from functrain.steps import Step, dpo_step, evaluate, make_step, pretrain_step, sft_step
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "data": "functrain.data",
+    "models": "functrain.models",
+    "optim": "functrain.optimizers",
+    "precision": "functrain.precision",
+    "schedules": "functrain.schedules",
+    "testing": "functrain.testing",
+    "trees": "functrain.trees",
+}
+_NAMES = {
+    "functrain.architecture": ("bound", "split"),
+    "functrain.checkpoint": ("latest", "load", "save"),
+    "functrain.errors": (
+        "AliasError",
+        "ArchitectureError",
+        "BatchError",
+        "CheckpointError",
+        "ConfigError",
+        "ConsumedStateError",
+        "DataError",
+        "FunctrainError",
+        "StateError",
+    ),
+    "functrain.gradients": (
+        "accumulate",
+        "adaptive_clip",
+        "clip_by_global_norm",
+        "clip_by_value",
+        "value_and_grad",
+    ),
+    "functrain.loop": ("train",),
+    "functrain.metrics": ("Metrics",),
+    "functrain.precision": ("init_loss_scale", "scale_loss", "unscale", "update_loss_scale"),
+    "functrain.state": ("Cursor", "TrainState", "fingerprint", "fingerprints"),
+    "functrain.steps": (
+        "Step",
+        "dpo_step",
+        "evaluate",
+        "make_step",
+        "pretrain_step",
+        "sft_step",
+    ),
+}
+_HOMES = {name: (home, name) for home, names in _NAMES.items() for name in names}
+_HOMES["clone"] = ("functrain.state", "clone_state")
+
+__all__ = [
+    "AliasError",
+    "ArchitectureError",
+    "BatchError",
+    "CheckpointError",
+    "ConfigError",
+    "ConsumedStateError",
+    "Cursor",
+    "DataError",
+    "FunctrainError",
+    "Metrics",
+    "StateError",
+    "Step",
+    "TrainState",
+    "accumulate",
+    "adaptive_clip",
+    "bound",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "clone",
+    "data",
+    "dpo_step",
+    "evaluate",
+    "fingerprint",
+    "fingerprints",
+    "init_loss_scale",
+    "latest",
+    "load",
+    "make_step",
+    "models",
+    "optim",
+    "precision",
+    "pretrain_step",
+    "save",
+    "scale_loss",
+    "schedules",
+    "sft_step",
+    "split",
+    "testing",
+    "train",
+    "trees",
+    "unscale",
+    "update_loss_scale",
+    "value_and_grad",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _HOMES:
+        home, attribute = _HOMES[name]
+        return getattr(importlib.import_module(home), attribute)
+    raise AttributeError(f"module 'functrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

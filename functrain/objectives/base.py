@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Objective(Protocol):
         ...
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+def logits_of(model: Callable[..., object], batch: Batch) -> Tensor:
     """The model's logits [batch, time, vocabulary] for a batch of sequences, in float32 or more.
 
     The model is called with the keywords that the batch has; it may return logits, a mapping with

@@ -105,7 +105,8 @@ def _check_labels(labels: Tensor, name: str, vocabulary: int | None) -> None:
 
 def count_targets(batch: Batch) -> Tensor:
     """How many positions are predicted: labels other than -100 after the shift; int64, 0-d."""
-    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    labels: Tensor = batch["labels"]
+    return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
 def check_targets(count: Tensor, where: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 
 
-def sequence_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def sequence_logps(model: Callable[..., object], batch: Batch) -> tuple[Tensor, Tensor]:
     """Per example, Σ_t log p(label_t) over its target tokens, and how many there are.
 
     `(float [batch], int64 [batch])`, in nats. Cross entropy without reduction gives −log p for

@@ -12,21 +12,6 @@ from functrain.objectives.batches import Batch
 from functrain.objectives.logprobs import sequence_logps
 
 
-class _Called(nn.Module):
-    """A module that computes as `model` does with `params`, for one call at a time."""
-
-    def __init__(self, model: nn.Module, params: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        # Kept out of the module's registry: nothing here is a child or a parameter.
-        object.__setattr__(self, "_model", model)
-        object.__setattr__(self, "_values", dict(params))
-
-    def forward(self, **inputs: Tensor) -> object:
-        model: nn.Module = self._model
-        values: dict[str, Tensor] = self._values
-        return functional_call(model, values, (), inputs)
-
-
 def reference_logps(
     model: nn.Module, reference: Mapping[str, Tensor], batch: Batch
 ) -> tuple[Tensor, Tensor]:
@@ -36,11 +21,16 @@ def reference_logps(
     no second module, no switch on the model, and never a gradient. The same code path as the
     policy's, so that equal params give equal bits.
     """
+    values = dict(reference)
+
+    def with_reference(**inputs: Tensor) -> object:
+        return functional_call(model, values, (), inputs)
+
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad():
-            return sequence_logps(_Called(model, reference), batch)
+            return sequence_logps(with_reference, batch)
     finally:
         for module, training in modes:
             module.training = training

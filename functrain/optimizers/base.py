@@ -108,7 +108,7 @@ def held_back(applied: Tensor | None) -> bool:
 
 
 def rate_of(learning_rate: Tensor | float, options: Mapping[str, Any]) -> Tensor | float:
-    scale = options.get("lr_scale", 1.0)
+    scale: float = options.get("lr_scale", 1.0)
     if isinstance(learning_rate, Tensor) and learning_rate.device.type != "cpu":
         return (learning_rate * scale).float()
     rate = float(learning_rate)

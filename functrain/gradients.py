@@ -1,0 +1,286 @@
+"""Gradients of an objective: taken inside the binding, accumulated, and clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain import keys
+from functrain.architecture import Slots, bound, bound_buffers, slots, vocabulary_of
+from functrain.errors import BatchError, ConfigError
+from functrain.metrics import Metrics
+from functrain.objectives.base import Objective
+from functrain.objectives.batches import Batch, split_batch, to_device
+from functrain.precision import LossScale, Precision, policy, scale_loss
+from functrain.trees import Tensors, global_norm, map_leaves
+
+Batches = Batch | Sequence[Batch]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Gradients:
+    """The result of a gradient function.
+
+    `grads`: by parameter name, in the params' dtypes; a parameter that the loss does not reach is
+    absent. `buffers`: as the forward left them. `metrics`: of the whole logical batch.
+    """
+
+    grads: Tensors
+    buffers: Tensors
+    metrics: Metrics
+
+
+class GradientFunction(Protocol):
+    """`gradient(params, buffers, batch)`, for one batch or a sequence of micro-batches.
+
+    `key` is the root of the step's randomness; `weight` divides the summed loss (by default the
+    objective's weight of all micro-batches together); `scaler` multiplies it.
+    """
+
+    def __call__(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Batches,
+        *,
+        key: int = 0,
+        weight: Tensor | None = None,
+        scaler: LossScale | None = None,
+    ) -> Gradients:
+        """The gradient of (summed loss) / weight, times the loss scale."""
+        ...
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ValueAndGrad:
+    """The gradient function of an objective on an architecture; see `value_and_grad`."""
+
+    objective: Objective
+    architecture: nn.Module
+    precision: Precision
+    places: Slots
+    vocabulary: int | None
+
+    def __call__(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Batches,
+        *,
+        key: int = 0,
+        weight: Tensor | None = None,
+        scaler: LossScale | None = None,
+    ) -> Gradients:
+        """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
+        device = next((p.device for p in params.values()), torch.device("cpu"))
+        ready = [to_device(each, device) for each in self.checked(batch)]
+        weight = self.weight(ready) if weight is None else weight
+        leaves = self._leaves(params)
+        inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        total = _Sum(leaves, params)
+        metrics = Metrics({})
+        # Clones, because a module may update its buffers in place (BatchNorm does).
+        bound_values = {name: buffer.clone() for name, buffer in buffers.items()}
+        mode = self.objective.mode
+        with bound(self.architecture, leaves, bound_values, mode, places=self.places) as model:
+            for index, each in enumerate(ready):
+                with keys.seeded(keys.derive(key, "micro-batch", index), device):
+                    with self.precision.context(device):
+                        loss, measured = self.objective(model, each)
+                    torch.autograd.backward(scale_loss(loss / weight, scaler), inputs=inputs)
+                total.add()
+                metrics = metrics.merge(measured)
+            after = bound_buffers(self.places)
+        return Gradients(
+            grads=total.grads(), buffers=_changed(buffers, bound_values, after), metrics=metrics
+        )
+
+    def checked(self, batch: Batches) -> list[Batch]:
+        """The micro-batches, each checked; `BatchError` names what is wrong in which."""
+        if isinstance(batch, Mapping):
+            micro_batches: list[Batch] = [batch]
+        else:
+            micro_batches = list(batch)
+        if not micro_batches:
+            raise BatchError("batch: an empty sequence of micro-batches; expected at least one")
+        for index, each in enumerate(micro_batches):
+            try:
+                self.objective.check(each, self.vocabulary)
+            except BatchError as error:
+                if len(micro_batches) == 1:
+                    raise
+                raise BatchError(f"micro-batch {index}: {error}") from error
+        self.objective.check_weight(self.weight(micro_batches))
+        return micro_batches
+
+    def weight(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """The weight of all micro-batches together: what their summed losses are divided by."""
+        return torch.stack([self.objective.weight(each) for each in micro_batches]).sum()
+
+    def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
+        # Private leaves: they share the params' memory and nothing else.
+        return Tensors(
+            {
+                name: self.precision.leaf(param).requires_grad_(name in self.places.trainable)
+                for name, param in params.items()
+            }
+        )
+
+
+class _Sum:
+    """Gradients summed over micro-batches.
+
+    Autograd adds into the leaves' own `.grad`, as in an ordinary loop; where the leaves are of a
+    narrower dtype than the params, the sum is kept in the params' dtype.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        self._leaves = leaves
+        self._dtypes = {name: param.dtype for name, param in params.items()}
+        self._wide: dict[str, Tensor] = {}
+
+    def add(self) -> None:
+        for name, leaf in self._leaves.items():
+            if leaf.grad is None or leaf.dtype == self._dtypes[name]:
+                continue
+            wide = leaf.grad.to(self._dtypes[name])
+            self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
+            leaf.grad = None
+
+    def grads(self) -> Tensors:
+        own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}
+        return Tensors({**own, **self._wide})
+
+
+def _changed(
+    given: Mapping[str, Tensor], clones: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> Tensors:
+    """The buffers after the forward; the given tensor itself where nothing was written."""
+
+    def latest(name: str) -> Tensor:
+        same = after[name] is clones[name] and clones[name]._version == 0
+        return given[name] if same else after[name].detach()
+
+    return Tensors({name: latest(name) for name in given})
+
+
+def value_and_grad(
+    objective: Objective, architecture: nn.Module, *, precision: str | Precision = "fp32"
+) -> ValueAndGrad:
+    """The gradient function of `objective` on `architecture`.
+
+    Pure: params and buffers are not changed, the global random generators are as before, and the
+    same arguments give the same bits. `torch.autograd` on private leaves, inside the binding.
+    """
+    return ValueAndGrad(
+        objective=objective,
+        architecture=architecture,
+        precision=policy(precision),
+        places=slots(architecture),
+        vocabulary=vocabulary_of(architecture),
+    )
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Accumulated:
+    """A gradient function over `microbatches` equal slices; see `accumulate`."""
+
+    gradient: GradientFunction
+    microbatches: int
+
+    def __call__(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Batches,
+        *,
+        key: int = 0,
+        weight: Tensor | None = None,
+        scaler: LossScale | None = None,
+    ) -> Gradients:
+        """The gradient of the whole logical batch, one micro-batch in memory at a time."""
+        parts = split_batch(batch, self.microbatches) if isinstance(batch, Mapping) else batch
+        return self.gradient(params, buffers, parts, key=key, weight=weight, scaler=scaler)
+
+
+def accumulate(gradient: GradientFunction, microbatches: int) -> Accumulated:
+    """`gradient` with each batch taken in `microbatches` equal slices.
+
+    The summed losses are divided by the weight of the whole batch, so any partition gives the
+    same gradient to rounding. A sequence of ready micro-batches, of whatever lengths, is taken
+    as it is.
+    """
+    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+        raise ConfigError(f"microbatches: {microbatches!r}, expected an integer of at least 1")
+    return Accumulated(gradient=gradient, microbatches=microbatches)
+
+
+def clip_by_global_norm(
+    grads: Mapping[str, Tensor],
+    max_norm: float,
+    *,
+    norm: Tensor | None = None,
+    donate: bool = False,
+) -> tuple[Tensors, Tensor]:
+    """Scale all gradients so that their global norm is at most `max_norm`: `(grads, norm)`.
+
+    The factor is `torch.nn.utils.clip_grads_with_norm_`'s, min(1, max_norm / (norm + 1e-6)), with
+    the norm accumulated in float64 (Pascanu et al., 1211.5063). `norm` spares the computation
+    where it is known; `donate=True` scales the gradients in place. A norm that is not finite
+    spreads to every gradient: test it before.
+    """
+    _check_positive("max_norm", max_norm)
+    norm = global_norm(grads) if norm is None else norm
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    leaves = list(grads.values())
+    if donate and leaves:
+        torch._foreach_mul_(leaves, factor)
+    elif leaves:
+        leaves = list(torch._foreach_mul(leaves, factor))
+    return Tensors(zip(grads, leaves, strict=True)), norm
+
+
+def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:
+    """Each element clamped to [−limit, limit]."""
+    _check_positive("limit", limit)
+    return map_leaves(lambda grad: grad.clamp(-limit, limit), grads)
+
+
+def adaptive_clip(
+    grads: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    *,
+    factor: float = 0.01,
+    eps: float = 1e-3,
+) -> Tensors:
+    """Each unit's gradient norm held to `factor` times the norm of its weights, at least `eps`.
+
+    A unit is a row of a matrix (an output), a whole vector or scalar otherwise; adaptive gradient
+    clipping (Brock et al., 2102.06171).
+    """
+    _check_positive("factor", factor)
+    _check_positive("eps", eps)
+
+    def clipped(grad: Tensor, param: Tensor) -> Tensor:
+        limit = factor * _unit_norm(param).clamp(min=eps)
+        norm = _unit_norm(grad)
+        return grad * torch.where(norm > limit, limit / norm.clamp(min=1e-12), 1.0)
+
+    return Tensors({name: clipped(grad, params[name]) for name, grad in grads.items()})
+
+
+def _unit_norm(tensor: Tensor) -> Tensor:
+    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else tuple(range(tensor.ndim))
+    if not dims:
+        return tensor.abs()
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+    return norm
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name}: {value}, expected a positive finite number")
