@@ -1,0 +1,453 @@
+"""The learning rate as a function of applied updates.
+
+A schedule is any hashable callable from a count to a learning rate. Those here are frozen records
+that equal their torch or transformers namesakes: `cosine(3e-4, total=10_000, warmup=100)(500)`.
+`reduce_on_plateau` depends on what was measured, so it is a record with a state: `init`, `observe`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain.errors import ConfigError, did_you_mean
+
+Schedule = Callable[[int], float]
+Shape = Literal["linear", "cosine", "1-sqrt"]
+
+
+def _not_negative(record: object, field: attrs.Attribute[Any], value: float) -> None:
+    if isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ConfigError(
+            f"{_name(record)}.{field.name}: {value!r}, expected a finite number of at least 0"
+        )
+
+
+def _positive(record: object, field: attrs.Attribute[Any], value: float) -> None:
+    if isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(
+            f"{_name(record)}.{field.name}: {value!r}, expected a positive finite number"
+        )
+
+
+def _count(record: object, field: attrs.Attribute[Any], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(
+            f"{_name(record)}.{field.name}: {value!r}, expected an integer of at least 0 (updates)"
+        )
+
+
+def _one_of(*known: str) -> Callable[[object, attrs.Attribute[Any], str], None]:
+    def check(record: object, field: attrs.Attribute[Any], value: str) -> None:
+        if value not in known:
+            raise ConfigError(
+                f"{_name(record)}.{field.name}: {value!r}; {did_you_mean(str(value), known)}"
+            )
+
+    return check
+
+
+def _name(record: object) -> str:
+    return next((n for n, c in SCHEDULES.items() if type(record) is c), type(record).__name__)
+
+
+@attrs.frozen
+class Constant:
+    """`peak` throughout; transformers' `constant`."""
+
+    peak: float = attrs.field(validator=_not_negative)
+
+    def __call__(self, count: int) -> float:
+        """The learning rate of the update after `count` applied ones."""
+        return self.peak * self.factor(count)
+
+    def factor(self, count: int) -> float:
+        """The learning rate as a fraction of the peak."""
+        return 1.0
+
+
+@attrs.frozen
+class ConstantWithWarmup(Constant):
+    """Linear from 0 to `peak` over `warmup` updates, then constant; transformers' namesake."""
+
+    warmup: int = attrs.field(default=0, validator=_count, kw_only=True)
+
+    def factor(self, count: int) -> float:
+        """Warmup, then `after`."""
+        if count < self.warmup:
+            return count / self.warmup
+        return self.after(count)
+
+    def after(self, count: int) -> float:
+        """The fraction of the peak once the warmup is over."""
+        return 1.0
+
+
+@attrs.frozen
+class Linear(ConstantWithWarmup):
+    """Warmup, then linear to 0 at `total`; transformers' `linear`."""
+
+    total: int = attrs.field(validator=_count, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.warmup > self.total:
+            raise ConfigError(
+                f"{_name(self)}.warmup: {self.warmup} is more than total {self.total}; "
+                "both count applied updates"
+            )
+
+    def progress(self, count: int) -> float:
+        """The fraction of the way from the end of the warmup to `total`; above 1 beyond it."""
+        return (count - self.warmup) / max(1, self.total - self.warmup)
+
+    def after(self, count: int) -> float:
+        """The fraction that is left."""
+        return max(0.0, (self.total - count) / max(1, self.total - self.warmup))
+
+
+@attrs.frozen
+class Cosine(Linear):
+    """Warmup, then `cycles` waves (½: one descent) of a cosine to `total` (SGDR, 1608.03983).
+
+    transformers' `cosine`, and with `min_lr` (a learning rate) its `cosine_with_min_lr`.
+    """
+
+    cycles: float = attrs.field(default=0.5, validator=_positive, kw_only=True)
+    min_lr: float = attrs.field(default=0.0, validator=_not_negative, kw_only=True)
+
+    def after(self, count: int) -> float:
+        """½(1 + cos 2π·cycles·progress), rescaled to [min_lr/peak, 1]."""
+        wave = 0.5 * (1.0 + math.cos(math.pi * self.cycles * 2.0 * self.progress(count)))
+        if self.min_lr and self.peak:
+            rate = self.min_lr / self.peak
+            wave = wave * (1 - rate) + rate
+        return max(0.0, wave)
+
+
+@attrs.frozen
+class CosineWithMinLR(Cosine):
+    """`cosine` that ends at `min_lr`, which must be given; transformers' `cosine_with_min_lr`."""
+
+    min_lr: float = attrs.field(validator=_not_negative, kw_only=True)
+
+
+@attrs.frozen
+class CosineWithRestarts(Linear):
+    """Warmup, then `cycles` descents with hard restarts; transformers' `cosine_with_restarts`."""
+
+    cycles: int = attrs.field(default=1, validator=_positive, kw_only=True)
+
+    def after(self, count: int) -> float:
+        """A descent of the cosine in each cycle, 0 from `total` on."""
+        progress = self.progress(count)
+        if progress >= 1.0:
+            return 0.0
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((self.cycles * progress) % 1.0))))
+
+
+@attrs.frozen
+class Polynomial(Linear):
+    """Warmup, then (1 − progress)^`power` down to `end`; transformers' `polynomial`."""
+
+    power: float = attrs.field(default=1.0, validator=_positive, kw_only=True)
+    end: float = attrs.field(default=1e-7, validator=_not_negative, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if not self.end < self.peak:
+            raise ConfigError(
+                f"polynomial.end: {self.end}, expected less than the peak {self.peak}"
+            )
+
+    def after(self, count: int) -> float:
+        """The polynomial from the peak to `end`, then `end`."""
+        if count > self.total or self.total == self.warmup:
+            return self.end / self.peak
+        left = 1 - (count - self.warmup) / (self.total - self.warmup)
+        return float(((self.peak - self.end) * left**self.power + self.end) / self.peak)
+
+
+@attrs.frozen
+class InverseSqrt(ConstantWithWarmup):
+    """Warmup, then 1/√(count/timescale); transformers' `inverse_sqrt` (Noam, 1706.03762).
+
+    `timescale` is the warmup, or 10,000 without one, unless given.
+    """
+
+    timescale: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(_positive), kw_only=True
+    )
+
+    def after(self, count: int) -> float:
+        """The decay, shifted so that it begins at 1."""
+        timescale = self.timescale or self.warmup or 10_000
+        return 1.0 / math.sqrt((count + timescale - self.warmup) / timescale)
+
+
+@attrs.frozen
+class WarmupStableDecay(Constant):
+    """Warmup, a plateau, and a decay over the last `decay` of `total` updates (2404.06395).
+
+    transformers' `warmup_stable_decay`; `min_ratio` is the fraction of the peak at both ends.
+    """
+
+    total: int = attrs.field(validator=_count, kw_only=True)
+    decay: int = attrs.field(validator=_count, kw_only=True)
+    warmup: int = attrs.field(default=0, validator=_count, kw_only=True)
+    warmup_shape: Shape = attrs.field(
+        default="linear", validator=_one_of("linear", "cosine", "1-sqrt"), kw_only=True
+    )
+    decay_shape: Shape = attrs.field(
+        default="cosine", validator=_one_of("linear", "cosine", "1-sqrt"), kw_only=True
+    )
+    min_ratio: float = attrs.field(default=0.0, validator=_not_negative, kw_only=True)
+    cycles: float = attrs.field(default=0.5, validator=_positive, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.warmup + self.decay > self.total:
+            raise ConfigError(
+                f"warmup_stable_decay: warmup {self.warmup} + decay {self.decay} is more than "
+                f"total {self.total}"
+            )
+
+    def factor(self, count: int) -> float:
+        """Up, level, down, and then `min_ratio`."""
+        begin = self.total - self.decay
+        if count < self.warmup:
+            return self._scaled(self._up(count / self.warmup))
+        if count < begin:
+            return 1.0
+        if count < self.total:
+            return self._scaled(self._down((count - begin) / self.decay))
+        return self.min_ratio
+
+    def _scaled(self, factor: float) -> float:
+        return max(0.0, factor * (1.0 - self.min_ratio) + self.min_ratio)
+
+    def _up(self, progress: float) -> float:
+        if self.warmup_shape == "cosine":
+            return 0.5 * (1.0 - math.cos(math.pi * progress))
+        return progress if self.warmup_shape == "linear" else 1.0 - math.sqrt(1.0 - progress)
+
+    def _down(self, progress: float) -> float:
+        if self.decay_shape == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * self.cycles * 2.0 * progress))
+        return 1.0 - (progress if self.decay_shape == "linear" else math.sqrt(progress))
+
+
+@attrs.frozen
+class StepDecay(Constant):
+    """Times `gamma` every `every` updates; torch's `StepLR`."""
+
+    every: int = attrs.field(validator=_positive, kw_only=True)
+    gamma: float = attrs.field(default=0.1, validator=_positive, kw_only=True)
+
+    def factor(self, count: int) -> float:
+        """gamma^⌊count/every⌋."""
+        return float(self.gamma ** (count // self.every))
+
+
+@attrs.frozen
+class MultiStep(Constant):
+    """Times `gamma` at each milestone; torch's `MultiStepLR`."""
+
+    milestones: tuple[int, ...] = attrs.field(converter=tuple, kw_only=True)
+    gamma: float = attrs.field(default=0.1, validator=_positive, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if list(self.milestones) != sorted(self.milestones):
+            raise ConfigError(
+                f"multistep.milestones: {list(self.milestones)}, expected rising counts"
+            )
+
+    def factor(self, count: int) -> float:
+        """gamma^(milestones passed)."""
+        return float(self.gamma ** bisect_right(self.milestones, count))
+
+
+@attrs.frozen
+class Exponential(Constant):
+    """Times `gamma` at each update; torch's `ExponentialLR`."""
+
+    gamma: float = attrs.field(validator=_positive, kw_only=True)
+
+    def factor(self, count: int) -> float:
+        """gamma^count."""
+        return float(self.gamma**count)
+
+
+@attrs.frozen
+class OneCycle(Constant):
+    """Up to `peak` over `pct_start` of `total`, then far down (1708.07120); torch's `OneCycleLR`.
+
+    Begins at peak/`div_factor`, ends at that over `final_div_factor`, and stays there, where
+    torch's raises.
+    """
+
+    total: int = attrs.field(validator=_positive, kw_only=True)
+    pct_start: float = attrs.field(default=0.3, kw_only=True)
+    anneal: Literal["cos", "linear"] = attrs.field(
+        default="cos", validator=_one_of("cos", "linear"), kw_only=True
+    )
+    div_factor: float = attrs.field(default=25.0, validator=_positive, kw_only=True)
+    final_div_factor: float = attrs.field(default=1e4, validator=_positive, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 < self.pct_start < 1:
+            raise ConfigError(f"one_cycle.pct_start: {self.pct_start}, expected (0, 1)")
+
+    def factor(self, count: int) -> float:
+        """Two anneals: initial to 1, 1 to the minimum."""
+        initial = 1 / self.div_factor
+        turn, last = self.pct_start * self.total - 1, self.total - 1
+        if count <= turn:
+            return self._between(initial, 1.0, count / turn)
+        done = min(1.0, (count - turn) / (last - turn)) if last > turn else 1.0
+        return self._between(1.0, initial / self.final_div_factor, done)
+
+    def _between(self, start: float, end: float, done: float) -> float:
+        if self.anneal == "linear":
+            return (end - start) * done + start
+        return end + (start - end) / 2.0 * (math.cos(math.pi * done) + 1)
+
+
+@attrs.frozen(kw_only=True)
+class PlateauState:
+    """What `reduce_on_plateau` has seen: the best value, evaluations without a better one since,
+    evaluations left to cool down, and the learning rate now."""
+
+    best: float
+    bad: int = 0
+    cooldown: int = 0
+    learning_rate: float
+
+
+@attrs.frozen
+class Plateau:
+    """The learning rate falls by `factor` when evaluations stop improving.
+
+    torch's `ReduceLROnPlateau`. `functrain.train` shows it each evaluation's `eval_loss`; a loop
+    of your own calls `step.observe(state, value)`.
+    """
+
+    peak: float = attrs.field(validator=_positive)
+    mode: Literal["min", "max"] = attrs.field(
+        default="min", validator=_one_of("min", "max"), kw_only=True
+    )
+    factor: float = attrs.field(default=0.1, kw_only=True)
+    patience: int = attrs.field(default=10, validator=_count, kw_only=True)
+    threshold: float = attrs.field(default=1e-4, validator=_not_negative, kw_only=True)
+    threshold_mode: Literal["rel", "abs"] = attrs.field(
+        default="rel", validator=_one_of("rel", "abs"), kw_only=True
+    )
+    cooldown: int = attrs.field(default=0, validator=_count, kw_only=True)
+    min_lr: float = attrs.field(default=0.0, validator=_not_negative, kw_only=True)
+    eps: float = attrs.field(default=1e-8, validator=_not_negative, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 < self.factor < 1:
+            raise ConfigError(f"reduce_on_plateau.factor: {self.factor}, expected (0, 1)")
+
+    def init(self) -> PlateauState:
+        """Nothing seen yet."""
+        best = math.inf if self.mode == "min" else -math.inf
+        return PlateauState(best=best, learning_rate=self.peak)
+
+    def observe(self, state: PlateauState, value: float) -> PlateauState:
+        """The state after one more evaluation; NaN counts as no improvement."""
+        better = self._better(value, state.best)
+        bad = 0 if better or state.cooldown else state.bad + 1
+        seen = attrs.evolve(
+            state,
+            best=value if better else state.best,
+            bad=bad,
+            cooldown=max(0, state.cooldown - 1),
+        )
+        return self._reduced(seen) if bad > self.patience else seen
+
+    def _better(self, value: float, best: float) -> bool:
+        sign = 1 if self.mode == "min" else -1
+        if self.threshold_mode == "abs":
+            return sign * value < sign * best - self.threshold
+        return sign * value < sign * best * (1 - sign * self.threshold)
+
+    def _reduced(self, state: PlateauState) -> PlateauState:
+        old = state.learning_rate
+        new = max(old * self.factor, self.min_lr)
+        rate = new if old - new > self.eps else old
+        return attrs.evolve(state, bad=0, cooldown=self.cooldown, learning_rate=rate)
+
+
+constant = Constant
+constant_with_warmup = ConstantWithWarmup
+linear = Linear
+cosine = Cosine
+cosine_with_min_lr = CosineWithMinLR
+cosine_with_restarts = CosineWithRestarts
+polynomial = Polynomial
+inverse_sqrt = InverseSqrt
+warmup_stable_decay = WarmupStableDecay
+step = StepDecay
+multistep = MultiStep
+exponential = Exponential
+one_cycle = OneCycle
+reduce_on_plateau = Plateau
+
+SCHEDULES: Mapping[str, Callable[..., Schedule | Plateau]] = {
+    "constant": constant,
+    "constant_with_warmup": constant_with_warmup,
+    "linear": linear,
+    "cosine": cosine,
+    "cosine_with_min_lr": cosine_with_min_lr,
+    "cosine_with_restarts": cosine_with_restarts,
+    "polynomial": polynomial,
+    "inverse_sqrt": inverse_sqrt,
+    "warmup_stable_decay": warmup_stable_decay,
+    "step": step,
+    "multistep": multistep,
+    "exponential": exponential,
+    "one_cycle": one_cycle,
+    "reduce_on_plateau": reduce_on_plateau,
+}
+
+
+def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
+    """The schedule of that name, for config files; `ConfigError` for unknown names and options."""
+    if name not in SCHEDULES:
+        raise ConfigError(f"schedule: {name!r} is unknown; {did_you_mean(name, SCHEDULES)}")
+    make = SCHEDULES[name]
+    fields = {f.name: f for f in attrs.fields(make) if f.name != "peak"}  # type: ignore[arg-type]
+    for option in options:
+        if option not in fields:
+            raise ConfigError(
+                f"schedule {name}: no option {option!r}; {did_you_mean(option, fields)}"
+            )
+    missing = [n for n, f in fields.items() if f.default is attrs.NOTHING and n not in options]
+    if missing:
+        raise ConfigError(f"schedule {name}: {' and '.join(missing)} must be given")
+    return make(peak, **options)
+
+
+def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:
+    """`schedule(count)` as a 0-d float64 tensor, without waiting for an accelerator.
+
+    `count` is at most `bound` (the calls so far). On an accelerator the value is looked up in a
+    table there, because reading the count back would stall the queue.
+    """
+    if count.device.type == "cpu":
+        return torch.tensor(schedule(int(count)), dtype=torch.float64)
+    size = max(1024, 1 << (bound + 1).bit_length())
+    return _table(schedule, size, str(count.device))[count]
+
+
+@functools.lru_cache(maxsize=16)
+def _table(schedule: Schedule, size: int, device: str) -> Tensor:
+    values = [schedule(count) for count in range(size)]
+    return torch.tensor(values, dtype=torch.float64, device=device)
