@@ -422,8 +422,8 @@ def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
     """The schedule of that name, for config files; `ConfigError` for unknown names and options."""
     if name not in SCHEDULES:
         raise ConfigError(f"schedule: {name!r} is unknown; {did_you_mean(name, SCHEDULES)}")
-    make = SCHEDULES[name]
-    fields = {f.name: f for f in attrs.fields(make) if f.name != "peak"}  # type: ignore[arg-type]
+    make: Any = SCHEDULES[name]
+    fields = {f.name: f for f in attrs.fields(make) if f.name != "peak"}
     for option in options:
         if option not in fields:
             raise ConfigError(
@@ -432,7 +432,8 @@ def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
     missing = [n for n, f in fields.items() if f.default is attrs.NOTHING and n not in options]
     if missing:
         raise ConfigError(f"schedule {name}: {' and '.join(missing)} must be given")
-    return make(peak, **options)
+    made: Schedule | Plateau = make(peak, **options)
+    return made
 
 
 def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:

@@ -291,7 +291,6 @@ def _where(applied: Tensor, new: Tensors, old: Tensors) -> Tensors:
 class StepOptions(TypedDict, total=False):
     """The options that every stage's step takes; each is described at `Step`."""
 
-    schedule: Schedule | Plateau | float | None
     precision: str | Precision
     microbatches: int
     max_grad_norm: float | None
@@ -305,6 +304,7 @@ def make_step(
     optimizer: Optimizer,
     *,
     architecture: nn.Module,
+    schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
     """The step that minimises `objective` with `optimizer`: the one place where the pieces meet.
@@ -312,23 +312,37 @@ def make_step(
     `schedule`: a schedule, a constant learning rate, or None for the optimizer's own `lr`. The
     other options are described at `Step`. Raises `ConfigError` for what cannot be combined.
     """
-    if options.get("schedule") is None:
-        options["schedule"] = optimizer.lr
-    return Step(objective=objective, architecture=architecture, optimizer=optimizer, **options)
+    return Step(
+        objective=objective,
+        architecture=architecture,
+        optimizer=optimizer,
+        schedule=optimizer.lr if schedule is None else schedule,
+        **options,  # pyrefly: ignore[open-unpacking]
+    )
 
 
 def pretrain_step(
-    architecture: nn.Module, optimizer: Optimizer, **options: Unpack[StepOptions]
+    architecture: nn.Module,
+    optimizer: Optimizer,
+    *,
+    schedule: Schedule | Plateau | float | None = None,
+    **options: Unpack[StepOptions],
 ) -> Step:
     """Next-token cross entropy over every labelled token; options as for `make_step`."""
     objective = LanguageModeling(name="pretrain")
-    return make_step(objective, optimizer, architecture=architecture, **options)
+    return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
 
 
-def sft_step(architecture: nn.Module, optimizer: Optimizer, **options: Unpack[StepOptions]) -> Step:
+def sft_step(
+    architecture: nn.Module,
+    optimizer: Optimizer,
+    *,
+    schedule: Schedule | Plateau | float | None = None,
+    **options: Unpack[StepOptions],
+) -> Step:
     """Cross entropy over the completion's tokens, which the labels single out."""
     objective = LanguageModeling(name="sft")
-    return make_step(objective, optimizer, architecture=architecture, **options)
+    return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
 
 
 def dpo_step(
@@ -340,6 +354,7 @@ def dpo_step(
     loss: str = "sigmoid",
     label_smoothing: float = 0.0,
     dropout: bool = False,
+    schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
     """Direct preference optimisation (2305.18290) against `reference`, params of this architecture.
@@ -353,7 +368,7 @@ def dpo_step(
         label_smoothing=label_smoothing,
         dropout=dropout,
     )
-    return make_step(objective, optimizer, architecture=architecture, **options)
+    return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
 
 
 def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics:
