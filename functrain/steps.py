@@ -232,6 +232,11 @@ class Step:
             raise StateError(
                 f"state: expected a TrainState from step.init, got {type(state).__name__}"
             )
+        if state.optimizer.kind != self.optimizer.kind:
+            raise StateError(
+                f"optimizer: this state is {state.optimizer.kind}'s and this step's optimizer is "
+                f"{self.optimizer.kind}; carry the state over with step.adopt(state)"
+            )
         if self.precision.loss_scale != (state.scaler is not None):
             raise StateError(
                 f"scaler: precision {self.precision.name!r} and this state disagree about a loss "

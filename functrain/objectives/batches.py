@@ -109,6 +109,14 @@ def count_targets(batch: Batch) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
+def targets_in(batch: Batch) -> Tensor:
+    """`count_targets` of a batch of any form: chosen and rejected count both."""
+    if "labels" in batch:
+        return count_targets(batch)
+    nested = [value for value in batch.values() if isinstance(value, Mapping) and "labels" in value]
+    return torch.stack([count_targets(each) for each in nested]).sum()
+
+
 def check_targets(count: Tensor, where: str) -> None:
     """Raise `BatchError` for a logical batch without one target token (checked on the CPU)."""
     if count.device.type == "cpu" and int(count) == 0:

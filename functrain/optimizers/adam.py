@@ -95,6 +95,11 @@ class Adam:
         for each in self.groups:
             checked(torch.optim.AdamW, **self._options(each.options))
 
+    @property
+    def kind(self) -> str:
+        """`adamw` or `adam`, and whether it keeps AMSGrad's maximum."""
+        return ("adamw" if self.decoupled else "adam") + ("(amsgrad)" if self.amsgrad else "")
+
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
         """Zero moments for every parameter, on its device and in its dtype."""
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
@@ -103,7 +108,7 @@ class Adam:
             for slot in names
         }
         slots["step"] = Tensors({name: self._step_count(p) for name, p in params.items()})
-        return OptimizerState(count=zero_count(params), slots=slots)
+        return OptimizerState(kind=self.kind, count=zero_count(params), slots=slots)
 
     def _step_count(self, param: Tensor) -> Tensor:
         device = param.device if self.fused else torch.device("cpu")
@@ -125,7 +130,7 @@ class Adam:
         params, slots = owned(params, state.slots, grads, donate)
         for options, names in grouped(self.groups, params, grads):
             self._kernel(options, names, grads, params, slots, learning_rate, applied)
-        return params, OptimizerState(count=advanced(state.count, applied), slots=slots)
+        return params, attrs.evolve(state, count=advanced(state.count, applied), slots=slots)
 
     def _kernel(
         self,

@@ -82,9 +82,14 @@ class Adapter:
             merged = {**self.options, **{k: v for k, v in options.items() if k != "lr_scale"}}
             checked(self.cls, lr=self.lr, **merged)
 
+    @property
+    def kind(self) -> str:
+        """The name of the class."""
+        return getattr(self.cls, "__name__", type(self.cls).__name__)
+
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
         """No slots yet: the class makes them at the first update."""
-        return OptimizerState(count=zero_count(params), slots={})
+        return OptimizerState(kind=self.kind, count=zero_count(params), slots={})
 
     def update(
         self,
@@ -116,7 +121,8 @@ class Adapter:
         _refuse_group_state(self.cls, before, optimizer.param_groups)
         new_slots = _slots({name: optimizer.state[leaf] for name, leaf in leaves.items()}, slots)
         new_params = Tensors({**new_params, **{n: leaf.detach() for n, leaf in leaves.items()}})
-        return new_params, OptimizerState(count=advanced(state.count, applied), slots=new_slots)
+        count = advanced(state.count, applied)
+        return new_params, attrs.evolve(state, count=count, slots=new_slots)
 
     def _optimizer(
         self, leaves: Mapping[str, Tensor], learning_rate: Tensor | float

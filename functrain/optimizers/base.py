@@ -20,9 +20,11 @@ class OptimizerState:
     """What an optimizer carries: per-parameter tensors by slot, and the applied updates.
 
     `count`: int64, 0-d; a skipped step does not advance it. `slots`: for each of torch's state
-    names (`exp_avg`, `step`, …) a mapping from parameter name to tensor.
+    names (`exp_avg`, `step`, …) a mapping from parameter name to tensor. `kind` says which
+    optimizer made it, so that another one is refused instead of fed with the wrong moments.
     """
 
+    kind: str
     count: Tensor
     slots: Mapping[str, Tensors]
 
@@ -33,6 +35,11 @@ class Optimizer(Protocol):
     @property
     def lr(self) -> float:
         """Learning rate when no schedule gives one."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What its states carry as `kind`."""
         ...
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:

@@ -76,13 +76,18 @@ class Partition:
         """The first part's learning rate."""
         return self.parts[0][2].lr
 
+    @property
+    def kind(self) -> str:
+        """The parts by label, `muon=Muon,others=adamw`."""
+        return ",".join(f"{label}={optimizer.kind}" for label, _, optimizer in self.parts)
+
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
         """Every part's slots, under `part.slot`."""
         slots: dict[str, Tensors] = {}
         for label, members in self._members(params).items():
             state = self._part(label).init(members)
             slots |= {f"{label}.{slot}": t for slot, t in state.slots.items()}
-        return OptimizerState(count=zero_count(params), slots=slots)
+        return OptimizerState(kind=self.kind, count=zero_count(params), slots=slots)
 
     def update(
         self,
@@ -107,7 +112,7 @@ class Partition:
             }
             updated, part = self._part(label).update(
                 {n: g for n, g in grads.items() if n in members},
-                OptimizerState(count=state.count, slots=own),
+                OptimizerState(kind=self._part(label).kind, count=state.count, slots=own),
                 members,
                 learning_rate,
                 applied=applied,
@@ -116,7 +121,7 @@ class Partition:
             new_params |= dict(updated)
             slots |= {f"{label}.{slot}": t for slot, t in part.slots.items()}
         count = advanced(state.count, applied)
-        return Tensors(new_params), OptimizerState(count=count, slots=slots)
+        return Tensors(new_params), attrs.evolve(state, count=count, slots=slots)
 
     def _part(self, label: str) -> Optimizer:
         return next(optimizer for name, _, optimizer in self.parts if name == label)
