@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
@@ -80,7 +80,7 @@ def train(
     return _run(step, state, source, checked)
 
 
-def _positive(record: object, field: attrs.Attribute[int | None], value: int | None) -> None:
+def _positive(_record: object, field: attrs.Attribute[Any], value: int | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ConfigError(f"{field.name}: {value!r}, expected an integer of at least 1")
 
