@@ -1,0 +1,17 @@
+"""Settings for every test: one thread, so that two workers share two cores."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "functrain",
+    deadline=None,  # machines are shared; time is not what is tested
+    derandomize=True,  # the same examples in every run; the long runs explore
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("long", deadline=None, max_examples=1000)
+settings.load_profile("functrain")
