@@ -26,12 +26,17 @@ Place = tuple[dict[str, Tensor | None], str]
 
 @attrs.frozen(eq=False)
 class Slots:
-    """Where each named value of an architecture goes: every slot, both of a tied pair."""
+    """Where each named value of an architecture goes: every slot, both of a tied pair.
+
+    `trainable`: the parameters with `requires_grad`. `statistical`: those of modules that keep
+    floating-point buffers of their own (BatchNorm), whose dtype they must go with.
+    """
 
     params: Mapping[str, tuple[Place, ...]]
     buffers: Mapping[str, tuple[Place, ...]]
     modules: tuple[nn.Module, ...]
     trainable: frozenset[str]
+    statistical: frozenset[str]
 
 
 # The slots are shared by all users of an architecture: one binding at a time, others wait.
@@ -69,7 +74,16 @@ def slots(architecture: nn.Module) -> Slots:
     params = _places(architecture, "_parameters")
     buffers = _places(architecture, "_buffers")
     trainable = frozenset(n for n, at in params.items() if _tensor_at(at).requires_grad)
-    return Slots(params, buffers, tuple(architecture.modules()), trainable)
+    modules = tuple(architecture.modules())
+    keeping = {id(module._parameters) for module in modules if _keeps_statistics(module)}
+    statistical = frozenset(
+        name for name, at in params.items() if any(id(entries) in keeping for entries, _ in at)
+    )
+    return Slots(params, buffers, modules, trainable, statistical)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return any(b is not None and b.is_floating_point() for b in module._buffers.values())
 
 
 def _places(architecture: nn.Module, table: str) -> dict[str, tuple[Place, ...]]:

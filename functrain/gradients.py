@@ -99,6 +99,13 @@ class ValueAndGrad:
             grads=total.grads(), buffers=_changed(buffers, bound_values, after), metrics=metrics
         )
 
+    def values(self, params: Mapping[str, Tensor]) -> Tensors:
+        """What the forward sees: private values, which share the params' memory or are casts."""
+        kept = self.places.statistical
+        return Tensors(
+            {n: p.detach() if n in kept else self.precision.leaf(p) for n, p in params.items()}
+        )
+
     def checked(self, batch: Batches) -> list[Batch]:
         """The micro-batches, each checked; `BatchError` names what is wrong in which."""
         if isinstance(batch, Mapping):
@@ -122,11 +129,10 @@ class ValueAndGrad:
         return torch.stack([self.objective.weight(each) for each in micro_batches]).sum()
 
     def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
-        # Private leaves: they share the params' memory and nothing else.
         return Tensors(
             {
-                name: self.precision.leaf(param).requires_grad_(name in self.places.trainable)
-                for name, param in params.items()
+                name: value.requires_grad_(name in self.places.trainable)
+                for name, value in self.values(params).items()
             }
         )
 
@@ -240,7 +246,9 @@ def clip_by_global_norm(
     if donate and leaves:
         torch._foreach_mul_(leaves, factor)
     elif leaves:
-        leaves = list(torch._foreach_mul(leaves, factor))
+        # A 0-d gradient times the float64 factor would become float64.
+        scaled = torch._foreach_mul(leaves, factor)
+        leaves = [new.to(old.dtype) for new, old in zip(scaled, leaves, strict=True)]
     return Tensors(zip(grads, leaves, strict=True)), norm
 
 

@@ -37,7 +37,7 @@ from functrain.state import (
     device_of,
     refuse_aliases,
 )
-from functrain.trees import Tensors, clone, global_norm, map_leaves, storages, tensors
+from functrain.trees import Tensors, clone, global_norm, storages, tensors
 
 Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -388,7 +388,7 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     device = device_of(state.params)
     measured = Metrics({})
     weight = torch.zeros((), dtype=torch.int64)
-    values = map_leaves(step.precision.leaf, state.params)
+    values = gradient.values(state.params)
     buffers = clone(state.buffers)
     seed = keys.derive(state.key, "evaluate")
     with (

@@ -18,10 +18,11 @@ def reference_logps(
     """`sequence_logps` of the bound `model` with `reference` in place of its params.
 
     `torch.func.functional_call` under no_grad and in eval mode, with the buffers that are bound:
-    no second module, no switch on the model, and never a gradient. The same code path as the
-    policy's, so that equal params give equal bits.
+    no second module, no switch on the model, and never a gradient. The same code path and dtypes
+    as the policy's, so that equal params give equal bits.
     """
-    values = dict(reference)
+    bound = dict(model.named_parameters())
+    values = {name: tensor.to(bound[name].dtype) for name, tensor in reference.items()}
 
     def with_reference(**inputs: Tensor) -> object:
         return functional_call(model, values, (), inputs)

@@ -1,0 +1,295 @@
+"""The laws, for your own models: each takes a step, a state and a batch, and raises where broken.
+
+    from functrain import testing
+
+    testing.assert_pure(step, state, batch)
+    testing.assert_accumulation_invariant(step, state, batch, parts=[3, 1, 4])
+
+A law that fails raises `AssertionError` naming the first leaf that differs. `batches`, `pairs` and
+`partitions` are Hypothesis strategies (the `testing` extra) for properties of your own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functrain.checkpoint import load, save
+from functrain.errors import ConsumedStateError
+from functrain.gradients import Gradients, clip_by_global_norm
+from functrain.loop import Source, train
+from functrain.metrics import Metrics
+from functrain.objectives.batches import IGNORE_INDEX, Batch
+from functrain.objectives.preference import PreferenceOptimization
+from functrain.state import TrainState, clone_state, fingerprint, fingerprints
+from functrain.steps import Step, evaluate
+from functrain.trees import digest, global_norm
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""How far sums in another order may part, relative to their norm."""
+
+
+def first_difference(one: TrainState, other: TrainState) -> str | None:
+    """The path of the first leaf whose bits differ between two states; None where none does."""
+    ours, theirs = fingerprints(one), fingerprints(other)
+    for path in sorted(ours.keys() | theirs.keys()):
+        if ours.get(path) != theirs.get(path):
+            return path
+    return None
+
+
+def assert_same(one: TrainState, other: TrainState, what: str) -> None:
+    """Both states have the same bits in every leaf."""
+    path = first_difference(one, other)
+    assert path is None, f"{what}: the states part at {path}"
+
+
+def assert_pure(step: Step, state: TrainState, batch: Batch) -> None:
+    """A step changes nothing that it was given, and the same call gives the same bits.
+
+    Inputs' digests are unchanged, the architecture is as it was, and the global random generators
+    of torch, Python and NumPy are where they were.
+    """
+    before, given, generators = fingerprints(state), _digests(batch), _generators()
+    slots = [id(p) for p in step.architecture.parameters()]
+    first, metrics = step(state, batch, donate=False)
+    assert fingerprints(state) == before, "the step changed the state that it was given"
+    assert _digests(batch) == given, "the step changed the batch that it was given"
+    assert _generators() == generators, "the step moved a global random generator"
+    assert [id(p) for p in step.architecture.parameters()] == slots, "the architecture changed"
+    second, again = step(state, batch, donate=False)
+    assert_same(first, second, "the same call twice")
+    assert _bits(metrics) == _bits(again), "the same call twice gave other metrics"
+
+
+def assert_donation_equal(step: Step, state: TrainState, batch: Batch) -> None:
+    """A donated step gives the bits of a pure one, and what was donated refuses to be read."""
+    pure, metrics = step(state, batch, donate=False)
+    given = clone_state(state)
+    donated, same = step(given, batch, donate=True)
+    assert_same(pure, donated, "donated and pure")
+    assert _bits(metrics) == _bits(same), "donated and pure gave other metrics"
+    for name in ("params", "step", "optimizer"):
+        try:
+            getattr(given, name)
+        except ConsumedStateError:
+            continue
+        raise AssertionError(f"a donated state still lets its {name} be read")
+
+
+def assert_accumulation_invariant(
+    step: Step, state: TrainState, batch: Batch, parts: Sequence[int]
+) -> None:
+    """The gradient of a batch is that of any partition of it, `parts` examples each, to rounding.
+
+    So are the metrics. Holds for a model whose examples do not see each other and that draws no
+    random numbers: give an objective in eval mode where there is BatchNorm or dropout.
+    """
+    whole = step.value_and_grad(state.params, state.buffers, batch)
+    cut = step.value_and_grad(state.params, state.buffers, list(_cut(batch, parts)))
+    _assert_close(whole, cut, f"parts {list(parts)}")
+
+
+def assert_padding_invariant(step: Step, state: TrainState, batch: Batch, columns: int = 3) -> None:
+    """Columns of padding at the end (mask 0, label −100) change neither loss nor gradient."""
+    plain = step.value_and_grad(state.params, state.buffers, _padded(batch, 0))
+    padded = step.value_and_grad(state.params, state.buffers, _padded(batch, columns))
+    _assert_close(plain, padded, f"{columns} columns of padding")
+
+
+def assert_clip_laws(grads: Mapping[str, Tensor], max_norm: float) -> None:
+    """Clipped gradients are no longer than `max_norm`, point where they did, and clip to
+    themselves; those below the limit are the same bits."""
+    norm = float(global_norm(grads))
+    clipped, measured = clip_by_global_norm(grads, max_norm)
+    assert float(measured) == norm, "clipping reports another norm than it clips by"
+    after = float(global_norm(clipped))
+    assert after <= max_norm * (1 + 1e-6), f"norm {after} after clipping to {max_norm}"
+    if norm + 1e-6 < max_norm:
+        assert all(torch.equal(clipped[n], g) for n, g in grads.items()), "clipped below the limit"
+    factor = after / norm if norm else 1.0
+    for name, grad in grads.items():
+        slack = 1e-6 * factor * float(grad.abs().max()) + 1e-30 if grad.numel() else 0.0
+        assert torch.allclose(clipped[name], grad * factor, rtol=1e-5, atol=slack), (
+            f"{name} points elsewhere after clipping"
+        )
+    twice, _ = clip_by_global_norm(clipped, max_norm)
+    slack = 1e-5 + 2e-6 / max_norm  # torch's factor has an epsilon of 1e-6 beside the norm
+    for name, grad in clipped.items():
+        assert torch.allclose(twice[name], grad, rtol=slack, atol=0.0), f"{name} clipped twice"
+
+
+def assert_evaluation_invariant(
+    step: Step, state: TrainState, batch: Batch, parts: Sequence[int]
+) -> None:
+    """An evaluation is the same over any partition, in any order, and disturbs nothing."""
+    before, generators = fingerprint(state), _generators()
+    whole = evaluate(step, state, [batch])
+    for order in (1, -1):
+        cut = evaluate(step, state, list(_cut(batch, parts))[::order])
+        _assert_metrics_close(whole, cut, _tolerance(state), f"parts {list(parts)}")
+    assert fingerprint(state) == before, "the evaluation changed the state"
+    assert _generators() == generators, "the evaluation moved a global random generator"
+
+
+def assert_resumable(
+    step: Step, state: TrainState, source: Source, steps: int, directory: Path
+) -> None:
+    """A run saved and loaded at every split point ends with the bits of one left alone."""
+    states = [state]
+    states += [clone_state(now) for now, _ in train(step, state, source, steps=steps)]
+    for at, saved in enumerate(states[:-1]):
+        loaded = load(save(directory, saved), like=state)
+        assert_same(saved, loaded, f"saved and loaded at step {at}")
+        resumed = loaded
+        for now, _ in train(step, loaded, source, steps=steps):
+            resumed = now
+        assert_same(states[-1], resumed, f"resumed at step {at}")
+
+
+def assert_preference_laws(step: Step, state: TrainState, batch: Batch) -> None:
+    """At the reference the margin is 0; swapping the pair negates it; given log-probs are used.
+
+    `step` is a `dpo_step` whose reference is `state.params`, at β and a loss of its own.
+    """
+    assert isinstance(step.objective, PreferenceOptimization), "not a preference step"
+    measured = evaluate(step, state, [batch])
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        value = float(measured[f"eval_{name}"])
+        assert value == 0.0, f"{name} is {value} where the policy is the reference"
+    moved, _ = step(state, batch, donate=False)
+    moved, _ = step(moved, batch, donate=False)
+    swapped = {**batch, "chosen": batch["rejected"], "rejected": batch["chosen"]}
+    margin = float(evaluate(step, moved, [batch])["eval_rewards/margins"])
+    opposite = float(evaluate(step, moved, [swapped])["eval_rewards/margins"])
+    tolerance = 1e-5 + 1e-4 * abs(margin)
+    assert abs(margin + opposite) <= tolerance, f"margin {margin}, and {opposite} when swapped"
+
+
+def _digests(batch: Batch) -> dict[str, Any]:
+    return {
+        key: _digests(value) if isinstance(value, Mapping) else digest(value)
+        for key, value in batch.items()
+    }
+
+
+def _generators() -> tuple[bytes, object, str]:
+    inner: Any = np.random.get_state(legacy=False)["state"]
+    numpy_state = f"{inner['pos']} {inner['key'].tolist()}"
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numpy_state
+
+
+def _bits(metrics: Metrics) -> dict[str, str]:
+    return {name: digest(metrics[name]) for name in metrics}
+
+
+def _cut(batch: Batch, parts: Sequence[int]) -> Iterator[Batch]:
+    bounds = [0, *itertools.accumulate(parts)]
+    for start, stop in itertools.pairwise(bounds):
+        yield _rows(batch, start, stop)
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return {
+        key: _rows(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
+        for key, value in batch.items()
+    }
+
+
+def _padded(batch: Batch, columns: int) -> Batch:
+    if "input_ids" not in batch:
+        sides = {side: _padded(batch[side], columns) for side in ("chosen", "rejected")}
+        return {**batch, **sides}
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    fill = {"labels": IGNORE_INDEX}
+    masked = {**batch, "attention_mask": mask}
+    return {k: F.pad(t, (0, columns), value=fill.get(k, 0)) for k, t in masked.items()}
+
+
+def _tolerance(state: TrainState) -> float:
+    dtype = next(iter(state.params.values())).dtype
+    return TOLERANCE.get(dtype, 1e-2)
+
+
+def _assert_close(one: Gradients, other: Gradients, what: str) -> None:
+    tolerance = TOLERANCE.get(next(iter(one.grads.values())).dtype, 1e-2)
+    assert one.grads.keys() == other.grads.keys(), f"{what}: gradients of other parameters"
+    scale = float(global_norm(one.grads))
+    for name, grad in one.grads.items():
+        apart = float((grad - other.grads[name]).double().norm())
+        assert apart <= tolerance * max(scale, 1e-3), (
+            f"{what}: the gradient of {name} is {apart:.3g} off, at a global norm of {scale:.3g}"
+        )
+    _assert_metrics_close(one.metrics, other.metrics, tolerance, what)
+
+
+def _assert_metrics_close(one: Metrics, other: Metrics, tolerance: float, what: str) -> None:
+    assert set(one) == set(other), f"{what}: other metrics"
+    for name in one:
+        a, b = float(one[name]), float(other[name])
+        assert abs(a - b) <= 10 * tolerance * max(1.0, abs(a)), f"{what}: {name} {a} and {b}"
+
+
+def batches(
+    vocabulary: int, *, max_examples: int = 6, max_time: int = 10
+) -> SearchStrategy[dict[str, Tensor]]:
+    """A Hypothesis strategy: batches of sequences in which some labels are no target.
+
+    Every example has a target at least; `input_ids` and `labels`: int64 [batch, time].
+    """
+    from hypothesis import strategies as st
+
+    def build(seed: int, examples: int, time: int, ignored: float) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, vocabulary, (examples, time), generator=generator)
+        drop = torch.rand(ids.shape, generator=generator) < ignored
+        drop[:, -1] = False
+        return {"input_ids": ids, "labels": ids.masked_fill(drop, IGNORE_INDEX)}
+
+    return st.builds(
+        build,
+        st.integers(0, 2**32 - 1),
+        st.integers(1, max_examples),
+        st.integers(2, max_time),
+        st.floats(0, 0.9),
+    )
+
+
+def pairs(
+    vocabulary: int, *, max_examples: int = 4, max_time: int = 10
+) -> SearchStrategy[dict[str, dict[str, Tensor]]]:
+    """A Hypothesis strategy: preference batches, chosen and rejected of different lengths."""
+    from hypothesis import strategies as st
+
+    def build(chosen: dict[str, Tensor], cut: int, seed: int) -> dict[str, dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        examples, time = chosen["input_ids"].shape
+        shape = (examples, max(2, time - cut))
+        ids = torch.randint(0, vocabulary, shape, generator=generator)
+        return {"chosen": chosen, "rejected": {"input_ids": ids, "labels": ids.clone()}}
+
+    sequences = batches(vocabulary, max_examples=max_examples, max_time=max_time)
+    return st.builds(build, sequences, st.integers(0, 4), st.integers(0, 2**32 - 1))
+
+
+def partitions(total: int) -> SearchStrategy[list[int]]:
+    """A Hypothesis strategy: lists of positive integers that add up to `total`."""
+    from hypothesis import strategies as st
+
+    def cut(marks: set[int]) -> list[int]:
+        bounds = [0, *sorted(marks), total]
+        return [b - a for a, b in itertools.pairwise(bounds)]
+
+    inner = st.integers(1, total - 1) if total > 1 else st.nothing()
+    return st.sets(inner, max_size=total - 1).map(cut)

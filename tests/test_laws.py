@@ -1,0 +1,245 @@
+"""The laws of `functrain.testing`, applied to every model, stage and precision that should obey."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+import functrain as ft
+from functrain import testing
+from functrain.objectives.language import LanguageModeling
+
+EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
+STAGES = pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+
+
+def _step(architecture: Any, stage: str, params: Any, **options: Any) -> Any:
+    options = {"schedule": ft.schedules.cosine(1e-2, total=50, warmup=2), **options}
+    optimizer = options.pop("optimizer", ft.optim.adamw(weight_decay=0.1))
+    if stage == "dpo":
+        reference = ft.trees.clone(params)
+        return ft.dpo_step(architecture, optimizer, reference=reference, dropout=True, **options)
+    make = ft.pretrain_step if stage == "pretrain" else ft.sft_step
+    return make(architecture, optimizer, **options)
+
+
+def _batch(stage: str, seed: int = 0, examples: int = 4) -> dict[str, Any]:
+    return zoo.pairs(seed, examples) if stage == "dpo" else zoo.batch(seed, examples)
+
+
+def _started(name: str, stage: str, **options: Any) -> tuple[Any, Any]:
+    """A step and a state two steps on, so that no field is at its default."""
+    architecture, params, buffers = zoo.split(name)
+    step = _step(architecture, stage, params, max_grad_norm=0.5, **options)
+    state = step.init(params, buffers, seed=5)
+    for seed in (1, 2):
+        state, _ = step(state, _batch(stage, seed), donate=False)
+    return step, state
+
+
+@EVERY
+@STAGES
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16_params"])
+def test_a_step_is_pure(name: str, stage: str, precision: str) -> None:
+    step, state = _started(name, stage, precision=precision, microbatches=2)
+    testing.assert_pure(step, state, _batch(stage))
+
+
+@EVERY
+@STAGES
+def test_donation_equals_pure(name: str, stage: str) -> None:
+    step, state = _started(name, stage, precision="bf16", microbatches=2, ema_decay=0.9)
+    testing.assert_donation_equal(step, state, _batch(stage))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ft.optim.adam(amsgrad=True),
+        ft.optim.sgd(momentum=0.9),
+        ft.optim.adafactor(),
+        ft.optim.muon(),
+        ft.optim.from_torch(torch.optim.RAdam),
+    ],
+    ids=lambda o: o.kind,
+)
+def test_every_optimizer_obeys(optimizer: Any, tmp_path: Path) -> None:
+    step, state = _started("tied", "pretrain", optimizer=optimizer)
+    testing.assert_pure(step, state, zoo.batch())
+    testing.assert_donation_equal(step, state, zoo.batch())
+    testing.assert_resumable(step, state, zoo.Batches(), state.step + 3, tmp_path)
+
+
+def _in_eval_mode(name: str, seed_batch: Any, stage: str = "pretrain") -> tuple[Any, Any]:
+    """Float64, and eval mode: BatchNorm couples the examples of a batch, dropout draws."""
+    architecture, params, buffers = zoo.split(name, torch.float64)
+    if stage == "dpo":
+        step = ft.dpo_step(architecture, ft.optim.adamw(), reference=ft.trees.clone(params))
+    else:
+        step = ft.make_step(
+            LanguageModeling(mode="eval"), ft.optim.adamw(), architecture=architecture
+        )
+    state = step.init(params, buffers)
+    state, _ = step(state, seed_batch, donate=False)
+    return step, state
+
+
+@EVERY
+@given(data=st.data())
+def test_any_partition_gives_the_same_gradient(name: str, data: st.DataObject) -> None:
+    batch = data.draw(testing.batches(zoo.VOCABULARY))
+    parts = data.draw(testing.partitions(len(batch["input_ids"])))
+    step, state = _in_eval_mode(name, zoo.batch())
+    testing.assert_accumulation_invariant(step, state, batch, parts)
+
+
+@EVERY
+@given(data=st.data())
+def test_any_partition_of_pairs_gives_the_same_gradient(name: str, data: st.DataObject) -> None:
+    batch = data.draw(testing.pairs(zoo.VOCABULARY))
+    parts = data.draw(testing.partitions(len(batch["chosen"]["input_ids"])))
+    step, state = _in_eval_mode(name, zoo.pairs(), "dpo")
+    testing.assert_accumulation_invariant(step, state, batch, parts)
+
+
+@EVERY
+@given(data=st.data())
+def test_an_evaluation_is_the_same_over_any_partition(name: str, data: st.DataObject) -> None:
+    batch = data.draw(testing.batches(zoo.VOCABULARY))
+    parts = data.draw(testing.partitions(len(batch["input_ids"])))
+    step, state = _in_eval_mode(name, zoo.batch())
+    testing.assert_evaluation_invariant(step, state, batch, parts)
+
+
+@pytest.mark.parametrize("name", ["decoder", "tied"])
+@given(data=st.data())
+def test_padding_changes_nothing(name: str, data: st.DataObject) -> None:
+    batch = data.draw(testing.batches(zoo.VOCABULARY))
+    step, state = _in_eval_mode(name, zoo.batch())
+    testing.assert_padding_invariant(step, state, batch, data.draw(st.integers(1, 5)))
+
+
+@pytest.mark.parametrize("name", ["decoder", "tied"])
+@given(batch=testing.pairs(zoo.VOCABULARY), columns=st.integers(1, 5))
+def test_padding_pairs_changes_nothing(name: str, batch: Any, columns: int) -> None:
+    step, state = _in_eval_mode(name, zoo.pairs(), "dpo")
+    testing.assert_padding_invariant(step, state, batch, columns)
+
+
+@EVERY
+def test_a_token_weighs_the_same_wherever_it_stands(name: str) -> None:
+    """Micro-batches of 1 and of 13 targets: the mean over all 14, not the mean of two means."""
+    step, state = _in_eval_mode(name, zoo.batch())
+    short, long = zoo.batch(1, 1, 2, ignored=0), zoo.batch(2, 1, 14, ignored=0)
+    losses = [float(ft.evaluate(step, state, [each])["eval_loss"]) for each in (short, long)]
+    _, metrics = step(state, [short, long])
+    assert float(metrics["num_tokens"]) == 14
+    assert float(metrics["loss"]) == pytest.approx((losses[0] + 13 * losses[1]) / 14, rel=1e-12)
+    parts = [step.value_and_grad(state.params, state.buffers, each) for each in (short, long)]
+    both = step.value_and_grad(state.params, state.buffers, [short, long])
+    for name_, grad in both.grads.items():
+        expected = (parts[0].grads[name_] + 13 * parts[1].grads[name_]) / 14
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_micro_batches_of_different_lengths_equal_one_padded_batch() -> None:
+    step, state = _in_eval_mode("tied", zoo.batch())
+    ready = [zoo.batch(1, 2, 5), zoo.batch(2, 3, 9)]
+    padded = [testing._padded(ready[0], 4), testing._padded(ready[1], 0)]
+    whole = step.value_and_grad(state.params, state.buffers, zoo.concatenated(padded))
+    cut = step.value_and_grad(state.params, state.buffers, ready)
+    testing._assert_close(whole, cut, "lengths 5 and 9")
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.floats(1e-3, 1e3),
+    max_norm=st.floats(1e-3, 1e3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_clip_laws(seed: int, size: float, max_norm: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    grads = {
+        name: torch.randn(shape, generator=generator, dtype=dtype) * size
+        for name, shape in (("a", (3, 4)), ("b", (5,)), ("c", ()))
+    }
+    testing.assert_clip_laws(grads, max_norm)
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_resumed_anywhere_ends_with_the_same_bits(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    architecture, params, buffers = zoo.split(name)
+    step = _step(
+        architecture, "pretrain", params, precision=precision, max_grad_norm=0.5, ema_decay=0.9
+    )
+    state = step.init(params, buffers, seed=11)
+    testing.assert_resumable(step, state, zoo.Batches(length=12), 6, tmp_path)
+
+
+@EVERY
+@given(batch=testing.pairs(zoo.VOCABULARY))
+def test_preference_laws(name: str, batch: Any) -> None:
+    architecture, params, buffers = zoo.split(name)
+    step = ft.dpo_step(
+        architecture, ft.optim.adamw(1e-2), reference=ft.trees.clone(params), beta=0.3
+    )
+    testing.assert_preference_laws(step, step.init(params, buffers), batch)
+
+
+@EVERY
+def test_randomness_is_a_function_of_key_step_and_micro_batch(name: str) -> None:
+    step, state = _started(name, "pretrain")
+    other = attrs.evolve(state, key=state.key + 1)
+    later = attrs.evolve(state, step=state.step + 1)
+    losses = [float(step(s, zoo.batch())[1]["loss"]) for s in (state, other, later)]
+    draws = name == "normed"
+    assert (losses[0] != losses[1]) is draws
+    assert (losses[0] != losses[2]) is draws
+
+
+def test_a_broken_law_is_noticed() -> None:
+    """The laws can fail: a step that writes to its state, and one that moves a generator."""
+    step, state = _started("tied", "pretrain")
+
+    class Writes:
+        architecture = step.architecture
+
+        def __call__(self, state: Any, batch: Any, *, donate: bool = False) -> Any:
+            del donate
+            state.params["mix.bias"].add_(1)
+            return step(state, batch)
+
+    class Draws:
+        architecture = step.architecture
+
+        def __call__(self, state: Any, batch: Any, *, donate: bool = False) -> Any:
+            del donate
+            torch.rand(1)
+            return step(state, batch)
+
+    with pytest.raises(AssertionError, match="changed the state"):
+        testing.assert_pure(Writes(), ft.clone(state), zoo.batch())  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="random generator"):
+        testing.assert_pure(Draws(), state, zoo.batch())  # type: ignore[arg-type]
+    normed, trained = _started("normed", "pretrain")
+    with pytest.raises(AssertionError):
+        testing.assert_accumulation_invariant(normed, trained, zoo.batch(), [1, 3])
+
+
+def test_a_deep_copy_of_the_batch_is_the_same_batch() -> None:
+    step, state = _started("normed", "dpo")
+    batch = zoo.pairs()
+    one, _ = step(state, batch)
+    other, _ = step(state, copy.deepcopy(batch))
+    testing.assert_same(one, other, "a copied batch")
