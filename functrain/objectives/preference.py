@@ -14,13 +14,14 @@ from functrain import metrics as m
 from functrain.architecture import Mode
 from functrain.errors import BatchError, ConfigError, did_you_mean
 from functrain.metrics import Metrics
+from functrain.objectives.base import logits_of
 from functrain.objectives.batches import (
     IGNORE_INDEX,
     Batch,
     check_sequences,
     examples_in,
 )
-from functrain.objectives.logprobs import sequence_logps
+from functrain.objectives.logprobs import completion_logps, token_metrics
 from functrain.objectives.reference import reference_logps
 from functrain.trees import Tensors, tensors
 
@@ -156,15 +157,19 @@ class PreferenceOptimization:
         """Nothing more to check: a pair without completion tokens has been refused."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The summed loss with the metrics that DPO dashboards know."""
-        logps = self.log_probs(model, batch)
-        total = LOSSES[self.loss](logps, self.beta, self.label_smoothing).sum()
-        return total, self._metrics(total, logps, self.weight(batch))
+        """The summed loss with the metrics that DPO dashboards know.
 
-    def log_probs(self, model: nn.Module, batch: Batch) -> PairLogps:
-        """Policy and reference log-probs, each in one forward over chosen and rejected."""
+        Policy and reference take one forward each, over chosen and rejected together.
+        """
         joined = concatenated(batch["chosen"], batch["rejected"])
-        sums, lengths = sequence_logps(model, joined)
+        logits = logits_of(model, joined)
+        logps = self._logps(model, batch, joined, logits)
+        total = LOSSES[self.loss](logps, self.beta, self.label_smoothing).sum()
+        measured = self._pair_metrics(total, logps, self.weight(batch))
+        return total, measured | token_metrics(logits, joined["labels"])
+
+    def _logps(self, model: nn.Module, batch: Batch, joined: Batch, logits: Tensor) -> PairLogps:
+        sums, lengths = completion_logps(logits, joined["labels"])
         if "reference_logps" in batch:
             given = batch["reference_logps"]
             reference = torch.cat([given["chosen"], given["rejected"]]).to(sums.dtype)
@@ -183,10 +188,9 @@ class PreferenceOptimization:
             rejected_length=rejected_length,
         )
 
-    def _metrics(self, total: Tensor, logps: PairLogps, pairs: Tensor) -> Metrics:
+    def _pair_metrics(self, total: Tensor, logps: PairLogps, pairs: Tensor) -> Metrics:
         chosen = self.beta * logps.delta_chosen.detach()
         rejected = self.beta * logps.delta_rejected.detach()
-        tokens = (logps.chosen_length + logps.rejected_length).sum()
         sums = {
             "loss": total,
             "rewards/chosen": chosen.sum(),
@@ -196,8 +200,7 @@ class PreferenceOptimization:
             "logps/chosen": logps.chosen.sum(),
             "logps/rejected": logps.rejected.sum(),
         }
-        means = {name: m.mean(value, pairs) for name, value in sums.items()}
-        return Metrics({**means, "num_tokens": m.total(tokens)})
+        return Metrics({name: m.mean(value, pairs) for name, value in sums.items()})
 
     def kept(self) -> Mapping[str, Tensor] | None:
         """The reference."""
