@@ -90,25 +90,21 @@ def _raise_consumed(step: int) -> NoReturn:
 def consume(state: TrainState, successor: TrainState) -> None:
     """Tombstone a donated state: each later access raises `ConsumedStateError`.
 
-    Mappings that live on in `successor` are left alone.
+    So do its params and its optimizer's slots, whose memory is what a donated step reuses;
+    mappings that live on in `successor` (a skipped step's) are left alone.
     """
     by = f"the step that made step {state.step + 1}"
-    kept = {id(items) for _, items in _mappings(successor)}
-    for _, items in _mappings(state):
+    kept = {id(items) for _, items in _donated(successor)}
+    for _, items in _donated(state):
         if id(items) not in kept:
             items.consume(by)
     object.__setattr__(state, "__class__", _ConsumedState)
 
 
-def _mappings(state: TrainState) -> Iterator[tuple[str, Tensors]]:
+def _donated(state: TrainState) -> Iterator[tuple[str, Tensors]]:
     yield "params", state.params
-    yield "buffers", state.buffers
     for slot, items in state.optimizer.slots.items():
         yield f"optimizer/{slot}", items
-    if state.average is not None:
-        yield "average", state.average
-    if state.reference is not None:
-        yield "reference", state.reference
 
 
 def refuse_aliases(state: TrainState, *others: Mapping[str, Tensor] | None) -> None:
@@ -121,7 +117,7 @@ def refuse_aliases(state: TrainState, *others: Mapping[str, Tensor] | None) -> N
     if not kept:
         return
     read = {address: name for items in kept for address, name in storages(items).items()}
-    for owner, items in (("params", state.params), *_slot_items(state)):
+    for owner, items in _donated(state):
         for address, name in storages(items).items():
             if address in read and address:
                 raise AliasError(
@@ -129,11 +125,6 @@ def refuse_aliases(state: TrainState, *others: Mapping[str, Tensor] | None) -> N
                     "average, which a donated step would overwrite; give the state params of its "
                     "own: step.init(functrain.trees.clone(params), buffers)"
                 )
-
-
-def _slot_items(state: TrainState) -> Iterator[tuple[str, Tensors]]:
-    for slot, items in state.optimizer.slots.items():
-        yield f"optimizer/{slot}", items
 
 
 def checked_key(seed: int) -> int:

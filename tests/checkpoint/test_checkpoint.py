@@ -1,0 +1,308 @@
+"""Checkpoints: what is saved is what is loaded, and what was altered is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import safetensors.torch
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+import functrain as ft
+from functrain import checkpoint
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": ft.optim.adamw(1e-2),
+    "amsgrad": ft.optim.adam(amsgrad=True),
+    "sgd": ft.optim.sgd(momentum=0.9),
+    "adafactor": ft.optim.adafactor(),
+    "muon": ft.optim.muon(),
+}
+
+
+def _trained(name: str = "tied", steps: int = 2, **options: Any) -> tuple[Any, Any, Any]:
+    """A step, its first state and a later one."""
+    architecture, params, buffers = zoo.split(name)
+    step = ft.pretrain_step(architecture, options.pop("optimizer", ft.optim.adamw(1e-2)), **options)
+    first = step.init(params, buffers, seed=2**62 + 1)
+    state = first
+    for count in range(steps):
+        state, _ = step(state, zoo.batch(count))
+    return step, first, state
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_loaded_state_is_the_saved_one(
+    name: str, optimizer: str, steps: int, tmp_path: Path
+) -> None:
+    _, first, state = _trained(
+        name, steps, optimizer=OPTIMIZERS[optimizer], precision="fp16", ema_decay=0.9
+    )
+    assert ft.save(tmp_path, state) == tmp_path / f"step-{steps:012d}"
+    for like in (first, state):
+        loaded = ft.load(tmp_path, like=like)
+        assert ft.fingerprints(loaded) == ft.fingerprints(state)
+        assert list(loaded.params) == list(state.params)
+
+
+@given(
+    numbers=st.fixed_dictionaries(
+        {"key": st.integers(0, 2**63 - 1), "step": st.integers(0, 10**12 - 1)}
+    ),
+    samples=st.integers(0, 2**62),
+    tokens=st.integers(0, 2**62),
+    loader=st.none() | st.text(st.characters(exclude_categories=["Cs"])),
+    best=st.floats(),
+    rate=st.floats(0, 1),
+)
+def test_every_number_comes_back(
+    numbers: Any,
+    samples: int,
+    tokens: int,
+    loader: str | None,
+    best: float,
+    rate: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    schedule = ft.schedules.reduce_on_plateau(1e-2)
+    _, first, state = _trained(schedule=schedule, steps=0)
+    plateau = attrs.evolve(state.scheduler.plateau, best=best, learning_rate=rate, bad=3)
+    state = attrs.evolve(
+        state,
+        **numbers,
+        cursor=ft.Cursor(samples=samples, tokens=tokens, loader=loader),
+        scheduler=attrs.evolve(state.scheduler, plateau=plateau),
+    )
+    directory = tmp_path_factory.mktemp("run")
+    ft.save(directory, state)
+    assert ft.fingerprints(ft.load(directory, like=first)) == ft.fingerprints(state)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+def test_every_dtype_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    architecture, params, buffers = zoo.split("tied", dtype)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    ft.save(tmp_path, state)
+    assert ft.fingerprints(ft.load(tmp_path, like=state)) == ft.fingerprints(state)
+
+
+def test_views_of_one_storage_are_saved_and_loaded(tmp_path: Path) -> None:
+    step, first, _ = _trained()
+    flat = torch.randn(sum(p.numel() for p in first.params.values()))
+    views, at = {}, 0
+    for name, param in first.params.items():
+        views[name] = flat[at : at + param.numel()].view(param.shape)
+        at += param.numel()
+    state = step.init(views, first.buffers)
+    ft.save(tmp_path, state)
+    assert ft.fingerprints(ft.load(tmp_path, like=state)) == ft.fingerprints(state)
+
+
+def test_the_model_file_holds_the_modules_own_names(tmp_path: Path) -> None:
+    _, _, state = _trained()
+    path = ft.save(tmp_path, state)
+    model = safetensors.torch.load_file(path / "model.safetensors")
+    assert sorted(model) == list(state.params)
+    other = zoo.model("tied")
+    other.load_state_dict(model, strict=False)
+    assert torch.equal(other.get_parameter("mix.bias"), state.params["mix.bias"])
+
+
+def test_params_and_buffers_load_whatever_the_optimizer_was(tmp_path: Path) -> None:
+    _, first, state = _trained("normed", optimizer=ft.optim.sgd())
+    ft.save(tmp_path, state)
+    params, buffers = checkpoint.load_model(tmp_path, first.params, first.buffers)
+    assert all(torch.equal(params[n], t) for n, t in state.params.items())
+    assert all(torch.equal(buffers[n], t) for n, t in state.buffers.items())
+    _, other, _ = _trained("tied")
+    with pytest.raises(ft.CheckpointError, match="another architecture"):
+        checkpoint.load_model(tmp_path, other.params, other.buffers)
+
+
+def test_saving_a_step_again_is_fine_where_it_is_the_same(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    assert ft.save(tmp_path, state) == ft.save(tmp_path, state)
+    other = attrs.evolve(state, key=5)
+    with pytest.raises(ft.CheckpointError, match="holds another state"):
+        ft.save(tmp_path, other)
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+
+
+def test_a_killed_save_is_no_checkpoint_and_is_swept_away(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    torn = tmp_path / ".tmp-step-000000000009"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    assert ft.latest(tmp_path) is None
+    with pytest.raises(ft.CheckpointError, match="holds no checkpoint"):
+        ft.load(tmp_path, like=first)
+    ft.save(tmp_path, state)
+    assert not torn.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "step-000000000002"]
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    _, _, state = _trained()
+    for count in (3, 1, 20, 4):
+        ft.save(tmp_path, attrs.evolve(state, step=count))
+    checkpoint.prune(tmp_path, 2)
+    assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step-*"))] == [4, 20]
+    assert ft.latest(tmp_path) == tmp_path / "step-000000000020"
+    with pytest.raises(ft.CheckpointError, match="keep: 0"):
+        checkpoint.prune(tmp_path, 0)
+
+
+def test_two_runs_in_one_directory_do_not_save_at_once(tmp_path: Path) -> None:
+    import fcntl
+
+    _, _, state = _trained()
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ft.CheckpointError, match="another process is saving here"):
+            ft.save(tmp_path, state)
+    ft.save(tmp_path, state)
+
+
+FILES = [
+    "model.safetensors",
+    "buffers.safetensors",
+    "optimizer.safetensors",
+    "extra.safetensors",
+    "state.json",
+    "manifest.json",
+]
+
+
+@pytest.mark.parametrize("file", FILES)
+@given(data=st.data())
+def test_an_altered_file_is_refused(
+    file: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    _, first, state = _trained()
+    path = ft.save(tmp_path_factory.mktemp("run"), state)
+    original = (path / file).read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(original) - 1))
+    flipped = bytearray(original)
+    flipped[bit // 8] ^= 1 << bit % 8
+    cut = original[: data.draw(st.integers(0, len(original) - 1))]
+    for altered in (bytes(flipped), cut):
+        (path / file).write_bytes(altered)
+        with pytest.raises(ft.CheckpointError, match=str(path)):
+            ft.load(path, like=first)
+    (path / file).write_bytes(original)
+    assert ft.fingerprint(ft.load(path, like=first)) == ft.fingerprint(state)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_named(file: str, tmp_path: Path) -> None:
+    _, first, state = _trained()
+    path = ft.save(tmp_path, state)
+    (path / file).unlink()
+    with pytest.raises(ft.CheckpointError, match=rf"{file}: cannot be read .*incomplete"):
+        ft.load(path, like=first)
+    (path / file).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ft.CheckpointError, match=file):
+        ft.load(path, like=first)
+    (path / file).unlink()
+    os.mkfifo(path / file)
+    with pytest.raises(ft.CheckpointError, match=rf"{file}: not a regular file"):
+        ft.load(path, like=first)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    _, first, _ = _trained()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("nowhere", "does not exist"),
+        ("file", "is a file"),
+        ("empty", "holds no checkpoint"),
+    ):
+        with pytest.raises(ft.CheckpointError, match=message):
+            ft.load(tmp_path / name, like=first)
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
+    _, _, state = _trained(precision="fp16", ema_decay=0.5)
+    ft.save(tmp_path, state)
+    likes = {
+        "another architecture": _trained("normed", precision="fp16", ema_decay=0.5),
+        "optimizer 'adamw', and `like` has 'SGD'": _trained(optimizer=ft.optim.sgd()),
+        "another precision": _trained(ema_decay=0.5),
+        "another ema_decay": _trained(precision="fp16"),
+        "another schedule": _trained(
+            precision="fp16", ema_decay=0.5, schedule=ft.schedules.reduce_on_plateau(1e-2)
+        ),
+    }
+    for message, (_, like, _) in likes.items():
+        with pytest.raises(ft.CheckpointError, match=message):
+            ft.load(tmp_path, like=like)
+
+
+def test_another_shape_is_named(tmp_path: Path) -> None:
+    _, _, state = _trained()
+    ft.save(tmp_path, state)
+    architecture, params, buffers = ft.split(zoo.Tied(width=8))
+    like = ft.pretrain_step(architecture, ft.optim.adamw()).init(params, buffers)
+    message = r"params/embedding.weight is float32\[31, 16\], expected float32\[31, 8\]"
+    with pytest.raises(ft.CheckpointError, match=message):
+        ft.load(tmp_path, like=like)
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    path = ft.save(tmp_path, state)
+    path.rename(tmp_path / "step-000000000077")
+    with pytest.raises(ft.CheckpointError, match="holds step 2, and its name says 77"):
+        ft.load(tmp_path, like=first)
+    (tmp_path / "step-000000000077").rename(tmp_path / "best")
+    assert ft.fingerprint(ft.load(tmp_path / "best", like=first)) == ft.fingerprint(state)
+
+
+def test_the_newest_being_invalid_is_an_error_and_no_older_one_is_taken(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    ft.save(tmp_path, first)
+    path = ft.save(tmp_path, state)
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ft.CheckpointError, match="step-000000000002"):
+        ft.load(tmp_path, like=first)
+    assert ft.load(tmp_path / "step-000000000000", like=first).step == 0
+
+
+def test_a_disk_error_is_loud_and_leaves_the_old(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    ft.save(tmp_path, first)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ft.CheckpointError, match="could not be saved"):
+        ft.save(tmp_path / "file" / "run", state)
+    assert ft.load(tmp_path, like=state).step == 0
+
+
+def test_inspection_is_plain_data(tmp_path: Path) -> None:
+    _, _, state = _trained()
+    ft.save(tmp_path, state)
+    seen = json.loads(json.dumps(checkpoint.inspect(tmp_path)))
+    assert seen["leaves"]["step"] == 2
+    tensors = seen["files"]["model.safetensors"]["tensors"]
+    assert tensors["embedding.weight"] == {"dtype": "F32", "shape": [31, 16]}
+    assert set(seen["files"]) == set(FILES) - {"manifest.json"}
+
+
+def test_loading_keeps_no_file_open_and_no_map(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    path = ft.save(tmp_path, state)
+    loaded = ft.load(path, like=first)
+    (path / "model.safetensors").write_bytes(b"\0" * 10_000)
+    assert ft.fingerprint(loaded) == ft.fingerprint(state)

@@ -1,0 +1,137 @@
+"""`train`: a generator over (state, metrics); evaluation and saving are arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import zoo
+
+import functrain as ft
+
+
+def _run(**options: Any) -> tuple[Any, Any]:
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), **options)
+    return step, step.init(params, buffers, seed=1)
+
+
+def test_the_loop_is_the_loop_that_one_would_write() -> None:
+    step, state = _run()
+    source, by_hand = zoo.Batches(), state
+    tokens = 0
+    for count in range(5):
+        batch = source.at(count * 4, 4)
+        by_hand, metrics = step(by_hand, batch)
+        tokens += int(metrics["num_tokens"])
+        cursor = ft.Cursor(samples=(count + 1) * 4, tokens=tokens)
+        by_hand = attrs.evolve(by_hand, cursor=cursor)
+    *_, (last, _) = ft.train(step, state, source, steps=5)
+    assert ft.fingerprint(last) == ft.fingerprint(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"), [({"steps": 7}, 7), ({"epochs": 1}, 10), ({"epochs": 0.5}, 5)]
+)
+def test_totals_count_from_the_beginning_of_the_stage(total: Any, expected: int) -> None:
+    step, state = _run()
+    states = [now for now, _ in ft.train(step, state, zoo.Batches(), **total)]
+    assert [now.step for now in states] == list(range(1, expected + 1))
+    assert list(ft.train(step, states[-1], zoo.Batches(), **total)) == []
+    rest = [now for now, _ in ft.train(step, states[1], zoo.Batches(), **total)]
+    assert ft.fingerprint(rest[-1]) == ft.fingerprint(states[-1])
+
+
+def test_tokens_are_targets_trained_on() -> None:
+    step, state = _run()
+    seen = 0.0
+    for now, metrics in ft.train(step, state, zoo.Batches(), tokens=100):
+        assert seen < 100
+        seen += float(metrics["num_tokens"])
+        assert now.cursor.tokens == seen
+    assert seen >= 100
+
+
+def test_the_body_can_stop_branch_and_replace_the_state() -> None:
+    step, state = _run()
+    run = ft.train(step, state, zoo.Batches(), steps=4)
+    first, _ = next(run)
+    second, _ = next(run)
+    assert second.step == 2
+    echoed, _ = run.send(first)  # back to the first state: the run goes on from there
+    assert echoed is first
+    again, _ = next(run)
+    assert ft.fingerprint(again) == ft.fingerprint(second)
+    run.close()
+
+
+def test_evaluations_are_in_the_metrics_and_change_no_bit() -> None:
+    step, state = _run()
+    held_out = [zoo.batch(100), zoo.batch(101)]
+    plain = list(ft.train(step, state, zoo.Batches(), steps=5))
+    measured = list(
+        ft.train(step, state, zoo.Batches(), steps=5, evaluation=held_out, evaluate_every=2)
+    )
+    assert [("eval_loss" in metrics) for _, metrics in measured] == [False, True, False, True, True]
+    assert ft.fingerprint(plain[-1][0]) == ft.fingerprint(measured[-1][0])
+    final, metrics = measured[-1]
+    assert metrics["eval_loss"] == ft.evaluate(step, final, held_out)["eval_loss"]
+
+
+def test_a_plateau_schedule_sees_the_evaluations() -> None:
+    schedule = ft.schedules.reduce_on_plateau(1e-2, patience=0, threshold=1e9, threshold_mode="abs")
+    step, state = _run(schedule=schedule)
+    rates = [
+        float(metrics["learning_rate"])
+        for _, metrics in ft.train(
+            step, state, zoo.Batches(), steps=4, evaluation=[zoo.batch(100)], evaluate_every=1
+        )
+    ]
+    # The first value is an improvement on infinity; no later one improves by 1e9.
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4])
+
+
+def test_states_are_saved_before_they_are_yielded(tmp_path: Path) -> None:
+    step, state = _run()
+    run = ft.train(step, state, zoo.Batches(), steps=5, directory=tmp_path, save_every=2, keep=2)
+    for now, _ in run:
+        if now.step in (2, 4, 5):
+            assert ft.latest(tmp_path) == tmp_path / f"step-{now.step:012d}"
+            assert ft.fingerprint(ft.load(tmp_path, like=state)) == ft.fingerprint(now)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [
+        "step-000000000004",
+        "step-000000000005",
+    ]
+
+
+def test_a_donating_run_equals_a_pure_one(tmp_path: Path) -> None:
+    step, state = _run()
+    donating = attrs.evolve(step, donate=True)
+    options: dict[str, Any] = {"steps": 4, "directory": tmp_path, "save_every": 2}
+    *_, (pure, _) = ft.train(step, state, zoo.Batches(), steps=4)
+    start = ft.clone(state)
+    *_, (donated, _) = ft.train(donating, start, zoo.Batches(), **options)
+    assert ft.fingerprint(pure) == ft.fingerprint(donated)
+    with pytest.raises(ft.ConsumedStateError):
+        _ = start.params
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({}, "give an end: steps"),
+    ({"steps": 0}, "steps: 0, expected an integer of at least 1"),
+    ({"steps": 2.5}, "steps: 2.5"),
+    ({"steps": 1, "batch_size": 0}, "batch_size: 0"),
+    ({"steps": 1, "evaluate_every": 2}, "nothing to evaluate"),
+    ({"steps": 1, "save_every": 2}, "nowhere to save"),
+    ({"steps": 1, "evaluation": []}, "evaluation: no batches"),
+    ({"steps": 1, "evaluation": zoo.batch()}, r"evaluation: one batch; .*\[batch\]"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_arguments_are_answered_at_the_call(options: Any, message: str) -> None:
+    step, state = _run()
+    with pytest.raises(ft.ConfigError, match=message):
+        ft.train(step, state, zoo.Batches(), **options)
