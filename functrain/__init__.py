@@ -12,7 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from functrain import data, models, precision, schedules, testing, trees
+    from functrain import (
+        checkpoint,
+        data,
+        models,
+        objectives,
+        precision,
+        schedules,
+        testing,
+        trees,
+    )
     from functrain import optimizers as optim
     from functrain.architecture import bound, split
     from functrain.checkpoint import latest, load, save
@@ -44,8 +53,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "checkpoint": "functrain.checkpoint",
     "data": "functrain.data",
     "models": "functrain.models",
+    "objectives": "functrain.objectives",
     "optim": "functrain.optimizers",
     "precision": "functrain.precision",
     "schedules": "functrain.schedules",
@@ -106,6 +117,7 @@ __all__ = [
     "accumulate",
     "adaptive_clip",
     "bound",
+    "checkpoint",
     "clip_by_global_norm",
     "clip_by_value",
     "clone",
@@ -119,6 +131,7 @@ __all__ = [
     "load",
     "make_step",
     "models",
+    "objectives",
     "optim",
     "precision",
     "pretrain_step",
