@@ -1,0 +1,78 @@
+"""Sources: data as a function of position, the same whoever asks and however often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import attrs
+
+from functrain import keys
+from functrain.data.order import permuted
+from functrain.errors import DataError
+
+Batch = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """What `functrain.train` reads: `at(position, n)` is a pure function."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch unless the caller says otherwise."""
+        ...
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        ...
+
+    def at(self, position: int, n: int) -> Batch:
+        """Samples `position` to `position + n − 1`, counted over epochs without end."""
+        ...
+
+
+def _positive(_: object, field: attrs.Attribute[int], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DataError(f"{field.name}: {value!r}, expected an integer of at least 1")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class MapSource:
+    """A source over samples that have an index: subclasses give `__len__` and `collate`.
+
+    Each epoch has an order of its own, a function of (`seed`, epoch); `shuffle=False` keeps the
+    given one. The position runs on over the end of an epoch, so no sample is lost there.
+    """
+
+    batch_size: int = attrs.field(validator=_positive)
+    seed: int = 0
+    shuffle: bool = True
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        raise NotImplementedError
+
+    def collate(self, indices: list[int]) -> Batch:
+        """The batch of these samples."""
+        raise NotImplementedError
+
+    def index(self, position: int) -> int:
+        """The sample at a position."""
+        epoch, offset = divmod(position, len(self))
+        if not self.shuffle:
+            return offset
+        return permuted(offset, len(self), keys.derive(self.seed, "epoch", epoch))
+
+    def at(self, position: int, n: int) -> Batch:
+        """The batch of `n` samples from `position` on; see `Source`."""
+        if position < 0 or n < 1:
+            raise DataError(f"at({position}, {n}): expected a position >= 0 and n >= 1")
+        return self.collate([self.index(p) for p in range(position, position + n)])
+
+
+def all_batches(source: MapSource, batch_size: int | None = None) -> list[Batch]:
+    """The whole source once, in the given order; the last batch may be shorter. For evaluation."""
+    size = source.batch_size if batch_size is None else batch_size
+    ordered = attrs.evolve(source, shuffle=False)
+    total = len(source)
+    return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]

@@ -1,0 +1,107 @@
+"""Running text for pretraining: documents, or files of token ids, cut into rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from functrain.data.source import Batch, MapSource
+from functrain.data.tokenizers import Tokenizer
+from functrain.errors import DataError
+
+IGNORE_INDEX = -100
+Ids = npt.NDArray[Any]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class TextRows(MapSource):
+    """One stream of tokens in rows of `time`.
+
+    Rows overlap by one token, so that every token but the first is predicted exactly once; the
+    last row is filled up with what is no target. `input_ids`, `labels`: int64 [n, time].
+    """
+
+    ids: Ids = attrs.field(repr=False)
+    time: int
+
+    def __attrs_post_init__(self) -> None:
+        if self.time < 2:
+            raise DataError(f"time: {self.time}, expected at least 2 (a token and its target)")
+        if len(self.ids) < 2:
+            raise DataError(f"tokens: {len(self.ids)} in all, expected at least 2")
+
+    def __len__(self) -> int:
+        """Rows in the stream."""
+        return -(-(len(self.ids) - 1) // (self.time - 1))
+
+    def collate(self, indices: list[int]) -> Batch:
+        """The rows of these indices."""
+        ids = torch.zeros(len(indices), self.time, dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        for row, index in enumerate(indices):
+            begin = index * (self.time - 1)
+            piece = torch.from_numpy(self.ids[begin : begin + self.time].astype(np.int64))
+            ids[row, : len(piece)] = piece
+            labels[row, : len(piece)] = piece
+        return {"input_ids": ids, "labels": labels}
+
+
+def text(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    time: int,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> TextRows:
+    """Documents as one stream, each closed by the tokenizer's `end`, in rows of `time` tokens."""
+    if isinstance(documents, str):
+        raise DataError("documents: one string; expected several: [text]")
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer.encode(document)
+        stream.append(tokenizer.end)
+    ids = np.array(stream, dtype=np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
+    return TextRows(ids=ids, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def tokens(
+    ids: str | os.PathLike[str] | Ids,
+    *,
+    time: int,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    dtype: str = "uint16",
+) -> TextRows:
+    """A file of token ids (raw `dtype`, or .npy), memory-mapped, or an array of them."""
+    array = ids if isinstance(ids, np.ndarray) else _mapped(Path(ids), dtype)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"tokens: {array.dtype}{list(array.shape)}, expected integers [tokens]")
+    return TextRows(ids=array, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def _mapped(path: Path, dtype: str) -> Ids:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected token ids as raw {dtype}, or .npy")
+    try:
+        if path.suffix == ".npy":
+            array: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
+            return array
+        size = np.dtype(dtype).itemsize
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: {error}") from error
+    if not path.stat().st_size or path.stat().st_size % size:
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes are no whole number of {dtype} ids; was it "
+            "written with another dtype?"
+        )
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -1,0 +1,67 @@
+"""Tokenizers: what `encode` and `decode` must do, and one that needs no training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import attrs
+import orjson
+
+from functrain.errors import DataError
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; `vocabulary` ids in all, `end` closes a document."""
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """The id that ends a document or a completion."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without `end`."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids."""
+        ...
+
+
+@attrs.frozen
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, and 256 for the end of a document."""
+
+    vocabulary: int = attrs.field(default=257, init=False)
+    end: int = attrs.field(default=256, init=False)
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes; `decode(encode(text)) == text` for any text without lone surrogates."""
+        try:
+            return list(text.encode())
+        except UnicodeEncodeError as error:
+            raise DataError(f"text: not encodable as UTF-8 ({error.reason})") from error
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; ends are left out, and a torn character becomes U+FFFD."""
+        return bytes(i for i in ids if i < self.end).decode(errors="replace")
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return orjson.dumps({"type": "bytes"}).decode()
+
+
+def from_json(text: str) -> ByteTokenizer:
+    """The tokenizer that `to_json` wrote."""
+    try:
+        kind = orjson.loads(text)["type"]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"tokenizer: not a tokenizer of functrain's ({error})") from error
+    if kind != "bytes":
+        raise DataError(f"tokenizer: type {kind!r} is unknown; known: 'bytes'")
+    return ByteTokenizer()
