@@ -23,25 +23,37 @@ Schedule = Callable[[int], float]
 Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _not_negative(record: object, field: attrs.Attribute[Any], value: float) -> None:
-    if isinstance(value, bool) or not 0 <= value < math.inf:
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise ConfigError(
             f"{_name(record)}.{field.name}: {value!r}, expected a finite number of at least 0"
         )
 
 
 def _positive(record: object, field: attrs.Attribute[Any], value: float) -> None:
-    if isinstance(value, bool) or not 0 < value < math.inf:
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ConfigError(
             f"{_name(record)}.{field.name}: {value!r}, expected a positive finite number"
         )
 
 
-def _count(record: object, field: attrs.Attribute[Any], value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(
-            f"{_name(record)}.{field.name}: {value!r}, expected an integer of at least 0 (updates)"
-        )
+def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], int], None]:
+    def check(record: object, field: attrs.Attribute[Any], value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(
+                f"{_name(record)}.{field.name}: {value!r}, expected an integer of at least {least} "
+                "(updates)"
+            )
+
+    return check
+
+
+_count = _at_least(0)
+_positive_count = _at_least(1)
 
 
 def _one_of(*known: str) -> Callable[[object, attrs.Attribute[Any], str], None]:
@@ -246,7 +258,7 @@ class WarmupStableDecay(Constant):
 class StepDecay(Constant):
     """Times `gamma` every `every` updates; torch's `StepLR`."""
 
-    every: int = attrs.field(validator=_positive, kw_only=True)
+    every: int = attrs.field(validator=_positive_count, kw_only=True)
     gamma: float = attrs.field(default=0.1, validator=_positive, kw_only=True)
 
     def factor(self, count: int) -> float:
@@ -262,7 +274,8 @@ class MultiStep(Constant):
     gamma: float = attrs.field(default=0.1, validator=_positive, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        if list(self.milestones) != sorted(self.milestones):
+        rising = list(self.milestones) == sorted(self.milestones)
+        if not rising or not all(type(m) is int and m >= 0 for m in self.milestones):
             raise ConfigError(
                 f"multistep.milestones: {list(self.milestones)}, expected rising counts"
             )
@@ -291,7 +304,7 @@ class OneCycle(Constant):
     torch's raises.
     """
 
-    total: int = attrs.field(validator=_positive, kw_only=True)
+    total: int = attrs.field(validator=_positive_count, kw_only=True)
     pct_start: float = attrs.field(default=0.3, kw_only=True)
     anneal: Literal["cos", "linear"] = attrs.field(
         default="cos", validator=_one_of("cos", "linear"), kw_only=True
@@ -303,14 +316,20 @@ class OneCycle(Constant):
         if not 0 < self.pct_start < 1:
             raise ConfigError(f"one_cycle.pct_start: {self.pct_start}, expected (0, 1)")
 
-    def factor(self, count: int) -> float:
-        """Two anneals: initial to 1, 1 to the minimum."""
-        initial = 1 / self.div_factor
+    def __call__(self, count: int) -> float:
+        """Two anneals: from the initial learning rate to the peak, and on to the least one."""
+        # In learning rates and not in fractions of the peak: near the end of a linear anneal what
+        # is left is a difference of nearly equal numbers, and torch's bits are those of the rates.
+        initial = self.peak / self.div_factor
         turn, last = self.pct_start * self.total - 1, self.total - 1
         if count <= turn:
-            return self._between(initial, 1.0, count / turn)
-        done = min(1.0, (count - turn) / (last - turn)) if last > turn else 1.0
-        return self._between(1.0, initial / self.final_div_factor, done)
+            return self._between(initial, self.peak, count / turn if turn else 1.0)
+        done = min(1.0, (count - turn) / (last - turn))
+        return self._between(self.peak, initial / self.final_div_factor, done)
+
+    def factor(self, count: int) -> float:
+        """The learning rate as a fraction of the peak."""
+        return self(count) / self.peak if self.peak else 0.0
 
     def _between(self, start: float, end: float, done: float) -> float:
         if self.anneal == "linear":
@@ -444,8 +463,13 @@ def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:
     """
     if count.device.type == "cpu":
         return torch.tensor(schedule(int(count)), dtype=torch.float64)
+    return _looked_up(schedule, count, bound)
+
+
+def _looked_up(schedule: Schedule, count: Tensor, bound: int) -> Tensor:
     size = max(1024, 1 << (bound + 1).bit_length())
-    return _table(schedule, size, str(count.device))[count]
+    # Not `table[count]`: indexing with a 0-d integer tensor reads it back on the host.
+    return torch.take(_table(schedule, size, str(count.device)), count)
 
 
 @functools.lru_cache(maxsize=16)
