@@ -95,9 +95,9 @@ class ValueAndGrad:
                 total.add()
                 metrics = metrics.merge(measured)
             after = bound_buffers(self.places)
-        return Gradients(
-            grads=total.grads(), buffers=_changed(buffers, bound_values, after), metrics=metrics
-        )
+        # Every one, not those whose version moved: BatchNorm's kernel writes without a trace there.
+        left = Tensors({name: buffer.detach() for name, buffer in after.items()})
+        return Gradients(grads=total.grads(), buffers=left, metrics=metrics)
 
     def values(self, params: Mapping[str, Tensor]) -> Tensors:
         """What the forward sees: private values, which share the params' memory or are casts."""
@@ -160,18 +160,6 @@ class _Sum:
     def grads(self) -> Tensors:
         own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}
         return Tensors({**own, **self._wide})
-
-
-def _changed(
-    given: Mapping[str, Tensor], clones: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> Tensors:
-    """The buffers after the forward; the given tensor itself where nothing was written."""
-
-    def latest(name: str) -> Tensor:
-        same = after[name] is clones[name] and clones[name]._version == 0
-        return given[name] if same else after[name].detach()
-
-    return Tensors({name: latest(name) for name in given})
 
 
 def value_and_grad(
