@@ -26,6 +26,7 @@ from functrain.errors import DataError
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "_bundled", "turtledemo"}
 _PHRASE = 5
 _OVERLAP = 0.2
+_NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -118,11 +119,8 @@ def _documented(node: Documented, module: str, name: str) -> Iterator[Entry]:
         kind, signature = _kind(node), _signature(node)
         yield Entry(module=module, name=name, kind=kind, signature=signature, doc=doc)
     for child in node.body:
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if not child.name.startswith("_"):
-                yield from _documented(
-                    child, module, f"{name}.{child.name}" if name else child.name
-                )
+        if isinstance(child, _NAMED) and not child.name.startswith("_"):
+            yield from _documented(child, module, f"{name}.{child.name}" if name else child.name)
 
 
 def _kind(node: Documented) -> str:

@@ -1,0 +1,100 @@
+"""The embedded data: real, the same each time, and honestly split."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from functrain.data import ByteTokenizer, embedded
+
+
+@pytest.fixture(scope="module")
+def data() -> embedded.Embedded:
+    return embedded.load()
+
+
+def test_there_is_enough_of_everything(data: embedded.Embedded) -> None:
+    assert sum(map(len, data.train)) > 500_000
+    assert sum(map(len, data.held_out)) > 50_000
+    assert len(data.sft_train) > 1000
+    assert len(data.sft_held_out) > 100
+    assert len(data.preference_train) > 1000
+    assert len(data.preference_held_out) > 80
+
+
+def test_no_held_out_text_is_trained_on(data: embedded.Embedded) -> None:
+    trained = {" ".join(text.split()) for text in data.train}
+    trained |= {record["completion"] for record in data.sft_train}
+    trained |= {r[side] for r in data.preference_train for side in ("chosen", "rejected")}
+    assert not trained & {" ".join(text.split()) for text in data.held_out}
+    assert not trained & {record["completion"] for record in data.sft_held_out}
+    for side in ("chosen", "rejected"):
+        assert not trained & {record[side] for record in data.preference_held_out}
+    prompts = {r["prompt"] for r in (*data.sft_train, *data.preference_train)}
+    assert not prompts & {r["prompt"] for r in (*data.sft_held_out, *data.preference_held_out)}
+
+
+def test_near_duplicates_are_removed(data: embedded.Embedded) -> None:
+    """No held-out document shares more than a fifth of its five-word phrases with training."""
+    known = {phrase for text in data.train for phrase in embedded._phrases(text)}
+    assert data.removed > 0
+    for text in data.held_out:
+        phrases = list(embedded._phrases(text))
+        assert sum(p in known for p in phrases) <= 0.2 * len(phrases)
+
+
+def test_a_wrong_answer_is_the_right_one_of_another_question(data: embedded.Embedded) -> None:
+    for records, answers in (
+        (data.preference_train, {r["completion"] for r in data.sft_train}),
+        (data.preference_held_out, {r["completion"] for r in data.sft_held_out}),
+    ):
+        for record in records:
+            assert record["chosen"] != record["rejected"]
+            assert {record["chosen"], record["rejected"]} <= answers
+
+
+def test_it_is_the_same_each_time() -> None:
+    assert embedded.load(limit=300) == embedded.load(limit=300)
+
+
+@given(
+    train=st.lists(st.text("abc", max_size=8), min_size=1, max_size=4),
+    held_out=st.lists(st.text("abcd", min_size=1, max_size=5), min_size=1, max_size=2),
+)
+def test_the_trigram_is_its_definition(train: list[str], held_out: list[str]) -> None:
+    end = ByteTokenizer().end
+    pad = [end, end]
+    seen = [*pad, *(i for text in train for i in (*text.encode(), end))]
+    asked = [*pad, *(i for text in held_out for i in (*text.encode(), end))]
+    # The two symbols of padding are context only, so they are not counted as followers.
+    bits = 0.0
+    for at in range(2, len(asked)):
+        bits -= math.log2(_counted(seen, (asked[at - 2], asked[at - 1]), asked[at]))
+    expected = bits / sum(len(text) for text in held_out)
+    assert embedded.trigram_bits_per_byte(train, held_out) == pytest.approx(expected, rel=1e-9)
+
+
+def _counted(seen: list[int], context: tuple[int, ...], symbol: int) -> float:
+    n = len(context)
+    followers = Counter(seen[i] for i in range(2, len(seen)) if tuple(seen[i - n : i]) == context)
+    lower = _counted(seen, context[1:], symbol) if n else 1 / 257
+    total, kinds = sum(followers.values()), len(followers)
+    return (followers[symbol] + kinds * lower) / (total + kinds) if total else lower
+
+
+def test_the_trigrams_probabilities_add_up_to_one() -> None:
+    seen = embedded._stream(["abracadabra", "cab"])
+    for context in ([256, 256], [97, 98], [98, 97], [1, 2]):
+        asked = np.array([[*context, symbol] for symbol in range(257)])
+        total = 0.0
+        for row in asked:
+            probability = np.full(1, 1 / 257)
+            for order in (1, 2, 3):
+                probability = embedded._witten_bell(seen, row, order, probability)
+            total += float(probability[0])
+        assert total == pytest.approx(1.0, rel=1e-9)
