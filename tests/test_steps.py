@@ -1,0 +1,244 @@
+"""The step: what it counts, what it skips, what it carries over, what it reports."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+
+import functrain as ft
+from functrain.objectives import LanguageModeling
+
+
+def _made(name: str = "tied", **options: Any) -> tuple[Any, Any]:
+    architecture, params, buffers = zoo.split(name)
+    options = {"schedule": ft.schedules.linear(1e-2, total=20, warmup=4), **options}
+    step = ft.pretrain_step(architecture, ft.optim.adamw(weight_decay=0.1), **options)
+    return step, step.init(params, buffers, seed=1)
+
+
+def test_the_metrics_have_the_names_that_dashboards_know() -> None:
+    step, state = _made()
+    _, metrics = step(state, zoo.batch())
+    assert set(metrics) == {
+        "loss",
+        "perplexity",
+        "mean_token_accuracy",
+        "num_tokens",
+        "grad_norm",
+        "learning_rate",
+        "loss_scale",
+        "skipped",
+    }
+    assert all(value.ndim == 0 for value in metrics.values())
+    assert float(metrics["perplexity"]) == pytest.approx(float(metrics["loss"].exp()))
+    targets = (zoo.batch()["labels"][:, 1:] != -100).sum()
+    assert float(metrics["num_tokens"]) == int(targets)
+
+
+def test_learning_rate_and_norm_are_those_of_this_update() -> None:
+    step, state = _made(max_grad_norm=0.01)
+    for count in range(6):
+        expected = step.schedule(count)
+        gradient = step.value_and_grad(state.params, state.buffers, zoo.batch(count))
+        state, metrics = step(state, zoo.batch(count))
+        assert float(metrics["learning_rate"]) == expected
+        norm = ft.trees.global_norm(gradient.grads)
+        assert float(metrics["grad_norm"]) == float(norm) > 0.01
+
+
+def test_evolving_a_step_rebuilds_what_depends_on_it() -> None:
+    step, state = _made("normed")
+    for changes in ({"microbatches": 2}, {"precision": "bf16"}, {"max_grad_norm": 0.1}):
+        changed = attrs.evolve(step, **changes)
+        fresh, _ = _made("normed", **changes)
+        one, _ = changed(state, zoo.batch())
+        other, _ = fresh(state, zoo.batch())
+        assert ft.fingerprint(one) == ft.fingerprint(other)
+        assert ft.fingerprint(one) != ft.fingerprint(step(state, zoo.batch())[0])
+
+
+class Overflowing(zoo.Tied):
+    """Gradients that are infinite, or not numbers, where a certain token is seen."""
+
+    def forward(self, input_ids: Any, **rest: Any) -> Any:  # type: ignore[override]
+        out = super().forward(input_ids, **rest)
+        bad = (input_ids == 30).any()
+        return {"logits": out["logits"] * torch.where(bad, torch.inf, 1.0)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16_params"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_that_is_not_finite_applies_nothing(precision: str, donate: bool) -> None:
+    good = zoo.batch()
+    good["input_ids"] = good["input_ids"].clamp(max=29)
+    good["labels"] = good["labels"].clamp(max=29)
+    bad = {**good, "input_ids": good["input_ids"].clone()}
+    bad["input_ids"][0, 0] = 30
+    architecture, params, buffers = ft.split(Overflowing())
+    step = ft.pretrain_step(
+        architecture, ft.optim.adamw(1e-2), precision=precision, max_grad_norm=1.0, ema_decay=0.9
+    )
+    state, _ = step(step.init(ft.trees.clone(params), buffers), good)
+    before = ft.fingerprints(state)
+    scale = None if state.scaler is None else float(state.scaler.scale)
+    after, metrics = step(state, bad, donate=donate)
+    assert float(metrics["skipped"]) == 1
+    assert after.step == 2
+    changed = {path for path, leaf in ft.fingerprints(after).items() if leaf != before[path]}
+    assert changed <= {"step", "scaler/scale", "scaler/growth_count"}
+    if scale is not None and after.scaler is not None:
+        assert float(after.scaler.scale) == scale / 2
+    again, metrics = step(after, good)
+    assert float(metrics["skipped"]) == 0
+    assert int(again.optimizer.count) == int(again.scheduler.count) == 2
+    assert all(bool(p.isfinite().all()) for p in again.params.values())
+
+
+def test_a_skipped_step_leaves_batchnorms_statistics() -> None:
+    step, state = _made("normed")
+    poisoned = attrs.evolve(
+        state, params=ft.trees.map_leaves(lambda p: p * torch.nan, state.params)
+    )
+    after, metrics = step(poisoned, zoo.batch())
+    assert float(metrics["skipped"]) == 1
+    for name, buffer in state.buffers.items():
+        assert torch.equal(after.buffers[name], buffer), name
+    trained, _ = step(state, zoo.batch())
+    assert not torch.equal(trained.buffers["norm.running_mean"], state.buffers["norm.running_mean"])
+    assert int(trained.buffers["norm.num_batches_tracked"]) == 1
+
+
+def test_the_average_is_an_exponential_moving_average() -> None:
+    step, state = _made(ema_decay=0.75)
+    expected = {name: p.clone() for name, p in state.params.items()}
+    for seed in range(4):
+        state, _ = step(state, zoo.batch(seed))
+        for name, param in state.params.items():
+            expected[name] = 0.75 * expected[name] + 0.25 * param
+    for name, average in state.average.items():
+        torch.testing.assert_close(average, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_adopting_takes_the_params_and_begins_the_rest() -> None:
+    step, state = _made("normed")
+    for seed in range(3):
+        state, _ = step(state, zoo.batch(seed))
+    tuning = ft.sft_step(step.architecture, ft.optim.sgd(), precision="fp16")
+    adopted = tuning.adopt(state)
+    assert all(torch.equal(adopted.params[n], p) for n, p in state.params.items())
+    assert all(torch.equal(adopted.buffers[n], b) for n, b in state.buffers.items())
+    assert adopted.step == 0
+    assert int(adopted.scheduler.count) == 0
+    assert adopted.cursor == ft.Cursor()
+    assert adopted.scaler is not None
+    assert adopted.key != state.key
+    assert adopted.key == tuning.adopt(state).key
+    tuned, _ = tuning(adopted, zoo.batch())
+    assert tuned.step == 1
+
+
+def test_the_order_of_the_names_changes_no_bit() -> None:
+    step, state = _made(max_grad_norm=0.1)
+    reached = set()
+    for seed in range(10):
+        names = list(state.params)
+        random.Random(seed).shuffle(names)
+        other = step.init({name: state.params[name] for name in names}, state.buffers, seed=1)
+        for count in range(3):
+            other, _ = step(other, zoo.batch(count))
+        reached.add(ft.fingerprint(other))
+    assert len(reached) == 1
+
+
+def test_a_parameter_that_is_frozen_stays() -> None:
+    module = zoo.model("tied")
+    module.mix.weight.requires_grad_(False)  # type: ignore[union-attr]
+    architecture, params, buffers = ft.split(module)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-1, weight_decay=0.5))
+    state = step.init(params, buffers)
+    assert "mix.weight" not in state.optimizer.slots["exp_avg"]
+    after, _ = step(state, zoo.batch())
+    assert torch.equal(after.params["mix.weight"], params["mix.weight"])
+    assert not torch.equal(after.params["mix.bias"], params["mix.bias"])
+
+
+def test_a_transform_acts_before_the_clipping() -> None:
+    step, state = _made(transform=ft.adaptive_clip, max_grad_norm=0.05)
+    gradient = step.value_and_grad(state.params, state.buffers, zoo.batch(), key=0)
+    clipped = ft.adaptive_clip(gradient.grads, state.params)
+    expected, _ = ft.clip_by_global_norm(clipped, 0.05)
+    params, _ = step.optimizer.update(
+        expected, state.optimizer, state.params, step.learning_rate(state)
+    )
+    after, _ = step(state, zoo.batch())
+    assert all(torch.equal(after.params[n], p) for n, p in params.items())
+
+
+def test_an_objective_of_ones_own_is_a_step_like_any_other() -> None:
+    @attrs.frozen
+    class Focused:
+        """Language modelling that counts every target twice: a larger sum, the same weight."""
+
+        inner: Any = attrs.field(factory=LanguageModeling)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def __call__(self, model: Any, batch: Any) -> Any:
+            total, metrics = self.inner(model, batch)
+            return 2 * total, metrics
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Focused(), ft.optim.sgd(0.1), architecture=architecture)
+    plain = ft.pretrain_step(architecture, ft.optim.sgd(0.2))
+    one, _ = step(step.init(params, buffers), zoo.batch())
+    other, _ = plain(plain.init(params, buffers), zoo.batch())
+    for name, param in one.params.items():
+        torch.testing.assert_close(param, other.params[name])
+
+
+def test_models_may_answer_with_logits_a_mapping_or_an_object() -> None:
+    class Answer:
+        def __init__(self, logits: Any) -> None:
+            self.logits = logits
+
+    answers: list[Any] = [lambda x: x, lambda x: {"logits": x}, Answer]
+    reached = set()
+    for wrap in answers:
+
+        class Model(zoo.Tied):
+            def forward(self, *args: Any, **rest: Any) -> Any:
+                return wrap(super().forward(*args, **rest)["logits"])  # noqa: B023
+
+        torch.manual_seed(0)
+        architecture, params, buffers = ft.split(Model())
+        step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+        state, _ = step(step.init(params, buffers), zoo.batch())
+        reached.add(ft.fingerprint(state))
+    assert len(reached) == 1
+
+    class Wrong(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            return 3
+
+    architecture, params, buffers = ft.split(Wrong())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    with pytest.raises(ft.ArchitectureError, match="returned a int without logits"):
+        step(step.init(params, buffers), zoo.batch())
+
+
+def test_evaluation_is_in_eval_mode_and_of_every_stage() -> None:
+    step, state = _made("normed")
+    one = ft.evaluate(step, state, [zoo.batch()])
+    assert one.to_dict() == ft.evaluate(step, state, [zoo.batch()]).to_dict()
+    assert {"eval_loss", "eval_perplexity", "eval_mean_token_accuracy"} <= set(one)
+    preferring = ft.dpo_step(
+        step.architecture, ft.optim.adamw(), reference=ft.trees.clone(state.params)
+    )
+    measured = ft.evaluate(preferring, preferring.adopt(state), [zoo.pairs()])
+    assert {"eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"} <= set(measured)
