@@ -1,0 +1,81 @@
+"""The command line: `functrain demo`, `pretrain`, `sft`, `dpo`, `generate`, `inspect`.
+
+Thin: parse, build, run. Nothing here imports torch before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from functrain.errors import FunctrainError, did_you_mean
+
+_EXTRA = ("tyro", "cattrs", "rich", "jinja2", "matplotlib")
+_COMMANDS = {
+    "demo": "pretrain, fine-tune and align a small model on Python's own documentation",
+    "pretrain": "train a model from nothing:           functrain pretrain run.toml",
+    "sft": "fine-tune it on prompts and answers:  functrain sft run.toml",
+    "dpo": "align it with preferences:            functrain dpo run.toml",
+    "generate": 'let it speak:                         functrain generate RUN "prompt"',
+    "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
+}
+_HELP = f"""usage: functrain COMMAND [OPTIONS]
+
+Training as a value passing through pure functions: state, metrics = step(state, batch)
+
+{chr(10).join(f"  {name:<10} {what}" for name, what in _COMMANDS.items())}
+
+functrain COMMAND --help shows what a command takes. A run is resumed with --resume, to the bit.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code.
+
+    0: done. 2: something that the user can mend, said in one message. 130 and 143: stopped by
+    SIGINT and SIGTERM, with everything saved.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except FunctrainError as error:
+        print(f"functrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("functrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP)
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from functrain import __version__
+
+        print(f"functrain {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        print(
+            f"functrain: no command {command!r}; {did_you_mean(command, _COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        from functrain.cli import commands
+
+        run = getattr(commands, "stage" if command in ("pretrain", "sft", "dpo") else command)
+        code: int = run(command, rest)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXTRA:
+            raise
+        print(
+            f"functrain: the command line needs {error.name}, which is not installed: "
+            "pip install 'functrain[cli]'",
+            file=sys.stderr,
+        )
+        return 2
+    except SystemExit as error:  # how tyro ends after --help and after a wrong option
+        return error.code if isinstance(error.code, int) else 2
+    return code

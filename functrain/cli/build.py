@@ -1,0 +1,250 @@
+"""From a config to what is trained: step, first state, source, held-out batches, tokenizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from functrain import checkpoint, data, keys, models, optimizers, schedules
+from functrain.architecture import split
+from functrain.cli.config import DPO, EMBEDDED, SFT, Config, Model, Optimizer, Pretrain, Schedule
+from functrain.cli.directory import Origin, is_tokens, origin
+from functrain.data import ByteTokenizer
+from functrain.errors import ConfigError, DataError
+from functrain.objectives.batches import Batch
+from functrain.schedules import Plateau
+from functrain.state import TrainState
+from functrain.steps import Step, dpo_step, pretrain_step, sft_step
+from functrain.trees import Tensors
+
+Source = data.MapSource
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Built:
+    """A run's parts: `state` is the first one, `tokenizer` None for ids of a foreign tokenizer."""
+
+    step: Step
+    state: TrainState
+    source: Source
+    evaluation: list[Batch]
+    tokenizer: ByteTokenizer | None
+    notes: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Trained:
+    """A model to ask: the architecture, and the values of a checkpoint."""
+
+    architecture: nn.Module
+    params: Tensors
+    buffers: Tensors
+    tokenizer: ByteTokenizer | None
+    config: Config
+
+
+def build(config: Config) -> Built:
+    """The parts of a run; everything is checked that can be before the first step."""
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: 'cuda', and this machine has none; use 'cpu'")
+    start = None if isinstance(config, Pretrain) else origin(config.model.from_)
+    tokenizer = _tokenizer(config, start)
+    source, held_out = sources(config, tokenizer)
+    architecture, params, buffers = _model(config, start, tokenizer)
+    step = _step(config, architecture, params)
+    state = step.init(params, buffers, seed=config.train.seed)
+    return Built(
+        step=step,
+        state=state,
+        source=source,
+        evaluation=_batches(held_out, config),
+        tokenizer=tokenizer,
+        notes=tuple(_notes(source, held_out)),
+    )
+
+
+def _tokenizer(config: Config, start: Origin | None) -> ByteTokenizer | None:
+    if start is not None:
+        if not start.tokenizer.is_file():
+            raise ConfigError(
+                f"{start.tokenizer} is missing: {start.checkpoint} was trained on ids of a "
+                "tokenizer of your own, which prompts and completions would need"
+            )
+        return data.from_json(start.tokenizer.read_text(encoding="utf-8"))
+    assert isinstance(config, Pretrain)  # the other stages have a start
+    return None if is_tokens(config.data.train) else ByteTokenizer()
+
+
+def _vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> int:
+    if tokenizer is not None:
+        return tokenizer.vocabulary
+    given = config.data.vocabulary if isinstance(config, Pretrain) else None
+    if given is None:
+        raise ConfigError(
+            f"data.vocabulary: missing; {config.data.train} holds token ids, so say how many there "
+            "are"
+        )
+    return given
+
+
+def _model(
+    config: Config, start: Origin | None, tokenizer: ByteTokenizer | None
+) -> tuple[nn.Module, Tensors, Tensors]:
+    shape = config.model if isinstance(config.model, Model) else config.model.shape
+    if shape is None:
+        shape = start.shape if start is not None else Model()
+    seed = keys.derive(config.train.seed, "model")
+    module = decoder(shape, _vocabulary(config, tokenizer), seed=seed)
+    architecture, params, buffers = split(module.to(config.train.device or "cpu"))
+    if start is not None:
+        params, buffers = checkpoint.load_model(start.checkpoint, params, buffers)
+    return architecture, params, buffers
+
+
+def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:
+    """The built-in decoder of this shape."""
+    options = attrs.asdict(shape)
+    return models.decoder(models.DecoderConfig(vocabulary=vocabulary, **options), seed=seed)
+
+
+def _step(config: Config, architecture: nn.Module, params: Tensors) -> Step:
+    train = config.train
+    options: dict[str, Any] = {
+        "schedule": schedule(config.schedule),
+        "precision": train.precision,
+        "microbatches": train.microbatches,
+        "max_grad_norm": None if train.max_grad_norm == float("inf") else train.max_grad_norm,
+        "ema_decay": train.ema_decay,
+        "donate": True,
+    }
+    made = optimizer(config.optimizer, config.schedule.peak, architecture)
+    if isinstance(config, DPO):
+        preference = attrs.asdict(config.preference)
+        return dpo_step(architecture, made, reference=params, **preference, **options)
+    make = sft_step if isinstance(config, SFT) else pretrain_step
+    return make(architecture, made, **options)
+
+
+def optimizer(config: Optimizer, lr: float, architecture: nn.Module) -> optimizers.Optimizer:
+    """The optimizer of this name; no weight decay on norms, biases and embeddings."""
+    exempt = (optimizers.no_decay(architecture),)
+    options = config.options()
+    if config.name == "muon":
+        decay = {n: v for n, v in options.items() if n == "weight_decay"}
+        return optimizers.muon(lr, others=optimizers.adamw(lr, groups=exempt, **decay), **options)
+    make: Any = getattr(optimizers, config.name)
+    made: optimizers.Optimizer = make(lr, groups=exempt, **options)
+    return made
+
+
+def schedule(config: Schedule) -> schedules.Schedule | Plateau:
+    """The schedule of this name."""
+    options = config.options()
+    if config.name == "cosine_with_restarts" and "cycles" in options:
+        options["cycles"] = int(options["cycles"])
+    return schedules.named(config.name, config.peak, **options)
+
+
+def sources(config: Config, tokenizer: ByteTokenizer | None) -> tuple[Source, Source | None]:
+    """What is trained on and, where there is some, what is held out."""
+    given = config.data
+    if given.train == EMBEDDED:
+        train, held_out = _embedded(config.stage, given.limit)
+        if given.held_out is not None:
+            return _source(config, train, tokenizer), _file(config, given.held_out, tokenizer)
+        return _source(config, train, tokenizer), _source(config, held_out, tokenizer)
+    source = _file(config, given.train, tokenizer, given.limit)
+    return source, None if given.held_out is None else _file(config, given.held_out, tokenizer)
+
+
+def _file(
+    config: Config, path: str, tokenizer: ByteTokenizer | None, limit: int | None = None
+) -> Source:
+    try:
+        if isinstance(config, Pretrain) and is_tokens(path):
+            ids = data.tokens(path, dtype=config.data.dtype, **_rows(config))
+            return ids if limit is None else attrs.evolve(ids, ids=ids.ids[:limit])
+        found: Sequence[Any] = (
+            data.documents(path) if config.stage == "pretrain" else data.records(path)
+        )
+        return _source(config, found[:limit], tokenizer)
+    except DataError as error:
+        # Errors of a file's content do not all name the file.
+        raise error if path in str(error) else DataError(f"{path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def embedded(limit: int | None) -> data.embedded.Embedded:
+    """The embedded data, read once for the three stages of a demo: it takes seconds."""
+    return data.embedded.load(limit=limit)
+
+
+def _embedded(stage: str, limit: int | None) -> tuple[Sequence[Any], Sequence[Any]]:
+    found = embedded(limit)
+    return {
+        "pretrain": (found.train, found.held_out),
+        "sft": (found.sft_train, found.sft_held_out),
+        "dpo": (found.preference_train, found.preference_held_out),
+    }[stage]
+
+
+def _rows(config: Config) -> dict[str, Any]:
+    return {
+        "time": config.data.time,
+        "batch_size": config.train.batch_size,
+        "seed": keys.derive(config.train.seed, "data"),
+    }
+
+
+def _source(config: Config, found: Sequence[Any], tokenizer: ByteTokenizer | None) -> Source:
+    if tokenizer is None:
+        raise ConfigError("data: text needs a tokenizer; pretrain on text, or on ids throughout")
+    make: Any = {"pretrain": data.text, "sft": data.chat, "dpo": data.preference}[config.stage]
+    made: Source = make(found, tokenizer, **_rows(config))
+    return made
+
+
+def _batches(held_out: Source | None, config: Config) -> list[Batch]:
+    if held_out is None:
+        return []
+    size = config.evaluation.batch_size
+    if config.evaluation.limit is None:
+        return data.all_batches(held_out, size)
+    ordered = attrs.evolve(held_out, shuffle=False)
+    total = min(len(held_out), config.evaluation.limit)
+    return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]
+
+
+def _notes(source: Source, held_out: Source | None) -> list[str]:
+    notes = []
+    for name, each in (("training", source), ("held-out", held_out)):
+        for field, what in (("truncated", "cut at data.time"), ("dropped", "dropped as too long")):
+            count = getattr(each, field, 0)
+            if count:
+                notes.append(f"{count} of the {name} examples are {what}")
+    if held_out is None:
+        notes.append("no data.held_out, so nothing is evaluated")
+    return notes
+
+
+def trained(given: str, *, device: str = "cpu") -> Trained:
+    """The model of a run (its newest checkpoint), or of a checkpoint in one."""
+    found = origin(given)
+    tokenizer = None
+    if found.tokenizer.is_file():
+        tokenizer = data.from_json(found.tokenizer.read_text(encoding="utf-8"))
+    module = decoder(found.shape, _vocabulary(found.config, tokenizer))
+    architecture, params, buffers = split(module.to(device))
+    params, buffers = checkpoint.load_model(found.checkpoint, params, buffers)
+    return Trained(
+        architecture=architecture,
+        params=params,
+        buffers=buffers,
+        tokenizer=tokenizer,
+        config=found.config,
+    )

@@ -1,0 +1,174 @@
+"""The commands: parse, check, run; the arguments of each are a record."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import attrs
+import tyro
+
+from functrain.cli import toml
+from functrain.cli.config import DPO, SFT, Pretrain
+from functrain.errors import ConfigError
+
+A = TypeVar("A")
+
+
+@attrs.frozen(kw_only=True)
+class RunArguments:
+    """What every stage's command takes beside its config."""
+
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run, to the bit; begin it where there is none."""
+
+
+@attrs.frozen(kw_only=True)
+class PretrainArguments(RunArguments):
+    """functrain pretrain [run.toml] [options]"""
+
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = attrs.field(factory=Pretrain)
+
+
+@attrs.frozen(kw_only=True)
+class SFTArguments(RunArguments):
+    """functrain sft [run.toml] [options]"""
+
+    config: Annotated[SFT, tyro.conf.arg(name="")] = attrs.field(factory=SFT)
+
+
+@attrs.frozen(kw_only=True)
+class DPOArguments(RunArguments):
+    """functrain dpo [run.toml] [options]"""
+
+    config: Annotated[DPO, tyro.conf.arg(name="")] = attrs.field(factory=DPO)
+
+
+@attrs.frozen(kw_only=True)
+class Demo:
+    """Pretrain, fine-tune and align a small model on Python's own documentation."""
+
+    directory: str = "runs/demo"
+    """Where its three runs and its report go."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on where it was stopped, to the bit."""
+    seed: int = 0
+    """The root of all randomness."""
+    scale: str = "full"
+    """full, or tiny: a rehearsal of everything in seconds, which learns nothing."""
+
+
+@attrs.frozen(kw_only=True)
+class Generate:
+    """What the model of a run says after a prompt."""
+
+    run: tyro.conf.Positional[str]
+    """A run directory, or a checkpoint in one."""
+    prompt: tyro.conf.Positional[str]
+    """The text to go on from."""
+    max_new_tokens: int = 200
+    """Tokens at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; higher is more varied."""
+    top_k: int | None = None
+    """Sample from the so many likeliest tokens."""
+    top_p: float | None = None
+    """Sample from the smallest set of this probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@attrs.frozen(kw_only=True)
+class Inspect:
+    """What a checkpoint holds, verified."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A checkpoint directory, or a run (then its newest)."""
+    tensors: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """List every tensor."""
+
+
+def say(line: str) -> None:
+    """A line for the reader, beside the results on stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parsed(cls: type[A], command: str, rest: Sequence[str], default: A | None = None) -> A:
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    parsed: A = tyro.cli(
+        cls, prog=f"functrain {command}", description=cls.__doc__, args=list(rest), **options
+    )
+    return parsed
+
+
+def stage(command: str, rest: Sequence[str]) -> int:
+    """`functrain pretrain|sft|dpo [run.toml] [--overrides] [--resume]`."""
+    arguments = stage_arguments(command, rest)
+    from functrain.cli.directory import check_files
+
+    check_files(arguments.config)
+    from functrain.cli.run import how_to_go_on, run_stage
+    from functrain.cli.signals import stopping
+    from functrain.cli.summary import conclude
+
+    with stopping() as stop:
+        outcome = run_stage(arguments.config, resume=arguments.resume, stop=stop, say=say)
+        if outcome.finished:
+            print(conclude(outcome))
+            return 0
+        say(f"stopped at step {outcome.state.step}; go on with: {how_to_go_on(outcome.config)}")
+        return stop.exit_code
+
+
+def stage_arguments(command: str, rest: Sequence[str]) -> Any:
+    """The arguments of a stage's command: defaults, then the file, then the overrides."""
+    cls: Any = {"pretrain": PretrainArguments, "sft": SFTArguments, "dpo": DPOArguments}[command]
+    given = list(rest)
+    config: Any = None
+    if given and not given[0].startswith("-"):
+        config = toml.read_as(Path(given.pop(0)), command)
+    late = next((each for each in given if each.endswith(".toml")), None)
+    if late is not None:
+        raise ConfigError(
+            f"{late}: give the config file first: functrain {command} {late} --train.steps 100 …"
+        )
+    default = cls() if config is None else cls(config=config)
+    return _parsed(cls, command, given, default)
+
+
+def demo(command: str, rest: Sequence[str]) -> int:
+    """`functrain demo [--directory …] [--seed …] [--resume]`."""
+    arguments = _parsed(Demo, command, rest)
+    from functrain.cli.demo import run_demo
+    from functrain.cli.recipe import recipe
+
+    # Checked before torch is loaded.
+    recipe(arguments.directory, seed=arguments.seed, scale=arguments.scale)
+    return run_demo(
+        arguments.directory,
+        seed=arguments.seed,
+        scale=arguments.scale,
+        resume=arguments.resume,
+        say=say,
+    )
+
+
+def generate(command: str, rest: Sequence[str]) -> int:
+    """`functrain generate RUN "prompt"`."""
+    arguments = _parsed(Generate, command, rest)
+    from functrain.cli.show import generated
+
+    options = attrs.asdict(arguments)
+    print(generated(options.pop("run"), options.pop("prompt"), **options))
+    return 0
+
+
+def inspect(command: str, rest: Sequence[str]) -> int:
+    """`functrain inspect CHECKPOINT`."""
+    arguments = _parsed(Inspect, command, rest)
+    from functrain.cli.show import described
+
+    print(described(arguments.checkpoint, tensors=arguments.tensors))
+    return 0

@@ -1,0 +1,407 @@
+"""What a run is: small nested records, checked when they are made, without importing torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+import attrs
+import tyro
+
+from functrain.errors import ConfigError, did_you_mean
+
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16_params")
+LOSSES = ("sigmoid", "robust", "hinge", "ipo")
+OPTIMIZERS = {
+    "adamw": ("weight_decay", "betas", "eps"),
+    "adam": ("weight_decay", "betas", "eps"),
+    "sgd": ("weight_decay", "momentum"),
+    "adafactor": ("weight_decay",),
+    "muon": ("weight_decay", "momentum"),
+}
+"""Each optimizer with the options that it has."""
+SCHEDULES = {
+    "constant": (),
+    "constant_with_warmup": ("warmup",),
+    "linear": ("warmup", "total"),
+    "cosine": ("warmup", "total", "cycles", "min_lr"),
+    "cosine_with_min_lr": ("warmup", "total", "cycles", "min_lr"),
+    "cosine_with_restarts": ("warmup", "total", "cycles"),
+    "polynomial": ("warmup", "total", "power", "end"),
+    "inverse_sqrt": ("warmup", "timescale"),
+    "warmup_stable_decay": ("warmup", "total", "decay", "min_ratio"),
+    "step": ("every", "gamma"),
+    "multistep": ("milestones", "gamma"),
+    "exponential": ("gamma",),
+    "one_cycle": ("total",),
+    "reduce_on_plateau": ("factor", "patience", "min_lr"),
+}
+"""Each schedule with the options that it has here."""
+REQUIRED = {
+    "cosine_with_min_lr": ("min_lr",),
+    "warmup_stable_decay": ("decay",),
+    "step": ("every",),
+    "multistep": ("milestones",),
+    "exponential": ("gamma",),
+}
+"""The options without a default; `total` has one here, which is train.steps."""
+DEVICES = ("cpu", "cuda")
+TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+EMBEDDED = "embedded"
+
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def _key(record: Any, field: attrs.Attribute[Any]) -> str:
+    section = getattr(record, "SECTION", "")
+    name = field.name.rstrip("_")
+    return f"{section}.{name}" if section else name
+
+
+def _at_least(least: int) -> Validator:
+    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and (type(value) is not int or value < least):
+            raise ConfigError(
+                f"{_key(record, field)}: {value!r}, expected an integer of at least {least}"
+            )
+
+    return check
+
+
+def _number(expected: str, holds: Callable[[float], bool]) -> Validator:
+    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and not holds(value):
+            raise ConfigError(f"{_key(record, field)}: {value!r}, expected {expected}")
+
+    return check
+
+
+def _one_of(known: tuple[str, ...]) -> Validator:
+    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and value not in known:
+            raise ConfigError(
+                f"{_key(record, field)}: {value!r} is unknown; {did_you_mean(str(value), known)}"
+            )
+
+    return check
+
+
+def _given(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    if value == "":
+        raise ConfigError(f"{_key(record, field)}: empty; expected a path")
+
+
+_count = _at_least(1)
+_positive = _number("a positive finite number", lambda value: 0 < value < math.inf)
+_not_negative = _number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
+_fraction = _number("a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+@attrs.frozen(kw_only=True)
+class Model:
+    """The shape of the built-in decoder."""
+
+    SECTION: ClassVar[str] = "model"
+
+    width: int = attrs.field(default=256, validator=_count)
+    """Width of the residual stream."""
+    layers: int = attrs.field(default=4, validator=_count)
+    """Blocks of attention and feed-forward."""
+    heads: int = attrs.field(default=4, validator=_count)
+    """Query heads."""
+    kv_heads: int | None = attrs.field(default=None, validator=_count)
+    """Key-value heads (grouped-query attention); as many as heads unless given."""
+    hidden: int | None = attrs.field(default=None, validator=_count)
+    """Width inside the feed-forward; 8/3 of the width unless given."""
+    theta: float = attrs.field(default=10_000.0, validator=_positive)
+    """Base of the rotary frequencies."""
+    tied: bool = True
+    """Whether the head is the embedding."""
+    dropout: float = attrs.field(default=0.0, validator=_fraction)
+    """Dropout on the embedding and on every branch."""
+    checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more compute."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ConfigError(
+                f"model.width: {self.width} over {self.heads} heads; expected heads of an even "
+                "width"
+            )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ConfigError(f"model.kv_heads: {self.kv_heads} does not divide {self.heads} heads")
+
+
+@attrs.frozen(kw_only=True)
+class Start:
+    """Where fine-tuning starts: a run, or one of its checkpoints."""
+
+    SECTION: ClassVar[str] = "model"
+
+    from_: Annotated[str, tyro.conf.arg(name="from")] = attrs.field(
+        default="runs/pretrain", validator=_given
+    )
+    """A run directory (then its newest checkpoint), or a checkpoint in one."""
+    sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """The hash of the manifest of that checkpoint; written when the run begins."""
+    shape: Annotated[Model | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """The shape of the model, as the run has it; written when this run begins."""
+
+
+@attrs.frozen(kw_only=True)
+class Data:
+    """What is trained on, and what is held out."""
+
+    SECTION: ClassVar[str] = "data"
+
+    train: str = attrs.field(default=EMBEDDED, validator=_given)
+    """A file (.jsonl; for pretraining also .txt, .bin, .npy), or `embedded`."""
+    held_out: str | None = attrs.field(default=None, validator=_given)
+    """A file to evaluate on; the embedded data has its own."""
+    time: int = attrs.field(default=256, validator=_at_least(2))
+    """Tokens in a row; longer examples are cut."""
+    limit: int | None = attrs.field(default=None, validator=_count)
+    """Take only so many documents, records or embedded entries."""
+
+
+@attrs.frozen(kw_only=True)
+class Text(Data):
+    """Running text, or files of token ids."""
+
+    dtype: str = attrs.field(default="uint16", validator=_one_of(TOKEN_TYPES))
+    """The type of the ids in a .bin file."""
+    vocabulary: int | None = attrs.field(default=None, validator=_at_least(2))
+    """Token ids in all, where the data are ids of a tokenizer of your own."""
+
+
+@attrs.frozen(kw_only=True)
+class Optimizer:
+    """The optimizer; options that are not given are its own defaults."""
+
+    SECTION: ClassVar[str] = "optimizer"
+
+    name: str = attrs.field(default="adamw", validator=_one_of(tuple(OPTIMIZERS)))
+    """adamw, adam, sgd, adafactor or muon."""
+    weight_decay: float | None = attrs.field(default=None, validator=_not_negative)
+    """Not applied to norms, biases and embeddings."""
+    betas: tuple[float, float] | None = None
+    """Adam's decay rates of both moments."""
+    eps: float | None = attrs.field(default=None, validator=_positive)
+    """Adam's epsilon."""
+    momentum: float | None = attrs.field(default=None, validator=_fraction)
+    """Of sgd and muon."""
+
+    def __attrs_post_init__(self) -> None:
+        for option in self.options():
+            if option not in OPTIMIZERS[self.name]:
+                raise ConfigError(
+                    f"optimizer.{option}: {self.name} has none; it has "
+                    f"{', '.join(OPTIMIZERS[self.name])}"
+                )
+        for beta in self.betas or ():
+            if not 0 <= beta < 1:
+                raise ConfigError(f"optimizer.betas: {beta!r}, expected numbers in [0, 1)")
+
+    def options(self) -> dict[str, Any]:
+        """The options that are given."""
+        fields = attrs.asdict(self)
+        return {name: v for name, v in fields.items() if name != "name" and v is not None}
+
+
+@attrs.frozen(kw_only=True)
+class Schedule:
+    """The learning rate over the applied updates; options that are not given are its defaults."""
+
+    SECTION: ClassVar[str] = "schedule"
+
+    name: str = attrs.field(default="cosine", validator=_one_of(tuple(SCHEDULES)))
+    """constant, constant_with_warmup, linear, cosine, inverse_sqrt, warmup_stable_decay, …"""
+    peak: float = attrs.field(default=1e-3, validator=_positive)
+    """The highest learning rate."""
+    warmup: int | None = attrs.field(default=None, validator=_at_least(0))
+    """Updates from 0 to the peak."""
+    total: int | None = attrs.field(default=None, validator=_count)
+    """Updates to the end of the schedule; train.steps when the run begins, unless given."""
+    min_lr: float | None = attrs.field(default=None, validator=_not_negative)
+    """Where cosine ends."""
+    cycles: float | None = attrs.field(default=None, validator=_positive)
+    """Waves of cosine, restarts of cosine_with_restarts."""
+    decay: int | None = attrs.field(default=None, validator=_at_least(0))
+    """Updates of the decay of warmup_stable_decay."""
+    min_ratio: float | None = attrs.field(default=None, validator=_fraction)
+    """The fraction of the peak at the ends of warmup_stable_decay."""
+    power: float | None = attrs.field(default=None, validator=_positive)
+    """Of polynomial."""
+    end: float | None = attrs.field(default=None, validator=_not_negative)
+    """The last learning rate of polynomial."""
+    timescale: int | None = attrs.field(default=None, validator=_count)
+    """Of inverse_sqrt."""
+    every: int | None = attrs.field(default=None, validator=_count)
+    """Updates between the decays of step."""
+    milestones: tuple[int, ...] | None = None
+    """Where multistep decays."""
+    gamma: float | None = attrs.field(default=None, validator=_positive)
+    """The decay factor of step, multistep and exponential."""
+    factor: float | None = attrs.field(default=None, validator=_fraction)
+    """The decay factor of reduce_on_plateau."""
+    patience: int | None = attrs.field(default=None, validator=_at_least(0))
+    """Evaluations without progress that reduce_on_plateau waits."""
+
+    def __attrs_post_init__(self) -> None:
+        known, given = SCHEDULES[self.name], self.options()
+        for option in given:
+            if option not in known:
+                has = f"it has {', '.join(known)}" if known else "it has no options"
+                raise ConfigError(f"schedule.{option}: {self.name} has none; {has}")
+        for option in REQUIRED.get(self.name, ()):
+            if option not in given:
+                raise ConfigError(f"schedule.{option}: must be given for {self.name}")
+        warmup, total = self.warmup or 0, self.total
+        if total is not None and warmup > total:
+            raise ConfigError(
+                f"schedule.warmup: {warmup} is more than schedule.total {total}; both count updates"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The options that are given."""
+        fields = attrs.asdict(self)
+        return {n: v for n, v in fields.items() if n not in ("name", "peak") and v is not None}
+
+
+@attrs.frozen(kw_only=True)
+class Train:
+    """How long, in which batches, and how exactly."""
+
+    SECTION: ClassVar[str] = "train"
+
+    steps: int = attrs.field(default=1000, validator=_count)
+    """Steps in all."""
+    batch_size: int = attrs.field(default=16, validator=_count)
+    """Rows, examples or pairs in a step."""
+    microbatches: int = attrs.field(default=1, validator=_count)
+    """Slices of a batch: less memory, the same gradient."""
+    max_grad_norm: float = attrs.field(
+        default=1.0, validator=_number("a positive number, or inf for none", lambda v: v > 0)
+    )
+    """Gradients are clipped to this global norm; inf for no clipping."""
+    precision: str = attrs.field(default="fp32", validator=_one_of(PRECISIONS))
+    """fp32, bf16, fp16 or bf16_params."""
+    ema_decay: float | None = attrs.field(default=None, validator=_fraction)
+    """Keep a moving average of the params."""
+    seed: int = attrs.field(default=0, validator=_at_least(0))
+    """The root of all randomness: weights, order of the data, dropout."""
+    save_every: int = attrs.field(default=200, validator=_count)
+    """Steps between checkpoints."""
+    keep: int = attrs.field(default=2, validator=_count)
+    """Checkpoints that are kept."""
+    log_every: int = attrs.field(default=1, validator=_count)
+    """Steps between lines of metrics.jsonl."""
+    threads: int | None = attrs.field(default=None, validator=_count)
+    """CPU threads, which the bits depend on; this machine's default unless given."""
+    device: str | None = attrs.field(default=None, validator=_one_of(DEVICES))
+    """cpu or cuda; cuda where there is one unless given."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.batch_size % self.microbatches:
+            raise ConfigError(
+                f"train.microbatches: {self.microbatches} does not divide train.batch_size "
+                f"{self.batch_size}"
+            )
+
+
+@attrs.frozen(kw_only=True)
+class Evaluation:
+    """Evaluation on the held-out data: before the first step, now and then, and at the end."""
+
+    SECTION: ClassVar[str] = "evaluation"
+
+    every: int = attrs.field(default=200, validator=_count)
+    """Steps between evaluations."""
+    batch_size: int = attrs.field(default=32, validator=_count)
+    """Rows, examples or pairs in a batch; the result does not depend on it."""
+    limit: int | None = attrs.field(default=None, validator=_count)
+    """Evaluate on so many rows, examples or pairs at most."""
+
+
+@attrs.frozen(kw_only=True)
+class Preference:
+    """The preference loss against the starting params."""
+
+    SECTION: ClassVar[str] = "preference"
+
+    loss: str = attrs.field(default="sigmoid", validator=_one_of(LOSSES))
+    """sigmoid (DPO), robust, hinge or ipo."""
+    beta: float = attrs.field(default=0.1, validator=_positive)
+    """How strongly the reference holds."""
+    label_smoothing: float = attrs.field(
+        default=0.0, validator=_number("a number in [0, 0.5)", lambda value: 0 <= value < 0.5)
+    )
+    """The fraction of pairs presumed to be labelled wrongly."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ConfigError(f"preference.label_smoothing: the {self.loss} loss has none")
+
+
+def _stage(record: Any, _field: attrs.Attribute[Any], value: str) -> None:
+    expected = attrs.fields(type(record)).stage.default
+    if value != expected:
+        raise ConfigError(f"stage: {value!r}, expected {expected!r}; use `functrain {value}`")
+
+
+Stage = Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
+
+
+@attrs.frozen(kw_only=True)
+class Pretrain:
+    """Pretraining: next-token prediction over text."""
+
+    stage: Stage = attrs.field(default="pretrain", validator=_stage)
+    directory: str = attrs.field(default="runs/pretrain", validator=_given)
+    """The run directory."""
+    model: Model = attrs.field(factory=Model)
+    data: Text = attrs.field(factory=Text)
+    optimizer: Optimizer = attrs.field(factory=Optimizer)
+    schedule: Schedule = attrs.field(factory=Schedule)
+    train: Train = attrs.field(factory=Train)
+    evaluation: Evaluation = attrs.field(factory=Evaluation)
+
+
+@attrs.frozen(kw_only=True)
+class SFT:
+    """Supervised fine-tuning: prediction of completions, from a pretrained run on."""
+
+    stage: Stage = attrs.field(default="sft", validator=_stage)
+    directory: str = attrs.field(default="runs/sft", validator=_given)
+    """The run directory."""
+    model: Start = attrs.field(factory=Start)
+    data: Data = attrs.field(factory=Data)
+    optimizer: Optimizer = attrs.field(factory=Optimizer)
+    schedule: Schedule = attrs.field(factory=Schedule)
+    train: Train = attrs.field(factory=Train)
+    evaluation: Evaluation = attrs.field(factory=Evaluation)
+
+
+@attrs.frozen(kw_only=True)
+class DPO:
+    """Direct preference optimisation against the params it starts from."""
+
+    stage: Stage = attrs.field(default="dpo", validator=_stage)
+    directory: str = attrs.field(default="runs/dpo", validator=_given)
+    """The run directory."""
+    model: Start = attrs.field(factory=lambda: Start(from_="runs/sft"))
+    preference: Preference = attrs.field(factory=Preference)
+    data: Data = attrs.field(factory=Data)
+    optimizer: Optimizer = attrs.field(factory=Optimizer)
+    schedule: Schedule = attrs.field(factory=lambda: Schedule(peak=1e-4))
+    train: Train = attrs.field(factory=Train)
+    evaluation: Evaluation = attrs.field(factory=Evaluation)
+
+
+Config = Pretrain | SFT | DPO
+STAGES: dict[str, type[Pretrain] | type[SFT] | type[DPO]] = {
+    "pretrain": Pretrain,
+    "sft": SFT,
+    "dpo": DPO,
+}

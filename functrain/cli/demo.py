@@ -1,0 +1,137 @@
+"""`functrain demo`: three runs, one after another, and what came of them."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from functrain.cli.build import embedded
+from functrain.cli.directory import RunDirectory
+from functrain.cli.recipe import recipe
+from functrain.cli.run import Outcome, Say, run_stage
+from functrain.cli.samples import spoken
+from functrain.cli.signals import Stop, stopping
+from functrain.cli.summary import (
+    HEAD,
+    Row,
+    Said,
+    bits_per_byte,
+    conclude,
+    measured,
+    table,
+    write_report,
+)
+from functrain.data.embedded import trigram_bits_per_byte
+from functrain.errors import ConfigError
+from functrain.state import TrainState, fingerprint
+from functrain.steps import evaluate
+
+
+def run_demo(directory: str, *, seed: int, scale: str, resume: bool, say: Say) -> int:
+    """Pretrain, fine-tune, align, and print what came of it; the exit code.
+
+    Law: stopped anywhere and resumed, it ends with the fingerprint of one left alone. Raises
+    `ConfigError` for a directory that is not empty.
+    """
+    path = Path(directory)
+    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"{path}: is there already and not empty; go on with --resume, or give another "
+            "--directory"
+        )
+    if (path / "report.html").is_file():
+        say(f"{path}: finished already; this is what came of it")
+    with stopping() as stop:
+        outcomes = _run(recipe(directory, seed=seed, scale=scale), stop, say)
+        if stop or not all(outcome.finished for outcome in outcomes):
+            say(f"stopped; go on with: {_again(path, seed, scale)}")
+            return stop.exit_code
+        print(concluded(path, outcomes))
+        return 0
+
+
+def _run(configs: Sequence[Any], stop: Stop, say: Say) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for config in configs:
+        outcome = run_stage(config, resume=True, stop=stop, say=say)
+        outcomes.append(outcome)
+        if not outcome.finished or stop:
+            break
+        if not RunDirectory(config.directory).report.is_file():
+            conclude(outcome)
+    return outcomes
+
+
+def _again(path: Path, seed: int, scale: str) -> str:
+    options = f" --seed {seed}" if seed else ""
+    options += f" --scale {scale}" if scale != "full" else ""
+    return f"functrain demo --directory {shlex.quote(str(path))}{options} --resume"
+
+
+def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
+    """The table, samples, fingerprint, and what to type next; the report is written."""
+    pretrain, sft, dpo = outcomes
+    held_out = embedded(pretrain.config.data.limit)
+    trigram = trigram_bits_per_byte(held_out.train, held_out.held_out)
+    rows = _rows(pretrain, sft, dpo, f"{trigram:.3f}")
+    said = _said(outcomes)
+    target = path / "report.html"
+    write_report(target, "functrain demo", outcomes, rows, said)
+    return "\n".join(
+        [
+            table(HEAD, rows),
+            "",
+            *_shown(said),
+            f"fingerprint  {fingerprint(dpo.state)}",
+            f"report       {target}",
+            "next         functrain generate "
+            f'{path} "{said[0].prompt.strip() if said else "What is json.dumps?"}"',
+            f"             functrain inspect {path}",
+            f"             functrain pretrain {path}/pretrain/config.toml --directory runs/mine "
+            "--data.train my.txt",
+        ]
+    )
+
+
+def _rows(pretrain: Outcome, sft: Outcome, dpo: Outcome, trigram: str) -> list[Row]:
+    """Each stage's own measures, and what it did to what the stages before it had learnt."""
+    text = (_bits(pretrain), _bits(pretrain, sft.state), _bits(pretrain, dpo.state))
+    completion = (_bits(sft), _bits(sft, dpo.state))
+    return [
+        *measured(pretrain),
+        ("pretrain", "… of a trigram model", "", trigram),
+        *measured(sft),
+        ("sft", "text bits per byte", text[0], text[1]),
+        *measured(dpo),
+        ("dpo", "completion bits per byte", completion[0], completion[1]),
+        ("dpo", "text bits per byte", text[1], text[2]),
+    ]
+
+
+def _bits(judge: Outcome, state: TrainState | None = None) -> str:
+    """A stage's held-out bits per byte at its end, or with another stage's state."""
+    batches = judge.built.evaluation
+    found = judge.after if state is None else evaluate(judge.built.step, state, batches).to_dict()
+    return f"{bits_per_byte(found, batches):.3f}"
+
+
+def _said(outcomes: Sequence[Outcome]) -> list[Said]:
+    """The held-out questions, as each stage's last state answers them."""
+    sft = outcomes[1]
+    answers = [spoken(sft.built, outcome.state, sft.prompts) for outcome in outcomes]
+    stages = [outcome.config.stage for outcome in outcomes]
+    return [
+        Said(prompt=prompt, answers=tuple(zip(stages, each, strict=True)))
+        for prompt, *each in zip(sft.prompts, *answers, strict=True)
+    ]
+
+
+def _shown(said: Sequence[Said]) -> Iterator[str]:
+    for each in said:
+        yield each.prompt.strip()
+        for stage, answer in each.answers:
+            yield f"  after {stage:<9} {textwrap.shorten(answer, 84, placeholder=' …')}"
+        yield ""

@@ -1,0 +1,246 @@
+"""Run directories: where things lie, what may go on, and where a run can start from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+
+from functrain.cli import toml
+from functrain.cli.config import (
+    DPO,
+    EMBEDDED,
+    SCHEDULES,
+    SFT,
+    Config,
+    Model,
+    Pretrain,
+    Text,
+)
+from functrain.errors import ConfigError
+
+C = TypeVar("C", Pretrain, SFT, DPO)
+STAGE_ORDER = ("dpo", "sft", "pretrain")
+SUFFIXES = {"pretrain": (".txt", ".jsonl", ".bin", ".npy"), "sft": (".jsonl",), "dpo": (".jsonl",)}
+# What may change between two sittings of a run, because no bit of the params depends on it.
+FREE = ("directory", "train.steps", "train.save_every", "train.keep", "train.log_every")
+FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.limit")
+
+
+@attrs.frozen
+class RunDirectory:
+    """The layout of a run directory."""
+
+    path: Path = attrs.field(converter=Path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.toml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints, a directory for each."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """A line of JSON for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report, for a browser."""
+        return self.path / "report.html"
+
+
+def check_files(config: Config) -> None:
+    """Raise `ConfigError` for data files and runs that are not there; nothing is read."""
+    for key, given in (("data.train", config.data.train), ("data.held_out", config.data.held_out)):
+        if given is None or (given == EMBEDDED and key == "data.train"):
+            continue
+        known = SUFFIXES[config.stage]
+        if Path(given).suffix not in known:
+            raise ConfigError(
+                f"{key}: {given!r}, expected a file that ends in {' or '.join(known)}, or "
+                f"{EMBEDDED!r} as data.train"
+            )
+        if not Path(given).is_file():
+            raise ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()})")
+    data = config.data
+    if isinstance(data, Text) and data.vocabulary and not is_tokens(data.train):
+        raise ConfigError(
+            f"data.vocabulary: {data.train} is text, whose tokenizer is the built-in one; give "
+            "vocabulary with token ids (.bin, .npy) only"
+        )
+    if not isinstance(config, Pretrain):
+        origin(config.model.from_)
+
+
+def is_tokens(path: str) -> bool:
+    """Whether a data file holds token ids."""
+    return Path(path).suffix in (".bin", ".npy")
+
+
+def stage_directory(path: Path) -> Path:
+    """The run directory that `path` is, holds (a demo's last stage), or lies in (a checkpoint)."""
+    stages = [path / stage for stage in STAGE_ORDER if (path / stage / "checkpoints").is_dir()]
+    for found in (path, *stages, path.parent, path.parent.parent):
+        if RunDirectory(found).config.is_file():
+            return found
+    what = "no run's directory (it has no config.toml)" if path.exists() else "not there"
+    raise ConfigError(f"{path}: {what}; expected a run as `functrain pretrain` makes it")
+
+
+@attrs.frozen(kw_only=True)
+class Origin:
+    """Where fine-tuning starts: a checkpoint, the config of its run, and its hash."""
+
+    checkpoint: Path
+    config: Config
+    sha256: str
+
+    @property
+    def shape(self) -> Model:
+        """The shape of the model."""
+        model = self.config.model
+        if isinstance(model, Model):
+            return model
+        if model.shape is None:
+            raise ConfigError(f"{self.checkpoint}: its run's config has no model.shape")
+        return model.shape
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of its run."""
+        return RunDirectory(self.checkpoint.parent.parent).tokenizer
+
+
+def origin(given: str) -> Origin:
+    """The checkpoint that `model.from` means; `ConfigError` where there is none."""
+    path = Path(given)
+    run = stage_directory(path) if path.exists() else None
+    if run is None:
+        raise ConfigError(f"model.from: {given} is not there (looked from {Path.cwd()})")
+    inside = sorted(RunDirectory(run).checkpoints.glob("step-*"))
+    checkpoint = path if path.name.startswith("step-") else (inside[-1] if inside else None)
+    if checkpoint is None:
+        raise ConfigError(f"model.from: {given} has no checkpoint yet; train it first")
+    manifest = checkpoint / "manifest.json"
+    if not manifest.is_file():
+        raise ConfigError(f"model.from: {checkpoint} is incomplete: it has no manifest.json")
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    config = toml.read_any(RunDirectory(run).config)
+    return Origin(checkpoint=checkpoint, config=config, sha256=digest)
+
+
+def resolved(config: C, *, threads: int, device: str) -> C:
+    """The config with everything filled in that the bits depend on."""
+    schedule = config.schedule
+    if schedule.total is None and "total" in SCHEDULES[schedule.name]:
+        schedule = attrs.evolve(schedule, total=config.train.steps)
+    train = attrs.evolve(
+        config.train,
+        threads=config.train.threads or threads,
+        device=config.train.device or device,
+    )
+    config = attrs.evolve(config, schedule=schedule, train=train)
+    if isinstance(config, Pretrain):
+        return config
+    start = origin(config.model.from_)
+    if config.model.sha256 not in (None, start.sha256):
+        raise ConfigError(
+            f"model.from: {start.checkpoint} is not what this run started from (another hash); "
+            "put the old checkpoint back, or start a new run"
+        )
+    model = attrs.evolve(
+        config.model, from_=str(start.checkpoint), sha256=start.sha256, shape=start.shape
+    )
+    return attrs.evolve(config, model=model)
+
+
+def begun(config: C, *, threads: int, device: str) -> C:
+    """The resolved config of a new run, whose directory this makes.
+
+    `ConfigError` for a directory that is not empty.
+    """
+    run = RunDirectory(config.directory)
+    if run.path.exists() and (not run.path.is_dir() or _holds_something(run.path)):
+        raise ConfigError(
+            f"{run.path}: is there already and not empty; go on with --resume, or give another "
+            "--directory"
+        )
+    config = resolved(config, threads=threads, device=device)
+    write(run.config, toml.dumps(config))
+    return config
+
+
+def _holds_something(directory: Path) -> bool:
+    # A config that was being written when the process was killed is nothing yet.
+    return any(path.name != ".config.toml.tmp" for path in directory.iterdir())
+
+
+def resumed(config: C, *, threads: int, device: str) -> C:
+    """The config to go on with: what the run was begun with, and what may change of it.
+
+    `ConfigError`, naming the keys, where the config would change the bits.
+    """
+    run = RunDirectory(config.directory)
+    before = toml.read(run.config, type(config))
+    merged = resolved(_inherited(config, before), threads=threads, device=device)
+    old, new = toml.flat(before), toml.flat(merged)
+    plateau = before.schedule.name == "reduce_on_plateau"
+    free = FREE if plateau else (*FREE, *FREE_UNLESS_PLATEAU)
+    changed = [key for key in old if old[key] != new.get(key) and key not in free]
+    if changed:
+        lines = [f"  {key}: {new.get(key)!r}, and the run has {old[key]!r}" for key in changed]
+        raise ConfigError(
+            f"{run.path}: --resume with another config would not be the same run:\n"
+            + "\n".join(lines)
+            + f"\nresume with `functrain {config.stage} {run.config} --resume`, or begin another "
+            "--directory"
+        )
+    if merged != before:
+        write(run.config, toml.dumps(merged))
+    return merged
+
+
+def _inherited(config: C, before: C) -> C:
+    """`config`, with what it leaves open as it is in `before`."""
+
+    def filled(given: Any, old: Any) -> Any:
+        if given is None:
+            return old
+        if not attrs.has(type(given)) or type(given) is not type(old):
+            return given
+        fields = [field.name for field in attrs.fields(type(given))]
+        changes = {n: filled(getattr(given, n), getattr(old, n)) for n in fields}
+        return attrs.evolve(given, **changes)
+
+    config = filled(config, before)
+    if isinstance(config, SFT | DPO) and isinstance(before, SFT | DPO):
+        was = Path(before.model.from_)
+        # `runs/pretrain` has become the checkpoint in it that the run began from.
+        if Path(config.model.from_) in (was.parent.parent, was.parent.parent.parent):
+            model = attrs.evolve(config.model, from_=before.model.from_)
+            config = attrs.evolve(config, model=model)
+    return config
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

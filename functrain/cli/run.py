@@ -1,0 +1,188 @@
+"""One stage from its config to its report: begin or go on, train, log, save, stop when asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import attrs
+import torch
+
+from functrain import checkpoint
+from functrain.cli import directory as directories
+from functrain.cli.build import Built, build
+from functrain.cli.config import DPO, SFT, Pretrain
+from functrain.cli.directory import RunDirectory
+from functrain.cli.samples import prompts, spoken
+from functrain.cli.signals import Stop
+from functrain.errors import CheckpointError
+from functrain.loop import train
+from functrain.state import TrainState
+from functrain.steps import evaluate
+from functrain.tracking import jsonl, progress
+
+C = TypeVar("C", Pretrain, SFT, DPO)
+Say = Callable[[str], None]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Outcome:
+    """What a stage came to: its last state, every record of metrics.jsonl, and what it said.
+
+    `prompts` are of its held-out data, `first_words` what the first state said after each.
+    """
+
+    config: Pretrain | SFT | DPO
+    built: Built
+    state: TrainState
+    records: list[dict[str, Any]]
+    prompts: list[str]
+    first_words: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been made."""
+        return self.state.step >= self.config.train.steps
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """The evaluation of the first state; empty without held-out data."""
+        return self.records[0] if self.records and self.records[0]["step"] == 0 else {}
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """The newest evaluation; empty without held-out data."""
+        return next((r for r in reversed(self.records) if "eval_loss" in r), {})
+
+
+def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
+    """Train one stage in its run directory, until it is finished or `stop` is set.
+
+    Law: whatever stopped a run (a signal, kill -9, a power cut), going on with `resume` ends with
+    the state, to the bit, that it would have had. Raises `FunctrainError` for what cannot be run.
+    """
+    directories.check_files(config)
+    config = _settled(config, resume)
+    run = RunDirectory(config.directory)
+    with _threads(config.train.threads or 1):
+        built = build(config)
+        for note in built.notes:
+            say(f"{config.stage}: {note}")
+        if built.tokenizer is not None:
+            directories.write(run.tokenizer, built.tokenizer.to_json())
+        given = prompts(built.evaluation, built.tokenizer)
+        # Now, because the first step reuses the memory of the first state.
+        first_words = spoken(built, built.state, given)
+        state = _state(built, run, config.train.steps)
+        if state.step < config.train.steps:
+            _say_where(config, built, state, say)
+            state = _trained(config, built, state, run, stop)
+    return Outcome(
+        config=config,
+        built=built,
+        state=state,
+        records=jsonl.read(run.metrics),
+        prompts=given,
+        first_words=first_words,
+    )
+
+
+def _settled(config: C, resume: bool) -> C:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    if resume and RunDirectory(config.directory).config.is_file():
+        return directories.resumed(config, threads=threads, device=device)
+    return directories.begun(config, threads=threads, device=device)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _state(built: Built, run: RunDirectory, steps: int) -> TrainState:
+    newest = checkpoint.latest(run.checkpoints)
+    if newest is None:
+        run.metrics.unlink(missing_ok=True)
+        return built.state
+    try:
+        state = checkpoint.load(newest, like=built.state)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\nto go on from the one before, remove {newest} and resume again"
+        ) from error
+    if state.step < steps:
+        jsonl.truncate_after(run.metrics, state.step)
+    return state
+
+
+def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, say: Say) -> None:
+    count = sum(p.numel() for p in built.state.params.values())
+    where = f"from step {state.step} on" if state.step else "from the beginning"
+    say(
+        f"{config.stage}: {count:,} parameters, {len(built.source):,} samples, "
+        f"{config.train.steps:,} steps {where}, {config.train.threads} threads, "
+        f"{config.train.precision} on {config.train.device}, in {config.directory}"
+    )
+
+
+def _trained(
+    config: Pretrain | SFT | DPO, built: Built, state: TrainState, run: RunDirectory, stop: Stop
+) -> TrainState:
+    """The loop. Logged first, saved afterwards: no checkpoint is ahead of its metrics."""
+    plan, saved = config.train, state.step
+    with (
+        _closing(jsonl.JSONLTracker(run.metrics)) as tracker,
+        _closing(progress.Progress(plan.steps, config.stage)) as bar,
+    ):
+        if state.step == 0 and built.evaluation:
+            tracker.log(0, evaluate(built.step, state, built.evaluation).to_dict())
+        if stop:
+            return state
+        since = time.perf_counter()
+        for now, metrics in train(
+            built.step,
+            state,
+            built.source,
+            steps=plan.steps,
+            evaluation=built.evaluation or None,
+            evaluate_every=config.evaluation.every if built.evaluation else None,
+        ):
+            state = now
+            values = metrics.to_dict()
+            elapsed, since = time.perf_counter() - since, time.perf_counter()
+            values["epoch"] = state.cursor.samples / len(built.source)
+            values["tokens_per_second"] = values["num_tokens"] / max(elapsed, 1e-9)
+            bar.update(state.step, values)
+            last = state.step == plan.steps
+            # A stop logs nothing of its own, so that the file is an uninterrupted run's.
+            if last or state.step % plan.log_every == 0 or "eval_loss" in values:
+                tracker.log(state.step, values)
+            if last or stop or state.step % plan.save_every == 0:
+                checkpoint.save(run.checkpoints, state)
+                checkpoint.prune(run.checkpoints, plan.keep)
+                saved = state.step
+            if stop:
+                break
+    assert saved == state.step or not state.step  # the newest state is always on the disk
+    return state
+
+
+@contextmanager
+def _closing(thing: Any) -> Iterator[Any]:
+    try:
+        yield thing
+    finally:
+        thing.close()
+
+
+def how_to_go_on(config: Pretrain | SFT | DPO) -> str:
+    """The command that resumes a run."""
+    return f"functrain {config.stage} {RunDirectory(config.directory).config} --resume"

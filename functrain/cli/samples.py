@@ -1,0 +1,45 @@
+"""What a model says: prompts from the held-out data, and completions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from functrain import models
+from functrain.cli.build import Built
+from functrain.data import ByteTokenizer
+from functrain.objectives.batches import IGNORE_INDEX, Batch
+from functrain.state import TrainState
+
+
+def prompts(batches: Sequence[Batch], tokenizer: ByteTokenizer | None, count: int = 3) -> list[str]:
+    """The first held-out prompts, or the beginnings of held-out rows, as text again."""
+    if tokenizer is None or not batches:
+        return []
+    batch = batches[0].get("chosen", batches[0])
+    found = []
+    for ids, labels in zip(batch["input_ids"][:count], batch["labels"][:count], strict=True):
+        targets = (labels != IGNORE_INDEX).nonzero()
+        first = int(targets[0]) if len(targets) else 0
+        found.append(tokenizer.decode(ids[: first or min(64, len(ids) // 2)].tolist()))
+    return found
+
+
+def spoken(
+    built: Built, state: TrainState, given: Sequence[str], *, tokens: int = 120
+) -> list[str]:
+    """What the model says after each prompt, greedily; nothing without a tokenizer."""
+    tokenizer = built.tokenizer
+    if tokenizer is None:
+        return []
+    completed = (
+        models.generate(
+            built.step.architecture,
+            state.params,
+            state.buffers,
+            tokenizer.encode(prompt) or [tokenizer.end],
+            max_new_tokens=tokens,
+            end=tokenizer.end,
+        )
+        for prompt in given
+    )
+    return [tokenizer.decode(ids) for ids in completed]

@@ -1,0 +1,89 @@
+"""What `functrain inspect` and `functrain generate` print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from functrain.cli.config import EMBEDDED
+from functrain.errors import ConfigError
+
+
+def described(given: str, *, tensors: bool = False) -> str:
+    """A checkpoint, or a run's newest one, as text: what it holds, verified against its hashes."""
+    from functrain import checkpoint
+    from functrain.cli.directory import RunDirectory, origin
+
+    path = Path(given)
+    if (RunDirectory(path).config).is_file() or (path / "pretrain").is_dir():
+        path = origin(given).checkpoint
+    return "\n".join(_description(checkpoint.inspect(path), tensors))
+
+
+def _description(found: Mapping[str, Any], tensors: bool) -> Iterator[str]:
+    leaves, files = found["leaves"], found["files"]
+    yield f"checkpoint {found['path']}"
+    model = files["model.safetensors"]["tensors"]
+    count = sum(math.prod(tensor["shape"]) for tensor in model.values())
+    dtypes = ", ".join(sorted({tensor["dtype"] for tensor in model.values()})) or "none"
+    yield f"  step        {leaves['step']:,}"
+    yield f"  samples     {leaves['cursor/samples']:,}"
+    yield f"  tokens      {leaves['cursor/tokens']:,}"
+    yield f"  parameters  {count:,} in {len(model)} tensors ({dtypes})"
+    yield f"  optimizer   {leaves['optimizer/kind']}"
+    yield f"  key         {leaves['key']}"
+    yield ""
+    yield f"  {'file':<24}{'bytes':>14}  {'tensors':>7}  sha256"
+    for name, entry in files.items():
+        yield (
+            f"  {name:<24}{entry['size']:>14,}  {len(entry['tensors']):>7}  {entry['sha256'][:16]}…"
+        )
+    yield "  every size and sha256 is as the manifest says"
+    if tensors:
+        for name, entry in files.items():
+            yield f"\n{name}"
+            for tensor, form in entry["tensors"].items():
+                yield f"  {tensor:<56} {form['dtype']} {form['shape']}"
+
+
+def generated(
+    given: str,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> str:
+    """What the model of a run or checkpoint says after `prompt`; the same for the same arguments.
+
+    Raises `ConfigError` for a run on ids of a foreign tokenizer.
+    """
+    from functrain import models
+    from functrain.cli.build import trained
+
+    model = trained(given)
+    if model.tokenizer is None:
+        raise ConfigError(
+            f"{given}: trained on ids of a tokenizer of your own, so a text prompt means nothing "
+            "to it; use functrain.models.generate with ids"
+        )
+    if model.config.stage != "pretrain" and model.config.data.train == EMBEDDED:
+        # The embedded questions end with a line; typing one into a shell is no fun.
+        prompt = prompt.rstrip("\n") + "\n"
+    ids = models.generate(
+        model.architecture,
+        model.params,
+        model.buffers,
+        model.tokenizer.encode(prompt) or [model.tokenizer.end],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        end=model.tokenizer.end,
+        seed=seed,
+    )
+    return model.tokenizer.decode(ids)

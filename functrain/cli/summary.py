@@ -1,0 +1,161 @@
+"""What a stage came to, in numbers and samples: for the terminal and for the report."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from functrain.cli.directory import RunDirectory
+from functrain.cli.run import Outcome
+from functrain.cli.samples import spoken
+from functrain.data import ByteTokenizer
+from functrain.objectives.batches import Batch
+from functrain.state import fingerprint
+from functrain.steps import evaluate
+from functrain.tracking import report
+from functrain.trees import Tensors, tensors
+
+SIDES = ("chosen", "rejected")
+
+HEAD = ("stage", "held out", "before", "after")
+Row = tuple[str, str, str, str]
+"""Stage, what is measured, before, after."""
+
+
+@attrs.frozen(kw_only=True)
+class Said:
+    """A prompt, and what each of several models says after it: (which, text)."""
+
+    prompt: str
+    answers: tuple[tuple[str, str], ...]
+
+
+def conclude(outcome: Outcome) -> str:
+    """Write a finished run's report; what to print about it."""
+    run = RunDirectory(outcome.config.directory)
+    rows = measured(outcome)
+    last_words = spoken(outcome.built, outcome.state, outcome.prompts)
+    said = [
+        Said(prompt=prompt, answers=(("before", first), ("after", last)))
+        for prompt, first, last in zip(
+            outcome.prompts, outcome.first_words, last_words, strict=True
+        )
+    ]
+    write_report(run.report, f"{outcome.config.stage}: {run.path.name}", [outcome], rows, said)
+    return "\n".join(
+        [
+            f"{run.path}: finished, {outcome.state.step:,} of {outcome.config.train.steps:,} steps",
+            *([table(HEAD, rows), ""] if rows else []),
+            f"fingerprint  {fingerprint(outcome.state)}",
+            f"report       {run.report}",
+            f'next         functrain generate {run.path} "…"',
+        ]
+    )
+
+
+def measured(outcome: Outcome) -> list[Row]:
+    """The stage's held-out measures, before its first step and after its last."""
+    before, after = outcome.before, outcome.after
+    if not before or not after:
+        return []
+    if outcome.config.stage == "dpo":
+        return _preferences(outcome)
+    what = "text" if outcome.config.stage == "pretrain" else "completion"
+    first, last = (f"{each['eval_perplexity']:.2f}" for each in (before, after))
+    rows = [(f"{what} perplexity", first, last)]
+    if outcome.built.tokenizer is not None:
+        batches = outcome.built.evaluation
+        first, last = (f"{bits_per_byte(each, batches):.3f}" for each in (before, after))
+        rows.append((f"{what} bits per byte", first, last))
+    return [(outcome.config.stage, *row) for row in rows]
+
+
+def _preferences(outcome: Outcome) -> list[Row]:
+    before, after = outcome.before, outcome.after
+    # The policy is its reference before the first step: no reward is above another.
+    tied = float(before["eval_rewards/margins"]) == 0
+    accuracy = "tied" if tied else f"{before['eval_rewards/accuracies']:.3f}"
+    reference, policy = _reference(outcome), outcome.state.params
+    first, last = (_likelier(outcome, params) for params in (reference, policy))
+    opened, closed = (f"{each['eval_rewards/margins']:+.3f}" for each in (before, after))
+    rows = (
+        ("accuracy of the rewards", accuracy, f"{after['eval_rewards/accuracies']:.3f}"),
+        ("margin of the rewards", opened, closed),
+        ("chosen is the likelier", f"{first:.3f}", f"{last:.3f}"),
+    )
+    return [("dpo", *row) for row in rows]
+
+
+def _reference(outcome: Outcome) -> Tensors:
+    kept = outcome.built.step.objective.kept()
+    assert kept is not None  # `build` gives every DPO step its reference
+    return tensors(kept)
+
+
+def _likelier(outcome: Outcome, params: Tensors) -> float:
+    """In what fraction of the held-out pairs the chosen completion has the higher log-prob.
+
+    The accuracy of the rewards against a reference that knows nothing.
+    """
+    nothing: list[Batch] = []
+    for batch in outcome.built.evaluation:
+        zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}
+        nothing.append({**batch, "reference_logps": zeros})
+    state = attrs.evolve(outcome.state, params=params)
+    found = evaluate(outcome.built.step, state, nothing)
+    return float(found["eval_rewards/accuracies"])
+
+
+def bits_per_byte(record: Mapping[str, Any], batches: Sequence[Batch]) -> float:
+    """An evaluation's loss in bits, over the bytes that were to be predicted.
+
+    The ends of documents are predicted too, and only bytes are divided by.
+    """
+    end = ByteTokenizer().end
+    count = sum(
+        int(((batch["labels"][:, 1:] >= 0) & (batch["labels"][:, 1:] < end)).sum())
+        for batch in batches
+    )
+    nats = float(record["eval_loss"]) * float(record["eval_num_tokens"])
+    return nats / math.log(2) / count
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    last = ""
+    for row in rows:
+        # A stage is named once.
+        made.add_row("" if row[0] == last else row[0], *row[1:])
+        last = row[0]
+    for column in made.columns[2:]:
+        column.justify = "right"
+    out = io.StringIO()
+    Console(file=out, width=100, color_system=None, highlight=False).print(made)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+
+def write_report(
+    path: Path, title: str, outcomes: Sequence[Outcome], rows: Sequence[Row], said: Sequence[Said]
+) -> None:
+    """The report over these stages."""
+    report.write_report(
+        path,
+        title=title,
+        stages=[
+            report.StageRecord(name=outcome.config.stage, metrics=outcome.records)
+            for outcome in outcomes
+        ],
+        table=rows,
+        samples=said,
+    )

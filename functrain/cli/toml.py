@@ -1,0 +1,173 @@
+"""Configs as TOML, and TOML as configs; every complaint names the file, the key and the remedy."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import attrs
+import cattrs
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+from functrain.cli.config import DPO, SFT, STAGES, Config, Pretrain, Start
+from functrain.errors import ConfigError, did_you_mean
+
+C = TypeVar("C", Pretrain, SFT, DPO)
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text in quotes"),
+    bool: ((bool,), "true or false"),
+}
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in _KINDS:
+        converter.register_structure_hook(kind, _strict)
+    renamed = override(rename="from")
+    structure = make_dict_structure_fn(
+        Start, converter, _cattrs_forbid_extra_keys=True, from_=renamed
+    )
+    converter.register_structure_hook(Start, structure)
+    unstructure = make_dict_unstructure_fn(Start, converter, from_=renamed)
+    converter.register_unstructure_hook(Start, unstructure)
+    return converter
+
+
+def _strict(value: Any, kind: Any) -> Any:
+    """A value of exactly this type: cattrs would take `int(2.7)` and `bool("no")`."""
+    allowed, expected = _KINDS[kind]
+    if type(value) not in allowed:
+        raise TypeError(f"expected {expected}, got {_shown(value)}")
+    return kind(value)
+
+
+def _shown(value: Any) -> str:
+    return "a section" if isinstance(value, Mapping) else repr(value)
+
+
+def read(path: Path, cls: type[C]) -> C:
+    """The config in a TOML file, every unknown key and wrong value of it in one `ConfigError`."""
+    return structured(_tables(path), cls, str(path))
+
+
+def read_any(path: Path) -> Config:
+    """The config that a run has written; its `stage` says which it is."""
+    stage = _tables(path).get("stage")
+    return read_as(path, str(stage))
+
+
+def read_as(path: Path, stage: str) -> Config:
+    """The config of a stage in a TOML file; an unknown stage raises `ConfigError`."""
+    if stage not in STAGES:
+        raise ConfigError(f"{path}: stage: {stage!r}; {did_you_mean(stage, STAGES)}")
+    if stage == "pretrain":
+        return read(path, Pretrain)
+    return read(path, SFT) if stage == "sft" else read(path, DPO)
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def structured(tables: Mapping[str, Any], cls: type[C], where: str) -> C:
+    """The config that `tables` are; `where` begins each line of the `ConfigError` for others."""
+    try:
+        return _converter().structure(tables, cls)
+    except ClassValidationError as error:
+        lines = [f"{where}: {line}" for line in dict.fromkeys(_complaints(error, ()))]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _complaints(error: BaseException, path: tuple[str, ...]) -> Iterator[str]:
+    if isinstance(error, ClassValidationError):
+        named, others = error.group_exceptions()
+        for inner, note in named:
+            yield from _complaints(inner, (*path, note.name.rstrip("_")))
+        for each in others:
+            yield from _complaints(each, path)
+    elif isinstance(error, IterableValidationError):
+        for each in error.exceptions:
+            yield from _complaints(each, path)
+    elif isinstance(error, ForbiddenExtraKeysError):
+        known = [field.name.rstrip("_") for field in attrs.fields(error.cl)]
+        for extra in sorted(error.extra_fields):
+            yield f"{'.'.join((*path, extra))}: unknown key; {did_you_mean(extra, known)}"
+    elif isinstance(error, ConfigError):
+        yield str(error)
+    elif isinstance(error, TypeError) and str(error).startswith("expected "):
+        yield f"{'.'.join(path)}: {error}"
+    else:
+        yield f"{'.'.join(path)}: {_expected(path) or error}"
+
+
+def _expected(path: tuple[str, ...]) -> str:
+    """What belongs at a path whose value has not even the form of it."""
+    for cls in STAGES.values():
+        kind: Any = cls
+        for part in path:
+            hints = get_type_hints(kind) if attrs.has(kind) else {}
+            kind = hints.get(part, hints.get(f"{part}_"))
+        if kind is not None and attrs.has(kind):
+            keys = ", ".join(field.name.rstrip("_") for field in attrs.fields(kind))
+            return f"expected a section with {keys}"
+        if kind is not None and any("tuple" in str(arg) for arg in (kind, *get_args(kind))):
+            return "expected a list of numbers, with as many as it needs"
+    return ""
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every key of a config by its path, `schedule.peak`; what is not given is None."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                walk(inner, f"{path}.{name}" if path else name)
+        else:
+            found[path] = value
+
+    walk(_converter().unstructure(config), "")
+    return found
+
+
+def dumps(config: Config) -> str:
+    """A config as TOML that reads back as the same config; what is not given is left out."""
+    return "\n".join(_lines(_converter().unstructure(config), ())) + "\n"
+
+
+def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    if path:
+        yield f"\n[{'.'.join(path)}]"
+    for name, value in table.items():
+        if value is not None and not isinstance(value, Mapping):
+            yield f"{name} = {_literal(value)}"
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, (*path, name))
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # TOML's escapes are JSON's, but that it wants the delete character escaped too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, int):
+        return str(value)
+    return f"[{', '.join(_literal(each) for each in value)}]"
