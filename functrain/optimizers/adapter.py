@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,8 +68,8 @@ class Adapter:
     """Any torch optimizer class as a pure pair; see `from_torch`.
 
     The class creates its per-parameter state at its first update, so `slots` is empty before. A
-    Python number in that state is kept as a 0-d tensor of dtype int64, float64 or bool, which is
-    how it is known again.
+    Python number in that state is kept as a 0-d tensor under `slot.number`, which is how it is
+    known again: a tensor may be 0-d as well.
     """
 
     cls: Callable[..., torch.optim.Optimizer]
@@ -80,7 +81,9 @@ class Adapter:
         every: list[Mapping[str, Any]] = [{}, *(g.options for g in self.groups)]
         for options in every:
             merged = {**self.options, **{k: v for k, v in options.items() if k != "lr_scale"}}
-            checked(self.cls, lr=self.lr, **merged)
+            if "lr" in merged:
+                raise ConfigError(f"{self.kind}: a group's share of the learning rate is lr_scale")
+            _refuse_closure(self.kind, checked(self.cls, lr=self.lr, **merged))
 
     @property
     def kind(self) -> str:
@@ -88,7 +91,15 @@ class Adapter:
         return getattr(self.cls, "__name__", type(self.cls).__name__)
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
-        """No slots yet: the class makes them at the first update."""
+        """No slots yet: the class makes them at the first update.
+
+        Raises `ConfigError` for params that the class does not take (Muon takes matrices only).
+        """
+        if params:
+            try:
+                self._optimizer({name: p.detach() for name, p in params.items()}, self.lr)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"{self.kind}: {error}") from error
         return OptimizerState(kind=self.kind, count=zero_count(params), slots={})
 
     def update(
@@ -109,20 +120,28 @@ class Adapter:
             return tensors(params), state
         new_params, slots = owned(params, state.slots, grads, donate)
         leaves = {name: new_params[name].detach() for name in new_params if name in grads}
+        count = advanced(state.count, applied)
+        if not leaves:
+            return new_params, attrs.evolve(state, count=count, slots=slots)
         for name, leaf in leaves.items():
-            leaf.grad = grads[name]
+            leaf.grad = grads[name] if donate or self._leaves_gradients else grads[name].clone()
         optimizer = self._optimizer(leaves, learning_rate)
         for name, leaf in leaves.items():
-            own = {slot: _number(t[name]) for slot, t in slots.items() if name in t}
+            own = dict(_entry(slot, t[name]) for slot, t in slots.items() if name in t)
             if own:
                 optimizer.state[leaf] = own
         before = [dict(g) for g in optimizer.param_groups]
         optimizer.step()
-        _refuse_group_state(self.cls, before, optimizer.param_groups)
+        _refuse_group_state(self.kind, before, optimizer.param_groups)
+        _refuse_common_state(self.kind, optimizer, leaves)
         new_slots = _slots({name: optimizer.state[leaf] for name, leaf in leaves.items()}, slots)
         new_params = Tensors({**new_params, **{n: leaf.detach() for n, leaf in leaves.items()}})
-        count = advanced(state.count, applied)
         return new_params, attrs.evolve(state, count=count, slots=new_slots)
+
+    @property
+    def _leaves_gradients(self) -> bool:
+        """Whether the class is known not to write into the gradients, as torch's own do not."""
+        return getattr(self.cls, "__module__", "").startswith("torch.optim.")
 
     def _optimizer(
         self, leaves: Mapping[str, Tensor], learning_rate: Tensor | float
@@ -135,12 +154,14 @@ class Adapter:
         return self.cls(param_groups, lr=float(learning_rate), **self.options)
 
 
-def _number(value: Tensor) -> Tensor | float:
-    is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64, torch.bool)
-    if not is_number:
-        return value
-    number: float = value.item()
-    return number
+_NUMBER = ".number"
+
+
+def _entry(slot: str, value: Tensor) -> tuple[str, Tensor | float]:
+    """An entry of the class's state, from a slot."""
+    if slot.endswith(_NUMBER):
+        return slot.removesuffix(_NUMBER), value.item()
+    return slot, value
 
 
 def _slots(
@@ -156,8 +177,10 @@ def _slots(
                     f"optimizer state {slot!r} of {name} is a {type(value).__name__}; "
                     "only tensors and numbers can be carried and saved"
                 )
-            kept = value.detach() if isinstance(value, Tensor) else _as_tensor(value)
-            slots.setdefault(slot, {})[name] = kept
+            if isinstance(value, Tensor):
+                slots.setdefault(slot, {})[name] = value.detach()
+            else:
+                slots.setdefault(slot + _NUMBER, {})[name] = _as_tensor(value)
     return {slot: Tensors(items) for slot, items in sorted(slots.items())}
 
 
@@ -167,16 +190,34 @@ def _as_tensor(value: float | bool) -> Tensor:
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
+def _refuse_closure(kind: str, optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"{kind}: its step evaluates the loss again through a closure, and a pure update has "
+            "gradients only; take a class whose step() needs no closure"
+        )
+
+
 def _refuse_group_state(
-    cls: Callable[..., torch.optim.Optimizer],
-    before: list[dict[str, Any]],
-    after: list[dict[str, Any]],
+    kind: str, before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> None:
     for old, new in zip(before, after, strict=True):
         for key in new:
             if key != "params" and (key not in old or old[key] is not new[key]):
-                name = getattr(cls, "__name__", repr(cls))
                 raise ConfigError(
-                    f"{name} keeps {key!r} in its parameter groups; a pure update can carry only "
+                    f"{kind} keeps {key!r} in its parameter groups; a pure update can carry only "
                     "per-parameter state"
                 )
+
+
+def _refuse_common_state(
+    kind: str, optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor]
+) -> None:
+    known = {id(leaf) for leaf in leaves.values()}
+    for key in optimizer.state:
+        if id(key) not in known:
+            raise ConfigError(
+                f"{kind} keeps {key!r} in a state that no parameter owns; a pure update can carry "
+                "only per-parameter state"
+            )

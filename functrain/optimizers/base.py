@@ -92,9 +92,10 @@ def no_decay(architecture: nn.Module) -> Group:
     return group(lambda name, _: name in names, weight_decay=0.0)
 
 
-def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
+def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
+    """The class over one matrix, with its own complaints as `ConfigError`."""
     try:
-        cls([torch.zeros(2, 2)], **options)
+        return cls([torch.zeros(2, 2)], **options)
     except (TypeError, ValueError, RuntimeError) as error:
         name = getattr(cls, "__name__", repr(cls))
         raise ConfigError(f"{name}: {error}") from error

@@ -1,0 +1,86 @@
+"""AdamW and Adam over torch's kernel: what they carry, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from functrain import optim
+from functrain.errors import ConfigError
+from functrain.trees import Tensors
+
+PARAMS = Tensors(b=torch.ones(2), a=torch.ones(3, 2), half=torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        (optim.adamw(), "adamw"),
+        (optim.adamw(amsgrad=True), "adamw(amsgrad)"),
+        (optim.adam(), "adam"),
+        (optim.adam(amsgrad=True), "adam(amsgrad)"),
+    ],
+)
+def test_the_state_begins_at_zero_under_torchs_names(optimizer: Any, kind: str) -> None:
+    """Moments in the params' shapes and dtypes; a step count for each."""
+    state = optimizer.init(PARAMS)
+    moments = {"exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if "amsgrad" in kind else set())
+    assert state.kind == optimizer.kind == kind
+    assert state.slots.keys() == moments | {"step"}
+    assert state.count.dtype == torch.int64
+    for slot, tensors in state.slots.items():
+        assert list(tensors) == ["a", "b", "half"]
+        for name, tensor in tensors.items():
+            expected = (torch.float32, ()) if slot == "step" else (PARAMS[name].dtype,)
+            assert (tensor.dtype, tensor.shape)[: len(expected)] == expected
+            assert not tensor.any()
+
+
+def test_the_learning_rate_may_be_a_number_or_a_tensor() -> None:
+    optimizer = optim.adamw(weight_decay=0.1)
+    grads = {name: torch.full_like(p, 0.3) for name, p in PARAMS.items()}
+    results = [
+        optimizer.update(grads, optimizer.init(PARAMS), PARAMS, rate)[0]
+        for rate in (1e-3, torch.tensor(1e-3, dtype=torch.float64))
+    ]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in PARAMS)
+
+
+def test_a_group_may_have_its_own_betas_and_eps() -> None:
+    grads = {name: torch.full_like(p, 0.3) for name, p in PARAMS.items()}
+    own = {"betas": (0.5, 0.6), "eps": 0.1}
+    grouped = optim.adamw(groups=[optim.group(lambda n, _: n == "b", **own)])
+    alone = optim.adamw(**own)
+    new, _ = grouped.update(grads, grouped.init(PARAMS), PARAMS, 1e-2)
+    other, _ = alone.update(grads, alone.init(PARAMS), PARAMS, 1e-2)
+    assert torch.equal(new["b"], other["b"])
+    assert not torch.equal(new["a"], other["a"])
+
+
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    (lambda: optim.adamw(-1.0), "AdamW: Invalid learning rate: -1.0"),
+    (lambda: optim.adamw(eps=-1.0), "AdamW: Invalid epsilon value: -1.0"),
+    (lambda: optim.adamw(betas=(1.0, 0.9)), "AdamW: Invalid beta parameter"),
+    (lambda: optim.adam(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (
+        lambda: optim.adamw(groups=[optim.group(optim.is_any, momentum=0.9)]),
+        "group option 'momentum': an Adam group may set betas, eps, weight_decay and lr_scale",
+    ),
+    (
+        lambda: optim.adamw(groups=[optim.group(optim.is_any, lr=0.9)]),
+        "group option 'lr': an Adam group may set",
+    ),
+    (
+        lambda: optim.adam(groups=[optim.group(optim.is_any, weight_decay=-1.0)]),
+        "Invalid weight_decay value: -1.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_torch_refuses_is_a_config_error(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -1,0 +1,159 @@
+"""Any torch optimizer class as a pure pair: what it carries, and which classes are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from functrain import optim
+from functrain.errors import ConfigError
+from functrain.trees import Tensors, clone
+
+PARAMS = Tensors(a=torch.ones(3, 2), b=torch.tensor(2.0, dtype=torch.float64))
+GRADS = Tensors(a=torch.full((3, 2), 0.5), b=torch.tensor(0.25, dtype=torch.float64))
+
+
+class Own(torch.optim.Optimizer):
+    """A class of a user's own; `_updated` is what distinguishes the ones below."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(group, param)
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Counting(Own):
+    """Keeps numbers and a scalar tensor per parameter, and counts on them being what they were."""
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state[param]
+        if not state:
+            state.update(calls=0, size=0.5, warm=False, mean=torch.zeros((), dtype=torch.float64))
+        kinds = {slot: type(value) for slot, value in state.items()}
+        assert kinds == {"calls": int, "size": float, "warm": bool, "mean": Tensor}
+        state["calls"] += 1
+        state["size"] *= 0.5
+        state["warm"] = state["calls"] > 1
+        state["mean"] += param.grad.double().mean()
+        param.sub_(param.grad * group["lr"] * state["size"])
+
+
+class InGroups(Own):
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        group["calls"] = group.get("calls", 0) + 1
+
+
+class InCommon(Own):
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        self.state["calls"] = self.state.get("calls", 0) + 1
+
+
+class WithText(Own):
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        self.state[param]["note"] = "warm"
+
+
+class WritesGradients(Own):
+    """As many a class of older days: decay is added into the gradient itself."""
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        param.grad.add_(param, alpha=0.1)
+        param.sub_(param.grad * group["lr"])
+
+
+class NeedsClosure(Own):
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        closure()
+
+
+def test_numbers_and_scalar_tensors_come_back_as_what_they_were() -> None:
+    """Int, float, bool and a 0-d float64 tensor, which a scalar parameter's moments are too."""
+    optimizer = optim.from_torch(Counting, lr=0.1)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(3):
+        params, state = optimizer.update(GRADS, state, params, 0.1)
+    assert {slot: float(own["a"]) for slot, own in state.slots.items()} == {
+        "calls.number": 3.0,
+        "mean": 1.5,
+        "size.number": 0.0625,
+        "warm.number": 1.0,
+    }
+    kinds = {slot: own["a"].dtype for slot, own in state.slots.items()}
+    assert kinds["calls.number"] == torch.int64
+    assert kinds["size.number"] == torch.float64
+    assert kinds["warm.number"] == torch.bool
+
+
+def test_the_state_begins_empty() -> None:
+    """The class makes its own at the first update."""
+    state = optim.sgd(momentum=0.9).init(PARAMS)
+    assert state.slots == {}
+    assert int(state.count) == 0
+    assert state.kind == "SGD"
+
+
+def test_a_class_that_writes_into_gradients_does_not_write_into_the_given_ones() -> None:
+    optimizer = optim.from_torch(WritesGradients)
+    given = clone(GRADS)
+    new, _ = optimizer.update(given, optimizer.init(PARAMS), PARAMS, 0.1)
+    assert all(torch.equal(given[name], GRADS[name]) for name in GRADS)
+    assert torch.equal(new["a"], PARAMS["a"] - (0.5 + 0.1) * 0.1)
+
+
+def test_the_learning_rate_of_a_call_counts_not_that_of_the_constructor() -> None:
+    optimizer = optim.sgd(lr=123.0)
+    new, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, 0.5)
+    assert torch.equal(new["a"], PARAMS["a"] - 0.25)
+    assert optimizer.lr == 123.0
+
+
+@pytest.mark.parametrize("cls", [torch.optim.LBFGS, NeedsClosure])
+def test_a_class_that_needs_a_closure_is_refused_when_it_is_named(cls: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{cls.__name__}: its step evaluates the loss again"):
+        optim.from_torch(cls)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (InGroups, "InGroups keeps 'calls' in its parameter groups"),
+        (InCommon, "InCommon keeps 'calls' in a state that no parameter owns"),
+        (WithText, "optimizer state 'note' of a is a str; only tensors and numbers"),
+    ],
+)
+def test_a_class_whose_state_cannot_be_carried_is_refused(cls: Any, message: str) -> None:
+    optimizer = optim.from_torch(cls)
+    with pytest.raises(ConfigError, match=message):
+        optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentun": 0.9}, "SGD: .*momentun"),
+        ({"momentum": -1.0}, "SGD: Invalid momentum value: -1.0"),
+        ({"lr": -1.0}, "SGD: Invalid learning rate: -1.0"),
+        ({"groups": [optim.group(optim.is_any, momentum=-1.0)]}, "SGD: Invalid momentum"),
+        ({"groups": [optim.group(optim.is_any, momentun=0.9)]}, "SGD: .*momentun"),
+        ({"groups": [optim.group(optim.is_any, lr=0.9)]}, "SGD: .*lr_scale"),
+    ],
+)
+def test_what_the_class_refuses_is_a_config_error(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        optim.from_torch(torch.optim.SGD, **options)
+
+
+def test_params_that_the_class_does_not_take_are_refused_at_init() -> None:
+    with pytest.raises(ConfigError, match="Muon: Muon only supports 2D parameters"):
+        optim.from_torch(torch.optim.Muon).init(PARAMS)
