@@ -1,17 +1,20 @@
 """The embedded data: the installed Python's own reference text, always there, without a network.
 
-Documents are the docstrings of the standard library's public modules, classes and functions, and
-the language reference of `pydoc_data.topics`. Files are parsed, not imported. One docstring in ten
-is held out of every stage, by a hash of its name; what is held out and shares more than a fifth of
-its five-word phrases with anything trained on is removed from both.
+Documents are a page for each public module of the standard library, with the names and docstrings
+of its classes and functions, and the language reference of `pydoc_data.topics`. Files are parsed,
+not imported. One docstring in ten is held out of every stage, by a hash of its name; what is held
+out and shares more than a fifth of its five-word phrases with anything trained on is removed from
+both.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import re
 import sysconfig
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -83,14 +86,14 @@ def load(*, limit: int | None = None) -> Embedded:
         )
     train = [entry for entry in entries if not _is_held_out(entry.full_name)]
     train_topics = [text for name, text in topics if not _is_held_out(name)]
-    documents = [*(entry.doc for entry in train), *train_topics]
+    documents = [*_pages(train), *train_topics]
     known = {phrase for document in documents for phrase in _phrases(document)}
     candidates = [entry for entry in entries if _is_held_out(entry.full_name)]
     held_out = [entry for entry in candidates if _is_new(entry.doc, known)]
     held_topics = [text for name, text in topics if _is_held_out(name) and _is_new(text, known)]
     return Embedded(
         train=_shuffled(documents),
-        held_out=_shuffled([*(entry.doc for entry in held_out), *held_topics]),
+        held_out=_shuffled([*_pages(held_out), *held_topics]),
         sft_train=tuple(_question(entry) for entry in _short(train)),
         sft_held_out=tuple(_question(entry) for entry in _short(held_out)),
         preference_train=tuple(_preferences(_short(train))),
@@ -173,6 +176,15 @@ def _shuffled(documents: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()))
 
 
+def _pages(entries: Sequence[Entry]) -> Iterator[str]:
+    """A page for each module, laid out as `help` does: each thing's name, and its docstring."""
+    for module, members in itertools.groupby(entries, key=lambda entry: entry.module):
+        page = [f"Help on {module}:"]
+        for entry in members:
+            page += [f"{entry.full_name}{entry.signature}", textwrap.indent(entry.doc, "    ")]
+        yield "\n\n".join(page) + "\n"
+
+
 def _short(entries: Sequence[Entry]) -> list[Entry]:
     """Entries with a name and an answer of one or two lines."""
     return [e for e in entries if e.name and 20 <= len(e.summary) <= 120 and len(e.full_name) <= 50]
@@ -187,7 +199,7 @@ def _prompt(entry: Entry) -> str:
 
 
 def _answer(entry: Entry) -> str:
-    return f"The {entry.kind} {entry.name} of the module {entry.module}: {entry.summary}\n"
+    return f"In Python, {entry.full_name} is a {entry.kind}. {entry.summary}\n"
 
 
 def _preferences(entries: Sequence[Entry]) -> Iterator[dict[str, str]]:

@@ -1,0 +1,97 @@
+"""metrics.jsonl: a line for each logged step, flushed as it is written."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from functrain.errors import DataError
+
+_NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Tracker(Protocol):
+    """Where metrics go: JSON lines here; other services by an adapter with these two methods."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+class JSONLTracker:
+    """A tracker that appends `{"step": …, name: value, …}` lines to a file.
+
+    JSON has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity".
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = target.open("ab")
+        except OSError as error:
+            raise DataError(f"{target}: cannot be written ({error.strerror})") from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line."""
+        values = {name: _encoded(float(value)) for name, value in metrics.items()}
+        self._file.write(orjson.dumps({"step": step, **values}) + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a file, numbers as numbers; none where there is no file.
+
+    A last line without an end was torn by a kill and is left out; any other that is not a record
+    raises `DataError` with its number.
+    """
+    target = Path(path)
+    if not target.exists():
+        return []
+    *lines, _torn = target.read_bytes().split(b"\n")
+    return [_record(line, f"{target}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def truncate_after(path: str | os.PathLike[str], step: int) -> None:
+    """Drop the records of later steps, so that a resumed run's file is an uninterrupted one's."""
+    target = Path(path)
+    if not target.exists():
+        return
+    *lines, _torn = target.read_bytes().split(b"\n")
+    kept = [
+        line
+        for number, line in enumerate(lines, start=1)
+        if _record(line, f"{target}:{number}")["step"] <= step
+    ]
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    temporary.replace(target)
+
+
+def _encoded(value: float) -> float | str:
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise DataError(f"{where}: expected an object with an integer step")
+    return {n: _NAMES.get(v, v) if isinstance(v, str) else v for n, v in record.items()}
