@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functrain import keys
+from functrain.errors import DataError
 
 _ROUNDS = 6
 _WORD = 2**64 - 1
@@ -13,7 +14,10 @@ def permuted(index: int, length: int, key: int) -> int:
 
     A Feistel network over the next power of four, walked until it lands in range; so a run
     resumes at any position without replaying the epoch, and workers agree without talking.
+    Raises `DataError` for an index out of range, from which the walk might never come home.
     """
+    if not 0 <= index < length:
+        raise DataError(f"index {index} of {length}: out of range, expected [0, {length})")
     half = max(1, ((length - 1).bit_length() + 1) // 2)
     rounds = [keys.derive(key, "round", number) for number in range(_ROUNDS)]
     while True:

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-from functrain.data.source import Batch, MapSource
+from functrain.data.source import Batch, MapSource, at_least_one
 from functrain.data.text import IGNORE_INDEX
 from functrain.data.tokenizers import Tokenizer
 from functrain.errors import DataError, did_you_mean
@@ -88,11 +88,14 @@ def chat(
 
     A completion follows its prompt as it is, and the tokenizer's `end` closes it. Messages are laid
     out as lines `role: content`; what an assistant says, with its end, is a target. Prompt and
-    completion are tokenised apart, so that the boundary is a boundary between tokens.
+    completion are tokenised apart, so that the boundary is a boundary between tokens. Other keys of
+    a record are ignored.
 
-    Raises `DataError`, naming the record, for missing or unknown keys, unknown roles, content that
-    is not text, an empty completion, and where no example fits in `time` tokens.
+    Raises `DataError`, naming the record, for missing keys, both forms in one record, unknown
+    roles, content that is not text, an empty completion, and where no example fits in `time`
+    tokens.
     """
+    _check_given(records, time)
     examples = [_read(each, tokenizer, f"record {n}") for n, each in enumerate(records)]
     cut = [_cut(example, time) for example in examples]
     kept = tuple(example for example in cut if _targets(example))
@@ -120,6 +123,7 @@ def preference(
 
     As `chat`; a pair is dropped when one of its completions has no token left.
     """
+    _check_given(records, time)
     pairs = [_read_pair(each, tokenizer, f"record {n}") for n, each in enumerate(records)]
     cut = [(_cut(chosen, time), _cut(rejected, time)) for chosen, rejected in pairs]
     kept = tuple(pair for pair in cut if all(_targets(side) for side in pair))
@@ -132,6 +136,12 @@ def preference(
         seed=seed,
         shuffle=shuffle,
     )
+
+
+def _check_given(records: object, time: int) -> None:
+    if isinstance(records, Mapping):
+        raise DataError("records: one object, expected a list of them: [record]")
+    at_least_one("time", time)
 
 
 def _some_left(given: int, kept: int, time: int) -> None:
@@ -153,7 +163,10 @@ def _targets(example: Example) -> int:
 
 
 def _read(record: Record, tokenizer: Tokenizer, where: str) -> Example:
-    if "messages" in record:
+    if isinstance(record, Mapping) and "messages" in record:
+        for other in ("prompt", "completion"):
+            if other in record:
+                raise DataError(f"{where}: messages and {other}; give one form or the other")
         _check_keys(record, ("messages",), where)
         return _dialogue(record["messages"], tokenizer, where)
     _check_keys(record, ("prompt", "completion"), where)

@@ -31,9 +31,19 @@ class Source(Protocol):
         ...
 
 
-def _positive(_: object, field: attrs.Attribute[int], value: int) -> None:
+def at_least_one(name: str, value: object) -> None:
+    """Raise `DataError` unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DataError(f"{field.name}: {value!r}, expected an integer of at least 1")
+        raise DataError(f"{name}: {value!r}, expected an integer of at least 1")
+
+
+def _positive(_: object, field: attrs.Attribute[int], value: int) -> None:
+    at_least_one(field.name, value)
+
+
+def _integer(_: object, field: attrs.Attribute[int], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DataError(f"{field.name}: {value!r}, expected an integer")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -45,7 +55,7 @@ class MapSource:
     """
 
     batch_size: int = attrs.field(validator=_positive)
-    seed: int = 0
+    seed: int = attrs.field(default=0, validator=_integer)
     shuffle: bool = True
 
     def __len__(self) -> int:
@@ -64,15 +74,23 @@ class MapSource:
         return permuted(offset, len(self), keys.derive(self.seed, "epoch", epoch))
 
     def at(self, position: int, n: int) -> Batch:
-        """The batch of `n` samples from `position` on; see `Source`."""
+        """The batch of `n` samples from `position` on; see `Source`.
+
+        Raises `DataError` for a position or a count that is none, and for an empty source.
+        """
+        if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in (position, n)):
+            raise DataError(f"at({position!r}, {n!r}): expected integers")
         if position < 0 or n < 1:
             raise DataError(f"at({position}, {n}): expected a position >= 0 and n >= 1")
+        if not len(self):
+            raise DataError("source: empty; give it at least one sample")
         return self.collate([self.index(p) for p in range(position, position + n)])
 
 
 def all_batches(source: MapSource, batch_size: int | None = None) -> list[Batch]:
     """The whole source once, in the given order; the last batch may be shorter. For evaluation."""
     size = source.batch_size if batch_size is None else batch_size
+    at_least_one("batch_size", size)
     ordered = attrs.evolve(source, shuffle=False)
     total = len(source)
     return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]

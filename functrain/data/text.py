@@ -47,7 +47,7 @@ class TextRows(MapSource):
         labels = torch.full_like(ids, IGNORE_INDEX)
         for row, index in enumerate(indices):
             begin = index * (self.time - 1)
-            piece = torch.from_numpy(self.ids[begin : begin + self.time].astype(np.int64))
+            piece = torch.from_numpy(_signed(self.ids[begin : begin + self.time], begin))
             ids[row, : len(piece)] = piece
             labels[row, : len(piece)] = piece
         return {"input_ids": ids, "labels": labels}
@@ -66,7 +66,12 @@ def text(
     if isinstance(documents, str):
         raise DataError("documents: one string; expected several: [text]")
     stream: list[int] = []
-    for document in documents:
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise DataError(
+                f"document {number}: expected text, got {type(document).__name__}; give the "
+                "records' text"
+            )
         stream += tokenizer.encode(document)
         stream.append(tokenizer.end)
     ids = np.array(stream, dtype=np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
@@ -87,6 +92,18 @@ def tokens(
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(f"tokens: {array.dtype}{list(array.shape)}, expected integers [tokens]")
     return TextRows(ids=array, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def _signed(ids: Ids, begin: int) -> npt.NDArray[np.int64]:
+    """Ids as int64, looked at where they are read: a mapped file may be larger than memory."""
+    signed = ids.astype(np.int64)
+    if signed.min() < 0:  # an id beyond int64 has become negative too
+        at = int(signed.argmin())
+        raise DataError(
+            f"tokens: {ids[at]} at {begin + at}, expected ids of at least 0; was the file written "
+            "with another dtype?"
+        )
+    return signed
 
 
 def _mapped(path: Path, dtype: str) -> Ids:

@@ -48,8 +48,17 @@ class ByteTokenizer:
             raise DataError(f"text: not encodable as UTF-8 ({error.reason})") from error
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; ends are left out, and a torn character becomes U+FFFD."""
-        return bytes(i for i in ids if i < self.end).decode(errors="replace")
+        """The text; ends are left out, and a torn character becomes U+FFFD.
+
+        Raises `DataError` for an id that is not in the vocabulary.
+        """
+        given = list(ids)
+        for i in given:
+            if not 0 <= i < self.vocabulary:
+                raise DataError(
+                    f"ids: {i}, expected [0, {self.vocabulary}); are they another tokenizer's?"
+                )
+        return bytes(i for i in given if i != self.end).decode(errors="replace")
 
     def to_json(self) -> str:
         """What `from_json` reads."""
