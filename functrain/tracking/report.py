@@ -1,0 +1,237 @@
+"""report.html: one file that shows a run, on a phone or a screen, in light or dark."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+
+from functrain.errors import ConfigError
+from functrain.tracking.charts import Chart, Curve, curve, drawn
+
+# Title, and for each curve its name, metric, and whether it is drawn as dots.
+CHARTS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
+    ("Loss, nats", (("train", "loss", False), ("held out", "eval_loss", True))),
+    (
+        "Perplexity",
+        (("train", "perplexity", False), ("held out", "eval_perplexity", True)),
+    ),
+    (
+        "Reward margin, nats",
+        (("train", "rewards/margins", False), ("held out", "eval_rewards/margins", True)),
+    ),
+    (
+        "Reward accuracy",
+        (("train", "rewards/accuracies", False), ("held out", "eval_rewards/accuracies", True)),
+    ),
+    (
+        "Rewards, nats",
+        (("chosen", "rewards/chosen", False), ("rejected", "rewards/rejected", False)),
+    ),
+    (
+        "Token accuracy",
+        (("train", "mean_token_accuracy", False), ("held out", "eval_mean_token_accuracy", True)),
+    ),
+    ("Gradient norm", (("before clipping", "grad_norm", False),)),
+    ("Learning rate", (("of the update", "learning_rate", False),)),
+    ("Throughput, target tokens per second", (("train", "tokens_per_second", False),)),
+    ("Loss scale", (("of the step", "loss_scale", False),)),
+    ("Skipped steps", (("skipped", "skipped", False),)),
+)
+# What says nothing while it stands still.
+QUIET = ("loss_scale", "skipped")
+
+
+class Sample(Protocol):
+    """A prompt, and what each of several models says after it."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt."""
+        ...
+
+    @property
+    def answers(self) -> Sequence[tuple[str, str]]:
+        """(which model, its text)."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class StageRecord:
+    """A stage and the records of its metrics.jsonl; `config` is shown as it is."""
+
+    name: str
+    metrics: Sequence[Mapping[str, Any]]
+    config: str = ""
+
+
+def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The charts that these records have anything for."""
+    found = []
+    for title, curves in CHARTS:
+        made = [curve(name, metrics, key, dots=dots) for name, key, dots in curves]
+        shown = tuple(c for c, (_, key, _) in zip(made, curves, strict=True) if _says(c, key))
+        if shown:
+            found.append(Chart(title, shown))
+    return found
+
+
+def _says(each: Curve, key: str) -> bool:
+    if key in QUIET:
+        return len({value for _, value in each.points}) > 1
+    return bool(each.points)
+
+
+def render_report(
+    *,
+    title: str,
+    stages: Sequence[StageRecord],
+    table: Sequence[Sequence[str]] = (),
+    samples: Sequence[Sample] = (),
+    fingerprint: str = "",
+    commands: Sequence[str] = (),
+) -> str:
+    """The report as HTML: no script, nothing fetched, every text escaped.
+
+    `table`: rows of stage, measure, before, after. `commands`: what to type next. Raises
+    `ConfigError` where jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise ConfigError("report: jinja2 is missing; pip install 'functrain[cli]'") from error
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(_TEMPLATE)
+    return template.render(
+        title=title,
+        stages=[
+            {
+                "name": stage.name,
+                "steps": int(stage.metrics[-1]["step"]) if stage.metrics else 0,
+                "config": stage.config,
+                "charts": [
+                    {
+                        "title": chart.title,
+                        "names": [each.name for each in chart.curves],
+                        "svg": svg,
+                    }
+                    for chart in charts(stage.metrics)
+                    if (svg := drawn(chart))
+                ],
+            }
+            for stage in stages
+        ],
+        table=[tuple(row) for row in table],
+        samples=samples,
+        fingerprint=fingerprint,
+        commands=tuple(commands),
+    )
+
+
+def write_report(path: str | os.PathLike[str], **contents: Any) -> None:
+    """`render_report` to a file, which appears whole or not at all."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(render_report(**contents), encoding="utf-8")
+    temporary.replace(target)
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --ground: #fbfaf7; --card: #ffffff; --ink: #22211e;
+  --soft: #6d6a62; --line: #e4e1d8; --c0: #2f6db5; --c1: #d1651f; }
+@media (prefers-color-scheme: dark) { :root { --ground: #171716; --card: #20201e; --ink: #e9e6dd;
+  --soft: #a09b8f; --line: #35342f; --c0: #7db1ee; --c1: #f0a062; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 28px 18px 60px; background: var(--ground);
+  color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
+h1 { font-size: 24px; margin: 0 0 18px; } h2 { font-size: 18px; margin: 34px 0 12px; }
+h2 small { color: var(--soft); font-weight: normal; font-size: 14px; }
+h3 { font-size: 13px; font-weight: 600; margin: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
+  gap: 14px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 12px 14px; margin: 0; }
+.head { display: flex; justify-content: space-between; flex-wrap: wrap; gap: 2px 10px;
+  margin-bottom: 4px; }
+.key { color: var(--soft); font-size: 12px; } .key i { display: inline-block; width: 10px;
+  height: 3px; border-radius: 2px; margin: 0 4px 3px 8px; }
+i.c0 { background: var(--c0); } i.c1 { background: var(--c1); }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--soft); font-size: 10.5px; font-family: inherit; }
+.grid { stroke: var(--line); stroke-width: 1; }
+.curve { fill: none; stroke-width: 1.5; stroke-linejoin: round; } .dot { stroke: none; }
+.curve.c0 { stroke: var(--c0); } .curve.c1 { stroke: var(--c1); }
+.dot.c0 { fill: var(--c0); } .dot.c1 { fill: var(--c1); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); }
+tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-size: 13px; }
+.number { text-align: right; white-space: nowrap; }
+dl { margin: 8px 0 0; } dt { color: var(--soft); font-size: 13px; }
+dd { margin: 0 0 8px; } pre, .said { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
+  font: 13px/1.5 ui-monospace, monospace; }
+.samples { display: grid; gap: 14px; } summary { cursor: pointer; color: var(--soft); }
+details { margin-top: 14px; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% if table %}
+<div class="card scroll"><table>
+<tr><th>stage</th><th>held out</th><th class="number">before</th><th class="number">after</th></tr>
+{% for row in table %}
+<tr><td>{{ row[0] if loop.first or row[0] != table[loop.index0 - 1][0] else "" }}</td>
+<td>{{ row[1] }}</td>
+<td class="number">{{ row[2] }}</td><td class="number">{{ row[3] }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+{% for stage in stages %}
+<h2>{{ stage.name }} <small>{{ "{:,}".format(stage.steps) }} steps</small></h2>
+<div class="charts">
+{% for chart in stage.charts %}
+<figure class="card"><div class="head"><h3>{{ chart.title }}</h3>
+{% if chart.names | length > 1 %}<span class="key">
+{% for name in chart.names %}<i class="c{{ loop.index0 }}"></i>{{ name }}{% endfor %}</span>
+{% endif %}
+</div>{{ chart.svg | safe }}</figure>
+{% else %}
+<p>No metrics were logged.</p>
+{% endfor %}
+</div>
+{% if stage.config %}
+<details><summary>config</summary><pre class="card">{{ stage.config }}</pre></details>
+{% endif %}
+{% endfor %}
+{% if samples %}
+<h2>Samples</h2>
+<div class="samples">
+{% for sample in samples %}
+<div class="card"><div class="said"><strong>{{ sample.prompt.strip() }}</strong></div>
+<dl>{% for name, answer in sample.answers %}
+<dt>{{ name }}</dt><dd class="said">{{ answer.strip() or "(nothing)" }}</dd>
+{% endfor %}</dl></div>
+{% endfor %}
+</div>
+{% endif %}
+{% if fingerprint or commands %}
+<h2>To go on</h2>
+<div class="card">
+{% if fingerprint %}<dl><dt>fingerprint of the last state</dt>
+<dd class="said">{{ fingerprint }}</dd></dl>{% endif %}
+{% if commands %}<pre>{% for command in commands %}{{ command }}
+{% endfor %}</pre>{% endif %}
+</div>
+{% endif %}
+</body>
+</html>
+"""
