@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from torch import nn
 
 import functrain as ft
 from functrain import optim
@@ -28,6 +29,12 @@ def test_biases_norms_and_embeddings_are_not_decayed(name: str, after_split: boo
     for parameter, tensor in params.items():
         expected = any(part in parameter for part in NO_DECAY[name])
         assert exempt.where(parameter, tensor) is expected, parameter
+
+
+def test_a_norm_over_two_dimensions_is_a_norm() -> None:
+    exempt = optim.no_decay(nn.ModuleDict({"n": nn.LayerNorm((3, 4)), "l": nn.Linear(3, 4)}))
+    assert exempt.where("n.weight", torch.ones(3, 4))
+    assert not exempt.where("l.weight", torch.ones(4, 3))
 
 
 def test_the_first_match_counts_and_the_rest_has_the_defaults() -> None:

@@ -1,0 +1,543 @@
+"""Gradients: taken inside the binding, those of the plain module, and clipped as they say."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+
+import functrain as ft
+from functrain import architecture as binding
+from functrain import keys
+from functrain.errors import BatchError, ConfigError
+from functrain.gradients import Gradients
+from functrain.objectives.language import LanguageModeling
+from functrain.trees import Tensors, digest, global_norm
+
+EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
+
+
+def _summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    outputs = module(input_ids=batch["input_ids"])
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+
+
+def _targets(batch: Mapping[str, Tensor]) -> Tensor:
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def _gradients(
+    module: nn.Module, batch: Any, *, precision: Any = "fp32", **options: Any
+) -> Gradients:
+    architecture, params, buffers = ft.split(module)
+    gradient = ft.value_and_grad(LanguageModeling(), architecture, precision=precision)
+    return gradient(params, buffers, batch, **options)
+
+
+def _same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return {n: digest(t) for n, t in one.items()} == {n: digest(t) for n, t in other.items()}
+
+
+# What the gradient is.
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_those_of_the_plain_module(name: str, dtype: torch.dtype) -> None:
+    """`torch.autograd`'s on the module itself, bit for bit; the loss, and the buffers after."""
+    module, batch = zoo.model(name, dtype), zoo.batch(3)
+    with keys.seeded(keys.derive(0, "micro-batch", 0)):
+        loss = _summed_loss(module.train(), batch)
+        expected = dict(
+            zip(
+                dict(module.named_parameters()),
+                torch.autograd.grad(loss / _targets(batch), list(module.parameters())),
+                strict=True,
+            )
+        )
+    ours = _gradients(zoo.model(name, dtype), batch)
+    assert _same_bits(ours.grads, expected)
+    assert float(ours.metrics["loss"]) == float(loss.detach().double() / _targets(batch))
+    assert _same_bits(ours.buffers, dict(module.named_buffers()))
+
+
+@EVERY
+def test_micro_batches_add_up_as_backward_does(name: str) -> None:
+    """`.grad` after a `backward()` for each micro-batch, each divided by the weight of all."""
+    module, parts = zoo.model(name), [zoo.batch(1, 2, 5), zoo.batch(2, 3, 9), zoo.batch(3, 1, 2)]
+    total = torch.stack([_targets(each) for each in parts]).sum()
+    module.train()
+    for index, each in enumerate(parts):
+        with keys.seeded(keys.derive(5, "micro-batch", index)):
+            (_summed_loss(module, each) / total).backward()
+    ours = _gradients(zoo.model(name), parts, key=5)
+    assert _same_bits(ours.grads, {n: p.grad for n, p in module.named_parameters()})
+
+
+def test_equal_slices_are_the_sequence_of_them() -> None:
+    architecture, params, buffers = zoo.split("normed")
+    gradient = ft.value_and_grad(LanguageModeling(), architecture)
+    whole = zoo.batch(0, 6)
+    parts = [{key: t[i : i + 2] for key, t in whole.items()} for i in (0, 2, 4)]
+    sliced = ft.accumulate(gradient, 3)(params, buffers, whole, key=2)
+    ready = ft.accumulate(gradient, 7)(params, buffers, parts, key=2)
+    assert _same_bits(sliced.grads, ready.grads)
+    assert sliced.metrics.to_dict() == ready.metrics.to_dict()
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "2"])
+def test_a_number_of_micro_batches_is_a_positive_integer(count: Any) -> None:
+    gradient = ft.value_and_grad(LanguageModeling(), zoo.split("tied")[0])
+    with pytest.raises(ConfigError, match="microbatches"):
+        ft.accumulate(gradient, count)
+
+
+def test_a_weight_of_the_callers_own_divides_instead() -> None:
+    batch = zoo.batch()
+    plain = _gradients(zoo.model("tied", torch.float64), batch)
+    twice = 2 * _targets(batch)
+    halved = _gradients(zoo.model("tied", torch.float64), batch, weight=twice)
+    for name, grad in plain.grads.items():
+        torch.testing.assert_close(halved.grads[name], grad / 2, rtol=1e-12, atol=1e-15)
+
+
+def test_a_loss_scale_multiplies() -> None:
+    scaler = ft.init_loss_scale(1024.0)
+    plain = _gradients(zoo.model("tied"), zoo.batch())
+    scaled = _gradients(zoo.model("tied"), zoo.batch(), scaler=scaler)
+    assert _same_bits(ft.unscale(scaled.grads, scaler), plain.grads)
+    assert not _same_bits(scaled.grads, plain.grads)
+    assert float(scaled.metrics["loss"]) == float(plain.metrics["loss"])
+
+
+# The silent-gradient regression: activation checkpointing runs the forward again in the backward.
+
+
+def _plain_and_checkpointed() -> Iterator[tuple[nn.Module, nn.Module]]:
+    with keys.seeded(7):
+        plain = zoo.Tied()
+    recomputed = zoo.Checkpointed()
+    recomputed.load_state_dict(plain.state_dict())
+    yield plain, recomputed
+    yield zoo.model("decoder"), zoo.decoder(checkpointing=True)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["tied", "decoder"])
+def test_activation_checkpointing_changes_no_bit_of_the_gradient(which: int) -> None:
+    plain, recomputed = list(_plain_and_checkpointed())[which]
+    if which == 1:
+        recomputed.load_state_dict(plain.state_dict())
+    batches = [zoo.batch(1), zoo.batch(2)]
+    assert _same_bits(_gradients(plain, batches).grads, _gradients(recomputed, batches).grads)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["tied", "decoder"])
+def test_activation_checkpointing_changes_no_bit_of_a_run(which: int) -> None:
+    """Ten steps with clipping and two micro-batches end with the same params."""
+    ends = []
+    for module in list(_plain_and_checkpointed())[which]:
+        architecture, params, buffers = ft.split(module)
+        step = ft.pretrain_step(
+            architecture, ft.optim.adamw(1e-2), microbatches=2, max_grad_norm=0.5
+        )
+        state = step.init(params, buffers)
+        for seed in range(10):
+            state, _ = step(state, zoo.batch(seed))
+        ends.append(state.params)
+    assert _same_bits(*ends)
+
+
+def test_outside_of_the_binding_the_gradient_would_be_silently_wrong() -> None:
+    """Why the gradient is taken inside: this is the mistake, its loss right, its gradient not."""
+    with keys.seeded(7):
+        module = zoo.Checkpointed()
+    batch = zoo.batch()
+    inside = _gradients(module, batch)
+    with keys.seeded(8):  # what stale weights an architecture would have, were it not on meta
+        stale = zoo.Checkpointed()
+    with keys.seeded(7):
+        params = {n: p.detach() for n, p in zoo.Checkpointed().named_parameters()}
+    leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+    with binding.bound(stale, leaves, dict(stale.named_buffers())) as bound_module:
+        loss = _summed_loss(bound_module, batch) / _targets(batch)
+    (outside,) = torch.autograd.grad(loss, [leaves["embedding.weight"]])
+    assert float(loss.detach()) == float(inside.metrics["loss"].float())
+    assert not torch.allclose(outside, inside.grads["embedding.weight"], rtol=0.1)
+
+
+# Which parameters have a gradient, and in which dtype.
+
+
+class Partial(zoo.Tied):
+    """`Tied` with a parameter that the loss does not reach, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(3, 3)
+        self.norm.weight.requires_grad_(False)
+
+
+def test_what_the_loss_does_not_reach_has_no_gradient() -> None:
+    """Nor has a frozen parameter; the others have those of the plain module."""
+    with keys.seeded(7):
+        module = Partial()
+    batch = zoo.batch()
+    (_summed_loss(module, batch) / _targets(batch)).backward()
+    expected = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    with keys.seeded(7):
+        ours = _gradients(Partial(), batch)
+    assert set(expected) == {"embedding.weight", "mix.weight", "mix.bias", "norm.bias"}
+    assert _same_bits(ours.grads, expected)
+
+
+@pytest.mark.parametrize("optimizer", [ft.optim.adamw(1e-2), ft.optim.sgd(momentum=0.9)])
+def test_frozen_and_unused_parameters_stay_as_they_are(optimizer: Any) -> None:
+    """Weight decay included; and the frozen one has no moments."""
+    architecture, params, buffers = ft.split(Partial())
+    step = ft.pretrain_step(architecture, optimizer, max_grad_norm=1.0)
+    state = first = step.init(params, buffers)
+    for seed in range(3):
+        state, _ = step(state, zoo.batch(seed))
+    still = {n for n in params if torch.equal(state.params[n], first.params[n])}
+    assert still == {"norm.weight", "spare.weight", "spare.bias"}
+    assert all("norm.weight" not in slot for slot in state.optimizer.slots.values())
+
+
+def test_a_frozen_parameter_is_frozen_in_the_objectives_eyes() -> None:
+    """`requires_grad` is as the module has it, within the binding and after."""
+    architecture, params, buffers = ft.split(Partial())
+    seen: dict[str, bool] = {}
+    architecture.register_forward_pre_hook(
+        lambda module, _: seen.update({n: p.requires_grad for n, p in module.named_parameters()})
+    )
+    gradient = ft.value_and_grad(LanguageModeling(), architecture)
+    gradient(params, buffers, zoo.batch())
+    assert {name for name, trained in seen.items() if not trained} == {"norm.weight"}
+    assert not any(p.requires_grad for p in params.values())
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16_params"])
+def test_gradients_and_master_params_are_float32(name: str, precision: str) -> None:
+    """Whatever the forward computes in."""
+    architecture, params, buffers = zoo.split(name)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), precision=precision, microbatches=2)
+    state = step.init(params, buffers)
+    result = step.gradient(state.params, state.buffers, zoo.batch(), scaler=state.scaler)
+    after, _ = step(state, zoo.batch())
+    for tensors in (result.grads, after.params, *after.optimizer.slots.values()):
+        assert {t.dtype for t in tensors.values()} == {torch.float32}
+    plain = _gradients(zoo.model(name), [_half(0), _half(1)])
+    scaled = ft.unscale(result.grads, state.scaler)
+    apart = global_norm({n: scaled[n] - g for n, g in plain.grads.items()})
+    assert 0 < float(apart) < 0.1 * float(global_norm(plain.grads))
+
+
+def _half(which: int) -> dict[str, Tensor]:
+    return {key: t[2 * which : 2 * which + 2] for key, t in zoo.batch().items()}
+
+
+def test_bf16_params_are_the_plain_module_in_bfloat16() -> None:
+    """The forward and the backward of `module.bfloat16()`, with sums over micro-batches wide."""
+    module = zoo.model("decoder").bfloat16()
+    parts = [_half(0), _half(1)]
+    total = sum(int(_targets(each)) for each in parts)
+    expected: dict[str, Tensor] = {}
+    for each in parts:
+        logits = module(input_ids=each["input_ids"])[:, :-1].float().flatten(0, 1)
+        loss = F.cross_entropy(logits, each["labels"][:, 1:].flatten(), reduction="sum")
+        grads = torch.autograd.grad(loss / total, list(module.parameters()))
+        for (name, _), grad in zip(module.named_parameters(), grads, strict=True):
+            assert grad.dtype == torch.bfloat16
+            expected[name] = expected.get(name, 0) + grad.float()
+    ours = _gradients(zoo.model("decoder"), parts, precision="bf16_params")
+    assert _same_bits(ours.grads, expected)
+
+
+def test_under_bf16_params_an_update_smaller_than_a_bf16_rounding_is_kept() -> None:
+    """Which is what the master params are for."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.sgd(1e-7), precision="bf16_params")
+    state = first = step.init(params, buffers)
+    for seed in range(3):
+        state, _ = step(state, zoo.batch(seed))
+    name = "mix.weight"
+    assert not torch.equal(state.params[name], first.params[name])
+    assert torch.equal(state.params[name].bfloat16(), first.params[name].bfloat16())
+
+
+# The binding's manners.
+
+
+class Failing(zoo.Normed):
+    """Raises in its forward, on demand."""
+
+    fails = True
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        if self.fails:
+            raise RuntimeError("the forward failed")
+        return super().forward(input_ids)
+
+
+def _slots_and_modes(architecture: nn.Module) -> list[Any]:
+    tensors = [*architecture.parameters(), *architecture.buffers()]
+    return [*map(id, tensors), *(module.training for module in architecture.modules())]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_after_an_error_in_the_forward_everything_is_as_it_was(training: bool) -> None:
+    """Slots, modes and generators; and the next step works."""
+    architecture, params, buffers = ft.split(Failing().train(training))
+    architecture.norm.eval()  # modes need not be all alike
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    state = step.init(params, buffers)
+    before = _slots_and_modes(architecture)
+    generator, prints = torch.get_rng_state(), ft.fingerprints(state)
+    with pytest.raises(RuntimeError, match="the forward failed"):
+        step(state, zoo.batch())
+    with pytest.raises(RuntimeError, match="the forward failed"):
+        ft.evaluate(step, state, [zoo.batch()])
+    assert _slots_and_modes(architecture) == before
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert ft.fingerprints(state) == prints
+    assert all(p.device.type == "meta" for p in architecture.parameters())
+    architecture.fails = False
+    assert step(state, zoo.batch())[0].step == 1
+
+
+def test_a_bad_micro_batch_is_named_before_any_compute() -> None:
+    architecture, params, buffers = ft.split(Failing())
+    gradient = ft.value_and_grad(LanguageModeling(), architecture)
+    with pytest.raises(BatchError, match=r"micro-batch 1: input_ids: 31 at \[0, 0\] is out of"):
+        gradient(
+            params,
+            buffers,
+            [zoo.batch(), {**zoo.batch(), "input_ids": zoo.batch()["input_ids"] * 0 + 31}],
+        )
+    with pytest.raises(BatchError, match="an empty sequence of micro-batches"):
+        gradient(params, buffers, [])
+
+
+class Meeting(zoo.Tied):
+    """Waits in its forward, so that another thread has all the time to bind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = 0
+        self.most = 0
+
+    def forward(self, input_ids: Tensor, **others: Any) -> dict[str, Tensor]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        threading.Event().wait(0.02)
+        self.inside -= 1
+        return super().forward(input_ids, **others)
+
+
+def test_two_threads_bind_one_after_the_other() -> None:
+    """Each gets the gradient of its own params, though the architecture is one."""
+    architecture, params, buffers = ft.split(Meeting())
+    gradient = ft.value_and_grad(LanguageModeling(mode="eval"), architecture)
+    values = [Tensors({n: p * (1 + i) for n, p in params.items()}) for i in range(4)]
+    batches = [zoo.batch(i) for i in range(4)]
+    alone = [gradient(v, buffers, b) for v, b in zip(values, batches, strict=True)]
+    together: dict[int, Gradients] = {}
+
+    def work(i: int) -> None:
+        for _ in range(2):
+            together[i] = gradient(values[i], buffers, batches[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert architecture.most == 1
+    assert all(_same_bits(alone[i].grads, together[i].grads) for i in range(4))
+
+
+# Clipping, against what it says it is.
+
+SIZES = st.sampled_from([1e-8, 1e-3, 0.1, 1.0, 30.0, 1e4, 1e15])
+LIMITS = st.floats(1e-3, 1e3)
+
+
+@st.composite
+def gradients(draw: st.DrawFn) -> dict[str, Tensor]:
+    """A few tensors of several shapes and sizes, some of them zero, some empty."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    shapes = draw(
+        st.lists(st.sampled_from([(), (1,), (5,), (3, 4), (2, 3, 2), (0,)]), min_size=1, max_size=4)
+    )
+    size = draw(SIZES)
+    return {
+        f"p{i}": torch.randn(shape, generator=generator, dtype=dtype)
+        * (size * draw(st.sampled_from([0.0, 1.0, 1.0])))
+        for i, shape in enumerate(shapes)
+    }
+
+
+def _norm(grads: Mapping[str, Tensor]) -> float:
+    """The plain reference: every element, summed exactly."""
+    return math.sqrt(math.fsum(x * x for g in grads.values() for x in g.flatten().tolist()))
+
+
+@given(grads=gradients())
+def test_the_global_norm_is_that_of_all_elements(grads: dict[str, Tensor]) -> None:
+    norm = global_norm(grads)
+    assert (norm.dtype, norm.shape) == (torch.float64, ())
+    assert float(norm) == pytest.approx(_norm(grads), rel=1e-12)
+
+
+@given(grads=gradients(), limit=LIMITS)
+def test_clipping_by_the_global_norm(grads: dict[str, Tensor], limit: float) -> None:
+    """No longer than the limit, the direction kept, idempotent, and nothing below the limit."""
+    before = {name: grad.clone() for name, grad in grads.items()}
+    clipped, measured = ft.clip_by_global_norm(grads, limit)
+    norm, after = _norm(grads), _norm(clipped)
+    assert _same_bits(grads, before)
+    assert float(measured) == pytest.approx(norm, rel=1e-12)
+    assert after <= limit * (1 + 1e-6)
+    if norm + 1e-6 <= limit:
+        assert _same_bits(clipped, grads)
+    else:
+        assert after >= limit * (1 - 1e-6) * norm / (norm + 1e-6)
+    factor = min(1.0, limit / (norm + 1e-6))
+    for name, grad in grads.items():
+        assert clipped[name].dtype == grad.dtype
+        torch.testing.assert_close(clipped[name], grad * factor, rtol=1e-6, atol=0.0)
+    twice, _ = ft.clip_by_global_norm(clipped, limit)
+    for name, grad in clipped.items():
+        torch.testing.assert_close(twice[name], grad, rtol=1e-6 + 2e-6 / limit, atol=0.0)
+
+
+@given(grads=gradients(), limit=LIMITS)
+def test_clipping_is_torchs_with_this_norm(grads: dict[str, Tensor], limit: float) -> None:
+    """`clip_grads_with_norm_`, bit for bit; donated as well, in the memory of what was given."""
+    leaves = {name: nn.Parameter(torch.zeros_like(grad)) for name, grad in grads.items()}
+    for name, leaf in leaves.items():
+        leaf.grad = grads[name].clone()
+    clip_grads_with_norm_(leaves.values(), limit, global_norm(grads))
+    expected = {name: leaf.grad for name, leaf in leaves.items()}
+    pure, _ = ft.clip_by_global_norm(grads, limit)
+    assert _same_bits(pure, expected)
+    given_away = {name: grad.clone() for name, grad in grads.items()}
+    norm = global_norm(grads)
+    donated, reported = ft.clip_by_global_norm(given_away, limit, norm=norm, donate=True)
+    assert _same_bits(donated, expected)
+    assert reported is norm
+    assert all(donated[name] is given_away[name] for name in grads)
+
+
+def test_the_norm_of_large_float32_gradients_does_not_overflow() -> None:
+    """In float32 the sum of squares would, from 1.8e19 on, and clipping would zero everything."""
+    grads = {"a": torch.full((4,), 1e30), "b": torch.full((2,), -2e30)}
+    expected = math.sqrt(4 * 1e60 + 2 * 4e60)
+    assert float(global_norm(grads)) == pytest.approx(expected, rel=1e-6)
+    clipped, _ = ft.clip_by_global_norm(grads, 1.0)
+    assert _norm(clipped) == pytest.approx(1.0, rel=1e-6)
+    huge = {"a": torch.full((4,), torch.finfo(torch.float32).max)}
+    assert torch.isfinite(global_norm(huge))
+
+
+def test_the_norm_does_not_depend_on_how_the_leaves_are_cut() -> None:
+    """To float64's rounding, or runs that shard the same leaves differently would part."""
+    whole = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    for parts in (2, 7, 100):
+        cut = {str(i): part for i, part in enumerate(whole.chunk(parts))}
+        assert float(global_norm(cut)) == pytest.approx(float(global_norm({"w": whole})), rel=1e-12)
+
+
+def test_no_gradients_have_the_norm_zero() -> None:
+    assert float(global_norm({})) == 0.0
+    clipped, norm = ft.clip_by_global_norm({}, 1.0)
+    assert (dict(clipped), float(norm)) == ({}, 0.0)
+
+
+@given(grads=gradients(), limit=LIMITS)
+def test_clipping_by_value(grads: dict[str, Tensor], limit: float) -> None:
+    """`torch.nn.utils.clip_grad_value_`'s bits: no element beyond the limit, the others as is."""
+    leaves = {name: nn.Parameter(torch.zeros_like(grad)) for name, grad in grads.items()}
+    for name, leaf in leaves.items():
+        leaf.grad = grads[name].clone()
+    clip_grad_value_(leaves.values(), limit)
+    clipped = ft.clip_by_value(grads, limit)
+    assert _same_bits(clipped, {name: leaf.grad for name, leaf in leaves.items()})
+    assert _same_bits(ft.clip_by_value(clipped, limit), clipped)
+    for name, grad in grads.items():
+        inside = grad.abs() <= limit
+        assert torch.equal(clipped[name][inside], grad[inside])
+
+
+def _adaptively(grad: Tensor, param: Tensor, factor: float, eps: float) -> Tensor:
+    """The plain reference: unit by unit, in Python."""
+    units = zip(grad, param, strict=True) if grad.ndim > 1 else [(grad, param)]
+    clipped = []
+    for of_grad, of_param in units:
+        norm = math.sqrt(math.fsum(x * x for x in of_grad.flatten().tolist()))
+        weight = math.sqrt(math.fsum(x * x for x in of_param.flatten().tolist()))
+        limit = factor * max(weight, eps)
+        clipped.append(of_grad * (limit / norm) if norm > limit else of_grad)
+    return torch.stack(clipped) if grad.ndim > 1 else clipped[0]
+
+
+@given(
+    grads=gradients(),
+    seed=st.integers(0, 2**32 - 1),
+    factor=st.sampled_from([1e-3, 0.01, 0.5]),
+    eps=st.sampled_from([1e-3, 0.1]),
+    size=st.sampled_from([0.0, 1e-5, 1.0]),
+)
+def test_adaptive_clipping(
+    grads: dict[str, Tensor], seed: int, factor: float, eps: float, size: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    params = {
+        name: torch.randn(g.shape, generator=generator, dtype=g.dtype) * size
+        for name, g in grads.items()
+    }
+    clipped = ft.adaptive_clip(grads, params, factor=factor, eps=eps)
+    for name, grad in grads.items():
+        expected = _adaptively(grad, params[name], factor, eps)
+        assert clipped[name].dtype == grad.dtype
+        torch.testing.assert_close(clipped[name], expected, rtol=1e-5, atol=1e-30)
+
+
+def test_adaptive_clipping_is_a_transform_of_a_step() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    plain = ft.pretrain_step(architecture, ft.optim.sgd(1.0))
+    clipping = ft.pretrain_step(architecture, ft.optim.sgd(1.0), transform=ft.adaptive_clip)
+    state = plain.init(params, buffers)
+    grads = plain.gradient(params, buffers, zoo.batch(), key=keys.derive(0, "step", 0)).grads
+    after, _ = clipping(state, zoo.batch())
+    expected = ft.adaptive_clip(grads, params)
+    for name, value in params.items():
+        torch.testing.assert_close(after.params[name], value - expected[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_limits_are_positive_and_finite(bad: float) -> None:
+    grads = {"a": torch.ones(2)}
+    with pytest.raises(ConfigError, match=r"max_norm: .*expected a positive finite number"):
+        ft.clip_by_global_norm(grads, bad)
+    with pytest.raises(ConfigError, match="limit: "):
+        ft.clip_by_value(grads, bad)
+    with pytest.raises(ConfigError, match="factor: "):
+        ft.adaptive_clip(grads, grads, factor=bad)
+    with pytest.raises(ConfigError, match="eps: "):
+        ft.adaptive_clip(grads, grads, eps=bad)
