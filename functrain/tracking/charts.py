@@ -29,10 +29,15 @@ class Curve:
 
 @attrs.frozen
 class Chart:
-    """Curves over the same steps."""
+    """Curves over the same steps.
+
+    `logarithmic` draws wide ranges of positive values so; `from_zero` keeps 0 in sight.
+    """
 
     title: str
     curves: tuple[Curve, ...]
+    logarithmic: bool = False
+    from_zero: bool = False
 
 
 @attrs.frozen
@@ -83,7 +88,8 @@ def drawn(chart: Chart) -> str:
     if not values:
         return ""
     across = Scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
-    low, high, logarithmic = _bounds(values)
+    shown = [*values, 0.0] if chart.from_zero else values
+    low, high, logarithmic = _bounds(shown, chart.logarithmic)
     up = Scale(low, high, HEIGHT - BOTTOM, TOP, logarithmic)
     parts = [*_axes(across, up)]
     for number, each in enumerate(chart.curves):
@@ -95,9 +101,9 @@ def drawn(chart: Chart) -> str:
     )
 
 
-def _bounds(values: Sequence[float]) -> tuple[float, float, bool]:
+def _bounds(values: Sequence[float], logarithmic: bool) -> tuple[float, float, bool]:
     low, high = min(values), max(values)
-    if low > 0 and high / low > LOG_FROM:
+    if logarithmic and low > 0 and high / low > LOG_FROM:
         return low, high, True
     if low == high:
         margin = abs(low) * 0.1 or 1.0

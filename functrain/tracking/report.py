@@ -41,6 +41,8 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
     ("Loss scale", (("of the step", "loss_scale", False),)),
     ("Skipped steps", (("skipped", "skipped", False),)),
 )
+LOGARITHMIC = ("perplexity", "grad_norm", "loss_scale")
+FROM_ZERO = ("tokens_per_second", "learning_rate", "rewards/accuracies", "mean_token_accuracy")
 # What says nothing while it stands still.
 QUIET = ("loss_scale", "skipped")
 
@@ -75,7 +77,8 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
         made = [curve(name, metrics, key, dots=dots) for name, key, dots in curves]
         shown = tuple(c for c, (_, key, _) in zip(made, curves, strict=True) if _says(c, key))
         if shown:
-            found.append(Chart(title, shown))
+            key = curves[0][1]
+            found.append(Chart(title, shown, key in LOGARITHMIC, key in FROM_ZERO))
     return found
 
 

@@ -1,0 +1,210 @@
+"""metrics.jsonl, the progress line and the report: nothing lost, nothing fetched, all escaped."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import functrain as ft
+from functrain.tracking import charts, jsonl, report
+from functrain.tracking.progress import Progress
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda n: n != "step")
+RECORDS = st.lists(st.dictionaries(NAMES, st.floats()), min_size=1, max_size=6)
+
+
+def _written(path: Path, records: Any) -> bytes:
+    tracker = jsonl.JSONLTracker(path)
+    for step, record in enumerate(records):
+        tracker.log(step, record)
+    tracker.close()
+    return path.read_bytes()
+
+
+def _same(one: Any, other: Any) -> bool:
+    return repr(one) == repr(other)
+
+
+@given(records=RECORDS)
+def test_what_is_logged_is_read(records: Any, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    _written(path, records)
+    expected = [{"step": step, **record} for step, record in enumerate(records)]
+    assert _same(jsonl.read(path), expected)
+
+
+def test_a_torn_file_reads_up_to_the_tear(tmp_path: Path) -> None:
+    records = [{"loss": 1.5, "grad_norm": math.nan}, {"loss": 2.0}, {"loss": -math.inf}]
+    path = tmp_path / "metrics.jsonl"
+    data = _written(path, records)
+    whole = jsonl.read(path)
+    for size in range(len(data) + 1):
+        path.write_bytes(data[:size])
+        assert _same(jsonl.read(path), whole[: data[:size].count(b"\n")])
+
+
+@given(records=RECORDS, step=st.integers(-1, 7), torn=st.binary(max_size=5))
+def test_truncated_is_never_having_logged_more(
+    records: Any, step: int, torn: bytes, tmp_path_factory: Any
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    _written(path, records)
+    with path.open("ab") as file:
+        file.write(torn.replace(b"\n", b""))
+    jsonl.truncate_after(path, step)
+    shorter = path.with_name("shorter.jsonl")
+    assert path.read_bytes() == _written(shorter, records[: step + 1])
+
+
+def test_what_is_no_record_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for text in ("x\n", "[1]\n", '{"loss": 1}\n', '{"step": true}\n'):
+        path.write_text('{"step": 0}\n' + text)
+        with pytest.raises(ft.DataError, match=r"metrics.jsonl:2: "):
+            jsonl.read(path)
+    assert jsonl.read(tmp_path / "nowhere.jsonl") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ft.DataError, match="cannot be written"):
+        jsonl.JSONLTracker(tmp_path / "file" / "metrics.jsonl")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Unread(dict[str, float]):
+    """Metrics that must not be looked at."""
+
+    def __getitem__(self, name: str) -> float:
+        raise AssertionError("a value was read for a line that is not drawn")
+
+
+def test_elsewhere_there_is_a_line_every_five_seconds() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(100, "pretrain", stream=stream, clock=clock)
+    for step in range(1, 101):
+        clock.now += 1.0
+        drawn = step == 100 or step % 5 == 1
+        metrics = {"loss": 2.5, "tokens_per_second": 12345.6}
+        progress.update(step, metrics if drawn else Unread(metrics))
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 21
+    assert "\r" not in stream.getvalue()
+    for part in ("pretrain", " 51/100", "51%", "loss 2.5000", "12,346 tokens/s", "0:49 left"):
+        assert part in lines[10]
+    assert "100/100" in lines[-1]
+    assert "left" not in lines[-1]
+
+
+def test_on_a_terminal_the_line_is_redrawn() -> None:
+    stream, clock = Terminal(), Clock()
+    with Progress(3, "sft", stream=stream, clock=clock) as progress:
+        for step in range(1, 4):
+            clock.now += 3000.0
+            progress.update(step, {"loss": 1.0})
+    assert "1/3" in stream.getvalue()
+    assert "50:00 left" in stream.getvalue()
+    assert "3/3" in stream.getvalue()
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
+def test_thinning_keeps_the_extremes_and_the_order(values: list[float]) -> None:
+    points = [(float(i), v) for i, v in enumerate(values)]
+    thin = charts.thinned(points, 100)
+    assert len(thin) <= max(100, 1)
+    assert thin == sorted(set(thin))
+    assert {min(v for _, v in thin), max(v for _, v in thin)} == {min(values), max(values)}
+    assert set(thin) <= set(points)
+
+
+@given(low=st.floats(-1e9, 1e9), width=st.floats(1e-6, 1e9))
+def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
+    high = low + width
+    marks = charts.ticks(low, high)
+    slack = 1e-6 * width + 1e-9 * max(abs(low), abs(high))
+    assert len(marks) <= 7
+    assert all(low - slack <= mark <= high + slack for mark in marks)
+
+
+@attrs.frozen
+class Sample:
+    prompt: str
+    answers: tuple[tuple[str, str], ...]
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
+VALUES = st.floats(width=32) | st.sampled_from([math.nan, math.inf, 0.0, 1e-30, 1e30])
+
+
+@given(
+    text=TEXT,
+    losses=st.lists(VALUES, max_size=30),
+    names=st.sampled_from(["loss", "eval_loss", "grad_norm", "rewards/margins"]),
+)
+def test_any_run_makes_a_page_that_fetches_nothing(
+    text: str, losses: list[float], names: str
+) -> None:
+    hostile = f'</pre><script>alert("{text}")</script>&{text}'
+    page = report.render_report(
+        title=hostile,
+        stages=[
+            report.StageRecord(
+                name=hostile,
+                metrics=[{"step": n, names: loss} for n, loss in enumerate(losses)],
+                config=hostile,
+            )
+        ],
+        table=[(hostile, hostile, "1", "2")],
+        samples=[Sample(hostile, ((hostile, hostile),))],
+        fingerprint=hostile,
+        commands=[hostile],
+    )
+    assert "<script" not in page
+    assert "http" not in page.replace(text, "") or "http" in text
+    assert "nan" not in page.replace(text, "").lower().split("<svg", 1)[-1].split("</svg>")[0]
+    for svg in page.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
+
+
+def test_nan_is_a_gap_and_one_value_a_dot() -> None:
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, 2.0, 1.0]
+    records = [{"step": n, "loss": v} for n, v in enumerate(values)]
+    svg = charts.drawn(charts.Chart("Loss", (charts.curve("train", records, "loss"),)))
+    assert svg.count("<polyline") == 2
+    assert svg.count("<circle") == 1
+    nothing = charts.Chart("Loss", (charts.curve("train", [{"step": 0}], "loss"),))
+    assert charts.drawn(nothing) == ""
+
+
+def test_the_charts_are_those_of_the_stage() -> None:
+    plain = {"loss": 1.0, "grad_norm": 1.0, "loss_scale": 1.0, "skipped": 0.0}
+    records = [{"step": n, **plain} for n in range(3)]
+    assert [c.title for c in report.charts(records)] == ["Loss, nats", "Gradient norm"]
+    moving = [{**r, "loss_scale": 2.0**n} for n, r in enumerate(records)]
+    assert "Loss scale" in [c.title for c in report.charts(moving)]
+    preferred = [{**r, "rewards/margins": 1.0, "eval_rewards/margins": 1.0} for r in records]
+    assert "Reward margin, nats" in [c.title for c in report.charts(preferred)]
+
+
+def test_a_report_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    report.write_report(target, title="a run", stages=[report.StageRecord(name="sft", metrics=[])])
+    assert "No metrics were logged" in target.read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
