@@ -234,7 +234,7 @@ def _notes(source: Source, held_out: Source | None) -> list[str]:
 
 def trained(given: str, *, device: str = "cpu") -> Trained:
     """The model of a run (its newest checkpoint), or of a checkpoint in one."""
-    found = origin(given)
+    found = origin(given, "run")
     tokenizer = None
     if found.tokenizer.is_file():
         tokenizer = data.from_json(found.tokenizer.read_text(encoding="utf-8"))

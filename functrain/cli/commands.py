@@ -64,9 +64,9 @@ class Demo:
 class Generate:
     """What the model of a run says after a prompt."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory, or a checkpoint in one."""
-    prompt: tyro.conf.Positional[str]
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """The text to go on from."""
     max_new_tokens: int = 200
     """Tokens at most."""
@@ -84,7 +84,7 @@ class Generate:
 class Inspect:
     """What a checkpoint holds, verified."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint directory, or a run (then its newest)."""
     tensors: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """List every tensor."""
@@ -141,11 +141,12 @@ def stage_arguments(command: str, rest: Sequence[str]) -> Any:
 def demo(command: str, rest: Sequence[str]) -> int:
     """`functrain demo [--directory …] [--seed …] [--resume]`."""
     arguments = _parsed(Demo, command, rest)
-    from functrain.cli.demo import run_demo
     from functrain.cli.recipe import recipe
 
     # Checked before torch is loaded.
     recipe(arguments.directory, seed=arguments.seed, scale=arguments.scale)
+    from functrain.cli.demo import run_demo
+
     return run_demo(
         arguments.directory,
         seed=arguments.seed,

@@ -78,8 +78,14 @@ def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
     trigram = trigram_bits_per_byte(held_out.train, held_out.held_out)
     rows = _rows(pretrain, sft, dpo, f"{trigram:.3f}")
     said = _said(outcomes)
+    question = said[0].prompt.strip() if said else "What is json.dumps?"
+    commands = [
+        f'functrain generate {path} "{question}"',
+        f"functrain inspect {path}",
+        f"functrain pretrain {path}/pretrain/config.toml --directory runs/mine --data.train my.txt",
+    ]
     target = path / "report.html"
-    write_report(target, "functrain demo", outcomes, rows, said)
+    write_report(target, "functrain demo", outcomes, rows=rows, said=said, commands=commands)
     return "\n".join(
         [
             table(HEAD, rows),
@@ -87,11 +93,8 @@ def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
             *_shown(said),
             f"fingerprint  {fingerprint(dpo.state)}",
             f"report       {target}",
-            "next         functrain generate "
-            f'{path} "{said[0].prompt.strip() if said else "What is json.dumps?"}"',
-            f"             functrain inspect {path}",
-            f"             functrain pretrain {path}/pretrain/config.toml --directory runs/mine "
-            "--data.train my.txt",
+            f"next         {commands[0]}",
+            *(f"             {command}" for command in commands[1:]),
         ]
     )
 

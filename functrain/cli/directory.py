@@ -124,19 +124,19 @@ class Origin:
         return RunDirectory(self.checkpoint.parent.parent).tokenizer
 
 
-def origin(given: str) -> Origin:
-    """The checkpoint that `model.from` means; `ConfigError` where there is none."""
+def origin(given: str, key: str = "model.from") -> Origin:
+    """The checkpoint that `given` means; `ConfigError`, beginning with `key`, where none is."""
     path = Path(given)
     run = stage_directory(path) if path.exists() else None
     if run is None:
-        raise ConfigError(f"model.from: {given} is not there (looked from {Path.cwd()})")
+        raise ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()})")
     inside = sorted(RunDirectory(run).checkpoints.glob("step-*"))
     checkpoint = path if path.name.startswith("step-") else (inside[-1] if inside else None)
     if checkpoint is None:
-        raise ConfigError(f"model.from: {given} has no checkpoint yet; train it first")
+        raise ConfigError(f"{key}: {given} has no checkpoint yet; train it first")
     manifest = checkpoint / "manifest.json"
     if not manifest.is_file():
-        raise ConfigError(f"model.from: {checkpoint} is incomplete: it has no manifest.json")
+        raise ConfigError(f"{key}: {checkpoint} is incomplete: it has no manifest.json")
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
     config = toml.read_any(RunDirectory(run).config)
     return Origin(checkpoint=checkpoint, config=config, sha256=digest)
@@ -168,19 +168,14 @@ def resolved(config: C, *, threads: int, device: str) -> C:
 
 
 def begun(config: C, *, threads: int, device: str) -> C:
-    """The resolved config of a new run, whose directory this makes.
-
-    `ConfigError` for a directory that is not empty.
-    """
+    """The resolved config of a new run; `ConfigError` where its directory is not empty."""
     run = RunDirectory(config.directory)
     if run.path.exists() and (not run.path.is_dir() or _holds_something(run.path)):
         raise ConfigError(
             f"{run.path}: is there already and not empty; go on with --resume, or give another "
             "--directory"
         )
-    config = resolved(config, threads=threads, device=device)
-    write(run.config, toml.dumps(config))
-    return config
+    return resolved(config, threads=threads, device=device)
 
 
 def _holds_something(directory: Path) -> bool:
@@ -208,8 +203,6 @@ def resumed(config: C, *, threads: int, device: str) -> C:
             + f"\nresume with `functrain {config.stage} {run.config} --resume`, or begin another "
             "--directory"
         )
-    if merged != before:
-        write(run.config, toml.dumps(merged))
     return merged
 
 

@@ -78,9 +78,7 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
 
 
 def _tiny(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
-    train = Train(
-        steps=12, batch_size=4, seed=seed, save_every=3, threads=THREADS, device="cpu", keep=2
-    )
+    train = Train(steps=12, batch_size=4, seed=seed, save_every=3, threads=1, device="cpu", keep=2)
     evaluation, schedule = Evaluation(every=6, limit=4), Schedule(peak=1e-2, warmup=2)
     return (
         Pretrain(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import attrs
@@ -12,6 +12,7 @@ import torch
 
 from functrain import checkpoint
 from functrain.cli import directory as directories
+from functrain.cli import toml
 from functrain.cli.build import Built, build
 from functrain.cli.config import DPO, SFT, Pretrain
 from functrain.cli.directory import RunDirectory
@@ -70,6 +71,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
         built = build(config)
         for note in built.notes:
             say(f"{config.stage}: {note}")
+        directories.write(run.config, toml.dumps(config))
         if built.tokenizer is not None:
             directories.write(run.tokenizer, built.tokenizer.to_json())
         given = prompts(built.evaluation, built.tokenizer)
@@ -139,8 +141,8 @@ def _trained(
     """The loop. Logged first, saved afterwards: no checkpoint is ahead of its metrics."""
     plan, saved = config.train, state.step
     with (
-        _closing(jsonl.JSONLTracker(run.metrics)) as tracker,
-        _closing(progress.Progress(plan.steps, config.stage)) as bar,
+        closing(jsonl.JSONLTracker(run.metrics)) as tracker,
+        closing(progress.Progress(plan.steps, config.stage)) as bar,
     ):
         if state.step == 0 and built.evaluation:
             tracker.log(0, evaluate(built.step, state, built.evaluation).to_dict())
@@ -173,14 +175,6 @@ def _trained(
                 break
     assert saved == state.step or not state.step  # the newest state is always on the disk
     return state
-
-
-@contextmanager
-def _closing(thing: Any) -> Iterator[Any]:
-    try:
-        yield thing
-    finally:
-        thing.close()
 
 
 def how_to_go_on(config: Pretrain | SFT | DPO) -> str:

@@ -18,7 +18,7 @@ def described(given: str, *, tensors: bool = False) -> str:
 
     path = Path(given)
     if (RunDirectory(path).config).is_file() or (path / "pretrain").is_dir():
-        path = origin(given).checkpoint
+        path = origin(given, "checkpoint").checkpoint
     return "\n".join(_description(checkpoint.inspect(path), tensors))
 
 

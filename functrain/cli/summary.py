@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import torch
 
+from functrain.cli import toml
 from functrain.cli.directory import RunDirectory
 from functrain.cli.run import Outcome
 from functrain.cli.samples import spoken
@@ -47,14 +48,16 @@ def conclude(outcome: Outcome) -> str:
             outcome.prompts, outcome.first_words, last_words, strict=True
         )
     ]
-    write_report(run.report, f"{outcome.config.stage}: {run.path.name}", [outcome], rows, said)
+    commands = [f'functrain generate {run.path} "…"', f"functrain inspect {run.path}"]
+    title = f"functrain {outcome.config.stage}: {run.path.name}"
+    write_report(run.report, title, [outcome], rows=rows, said=said, commands=commands)
     return "\n".join(
         [
             f"{run.path}: finished, {outcome.state.step:,} of {outcome.config.train.steps:,} steps",
             *([table(HEAD, rows), ""] if rows else []),
             f"fingerprint  {fingerprint(outcome.state)}",
             f"report       {run.report}",
-            f'next         functrain generate {run.path} "…"',
+            f"next         {commands[0]}",
         ]
     )
 
@@ -84,12 +87,11 @@ def _preferences(outcome: Outcome) -> list[Row]:
     reference, policy = _reference(outcome), outcome.state.params
     first, last = (_likelier(outcome, params) for params in (reference, policy))
     opened, closed = (f"{each['eval_rewards/margins']:+.3f}" for each in (before, after))
-    rows = (
-        ("accuracy of the rewards", accuracy, f"{after['eval_rewards/accuracies']:.3f}"),
-        ("margin of the rewards", opened, closed),
-        ("chosen is the likelier", f"{first:.3f}", f"{last:.3f}"),
-    )
-    return [("dpo", *row) for row in rows]
+    return [
+        ("dpo", "accuracy of the rewards", accuracy, f"{after['eval_rewards/accuracies']:.3f}"),
+        ("dpo", "margin of the rewards", opened, closed),
+        ("dpo", "chosen is the likelier", f"{first:.3f}", f"{last:.3f}"),
+    ]
 
 
 def _reference(outcome: Outcome) -> Tensors:
@@ -142,20 +144,31 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         column.justify = "right"
     out = io.StringIO()
     Console(file=out, width=100, color_system=None, highlight=False).print(made)
-    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 
 def write_report(
-    path: Path, title: str, outcomes: Sequence[Outcome], rows: Sequence[Row], said: Sequence[Said]
+    path: Path,
+    title: str,
+    outcomes: Sequence[Outcome],
+    *,
+    rows: Sequence[Row],
+    said: Sequence[Said],
+    commands: Sequence[str],
 ) -> None:
-    """The report over these stages."""
+    """The report over these stages; the fingerprint is of the last one's state."""
+    stages = [
+        report.StageRecord(
+            name=outcome.config.stage, metrics=outcome.records, config=toml.dumps(outcome.config)
+        )
+        for outcome in outcomes
+    ]
     report.write_report(
         path,
         title=title,
-        stages=[
-            report.StageRecord(name=outcome.config.stage, metrics=outcome.records)
-            for outcome in outcomes
-        ],
+        stages=stages,
         table=rows,
         samples=said,
+        fingerprint=fingerprint(outcomes[-1].state),
+        commands=commands,
     )

@@ -1,0 +1,184 @@
+"""Configs: TOML there and back, and complaints that name the key and the remedy. No torch here."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from functrain.cli import config as c
+from functrain.cli import toml
+from functrain.errors import ConfigError
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+COUNTS = st.integers(1, 2**40)
+POSITIVE = st.floats(0, 1e300, exclude_min=True, allow_subnormal=True)
+FRACTIONS = st.floats(0, 1, exclude_max=True)
+
+
+def _optional(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | values
+
+
+MODELS = st.builds(
+    c.Model,
+    width=st.sampled_from([16, 64]),
+    heads=st.sampled_from([1, 2, 4]),
+    kv_heads=st.sampled_from([None, 1]),
+    hidden=_optional(COUNTS),
+    theta=POSITIVE,
+    tied=st.booleans(),
+    dropout=FRACTIONS,
+)
+DATA: dict[str, Any] = {
+    "train": TEXTS,
+    "held_out": _optional(TEXTS),
+    "time": st.integers(2, 999),
+    "limit": _optional(COUNTS),
+}
+OPTIMIZERS = st.one_of(
+    st.builds(
+        c.Optimizer,
+        name=st.sampled_from(["adamw", "adam"]),
+        weight_decay=_optional(FRACTIONS),
+        betas=_optional(st.tuples(FRACTIONS, FRACTIONS)),
+        eps=_optional(POSITIVE),
+    ),
+    st.builds(c.Optimizer, name=st.just("sgd"), momentum=_optional(FRACTIONS)),
+)
+SCHEDULES = st.one_of(
+    st.builds(c.Schedule, peak=POSITIVE, warmup=_optional(st.integers(0, 9)), total=st.just(9)),
+    st.builds(
+        c.Schedule,
+        name=st.just("multistep"),
+        milestones=st.lists(COUNTS).map(lambda found: tuple(sorted(found))),
+        gamma=_optional(POSITIVE),
+    ),
+)
+TRAINS = st.builds(
+    c.Train,
+    steps=COUNTS,
+    max_grad_norm=POSITIVE | st.just(math.inf),
+    precision=st.sampled_from(c.PRECISIONS),
+    ema_decay=_optional(FRACTIONS),
+    threads=_optional(COUNTS),
+    device=_optional(st.sampled_from(c.DEVICES)),
+)
+COMMON: dict[str, Any] = {
+    "directory": TEXTS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "train": TRAINS,
+}
+STARTS = st.builds(
+    c.Start, from_=TEXTS, sha256=_optional(st.just("0" * 64)), shape=_optional(MODELS)
+)
+PREFERENCES = st.builds(c.Preference, loss=st.sampled_from(c.LOSSES), beta=POSITIVE)
+CONFIGS = st.one_of(
+    st.builds(c.Pretrain, model=MODELS, data=st.builds(c.Text, **DATA), **COMMON),
+    st.builds(c.SFT, model=STARTS, data=st.builds(c.Data, **DATA), **COMMON),
+    st.builds(
+        c.DPO, model=STARTS, preference=PREFERENCES, data=st.builds(c.Data, **DATA), **COMMON
+    ),
+)
+
+
+@given(CONFIGS)
+def test_a_config_written_as_toml_reads_back_as_the_same_config(config: c.Config) -> None:
+    text = toml.dumps(config)
+    assert toml.structured(tomllib.loads(text), type(config), "here") == config
+
+
+@given(CONFIGS)
+def test_a_flattened_config_has_every_field_that_is_given(config: c.Config) -> None:
+    found = toml.flat(config)
+    assert found["train.steps"] == config.train.steps
+    assert found["data.train"] == config.data.train
+    assert found["schedule.peak"] == config.schedule.peak
+
+
+def test_a_file_is_read_and_written_by_its_stage(tmp_path: Path) -> None:
+    for config in (c.Pretrain(), c.SFT(), c.DPO()):
+        path = tmp_path / f"{config.stage}.toml"
+        path.write_text(toml.dumps(config))
+        assert toml.read_any(path) == config
+
+
+BAD = [
+    ("[schedule]\npek = 1e-3", "run.toml: schedule.pek: unknown key; did you mean 'peak'"),
+    ("[schedle]\npeak = 1e-3", "run.toml: schedle: unknown key; did you mean 'schedule'"),
+    ('[model]\nfrm = "x"', "model.frm: unknown key; did you mean 'from'"),
+    ('[train]\nsteps = "many"', "train.steps: expected an integer, got 'many'"),
+    ("[train]\nsteps = 2.5", "train.steps: expected an integer, got 2.5"),
+    ("[train]\nsteps = true", "train.steps: expected an integer, got True"),
+    ("[train]\nsteps = 0", "train.steps: 0, expected an integer of at least 1"),
+    ("[train]\nmicrobatches = 3", "train.microbatches: 3 does not divide train.batch_size 16"),
+    ('[train]\nprecision = "fp17"', "train.precision: 'fp17' is unknown; did you mean 'fp16'"),
+    ('[optimizer]\nname = "adamv"', "optimizer.name: 'adamv' is unknown; did you mean 'adam'"),
+    ('[optimizer]\nname = "sgd"\neps = 1e-8', "optimizer.eps: sgd has none; it has weight_decay"),
+    ("[optimizer]\nbetas = 3", "optimizer.betas: expected a list of numbers"),
+    ('[optimizer]\nbetas = ["x", 1]', "optimizer.betas: expected a number, got 'x'"),
+    ("[optimizer]\nbetas = [0.9, 1]", r"optimizer.betas: 1.0, expected numbers in \[0, 1\)"),
+    ('[schedule]\nname = "cosin"', "schedule.name: 'cosin' is unknown; did you mean 'cosine'"),
+    ('[schedule]\nname = "linear"\ngamma = 0.1', "schedule.gamma: linear has none; it has warmup"),
+    ('[schedule]\nname = "step"', "schedule.every: must be given for step"),
+    ("[schedule]\npeak = nan", "schedule.peak: nan, expected a positive finite number"),
+    ("[schedule]\nwarmup = 5\ntotal = 4", "schedule.warmup: 5 is more than schedule.total 4"),
+    ('[preference]\nloss = "sigmoyd"', "preference.loss: 'sigmoyd' is unknown; did you mean"),
+    ("[preference]\nbeta = 0", "preference.beta: 0.0, expected a positive finite number"),
+    ('[preference]\nloss = "ipo"\nlabel_smoothing = 0.1', "label_smoothing: the ipo loss has none"),
+    ("schedule = 3", "run.toml: schedule: expected a section with name, peak"),
+    ('stage = "sft"', "stage: 'sft', expected 'dpo'; use `functrain sft`"),
+    ('[data]\ntrain = ""', "data.train: empty; expected a path"),
+    ("peak == 3", "run.toml: not TOML: "),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_complaints_name_the_file_the_key_and_what_was_expected(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        toml.read(path, c.DPO)
+
+
+def test_all_complaints_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[schedule]\npek = 1\n[train]\nsteps = 1.5\nbatch_size = 0")
+    with pytest.raises(ConfigError) as caught:
+        toml.read(path, c.Pretrain)
+    lines = str(caught.value).splitlines()
+    # Of a record that could not be made, the wrong types come before the wrong values.
+    assert len(lines) == 2
+    assert all(line.startswith(str(path)) for line in lines)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml: cannot be read \(No such file"):
+        toml.read(tmp_path / "no.toml", c.Pretrain)
+
+
+def test_the_known_names_are_those_of_the_library() -> None:
+    """The config has lists of its own, because checking it must not import torch."""
+    import functrain as ft
+    from functrain.objectives.preference import LOSSES
+    from functrain.precision import POLICIES
+    from functrain.schedules import SCHEDULES as MADE
+
+    assert set(c.PRECISIONS) == set(POLICIES)
+    assert set(c.LOSSES) == set(LOSSES)
+    assert set(c.SCHEDULES) == set(MADE)
+    assert all(callable(getattr(ft.optim, name)) for name in c.OPTIMIZERS)
+    for name, options in c.SCHEDULES.items():
+        fields = {field.name: field for field in attrs.fields(MADE[name])}
+        assert set(options) <= set(fields), name
+        needed = {n for n, f in fields.items() if f.default is attrs.NOTHING} - {"peak", "total"}
+        assert needed == set(c.REQUIRED.get(name, ())), name

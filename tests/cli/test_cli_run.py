@@ -1,0 +1,295 @@
+"""Runs: refused, finished, interrupted and resumed, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from functrain import checkpoint
+from functrain.cli import main, toml
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
+TOML = """
+directory = {directory}
+[model]
+width = 16
+layers = 1
+heads = 2
+dropout = 0.1
+[data]
+train = {train}
+held_out = {held_out}
+time = 32
+[schedule]
+name = "constant_with_warmup"
+peak = 1e-2
+warmup = 3
+[train]
+steps = {steps}
+batch_size = 4
+save_every = 4
+threads = 1
+device = "cpu"
+[evaluation]
+every = 5
+limit = 4
+"""
+
+
+def _files(tmp_path: Path) -> tuple[Path, Path]:
+    train, held_out = tmp_path / "train.txt", tmp_path / "held_out.txt"
+    train.write_text(TEXT)
+    held_out.write_text(TEXT[::-1])
+    return train, held_out
+
+
+def _config(tmp_path: Path, name: str = "run", steps: int = 10) -> tuple[str, Path]:
+    train, held_out = _files(tmp_path)
+    directory, path = tmp_path / name, tmp_path / f"{name}.toml"
+    values = {"directory": directory, "train": train, "held_out": held_out}
+    texts = {key: json.dumps(str(value)) for key, value in values.items()}
+    path.write_text(TOML.format(steps=steps, **texts))
+    return str(path), directory
+
+
+def _fingerprint(directory: Path) -> str:
+    """Of the newest state: the hashes of every file of its checkpoint."""
+    newest = checkpoint.latest(directory / "checkpoints")
+    assert newest is not None
+    return (newest / "manifest.json").read_text()
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    clocks = ("tokens_per_second", "time")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+
+
+def test_a_run_leaves_what_is_needed_to_go_on_and_to_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    threads = torch.get_num_threads()
+    assert main(["pretrain", given]) == 0
+    out = capsys.readouterr().out
+    assert "finished, 10 of 10 steps" in out
+    assert "text perplexity" in out
+    assert "fingerprint" in out
+    assert {path.name for path in run.iterdir()} == {
+        "config.toml",
+        "tokenizer.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "report.html",
+    }
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == ["step-000000000008", "step-000000000010"]
+    records = _records(run)
+    assert [record["step"] for record in records] == list(range(11))
+    assert ["eval_loss" in record for record in records] == [
+        step in (0, 5, 10) for step in range(11)
+    ]
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    assert torch.get_num_threads() == threads
+    # The resolved config is the same run.
+    resolved = toml.read_any(run / "config.toml")
+    assert resolved.train.threads == 1
+    assert main(["pretrain", str(run / "config.toml"), "--directory", str(tmp_path / "two")]) == 0
+    assert _fingerprint(tmp_path / "two") == _fingerprint(run)
+
+
+def test_a_directory_that_is_not_empty_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    run.mkdir()
+    (run / "thesis.tex").write_text("precious")
+    assert main(["pretrain", given]) == 2
+    err = capsys.readouterr().err
+    assert "not empty; go on with --resume, or give another --directory" in err
+    assert main(["pretrain", given, "--resume"]) == 2  # no run of ours
+    assert [path.name for path in run.iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_a_finished_run_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    assert main(["pretrain", given, "--resume"]) == 0  # nothing there yet: it begins
+    before, records = _fingerprint(run), _records(run)
+    capsys.readouterr()
+    assert main(["pretrain", given, "--resume"]) == 0
+    assert "finished, 10 of 10 steps" in capsys.readouterr().out
+    assert (_fingerprint(run), _records(run)) == (before, records)
+
+
+def test_a_longer_total_goes_on_to_the_bit_of_the_longer_run(tmp_path: Path) -> None:
+    given, run = _config(tmp_path)
+    assert main(["pretrain", given]) == 0
+    longer = ["--train.steps", "15", "--train.save-every", "7", "--resume"]
+    assert main(["pretrain", given, *longer]) == 0
+    alone, other = _config(tmp_path, "alone", steps=15)
+    assert main(["pretrain", alone]) == 0
+    assert _fingerprint(run) == _fingerprint(other)
+    assert toml.read_any(run / "config.toml").train.steps == 15
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--schedule.peak", "0.5"], "schedule.peak: 0.5, and the run has 0.01"),
+        (["--train.seed", "3"], "train.seed: 3, and the run has 0"),
+        (["--train.threads", "3"], "train.threads: 3, and the run has 1"),
+        (["--model.width", "32"], "model.width: 32, and the run has 16"),
+        (["--data.time", "16"], "data.time: 16, and the run has 32"),
+        (["--train.max-grad-norm", "inf"], "train.max_grad_norm: inf, and the run has 1.0"),
+    ],
+)
+def test_a_config_that_changes_the_bits_is_refused_by_the_name_of_the_key(
+    tmp_path: Path, override: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from functrain.cli import directory
+    from functrain.cli.commands import stage_arguments
+
+    given, run = _config(tmp_path)
+    begun = directory.begun(stage_arguments("pretrain", [given]).config, threads=1, device="cpu")
+    directory.write(run / "config.toml", toml.dumps(begun))
+    assert main(["pretrain", given, *override, "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert f"functrain pretrain {run}/config.toml --resume" in err
+    assert toml.read_any(run / "config.toml") == begun
+
+
+def test_an_evaluation_may_change_unless_the_schedule_sees_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, _ = _config(tmp_path)
+    other = ["--evaluation.every", "3", "--resume"]
+    assert main(["pretrain", given]) == 0
+    assert main(["pretrain", given, *other]) == 0
+    seen = ["--schedule.name", "reduce_on_plateau", "--schedule.warmup", "None"]
+    seen += ["--directory", str(tmp_path / "seen")]
+    assert main(["pretrain", given, *seen]) == 0
+    assert main(["pretrain", given, *seen, *other]) == 2
+    assert "evaluation.every: 3, and the run has 5" in capsys.readouterr().err
+
+
+def test_a_config_that_cannot_be_built_leaves_no_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    assert main(["pretrain", given, "--data.train", str(tmp_path / "no.txt")]) == 2
+    assert main(["pretrain", given, "--schedule.warmup", "99", "--schedule.name", "linear"]) == 2
+    (tmp_path / "empty.jsonl").write_text('{"txt": "x"}')
+    assert main(["pretrain", given, "--data.train", str(tmp_path / "empty.jsonl")]) == 2
+    assert "empty.jsonl" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_truncated_checkpoint_is_refused_with_a_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    assert main(["pretrain", given]) == 0
+    expected = _fingerprint(run)
+    newest = run / "checkpoints" / "step-000000000010"
+    model = newest / "model.safetensors"
+    os.truncate(model, 100)
+    assert main(["pretrain", given, "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert f"remove {newest} and resume again" in err
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    assert main(["pretrain", given, "--resume"]) == 0
+    assert _fingerprint(run) == expected
+
+
+def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "functrain", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 6:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resuming_ends_as_the_uninterrupted_run(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    given, run = _config(tmp_path, steps=1_000_000)
+    slow = ["--train.save-every", "1000000", "--evaluation.every", "1000000"]
+    process = _start(["pretrain", given, *slow])
+    _wait_for_steps(run, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"go on with: functrain pretrain {run}/config.toml --resume" in err
+    assert "Traceback" not in err
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest is not None  # saved, though no save was due
+    steps = str(int(newest.name.removeprefix("step-")) + 5)
+    assert _records(run)[-1]["step"] == int(steps) - 5  # the last step made was not lost
+    assert main(["pretrain", given, *slow, "--resume", "--train.steps", steps]) == 0
+    alone, other = _config(tmp_path, "alone")
+    assert main(["pretrain", alone, *slow, "--train.steps", steps]) == 0
+    assert _fingerprint(run) == _fingerprint(other)
+    assert _records(run) == _records(other)
+
+
+TWICE = """
+import os, signal, sys, time
+from functrain.cli.signals import stopping
+with stopping() as stop:
+    os.kill(os.getpid(), signal.{first})
+    time.sleep(0.01)
+    assert stop and stop.exit_code == {code}
+    os.kill(os.getpid(), signal.{second})
+    time.sleep(10)
+sys.exit("alive")
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"), [("SIGINT", "SIGINT", 130), ("SIGTERM", "SIGINT", 143)]
+)
+def test_a_second_signal_aborts_at_once(first: str, second: str, code: int) -> None:
+    program = TWICE.format(first=first, second=second, code=code)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 130
+    assert f"{first}: finishing this step and saving; once more to abort" in done.stderr
+
+
+def test_the_handlers_are_put_back() -> None:
+    from functrain.cli.signals import stopping
+
+    before = signal.getsignal(signal.SIGINT)
+    with stopping() as stop:
+        assert signal.getsignal(signal.SIGINT) != before
+        assert not stop
+        assert stop.exit_code == 0
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,176 @@
+"""Three stages after one another on files, and what `generate` and `inspect` say of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from functrain import checkpoint
+from functrain.cli import main, toml
+from functrain.cli.config import DPO, SFT
+
+COMMON = [
+    *("--train.steps", "6", "--train.batch-size", "4", "--train.save-every", "2"),
+    *("--train.threads", "1", "--train.device", "cpu", "--evaluation.every", "3"),
+    *("--data.time", "32"),
+]
+CHATS = [{"prompt": f"{i} plus one?", "completion": f" {i + 1}"} for i in range(12)]
+TALKS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{i}?"},
+            {"role": "assistant", "content": f"{i + 1}"},
+        ]
+    }
+    for i in range(12)
+]
+PAIRS = [
+    {"prompt": f"{i} plus one?", "chosen": f" {i + 1}", "rejected": f" {i + 2}"} for i in range(12)
+]
+
+
+def _jsonl(path: Path, records: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three stages, each from the one before."""
+    path = tmp_path_factory.mktemp("stages")
+    (path / "text.txt").write_text("one two three four " * 40)
+    sft = _jsonl(path / "sft.jsonl", CHATS)  # type: ignore[arg-type]
+    pairs = _jsonl(path / "pairs.jsonl", PAIRS)  # type: ignore[arg-type]
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    data = ["--data.train", str(path / "text.txt"), "--data.held-out", str(path / "text.txt")]
+    assert main(["pretrain", "--directory", str(path / "a"), *shape, *data, *COMMON]) == 0
+    data = ["--data.train", sft, "--data.held-out", sft]
+    start = ["--model.from", str(path / "a")]
+    assert main(["sft", "--directory", str(path / "b"), *start, *data, *COMMON]) == 0
+    data = ["--data.train", pairs, "--data.held-out", pairs]
+    start = ["--model.from", str(path / "b")]
+    assert main(["dpo", "--directory", str(path / "c"), *start, *data, *COMMON]) == 0
+    return path
+
+
+def test_a_stage_starts_from_the_checkpoint_that_it_names(runs: Path) -> None:
+    sft, dpo = toml.read(runs / "b/config.toml", SFT), toml.read(runs / "c/config.toml", DPO)
+    assert sft.model.from_ == str(runs / "a/checkpoints/step-000000000006")
+    assert dpo.model.from_ == str(runs / "b/checkpoints/step-000000000006")
+    assert sft.model.shape == dpo.model.shape is not None
+    records = [json.loads(line) for line in (runs / "c/metrics.jsonl").read_text().splitlines()]
+    assert records[0]["eval_rewards/margins"] == 0  # the reference is where it starts
+    assert records[-1]["eval_rewards/margins"] > 0
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_a_finished_stage_is_resumed_from_its_first_command(
+    runs: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`model.from` is a run there, and a checkpoint of it in the resolved config."""
+    stage, before = ("sft", "a") if name == "b" else ("dpo", "b")
+    data = str(runs / ("sft.jsonl" if stage == "sft" else "pairs.jsonl"))
+    given = ["--directory", str(runs / name), "--model.from", str(runs / before)]
+    given += ["--data.train", data, "--data.held-out", data, *COMMON, "--resume"]
+    assert main([stage, *given]) == 0
+    assert "finished, 6 of 6" in capsys.readouterr().out
+
+
+def test_a_start_that_has_changed_is_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = runs / "b" / "config.toml"
+    moved = tmp_path / "config.toml"
+    text = config.read_text()
+    old = toml.read(config, SFT).model.sha256
+    assert old is not None
+    moved.write_text(text.replace(old, "0" * 64))
+    assert main(["sft", str(moved), "--directory", str(tmp_path / "new")]) == 2
+    assert "is not what this run started from" in capsys.readouterr().err
+
+
+def test_dialogues_can_be_trained_on(runs: Path, tmp_path: Path) -> None:
+    data = _jsonl(tmp_path / "talks.jsonl", TALKS)  # type: ignore[arg-type]
+    given = ["--model.from", str(runs / "a"), "--data.train", data, "--directory"]
+    assert main(["sft", *given, str(tmp_path / "talk"), *COMMON]) == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "adafactor", "muon"])
+def test_every_optimizer_resumes_to_the_bit(runs: Path, tmp_path: Path, name: str) -> None:
+    data = ["--data.train", str(runs / "text.txt")]
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    common = ["pretrain", *data, *shape, "--optimizer.name", name, *COMMON]
+    common += ["--optimizer.weight-decay", "0.1", "--schedule.total", "6"]
+    assert main([*common, "--directory", str(tmp_path / "once")]) == 0
+    first = [*common, "--directory", str(tmp_path / "twice")]
+    assert main([*first, "--train.steps", "3"]) == 0
+    assert main([*first, "--resume"]) == 0
+    newest = [checkpoint.latest(tmp_path / run / "checkpoints") for run in ("once", "twice")]
+    texts = [path / "manifest.json" for path in newest if path is not None]
+    assert texts[0].read_text() == texts[1].read_text()
+
+
+def test_token_ids_are_trained_on_without_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = np.arange(600, dtype=np.uint16) % 50
+    ids.tofile(tmp_path / "ids.bin")
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    common = ["pretrain", "--data.train", str(tmp_path / "ids.bin"), *shape, *COMMON]
+    run = str(tmp_path / "run")
+    assert main([*common, "--directory", run]) == 2
+    assert "data.vocabulary: missing" in capsys.readouterr().err
+    vocabulary = ["--data.vocabulary", "50"]
+    assert main([*common, *vocabulary, "--directory", run]) == 0
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    assert main(["generate", run, "hello"]) == 2
+    assert "ids of a tokenizer of your own" in capsys.readouterr().err
+
+
+def test_generate_says_the_same_for_the_same_seed(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*options: str) -> str:
+        assert main(["generate", str(runs / "a"), "one two", *options]) == 0
+        return capsys.readouterr().out
+
+    sampled = ["--temperature", "1.5", "--max-new-tokens", "30", "--seed"]
+    assert said(*sampled, "1") == said(*sampled, "1")
+    assert said(*sampled, "1") != said(*sampled, "2")
+    greedy = said("--max-new-tokens", "5")
+    assert len(greedy.rstrip("\n")) <= 5
+    at = runs / "a/checkpoints/step-000000000006"
+    assert main(["generate", str(at), "one two", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == greedy
+
+
+def test_inspect_shows_what_a_checkpoint_holds(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(runs / "a")]) == 0
+    of_run = capsys.readouterr().out
+    assert main(["inspect", str(runs / "a/checkpoints/step-000000000006")]) == 0
+    assert capsys.readouterr().out == of_run
+    assert "step        6" in of_run
+    assert "samples     24" in of_run
+    assert "optimizer   adamw" in of_run
+    assert "every size and sha256 is as the manifest says" in of_run
+    assert main(["inspect", str(runs / "a"), "--tensors"]) == 0
+    assert "model.embed_tokens.weight" in capsys.readouterr().out
+
+
+def test_inspect_finds_an_altered_file(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "step-000000000006"
+    target.mkdir()
+    for path in (runs / "a/checkpoints/step-000000000006").iterdir():
+        data = bytearray(path.read_bytes())
+        if path.name == "model.safetensors":
+            data[-1] ^= 1
+        (target / path.name).write_bytes(data)
+    assert main(["inspect", str(target)]) == 2
+    assert "its sha256 does not match the manifest" in capsys.readouterr().err
