@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from functrain.steps import Step, dpo_step, pretrain_step, sft_step
 from functrain.trees import Tensors
 
 Source = data.MapSource
+_HASHED = 1 << 22
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -182,6 +184,17 @@ def _file(
 def embedded(limit: int | None) -> data.embedded.Embedded:
     """The embedded data, read once for the three stages of a demo: it takes seconds."""
     return data.embedded.load(limit=limit)
+
+
+def digest(source: Source) -> str:
+    """A hash of what is trained on; of long token files, their length, beginning and end."""
+    if isinstance(source, data.TextRows):
+        ids = source.ids
+        parts = [str((len(ids), ids.dtype)).encode(), ids[:_HASHED].tobytes()]
+        parts.append(ids[-_HASHED:].tobytes() if len(ids) > _HASHED else b"")
+    else:
+        parts = [repr(getattr(source, "examples", None)).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _embedded(stage: str, limit: int | None) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -163,6 +163,8 @@ class Data:
     """Tokens in a row; longer examples are cut."""
     limit: int | None = attrs.field(default=None, validator=_count)
     """Take only so many documents, records or embedded entries."""
+    sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """The hash of what is trained on; written when the run begins."""
 
 
 @attrs.frozen(kw_only=True)

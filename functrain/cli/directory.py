@@ -18,6 +18,7 @@ from functrain.cli.config import (
     Config,
     Model,
     Pretrain,
+    Start,
     Text,
 )
 from functrain.errors import ConfigError
@@ -175,6 +176,10 @@ def begun(config: C, *, threads: int, device: str) -> C:
             f"{run.path}: is there already and not empty; go on with --resume, or give another "
             "--directory"
         )
+    # The config of another run can be begun again with another start and other data.
+    config = attrs.evolve(config, data=attrs.evolve(config.data, sha256=None))
+    if not isinstance(config, Pretrain):
+        config = attrs.evolve(config, model=Start(from_=config.model.from_))
     return resolved(config, threads=threads, device=device)
 
 

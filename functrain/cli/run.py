@@ -13,12 +13,12 @@ import torch
 from functrain import checkpoint
 from functrain.cli import directory as directories
 from functrain.cli import toml
-from functrain.cli.build import Built, build
+from functrain.cli.build import Built, build, digest
 from functrain.cli.config import DPO, SFT, Pretrain
 from functrain.cli.directory import RunDirectory
 from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
-from functrain.errors import CheckpointError
+from functrain.errors import CheckpointError, ConfigError
 from functrain.loop import train
 from functrain.state import TrainState
 from functrain.steps import evaluate
@@ -71,6 +71,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
         built = build(config)
         for note in built.notes:
             say(f"{config.stage}: {note}")
+        config = _same_data(config, digest(built.source))
         directories.write(run.config, toml.dumps(config))
         if built.tokenizer is not None:
             directories.write(run.tokenizer, built.tokenizer.to_json())
@@ -97,6 +98,15 @@ def _settled(config: C, resume: bool) -> C:
     if resume and RunDirectory(config.directory).config.is_file():
         return directories.resumed(config, threads=threads, device=device)
     return directories.begun(config, threads=threads, device=device)
+
+
+def _same_data(config: C, found: str) -> C:
+    if config.data.sha256 not in (None, found):
+        raise ConfigError(
+            f"data.train: {config.data.train} is not what this run was begun with (another hash); "
+            "put the old data back, or begin another --directory"
+        )
+    return attrs.evolve(config, data=attrs.evolve(config.data, sha256=found))
 
 
 @contextmanager

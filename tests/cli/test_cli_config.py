@@ -41,6 +41,7 @@ DATA: dict[str, Any] = {
     "held_out": _optional(TEXTS),
     "time": st.integers(2, 999),
     "limit": _optional(COUNTS),
+    "sha256": _optional(st.just("0" * 64)),
 }
 OPTIMIZERS = st.one_of(
     st.builds(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 
@@ -82,14 +84,36 @@ def test_a_finished_stage_is_resumed_from_its_first_command(
 def test_a_start_that_has_changed_is_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = runs / "b" / "config.toml"
-    moved = tmp_path / "config.toml"
-    text = config.read_text()
-    old = toml.read(config, SFT).model.sha256
-    assert old is not None
-    moved.write_text(text.replace(old, "0" * 64))
-    assert main(["sft", str(moved), "--directory", str(tmp_path / "new")]) == 2
+    run = tmp_path / "b"
+    shutil.copytree(runs / "b", run)
+    config = toml.read(run / "config.toml", SFT)
+    model = attrs.evolve(config.model, sha256="0" * 64)
+    (run / "config.toml").write_text(toml.dumps(attrs.evolve(config, model=model)))
+    resumed = ["sft", str(run / "config.toml"), "--directory", str(run), "--resume"]
+    assert main(resumed) == 2
     assert "is not what this run started from" in capsys.readouterr().err
+
+
+def test_data_that_has_changed_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "b", tmp_path / "other.jsonl"
+    shutil.copytree(runs / "b", run)
+    config = (run / "config.toml").read_text()
+    _jsonl(data, CHATS[1:])  # type: ignore[arg-type]
+    (run / "config.toml").write_text(config.replace(str(runs / "sft.jsonl"), str(data)))
+    resumed = ["sft", str(run / "config.toml"), "--directory", str(run), "--resume"]
+    assert main(resumed) == 2
+    assert "other.jsonl is not what this run was begun with" in capsys.readouterr().err
+    _jsonl(data, CHATS)  # type: ignore[arg-type]
+    assert main(resumed) == 0
+
+
+def test_the_config_of_a_run_begins_another_with_another_start(runs: Path, tmp_path: Path) -> None:
+    other = ["--model.from", str(runs / "b"), "--directory", str(tmp_path / "again")]
+    assert main(["sft", str(runs / "b/config.toml"), *other]) == 0
+    again = toml.read(tmp_path / "again/config.toml", SFT)
+    assert again.model.from_ == str(runs / "b/checkpoints/step-000000000006")
 
 
 def test_dialogues_can_be_trained_on(runs: Path, tmp_path: Path) -> None:
