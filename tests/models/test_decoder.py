@@ -1,0 +1,148 @@
+"""The built-in decoder: causal, blind to padding, and Llama to the bit of its arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import functrain as ft
+
+CONFIG = ft.models.DecoderConfig(
+    vocabulary=23, width=16, layers=2, heads=4, kv_heads=2, hidden=24, tied=False
+)
+
+
+def _model(**changes: Any) -> ft.models.Decoder:
+    return ft.models.decoder(attrs.evolve(CONFIG, **changes), seed=5).double().eval()
+
+
+def _ids(seed: int, rows: int, time: int) -> torch.Tensor:
+    return torch.randint(0, 23, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    seed=st.integers(0, 99), time=st.integers(1, 9), left=st.integers(0, 4), right=st.integers(0, 4)
+)
+def test_padding_on_either_side_changes_no_logit(
+    seed: int, time: int, left: int, right: int
+) -> None:
+    model, ids = _model(), _ids(seed, 2, time)
+    padded = torch.nn.functional.pad(ids, (left, right), value=3)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
+    logits = model(padded, mask)
+    assert bool(logits.isfinite().all())
+    torch.testing.assert_close(logits[:, left : left + time], model(ids), rtol=1e-9, atol=1e-10)
+
+
+@given(seed=st.integers(0, 99), time=st.integers(2, 9), data=st.data())
+def test_a_later_token_changes_no_earlier_logit(seed: int, time: int, data: st.DataObject) -> None:
+    model, ids = _model(), _ids(seed, 2, time)
+    at = data.draw(st.integers(1, time - 1))
+    changed = ids.clone()
+    changed[:, at] = (changed[:, at] + 1) % 23
+    masked = data.draw(st.booleans())
+    mask = torch.ones_like(ids) if masked else None
+    before, after = model(ids, mask), model(changed, mask)
+    torch.testing.assert_close(before[:, :at], after[:, :at], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(before[:, at], after[:, at])
+
+
+def test_grouped_queries_are_repeated_keys() -> None:
+    grouped, full = _model(), _model(kv_heads=None)
+    state = {}
+    for name, value in grouped.state_dict().items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            value = value.view(2, 4, 16).repeat_interleave(2, 0).reshape(16, 16)
+        state[name] = value
+    full.load_state_dict(state)
+    ids = _ids(0, 2, 9)
+    torch.testing.assert_close(grouped(ids), full(ids), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_is_the_llama_of_transformers(tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = _model(tied=tied).float()
+    config = transformers.LlamaConfig(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=CONFIG.eps,
+        tie_word_embeddings=tied,
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    architecture, params, buffers = ft.split(_model(tied=tied).float())
+    # The names are theirs: what a checkpoint's model.safetensors holds loads as it is.
+    missing = theirs.load_state_dict(dict(params), strict=False)
+    assert missing.unexpected_keys == []
+    assert missing.missing_keys == (["lm_head.weight"] if tied else [])
+    ids = _ids(1, 2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    for given_mask in (None, mask):
+        expected = theirs(ids, attention_mask=given_mask).logits
+        seen = ours(ids, given_mask)
+        rows = slice(None) if given_mask is None else mask.bool()
+        torch.testing.assert_close(seen[rows], expected[rows], rtol=1e-4, atol=1e-6)
+    del architecture, buffers
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_no_bit(dropout: float) -> None:
+    reached = []
+    for checkpointing in (False, True):
+        config = attrs.evolve(CONFIG, checkpointing=checkpointing, dropout=dropout)
+        architecture, params, buffers = ft.split(ft.models.decoder(config, seed=1))
+        step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), microbatches=2)
+        state = step.init(params, buffers)
+        for seed in range(3):
+            ids = _ids(seed, 4, 8)
+            state, _ = step(state, {"input_ids": ids, "labels": ids})
+        reached.append(ft.fingerprint(state))
+    assert reached[0] == reached[1]
+
+
+def test_weights_are_a_function_of_the_seed_and_no_generator_moves() -> None:
+    before = torch.get_rng_state()
+    torch.manual_seed(1)
+    one = ft.split(ft.models.decoder(CONFIG, seed=3))[1]
+    torch.manual_seed(2)
+    other = ft.split(ft.models.decoder(CONFIG, seed=3))[1]
+    moved = ft.split(ft.models.decoder(CONFIG, seed=4))[1]
+    torch.set_rng_state(before)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(one[name], moved[name])
+    assert float(one["model.embed_tokens.weight"].std()) == pytest.approx(0.02, rel=0.2)
+    assert float(one[name].std()) == pytest.approx(0.01, rel=0.2)
+
+
+def test_logits_are_the_head_of_the_hidden_states() -> None:
+    model, ids = _model(), _ids(0, 1, 5)
+    assert torch.equal(model(ids), model.head(model.hidden(ids)))
+    assert model.get_input_embeddings().num_embeddings == 23
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"width": 15}, "width: 15 over 4 heads"),
+    ({"width": 12}, "heads of an even width"),
+    ({"kv_heads": 3}, "kv_heads: 3 does not divide 4 heads"),
+    ({"layers": 0}, "layers: 0"),
+    ({"vocabulary": 2.5}, "vocabulary: 2.5"),
+    ({"dropout": 1.0}, "dropout: 1.0"),
+    ({"theta": 0.0}, "theta: 0.0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_a_shape_that_cannot_be_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ft.ConfigError, match=message):
+        attrs.evolve(CONFIG, **changes)
