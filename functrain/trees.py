@@ -17,9 +17,9 @@ class Tensors(dict[str, Tensor]):
     """An immutable mapping from names to tensors, sorted by name.
 
     Sorted once, here at the door, because the order reaches the bits of every sum over the leaves.
-    A `dict`, so that `torch.func.functional_call` and `load_state_dict` take it as it is; its
-    mutating methods raise `TypeError`. When a donated step has reused the memory, every access
-    raises `ConsumedStateError`.
+    A `dict`, so that `load_state_dict` takes it as it is (`torch.func.functional_call` writes into
+    what it is given: hand it `dict(params)`); its mutating methods raise `TypeError`. When a
+    donated step has reused the memory, every access raises `ConsumedStateError`.
     """
 
     __slots__ = ("_consumed_by",)
@@ -79,6 +79,24 @@ class Tensors(dict[str, Tensor]):
         """The tensor of that name, or `default`."""
         self._alive()
         return super().get(name, default)
+
+    def __reversed__(self) -> Iterator[str]:
+        self._alive()
+        return super().__reversed__()
+
+    def __eq__(self, other: object) -> bool:
+        self._alive()
+        return super().__eq__(other)
+
+    __hash__ = None
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        """A plain `dict` of both; `other` wins where they meet."""
+        return {**self, **other}
+
+    def copy(self) -> Tensors:
+        """A mapping of the same tensors, which lives on when this one is consumed."""
+        return Tensors(self.items())
 
     def __repr__(self) -> str:
         if self._consumed_by is not None:

@@ -1,0 +1,291 @@
+"""A module without its weights, and the context in which it has them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import functrain as ft
+from functrain import architecture as binding
+from functrain.errors import ArchitectureError
+from functrain.trees import Tensors
+
+EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
+
+
+class Shared(nn.Module):
+    """One submodule on two paths, as a weight-sharing transformer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.middle = nn.Sequential(nn.Linear(3, 3), self.first)
+        self.last = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x)))
+
+
+class Assigning(nn.Module):
+    """Assigns its buffer anew at each forward, and updates another in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        self.seen += x.detach()
+        return self.weight * x * self.calls
+
+
+def _outputs(module: nn.Module, training: bool = False) -> Any:
+    with torch.no_grad():
+        outputs = module.train(training)(zoo.batch()["input_ids"])
+    return outputs["logits"] if isinstance(outputs, dict) else outputs
+
+
+@EVERY
+def test_split_takes_the_tensors_themselves(name: str) -> None:
+    """By their own names, sorted, not copied, without a history; nothing is left behind."""
+    module = zoo.model(name)
+    params, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    architecture, taken, left = ft.split(module)
+    assert architecture is module
+    assert list(taken) == sorted(params)
+    assert list(left) == sorted(buffers)
+    for items, own in ((taken, params), (left, buffers)):
+        for key, tensor in items.items():
+            assert tensor.data_ptr() == own[key].data_ptr()
+            assert not tensor.requires_grad
+    every = [*architecture.parameters(), *architecture.buffers()]
+    assert {t.device.type for t in every} == {"meta"}
+    assert [p.shape for p in architecture.parameters()] == [p.shape for p in params.values()]
+
+
+@EVERY
+def test_bound_the_architecture_is_the_module(name: str) -> None:
+    """The same outputs, bit for bit; afterwards it has no weights again."""
+    expected = _outputs(zoo.model(name).eval())
+    architecture, params, buffers = zoo.split(name)
+    slots = [id(p) for p in architecture.parameters()]
+    with ft.bound(architecture, params, buffers, "eval") as model, torch.no_grad():
+        assert model is architecture
+        outputs = model(zoo.batch()["input_ids"])
+    outputs = outputs["logits"] if isinstance(outputs, dict) else outputs
+    assert torch.equal(outputs, expected)
+    assert [id(p) for p in architecture.parameters()] == slots
+
+
+def test_a_tied_parameter_has_one_name_and_both_slots() -> None:
+    architecture, params, _ = ft.split(zoo.Tied())
+    assert "embedding.weight" in params
+    assert "head.weight" not in params
+    assert architecture.head.weight is architecture.embedding.weight, "still tied on meta"
+    with ft.bound(architecture, params, {"scale": torch.ones(1)}):
+        assert architecture.head.weight is params["embedding.weight"]
+        assert architecture.embedding.weight is params["embedding.weight"]
+
+
+def test_a_shared_submodule_has_one_name_and_one_set_of_values() -> None:
+    module = Shared()
+    expected = module(torch.ones(3))
+    architecture, params, buffers = ft.split(module)
+    assert list(params) == ["first.bias", "first.weight", "middle.0.bias", "middle.0.weight"]
+    with ft.bound(architecture, params, buffers):
+        assert torch.equal(architecture(torch.ones(3)), expected)
+    other = {name: torch.zeros_like(p) for name, p in params.items()}
+    with ft.bound(architecture, other, buffers):
+        assert not architecture(torch.ones(3)).any()
+    assert architecture.last is architecture.first
+    assert architecture.first.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("make", [zoo.Tied, zoo.decoder], ids=["tied", "decoder"])
+def test_buffers_that_are_not_persistent_are_kept(make: Callable[[], nn.Module]) -> None:
+    """They are in no `state_dict`, and the forward needs them."""
+    module = make()
+    absent = {n for n, _ in module.named_buffers()} - set(module.state_dict())
+    _, _, buffers = ft.split(module)
+    assert absent
+    assert absent <= set(buffers)
+
+
+def test_a_module_without_weights_is_refused() -> None:
+    """One that was split already, or was made on the meta device."""
+    architecture, _, _ = zoo.split("tied")
+    with pytest.raises(ArchitectureError, match=r"embedding.weight: on the meta device.*already"):
+        ft.split(architecture)
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    with pytest.raises(ArchitectureError, match="on the meta device"):
+        ft.split(empty)
+
+
+def test_parameters_over_one_storage_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = nn.Parameter(module[0].weight.detach())
+    with pytest.raises(ArchitectureError, match=r"1.weight and 0.weight are different parameters"):
+        ft.split(module)
+
+
+def test_a_refused_module_keeps_its_weights() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = nn.Parameter(module[0].weight.detach())
+    with pytest.raises(ArchitectureError):
+        ft.split(module)
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+
+
+def test_parts_of_one_flat_storage_are_not_refused() -> None:
+    """Views that do not overlap, as a flat buffer's."""
+    flat = torch.randn(12)
+    module = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False))
+    module[0].weight = nn.Parameter(flat[:6].view(3, 2))
+    module[1].weight = nn.Parameter(flat[6:].view(2, 3))
+    assert list(ft.split(module)[1]) == ["0.weight", "1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {**p, "mix.wieght": p["mix.weight"]}, r"unexpected 'mix.wieght' \(did you mean"),
+        (lambda p: {n: t for n, t in p.items() if n != "mix.bias"}, "params: missing 'mix.bias';"),
+        (
+            lambda p: {("head.weight" if "emb" in n else n): t for n, t in p.items()},
+            r"missing 'embedding.weight'; unexpected 'head.weight'",
+        ),
+        (lambda p: {}, r"missing 'embedding.weight', 'mix.bias', 'mix.weight' and 2 more"),
+    ],
+)
+def test_values_of_another_architecture_are_refused(change: Any, message: str) -> None:
+    """Naming what is missing and what is too much, and the nearest name."""
+    architecture, params, buffers = zoo.split("tied")
+    with (
+        pytest.raises(ArchitectureError, match=message),
+        ft.bound(architecture, change(params), buffers),
+    ):
+        raise AssertionError("bound all the same")
+
+
+def test_buffers_of_another_architecture_are_refused() -> None:
+    architecture, params, _ = zoo.split("tied")
+    with (
+        pytest.raises(ArchitectureError, match="buffers: missing 'scale'"),
+        ft.bound(architecture, params, {}),
+    ):
+        raise AssertionError("bound all the same")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_mode_is_set_within_and_put_back_after(mode: Any) -> None:
+    """For each module its own."""
+    architecture, params, buffers = zoo.split("normed")
+    architecture.train()
+    architecture.norm.eval()
+    with ft.bound(architecture, params, buffers, mode):
+        assert {m.training for m in architecture.modules()} == {mode == "train"}
+    assert architecture.training
+    assert not architecture.norm.training
+
+
+def test_bindings_nest() -> None:
+    """The inner values within, the outer ones again after, and none at the end."""
+    architecture, params, buffers = zoo.split("tied")
+    other = {name: torch.zeros_like(p) for name, p in params.items()}
+    with ft.bound(architecture, params, buffers, "train"):
+        with ft.bound(architecture, other, buffers, "eval"):
+            assert not architecture.mix.weight.any()
+            assert not architecture.training
+        assert architecture.mix.weight is params["mix.weight"]
+        assert architecture.training
+    assert architecture.mix.weight.device.type == "meta"
+
+
+def test_buffers_are_found_whether_assigned_anew_or_updated_in_place() -> None:
+    architecture, params, buffers = ft.split(Assigning())
+    places = binding.slots(architecture)
+    given = Tensors({name: buffer.clone() for name, buffer in buffers.items()})
+    with ft.bound(architecture, params, given):
+        architecture(torch.ones(2))
+        architecture(torch.ones(2))
+        after = binding.bound_buffers(places)
+    assert after["calls"] is not given["calls"]
+    assert (float(after["calls"]), after["seen"].tolist()) == (2.0, [2.0, 2.0])
+    assert architecture.calls.device.type == "meta"
+    assert "absent" not in buffers
+
+
+class Counter(Assigning):
+    """A language model around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Embedding(zoo.VOCABULARY, zoo.VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        super().forward(torch.ones(2))
+        return self.head(input_ids)
+
+
+def test_a_step_returns_the_buffers_that_the_forward_left() -> None:
+    """Assigned anew and updated in place, over all micro-batches; the given ones are untouched."""
+    architecture, params, buffers = ft.split(Counter())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), microbatches=2)
+    first = step.init(params, buffers)
+    second, _ = step(first, zoo.batch(0))
+    third, _ = step(second, zoo.batch(1))
+    for state, calls in ((first, 0.0), (second, 2.0), (third, 4.0)):
+        assert float(state.buffers["calls"]) == calls
+        assert state.buffers["seen"].tolist() == [calls, calls]
+
+
+def test_batchnorms_statistics_move_in_training_and_stand_in_evaluation() -> None:
+    """Its kernel writes them without a trace in the tensors' versions."""
+    architecture, params, buffers = zoo.split("normed")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), microbatches=2)
+    first = step.init(params, buffers)
+    after, _ = step(first, zoo.batch())
+    assert not torch.equal(after.buffers["norm.running_mean"], buffers["norm.running_mean"])
+    assert not torch.equal(after.buffers["norm.running_var"], buffers["norm.running_var"])
+    assert int(after.buffers["norm.num_batches_tracked"]) == 2
+    assert not first.buffers["norm.running_mean"].any()
+    before = ft.fingerprint(after)
+    ft.evaluate(step, after, [zoo.batch(1)])
+    assert ft.fingerprint(after) == before
+
+
+def test_which_parameters_are_trained_and_which_go_with_statistics() -> None:
+    module = zoo.Normed()
+    module.head.bias.requires_grad_(False)
+    places = binding.slots(module)
+    assert "head.bias" not in places.trainable
+    assert "head.weight" in places.trainable
+    assert places.statistical == {"norm.weight", "norm.bias"}
+    assert binding.slots(ft.split(module)[0]).trainable == places.trainable
+
+
+class Named(nn.Module):
+    """Two embeddings, of which the model says which is the input's."""
+
+    def __init__(self, says: bool) -> None:
+        super().__init__()
+        self.positions, self.tokens = nn.Embedding(7, 2), nn.Embedding(19, 2)
+        if says:
+            self.get_input_embeddings = lambda: self.tokens
+
+
+def test_the_vocabulary_is_known_where_it_can_be_told() -> None:
+    assert binding.vocabulary_of(zoo.Tied()) == zoo.VOCABULARY
+    assert binding.vocabulary_of(zoo.decoder()) == zoo.VOCABULARY
+    assert binding.vocabulary_of(Named(says=True)) == 19
+    assert binding.vocabulary_of(Named(says=False)) is None
+    assert binding.vocabulary_of(nn.Linear(2, 2)) is None

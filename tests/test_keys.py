@@ -1,0 +1,132 @@
+"""Derived randomness: keys are functions of their path, and nothing global is disturbed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from functrain import keys
+
+KEYS = st.integers(0, keys.MAX_KEY)
+PART = st.integers(-(2**70), 2**70) | st.text(max_size=8)
+PATHS = st.lists(PART, max_size=4).map(tuple)
+
+
+@given(key=KEYS, path=PATHS)
+def test_a_key_is_a_function_of_its_path(key: int, path: tuple[Any, ...]) -> None:
+    """And lies in [0, 2**63)."""
+    derived = keys.derive(key, *path)
+    assert derived == keys.derive(key, *path)
+    assert 0 <= derived <= keys.MAX_KEY
+
+
+@given(one=st.tuples(KEYS, PATHS), other=st.tuples(KEYS, PATHS))
+def test_another_path_is_another_key(one: Any, other: Any) -> None:
+    if one != other:
+        assert keys.derive(one[0], *one[1]) != keys.derive(other[0], *other[1])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1, "a", "bc"), (1, "ab", "c")),
+        ((1, 1), (1, "1")),
+        ((1, "ab"), (1, "a", "b")),
+        ((1, 12), (1, 1, 2)),
+        ((1,), (1, "")),
+        ((12, 3), (1, 23)),
+        ((1, "step", 0), (1, "step", 1)),
+        ((1, -1), (1, 1)),
+    ],
+)
+def test_parts_do_not_run_into_one_another(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    assert keys.derive(*one) != keys.derive(*other)
+
+
+def test_a_hundred_thousand_keys_are_distinct() -> None:
+    derived = {keys.derive(seed, "step", step) for seed in range(100) for step in range(1000)}
+    assert len(derived) == 100_000
+
+
+def test_keys_are_the_same_for_ever() -> None:
+    """Pinned: another derivation would be another run for every seed that anybody has used."""
+    assert keys.derive(0) == 7538044597449281119
+    assert keys.derive(17, "step", 3) == 6102716238356188798
+
+
+def _draws() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(np.random.rand())
+
+
+def _generators() -> tuple[Any, ...]:
+    kind, state, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), kind, state.tolist(), rest
+
+
+@given(key=KEYS)
+def test_draws_are_a_function_of_the_key(key: int) -> None:
+    """torch's, Python's and NumPy's, whatever was drawn before."""
+    with keys.seeded(key):
+        first = _draws()
+    _draws()
+    with keys.seeded(key):
+        assert _draws() == first
+    with keys.seeded(keys.derive(key, "other")):
+        other = _draws()
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_global_generators_are_as_they_were(fails: bool) -> None:
+    """After draws inside, nested ones too, and after an error."""
+    before = _generators()
+    try:
+        with keys.seeded(1):
+            _draws()
+            with keys.seeded(2):
+                _draws()
+                if fails:
+                    raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    assert _generators() == before
+
+
+def test_an_inner_seed_leaves_the_outer_draws_as_they_are() -> None:
+    with keys.seeded(1):
+        _draws()
+        expected = _draws()
+    with keys.seeded(1):
+        _draws()
+        with keys.seeded(2):
+            _draws()
+        assert _draws() == expected
+
+
+def test_torchs_own_seed_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` would seed every accelerator of the process as well."""
+
+    def refuse(_seed: int) -> None:
+        raise AssertionError("torch.manual_seed was called")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    with keys.seeded(1, torch.device("cpu")):
+        _draws()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_accelerators_generator_is_seeded_and_put_back() -> None:
+    device = torch.device("cuda")
+    before = torch.cuda.get_rng_state(device)
+    with keys.seeded(5, device):
+        first = torch.rand(3, device=device)
+    with keys.seeded(5, device):
+        assert torch.equal(torch.rand(3, device=device), first)
+    assert torch.equal(torch.cuda.get_rng_state(device), before)
