@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,12 +104,20 @@ def _parsed(cls: type[A], command: str, rest: Sequence[str], default: A | None =
     return parsed
 
 
+def check_extras() -> None:
+    """Raise `ConfigError` where what a run's end needs is missing: not after hours of training."""
+    for name in ("jinja2", "rich"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"a run needs {name} for its report: pip install 'functrain[cli]'")
+
+
 def stage(command: str, rest: Sequence[str]) -> int:
     """`functrain pretrain|sft|dpo [run.toml] [--overrides] [--resume]`."""
     arguments = stage_arguments(command, rest)
     from functrain.cli.directory import check_files
 
     check_files(arguments.config)
+    check_extras()
     from functrain.cli.run import how_to_go_on, run_stage
     from functrain.cli.signals import stopping
     from functrain.cli.summary import conclude
@@ -145,6 +154,7 @@ def demo(command: str, rest: Sequence[str]) -> int:
 
     # Checked before torch is loaded.
     recipe(arguments.directory, seed=arguments.seed, scale=arguments.scale)
+    check_extras()
     from functrain.cli.demo import run_demo
 
     return run_demo(

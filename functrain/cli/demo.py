@@ -44,6 +44,8 @@ def run_demo(directory: str, *, seed: int, scale: str, resume: bool, say: Say) -
         )
     if (path / "report.html").is_file():
         say(f"{path}: finished already; this is what came of it")
+    else:
+        say(f"pretrain, sft, dpo on this Python's own documentation, in {path}; Ctrl-C saves")
     with stopping() as stop:
         outcomes = _run(recipe(directory, seed=seed, scale=scale), stop, say)
         if stop or not all(outcome.finished for outcome in outcomes):

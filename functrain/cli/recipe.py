@@ -36,7 +36,7 @@ def recipe(directory: str, *, seed: int, scale: str) -> tuple[Pretrain, SFT, DPO
 
 
 def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
-    optimizer = Optimizer(name="adamw", weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = Optimizer(name="muon", weight_decay=0.1)
     return (
         Pretrain(
             directory=str(path / "pretrain"),
@@ -44,36 +44,42 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
             data=Text(time=256),
             optimizer=optimizer,
             schedule=Schedule(
-                name="warmup_stable_decay", peak=4e-3, warmup=20, decay=130, min_ratio=0.02
+                name="warmup_stable_decay", peak=4e-3, warmup=20, decay=200, min_ratio=0.02
             ),
-            train=Train(
-                steps=400, batch_size=16, seed=seed, save_every=100, threads=THREADS, device="cpu"
-            ),
-            evaluation=Evaluation(every=200),
+            train=_train(steps=600, batch_size=8, seed=seed, save_every=75),
+            evaluation=Evaluation(every=300),
         ),
         SFT(
             directory=str(path / "sft"),
             model=Start(from_=str(path / "pretrain")),
-            data=Data(time=256),
+            data=Data(time=320),
             optimizer=optimizer,
-            schedule=Schedule(name="cosine", peak=1e-3, warmup=10),
-            train=Train(
-                steps=200, batch_size=32, seed=seed, save_every=50, threads=THREADS, device="cpu"
-            ),
-            evaluation=Evaluation(every=100),
+            schedule=Schedule(name="cosine", peak=3e-3, warmup=10),
+            train=_train(steps=150, batch_size=16, seed=seed, save_every=50),
+            evaluation=Evaluation(every=75),
         ),
         DPO(
             directory=str(path / "dpo"),
             model=Start(from_=str(path / "sft")),
             preference=Preference(loss="sigmoid", beta=0.1),
-            data=Data(time=256),
+            data=Data(time=320),
             optimizer=optimizer,
-            schedule=Schedule(name="cosine", peak=5e-4, warmup=10),
-            train=Train(
-                steps=100, batch_size=16, seed=seed, save_every=25, threads=THREADS, device="cpu"
-            ),
-            evaluation=Evaluation(every=50),
+            schedule=Schedule(name="cosine", peak=3e-4, warmup=10),
+            train=_train(steps=40, batch_size=16, seed=seed, save_every=15),
+            evaluation=Evaluation(every=20),
         ),
+    )
+
+
+def _train(*, steps: int, batch_size: int, seed: int, save_every: int) -> Train:
+    """`save_every`: about twenty seconds of steps on two cores."""
+    return Train(
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        save_every=save_every,
+        threads=THREADS,
+        device="cpu",
     )
 
 

@@ -124,6 +124,18 @@ sys.exit(main({arguments!r}))
 """
 
 
+@pytest.mark.parametrize("name", ["jinja2", "rich"])
+def test_what_the_end_of_a_run_needs_is_missed_before_it_begins(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.chdir(tmp_path)
+    for command in (["pretrain"], ["demo", "--scale", "tiny"]):
+        assert main(command) == 2
+        assert f"needs {name} for its report: pip install" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["tyro", "cattrs"])
 def test_a_missing_extra_is_answered_with_how_to_install_it(name: str) -> None:
     code = MISSING.format(name=name, arguments=["pretrain", "--help"])

@@ -12,7 +12,8 @@ import pytest
 
 from functrain.cli import main
 
-# Each kill is at another point: before a save, in the middle of one, and between two.
+# Each kill is at another point: before a save, in the middle of one, and where a step that is to be
+# saved has been made but not yet been logged.
 KILLED = """
 import os, signal, sys
 from functrain import checkpoint
@@ -42,11 +43,11 @@ def during(real):
         real(path, data)
     return write
 
-def after(real):
+def unlogged(real):
     def log(self, step, metrics):
-        real(self, step, metrics)
-        if step == 8 and f"/{stage}/" in self._file.name:
+        if step == 9 and f"/{stage}/" in self._file.name:
             killed()
+        real(self, step, metrics)
     return log
 
 if stage == "pretrain":
@@ -54,7 +55,7 @@ if stage == "pretrain":
 if stage == "sft":
     store._write = during(store._write)
 if stage == "dpo":
-    jsonl.JSONLTracker.log = after(jsonl.JSONLTracker.log)
+    jsonl.JSONLTracker.log = unlogged(jsonl.JSONLTracker.log)
 sys.exit(main(sys.argv[2:]))
 """
 
