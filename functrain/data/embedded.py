@@ -77,7 +77,7 @@ def load(*, limit: int | None = None) -> Embedded:
     Deterministic for a Python installation. Raises `DataError` where the standard library's
     sources are not installed.
     """
-    entries = list(_distinct(_entries()))[:limit]
+    entries = list(itertools.islice(_distinct(_entries()), limit))
     topics = _topics()[: None if limit is None else max(2, limit // 100)]
     if len(entries) < 100:
         raise DataError(
@@ -195,25 +195,22 @@ def _question(entry: Entry) -> dict[str, str]:
 
 
 def _prompt(entry: Entry) -> str:
-    return f"What is {entry.full_name}{entry.signature[:60]}?\n"
+    return f"Help on {entry.full_name}{entry.signature[:60]}, please.\n"
 
 
 def _answer(entry: Entry) -> str:
-    return f"In Python, {entry.full_name} is a {entry.kind}. {entry.summary}\n"
+    return (
+        f"Name: {entry.full_name}\nModule: {entry.module}\nKind: {entry.kind}\n"
+        f"Summary: {entry.summary}\n"
+    )
 
 
 def _preferences(entries: Sequence[Entry]) -> Iterator[dict[str, str]]:
-    """The right answer, and the answer about another thing of the same module."""
+    """The right answer, and one as well-formed about a thing of another module."""
     for entry in entries:
-        others = [e for e in entries if e.module == entry.module and e.name != entry.name]
-        if others:
-            key = keys.derive(0, "wrong", entry.full_name)
-            other = others[key % len(others)]
-            yield {
-                "prompt": _prompt(entry),
-                "chosen": _answer(entry),
-                "rejected": _answer(other),
-            }
+        others = [e for e in entries if e.module != entry.module]
+        other = others[keys.derive(0, "wrong", entry.full_name) % len(others)]
+        yield {"prompt": _prompt(entry), "chosen": _answer(entry), "rejected": _answer(other)}
 
 
 def trigram_bits_per_byte(train: Iterable[str], held_out: Iterable[str]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -39,12 +40,22 @@ def test_no_held_out_text_is_trained_on(data: embedded.Embedded) -> None:
     assert not prompts & {r["prompt"] for r in (*data.sft_held_out, *data.preference_held_out)}
 
 
+def _docs(document: str) -> list[str]:
+    """The docstrings of a page, which are indented under their names; a topic is one text."""
+    if not document.startswith("Help on "):
+        return [document]
+    blocks = re.split(r"^\S.*$", document, flags=re.MULTILINE)
+    return [block for block in blocks if block.strip()]
+
+
 def test_near_duplicates_are_removed(data: embedded.Embedded) -> None:
-    """No held-out document shares more than a fifth of its five-word phrases with training."""
+    """No held-out docstring shares more than a fifth of its five-word phrases with training."""
     known = {phrase for text in data.train for phrase in embedded._phrases(text)}
     assert data.removed > 0
-    for text in data.held_out:
-        phrases = list(embedded._phrases(text))
+    docs = [doc for document in data.held_out for doc in _docs(document)]
+    assert len(docs) > 300
+    for doc in docs:
+        phrases = list(embedded._phrases(doc))
         assert sum(p in known for p in phrases) <= 0.2 * len(phrases)
 
 
