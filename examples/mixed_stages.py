@@ -44,14 +44,14 @@ def main() -> None:
 
     # The reference is a value: the params as they are now.
     preferring = ft.dpo_step(architecture, optimizer, reference=state.params, beta=0.1)
-    for count in range(40):
-        if count % 4 == 0:
-            state, metrics = reading(state, TEXT)
-        else:
-            state, preferences = preferring(state, PAIRS)
+    for _ in range(10):
+        state, metrics = reading(state, TEXT)
+        for _ in range(3):
+            state, _ = preferring(state, PAIRS)
     print(f"after taking turns loss {metrics['loss']:.3f}", end="  ")
-    print(f"margin {preferences['rewards/margins']:.2f}", end="  ")
-    print(f"accuracy {preferences['rewards/accuracies']:.2f}")
+    preferences = ft.evaluate(preferring, state, [PAIRS])
+    print(f"margin {preferences['eval_rewards/margins']:.2f}", end="  ")
+    print(f"accuracy {preferences['eval_rewards/accuracies']:.2f}")
 
 
 if __name__ == "__main__":
