@@ -107,6 +107,7 @@ READS: list[Callable[[Any], Any]] = [
     lambda t: "a" in t,
     lambda t: len(t),
     lambda t: list(t),
+    lambda t: iter(t),
     lambda t: t.keys(),
     lambda t: t.values(),
     lambda t: t.items(),
@@ -219,7 +220,9 @@ def test_a_digest_is_of_dtype_shape_and_bytes(dtype: torch.dtype) -> None:
 
 
 def test_a_digest_tells_what_equality_does_not() -> None:
-    """0.0 from −0.0, and one NaN is itself."""
+    """0.0 from −0.0, the same bytes in another dtype, and one NaN is itself."""
+    dtypes = (torch.float16, torch.bfloat16, torch.int16)
+    assert len({trees.digest(torch.zeros(2, dtype=dtype)) for dtype in dtypes}) == 3
     assert trees.digest(torch.tensor(0.0)) != trees.digest(torch.tensor(-0.0))
     assert trees.digest(torch.tensor(math.nan)) == trees.digest(torch.tensor(math.nan))
     assert trees.digest(torch.zeros(0)) != trees.digest(torch.zeros(0, 2))
