@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from functrain.cli import config as c
@@ -90,6 +90,7 @@ CONFIGS = st.one_of(
 )
 
 
+@example(c.Pretrain(directory='\x7f\x00"\\\n\u2028é'))
 @given(CONFIGS)
 def test_a_config_written_as_toml_reads_back_as_the_same_config(config: c.Config) -> None:
     text = toml.dumps(config)

@@ -80,7 +80,6 @@ def test_a_run_leaves_what_is_needed_to_go_on_and_to_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, run = _config(tmp_path)
-    threads = torch.get_num_threads()
     assert main(["pretrain", given]) == 0
     out = capsys.readouterr().out
     assert "finished, 10 of 10 steps" in out
@@ -101,12 +100,18 @@ def test_a_run_leaves_what_is_needed_to_go_on_and_to_read(
         step in (0, 5, 10) for step in range(11)
     ]
     assert records[-1]["eval_loss"] < records[0]["eval_loss"]
-    assert torch.get_num_threads() == threads
     # The resolved config is the same run.
     resolved = toml.read_any(run / "config.toml")
     assert resolved.train.threads == 1
     assert main(["pretrain", str(run / "config.toml"), "--directory", str(tmp_path / "two")]) == 0
     assert _fingerprint(tmp_path / "two") == _fingerprint(run)
+
+
+def test_a_run_sets_the_threads_and_puts_them_back(tmp_path: Path) -> None:
+    given, _ = _config(tmp_path)
+    before = torch.get_num_threads()
+    assert main(["pretrain", given, "--train.threads", str(before + 1)]) == 0
+    assert torch.get_num_threads() == before
 
 
 def test_a_directory_that_is_not_empty_is_refused(

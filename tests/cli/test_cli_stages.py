@@ -94,7 +94,7 @@ def test_a_start_that_has_changed_is_refused(
     assert "is not what this run started from" in capsys.readouterr().err
 
 
-def test_data_that_has_changed_are_refused(
+def test_data_that_have_changed_are_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, data = tmp_path / "b", tmp_path / "other.jsonl"
