@@ -2,9 +2,11 @@
 
 Documents are a page for each public module of the standard library, with the names and docstrings
 of its classes and functions, and the language reference of `pydoc_data.topics`. Files are parsed,
-not imported. One docstring in ten is held out of every stage, by a hash of its name; what is held
-out and shares more than a fifth of its five-word phrases with anything trained on is removed from
-both.
+not imported. One docstring in ten is held out of every stage, by a hash of its name. Removed from
+both sides is what was to be held out and, as a whole or in its first paragraph, shares more than a
+fifth of its five-word phrases with anything trained on; or whose first paragraph has half of its
+three-word phrases in common with another one's, trained on or held out (Broder 1997); or is under
+five words, too short to tell.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 import re
 import sysconfig
 import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +32,8 @@ from functrain.errors import DataError
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "_bundled", "turtledemo"}
 _PHRASE = 5
 _OVERLAP = 0.2
+_SHINGLE = 3
+_NEAR = 0.5
 _NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -89,7 +94,8 @@ def load(*, limit: int | None = None) -> Embedded:
     documents = [*_pages(train), *train_topics]
     known = {phrase for document in documents for phrase in _phrases(document)}
     candidates = [entry for entry in entries if _is_held_out(entry.full_name)]
-    held_out = [entry for entry in candidates if _is_new(entry.doc, known)]
+    new = [e for e in candidates if _is_new(e.doc, known) and _is_new(e.summary, known)]
+    held_out = list(_unlike(new, train))
     held_topics = [text for name, text in topics if _is_held_out(name) and _is_new(text, known)]
     return Embedded(
         train=_shuffled(documents),
@@ -162,14 +168,35 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9_]+", text.lower())
 
 
-def _phrases(text: str) -> Iterator[tuple[str, ...]]:
+def _phrases(text: str, size: int = _PHRASE) -> Iterator[tuple[str, ...]]:
     words = _words(text)
-    return zip(*(words[i:] for i in range(_PHRASE)), strict=False)
+    return zip(*(words[i:] for i in range(size)), strict=False)
 
 
 def _is_new(text: str, known: set[tuple[str, ...]]) -> bool:
     phrases = list(_phrases(text))
-    return sum(phrase in known for phrase in phrases) <= _OVERLAP * len(phrases)
+    shared = sum(phrase in known for phrase in phrases)
+    return bool(phrases) and shared <= _OVERLAP * len(phrases)
+
+
+def _unlike(candidates: Iterable[Entry], trained: Iterable[Entry]) -> Iterator[Entry]:
+    """Candidates whose summary resembles none trained on, and none of those before it."""
+    seen: list[set[tuple[str, ...]]] = []
+    where: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+
+    def add(shingles: set[tuple[str, ...]]) -> None:
+        for shingle in shingles:
+            where[shingle].append(len(seen))
+        seen.append(shingles)
+
+    for entry in trained:
+        add(set(_phrases(entry.summary, _SHINGLE)))
+    for entry in candidates:
+        shingles = set(_phrases(entry.summary, _SHINGLE))
+        shared = Counter(index for shingle in shingles for index in where[shingle])
+        if all(n < _NEAR * len(shingles | seen[index]) for index, n in shared.items()):
+            add(shingles)
+            yield entry
 
 
 def _shuffled(documents: Sequence[str]) -> tuple[str, ...]:

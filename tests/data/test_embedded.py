@@ -109,3 +109,36 @@ def test_the_trigrams_probabilities_add_up_to_one() -> None:
                 probability = embedded._witten_bell(seen, row, order, probability)
             total += float(probability[0])
         assert total == pytest.approx(1.0, rel=1e-9)
+
+
+def _summary(record: dict[str, str]) -> str:
+    return record["completion"].split("Summary: ", 1)[1]
+
+
+def _shingles(text: str) -> set[tuple[str, ...]]:
+    return set(embedded._phrases(text, 3))
+
+
+def test_held_out_summaries_are_new(data: embedded.Embedded) -> None:
+    """The answers alone too, not only the docstrings they begin; and none too short to tell."""
+    known = {phrase for text in data.train for phrase in embedded._phrases(text)}
+    trained = "\n".join(" ".join(embedded._words(text)) for text in data.train)
+    for record in data.sft_held_out:
+        phrases = list(embedded._phrases(_summary(record)))
+        assert phrases
+        assert sum(p in known for p in phrases) <= 0.2 * len(phrases)
+        assert " ".join(embedded._words(_summary(record))) not in trained
+
+
+def test_no_held_out_summary_resembles_another(data: embedded.Embedded) -> None:
+    """Under half of the three-word phrases in common: with training, and with each other."""
+    held_out = [_shingles(_summary(record)) for record in data.sft_held_out]
+    others = [_shingles(_summary(record)) for record in data.sft_train]
+    for index, shingles in enumerate(held_out):
+        for other in (*others, *held_out[:index]):
+            assert 2 * len(shingles & other) < len(shingles | other)
+
+
+def test_a_text_too_short_to_tell_is_not_new() -> None:
+    assert not embedded._is_new("basic message object", set())
+    assert embedded._is_new("a message object with five words", set())
