@@ -13,8 +13,9 @@ from torch import nn
 
 from functrain import checkpoint, data, keys, models, optimizers, schedules
 from functrain.architecture import split
-from functrain.cli.config import DPO, EMBEDDED, SFT, Config, Model, Optimizer, Pretrain, Schedule
+from functrain.cli.config import DPO, SFT, Config, Model, Optimizer, Pretrain, Schedule
 from functrain.cli.directory import Origin, is_tokens, origin
+from functrain.cli.known import EMBEDDED
 from functrain.data import ByteTokenizer
 from functrain.errors import ConfigError, DataError
 from functrain.objectives.batches import Batch

@@ -2,100 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 import attrs
 import tyro
 
-from functrain.errors import ConfigError, did_you_mean
-
-PRECISIONS = ("fp32", "bf16", "fp16", "bf16_params")
-LOSSES = ("sigmoid", "robust", "hinge", "ipo")
-OPTIMIZERS = {
-    "adamw": ("weight_decay", "betas", "eps"),
-    "adam": ("weight_decay", "betas", "eps"),
-    "sgd": ("weight_decay", "momentum"),
-    "adafactor": ("weight_decay",),
-    "muon": ("weight_decay", "momentum"),
-}
-"""Each optimizer with the options that it has."""
-SCHEDULES = {
-    "constant": (),
-    "constant_with_warmup": ("warmup",),
-    "linear": ("warmup", "total"),
-    "cosine": ("warmup", "total", "cycles", "min_lr"),
-    "cosine_with_min_lr": ("warmup", "total", "cycles", "min_lr"),
-    "cosine_with_restarts": ("warmup", "total", "cycles"),
-    "polynomial": ("warmup", "total", "power", "end"),
-    "inverse_sqrt": ("warmup", "timescale"),
-    "warmup_stable_decay": ("warmup", "total", "decay", "min_ratio"),
-    "step": ("every", "gamma"),
-    "multistep": ("milestones", "gamma"),
-    "exponential": ("gamma",),
-    "one_cycle": ("total",),
-    "reduce_on_plateau": ("factor", "patience", "min_lr"),
-}
-"""Each schedule with the options that it has here."""
-REQUIRED = {
-    "cosine_with_min_lr": ("min_lr",),
-    "warmup_stable_decay": ("decay",),
-    "step": ("every",),
-    "multistep": ("milestones",),
-    "exponential": ("gamma",),
-}
-"""The options without a default; `total` has one here, which is train.steps."""
-DEVICES = ("cpu", "cuda")
-TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")
-EMBEDDED = "embedded"
-
-Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
-
-
-def _key(record: Any, field: attrs.Attribute[Any]) -> str:
-    section = getattr(record, "SECTION", "")
-    name = field.name.rstrip("_")
-    return f"{section}.{name}" if section else name
-
-
-def _at_least(least: int) -> Validator:
-    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None and (type(value) is not int or value < least):
-            raise ConfigError(
-                f"{_key(record, field)}: {value!r}, expected an integer of at least {least}"
-            )
-
-    return check
-
-
-def _number(expected: str, holds: Callable[[float], bool]) -> Validator:
-    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None and not holds(value):
-            raise ConfigError(f"{_key(record, field)}: {value!r}, expected {expected}")
-
-    return check
-
-
-def _one_of(known: tuple[str, ...]) -> Validator:
-    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None and value not in known:
-            raise ConfigError(
-                f"{_key(record, field)}: {value!r} is unknown; {did_you_mean(str(value), known)}"
-            )
-
-    return check
-
-
-def _given(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-    if value == "":
-        raise ConfigError(f"{_key(record, field)}: empty; expected a path")
-
-
-_count = _at_least(1)
-_positive = _number("a positive finite number", lambda value: 0 < value < math.inf)
-_not_negative = _number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
-_fraction = _number("a number in [0, 1)", lambda value: 0 <= value < 1)
+from functrain.cli.checks import (
+    at_least,
+    count,
+    fraction,
+    given,
+    not_negative,
+    number,
+    one_of,
+    positive,
+)
+from functrain.cli.known import (
+    DEVICES,
+    EMBEDDED,
+    LOSSES,
+    OPTIMIZERS,
+    PRECISIONS,
+    REQUIRED,
+    SCHEDULES,
+    TOKEN_TYPES,
+)
+from functrain.errors import ConfigError
 
 
 @attrs.frozen(kw_only=True)
@@ -104,21 +36,21 @@ class Model:
 
     SECTION: ClassVar[str] = "model"
 
-    width: int = attrs.field(default=256, validator=_count)
+    width: int = attrs.field(default=256, validator=count)
     """Width of the residual stream."""
-    layers: int = attrs.field(default=4, validator=_count)
+    layers: int = attrs.field(default=4, validator=count)
     """Blocks of attention and feed-forward."""
-    heads: int = attrs.field(default=4, validator=_count)
+    heads: int = attrs.field(default=4, validator=count)
     """Query heads."""
-    kv_heads: int | None = attrs.field(default=None, validator=_count)
+    kv_heads: int | None = attrs.field(default=None, validator=count)
     """Key-value heads (grouped-query attention); as many as heads unless given."""
-    hidden: int | None = attrs.field(default=None, validator=_count)
+    hidden: int | None = attrs.field(default=None, validator=count)
     """Width inside the feed-forward; 8/3 of the width unless given."""
-    theta: float = attrs.field(default=10_000.0, validator=_positive)
+    theta: float = attrs.field(default=10_000.0, validator=positive)
     """Base of the rotary frequencies."""
     tied: bool = True
     """Whether the head is the embedding."""
-    dropout: float = attrs.field(default=0.0, validator=_fraction)
+    dropout: float = attrs.field(default=0.0, validator=fraction)
     """Dropout on the embedding and on every branch."""
     checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more compute."""
@@ -140,7 +72,7 @@ class Start:
     SECTION: ClassVar[str] = "model"
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = attrs.field(
-        default="runs/pretrain", validator=_given
+        default="runs/pretrain", validator=given
     )
     """A run directory (then its newest checkpoint), or a checkpoint in one."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
@@ -155,13 +87,13 @@ class Data:
 
     SECTION: ClassVar[str] = "data"
 
-    train: str = attrs.field(default=EMBEDDED, validator=_given)
+    train: str = attrs.field(default=EMBEDDED, validator=given)
     """A file (.jsonl; for pretraining also .txt, .bin, .npy), or `embedded`."""
-    held_out: str | None = attrs.field(default=None, validator=_given)
+    held_out: str | None = attrs.field(default=None, validator=given)
     """A file to evaluate on; the embedded data has its own."""
-    time: int = attrs.field(default=256, validator=_at_least(2))
+    time: int = attrs.field(default=256, validator=at_least(2))
     """Tokens in a row; longer examples are cut."""
-    limit: int | None = attrs.field(default=None, validator=_count)
+    limit: int | None = attrs.field(default=None, validator=count)
     """Take only so many documents, records or embedded entries."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The hash of what is trained on; written when the run begins."""
@@ -171,9 +103,9 @@ class Data:
 class Text(Data):
     """Running text, or files of token ids."""
 
-    dtype: str = attrs.field(default="uint16", validator=_one_of(TOKEN_TYPES))
+    dtype: str = attrs.field(default="uint16", validator=one_of(TOKEN_TYPES))
     """The type of the ids in a .bin file."""
-    vocabulary: int | None = attrs.field(default=None, validator=_at_least(2))
+    vocabulary: int | None = attrs.field(default=None, validator=at_least(2))
     """Token ids in all, where the data are ids of a tokenizer of your own."""
 
 
@@ -183,15 +115,15 @@ class Optimizer:
 
     SECTION: ClassVar[str] = "optimizer"
 
-    name: str = attrs.field(default="adamw", validator=_one_of(tuple(OPTIMIZERS)))
+    name: str = attrs.field(default="adamw", validator=one_of(tuple(OPTIMIZERS)))
     """adamw, adam, sgd, adafactor or muon."""
-    weight_decay: float | None = attrs.field(default=None, validator=_not_negative)
+    weight_decay: float | None = attrs.field(default=None, validator=not_negative)
     """Not applied to norms, biases and embeddings."""
     betas: tuple[float, float] | None = None
     """Adam's decay rates of both moments."""
-    eps: float | None = attrs.field(default=None, validator=_positive)
+    eps: float | None = attrs.field(default=None, validator=positive)
     """Adam's epsilon."""
-    momentum: float | None = attrs.field(default=None, validator=_fraction)
+    momentum: float | None = attrs.field(default=None, validator=fraction)
     """Of sgd and muon."""
 
     def __attrs_post_init__(self) -> None:
@@ -217,37 +149,37 @@ class Schedule:
 
     SECTION: ClassVar[str] = "schedule"
 
-    name: str = attrs.field(default="cosine", validator=_one_of(tuple(SCHEDULES)))
+    name: str = attrs.field(default="cosine", validator=one_of(tuple(SCHEDULES)))
     """constant, constant_with_warmup, linear, cosine, inverse_sqrt, warmup_stable_decay, …"""
-    peak: float = attrs.field(default=1e-3, validator=_positive)
+    peak: float = attrs.field(default=1e-3, validator=positive)
     """The highest learning rate."""
-    warmup: int | None = attrs.field(default=None, validator=_at_least(0))
+    warmup: int | None = attrs.field(default=None, validator=at_least(0))
     """Updates from 0 to the peak."""
-    total: int | None = attrs.field(default=None, validator=_count)
+    total: int | None = attrs.field(default=None, validator=count)
     """Updates to the end of the schedule; train.steps when the run begins, unless given."""
-    min_lr: float | None = attrs.field(default=None, validator=_not_negative)
+    min_lr: float | None = attrs.field(default=None, validator=not_negative)
     """Where cosine ends."""
-    cycles: float | None = attrs.field(default=None, validator=_positive)
+    cycles: float | None = attrs.field(default=None, validator=positive)
     """Waves of cosine, restarts of cosine_with_restarts."""
-    decay: int | None = attrs.field(default=None, validator=_at_least(0))
+    decay: int | None = attrs.field(default=None, validator=at_least(0))
     """Updates of the decay of warmup_stable_decay."""
-    min_ratio: float | None = attrs.field(default=None, validator=_fraction)
+    min_ratio: float | None = attrs.field(default=None, validator=fraction)
     """The fraction of the peak at the ends of warmup_stable_decay."""
-    power: float | None = attrs.field(default=None, validator=_positive)
+    power: float | None = attrs.field(default=None, validator=positive)
     """Of polynomial."""
-    end: float | None = attrs.field(default=None, validator=_not_negative)
+    end: float | None = attrs.field(default=None, validator=not_negative)
     """The last learning rate of polynomial."""
-    timescale: int | None = attrs.field(default=None, validator=_count)
+    timescale: int | None = attrs.field(default=None, validator=count)
     """Of inverse_sqrt."""
-    every: int | None = attrs.field(default=None, validator=_count)
+    every: int | None = attrs.field(default=None, validator=count)
     """Updates between the decays of step."""
     milestones: tuple[int, ...] | None = None
     """Where multistep decays."""
-    gamma: float | None = attrs.field(default=None, validator=_positive)
+    gamma: float | None = attrs.field(default=None, validator=positive)
     """The decay factor of step, multistep and exponential."""
-    factor: float | None = attrs.field(default=None, validator=_fraction)
+    factor: float | None = attrs.field(default=None, validator=fraction)
     """The decay factor of reduce_on_plateau."""
-    patience: int | None = attrs.field(default=None, validator=_at_least(0))
+    patience: int | None = attrs.field(default=None, validator=at_least(0))
     """Evaluations without progress that reduce_on_plateau waits."""
 
     def __attrs_post_init__(self) -> None:
@@ -277,31 +209,31 @@ class Train:
 
     SECTION: ClassVar[str] = "train"
 
-    steps: int = attrs.field(default=1000, validator=_count)
+    steps: int = attrs.field(default=1000, validator=count)
     """Steps in all."""
-    batch_size: int = attrs.field(default=16, validator=_count)
+    batch_size: int = attrs.field(default=16, validator=count)
     """Rows, examples or pairs in a step."""
-    microbatches: int = attrs.field(default=1, validator=_count)
+    microbatches: int = attrs.field(default=1, validator=count)
     """Slices of a batch: less memory, the same gradient."""
     max_grad_norm: float = attrs.field(
-        default=1.0, validator=_number("a positive number, or inf for none", lambda v: v > 0)
+        default=1.0, validator=number("a positive number, or inf for none", lambda v: v > 0)
     )
     """Gradients are clipped to this global norm; inf for no clipping."""
-    precision: str = attrs.field(default="fp32", validator=_one_of(PRECISIONS))
+    precision: str = attrs.field(default="fp32", validator=one_of(PRECISIONS))
     """fp32, bf16, fp16 or bf16_params."""
-    ema_decay: float | None = attrs.field(default=None, validator=_fraction)
+    ema_decay: float | None = attrs.field(default=None, validator=fraction)
     """Keep a moving average of the params."""
-    seed: int = attrs.field(default=0, validator=_at_least(0))
+    seed: int = attrs.field(default=0, validator=at_least(0))
     """The root of all randomness: weights, order of the data, dropout."""
-    save_every: int = attrs.field(default=200, validator=_count)
+    save_every: int = attrs.field(default=200, validator=count)
     """Steps between checkpoints."""
-    keep: int = attrs.field(default=2, validator=_count)
+    keep: int = attrs.field(default=2, validator=count)
     """Checkpoints that are kept."""
-    log_every: int = attrs.field(default=1, validator=_count)
+    log_every: int = attrs.field(default=1, validator=count)
     """Steps between lines of metrics.jsonl."""
-    threads: int | None = attrs.field(default=None, validator=_count)
+    threads: int | None = attrs.field(default=None, validator=count)
     """CPU threads, which the bits depend on; this machine's default unless given."""
-    device: str | None = attrs.field(default=None, validator=_one_of(DEVICES))
+    device: str | None = attrs.field(default=None, validator=one_of(DEVICES))
     """cpu or cuda; cuda where there is one unless given."""
 
     def __attrs_post_init__(self) -> None:
@@ -318,11 +250,11 @@ class Evaluation:
 
     SECTION: ClassVar[str] = "evaluation"
 
-    every: int = attrs.field(default=200, validator=_count)
+    every: int = attrs.field(default=200, validator=count)
     """Steps between evaluations."""
-    batch_size: int = attrs.field(default=32, validator=_count)
+    batch_size: int = attrs.field(default=32, validator=count)
     """Rows, examples or pairs in a batch; the result does not depend on it."""
-    limit: int | None = attrs.field(default=None, validator=_count)
+    limit: int | None = attrs.field(default=None, validator=count)
     """Evaluate on so many rows, examples or pairs at most."""
 
 
@@ -332,12 +264,12 @@ class Preference:
 
     SECTION: ClassVar[str] = "preference"
 
-    loss: str = attrs.field(default="sigmoid", validator=_one_of(LOSSES))
+    loss: str = attrs.field(default="sigmoid", validator=one_of(LOSSES))
     """sigmoid (DPO), robust, hinge or ipo."""
-    beta: float = attrs.field(default=0.1, validator=_positive)
+    beta: float = attrs.field(default=0.1, validator=positive)
     """How strongly the reference holds."""
     label_smoothing: float = attrs.field(
-        default=0.0, validator=_number("a number in [0, 0.5)", lambda value: 0 <= value < 0.5)
+        default=0.0, validator=number("a number in [0, 0.5)", lambda value: 0 <= value < 0.5)
     )
     """The fraction of pairs presumed to be labelled wrongly."""
 
@@ -360,7 +292,7 @@ class Pretrain:
     """Pretraining: next-token prediction over text."""
 
     stage: Stage = attrs.field(default="pretrain", validator=_stage)
-    directory: str = attrs.field(default="runs/pretrain", validator=_given)
+    directory: str = attrs.field(default="runs/pretrain", validator=given)
     """The run directory."""
     model: Model = attrs.field(factory=Model)
     data: Text = attrs.field(factory=Text)
@@ -375,7 +307,7 @@ class SFT:
     """Supervised fine-tuning: prediction of completions, from a pretrained run on."""
 
     stage: Stage = attrs.field(default="sft", validator=_stage)
-    directory: str = attrs.field(default="runs/sft", validator=_given)
+    directory: str = attrs.field(default="runs/sft", validator=given)
     """The run directory."""
     model: Start = attrs.field(factory=Start)
     data: Data = attrs.field(factory=Data)
@@ -390,7 +322,7 @@ class DPO:
     """Direct preference optimisation against the params it starts from."""
 
     stage: Stage = attrs.field(default="dpo", validator=_stage)
-    directory: str = attrs.field(default="runs/dpo", validator=_given)
+    directory: str = attrs.field(default="runs/dpo", validator=given)
     """The run directory."""
     model: Start = attrs.field(factory=lambda: Start(from_="runs/sft"))
     preference: Preference = attrs.field(factory=Preference)

@@ -12,8 +12,6 @@ import attrs
 from functrain.cli import toml
 from functrain.cli.config import (
     DPO,
-    EMBEDDED,
-    SCHEDULES,
     SFT,
     Config,
     Model,
@@ -21,6 +19,7 @@ from functrain.cli.config import (
     Start,
     Text,
 )
+from functrain.cli.known import EMBEDDED, SCHEDULES
 from functrain.errors import ConfigError
 
 C = TypeVar("C", Pretrain, SFT, DPO)

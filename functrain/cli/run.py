@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -149,7 +150,7 @@ def _trained(
     config: Pretrain | SFT | DPO, built: Built, state: TrainState, run: RunDirectory, stop: Stop
 ) -> TrainState:
     """The loop. Logged first, saved afterwards: no checkpoint is ahead of its metrics."""
-    plan, saved = config.train, state.step
+    plan = config.train
     with (
         closing(jsonl.JSONLTracker(run.metrics)) as tracker,
         closing(progress.Progress(plan.steps, config.stage)) as bar,
@@ -180,13 +181,12 @@ def _trained(
             if last or stop or state.step % plan.save_every == 0:
                 checkpoint.save(run.checkpoints, state)
                 checkpoint.prune(run.checkpoints, plan.keep)
-                saved = state.step
             if stop:
                 break
-    assert saved == state.step or not state.step  # the newest state is always on the disk
     return state
 
 
 def how_to_go_on(config: Pretrain | SFT | DPO) -> str:
     """The command that resumes a run."""
-    return f"functrain {config.stage} {RunDirectory(config.directory).config} --resume"
+    path = shlex.quote(str(RunDirectory(config.directory).config))
+    return f"functrain {config.stage} {path} --resume"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from functrain.cli.config import EMBEDDED
+from functrain.cli.known import EMBEDDED
 from functrain.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from functrain.cli import config as c
-from functrain.cli import toml
+from functrain.cli import known, toml
 from functrain.errors import ConfigError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -66,10 +66,10 @@ TRAINS = st.builds(
     c.Train,
     steps=COUNTS,
     max_grad_norm=POSITIVE | st.just(math.inf),
-    precision=st.sampled_from(c.PRECISIONS),
+    precision=st.sampled_from(known.PRECISIONS),
     ema_decay=_optional(FRACTIONS),
     threads=_optional(COUNTS),
-    device=_optional(st.sampled_from(c.DEVICES)),
+    device=_optional(st.sampled_from(known.DEVICES)),
 )
 COMMON: dict[str, Any] = {
     "directory": TEXTS,
@@ -80,7 +80,7 @@ COMMON: dict[str, Any] = {
 STARTS = st.builds(
     c.Start, from_=TEXTS, sha256=_optional(st.just("0" * 64)), shape=_optional(MODELS)
 )
-PREFERENCES = st.builds(c.Preference, loss=st.sampled_from(c.LOSSES), beta=POSITIVE)
+PREFERENCES = st.builds(c.Preference, loss=st.sampled_from(known.LOSSES), beta=POSITIVE)
 CONFIGS = st.one_of(
     st.builds(c.Pretrain, model=MODELS, data=st.builds(c.Text, **DATA), **COMMON),
     st.builds(c.SFT, model=STARTS, data=st.builds(c.Data, **DATA), **COMMON),
@@ -175,12 +175,12 @@ def test_the_known_names_are_those_of_the_library() -> None:
     from functrain.precision import POLICIES
     from functrain.schedules import SCHEDULES as MADE
 
-    assert set(c.PRECISIONS) == set(POLICIES)
-    assert set(c.LOSSES) == set(LOSSES)
-    assert set(c.SCHEDULES) == set(MADE)
-    assert all(callable(getattr(ft.optim, name)) for name in c.OPTIMIZERS)
-    for name, options in c.SCHEDULES.items():
+    assert set(known.PRECISIONS) == set(POLICIES)
+    assert set(known.LOSSES) == set(LOSSES)
+    assert set(known.SCHEDULES) == set(MADE)
+    assert all(callable(getattr(ft.optim, name)) for name in known.OPTIMIZERS)
+    for name, options in known.SCHEDULES.items():
         fields = {field.name: field for field in attrs.fields(MADE[name])}
         assert set(options) <= set(fields), name
         needed = {n for n, f in fields.items() if f.default is attrs.NOTHING} - {"peak", "total"}
-        assert needed == set(c.REQUIRED.get(name, ())), name
+        assert needed == set(known.REQUIRED.get(name, ())), name

@@ -1,0 +1,66 @@
+"""Validators of config fields: the message names the key and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from functrain.errors import ConfigError, did_you_mean
+
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def key(record: Any, field: attrs.Attribute[Any]) -> str:
+    """The path of a field: the `SECTION` of its record, and its name."""
+    section = getattr(record, "SECTION", "")
+    name = field.name.rstrip("_")
+    return f"{section}.{name}" if section else name
+
+
+def at_least(least: int) -> Validator:
+    """An integer of at least `least`, or None."""
+
+    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and (type(value) is not int or value < least):
+            raise ConfigError(
+                f"{key(record, field)}: {value!r}, expected an integer of at least {least}"
+            )
+
+    return check
+
+
+def number(expected: str, holds: Callable[[float], bool]) -> Validator:
+    """A number for which `holds`, or None."""
+
+    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and not holds(value):
+            raise ConfigError(f"{key(record, field)}: {value!r}, expected {expected}")
+
+    return check
+
+
+def one_of(known: tuple[str, ...]) -> Validator:
+    """One of the known names, or None."""
+
+    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and value not in known:
+            raise ConfigError(
+                f"{key(record, field)}: {value!r} is unknown; {did_you_mean(str(value), known)}"
+            )
+
+    return check
+
+
+def given(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    """Not the empty text."""
+    if value == "":
+        raise ConfigError(f"{key(record, field)}: empty; expected a path")
+
+
+count = at_least(1)
+positive = number("a positive finite number", lambda value: 0 < value < math.inf)
+not_negative = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
+fraction = number("a number in [0, 1)", lambda value: 0 <= value < 1)

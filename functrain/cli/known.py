@@ -1,0 +1,45 @@
+"""The names that a config may use; a test holds them to those of the library.
+
+They are repeated here because checking a config must not import torch.
+"""
+
+from __future__ import annotations
+
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16_params")
+LOSSES = ("sigmoid", "robust", "hinge", "ipo")
+OPTIMIZERS = {
+    "adamw": ("weight_decay", "betas", "eps"),
+    "adam": ("weight_decay", "betas", "eps"),
+    "sgd": ("weight_decay", "momentum"),
+    "adafactor": ("weight_decay",),
+    "muon": ("weight_decay", "momentum"),
+}
+"""Each optimizer with the options that it has."""
+SCHEDULES = {
+    "constant": (),
+    "constant_with_warmup": ("warmup",),
+    "linear": ("warmup", "total"),
+    "cosine": ("warmup", "total", "cycles", "min_lr"),
+    "cosine_with_min_lr": ("warmup", "total", "cycles", "min_lr"),
+    "cosine_with_restarts": ("warmup", "total", "cycles"),
+    "polynomial": ("warmup", "total", "power", "end"),
+    "inverse_sqrt": ("warmup", "timescale"),
+    "warmup_stable_decay": ("warmup", "total", "decay", "min_ratio"),
+    "step": ("every", "gamma"),
+    "multistep": ("milestones", "gamma"),
+    "exponential": ("gamma",),
+    "one_cycle": ("total",),
+    "reduce_on_plateau": ("factor", "patience", "min_lr"),
+}
+"""Each schedule with the options that it has here."""
+REQUIRED = {
+    "cosine_with_min_lr": ("min_lr",),
+    "warmup_stable_decay": ("decay",),
+    "step": ("every",),
+    "multistep": ("milestones",),
+    "exponential": ("gamma",),
+}
+"""The options without a default; `total` has one here, which is train.steps."""
+DEVICES = ("cpu", "cuda")
+TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+EMBEDDED = "embedded"
