@@ -80,9 +80,8 @@ def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
     trigram = trigram_bits_per_byte(held_out.train, held_out.held_out)
     rows = _rows(pretrain, sft, dpo, f"{trigram:.3f}")
     said = _said(outcomes)
-    question = said[0].prompt.strip() if said else "What is json.dumps?"
     commands = [
-        f'functrain generate {path} "{question}"',
+        f'functrain generate {path} "Help on json.dumps(obj), please."',
         f"functrain inspect {path}",
         f"functrain pretrain {path}/pretrain/config.toml --directory runs/mine --data.train my.txt",
     ]

@@ -64,9 +64,9 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
             preference=Preference(loss="sigmoid", beta=0.1),
             data=Data(time=320),
             optimizer=optimizer,
-            schedule=Schedule(name="cosine", peak=3e-4, warmup=10),
-            train=_train(steps=40, batch_size=16, seed=seed, save_every=15),
-            evaluation=Evaluation(every=20),
+            schedule=Schedule(name="cosine", peak=1e-3, warmup=10),
+            train=_train(steps=80, batch_size=16, seed=seed, save_every=20),
+            evaluation=Evaluation(every=40),
         ),
     )
 
