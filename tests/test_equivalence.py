@@ -301,3 +301,53 @@ def test_a_skipped_step_changes_nothing_but_the_scale_and_the_count_of_calls() -
     changed = {path for path, leaf in ft.fingerprints(after).items() if leaf != before[path]}
     assert changed == {"step", "scaler/scale"}
     assert float(after.scaler.scale) == 2.0**59
+
+
+def _completion_logps(module: nn.Module, side: dict[str, Tensor]) -> Tensor:
+    outputs = module(input_ids=side["input_ids"])
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs
+    logps = logits[:, :-1].log_softmax(-1)
+    targets = side["labels"][:, 1:]
+    chosen = logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (chosen * (targets != -100)).sum(-1)
+
+
+@pytest.mark.parametrize("name", ["decoder", "tied"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_preference_steps_are_those_of_an_ordinary_loop(name: str, microbatches: int) -> None:
+    """DPO with a second, frozen module for the reference, against the same module's own params.
+
+    In float64 and to rounding: the loop passes chosen and rejected one after the other.
+    """
+    policy, reference = zoo.model(name, torch.float64), zoo.model(name, torch.float64)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=PEAK, weight_decay=0.1, fused=True)
+    architecture, params, buffers = zoo.split(name, torch.float64)
+    step = ft.dpo_step(
+        architecture,
+        ft.optim.adamw(weight_decay=0.1),
+        reference=params,
+        beta=0.3,
+        schedule=PEAK,
+        max_grad_norm=1.0,
+        microbatches=microbatches,
+    )
+    state = step.init(params, buffers)
+    for seed in range(30):
+        batch = zoo.pairs(seed)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            theirs = [_completion_logps(reference, batch[s]) for s in ("chosen", "rejected")]
+        ours = [_completion_logps(policy, batch[s]) for s in ("chosen", "rejected")]
+        margins = 0.3 * ((ours[0] - theirs[0]) - (ours[1] - theirs[1]))
+        loss = -F.logsigmoid(margins).mean()
+        loss.backward()
+        norm = clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        state, metrics = step(state, batch)
+        assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), rel=1e-9)
+        assert float(metrics["rewards/margins"]) == pytest.approx(
+            float(margins.detach().mean()), rel=1e-8, abs=1e-12
+        )
+        assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-8)
+    for parameter, value in policy.named_parameters():
+        torch.testing.assert_close(state.params[parameter], value.detach(), rtol=1e-8, atol=1e-9)
