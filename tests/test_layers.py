@@ -38,8 +38,8 @@ LAYERS = [
 CORE = {"torch", "numpy", "attrs", "safetensors", "orjson"}
 # What an extra brings is imported inside functions of these layers only.
 EXTRAS = {
-    "cli": {"tyro", "cattrs", "rich", "jinja2", "matplotlib"},
-    "tracking": {"rich", "jinja2", "matplotlib"},
+    "cli": {"tyro", "cattrs", "rich", "jinja2"},
+    "tracking": {"rich", "jinja2"},
     "testing": {"hypothesis"},
     "models": {"transformers"},
     "data": {"transformers"},
@@ -123,7 +123,7 @@ def _run(code: str) -> None:
 
 
 def test_the_core_trains_where_no_extra_is_installed() -> None:
-    extras = {"tyro", "cattrs", "rich", "jinja2", "matplotlib", "hypothesis", "transformers"}
+    extras = {"tyro", "cattrs", "rich", "jinja2", "hypothesis", "transformers"}
     _run(
         BLOCKED.format(blocked=extras)
         + """

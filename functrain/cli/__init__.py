@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from functrain.errors import FunctrainError, did_you_mean
 
-_EXTRA = ("tyro", "cattrs", "rich", "jinja2", "matplotlib")
+_EXTRA = ("tyro", "cattrs", "rich", "jinja2")
 _COMMANDS = {
     "demo": "pretrain, fine-tune and align a small model on Python's own documentation",
     "pretrain": "train a model from nothing:           functrain pretrain run.toml",
@@ -63,9 +63,11 @@ def _run(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    # Before torch is loaded: threads that wait by spinning take the core from the thread that they
-    # wait for. With other processes on two cores a step of the demo took 9.5 s, and 0.3 s so.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is loaded: how often a waiting thread of libgomp looks before it sleeps. By the
+    # default, 300,000, it takes the core from the thread that it waits for: beside two busy
+    # processes on two cores a step of the demo took 1.4 s, and 0.36 s so. Not 0 (that is what
+    # OMP_WAIT_POLICY=passive says), with which it takes 1.5 times as long on idle cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         from functrain.cli import commands
 

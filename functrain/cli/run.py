@@ -172,7 +172,8 @@ def _trained(
             values = metrics.to_dict()
             elapsed, since = time.perf_counter() - since, time.perf_counter()
             values["epoch"] = state.cursor.samples / len(built.source)
-            values["tokens_per_second"] = values["num_tokens"] / max(elapsed, 1e-9)
+            if "eval_loss" not in values:  # an evaluation's time is not the step's
+                values["tokens_per_second"] = values["num_tokens"] / max(elapsed, 1e-9)
             bar.update(state.step, values)
             last = state.step == plan.steps
             # A stop logs nothing of its own, so that the file is an uninterrupted run's.

@@ -1,4 +1,4 @@
-"""A line that says how training goes: redrawn on a terminal, plain lines elsewhere."""
+"""How training goes: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.2
@@ -15,8 +18,9 @@ _LIVE_SECONDS = 0.2
 class Progress:
     """`update(step, metrics)` shows stage, step, loss, tokens per second and the time left.
 
-    Values are read only when a line is drawn, so that looking costs training nothing. On a terminal
-    the line is redrawn five times a second at most; elsewhere there is one every five seconds.
+    Values are read only when something is drawn, so that looking costs training nothing. On a
+    terminal rich draws a bar, five times a second at most; elsewhere there is a line every five
+    seconds.
     """
 
     def __init__(
@@ -30,10 +34,9 @@ class Progress:
         self._total, self._stage = total, stage
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._live = self._stream.isatty()
+        self._bar = _bar(total, self._stream) if self._stream.isatty() else None
         self._begun: tuple[float, int] | None = None
         self._drawn = -float("inf")
-        self._line = ""
 
     def __enter__(self) -> Progress:
         return self
@@ -51,18 +54,18 @@ class Progress:
         now = self._clock()
         if self._begun is None:
             self._begun = (now, step)
-        due = now - self._drawn >= (_LIVE_SECONDS if self._live else _PLAIN_SECONDS)
+        due = now - self._drawn >= (_PLAIN_SECONDS if self._bar is None else _LIVE_SECONDS)
         if due or step >= self._total:
             self._drawn = now
-            self._draw(self.line(step, metrics, now))
+            self._draw(step, self._parts(step, metrics, now))
 
-    def line(self, step: int, metrics: Mapping[str, float], now: float) -> str:
-        """`pretrain   120/400  30%  loss 2.134  14,210 tokens/s  1:05 left`."""
-        parts = [
-            f"{self._stage:9}",
-            f"{step:{len(str(self._total))}}/{self._total}",
-            f"{100 * step // self._total:3}%",
-        ]
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _parts(self, step: int, metrics: Mapping[str, float], now: float) -> list[str]:
+        parts = []
         if "loss" in metrics:
             parts.append(f"loss {float(metrics['loss']):.4f}")
         if "eval_loss" in metrics:
@@ -72,14 +75,7 @@ class Progress:
         left = self._left(step, now)
         if left is not None:
             parts.append(f"{left} left")
-        return "  ".join(parts)
-
-    def close(self) -> None:
-        """End the line."""
-        if self._live and self._line:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._line = ""
+        return parts
 
     def _left(self, step: int, now: float) -> str | None:
         if self._begun is None or step <= self._begun[1] or step >= self._total:
@@ -90,10 +86,38 @@ class Progress:
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
-    def _draw(self, line: str) -> None:
-        if self._live:
-            self._stream.write(f"\r{line}{' ' * (len(self._line) - len(line))}")
-            self._line = line
+    def _draw(self, step: int, parts: list[str]) -> None:
+        """`pretrain   120/400  30%  loss 2.134  14,210 tokens/s  1:05 left`."""
+        count = f"{step:{len(str(self._total))}}/{self._total}"
+        if self._bar is not None:
+            self._bar.update(
+                self._bar.task_ids[0],
+                completed=step,
+                stage=f"{self._stage:8}",
+                count=count,
+                rest="  ".join(parts),
+            )
+            self._bar.refresh()
         else:
-            self._stream.write(f"{line}\n")
-        self._stream.flush()
+            percent = f"{100 * step // self._total:3}%"
+            self._stream.write("  ".join([f"{self._stage:9}", count, percent, *parts]) + "\n")
+            self._stream.flush()
+
+
+def _bar(total: int, stream: TextIO) -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.fields[stage]}", style="bold"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}", style="cyan"),
+        TextColumn("{task.fields[rest]}"),
+        console=Console(file=stream),
+        # Drawn by the steps themselves: no thread beside training.
+        auto_refresh=False,
+    )
+    bar.add_task("", total=total, stage="", count="", rest="")
+    bar.start()
+    return bar

@@ -95,7 +95,7 @@ def test_an_interrupted_command_exits_130(
 LIGHT = """
 import sys
 from functrain.cli import main
-heavy = ("torch", "numpy", "matplotlib", "transformers", "jinja2")
+heavy = ("torch", "numpy", "transformers", "jinja2")
 def check(*arguments):
     code = main(list(arguments))
     loaded = [name for name in heavy if name in sys.modules]

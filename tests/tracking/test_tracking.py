@@ -113,7 +113,7 @@ def test_elsewhere_there_is_a_line_every_five_seconds() -> None:
     assert "left" not in lines[-1]
 
 
-def test_on_a_terminal_the_line_is_redrawn() -> None:
+def test_on_a_terminal_a_bar_is_redrawn() -> None:
     stream, clock = Terminal(), Clock()
     with Progress(3, "sft", stream=stream, clock=clock) as progress:
         for step in range(1, 4):
@@ -122,6 +122,7 @@ def test_on_a_terminal_the_line_is_redrawn() -> None:
     assert "1/3" in stream.getvalue()
     assert "50:00 left" in stream.getvalue()
     assert "3/3" in stream.getvalue()
+    assert "\x1b[" in stream.getvalue()
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
