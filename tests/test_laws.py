@@ -208,6 +208,43 @@ def test_randomness_is_a_function_of_key_step_and_micro_batch(name: str) -> None
     assert (losses[0] != losses[2]) is draws
 
 
+def test_each_micro_batch_draws_its_own_randomness() -> None:
+    """Dropout falls elsewhere in each of two micro-batches of the same examples.
+
+    BatchNorm is in eval mode, or else the mean of two losses of equal draws would differ anyway.
+    """
+
+    class Dropped(zoo.Normed):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            self.norm.eval()
+            return super().forward(*args, **rest)
+
+    architecture, params, buffers = ft.split(Dropped())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    once, twice = (step(state, [zoo.batch()] * n)[1]["loss"] for n in (1, 2))
+    assert float(once) != float(twice)
+    steady = attrs.evolve(state, params=params)
+    architecture.dropout.p = 0.0
+    once, twice = (step(steady, [zoo.batch()] * n)[1]["loss"] for n in (1, 2))
+    assert float(once) == pytest.approx(float(twice), rel=1e-6)
+
+
+def test_an_evaluation_that_draws_is_repeatable_and_disturbs_nobody() -> None:
+    class Noisy(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            return {"logits": super().forward(*args, **rest)["logits"] * torch.rand(())}
+
+    architecture, params, buffers = ft.split(Noisy())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    before = torch.default_generator.get_state()
+    first = ft.evaluate(step, state, [zoo.batch()]).to_dict()
+    assert torch.equal(torch.default_generator.get_state(), before)
+    torch.rand(3)
+    assert ft.evaluate(step, state, [zoo.batch()]).to_dict() == first
+
+
 def test_a_broken_law_is_noticed() -> None:
     """The laws can fail: a step that writes to its state, and one that moves a generator."""
     step, state = _started("tied", "pretrain")
