@@ -47,7 +47,7 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
                 name="warmup_stable_decay", peak=4e-3, warmup=20, decay=200, min_ratio=0.02
             ),
             train=_train(steps=600, batch_size=8, seed=seed, save_every=75),
-            evaluation=Evaluation(every=300),
+            evaluation=Evaluation(every=100),
         ),
         SFT(
             directory=str(path / "sft"),
@@ -56,7 +56,7 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
             optimizer=optimizer,
             schedule=Schedule(name="cosine", peak=3e-3, warmup=10),
             train=_train(steps=150, batch_size=16, seed=seed, save_every=50),
-            evaluation=Evaluation(every=75),
+            evaluation=Evaluation(every=30),
         ),
         DPO(
             directory=str(path / "dpo"),
@@ -66,7 +66,7 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
             optimizer=optimizer,
             schedule=Schedule(name="cosine", peak=1e-3, warmup=10),
             train=_train(steps=80, batch_size=16, seed=seed, save_every=20),
-            evaluation=Evaluation(every=40),
+            evaluation=Evaluation(every=20),
         ),
     )
 

@@ -141,7 +141,8 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
     where = f"from step {state.step} on" if state.step else "from the beginning"
     say(
         f"{config.stage}: {count:,} parameters, {len(built.source):,} samples, "
-        f"{config.train.steps:,} steps {where}, {config.train.threads} threads, "
+        f"{config.train.steps:,} steps {where}, {config.train.threads} "
+        f"thread{'s' if config.train.threads != 1 else ''}, "
         f"{config.train.precision} on {config.train.device}, in {config.directory}"
     )
 
