@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as adam_kernel
 
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, StateError
 from functrain.optimizers.base import (
     Group,
     OptimizerState,
     advanced,
+    check_update,
     checked,
     grouped,
     held_back,
+    laid_out,
     owned,
     rate_of,
     zero_count,
@@ -102,13 +104,16 @@ class Adam:
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
         """Zero moments for every parameter, on its device and in its dtype."""
-        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
         slots = {
             slot: Tensors({name: torch.zeros_like(p) for name, p in params.items()})
-            for slot in names
+            for slot in self._moments
         }
         slots["step"] = Tensors({name: self._step_count(p) for name, p in params.items()})
         return OptimizerState(kind=self.kind, count=zero_count(params), slots=slots)
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
 
     def _step_count(self, param: Tensor) -> Tensor:
         device = param.device if self.fused else torch.device("cpu")
@@ -125,12 +130,41 @@ class Adam:
         donate: bool = False,
     ) -> tuple[Tensors, OptimizerState]:
         """One update by torch's kernel; see `Optimizer.update`."""
+        check_update(self.kind, grads, state, params)
         if held_back(applied):
             return tensors(params), state
         params, slots = owned(params, state.slots, grads, donate)
+        self._check_slots(slots, grads, params)
         for options, names in grouped(self.groups, params, grads):
             self._kernel(options, names, grads, params, slots, learning_rate, applied)
         return params, attrs.evolve(state, count=advanced(state.count, applied), slots=slots)
+
+    def _check_slots(
+        self, slots: Mapping[str, Tensors], grads: Mapping[str, Tensor], params: Tensors
+    ) -> None:
+        names = (*self._moments, "step")
+        for slot in names:
+            missing = grads.keys() - slots[slot].keys() if slot in slots else set(grads)
+            if missing:
+                raise StateError(f"state/{slot}: no {min(missing)}; {_FRESH}")
+        own = [(slot, slots[slot]) for slot in names]
+        for name in grads:
+            shape, strides = params[name].shape, params[name].stride()
+            for slot, values in own:
+                value = values[name]
+                if slot == "step":
+                    shape, strides = _SCALAR, ()
+                if value.shape != shape:
+                    raise StateError(
+                        f"state/{slot}/{name}: shape {list(value.shape)}, expected {list(shape)}; "
+                        f"{_FRESH}"
+                    )
+                if self.fused and value.stride() != strides:
+                    raise StateError(
+                        f"state/{slot}/{name}: strides {value.stride()}, expected the parameter's "
+                        f"{strides} for the fused kernel; give params[{name!r}].contiguous() to "
+                        "init and update, or take fused=False"
+                    )
 
     def _kernel(
         self,
@@ -147,7 +181,7 @@ class Adam:
         with torch.no_grad():
             adam_kernel(
                 [params[n] for n in names],
-                [grads[n] for n in names],
+                [laid_out(grads[n], params[n]) if self.fused else grads[n] for n in names],
                 [slots["exp_avg"][n] for n in names],
                 [slots["exp_avg_sq"][n] for n in names],
                 [slots["max_exp_avg_sq"][n] for n in names] if self.amsgrad else [],
@@ -175,6 +209,10 @@ class Adam:
                 "and lr_scale"
             )
         return {"lr": self.lr, **own, **given}
+
+
+_SCALAR = torch.Size(())
+_FRESH = "the state was made for other params; begin anew with init(params)"
 
 
 def _found_inf(applied: Tensor | None) -> Tensor | None:

@@ -15,8 +15,10 @@ from functrain.optimizers.base import (
     Group,
     OptimizerState,
     advanced,
+    check_update,
     checked,
     grouped,
+    laid_out,
     owned,
     rate_of,
     zero_count,
@@ -116,6 +118,7 @@ class Adapter:
 
         On an accelerator this waits for the learning rate and for `applied`.
         """
+        check_update(self.kind, grads, state, params)
         if applied is not None and not bool(applied):
             return tensors(params), state
         new_params, slots = owned(params, state.slots, grads, donate)
@@ -124,7 +127,8 @@ class Adapter:
         if not leaves:
             return new_params, attrs.evolve(state, count=count, slots=slots)
         for name, leaf in leaves.items():
-            leaf.grad = grads[name] if donate or self._leaves_gradients else grads[name].clone()
+            grad = laid_out(grads[name], leaf) if self._fused else grads[name]
+            leaf.grad = grad if donate or self._leaves_gradients else grad.clone()
         optimizer = self._optimizer(leaves, learning_rate)
         for name, leaf in leaves.items():
             own = dict(_entry(slot, t[name]) for slot, t in slots.items() if name in t)
@@ -142,6 +146,10 @@ class Adapter:
     def _leaves_gradients(self) -> bool:
         """Whether the class is known not to write into the gradients, as torch's own do not."""
         return getattr(self.cls, "__module__", "").startswith("torch.optim.")
+
+    @property
+    def _fused(self) -> bool:
+        return any(o.get("fused") for o in (self.options, *(g.options for g in self.groups)))
 
     def _optimizer(
         self, leaves: Mapping[str, Tensor], learning_rate: Tensor | float

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, StateError, did_you_mean
 from functrain.trees import Tensors
 
 Predicate = Callable[[str, Tensor], bool]
@@ -60,6 +60,9 @@ class Optimizer(Protocol):
 
         `applied` (bool, 0-d): where False, nothing changes. `donate=True` writes into the memory
         of `params` and `state`, which must not be used afterwards.
+
+        Raises `StateError`, before anything is written, for a gradient that no parameter has the
+        name, shape, dtype and device of, and for a state that another optimizer made.
         """
         ...
 
@@ -99,6 +102,56 @@ def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.
     except (TypeError, ValueError, RuntimeError) as error:
         name = getattr(cls, "__name__", repr(cls))
         raise ConfigError(f"{name}: {error}") from error
+
+
+def check_update(
+    kind: str, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+) -> None:
+    """Raise `StateError` unless each gradient fits its parameter and `kind` made the state.
+
+    A fused kernel takes the sizes on trust, and reads past the end of a gradient that is smaller.
+    Nothing here looks at a value, so that nothing waits for an accelerator.
+    """
+    if not isinstance(state, OptimizerState):
+        raise StateError(
+            f"state: expected an OptimizerState from init(params), got {type(state).__name__}"
+        )
+    if state.kind != kind:
+        raise StateError(
+            f"state: made by {state.kind} and given to {kind}; update it with the optimizer that "
+            "made it, or begin anew with init(params)"
+        )
+    for name in grads.keys() - params.keys():
+        raise StateError(f"grads/{name}: no parameter has this name; {did_you_mean(name, params)}")
+    for name, grad in grads.items():
+        _check_gradient(name, grad, params[name])
+
+
+def _check_gradient(name: str, grad: object, param: Tensor) -> None:
+    if not isinstance(grad, Tensor):
+        raise StateError(
+            f"grads/{name}: expected a tensor, got {type(grad).__name__}; leave out a parameter "
+            "that has no gradient"
+        )
+    if grad.shape != param.shape or grad.dtype != param.dtype or grad.device != param.device:
+        raise StateError(
+            f"grads/{name}: {_described(grad)}, expected {_described(param)} as the parameter is; "
+            "give the gradient with respect to these params"
+        )
+    if not (param.is_floating_point() or param.is_complex()):
+        raise StateError(
+            f"params/{name}: {_described(param)}, expected a floating dtype; leave it out of grads"
+        )
+
+
+def _described(tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype}{list(tensor.shape)} on {tensor.device}"
+
+
+def laid_out(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient in the parameter's memory layout, which fused kernels take on trust as well."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def zero_count(params: Mapping[str, Tensor]) -> Tensor:

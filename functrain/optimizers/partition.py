@@ -18,6 +18,7 @@ from functrain.optimizers.base import (
     OptimizerState,
     Predicate,
     advanced,
+    check_update,
     held_back,
     zero_count,
 )
@@ -100,6 +101,7 @@ class Partition:
         donate: bool = False,
     ) -> tuple[Tensors, OptimizerState]:
         """Every part's update on its own parameters."""
+        check_update(self.kind, grads, state, params)
         if held_back(applied):
             return tensors(params), state
         new_params = dict(params)

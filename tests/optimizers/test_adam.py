@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
 from functrain import optim
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, StateError
 from functrain.trees import Tensors
 
 PARAMS = Tensors(b=torch.ones(2), a=torch.ones(3, 2), half=torch.ones(2, dtype=torch.float64))
@@ -84,3 +85,46 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
 def test_what_torch_refuses_is_a_config_error(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def _state(**slots: Any) -> Any:
+    state = optim.adamw().init(PARAMS)
+    return attrs.evolve(state, slots={**state.slots, **slots})
+
+
+STATES: list[tuple[Any, str]] = [
+    (optim.adamw().init({"b": PARAMS["b"]}), r"state/exp_avg: no a; the state was made for other"),
+    (_state(exp_avg_sq={}), "state/exp_avg_sq: no "),
+    (
+        _state(exp_avg={**PARAMS, "a": torch.zeros(1, 2)}),
+        r"state/exp_avg/a: shape \[1, 2\], expected \[3, 2\]; the state was made for other params",
+    ),
+    (_state(step={**PARAMS}), r"state/step/.*: shape \[.*\], expected \[\]"),
+    (
+        _state(exp_avg={**PARAMS, "a": torch.zeros(2, 3).t()}),
+        r"state/exp_avg/a: strides \(1, 3\), expected the parameter's \(2, 1\) for the fused",
+    ),
+]
+
+
+@pytest.mark.parametrize(("state", "message"), STATES, ids=[message for _, message in STATES])
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_state_of_other_params_is_refused(state: Any, message: str, donate: bool) -> None:
+    grads = {name: torch.full_like(p, 0.3) for name, p in PARAMS.items()}
+    with pytest.raises(StateError, match=message):
+        optim.adamw().update(grads, state, PARAMS, 1e-2, donate=donate)
+
+
+def test_params_in_columns_are_updated_as_those_in_rows() -> None:
+    """Strides that leave no gap are kept; a slice of a larger tensor is not for `donate`."""
+    optimizer = optim.adamw()
+    grads = {"a": torch.randn(3, 2)}
+    rows = Tensors(a=torch.randn(3, 2))
+    expected, _ = optimizer.update(grads, optimizer.init(rows), rows, 1e-2)
+    columns = Tensors(a=rows["a"].t().contiguous().t())
+    gaps = Tensors(a=torch.zeros(6, 2)[::2].copy_(rows["a"]))
+    for params in (columns, gaps):
+        new, _ = optimizer.update(grads, optimizer.init(params), params, 1e-2)
+        assert torch.equal(new["a"], expected["a"])
+    with pytest.raises(StateError, match="or take fused=False"):
+        optimizer.update(grads, optimizer.init(gaps), gaps, 1e-2, donate=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import optim
+from functrain.errors import StateError
 from functrain.trees import Tensors, clone, digest
 
 STEPS = 20
@@ -277,3 +279,70 @@ def test_without_any_gradient_nothing_moves(case: Case) -> None:
     new, after = case.optimizer().update({}, state, params, 1e-2)
     assert _digests(new, *after.slots.values()) == _digests(params, *state.slots.values())
     assert int(after.count) == int(state.count) + 1
+
+
+WRONG_GRADIENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a part": (
+        {"d.weight": torch.ones(1, 3)},
+        r"grads/d.weight: float32\[1, 3\] on cpu, expected float32\[5, 3\] on cpu as the param",
+    ),
+    "a transpose": ({"d.weight": torch.ones(3, 5)}, r"grads/d.weight: float32\[3, 5\] on cpu"),
+    "flat": ({"d.weight": torch.ones(15)}, r"grads/d.weight: float32\[15\] on cpu"),
+    "another dtype": ({"d.weight": torch.ones(5, 3).double()}, r"grads/d.weight: float64\[5, 3\]"),
+    "integers": ({"d.weight": torch.ones(5, 3).long()}, r"grads/d.weight: int64\[5, 3\]"),
+    "another device": ({"d.weight": torch.ones(5, 3, device="meta")}, "on meta, expected .* cpu"),
+    "an unknown name": (
+        {"d.wieght": torch.ones(5, 3)},
+        "grads/d.wieght: no parameter has this name; did you mean 'd.weight'",
+    ),
+    "none": ({"d.weight": None}, "grads/d.weight: expected a tensor, got NoneType; leave out"),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("wrong", sorted(WRONG_GRADIENTS))
+def test_a_gradient_that_does_not_fit_is_refused_before_anything_is_written(
+    case: Case, wrong: str
+) -> None:
+    """A fused kernel would read past the end of a smaller one."""
+    grads, message = WRONG_GRADIENTS[wrong]
+    params, state = _after(case.optimizer(), _params(case), 4)
+    before = _digests(params, *state.slots.values())
+    given = {**_grads(params, 5), **grads}
+    for donate in (False, True):
+        with pytest.raises(StateError, match=message):
+            case.optimizer().update(given, state, params, 1e-2, donate=donate)
+    assert _digests(params, *state.slots.values()) == before
+
+
+@EVERY
+def test_a_state_of_another_optimizer_is_refused(case: Case) -> None:
+    params = _params(case)
+    optimizer = case.optimizer()
+    other = optim.adam() if optimizer.kind != "adam" else optim.adamw()
+    message = rf"state: made by {other.kind} and given to {re.escape(optimizer.kind)}; update it"
+    with pytest.raises(StateError, match=message):
+        optimizer.update(_grads(params, 5), other.init(params), params, 1e-2)
+    with pytest.raises(StateError, match=r"expected an OptimizerState from .*, got dict"):
+        optimizer.update(_grads(params, 5), {}, params, 1e-2)
+
+
+FUSED = ["adamw", "adam-decay", "adamw-amsgrad", "AdamW-fused"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("donate", [False, True])
+def test_the_memory_layout_of_a_gradient_makes_no_difference(name: str, donate: bool) -> None:
+    """A gradient in columns, and one number for all, as `sum` gives it."""
+    case = CASES[name]
+    params = _params(case)
+    columns = torch.randn(3, 5).t()
+    for grad in (columns, torch.ones(()).expand(5, 3), torch.ones(5, 1).expand(5, 3)):
+        results = [
+            case.optimizer().update(
+                {"d.weight": g}, case.optimizer().init(params), clone(params), 1e-2, donate=donate
+            )
+            for g in (grad, grad.contiguous())
+        ]
+        laid, plain = (_digests(new, *state.slots.values()) for new, state in results)
+        assert laid == plain

@@ -11,7 +11,7 @@ from torch import nn
 
 import functrain as ft
 from functrain import optim
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, StateError
 from functrain.trees import Tensors, digest
 
 
@@ -120,6 +120,21 @@ def test_a_partition_that_leaves_a_parameter_out_is_refused() -> None:
     part = optim.partition([("matrices", optim.is_hidden_matrix, optim.adamw())])
     with pytest.raises(ConfigError, match=r"0.bias: no part of the partition takes it"):
         part.init(ft.split(nn.Sequential(nn.Linear(2, 2)))[1])
+
+
+def test_what_no_part_could_take_is_refused_before_any_part_is_updated() -> None:
+    """The parts see their own gradients only, so the whole is looked at first."""
+    params = ft.trees.clone(zoo.split("tied")[1])
+    optimizer = optim.muon()
+    state = optimizer.init(params)
+    before = [digest(t) for t in params.values()]
+    for name, shape in (("norm.weight", (1,)), ("mix.weight", (1, 16)), ("mix.wieght", (16, 16))):
+        grads = {**_grads(params, 0), name: torch.ones(shape)}
+        with pytest.raises(StateError, match=f"grads/{name}"):
+            optimizer.update(grads, state, params, 1e-2, donate=True)
+    assert [digest(t) for t in params.values()] == before
+    with pytest.raises(StateError, match="made by adamw and given to muon=Muon,others=adamw"):
+        optimizer.update({}, optim.adamw().init(params), params, 1e-2)
 
 
 @pytest.mark.parametrize("labels", [[], ["a", "a"], ["a.b"]])
