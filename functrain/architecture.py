@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.errors import ArchitectureError, did_you_mean
-from functrain.trees import Tensors
+from functrain.trees import Tensors, owning
 
 Mode = Literal["train", "eval"]
 Place = tuple[dict[str, Tensor | None], str]
@@ -29,7 +29,8 @@ class Slots:
     """Where each named value of an architecture goes: every slot, both of a tied pair.
 
     `trainable`: the parameters with `requires_grad`. `statistical`: those of modules that keep
-    floating-point buffers of their own (BatchNorm), whose dtype they must go with.
+    running statistics (BatchNorm), whose dtype they must go with. `uncast`: the buffers that keep
+    their dtype where params are cast: those statistics, and what is not persistent.
     """
 
     params: Mapping[str, tuple[Place, ...]]
@@ -37,6 +38,7 @@ class Slots:
     modules: tuple[nn.Module, ...]
     trainable: frozenset[str]
     statistical: frozenset[str]
+    uncast: frozenset[str]
 
 
 # The slots are shared by all users of an architecture: one binding at a time, others wait.
@@ -53,6 +55,8 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     Raises `ArchitectureError` for a module on the meta device, and for one whose parameters share
     storage without being the same parameter.
     """
+    if not isinstance(module, nn.Module):
+        raise ArchitectureError(f"split: expected an nn.Module, got {type(module).__name__}")
     places = slots(module)
     params = {name: _tensor_at(at) for name, at in places.params.items()}
     buffers = {name: _tensor_at(at) for name, at in places.buffers.items()}
@@ -66,7 +70,7 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     for name, tensor in buffers.items():
         _fill(places.buffers[name], torch.empty_like(tensor, device="meta"))
     detached = Tensors({name: tensor.detach() for name, tensor in params.items()})
-    return module, detached, Tensors({n: t.detach() for n, t in buffers.items()})
+    return module, owning(detached), Tensors({n: t.detach() for n, t in buffers.items()})
 
 
 def slots(architecture: nn.Module) -> Slots:
@@ -75,15 +79,17 @@ def slots(architecture: nn.Module) -> Slots:
     buffers = _places(architecture, "_buffers")
     trainable = frozenset(n for n, at in params.items() if _tensor_at(at).requires_grad)
     modules = tuple(architecture.modules())
-    keeping = {id(module._parameters) for module in modules if _keeps_statistics(module)}
+    keeping = [module for module in modules if "running_mean" in module._buffers]
+    tables = {id(module._parameters) for module in keeping}
     statistical = frozenset(
-        name for name, at in params.items() if any(id(entries) in keeping for entries, _ in at)
+        name for name, at in params.items() if any(id(entries) in tables for entries, _ in at)
     )
-    return Slots(params, buffers, modules, trainable, statistical)
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return any(b is not None and b.is_floating_point() for b in module._buffers.values())
+    passing = {(id(m._buffers), key) for m in modules for key in m._non_persistent_buffers_set}
+    passing |= {(id(m._buffers), key) for m in keeping for key in m._buffers}
+    uncast = frozenset(
+        name for name, at in buffers.items() if any((id(e), key) in passing for e, key in at)
+    )
+    return Slots(params, buffers, modules, trainable, statistical, uncast)
 
 
 def _places(architecture: nn.Module, table: str) -> dict[str, tuple[Place, ...]]:
@@ -213,11 +219,27 @@ def bound_buffers(places: Slots) -> dict[str, Tensor]:
 
 
 def vocabulary_of(architecture: nn.Module) -> int | None:
-    """How many token ids the architecture's input embedding knows, where that can be told."""
+    """How many token ids the architecture's input embedding knows, where that can be told.
+
+    It is the one that `get_input_embeddings` names; or the only one, those of positions apart; or
+    the one that is as large as the output projection.
+    """
     embedding = getattr(architecture, "get_input_embeddings", None)
     if callable(embedding):
         found = embedding()
         if isinstance(found, nn.Embedding):
             return found.num_embeddings
-    embeddings = [m for m in architecture.modules() if isinstance(m, nn.Embedding)]
-    return embeddings[0].num_embeddings if len(embeddings) == 1 else None
+    sizes = {
+        module.num_embeddings
+        for name, module in architecture.named_modules()
+        if isinstance(module, nn.Embedding) and not _of_positions(name)
+    }
+    heads = {m.out_features for m in architecture.modules() if isinstance(m, nn.Linear)}
+    if len(sizes) > 1:
+        sizes &= heads
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def _of_positions(name: str) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    return "pos" in last or last in ("wpe", "wtt", "token_type_embeddings")

@@ -46,6 +46,11 @@ class CheckpointError(FunctrainError, ValueError):
     """A checkpoint that is missing, incomplete, altered, or of another architecture."""
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest known ones, or all of them."""
     names = sorted(known)

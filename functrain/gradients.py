@@ -84,20 +84,60 @@ class ValueAndGrad:
         total = _Sum(leaves, params)
         metrics = Metrics({})
         # Clones, because a module may update its buffers in place (BatchNorm does).
-        bound_values = {name: buffer.clone() for name, buffer in buffers.items()}
+        bound_values = self.buffer_values(buffers)
+        written = {name: (id(value), value._version) for name, value in bound_values.items()}
         mode = self.objective.mode
-        with bound(self.architecture, leaves, bound_values, mode, places=self.places) as model:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            bound(self.architecture, leaves, bound_values, mode, places=self.places) as model,
+        ):
             for index, each in enumerate(ready):
                 with keys.seeded(keys.derive(key, "micro-batch", index), device):
                     with self.precision.context(device):
-                        loss, measured = self.objective(model, each)
+                        loss, measured = self.measured(model, each)
                     torch.autograd.backward(scale_loss(loss / weight, scaler), inputs=inputs)
                 total.add()
                 metrics = metrics.merge(measured)
             after = bound_buffers(self.places)
-        # Every one, not those whose version moved: BatchNorm's kernel writes without a trace there.
-        left = Tensors({name: buffer.detach() for name, buffer in after.items()})
+        left = Tensors({n: self._left(buffers[n], b, written[n]) for n, b in after.items()})
         return Gradients(grads=total.grads(), buffers=left, metrics=metrics)
+
+    @staticmethod
+    def _left(given: Tensor, after: Tensor, before: tuple[int, int]) -> Tensor:
+        """A buffer after the forward, in the dtype that it was given in.
+
+        One that was cast and not written to is the given one, unrounded. Where nothing was cast
+        every buffer is taken: BatchNorm's kernel writes without moving the version.
+        """
+        if after.dtype != given.dtype and before == (id(after), after._version):
+            return given
+        return after.detach().to(given.dtype)
+
+    def measured(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The objective's sum and metrics; an index that the model does not know is a `BatchError`.
+
+        Not every architecture shows how many ids, labels or positions it knows.
+        """
+        try:
+            return self.objective(model, batch)
+        except IndexError as error:
+            raise BatchError(
+                f"batch: the model has no place for one of its indices ({error}); check that "
+                "input_ids and labels are below the vocabulary, and the time within the positions"
+            ) from error
+
+    def buffer_values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the forward sees of the buffers: clones, which a module may update in place.
+
+        Where params are cast, so are the buffers that a checkpoint of the module holds; statistics
+        (BatchNorm's) and what the module computes for itself (RoPE's frequencies) stay.
+        """
+        kept = self.places.uncast
+        return {
+            name: buffer.clone() if name in kept else self.precision.leaf(buffer).clone()
+            for name, buffer in buffers.items()
+        }
 
     def values(self, params: Mapping[str, Tensor]) -> Tensors:
         """What the forward sees: private values, which share the params' memory or are casts."""
@@ -110,8 +150,13 @@ class ValueAndGrad:
         """The micro-batches, each checked; `BatchError` names what is wrong in which."""
         if isinstance(batch, Mapping):
             micro_batches: list[Batch] = [batch]
-        else:
+        elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
             micro_batches = list(batch)
+        else:
+            raise BatchError(
+                f"batch: expected a mapping or a sequence of micro-batches, got "
+                f"{type(batch).__name__}"
+            )
         if not micro_batches:
             raise BatchError("batch: an empty sequence of micro-batches; expected at least one")
         for index, each in enumerate(micro_batches):
@@ -197,7 +242,12 @@ class Accumulated:
         scaler: LossScale | None = None,
     ) -> Gradients:
         """The gradient of the whole logical batch, one micro-batch in memory at a time."""
-        parts = split_batch(batch, self.microbatches) if isinstance(batch, Mapping) else batch
+        if isinstance(batch, Mapping):
+            if isinstance(self.gradient, ValueAndGrad) and self.microbatches > 1:
+                self.gradient.checked(batch)  # in the words of the batch that was given
+            parts: Batches = split_batch(batch, self.microbatches)
+        else:
+            parts = batch
         return self.gradient(params, buffers, parts, key=key, weight=weight, scaler=scaler)
 
 

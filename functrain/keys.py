@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 MAX_KEY = 2**63 - 1
+_lock = threading.RLock()
 
 
 def derive(key: int, *path: int | str) -> int:
@@ -37,8 +39,14 @@ def seeded(key: int, device: torch.device | None = None) -> Iterator[None]:
 
     Covers torch's CPU generator, that of `device` if it is an accelerator, Python's `random` and
     NumPy's global one, so that a model which draws from any of them is a function of the key.
-    CPU seeding keeps 32 bits of the key; enter this outside of compiled regions.
+    CPU seeding keeps 32 bits of the key; enter this outside of compiled regions. The generators
+    are the process's, so one thread at a time is within it, and others wait.
     """
+    with _lock:
+        yield from _seeded(key, device)
+
+
+def _seeded(key: int, device: torch.device | None) -> Iterator[None]:
     cpu = torch.default_generator
     saved = cpu.get_state()
     saved_random, saved_numpy = random.getstate(), np.random.get_state()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
 
 from functrain.checkpoint import prune, save
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, StateError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
 from functrain.state import TrainState
-from functrain.steps import Step, evaluate
+from functrain.steps import Step, checked_batches, evaluate
 
 
 class Source(Protocol):
@@ -66,18 +66,36 @@ def train(
 
     Raises `ConfigError` for a total or an interval that makes no sense, before the first step.
     """
+    if not isinstance(step, Step) or not isinstance(state, TrainState):
+        given = ", ".join(type(each).__name__ for each in (step, state))
+        raise ConfigError(f"train: expected (step, state, source), got {given} first")
+    if not hasattr(source, "at"):
+        raise ConfigError(
+            f"train: a source of the type {type(source).__name__} has no at(position, n); "
+            "functrain.data makes sources, and batches of your own go into a loop of your own"
+        )
     checked = _Plan(
         steps=steps,
         tokens=tokens,
-        samples=None if epochs is None else round(epochs * len(source)),
+        samples=None if epochs is None else _samples(epochs, source),
         batch_size=source.batch_size if batch_size is None else batch_size,
-        evaluation=_batches(evaluation),
+        evaluation=_batches(step, evaluation),
         evaluate_every=evaluate_every,
         directory=None if directory is None else Path(directory),
         save_every=save_every,
         keep=keep,
     )
     return _run(step, state, source, checked)
+
+
+def _samples(epochs: float, source: Source) -> int:
+    number = isinstance(epochs, int | float) and not isinstance(epochs, bool)
+    if not number or not 0 < epochs < float("inf") or round(epochs * len(source)) < 1:
+        raise ConfigError(
+            f"epochs: {epochs!r}, expected a positive number, of at least one of the source's "
+            f"{len(source):,} samples"
+        )
+    return round(epochs * len(source))
 
 
 def _positive(_record: object, field: attrs.Attribute[Any], value: int | None) -> None:
@@ -129,10 +147,8 @@ class _Plan:
         return self.done(state) or (every is not None and state.step % every == 0)
 
 
-def _batches(evaluation: Iterable[Batch] | None) -> list[Batch] | None:
-    if isinstance(evaluation, Mapping):
-        raise ConfigError("evaluation: one batch; expected a sequence of batches: [batch]")
-    batches = None if evaluation is None else list(evaluation)
+def _batches(step: Step, evaluation: Iterable[Batch] | None) -> list[Batch] | None:
+    batches = None if evaluation is None else list(checked_batches(step, evaluation))
     if batches is not None and not batches:
         raise ConfigError("evaluation: no batches; give at least one, or None")
     return batches
@@ -145,6 +161,8 @@ def _run(
         state, metrics = _advanced(step, state, source, plan)
         sent = yield state, metrics
         while sent is not None:
+            if not isinstance(sent, TrainState):
+                raise StateError(f"send: expected a TrainState, got {type(sent).__name__}")
             state = sent
             sent = yield state, metrics
 
@@ -154,9 +172,9 @@ def _advanced(
 ) -> tuple[TrainState, Metrics]:
     cursor = state.cursor
     batch = source.at(cursor.samples, plan.batch_size)
+    state, metrics = step(state, batch)
     # Counted here, where the batch still is on the CPU: the step's own count is on its device.
     tokens = cursor.tokens + int(targets_in(batch))
-    state, metrics = step(state, batch)
     moved = attrs.evolve(cursor, samples=cursor.samples + plan.batch_size, tokens=tokens)
     state = attrs.evolve(state, cursor=moved)
     if plan.evaluates(state) and plan.evaluation is not None:

@@ -7,7 +7,7 @@ The arithmetic is PyTorch's: autocast for the forward, and the kernels behind
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import attrs
 import torch
@@ -105,7 +105,8 @@ class Precision:
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of the forward on `device`."""
         if self.autocast is None:
-            return nullcontext()
+            # Also where the caller has autocast on: the bits are a function of the arguments.
+            return torch.autocast(device.type, enabled=False)
         return torch.autocast(device.type, dtype=self.autocast)
 
     def leaf(self, param: Tensor) -> Tensor:
@@ -138,8 +139,8 @@ def policy(precision: str | Precision) -> Precision:
     """The policy of that name, or the policy itself; an unknown name raises `ConfigError`."""
     if isinstance(precision, Precision):
         return precision
-    if precision not in POLICIES:
+    if not isinstance(precision, str) or precision not in POLICIES:
         raise ConfigError(
-            f"precision: {precision!r} is unknown; {did_you_mean(precision, POLICIES)}"
+            f"precision: {precision!r} is unknown; {did_you_mean(str(precision), POLICIES)}"
         )
     return POLICIES[precision]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import AliasError, ConfigError, ConsumedStateError
+from functrain.errors import AliasError, ConfigError, ConsumedStateError, StateError
 from functrain.keys import MAX_KEY
 from functrain.optimizers import OptimizerState
 from functrain.precision import LossScale
 from functrain.schedules import PlateauState
-from functrain.trees import Tensors, clone, digest, storages
+from functrain.trees import Tensors, clone, digest, storages, writable
 
 Leaf = Tensor | int | float | str | None
 
@@ -107,11 +107,24 @@ def _donated(state: TrainState) -> Iterator[tuple[str, Tensors]]:
         yield f"optimizer/{slot}", items
 
 
-def refuse_aliases(state: TrainState, *others: Mapping[str, Tensor] | None) -> None:
+def writable_state(state: TrainState, trainable: Collection[str]) -> TrainState:
+    """The state with copies of what a donated step would overwrite and others may hold too.
+
+    That is what it shares with an earlier state (which a pure step made it of, leaving some
+    parameters as they were), or came from a mapping of the user's.
+    """
+    slots = {slot: writable(items) for slot, items in state.optimizer.slots.items()}
+    optimizer = attrs.evolve(state.optimizer, slots=slots)
+    return attrs.evolve(state, params=writable(state.params, trainable), optimizer=optimizer)
+
+
+def refuse_aliases(
+    state: TrainState, trainable: Collection[str], *others: Mapping[str, Tensor] | None
+) -> None:
     """Raise `AliasError` where what a donated step overwrites shares storage with what it reads.
 
-    Overwritten: the params and the optimizer's slots. Read: `state.average`, `state.reference`
-    and `others` (a step's own reference).
+    Overwritten: the trainable params and the optimizer's slots. Read: `state.average`,
+    `state.reference` and `others` (a step's own reference).
     """
     kept = [items for items in (state.average, state.reference, *others) if items is not None]
     if not kept:
@@ -119,7 +132,7 @@ def refuse_aliases(state: TrainState, *others: Mapping[str, Tensor] | None) -> N
     read = {address: name for items in kept for address, name in storages(items).items()}
     for owner, items in _donated(state):
         for address, name in storages(items).items():
-            if address in read and address:
+            if address in read and address and (owner != "params" or name in trainable):
                 raise AliasError(
                     f"{owner}/{name} shares storage with {read[address]} of the reference or the "
                     "average, which a donated step would overwrite; give the state params of its "
@@ -149,8 +162,17 @@ def leaves(record: object, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
         raise TypeError(f"{prefix}: a state cannot hold a {type(record).__name__}")
 
 
+def check_state(state: object, where: str = "state") -> None:
+    """Raise `StateError` for what is no state."""
+    if not isinstance(state, TrainState):
+        raise StateError(
+            f"{where}: expected a TrainState, as step.init makes it, got {type(state).__name__}"
+        )
+
+
 def fingerprints(state: TrainState) -> dict[str, str]:
     """A hash for each leaf: sha256 of a tensor's dtype, shape and bytes, `repr` of a number."""
+    check_state(state)
     return {
         path: digest(leaf) if isinstance(leaf, Tensor) else repr(leaf)
         for path, leaf in leaves(state)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypedDict, Unpack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypedDict, Unpack
 
 import attrs
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from functrain import keys, schedules
 from functrain import metrics as m
 from functrain.architecture import Slots, bound, check_names
-from functrain.errors import BatchError, ConfigError, StateError
+from functrain.errors import BatchError, ConfigError, StateError, did_you_mean, is_number
 from functrain.gradients import (
     Accumulated,
     Batches,
@@ -26,18 +26,20 @@ from functrain.objectives.base import Objective
 from functrain.objectives.batches import Batch, to_device
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.preference import PreferenceOptimization
-from functrain.optimizers import Optimizer
+from functrain.optimizers import Optimizer, OptimizerState
 from functrain.precision import POLICIES, LossScale, Precision, policy, unscale, update_loss_scale
 from functrain.schedules import Plateau, Schedule
 from functrain.state import (
     SchedulerState,
     TrainState,
+    check_state,
     checked_key,
     consume,
     device_of,
     refuse_aliases,
+    writable_state,
 )
-from functrain.trees import Tensors, clone, global_norm, storages, tensors
+from functrain.trees import Tensors, clone, global_norm, owning, storages, succeeding, tensors
 
 Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -46,6 +48,21 @@ def _schedule(schedule: Schedule | Plateau | float) -> Schedule | Plateau:
     if isinstance(schedule, int | float):
         return schedules.constant(float(schedule))
     return schedule
+
+
+def _is_optimizer(_step: object, _field: object, given: Any) -> None:
+    fits = not isinstance(given, type) and all(hasattr(given, n) for n in ("init", "update", "lr"))
+    if fits and not isinstance(given, torch.optim.Optimizer):
+        return
+    name = getattr(given, "__name__", type(given).__name__)
+    hint = "functrain.optim.adamw(weight_decay=0.1), say"
+    if isinstance(given, torch.optim.Optimizer):
+        hint = f"functrain.optim.from_torch(torch.optim.{name}, …) makes one of torch's class"
+    elif isinstance(given, type) and issubclass(given, torch.optim.Optimizer):
+        hint = f"functrain.optim.from_torch({name}, …) makes one of the class"
+    elif callable(given):
+        hint = f"it has not been called: {name}()"
+    raise ConfigError(f"optimizer: {name}, expected one of functrain.optim; {hint}")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -64,7 +81,7 @@ class Step:
 
     objective: Objective
     architecture: nn.Module = attrs.field(repr=False)
-    optimizer: Optimizer
+    optimizer: Optimizer = attrs.field(validator=_is_optimizer)
     schedule: Schedule | Plateau = attrs.field(converter=_schedule)
     precision: Precision = attrs.field(default=POLICIES["fp32"], converter=policy)
     microbatches: int = 1
@@ -84,21 +101,23 @@ class Step:
         return accumulate(self.value_and_grad, self.microbatches)
 
     def __attrs_post_init__(self) -> None:
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
+        norm, decay = self.max_grad_norm, self.ema_decay
+        if norm is not None and not (is_number(norm) and 0 < norm < float("inf")):
+            raise ConfigError(f"max_grad_norm: {norm!r}, expected a positive finite number or None")
+        if decay is not None and not (is_number(decay) and 0 <= decay < 1):
+            raise ConfigError(f"ema_decay: {decay!r}, expected a number in [0, 1) or None")
+        if not self._places.trainable:
             raise ConfigError(
-                f"max_grad_norm: {self.max_grad_norm}, expected a positive finite number or None"
+                "architecture: every parameter is frozen (requires_grad is False), so there is "
+                "nothing to train; unfreeze some before functrain.split"
             )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay: {self.ema_decay}, expected [0, 1) or None")
         if self.objective.batch_coupled and self.microbatches > 1:
             raise ConfigError(
                 f"microbatches={self.microbatches}: the {self.objective.name!r} loss couples the "
                 "examples of a batch, so its micro-batches would be another loss; use 1"
             )
         if (kept := self.objective.kept()) is not None:
-            check_names(
-                kept, self._places.params, "reference", "it belongs to another architecture"
-            )
+            self._check_fit(kept, "reference")
 
     def init(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *, seed: int = 0
@@ -109,7 +128,7 @@ class Step:
         overwrite (a plain mapping, or storage that the reference uses): then they are cloned.
         """
         self._check_values(params, buffers)
-        params = self._own(params)
+        params = self._masters(self._own(params))
         device = device_of(params)
         trained = Tensors({n: p for n, p in params.items() if n in self._places.trainable})
         count = torch.zeros((), dtype=torch.int64, device=device)
@@ -118,7 +137,7 @@ class Step:
             step=0,
             params=params,
             buffers=tensors(buffers),
-            optimizer=self.optimizer.init(trained),
+            optimizer=self._begun(trained),
             scheduler=SchedulerState(count=count, plateau=plateau),
             scaler=self.precision.init_scaler(device),
             key=checked_key(seed),
@@ -132,6 +151,7 @@ class Step:
         old one, the old step and this stage's name, so that no randomness repeats. Two steps
         with the same optimizer and precision can also take turns on one state without this.
         """
+        check_state(state, "adopt")
         seed = keys.derive(state.key, "adopt", self.objective.name, state.step)
         return self.init(state.params, state.buffers, seed=seed)
 
@@ -148,10 +168,18 @@ class Step:
         `ConsumedStateError` for a donated one, `AliasError` where donating would overwrite the
         reference or the average.
         """
-        donate = self.donate if donate is None else donate
+        # The bits are a function of the arguments, whatever contexts the caller is in.
+        check_state(state)
+        device = device_of(state.params)
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            return self._advanced(state, batch, self.donate if donate is None else donate)
+
+    def _advanced(
+        self, state: TrainState, batch: Batches, donate: bool
+    ) -> tuple[TrainState, Metrics]:
         self._check_state(state)
         if donate:
-            refuse_aliases(state, self.objective.kept())
+            refuse_aliases(state, self._places.trainable, self.objective.kept())
         rate = self.learning_rate(state)
         result = self.gradient(
             state.params,
@@ -163,10 +191,9 @@ class Step:
         unscaled = unscale(result.grads, state.scaler)
         norm = global_norm(unscaled)
         applied = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
-        grads = self._clipped(unscaled, state.params, norm)
-        params, optimizer = self.optimizer.update(
-            grads, state.optimizer, state.params, rate, applied=applied, donate=donate
-        )
+        grads, transformed = self._clipped(unscaled, state.params, norm)
+        applied = applied & torch.isfinite(transformed)
+        params, optimizer = self._updated(grads, state, rate, applied, donate)
         count = state.scheduler.count
         successor = attrs.evolve(
             state,
@@ -214,24 +241,64 @@ class Step:
         shared = storages(kept).keys() & storages(params).keys()
         return params if isinstance(params, Tensors) and not shared else clone(params)
 
+    def _masters(self, params: Tensors) -> Tensors:
+        """Where the params are cast for the compute, the state keeps them in float32 at least."""
+        narrow = {
+            name
+            for name in self._places.trainable
+            if self.precision.cast is not None and params[name].dtype.itemsize < 4
+        }
+        if not narrow:
+            return params
+        return Tensors({n: t.float() if n in narrow else t for n, t in params.items()})
+
+    def _begun(self, trained: Tensors) -> OptimizerState:
+        state = self.optimizer.init(trained)
+        slots = {slot: owning(items) for slot, items in state.slots.items()}
+        return attrs.evolve(state, slots=slots)
+
     def _check_values(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        hint = "they belong to another architecture"
-        check_names(params, self._places.params, "params", hint)
-        check_names(buffers, self._places.buffers, "buffers", hint)
-        for name, places in self._places.params.items():
-            entries, key = places[0]
-            slot = entries[key]
-            if slot is not None and params[name].shape != slot.shape:
+        for what, values in (("params", params), ("buffers", buffers)):
+            if not isinstance(values, Mapping):
                 raise StateError(
-                    f"params/{name}: shape {list(params[name].shape)}, expected "
-                    f"{list(slot.shape)}; {hint}"
+                    f"{what}: expected a mapping from names to tensors, as functrain.split "
+                    f"returns it, got {type(values).__name__}"
+                )
+        self._check_fit(params, "params")
+        self._check_fit(buffers, "buffers")
+        for name in sorted(self._places.trainable):
+            self._check_dtype(name, params[name])
+
+    def _check_dtype(self, name: str, param: Tensor) -> None:
+        if not param.is_floating_point() and not param.is_complex():
+            raise StateError(
+                f"params/{name}: dtype {param.dtype}, which cannot be trained; freeze it with "
+                "requires_grad_(False) before functrain.split"
+            )
+        if param.dtype.itemsize < 4 and self.precision.cast is None:
+            raise StateError(
+                f"params/{name}: dtype {param.dtype}, in which small updates are lost; split "
+                "module.float(), and let the precision ('bf16', 'fp16', 'bf16_params') choose the "
+                "dtype of the compute"
+            )
+
+    def _check_fit(self, values: Mapping[str, Tensor], what: str) -> None:
+        """Raise unless `values` have the names and shapes of this architecture."""
+        places = self._places.buffers if what == "buffers" else self._places.params
+        check_names(values, places, what, "they belong to another architecture")
+        for name, ((entries, key), *_) in places.items():
+            slot, value = entries[key], values[name]
+            if not isinstance(value, Tensor):
+                raise StateError(f"{what}/{name}: expected a tensor, got {type(value).__name__}")
+            if slot is not None and value.shape != slot.shape:
+                raise StateError(
+                    f"{what}/{name}: shape {list(value.shape)}, expected {list(slot.shape)}; they "
+                    "belong to another architecture"
                 )
 
     def _check_state(self, state: TrainState) -> None:
-        if not isinstance(state, TrainState):
-            raise StateError(
-                f"state: expected a TrainState from step.init, got {type(state).__name__}"
-            )
+        check_state(state)
+        self._check_fit(state.params, "params")
         if state.optimizer.kind != self.optimizer.kind:
             raise StateError(
                 f"optimizer: this state is {state.optimizer.kind}'s and this step's optimizer is "
@@ -248,17 +315,45 @@ class Step:
                 "state over with step.adopt(state)"
             )
 
+    def _updated(
+        self,
+        grads: Mapping[str, Tensor],
+        state: TrainState,
+        rate: Tensor,
+        applied: Tensor,
+        donate: bool,
+    ) -> tuple[Tensors, OptimizerState]:
+        given = writable_state(state, self._places.trainable) if donate else state
+        own = {slot: items.own for slot, items in given.optimizer.slots.items()}
+        kept = given.params.own
+        params, optimizer = self.optimizer.update(
+            grads, given.optimizer, given.params, rate, applied=applied, donate=donate
+        )
+        if donate:
+            slots = {
+                slot: owning(items, own.get(slot, items.keys()))
+                for slot, items in optimizer.slots.items()
+            }
+            return owning(params, kept), attrs.evolve(optimizer, slots=slots)
+        before = state.optimizer.slots
+        slots = {
+            slot: succeeding(items, before.get(slot, Tensors()))
+            for slot, items in optimizer.slots.items()
+        }
+        return succeeding(params, state.params), attrs.evolve(optimizer, slots=slots)
+
     def _clipped(
         self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], norm: Tensor
-    ) -> Mapping[str, Tensor]:
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """The gradients as they are applied, and their norm before the clipping."""
         if self.transform is not None:
             grads = self.transform(grads, params)
             norm = global_norm(grads)
         if self.max_grad_norm is None:
-            return grads
+            return grads, norm
         # The gradients are this step's own, so they are scaled in place.
         clipped, _ = clip_by_global_norm(grads, self.max_grad_norm, norm=norm, donate=True)
-        return clipped
+        return clipped, norm
 
     def _averaged(
         self, average: Tensors | None, params: Tensors, applied: Tensor
@@ -317,6 +412,16 @@ def make_step(
     `schedule`: a schedule, a constant learning rate, or None for the optimizer's own `lr`. The
     other options are described at `Step`. Raises `ConfigError` for what cannot be combined.
     """
+    known = {field.name for field in attrs.fields(Step) if field.init}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{name}: unknown option; {did_you_mean(name, known)}")
+    if not isinstance(architecture, nn.Module):
+        raise ConfigError(
+            f"architecture: expected the nn.Module that functrain.split returns first, got "
+            f"{type(architecture).__name__}"
+        )
+    _is_optimizer(None, None, optimizer)
     return Step(
         objective=objective,
         architecture=architecture,
@@ -376,6 +481,23 @@ def dpo_step(
     return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
 
 
+def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of an evaluation, each checked; `BatchError` names what is wrong in which."""
+    if isinstance(batches, Mapping):
+        raise BatchError("evaluation: one batch; expected a sequence of batches: [batch]")
+    if not isinstance(batches, Iterable):
+        raise BatchError(
+            f"evaluation: expected batches, got {type(batches).__name__}; of a source, "
+            "functrain.data.all_batches(source, n) makes them"
+        )
+    for index, batch in enumerate(batches):
+        try:
+            step.objective.check(batch, step.value_and_grad.vocabulary)
+        except BatchError as error:
+            raise BatchError(f"evaluation batch {index}: {error}") from error
+        yield batch
+
+
 def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics:
     """The step's objective over `batches`, in eval mode and without gradients.
 
@@ -384,23 +506,23 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     returned, and the global random generators are as before. Raises `BatchError` where there is
     nothing to evaluate.
     """
+    step._check_state(state)
     gradient = step.value_and_grad
     device = device_of(state.params)
     measured = Metrics({})
     weight = torch.zeros((), dtype=torch.int64)
     values = gradient.values(state.params)
-    buffers = clone(state.buffers)
+    buffers = gradient.buffer_values(state.buffers)
     seed = keys.derive(state.key, "evaluate")
     with (
         torch.no_grad(),
-        keys.seeded(seed, device),
         bound(step.architecture, values, buffers, "eval", places=gradient.places) as model,
+        keys.seeded(seed, device),
     ):
-        for batch in batches:
-            step.objective.check(batch, gradient.vocabulary)
+        for batch in checked_batches(step, batches):
             weight = weight + step.objective.weight(batch).to(weight.device)
             with step.precision.context(device):
-                _, metrics = step.objective(model, to_device(batch, device))
+                _, metrics = gradient.measured(model, to_device(batch, device))
             measured = measured.merge(metrics)
     if not measured:
         raise BatchError("batches: none, so there is nothing to evaluate")

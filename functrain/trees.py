@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import (
+    Callable,
+    Collection,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +29,12 @@ class Tensors(dict[str, Tensor]):
     A `dict`, so that `load_state_dict` takes it as it is (`torch.func.functional_call` writes into
     what it is given: hand it `dict(params)`); its mutating methods raise `TypeError`. When a
     donated step has reused the memory, every access raises `ConsumedStateError`.
+
+    It knows which of the tensors no other mapping of functrain's holds (`own`): a donated step
+    writes into the memory of those alone, and into copies of the others.
     """
 
-    __slots__ = ("_consumed_by",)
+    __slots__ = ("_consumed_by", "_own")
 
     def __init__(
         self, items: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (), /, **named: Tensor
@@ -30,6 +42,14 @@ class Tensors(dict[str, Tensor]):
         unsorted = dict(items, **named)
         super().__init__((name, unsorted[name]) for name in sorted(unsorted))
         self._consumed_by: str | None = None
+        self._own: frozenset[str] = frozenset()
+        if isinstance(items, Tensors):
+            items._own = frozenset()
+
+    @property
+    def own(self) -> frozenset[str]:
+        """The names whose memory this mapping alone holds."""
+        return self._own
 
     def consume(self, by: str) -> None:
         """Forget the tensors: from now on each access raises, naming `by`."""
@@ -96,7 +116,7 @@ class Tensors(dict[str, Tensor]):
 
     def copy(self) -> Tensors:
         """A mapping of the same tensors, which lives on when this one is consumed."""
-        return Tensors(self.items())
+        return Tensors(self)
 
     def __repr__(self) -> str:
         if self._consumed_by is not None:
@@ -139,18 +159,52 @@ def map_leaves(function: Callable[[Tensor], Tensor], items: Mapping[str, Tensor]
 
 def clone(items: Mapping[str, Tensor]) -> Tensors:
     """The same values in memory of their own."""
-    return map_leaves(lambda tensor: tensor.detach().clone(), items)
+    return owning(map_leaves(lambda tensor: tensor.detach().clone(), items))
+
+
+def owning(items: Tensors, names: Iterable[str] | None = None) -> Tensors:
+    """`items` itself, now known to hold the memory of these names (of all) alone."""
+    items._own = frozenset(items if names is None else names)
+    return items
+
+
+def writable(items: Tensors, names: Collection[str] | None = None) -> Tensors:
+    """`items` with copies of those of `names` (of all) whose memory others may hold too."""
+    wanted = items.keys() if names is None else names
+    shared = {name for name in wanted if name not in items.own}
+    if not shared:
+        return items
+    kept = items.own
+    copied = Tensors({n: t.detach().clone() if n in shared else t for n, t in items.items()})
+    return owning(copied, kept | shared)
+
+
+def succeeding(new: Mapping[str, Tensor], old: Tensors) -> Tensors:
+    """`new` as the successor of `old`: what both hold is from now on nobody's own."""
+    items = old.copy() if new is old else tensors(new)
+    both = {name for name, tensor in items.items() if tensor is old.get(name)}
+    if both:
+        owning(old, old.own - both)
+    return owning(items, items.keys() - both)
 
 
 def select(items: Mapping[str, Tensor], *patterns: str) -> Tensors:
     """The tensors whose names match one of the shell patterns; a pattern without match raises."""
-    return Tensors({name: items[name] for name in _matching(items, patterns)})
+    return _sharing(items, {name: items[name] for name in _matching(items, patterns)})
 
 
 def zero(items: Mapping[str, Tensor], *patterns: str) -> Tensors:
     """The same mapping with the matching tensors replaced by zeros (a LoRA reference, say)."""
     zeroed = set(_matching(items, patterns))
-    return Tensors({n: torch.zeros_like(t) if n in zeroed else t for n, t in items.items()})
+    zeros = {n: torch.zeros_like(t) if n in zeroed else t for n, t in items.items()}
+    return _sharing(items, zeros)
+
+
+def _sharing(items: Mapping[str, Tensor], some: Mapping[str, Tensor]) -> Tensors:
+    """A mapping that holds tensors of `items` too."""
+    if isinstance(items, Tensors):
+        owning(items, ())
+    return Tensors(some)
 
 
 def _matching(items: Mapping[str, Tensor], patterns: Iterable[str]) -> list[str]:

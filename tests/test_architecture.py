@@ -274,18 +274,24 @@ def test_which_parameters_are_trained_and_which_go_with_statistics() -> None:
 
 
 class Named(nn.Module):
-    """Two embeddings, of which the model says which is the input's."""
+    """Several embeddings, of which the model says which is the input's, or its head shows it."""
 
-    def __init__(self, says: bool) -> None:
+    def __init__(self, says: bool = False, head: bool = False, other: str = "segments") -> None:
         super().__init__()
-        self.positions, self.tokens = nn.Embedding(7, 2), nn.Embedding(19, 2)
+        self.add_module(other, nn.Embedding(7, 2))
+        self.tokens = nn.Embedding(19, 2)
         if says:
             self.get_input_embeddings = lambda: self.tokens
+        if head:
+            self.head = nn.Linear(2, 19)
 
 
 def test_the_vocabulary_is_known_where_it_can_be_told() -> None:
     assert binding.vocabulary_of(zoo.Tied()) == zoo.VOCABULARY
     assert binding.vocabulary_of(zoo.decoder()) == zoo.VOCABULARY
     assert binding.vocabulary_of(Named(says=True)) == 19
-    assert binding.vocabulary_of(Named(says=False)) is None
+    assert binding.vocabulary_of(Named()) is None
+    assert binding.vocabulary_of(Named(head=True)) == 19
+    for positions in ("wpe", "position_embedding", "pos_emb"):
+        assert binding.vocabulary_of(Named(other=positions)) == 19
     assert binding.vocabulary_of(nn.Linear(2, 2)) is None

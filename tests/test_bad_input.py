@@ -122,6 +122,11 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_grad_norm": 0.0}, "max_grad_norm: 0.0"),
     ({"max_grad_norm": float("nan")}, "max_grad_norm: nan"),
     ({"ema_decay": 1.0}, "ema_decay: 1.0"),
+    ({"max_grad_norm": "1"}, "max_grad_norm: '1'"),
+    ({"ema_decay": "x"}, "ema_decay: 'x'"),
+    ({"precision": None}, "precision: None is unknown"),
+    ({"precision": torch.bfloat16}, "precision: torch.bfloat16 is unknown"),
+    ({"max_grad_nrm": 1.0}, "max_grad_nrm: unknown option; did you mean 'max_grad_norm'"),
 ]
 
 
@@ -136,6 +141,11 @@ PREFERENCES: list[tuple[dict[str, Any], str]] = [
     ({"beta": 0.0}, "beta: 0.0"),
     ({"beta": float("inf")}, "beta: inf"),
     ({"label_smoothing": 0.5}, "label_smoothing: 0.5"),
+    ({"label_smoothing": None}, "label_smoothing: None"),
+    ({"beta": "0.1"}, "beta: '0.1'"),
+    ({"refrence": {}}, "refrence: unknown option"),
+    ({"reference": 3}, "reference: expected params, .* got int"),
+    ({"reference": torch.nn.Linear(2, 2)}, "reference: expected params, .* got Linear"),
     ({"loss": "hinge", "label_smoothing": 0.1}, "'hinge' loss has none"),
 ]
 
@@ -219,7 +229,7 @@ def test_a_state_of_another_step_is_named() -> None:
     averaged = attrs.evolve(step, ema_decay=0.9)
     with pytest.raises(ft.StateError, match=r"average: .*step.adopt"):
         averaged(state, zoo.batch())
-    with pytest.raises(ft.StateError, match=r"expected a TrainState from step.init, got dict"):
+    with pytest.raises(ft.StateError, match=r"state: expected a TrainState, .* got dict"):
         step({}, zoo.batch())
 
 
@@ -233,3 +243,156 @@ def test_a_module_that_was_split_before_is_named() -> None:
     architecture, _, _ = zoo.split("tied")
     with pytest.raises(ft.ArchitectureError, match="on the meta device"):
         ft.split(architecture)
+
+
+ROWS = {
+    "labels of more rows": (_changed(labels=torch.zeros(8, 8, dtype=torch.int64)), "labels"),
+    "a mask of more rows": (
+        _changed(attention_mask=torch.ones(7, 8, dtype=torch.int64)),
+        "attention_mask",
+    ),
+    "no mask": ({**zoo.batch(), "attention_mask": None}, "attention_mask: expected a tensor"),
+    "a number": (_changed(idx=3), "idx: unknown key"),
+    "labels of fewer rows": (_changed(labels=torch.zeros(2, 8, dtype=torch.int64)), "labels"),
+    "ids of three dimensions": (_changed(input_ids=torch.zeros(1, 4, 8).long()), r"\[1, 4, 8\]"),
+    "nothing": (None, "expected a mapping or a sequence of micro-batches, got NoneType"),
+    "a number alone": (3, "expected a mapping or a sequence of micro-batches, got int"),
+}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_does_not_fit_together_is_named_before_it_is_sliced(
+    name: str, microbatches: int
+) -> None:
+    batch, message = ROWS[name]
+    step, state = _step(microbatches=microbatches)
+    with pytest.raises(ft.BatchError, match=message):
+        step(state, batch)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_pairs_that_are_none_are_named(microbatches: int) -> None:
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.dpo_step(architecture, ft.optim.adamw(), reference=params, microbatches=microbatches)
+    state = step.init(ft.trees.clone(params), buffers)
+    uneven = {"chosen": zoo.batch(), "rejected": zoo.batch(examples=6)}
+    logps = {"chosen": torch.zeros(6), "rejected": torch.zeros(9)}
+    for bad in (uneven, {**zoo.pairs(), "reference_logps": logps}, {"chosen": None}):
+        with pytest.raises(ft.BatchError):
+            step(state, bad)
+    with pytest.raises(ft.BatchError):
+        step(state, {**zoo.pairs(), "reference_logps": None})
+
+
+def test_slicing_refuses_what_a_gradient_of_ones_own_would_be_given() -> None:
+    from functrain.objectives.batches import split_batch
+
+    with pytest.raises(ft.BatchError, match=r"labels: 8 rows, and the batch has 4 examples"):
+        split_batch(_changed(labels=torch.zeros(8, 8)), 2)
+
+
+class Wider(zoo.Tied):
+    def __init__(self) -> None:
+        super().__init__(width=20)
+
+
+def test_values_of_another_shape_are_named() -> None:
+    """The names fit; without a look at the shapes both would compute something."""
+    architecture, params, buffers = zoo.split("tied")
+    _, other, others = ft.split(Wider())
+    with pytest.raises(ft.StateError, match=r"reference/embedding.weight: shape \[31, 20\]"):
+        ft.dpo_step(architecture, ft.optim.adamw(), reference=other)
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    wide, _, _ = ft.split(Wider())
+    foreign = ft.pretrain_step(wide, ft.optim.adamw()).init(other, others)
+    with pytest.raises(ft.StateError, match=r"params/embedding.weight: shape \[31, 20\]"):
+        step(foreign, zoo.batch())
+    with pytest.raises(ft.StateError, match=r"params/embedding.weight: shape \[31, 20\]"):
+        ft.evaluate(step, foreign, [zoo.batch()])
+    arrays = {name: tensor.numpy() for name, tensor in params.items()}
+    with pytest.raises(ft.StateError, match="params/embedding.weight: expected a tensor, got nd"):
+        step.init(arrays, buffers)  # type: ignore[arg-type]
+    with pytest.raises(ft.StateError, match="buffers: expected a mapping.*got NoneType"):
+        step.init(params, None)  # type: ignore[arg-type]
+
+
+class Learned(torch.nn.Module):
+    """Tokens and positions in two tables, of which nothing says which is which."""
+
+    def __init__(self, head: int = 31) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Embedding(31, 8), torch.nn.Embedding(9, 8)
+        self.out = torch.nn.Linear(8, head)
+
+    def forward(self, input_ids: Any) -> Any:
+        places = torch.arange(input_ids.shape[1])
+        return self.out(self.first(input_ids) + self.second(places))
+
+
+@pytest.mark.parametrize(
+    ("head", "time", "change"),
+    [(30, 8, {"input_ids": 31}), (30, 8, {"labels": 30}), (31, 10, {})],
+    ids=["an id", "a label", "a position"],
+)
+def test_an_index_that_only_the_model_can_judge_is_a_bad_batch(
+    head: int, time: int, change: dict[str, int]
+) -> None:
+    architecture, params, buffers = ft.split(Learned(head))
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    state = step.init(params, buffers)
+    batch = zoo.batch(time=time)
+    batch["labels"] = batch["labels"].clamp(max=head - 1)
+    for key, value in change.items():
+        batch[key] = batch[key].clone()
+        batch[key][1, 2] = value
+    for run in (lambda: step(state, batch), lambda: ft.evaluate(step, state, [batch])):
+        with pytest.raises(ft.BatchError, match="the model has no place for one of its indices"):
+            run()
+
+
+def test_a_whole_number_cannot_be_trained() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    with pytest.raises(ft.StateError, match=r"params/mix.bias: dtype torch.int64, which cannot"):
+        step.init({**params, "mix.bias": torch.zeros(16, dtype=torch.int64)}, buffers)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (ft.optim.adamw, r"has not been called: adamw\(\)"),
+        (torch.optim.AdamW, r"from_torch\(AdamW, …\)"),
+        (torch.optim.AdamW([torch.zeros(1)]), r"from_torch\(torch.optim.AdamW, …\)"),
+        ("adamw", "optimizer: str, expected one of functrain.optim"),
+    ],
+    ids=["not called", "a class of torch's", "an optimizer of torch's", "a name"],
+)
+def test_what_is_no_optimizer_is_named(optimizer: Any, message: str) -> None:
+    architecture, _, _ = zoo.split("tied")
+    for schedule in (None, 1e-3):
+        with pytest.raises(ft.ConfigError, match=message):
+            ft.pretrain_step(architecture, optimizer, schedule=schedule)
+
+
+def test_what_is_no_architecture_is_named() -> None:
+    with pytest.raises(ft.ConfigError, match="architecture: expected the nn.Module"):
+        ft.pretrain_step({}, ft.optim.adamw())  # type: ignore[arg-type]
+    with pytest.raises(ft.ArchitectureError, match="expected an nn.Module, got dict"):
+        ft.split({})  # type: ignore[arg-type]
+    architecture, _, _ = ft.split(zoo.Tied().requires_grad_(False))
+    with pytest.raises(ft.ConfigError, match="every parameter is frozen"):
+        ft.pretrain_step(architecture, ft.optim.adamw())
+
+
+def test_what_is_no_state_is_named(tmp_path: Any) -> None:
+    step, state = _step()
+    for use in (ft.fingerprint, step.adopt, lambda s: ft.evaluate(step, s, [zoo.batch()])):
+        with pytest.raises(ft.StateError, match="expected a TrainState, .* got int"):
+            use(3)
+    with pytest.raises(ft.StateError, match="expected a TrainState, .* got Tensors"):
+        ft.save(tmp_path, state.params)
+    ft.save(tmp_path, state)
+    for like in (step, None):
+        with pytest.raises(ft.StateError, match="like: expected a TrainState"):
+            ft.load(tmp_path, like=like)

@@ -127,11 +127,53 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"steps": 1, "save_every": 2}, "nowhere to save"),
     ({"steps": 1, "evaluation": []}, "evaluation: no batches"),
     ({"steps": 1, "evaluation": zoo.batch()}, r"evaluation: one batch; .*\[batch\]"),
+    ({"steps": 1, "evaluation": [zoo.batch(), {"input_ids": 1}]}, "evaluation batch 1: labels"),
+    ({"steps": 1, "evaluation": zoo.Batches()}, "evaluation: expected batches.*all_batches"),
+    ({"epochs": 0}, "epochs: 0, expected a positive number"),
+    ({"epochs": -1}, "epochs: -1"),
+    ({"epochs": 1e-6}, "epochs: 1e-06, .* of at least one of the source's 40"),
+    ({"epochs": float("nan")}, "epochs: nan"),
+    ({"epochs": float("inf")}, "epochs: inf"),
+    ({"epochs": "1"}, "epochs: '1'"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_bad_arguments_are_answered_at_the_call(options: Any, message: str) -> None:
     step, state = _run()
-    with pytest.raises(ft.ConfigError, match=message):
+    with pytest.raises(ft.FunctrainError, match=message):
         ft.train(step, state, zoo.Batches(), **options)
+
+
+def test_a_misplaced_argument_is_named() -> None:
+    step, state = _run()
+    with pytest.raises(ft.ConfigError, match=r"expected \(step, state, source\), got TrainState"):
+        ft.train(state, step, zoo.Batches(), steps=1)  # type: ignore[arg-type]
+    with pytest.raises(ft.ConfigError, match=r"type list has no at\(position, n\)"):
+        ft.train(step, state, [zoo.batch()], steps=1)  # type: ignore[arg-type]
+    run = ft.train(step, state, zoo.Batches(), steps=2)
+    next(run)
+    with pytest.raises(ft.StateError, match="send: expected a TrainState, got int"):
+        run.send(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [{}, None, 3, {"input_ids": [1]}, {"labels": [1]}], ids=repr)
+def test_a_sources_bad_batch_is_named(bad: Any) -> None:
+    class Bad(zoo.Batches):
+        def at(self, position: int, n: int) -> Any:
+            return bad
+
+    step, state = _run()
+    with pytest.raises(ft.BatchError):
+        next(ft.train(step, state, Bad(), steps=1))
+
+
+def test_a_source_may_give_ready_micro_batches() -> None:
+    class Ready(zoo.Batches):
+        def at(self, position: int, n: int) -> Any:
+            return [zoo.batch(position, 3), zoo.batch(position + 1, n - 3, time=5)]
+
+    step, state = _run()
+    state, metrics = next(ft.train(step, state, Ready(), steps=1))
+    assert state.cursor.samples == 4
+    assert state.cursor.tokens == float(metrics["num_tokens"])

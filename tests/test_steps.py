@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attrs
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 
 import functrain as ft
@@ -242,3 +245,147 @@ def test_evaluation_is_in_eval_mode_and_of_every_stage() -> None:
     )
     measured = ft.evaluate(preferring, preferring.adopt(state), [zoo.pairs()])
     assert {"eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"} <= set(measured)
+
+
+class Routed(zoo.Tied):
+    """A parameter that the loss reaches only where the batch has a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(16, 16)
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        hidden = self.embedding(input_ids)
+        if attention_mask is not None:
+            hidden = hidden + self.extra(hidden)
+        return self.head(self.norm(hidden))
+
+
+@pytest.mark.parametrize("optimizer", [ft.optim.adamw(1e-2), ft.optim.sgd(1e-1, momentum=0.9)])
+def test_a_donated_step_leaves_the_states_before_its_own_alone(optimizer: Any) -> None:
+    """What a pure step did not touch, its result shares with the state that it was given."""
+    architecture, params, buffers = ft.split(Routed())
+    step = ft.pretrain_step(architecture, optimizer)
+    first = step.init(ft.trees.clone(params), buffers)
+    routed = zoo.batch() | {"attention_mask": torch.ones(4, 8, dtype=torch.int64)}
+    first, _ = step(first, routed)
+    before = ft.fingerprint(first)
+    second, _ = step(first, zoo.batch())
+    assert second.params["extra.weight"] is first.params["extra.weight"]
+    expected, _ = step(second, routed)
+    third, _ = step(second, routed, donate=True)
+    assert ft.fingerprint(first) == before
+    assert ft.fingerprint(third) == ft.fingerprint(expected)
+    # And the other way round: the older of the two is donated, the younger lives.
+    younger, _ = step(third, zoo.batch())
+    kept = ft.fingerprint(younger)
+    step(third, routed, donate=True)
+    assert ft.fingerprint(younger) == kept
+
+
+def test_a_skipped_step_shares_nothing_that_a_donation_would_consume() -> None:
+    step, state = _made(transform=_not_a_number)
+    skipped, metrics = step(state, zoo.batch())
+    assert metrics["skipped"] == 1
+    attrs.evolve(step, transform=None)(skipped, zoo.batch(), donate=True)
+    assert ft.fingerprint(state)
+
+
+def test_a_mapping_of_ones_own_is_not_overwritten() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    own = dict(params)
+    digests = {name: ft.trees.digest(tensor) for name, tensor in own.items()}
+    copied = params.copy()
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    for given in (own, params):
+        state = step.init(given, buffers)
+        step(state, zoo.batch(), donate=True)
+        assert {name: ft.trees.digest(tensor) for name, tensor in own.items()} == digests
+        assert {name: ft.trees.digest(tensor) for name, tensor in copied.items()} == digests
+
+
+def test_a_donated_step_copies_nothing_that_is_its_own() -> None:
+    step, state = _made()
+    addresses = [tensor.data_ptr() for tensor in state.params.values()]
+    for _ in range(3):
+        state, _ = step(state, zoo.batch(), donate=True)
+        assert [tensor.data_ptr() for tensor in state.params.values()] == addresses
+
+
+def _not_a_number(grads: Any, params: Any) -> Any:
+    del params
+    return {name: grad * float("nan") for name, grad in grads.items()}
+
+
+def test_a_transform_that_makes_nan_is_a_skipped_step() -> None:
+    step, state = _made(transform=_not_a_number, max_grad_norm=1.0)
+    after, metrics = step(state, zoo.batch())
+    assert metrics["skipped"] == 1
+    assert ft.trees.digest(after.params["mix.weight"]) == ft.trees.digest(
+        state.params["mix.weight"]
+    )
+
+
+def test_the_callers_contexts_change_no_bit() -> None:
+    step, state = _made()
+    expected = ft.fingerprint(step(state, zoo.batch())[0])
+    contexts = (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16))
+    batch = zoo.batch()
+    for context in contexts:
+        with context:
+            after, _ = step(state, batch)
+        assert ft.fingerprint(after) == expected
+        step(after, zoo.batch())
+
+
+def test_threads_with_models_of_their_own_have_the_bits_of_one() -> None:
+    made = [_made("normed") for _ in range(4)]
+    expected = [ft.fingerprint(step(state, zoo.batch())[0]) for step, state in made]
+    before = torch.default_generator.get_state()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            found = list(pool.map(lambda one: ft.fingerprint(one[0](one[1], zoo.batch())[0]), made))
+            assert found == expected
+    assert torch.equal(torch.default_generator.get_state(), before)
+
+
+class Positions(zoo.Tied):
+    """A classic table of positions: a persistent floating-point buffer in the main path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(8, 16))
+        self.own = torch.nn.Parameter(torch.randn(16))
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        hidden = self.embedding(input_ids) + self.table[: input_ids.shape[1]] + self.own
+        return self.head(self.norm(self.mix(hidden)))
+
+
+def test_bf16_params_cast_a_models_buffers_as_the_module_would_be() -> None:
+    module = Positions()
+    plain = copy.deepcopy(module).bfloat16()
+    architecture, params, buffers = ft.split(module)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), precision="bf16_params")
+    state, metrics = step(step.init(params, buffers), zoo.batch())
+    batch = zoo.batch()
+    logits = plain(batch["input_ids"])[:, :-1].float().flatten(0, 1)
+    loss = F.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+    assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert state.buffers["table"].dtype == torch.float32
+    assert torch.equal(state.buffers["table"], buffers["table"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_half_precision_params_are_refused_where_updates_would_be_lost(precision: str) -> None:
+    architecture, params, buffers = ft.split(zoo.Tied().bfloat16())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), precision=precision)
+    with pytest.raises(ft.StateError, match=r"params/embedding.weight: dtype .*bfloat16"):
+        step.init(params, buffers)
+
+
+def test_bf16_params_keep_a_float32_master_of_a_bfloat16_model() -> None:
+    architecture, params, buffers = ft.split(zoo.Tied().bfloat16())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), precision="bf16_params")
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    assert {tensor.dtype for tensor in state.params.values()} == {torch.float32}

@@ -25,7 +25,7 @@ from functrain.checkpoint.manifest import (
     step_of,
 )
 from functrain.errors import ArchitectureError, CheckpointError
-from functrain.state import TrainState
+from functrain.state import TrainState, check_state
 from functrain.trees import Tensors
 
 
@@ -36,6 +36,7 @@ def save(directory: str | os.PathLike[str], state: TrainState) -> Path:
     the manifest last, and one rename puts them in place. The step's checkpoint being there already
     is fine where it holds the same state, and raises `CheckpointError` where it does not.
     """
+    check_state(state)
     root = Path(directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,7 @@ def load(directory: str | os.PathLike[str], *, like: TrainState) -> TrainState:
     `CheckpointError` for what is missing, altered, or of another architecture, optimizer or
     precision, naming the first difference.
     """
+    check_state(like, "like")
     path = located(directory)
     entries = read_manifest(path)
     files = {name: read_verified(path, name, entry) for name, entry in entries.items()}

@@ -49,6 +49,11 @@ def check_sequences(batch: Batch, vocabulary: int | None, where: str = "") -> No
         raise BatchError(
             f"{where}input_ids: shape {list(ids.shape)}, expected [batch, time] with neither 0"
         )
+    if "attention_mask" in batch:
+        allowed = (*_INTEGERS, torch.bool)
+        _checked_tensor(batch["attention_mask"], f"{where}attention_mask", allowed)
+    if "position_ids" in batch:
+        _checked_tensor(batch["position_ids"], f"{where}position_ids", _INTEGERS)
     for key in batch:
         if batch[key].shape != ids.shape:
             raise BatchError(
@@ -58,12 +63,8 @@ def check_sequences(batch: Batch, vocabulary: int | None, where: str = "") -> No
     _check_range(ids, f"{where}input_ids", 0, vocabulary)
     _check_labels(labels, f"{where}labels", vocabulary)
     if "attention_mask" in batch:
-        mask = _checked_tensor(
-            batch["attention_mask"], f"{where}attention_mask", (*_INTEGERS, torch.bool)
-        )
-        _check_range(mask, f"{where}attention_mask", 0, 2)
+        _check_range(batch["attention_mask"], f"{where}attention_mask", 0, 2)
     if "position_ids" in batch:
-        _checked_tensor(batch["position_ids"], f"{where}position_ids", _INTEGERS)
         _check_range(batch["position_ids"], f"{where}position_ids", 0, None)
 
 
@@ -109,8 +110,10 @@ def count_targets(batch: Batch) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def targets_in(batch: Batch) -> Tensor:
+def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
     """`count_targets` of a batch of any form: chosen and rejected count both."""
+    if not isinstance(batch, Mapping):
+        return torch.stack([targets_in(each) for each in batch]).sum()
     if "labels" in batch:
         return count_targets(batch)
     nested = [value for value in batch.values() if isinstance(value, Mapping) and "labels" in value]
@@ -135,6 +138,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     if parts == 1:
         return [batch]
     examples = examples_in(batch)
+    _check_rows(batch, examples, "")
     if examples % parts:
         raise BatchError(
             f"microbatches={parts} does not divide the batch's {examples} examples; choose a "
@@ -142,6 +146,19 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
         )
     size = examples // parts
     return [_slice(batch, i * size, (i + 1) * size) for i in range(parts)]
+
+
+def _check_rows(batch: Batch, examples: int, where: str) -> None:
+    """Raise `BatchError` for what cannot be sliced, or not into the same examples."""
+    for key, value in batch.items():
+        if isinstance(value, Mapping):
+            _check_rows(value, examples, f"{where}{key}.")
+        elif not isinstance(value, Tensor) or not value.ndim:
+            raise BatchError(f"{where}{key}: expected a tensor, got {type(value).__name__}")
+        elif value.shape[0] != examples:
+            raise BatchError(
+                f"{where}{key}: {value.shape[0]} rows, and the batch has {examples} examples"
+            )
 
 
 def _slice(batch: Batch, start: int, stop: int) -> Batch:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from functrain import metrics as m
 from functrain.architecture import Mode
-from functrain.errors import BatchError, ConfigError, did_you_mean
+from functrain.errors import BatchError, ConfigError, did_you_mean, is_number
 from functrain.metrics import Metrics
 from functrain.objectives.base import logits_of
 from functrain.objectives.batches import (
@@ -23,7 +23,7 @@ from functrain.objectives.batches import (
 )
 from functrain.objectives.logprobs import completion_logps, token_metrics
 from functrain.objectives.reference import reference_logps
-from functrain.trees import Tensors, tensors
+from functrain.trees import Tensors, clone
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -101,7 +101,15 @@ def _loss_name(_instance: object, _attribute: object, name: str) -> None:
 
 
 def _optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
-    return None if value is None else tensors(value)
+    """A plain mapping is copied: a step may donate the memory that it was made of."""
+    if value is None or isinstance(value, Tensors):
+        return value
+    if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
+        raise ConfigError(
+            "reference: expected params, a mapping from names to tensors as functrain.split or "
+            f"state.params has them, got {type(value).__name__}"
+        )
+    return clone(value)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -125,10 +133,12 @@ class PreferenceOptimization:
     batch_coupled: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        if not 0 < self.beta < float("inf"):
-            raise ConfigError(f"beta: {self.beta}, expected a positive finite number")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing: {self.label_smoothing}, expected [0, 0.5)")
+        if not is_number(self.beta) or not 0 < self.beta < float("inf"):
+            raise ConfigError(f"beta: {self.beta!r}, expected a positive finite number")
+        if not is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(
+                f"label_smoothing: {self.label_smoothing!r}, expected a number in [0, 0.5)"
+            )
         if self.label_smoothing and self.loss not in SMOOTHED:
             raise ConfigError(
                 f"label_smoothing: the {self.loss!r} loss has none; it has a meaning for "
@@ -158,6 +168,8 @@ class PreferenceOptimization:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The summed loss with the metrics that DPO dashboards know.
+
+        `perplexity` is the policy's, by token of the chosen completions.
 
         Policy and reference take one forward each, over chosen and rejected together.
         """
@@ -200,7 +212,9 @@ class PreferenceOptimization:
             "logps/chosen": logps.chosen.sum(),
             "logps/rejected": logps.rejected.sum(),
         }
-        return Metrics({name: m.mean(value, pairs) for name, value in sums.items()})
+        perplexity = m.exponential(-logps.chosen.sum(), logps.chosen_length.sum())
+        means = {name: m.mean(value, pairs) for name, value in sums.items()}
+        return Metrics({**means, "perplexity": perplexity})
 
     def kept(self) -> Mapping[str, Tensor] | None:
         """The reference."""

@@ -82,6 +82,9 @@ def test_each_loss_and_metric_is_its_formula(
         "logps/chosen": sum(p[0] for p, _ in by_hand["chosen"]) / pairs,
         "logps/rejected": sum(p[0] for p, _ in by_hand["rejected"]) / pairs,
         "num_tokens": sum(a + b for a, b in lengths),
+        "perplexity": math.exp(
+            -sum(float(p[0]) for p, _ in by_hand["chosen"]) / sum(a for a, _ in lengths)
+        ),
     }
     _, reference_params, _ = ft.split(reference)
     architecture, params, buffers = ft.split(policy)
