@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from functrain import keys
 from functrain.architecture import Slots, bound, bound_buffers, slots, vocabulary_of
-from functrain.errors import BatchError, ConfigError
+from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.base import Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
@@ -196,6 +196,11 @@ class _Sum:
 
     def add(self) -> None:
         for name, leaf in self._leaves.items():
+            if leaf.grad is not None and leaf.grad.layout != torch.strided:
+                raise ArchitectureError(
+                    f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
+                    "take; build its nn.Embedding with sparse=False"
+                )
             if leaf.grad is None or leaf.dtype == self._dtypes[name]:
                 continue
             wide = leaf.grad.to(self._dtypes[name])

@@ -311,9 +311,9 @@ def test_values_of_another_shape_are_named() -> None:
     with pytest.raises(ft.StateError, match=r"params/embedding.weight: shape \[31, 20\]"):
         ft.evaluate(step, foreign, [zoo.batch()])
     arrays = {name: tensor.numpy() for name, tensor in params.items()}
-    with pytest.raises(ft.StateError, match="params/embedding.weight: expected a tensor, got nd"):
+    with pytest.raises(ft.StateError, match=r"params/embedding.weight: expected a tensor, got nd"):
         step.init(arrays, buffers)  # type: ignore[arg-type]
-    with pytest.raises(ft.StateError, match="buffers: expected a mapping.*got NoneType"):
+    with pytest.raises(ft.StateError, match=r"buffers: expected a mapping.*got NoneType"):
         step.init(params, None)  # type: ignore[arg-type]
 
 
@@ -376,9 +376,9 @@ def test_what_is_no_optimizer_is_named(optimizer: Any, message: str) -> None:
 
 
 def test_what_is_no_architecture_is_named() -> None:
-    with pytest.raises(ft.ConfigError, match="architecture: expected the nn.Module"):
+    with pytest.raises(ft.ConfigError, match=r"architecture: expected the nn.Module"):
         ft.pretrain_step({}, ft.optim.adamw())  # type: ignore[arg-type]
-    with pytest.raises(ft.ArchitectureError, match="expected an nn.Module, got dict"):
+    with pytest.raises(ft.ArchitectureError, match=r"expected an nn.Module, got dict"):
         ft.split({})  # type: ignore[arg-type]
     architecture, _, _ = ft.split(zoo.Tied().requires_grad_(False))
     with pytest.raises(ft.ConfigError, match="every parameter is frozen"):
@@ -388,11 +388,21 @@ def test_what_is_no_architecture_is_named() -> None:
 def test_what_is_no_state_is_named(tmp_path: Any) -> None:
     step, state = _step()
     for use in (ft.fingerprint, step.adopt, lambda s: ft.evaluate(step, s, [zoo.batch()])):
-        with pytest.raises(ft.StateError, match="expected a TrainState, .* got int"):
+        with pytest.raises(ft.StateError, match=r"expected a TrainState, .* got int"):
             use(3)
-    with pytest.raises(ft.StateError, match="expected a TrainState, .* got Tensors"):
+    with pytest.raises(ft.StateError, match=r"expected a TrainState, .* got Tensors"):
         ft.save(tmp_path, state.params)
     ft.save(tmp_path, state)
     for like in (step, None):
         with pytest.raises(ft.StateError, match="like: expected a TrainState"):
             ft.load(tmp_path, like=like)
+
+
+def test_a_sparse_gradient_is_named() -> None:
+    module = zoo.Tied()
+    module.embedding.sparse = True
+    module.head.weight = torch.nn.Parameter(torch.randn(31, 16))
+    architecture, params, buffers = ft.split(module)
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    with pytest.raises(ft.ArchitectureError, match=r"embedding.weight: its gradient is sparse"):
+        step(step.init(params, buffers), zoo.batch())
