@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,6 +15,7 @@ from functrain.optimizers.base import (
     Group,
     OptimizerState,
     advanced,
+    as_groups,
     check_update,
     checked,
     grouped,
@@ -36,7 +37,7 @@ def adamw(
     amsgrad: bool = False,
     maximize: bool = False,
     fused: bool = True,
-    groups: Sequence[Group] = (),
+    groups: Iterable[Group] = (),
 ) -> Adam:
     """AdamW (Loshchilov & Hutter, 1711.05101), bit-equal to `torch.optim.AdamW(fused=fused)`."""
     return Adam(
@@ -48,7 +49,7 @@ def adamw(
         amsgrad=amsgrad,
         maximize=maximize,
         fused=fused,
-        groups=tuple(groups),
+        groups=groups,
     )
 
 
@@ -61,7 +62,7 @@ def adam(
     amsgrad: bool = False,
     maximize: bool = False,
     fused: bool = True,
-    groups: Sequence[Group] = (),
+    groups: Iterable[Group] = (),
 ) -> Adam:
     """Adam (Kingma & Ba, 1412.6980), bit-equal to `torch.optim.Adam(fused=fused)`."""
     return Adam(
@@ -73,7 +74,7 @@ def adam(
         amsgrad=amsgrad,
         maximize=maximize,
         fused=fused,
-        groups=tuple(groups),
+        groups=groups,
     )
 
 
@@ -89,7 +90,7 @@ class Adam:
     amsgrad: bool = False
     maximize: bool = False
     fused: bool = True
-    groups: tuple[Group, ...] = ()
+    groups: tuple[Group, ...] = attrs.field(default=(), converter=as_groups)
 
     def __attrs_post_init__(self) -> None:
         # torch's own constructor checks the ranges and words the errors.

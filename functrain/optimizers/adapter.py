@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -15,6 +15,7 @@ from functrain.optimizers.base import (
     Group,
     OptimizerState,
     advanced,
+    as_groups,
     check_update,
     checked,
     grouped,
@@ -31,7 +32,7 @@ def sgd(
     *,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
-    groups: Sequence[Group] = (),
+    groups: Iterable[Group] = (),
     **options: Any,
 ) -> Adapter:
     """SGD with momentum, as `torch.optim.SGD`."""
@@ -45,7 +46,7 @@ def sgd(
     )
 
 
-def adafactor(lr: float = 1e-2, *, groups: Sequence[Group] = (), **options: Any) -> Adapter:
+def adafactor(lr: float = 1e-2, *, groups: Iterable[Group] = (), **options: Any) -> Adapter:
     """Adafactor (Shazeer & Stern, 1804.04235), as `torch.optim.Adafactor`."""
     return from_torch(torch.optim.Adafactor, lr=lr, groups=groups, **options)
 
@@ -54,7 +55,7 @@ def from_torch(
     cls: Callable[..., torch.optim.Optimizer],
     *,
     lr: float = 1e-3,
-    groups: Sequence[Group] = (),
+    groups: Iterable[Group] = (),
     **options: Any,
 ) -> Adapter:
     """Any `torch.optim.Optimizer` class as a pure pair: `from_torch(torch.optim.RAdam, eps=1e-6)`.
@@ -62,7 +63,7 @@ def from_torch(
     The class must keep its state per parameter (tensors and numbers), as the interface says; one
     that writes into its parameter groups, or needs a closure, is refused with `ConfigError`.
     """
-    return Adapter(cls=cls, lr=lr, options=options, groups=tuple(groups))
+    return Adapter(cls=cls, lr=lr, options=options, groups=groups)
 
 
 @attrs.frozen(kw_only=True)
@@ -77,7 +78,7 @@ class Adapter:
     cls: Callable[..., torch.optim.Optimizer]
     lr: float
     options: Mapping[str, Any]
-    groups: tuple[Group, ...] = ()
+    groups: tuple[Group, ...] = attrs.field(default=(), converter=as_groups)
 
     def __attrs_post_init__(self) -> None:
         every: list[Mapping[str, Any]] = [{}, *(g.options for g in self.groups)]
@@ -85,6 +86,7 @@ class Adapter:
             merged = {**self.options, **{k: v for k, v in options.items() if k != "lr_scale"}}
             if "lr" in merged:
                 raise ConfigError(f"{self.kind}: a group's share of the learning rate is lr_scale")
+            _refuse_graphs(self.kind, merged)
             _refuse_closure(self.kind, checked(self.cls, lr=self.lr, **merged))
 
     @property
@@ -100,7 +102,7 @@ class Adapter:
         if params:
             try:
                 self._optimizer({name: p.detach() for name, p in params.items()}, self.lr)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (AssertionError, TypeError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"{self.kind}: {error}") from error
         return OptimizerState(kind=self.kind, count=zero_count(params), slots={})
 
@@ -154,12 +156,23 @@ class Adapter:
     def _optimizer(
         self, leaves: Mapping[str, Tensor], learning_rate: Tensor | float
     ) -> torch.optim.Optimizer:
-        param_groups = []
-        for options, names in grouped(self.groups, leaves, leaves):
-            own = {k: v for k, v in options.items() if k != "lr_scale"}
-            rate = float(rate_of(learning_rate, options))
-            param_groups.append({"params": [leaves[n] for n in names], "lr": rate, **own})
-        return self.cls(param_groups, lr=float(learning_rate), **self.options)
+        # Made with the optimizer's own rate, and set as schedulers set it: many a class refuses a
+        # rate of 0, with which a warmup begins.
+        groups = list(grouped(self.groups, leaves, leaves))
+        optimizer = self.cls(
+            [
+                {
+                    "params": [leaves[n] for n in names],
+                    **{k: v for k, v in options.items() if k != "lr_scale"},
+                }
+                for options, names in groups
+            ],
+            lr=self.lr,
+            **self.options,
+        )
+        for param_group, (options, _) in zip(optimizer.param_groups, groups, strict=True):
+            param_group["lr"] = float(rate_of(learning_rate, options))
+        return optimizer
 
 
 _NUMBER = ".number"
@@ -196,6 +209,15 @@ def _as_tensor(value: float | bool) -> Tensor:
     if isinstance(value, bool):
         return torch.tensor(value, dtype=torch.bool)
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _refuse_graphs(kind: str, options: Mapping[str, Any]) -> None:
+    for option in ("differentiable", "capturable"):
+        if options.get(option):
+            raise ConfigError(
+                f"{kind}: {option}=True is for updates inside a recorded graph, and these are made "
+                "outside of one; leave it out"
+            )
 
 
 def _refuse_closure(kind: str, optimizer: torch.optim.Optimizer) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -74,6 +75,38 @@ class Group:
     where: Predicate
     options: Mapping[str, Any]
 
+    def __attrs_post_init__(self) -> None:
+        check_predicate("group", self.where)
+        if not isinstance(self.options, Mapping):
+            raise ConfigError(f"group options: {self.options!r}, expected a mapping")
+        scale = self.options.get("lr_scale", 1.0)
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not number or not 0 <= scale < math.inf:
+            raise ConfigError(f"group lr_scale: {scale!r}, expected a finite number of at least 0")
+
+
+def check_predicate(what: str, where: object) -> None:
+    """Raise `ConfigError` unless `where` can be called."""
+    if not callable(where):
+        raise ConfigError(
+            f"{what}: {where!r}, expected a predicate: lambda name, tensor: name.endswith('bias')"
+        )
+
+
+def as_groups(groups: Iterable[Group]) -> tuple[Group, ...]:
+    """The groups as a tuple; `ConfigError` for what is none."""
+    if isinstance(groups, Group):
+        raise ConfigError("groups: one Group, expected a sequence of them: groups=[group]")
+    if isinstance(groups, str) or not isinstance(groups, Iterable):
+        raise ConfigError(f"groups: {groups!r}, expected a sequence of optim.group(where, …)")
+    several = tuple(groups)
+    for number, each in enumerate(several):
+        if not isinstance(each, Group):
+            raise ConfigError(
+                f"groups[{number}]: expected optim.group(where, …), got {type(each).__name__}"
+            )
+    return several
+
 
 def group(where: Predicate, **options: Any) -> Group:
     """A parameter group: `group(is_bias, weight_decay=0.0, lr_scale=0.1)`.
@@ -97,10 +130,14 @@ def no_decay(architecture: nn.Module) -> Group:
 
 def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
     """The class over one matrix, with its own complaints as `ConfigError`."""
+    name = getattr(cls, "__name__", repr(cls))
     try:
         return cls([torch.zeros(2, 2)], **options)
+    except AssertionError as error:
+        raise ConfigError(
+            f"{name}: its constructor failed an assertion ({error}) with {options}"
+        ) from error
     except (TypeError, ValueError, RuntimeError) as error:
-        name = getattr(cls, "__name__", repr(cls))
         raise ConfigError(f"{name}: {error}") from error
 
 

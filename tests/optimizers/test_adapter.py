@@ -154,6 +154,50 @@ def test_what_the_class_refuses_is_a_config_error(options: Any, message: str) ->
         optim.from_torch(torch.optim.SGD, **options)
 
 
+class Lion(Own):
+    """As lucidrains' class: a learning rate of 0 fails an assertion of its constructor."""
+
+    def __init__(self, params: Any, lr: float = 1e-4) -> None:
+        assert lr > 0.0
+        super().__init__(params, lr)
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        param.sub_(param.grad.sign() * group["lr"])
+
+
+def test_a_class_that_refuses_a_learning_rate_of_0_takes_a_warmup_from_0() -> None:
+    """The class is made with the optimizer's own rate; the call's is set as a scheduler sets it."""
+    sparse = {"a": GRADS["a"].to_sparse()}
+    for cls, grads in ((Lion, {"a": GRADS["a"]}), (torch.optim.SparseAdam, sparse)):
+        leaf = torch.nn.Parameter(PARAMS["a"].clone())
+        theirs = cls([leaf], lr=1e-3)
+        optimizer = optim.from_torch(cls, lr=1e-3, groups=[optim.group(optim.is_any, lr_scale=0.5)])
+        params = Tensors(a=PARAMS["a"])
+        state = optimizer.init(params)
+        for rate in (0.0, 0.5, 0.25):
+            params, state = optimizer.update(grads, state, params, rate)
+            theirs.param_groups[0]["lr"] = rate * 0.5
+            leaf.grad = grads["a"]
+            theirs.step()
+        assert torch.equal(params["a"], leaf)
+
+
+def test_an_assertion_of_the_class_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="Lion: its constructor failed an assertion"):
+        optim.from_torch(Lion, lr=0.0)
+
+
+@pytest.mark.parametrize("option", ["differentiable", "capturable"])
+def test_options_that_a_pure_update_has_no_use_for_are_refused(option: str) -> None:
+    message = f"Adam: {option}=True .*; leave it out"
+    with pytest.raises(ConfigError, match=message):
+        optim.from_torch(torch.optim.Adam, **{option: True})
+    groups = [optim.group(optim.is_any, **{option: True})]
+    with pytest.raises(ConfigError, match=message):
+        optim.from_torch(torch.optim.Adam, groups=groups)
+    assert optim.from_torch(torch.optim.Adam, **{option: False}).kind == "Adam"
+
+
 def test_params_that_the_class_does_not_take_are_refused_at_init() -> None:
     with pytest.raises(ConfigError, match="Muon: Muon only supports 2D parameters"):
         optim.from_torch(torch.optim.Muon).init(PARAMS)

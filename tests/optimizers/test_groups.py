@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import zoo
@@ -9,6 +13,7 @@ from torch import nn
 
 import functrain as ft
 from functrain import optim
+from functrain.errors import ConfigError
 from functrain.optimizers.base import grouped
 
 NO_DECAY = {
@@ -53,3 +58,40 @@ def test_a_predicate_sees_the_tensor() -> None:
     params = {"matrix": torch.zeros(2, 2), "vector": torch.zeros(2)}
     found = list(grouped([optim.group(lambda _, t: t.ndim < 2)], params, params))
     assert found == [({}, ["vector"]), ({}, ["matrix"])]
+
+
+ONE = optim.group(optim.is_any, weight_decay=0.0)
+WRONG: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda make: make(groups=ONE), "groups: one Group, expected a sequence of them: groups=[gr"),
+    (lambda make: make(groups=[{"lr": 1.0}]), "groups[0]: expected optim.group(where, …), got di"),
+    (lambda make: make(groups=[ONE, 3]), "groups[1]: expected optim.group(where, …), got int"),
+    (lambda make: make(groups="bias"), "groups: 'bias', expected a sequence of optim.group(whe"),
+    (lambda make: make(groups=None), "groups: None, expected a sequence of optim.group(where, …)"),
+    (lambda make: make(groups={"b": ONE}), "groups[0]: expected optim.group(where, …), got str"),
+    (lambda _: optim.group("bias", eps=1.0), "group: 'bias', expected a predicate: lambda name, "),  # type: ignore[arg-type]
+    (lambda _: optim.Group(where=None, options={}), "group: None, expected a predicate"),  # type: ignore[arg-type]
+    (lambda _: optim.Group(where=optim.is_any, options=3), "group options: 3, expected a mapping"),  # type: ignore[arg-type]
+    *(
+        (
+            lambda _, scale=scale: optim.group(optim.is_any, lr_scale=scale),  # type: ignore[misc]
+            f"group lr_scale: {scale!r}, expected a finite number of at least 0",
+        )
+        for scale in ("x", None, True, -1.0, float("nan"), float("inf"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG, ids=[message for _, message in WRONG])
+@pytest.mark.parametrize("optimizer", [optim.adamw, optim.adam, optim.sgd, optim.adafactor])
+def test_what_is_no_group_is_refused(
+    optimizer: Any, make: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make(optimizer)
+
+
+def test_groups_may_be_any_iterable() -> None:
+    assert optim.adamw(groups=iter([ONE])).groups == optim.sgd(groups=[ONE]).groups == (ONE,)
+    assert (
+        optim.sgd(groups=[optim.group(optim.is_any, lr_scale=0)]).groups[0].options["lr_scale"] == 0
+    )
