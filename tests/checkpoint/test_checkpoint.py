@@ -160,7 +160,7 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     checkpoint.prune(tmp_path, 2)
     assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step-*"))] == [4, 20]
     assert ft.latest(tmp_path) == tmp_path / "step-000000000020"
-    with pytest.raises(ft.CheckpointError, match="keep: 0"):
+    with pytest.raises(ft.CheckpointError, match="keep: last=0"):
         checkpoint.prune(tmp_path, 0)
 
 
@@ -265,7 +265,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     _, first, state = _trained()
     path = ft.save(tmp_path, state)
     path.rename(tmp_path / "step-000000000077")
-    with pytest.raises(ft.CheckpointError, match="holds step 2, and its name says 77"):
+    with pytest.raises(ft.CheckpointError, match="is of step 2, and its directory says 77"):
         ft.load(tmp_path, like=first)
     (tmp_path / "step-000000000077").rename(tmp_path / "best")
     assert ft.fingerprint(ft.load(tmp_path / "best", like=first)) == ft.fingerprint(state)
@@ -296,7 +296,7 @@ def test_inspection_is_plain_data(tmp_path: Path) -> None:
     seen = json.loads(json.dumps(checkpoint.inspect(tmp_path)))
     assert seen["leaves"]["step"] == 2
     tensors = seen["files"]["model.safetensors"]["tensors"]
-    assert tensors["embedding.weight"] == {"dtype": "F32", "shape": [31, 16]}
+    assert tensors["embedding.weight"] == {"dtype": "float32", "shape": [31, 16]}
     assert set(seen["files"]) == set(FILES) - {"manifest.json"}
 
 
