@@ -11,6 +11,7 @@
 Nothing is pickled. The hashes find corruption, not forgery.
 """
 
+from functrain.checkpoint.background import BackgroundWriter
 from functrain.checkpoint.inspection import inspect
 from functrain.checkpoint.manifest import latest
 from functrain.checkpoint.numerics import numerics
@@ -18,6 +19,7 @@ from functrain.checkpoint.retention import Keep
 from functrain.checkpoint.store import load, load_model, load_tensors, prune, save
 
 __all__ = [
+    "BackgroundWriter",
     "Keep",
     "inspect",
     "latest",

@@ -172,7 +172,7 @@ def _canonical(text: bytes, path: Path) -> dict[str, Any]:
     first = next(iter(found), None) if isinstance(found, dict) else None
     if first != _METADATA or found.pop(_METADATA) != _FORMAT:
         raise CheckpointError(f"{path}: its header is not one of functrain's")
-    return found
+    return dict(found)
 
 
 def _entries(found: Mapping[str, Any], path: Path) -> Iterator[Entry]:

@@ -69,9 +69,21 @@ def save(
     micro-batches, say). Peak memory is the state's own: nothing is copied from the CPU.
     """
     check_state(state)
+    under = {**numerics(device_of(state.params)), **(conditions or {})}
+    return save_under(under, directory, state, metrics=metrics, filesystem=filesystem)
+
+
+def save_under(
+    under: Mapping[str, Any],
+    directory: PathLike,
+    state: TrainState,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> Path:
+    """`save` with numerics that were found before: another thread has its own number of threads."""
     root = Path(directory)
     found = {name: float(value) for name, value in (metrics or {}).items()}
-    under = {**numerics(device_of(state.params)), **(conditions or {})}
     try:
         _make_root(filesystem, root)
         with _locked(filesystem, root):
