@@ -24,7 +24,7 @@ from functrain.checkpoint.manifest import (
 from functrain.errors import CheckpointError, did_you_mean
 from functrain.keys import MAX_KEY
 from functrain.state import Leaf, TrainState, leaves
-from functrain.trees import Tensors
+from functrain.trees import Tensors, owning
 
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
@@ -162,8 +162,22 @@ def _slots(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> dict[st
             raise CheckpointError(
                 f"{where}: the optimizer's {slot!r} is missing; {_HINTS['optimizer']}"
             )
-    kept = {slot: like.optimizer.slots.get(slot, Tensors(items)) for slot, items in found.items()}
-    return dict(sorted(kept.items()))
+    fresh = int(like.optimizer.count) == 0
+    return {
+        slot: _expected_slot(items, like.optimizer.slots.get(slot), fresh)
+        for slot, items in sorted(found.items())
+    }
+
+
+def _expected_slot(stored: Mapping[str, Tensor], like: Tensors | None, fresh: bool) -> Tensors:
+    """What a slot should hold: what `like` has, where that is all that it will have.
+
+    Some classes make a parameter's tensor at its first gradient, so a state that has been trained
+    may have more of them, or fewer, than the checkpoint.
+    """
+    if like is None:
+        return Tensors(stored)
+    return like if fresh else Tensors({name: like.get(name, t) for name, t in stored.items()})
 
 
 def _tensor(stored: Mapping[str, Leaf], path: str, where: Path) -> Tensor:
@@ -198,7 +212,8 @@ def _some(names: list[str]) -> str:
 def _rebuild(template: Any, stored: Mapping[str, Leaf], path: str, where: Path) -> Any:
     if isinstance(template, Mapping):
         items = {n: _rebuild(t, stored, f"{path}/{n}", where) for n, t in template.items()}
-        return Tensors(items) if isinstance(template, Tensors) else items
+        # What has been read is nobody else's.
+        return owning(Tensors(items)) if isinstance(template, Tensors) else items
     if attrs.has(type(template)):
         changes = {
             field.name: _rebuild(
