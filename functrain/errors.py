@@ -51,6 +51,18 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+class FunctrainWarning(UserWarning):
+    """The base of every warning given by functrain."""
+
+
+class NumericsWarning(FunctrainWarning):
+    """A run goes on where its bits will not be those of the run left alone."""
+
+
+class SaveWarning(FunctrainWarning):
+    """A checkpoint could not be written or removed, and training goes on."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest known ones, or all of them."""
     names = sorted(known)

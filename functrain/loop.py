@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
 
-from functrain.checkpoint import prune, save
-from functrain.errors import ConfigError, StateError
+from functrain.checkpoint import BackgroundWriter, Keep, prune, save
+from functrain.errors import CheckpointError, ConfigError, SaveWarning
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
-from functrain.state import TrainState
+from functrain.state import TrainState, check_state
 from functrain.steps import Step, checked_batches, evaluate
 
 
@@ -47,7 +49,9 @@ def train(
     evaluate_every: int | None = None,
     directory: str | os.PathLike[str] | None = None,
     save_every: int | None = None,
-    keep: int | None = None,
+    keep: int | Keep | None = None,
+    background: bool = False,
+    on_save_error: str = "stop",
 ) -> Generator[tuple[TrainState, Metrics], TrainState | None, None]:
     """Yield (state, metrics) after every step, from `state` on, until a total is reached.
 
@@ -59,7 +63,13 @@ def train(
     it. The batch is `source.at(state.cursor.samples, batch_size)`. With `evaluation`, the metrics
     of every `evaluate_every`-th step and of the last hold `eval_…` too, and a `reduce_on_plateau`
     schedule sees `eval_loss`. With `directory`, every `save_every`-th state and the last are
-    saved before they are yielded, and the newest `keep` are kept.
+    saved before they are yielded, and those kept that `keep` names: the newest few, or a `Keep`
+    of the newest, of every so many steps, and of the best by an evaluation.
+
+    With `background` a save costs the step only a copy of the state, and is durable when the
+    next one begins or the generator ends. `on_save_error="continue"` turns a failed save (a full
+    disk) into a `SaveWarning` where `"stop"` raises; a failure in the background is found at the
+    next step.
 
     `run.send(other)` goes on from another state; the generator yields that state back at once.
     Where the step donates, a yielded state is consumed by the next iteration.
@@ -84,6 +94,8 @@ def train(
         directory=None if directory is None else Path(directory),
         save_every=save_every,
         keep=keep,
+        background=background,
+        on_save_error=on_save_error,
     )
     return _run(step, state, source, checked)
 
@@ -103,6 +115,10 @@ def _positive(_record: object, field: attrs.Attribute[Any], value: int | None) -
         raise ConfigError(f"{field.name}: {value!r}, expected an integer of at least 1")
 
 
+def _keep(given: int | Keep | None) -> Keep | None:
+    return given if given is None or isinstance(given, Keep) else Keep(last=given)
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class _Plan:
     """The arguments of `train`, checked."""
@@ -115,7 +131,9 @@ class _Plan:
     evaluate_every: int | None = attrs.field(validator=_positive)
     directory: Path | None
     save_every: int | None = attrs.field(validator=_positive)
-    keep: int | None = attrs.field(validator=_positive)
+    keep: Keep | None = attrs.field(converter=_keep)
+    background: bool
+    on_save_error: str
 
     def __attrs_post_init__(self) -> None:
         if self.steps is None and self.tokens is None and self.samples is None:
@@ -124,6 +142,10 @@ class _Plan:
             raise ConfigError("evaluate_every: there is nothing to evaluate; give evaluation=…")
         if self.directory is None and (self.save_every is not None or self.keep is not None):
             raise ConfigError("save_every, keep: there is nowhere to save; give directory=…")
+        if self.on_save_error not in ("stop", "continue"):
+            raise ConfigError(
+                f"on_save_error: {self.on_save_error!r}, expected 'stop' or 'continue'"
+            )
 
     def done(self, state: TrainState) -> bool:
         """Whether a total has been reached."""
@@ -157,14 +179,17 @@ def _batches(step: Step, evaluation: Iterable[Batch] | None) -> list[Batch] | No
 def _run(
     step: Step, state: TrainState, source: Source, plan: _Plan
 ) -> Generator[tuple[TrainState, Metrics], TrainState | None, None]:
-    while not plan.done(state):
-        state, metrics = _advanced(step, state, source, plan)
-        sent = yield state, metrics
-        while sent is not None:
-            if not isinstance(sent, TrainState):
-                raise StateError(f"send: expected a TrainState, got {type(sent).__name__}")
-            state = sent
+    with _saving(step, plan) as saver:
+        while not plan.done(state):
+            state, metrics = _advanced(step, state, source, plan)
+            saver.check()
+            if plan.saves(state):
+                saver.save(state, metrics)
             sent = yield state, metrics
+            while sent is not None:
+                check_state(sent, "send")
+                state = sent
+                sent = yield state, metrics
 
 
 def _advanced(
@@ -181,8 +206,59 @@ def _advanced(
         measured = evaluate(step, state, plan.evaluation)
         state = step.observe(state, float(measured["eval_loss"]))
         metrics = metrics | measured
-    if plan.saves(state) and plan.directory is not None:
-        save(plan.directory, state)
-        if plan.keep is not None:
-            prune(plan.directory, plan.keep)
     return state, metrics
+
+
+class _Saver:
+    """Saves as a plan says, at once or beside the steps."""
+
+    def __init__(self, step: Step, plan: _Plan, writer: BackgroundWriter | None) -> None:
+        self._plan, self._writer = plan, writer
+        self._conditions = conditions(step, plan.batch_size)
+
+    def check(self) -> None:
+        """Meet a failure of the save in the background."""
+        if self._writer is not None:
+            with self._failing():
+                self._writer.check()
+
+    def save(self, state: TrainState, metrics: Metrics) -> None:
+        """Save a state, with what its evaluation has measured."""
+        values = {n: float(v) for n, v in metrics.items() if n.startswith("eval_")}
+        with self._failing():
+            if self._writer is not None:
+                self._writer.save(state, metrics=values, conditions=self._conditions)
+            elif self._plan.directory is not None:
+                save(self._plan.directory, state, metrics=values, conditions=self._conditions)
+                if self._plan.keep is not None:
+                    prune(self._plan.directory, self._plan.keep)
+
+    @contextmanager
+    def _failing(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if self._plan.on_save_error == "stop":
+                raise
+            warnings.warn(str(error), SaveWarning, stacklevel=4)
+
+
+@contextmanager
+def _saving(step: Step, plan: _Plan) -> Generator[_Saver, None, None]:
+    if plan.directory is None or not plan.background:
+        yield _Saver(step, plan, None)
+        return
+    with BackgroundWriter(plan.directory, keep=plan.keep) as writer:
+        saver = _Saver(step, plan, writer)
+        yield saver
+        with saver._failing():
+            writer.wait()
+
+
+def conditions(step: Step, batch_size: int) -> dict[str, Any]:
+    """What the bits of a run depend on that neither its state nor its numerics say."""
+    return {
+        "batch_size": batch_size,
+        "microbatches": step.microbatches,
+        "precision": step.precision.name,
+    }

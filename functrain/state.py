@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar, cast
 
 import attrs
 import torch
@@ -168,6 +168,26 @@ def check_state(state: object, where: str = "state") -> None:
         raise StateError(
             f"{where}: expected a TrainState, as step.init makes it, got {type(state).__name__}"
         )
+
+
+R = TypeVar("R")
+
+
+def map_tensors(record: R, function: Callable[[str, Tensor], Tensor], prefix: str = "") -> R:
+    """The same record with `function` of (path, tensor) for every tensor; paths as in `leaves`."""
+    found: Any = record
+    if isinstance(record, Tensor):
+        found = function(prefix, record)
+    elif isinstance(record, Mapping):
+        items = {n: map_tensors(each, function, f"{prefix}/{n}") for n, each in record.items()}
+        found = Tensors(items) if isinstance(record, Tensors) else items
+    elif (fields := getattr(type(record), "__attrs_attrs__", None)) is not None:
+        changes = {}
+        for field in fields:
+            path = f"{prefix}/{field.name}" if prefix else field.name
+            changes[field.name] = map_tensors(getattr(record, field.name), function, path)
+        found = attrs.evolve(found, **changes)
+    return cast(R, found)
 
 
 def fingerprints(state: TrainState) -> dict[str, str]:

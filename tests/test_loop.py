@@ -153,7 +153,7 @@ def test_a_misplaced_argument_is_named() -> None:
         ft.train(step, state, [zoo.batch()], steps=1)  # type: ignore[arg-type]
     run = ft.train(step, state, zoo.Batches(), steps=2)
     next(run)
-    with pytest.raises(ft.StateError, match="send: expected a TrainState, got int"):
+    with pytest.raises(ft.StateError, match=r"send: expected a TrainState, .* got int"):
         run.send(3)  # type: ignore[arg-type]
 
 

@@ -11,8 +11,22 @@
 Nothing is pickled. The hashes find corruption, not forgery.
 """
 
+from functrain.checkpoint.background import BackgroundWriter
 from functrain.checkpoint.inspection import inspect
 from functrain.checkpoint.manifest import latest
-from functrain.checkpoint.store import load, load_model, prune, save
+from functrain.checkpoint.numerics import numerics
+from functrain.checkpoint.retention import Keep
+from functrain.checkpoint.store import load, load_model, load_tensors, prune, save
 
-__all__ = ["inspect", "latest", "load", "load_model", "prune", "save"]
+__all__ = [
+    "BackgroundWriter",
+    "Keep",
+    "inspect",
+    "latest",
+    "load",
+    "load_model",
+    "load_tensors",
+    "numerics",
+    "prune",
+    "save",
+]

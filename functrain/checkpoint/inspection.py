@@ -6,44 +6,38 @@ import os
 from pathlib import Path
 from typing import Any
 
-import orjson
+import attrs
+from torch import Tensor
 
-from functrain.checkpoint.manifest import (
-    STATE,
-    located,
-    parsed_json,
-    read_manifest,
-    read_verified,
-)
-from functrain.errors import CheckpointError
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
+from functrain.checkpoint.layout import file_of
+from functrain.checkpoint.manifest import located
+from functrain.checkpoint.store import read_leaves
 
 
-def inspect(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect(
+    directory: str | os.PathLike[str], *, filesystem: FileSystem = OPERATING_SYSTEM
+) -> dict[str, Any]:
     """A verified checkpoint as plain data.
 
     `path`; `leaves`: every number of the state by its path; `files`: for each file its `size`,
-    `sha256` and `tensors` (name to dtype and shape).
+    `sha256` and `tensors` (name to dtype and shape); `metrics` and `numerics` as they were saved.
     """
-    path = located(directory)
-    files: dict[str, Any] = {}
-    numbers: dict[str, Any] = {}
-    for name, entry in read_manifest(path).items():
-        data = read_verified(path, name, entry)
-        if name == STATE:
-            numbers = parsed_json(data, path / name)["leaves"]
-        tensors = None if name == STATE else _header(data, path / name)
-        files[name] = {**entry, "tensors": tensors or dict[str, Any]()}
-    return {"path": str(path), "leaves": numbers, "files": files}
-
-
-def _header(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
-    length = int.from_bytes(data[:8], "little")
-    try:
-        header = orjson.loads(data[8 : 8 + length])
-    except orjson.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+    path: Path = located(directory)
+    manifest, stored = read_leaves(filesystem, path)
+    tensors: dict[str, dict[str, Any]] = {name: {} for name in manifest.files}
+    for place, leaf in sorted(stored.items()):
+        if isinstance(leaf, Tensor):
+            file, name = file_of(place)
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            tensors[f"{file}.safetensors"][name] = {"dtype": dtype, "shape": list(leaf.shape)}
     return {
-        name: {"dtype": tensor["dtype"], "shape": tensor["shape"]}
-        for name, tensor in sorted(header.items())
-        if name != "__metadata__"
+        "path": str(path),
+        "leaves": {p: leaf for p, leaf in stored.items() if not isinstance(leaf, Tensor)},
+        "files": {
+            name: {**attrs.asdict(entry), "tensors": tensors.get(name, {})}
+            for name, entry in manifest.files.items()
+        },
+        "metrics": dict(manifest.metrics),
+        "numerics": dict(manifest.numerics),
     }

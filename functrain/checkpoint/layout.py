@@ -8,17 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import orjson
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
-from functrain.checkpoint.manifest import FILES, FORMAT, STATE, parsed_json
+from functrain.checkpoint import format as safetensors
+from functrain.checkpoint.files import Contents, Fill
+from functrain.checkpoint.manifest import (
+    FILES,
+    FORMAT,
+    LONGEST_JSON,
+    MOST_STEPS,
+    STATE,
+    as_json,
+    parsed_json,
+)
 from functrain.errors import CheckpointError, did_you_mean
+from functrain.keys import MAX_KEY
 from functrain.state import Leaf, TrainState, leaves
-from functrain.trees import Tensors
+from functrain.trees import Tensors, owning
 
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
+_NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
+_LARGEST = {"step": MOST_STEPS}
 _HINTS = {
     "params": "the checkpoint is of another architecture",
     "buffers": "the checkpoint is of another architecture",
@@ -30,38 +40,29 @@ _HINTS = {
 }
 
 
-def encode(state: TrainState) -> dict[str, bytes]:
-    """The contents of every file but the manifest."""
+def encode(state: TrainState) -> dict[str, Contents]:
+    """The contents of every file but the manifest, over the state's own memory."""
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in FILES}
     numbers: dict[str, Any] = {}
     for path, leaf in leaves(state):
         if isinstance(leaf, Tensor):
-            file, name = _place(path)
-            tensors[file][name] = leaf.detach().cpu().contiguous()
+            file, name = file_of(path)
+            tensors[file][name] = leaf
         else:
             numbers[path] = _encoded(leaf)
     body = {"leaves": numbers, "slots": sorted(state.optimizer.slots), "version": FORMAT}
-    files = {f"{name}.safetensors": _safetensors(items) for name, items in tensors.items()}
-    options = orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2
-    return {**files, STATE: orjson.dumps(body, option=options)}
+    files: dict[str, Contents] = {
+        f"{name}.safetensors": safetensors.contents(items) for name, items in tensors.items()
+    }
+    return {**files, STATE: [memoryview(as_json(body))]}
 
 
-def _place(path: str) -> tuple[str, str]:
+def file_of(path: str) -> tuple[str, str]:
+    """The file that holds a tensor of this path in the state, and its name there."""
     for prefix, file in _PREFIXES.items():
         if path.startswith(prefix):
             return file, path.removeprefix(prefix)
     return "extra", path
-
-
-def _safetensors(items: Mapping[str, Tensor]) -> bytes:
-    # safetensors refuses tensors over one storage; a flat buffer's views are such.
-    shared: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for name, tensor in items.items():
-        address = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if address in shared else tensor
-        shared.add(address)
-    return safetensors.torch.save(own, metadata={"format": "pt"})
 
 
 def _encoded(leaf: Leaf) -> Any:
@@ -71,17 +72,45 @@ def _encoded(leaf: Leaf) -> Any:
     return leaf
 
 
-def _decoded(value: Any) -> Any:
-    return float(value["float"]) if isinstance(value, dict) and "float" in value else value
+def _decoded(value: Any, path: str, where: Path) -> Leaf:
+    if isinstance(value, dict):
+        text = value.get("float")
+        if value.keys() == {"float"} and text in ("inf", "-inf", "nan"):
+            return float(text)
+    elif value is None or isinstance(value, int | float | str):
+        return value
+    raise CheckpointError(f"{where}: {path} is {str(value)[:99]}, expected a number or a text")
 
 
-def decode(files: Mapping[str, bytes], like: TrainState, where: Path) -> TrainState:
-    """The state that `files` hold, in the form, dtypes and devices of `like`.
+def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
+    """The numbers of a state by their paths, from the bytes of its JSON."""
+    if size > LONGEST_JSON:
+        raise CheckpointError(f"{where}: {size} bytes, which no state's numbers are")
+    data = bytearray(size)
+    fill(memoryview(data))
+    body = parsed_json(bytes(data), where)
+    found, slots = body.get("leaves"), body.get("slots")
+    if body.keys() != {"leaves", "slots", "version"} or body["version"] != FORMAT:
+        raise CheckpointError(f"{where}: not a state of functrain's, format {FORMAT}")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where}: leaves is {str(found)[:99]}, expected an object")
+    if not isinstance(slots, list) or not all(isinstance(slot, str) for slot in slots):
+        raise CheckpointError(f"{where}: slots is {str(slots)[:99]}, expected names")
+    return {path: _decoded(value, path, where) for path, value in found.items()}
+
+
+def placed(file: str, items: Mapping[str, Tensor]) -> dict[str, Leaf]:
+    """The tensors of a file under their paths in the state."""
+    prefixes = {file: prefix for prefix, file in _PREFIXES.items()}
+    return {prefixes.get(file, "") + name: tensor for name, tensor in items.items()}
+
+
+def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainState:
+    """The state whose leaves are `stored`, in the form, dtypes and devices of `like`.
 
     Optimizer slots that `like` does not have yet (some classes make them at the first update)
     are taken as they are, for known parameters only.
     """
-    stored = decode_leaves(files, where)
     kind = stored.get("optimizer/kind")
     if kind != like.optimizer.kind:
         raise CheckpointError(
@@ -92,31 +121,27 @@ def decode(files: Mapping[str, bytes], like: TrainState, where: Path) -> TrainSt
         like, optimizer=attrs.evolve(like.optimizer, slots=_slots(stored, like, where))
     )
     _check_paths(stored, dict(leaves(template)), where)
+    _check_values(stored, where)
     rebuilt = _rebuild(template, stored, "", where)
     assert isinstance(rebuilt, TrainState)  # `_rebuild` keeps the template's form
     return rebuilt
 
 
-def decode_leaves(files: Mapping[str, bytes], where: Path) -> dict[str, Leaf]:
-    """Every leaf by its path; malformed files raise `CheckpointError`."""
-    prefixes = {file: prefix for prefix, file in _PREFIXES.items()}
-    stored: dict[str, Leaf] = {}
-    for file in FILES:
-        items = decode_tensors(files[f"{file}.safetensors"], where / f"{file}.safetensors")
-        stored |= {prefixes.get(file, "") + name: tensor for name, tensor in items.items()}
-    body = parsed_json(files[STATE], where / STATE)
-    numbers = body.get("leaves")
-    if not isinstance(numbers, dict):
-        raise CheckpointError(f"{where / STATE}: no leaves; this is not a state of functrain's")
-    return stored | {path: _decoded(value) for path, value in numbers.items()}
-
-
-def decode_tensors(data: bytes, path: Path) -> Tensors:
-    """The tensors of a safetensors file, sorted."""
-    try:
-        return Tensors(safetensors.torch.load(data))
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
+    """What no training can have come to: a file with fitting hashes may still be forged."""
+    for path, leaf in stored.items():
+        name = path.rsplit("/", 1)[-1]
+        if isinstance(leaf, Tensor):
+            slot = path.split("/")[2] if path.startswith("optimizer/slots/") else ""
+            least = name in ("count", "growth_count") or slot in _NEVER_NEGATIVE
+            if least and bool((leaf < 0).any()):
+                raise CheckpointError(f"{where}: {path} is negative, which it cannot become")
+            if path == "scaler/scale" and not bool(((leaf > 0) & leaf.isfinite()).all()):
+                raise CheckpointError(f"{where}: {path} is {leaf.tolist()}, no loss scale")
+        elif isinstance(leaf, int) and not 0 <= leaf <= _LARGEST.get(path, MAX_KEY):
+            raise CheckpointError(
+                f"{where}: {path} is {leaf}, expected 0 to {_LARGEST.get(path, MAX_KEY)}"
+            )
 
 
 def _slots(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> dict[str, Tensors]:
@@ -137,8 +162,22 @@ def _slots(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> dict[st
             raise CheckpointError(
                 f"{where}: the optimizer's {slot!r} is missing; {_HINTS['optimizer']}"
             )
-    kept = {slot: like.optimizer.slots.get(slot, Tensors(items)) for slot, items in found.items()}
-    return dict(sorted(kept.items()))
+    fresh = int(like.optimizer.count) == 0
+    return {
+        slot: _expected_slot(items, like.optimizer.slots.get(slot), fresh)
+        for slot, items in sorted(found.items())
+    }
+
+
+def _expected_slot(stored: Mapping[str, Tensor], like: Tensors | None, fresh: bool) -> Tensors:
+    """What a slot should hold: what `like` has, where that is all that it will have.
+
+    Some classes make a parameter's tensor at its first gradient, so a state that has been trained
+    may have more of them, or fewer, than the checkpoint.
+    """
+    if like is None:
+        return Tensors(stored)
+    return like if fresh else Tensors({name: like.get(name, t) for name, t in stored.items()})
 
 
 def _tensor(stored: Mapping[str, Leaf], path: str, where: Path) -> Tensor:
@@ -173,7 +212,8 @@ def _some(names: list[str]) -> str:
 def _rebuild(template: Any, stored: Mapping[str, Leaf], path: str, where: Path) -> Any:
     if isinstance(template, Mapping):
         items = {n: _rebuild(t, stored, f"{path}/{n}", where) for n, t in template.items()}
-        return Tensors(items) if isinstance(template, Tensors) else items
+        # What has been read is nobody else's.
+        return owning(Tensors(items)) if isinstance(template, Tensors) else items
     if attrs.has(type(template)):
         changes = {
             field.name: _rebuild(
@@ -212,6 +252,4 @@ def _number(leaf: Leaf, template: Leaf, path: str, where: Path) -> Leaf:
     if type(leaf) not in allowed:
         names = " or ".join(t.__name__ for t in allowed)
         raise CheckpointError(f"{where}: {path} is {leaf!r}, expected {names}")
-    if isinstance(leaf, int) and leaf < 0:
-        raise CheckpointError(f"{where}: {path} is {leaf}, expected at least 0")
     return leaf

@@ -1,24 +1,51 @@
-"""The manifest of a checkpoint, its directory's name, and reading its files verified."""
+"""The manifest of a checkpoint, and the name of its directory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import orjson
 
+from functrain.checkpoint.filesystem import FileSystem, read_exactly, regular
 from functrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FILES = ("model", "buffers", "optimizer", "extra")
 FORMAT = 1
-_NAME = re.compile(r"step-(\d{12})")
+MOST_STEPS = 10**12 - 1
+LONGEST_JSON = 1 << 20
+_NAME = re.compile(r"step-([0-9]{12})")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KEYS = {"files", "format", "metrics", "numerics", "sha256", "step", "version"}
+
+
+@attrs.frozen
+class File:
+    """What the manifest says of a file: its size in bytes, its sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    `metrics`: what was measured of the state, for retention and for the reader. `numerics`: under
+    what the bits were computed (`functrain.checkpoint.numerics`).
+    """
+
+    step: int
+    files: Mapping[str, File]
+    metrics: Mapping[str, float]
+    numerics: Mapping[str, Any]
 
 
 def directory_name(step: int) -> str:
@@ -64,84 +91,85 @@ def located(path: str | os.PathLike[str]) -> Path:
     return newest
 
 
-def manifest_bytes(files: Mapping[str, bytes]) -> bytes:
-    """The manifest of files with these contents."""
-    entries = {
-        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in sorted(files.items())
-    }
-    body = {"files": entries, "format": "functrain", "version": FORMAT}
-    return _json({**body, "sha256": _own_hash(body)})
+def to_bytes(manifest: Manifest) -> bytes:
+    """The manifest as it is written, with its own hash."""
+    body = attrs.asdict(manifest) | {"format": "functrain", "version": FORMAT}
+    return as_json({**body, "sha256": _own_hash(body)})
 
 
 def _own_hash(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_json(body)).hexdigest()
+    return hashlib.sha256(as_json(body)).hexdigest()
 
 
-def _json(value: object) -> bytes:
+def as_json(value: object) -> bytes:
+    """Canonical JSON: sorted keys, two blanks of indentation."""
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
 
 
-def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's files with size and sha256, after its own hash has been checked."""
-    manifest = parsed_json(read_file(directory / MANIFEST), directory / MANIFEST)
-    own = manifest.pop("sha256", None)
-    if own != _own_hash(manifest):
-        raise CheckpointError(f"{directory / MANIFEST}: altered: its own sha256 does not match")
-    if manifest.get("format") != "functrain" or manifest.get("version") != FORMAT:
-        raise CheckpointError(
-            f"{directory / MANIFEST}: format {manifest.get('format')!r} version "
-            f"{manifest.get('version')!r}; this functrain reads 'functrain' version {FORMAT}"
-        )
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    expected = {STATE, *(f"{name}.safetensors" for name in FILES)}
-    if files.keys() != expected:
-        raise CheckpointError(
-            f"{directory / MANIFEST}: lists {sorted(files)}, expected {sorted(expected)}"
-        )
-    return files
+def parsed_json(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object in canonical form; anything else raises `CheckpointError`.
 
-
-def read_verified(directory: Path, name: str, entry: Mapping[str, Any]) -> bytes:
-    """The bytes of a file, which have the manifest's size and sha256."""
-    path = directory / name
-    data = read_file(path)
-    if len(data) != entry["size"]:
-        raise CheckpointError(
-            f"{path}: {len(data)} bytes, and the manifest says {entry['size']}; the file was "
-            "truncated or altered after the save"
-        )
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise CheckpointError(
-            f"{path}: its sha256 does not match the manifest; the file was altered after the save"
-        )
-    return data
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a regular file, in memory of our own.
-
-    No memory map: overwriting the file would change a loaded tensor, truncating it would kill
-    the process. Symbolic links, pipes and missing files raise `CheckpointError`.
+    Canonical: that refuses duplicate keys, and numbers which would silently become others.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete"
-        ) from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        return file.read()
-
-
-def parsed_json(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object; anything else raises `CheckpointError`."""
-    try:
         value = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
+        again = as_json(value)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    if again != data:
+        raise CheckpointError(f"{path}: not in canonical form; functrain has not written it so")
     return value
+
+
+def read_manifest(filesystem: FileSystem, directory: Path) -> Manifest:
+    """The manifest of a checkpoint, after its own hash and its form have been checked."""
+    path = directory / MANIFEST
+    with regular(filesystem, path) as (descriptor, size):
+        if size > LONGEST_JSON:
+            raise CheckpointError(f"{path}: {size} bytes, which no manifest is")
+        data = bytearray(size)
+        read_exactly(filesystem, descriptor, memoryview(data), path)
+    body = parsed_json(bytes(data), path)
+    own = body.pop("sha256", None)
+    if own != _own_hash(body):
+        raise CheckpointError(f"{path}: altered: its own sha256 does not match")
+    if body.get("format") != "functrain" or body.get("version") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {body.get('format')!r} version {body.get('version')!r}; this "
+            f"functrain reads 'functrain' version {FORMAT}"
+        )
+    return _checked(body, path)
+
+
+def _checked(body: Mapping[str, Any], path: Path) -> Manifest:
+    if body.keys() != _KEYS - {"sha256"}:
+        raise CheckpointError(f"{path}: has the keys {sorted(body)}, expected {sorted(_KEYS)}")
+    step, named = body["step"], step_of(path.parent)
+    if type(step) is not int or not 0 <= step <= MOST_STEPS:
+        raise CheckpointError(f"{path}: step {step!r}, expected 0 to {MOST_STEPS}")
+    if named not in (None, step):
+        raise CheckpointError(f"{path}: is of step {step}, and its directory says {named}")
+    for name in ("files", "metrics", "numerics"):
+        if not isinstance(body[name], dict):
+            raise CheckpointError(f"{path}: {name} is {body[name]!r}, expected an object")
+    for name, value in body["metrics"].items():
+        if type(value) not in (int, float):
+            raise CheckpointError(f"{path}: metrics/{name} is {value!r}, expected a number")
+    expected = {STATE, *(f"{name}.safetensors" for name in FILES)}
+    if body["files"].keys() != expected:
+        raise CheckpointError(f"{path}: lists {sorted(body['files'])}, expected {sorted(expected)}")
+    files = {name: _file(name, entry, path) for name, entry in body["files"].items()}
+    return Manifest(step=step, files=files, metrics=body["metrics"], numerics=body["numerics"])
+
+
+def _file(name: str, entry: object, path: Path) -> File:
+    if not isinstance(entry, dict) or entry.keys() != {"size", "sha256"}:
+        raise CheckpointError(f"{path}: {name} lacks size or sha256, or has more")
+    size, sha256 = entry["size"], entry["sha256"]
+    if type(size) is not int or not 0 <= size < 2**60:
+        raise CheckpointError(f"{path}: {name} has the size {size!r}")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise CheckpointError(f"{path}: {name} has the sha256 {sha256!r}")
+    return File(size, sha256)

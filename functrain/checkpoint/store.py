@@ -2,49 +2,93 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from functrain.architecture import check_names
-from functrain.checkpoint.layout import decode, decode_tensors, encode
+from functrain.checkpoint import format as safetensors
+from functrain.checkpoint.files import (
+    Contents,
+    hashed,
+    read_file,
+    side_by_side,
+    write_file,
+    written,
+)
+from functrain.checkpoint.filesystem import (
+    OPERATING_SYSTEM,
+    FileSystem,
+    remove_directory,
+    sync_directory,
+)
+from functrain.checkpoint.layout import decode, encode, numbers, placed
 from functrain.checkpoint.manifest import (
     MANIFEST,
+    STATE,
+    Manifest,
     checkpoints,
     directory_name,
+    latest,
     located,
-    manifest_bytes,
     read_manifest,
-    read_verified,
     step_of,
+    to_bytes,
 )
-from functrain.errors import ArchitectureError, CheckpointError
-from functrain.state import TrainState, check_state
-from functrain.trees import Tensors
+from functrain.checkpoint.numerics import compare, numerics
+from functrain.checkpoint.retention import Keep
+from functrain.errors import ArchitectureError, CheckpointError, SaveWarning
+from functrain.state import Leaf, TrainState, check_state, device_of
+from functrain.trees import Tensors, select
+
+PathLike = str | os.PathLike[str]
+_ATTEMPTS = 10
 
 
-def save(directory: str | os.PathLike[str], state: TrainState) -> Path:
+def save(
+    directory: PathLike,
+    state: TrainState,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> Path:
     """Write `state` to `directory/step-…`, durable when this returns; the path of it.
 
     A reader sees the whole checkpoint or none: the files go to a temporary directory, are fsynced,
     the manifest last, and one rename puts them in place. The step's checkpoint being there already
     is fine where it holds the same state, and raises `CheckpointError` where it does not.
+
+    `metrics` are written into the manifest, for `prune` to keep the best by. So are the numerics
+    that the bits depend on, and `conditions`, the caller's own part of them (the number of
+    micro-batches, say). Peak memory is the state's own: nothing is copied from the CPU.
     """
     check_state(state)
+    under = {**numerics(device_of(state.params)), **(conditions or {})}
+    return save_under(under, directory, state, metrics=metrics, filesystem=filesystem)
+
+
+def save_under(
+    under: Mapping[str, Any],
+    directory: PathLike,
+    state: TrainState,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> Path:
+    """`save` with numerics that were found before: another thread has its own number of threads."""
     root = Path(directory)
+    found = {name: float(value) for name, value in (metrics or {}).items()}
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        files = encode(state)
-        files[MANIFEST] = manifest_bytes(files)
-        with _locked(root):
-            _sweep(root)
-            return _placed(root, directory_name(state.step), files)
+        _make_root(filesystem, root)
+        with _locked(filesystem, root):
+            sweep(filesystem, root)
+            return _placed(filesystem, root, state, found, under)
     except OSError as error:
         raise CheckpointError(
             f"{root}: step {state.step} could not be saved ({error.strerror or error}); earlier "
@@ -52,91 +96,181 @@ def save(directory: str | os.PathLike[str], state: TrainState) -> Path:
         ) from error
 
 
-def _placed(root: Path, name: str, files: Mapping[str, bytes]) -> Path:
+def _make_root(filesystem: FileSystem, root: Path) -> None:
+    """Make the directory and those above it, each durable before something is put into it."""
+    if not root.is_dir():
+        _make_root(filesystem, root.parent)
+        filesystem.mkdir(root)
+        sync_directory(filesystem, root.parent)
+
+
+def _placed(
+    filesystem: FileSystem,
+    root: Path,
+    state: TrainState,
+    metrics: Mapping[str, float],
+    under: Mapping[str, Any],
+) -> Path:
+    name, files = directory_name(state.step), encode(state)
     target = root / name
     if target.exists():
-        manifest = target / MANIFEST
-        if manifest.is_file() and manifest.read_bytes() == files[MANIFEST]:
+        if _same(filesystem, target, files):
             return target
         raise CheckpointError(
             f"{target}: exists and holds another state; save to a fresh directory, or remove it"
         )
     temporary = root / f".tmp-{name}"
-    temporary.mkdir()
-    for file, data in files.items():
-        _write(temporary / file, data)
-    _sync_directory(temporary)
-    temporary.rename(target)
-    _sync_directory(root)
+    filesystem.mkdir(temporary)
+    try:
+        entries = written(filesystem, temporary, files)
+        manifest = Manifest(step=state.step, files=entries, metrics=metrics, numerics=under)
+        write_file(filesystem, temporary / MANIFEST, [memoryview(to_bytes(manifest))])
+        sync_directory(filesystem, temporary)
+        filesystem.rename(temporary, target)
+    except BaseException:
+        _discard(filesystem, temporary)
+        raise
+    try:
+        sync_directory(filesystem, root)
+    except OSError as error:
+        # Not tried again: after a failed fsync a second one may succeed without having written.
+        raise CheckpointError(
+            f"{target}: written and in place, but whether it would survive a power cut is unknown "
+            f"({error.strerror or error}); check the disk, and save the next step"
+        ) from error
     return target
 
 
-def _write(path: Path, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o644), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _same(filesystem: FileSystem, target: Path, files: Mapping[str, Contents]) -> bool:
+    """Whether a checkpoint holds these files, by the hashes of its manifest."""
+    if not (target / MANIFEST).is_file():
+        return False
+    entries = read_manifest(filesystem, target).files
+    return all(hashed(contents) == entries[name] for name, contents in files.items())
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _discard(filesystem: FileSystem, temporary: Path) -> None:
+    """Give the space of a failed save back now; what stays, the next save sweeps away."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        remove_directory(filesystem, temporary)
+    except OSError:
+        return
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{root}: another process is saving here; give each run its own directory"
-            ) from error
-        yield
+def _locked(filesystem: FileSystem, root: Path) -> Iterator[None]:
+    try:
+        with filesystem.locked(root / ".lock"):
+            yield
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"{root}: another process is saving here; give each run its own directory"
+        ) from error
 
 
-def _sweep(root: Path) -> None:
+def sweep(filesystem: FileSystem, root: Path) -> None:
     """Remove what a killed save or prune left behind; the lock is held."""
-    for leftover in (*root.glob(".tmp-step-*"), *root.glob(".trash-step-*")):
-        shutil.rmtree(leftover)
+    for name in filesystem.list(root):
+        if name.startswith((".tmp-step-", ".trash-step-")):
+            remove_directory(filesystem, root / name)
 
 
-def load(directory: str | os.PathLike[str], *, like: TrainState) -> TrainState:
+def load(
+    directory: PathLike,
+    *,
+    like: TrainState,
+    strict: bool = False,
+    conditions: Mapping[str, Any] | None = None,
+    older: bool = False,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> TrainState:
     """The state in `directory`, a checkpoint or a directory of them (then the newest).
 
     `like` gives the form: names, shapes, dtypes and devices, as `step.init(params, buffers)` makes
-    it; its values do not matter. Every file's size and sha256 are checked. Raises
-    `CheckpointError` for what is missing, altered, or of another architecture, optimizer or
-    precision, naming the first difference.
+    it; its values do not matter. Every file's size and sha256 are checked, over the very bytes
+    that become tensors, in memory of their own. Raises `CheckpointError` for what is missing,
+    altered, or of another architecture, optimizer or precision, naming the first difference.
+
+    Where the numerics or the `conditions` are not those of the save, so that the bits will part,
+    `NumericsWarning` says what differs; with `strict` it is an error. The newest checkpoint being
+    invalid is an error too, unless `older` allows the newest valid one, with a warning.
     """
     check_state(like, "like")
-    path = located(directory)
-    entries = read_manifest(path)
-    files = {name: read_verified(path, name, entry) for name, entry in entries.items()}
-    state = decode(files, like, path)
-    named = step_of(path)
-    if named is not None and named != state.step:
-        raise CheckpointError(f"{path}: holds step {state.step}, and its name says {named}")
-    return state
+    expected = {**numerics(device_of(like.params)), **(conditions or {})}
+
+    def read(path: Path) -> TrainState:
+        manifest, stored = read_leaves(filesystem, path)
+        state = decode(stored, like, path)
+        if state.step != manifest.step:
+            raise CheckpointError(
+                f"{path}: holds step {state.step}, and its manifest says {manifest.step}"
+            )
+        asked = {name: manifest.numerics.get(name) for name in expected}
+        compare(asked, expected, path, strict=strict)
+        return state
+
+    root = Path(directory)
+    if older and root.is_dir() and step_of(root) is None and not (root / MANIFEST).exists():
+        return _newest_valid(root, read)
+    for _ in range(_ATTEMPTS):
+        path = located(root)
+        try:
+            return read(path)
+        except CheckpointError:
+            # Beside a run that prunes, the newest may go while it is read: there is a newer one.
+            if path == root or path.is_dir() or latest(root) in (None, path):
+                raise
+    raise CheckpointError(f"{root}: its checkpoints vanish faster than they can be read")
+
+
+def _newest_valid(root: Path, read: Any) -> TrainState:
+    refused: list[str] = []
+    for path in reversed(checkpoints(root)):
+        try:
+            state: TrainState = read(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            warnings.warn(f"passed over: {reason}", SaveWarning, stacklevel=3)
+        return state
+    raise CheckpointError("\n".join([f"{root}: holds no valid checkpoint", *refused]))
+
+
+def read_leaves(filesystem: FileSystem, path: Path) -> tuple[Manifest, dict[str, Leaf]]:
+    """A checkpoint's manifest and every leaf by its path, verified."""
+    manifest = read_manifest(filesystem, path)
+    names = [name for name in manifest.files if name != STATE]
+
+    def read(name: str) -> dict[str, Leaf]:
+        items = read_file(filesystem, path / name, manifest.files[name], safetensors.read)
+        return placed(name.removesuffix(".safetensors"), items)
+
+    size = sum(entry.size for entry in manifest.files.values())
+    stored = read_file(filesystem, path / STATE, manifest.files[STATE], numbers)
+    for leaves in side_by_side(read, names, size):
+        stored |= leaves
+    return manifest, stored
 
 
 def load_model(
-    directory: str | os.PathLike[str], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    directory: PathLike,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    *,
+    filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> tuple[Tensors, Tensors]:
     """The params and buffers of a checkpoint, whatever optimizer and stage made it.
 
-    `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them.
+    `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them: the
+    values are converted to those.
     """
     path = located(directory)
-    entries = read_manifest(path)
+    entries = read_manifest(filesystem, path).files
 
     def read(name: str, like: Mapping[str, Tensor]) -> Tensors:
         file = f"{name}.safetensors"
-        items = decode_tensors(read_verified(path, file, entries[file]), path / file)
+        items = read_file(filesystem, path / file, entries[file], safetensors.read)
         try:
             check_names(items, like, file, "the checkpoint is of another architecture")
         except ArchitectureError as error:
@@ -152,20 +286,37 @@ def load_model(
     return read("model", params), read("buffers", buffers)
 
 
-def prune(directory: str | os.PathLike[str], keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; a failure is a warning, never an error.
+def load_tensors(
+    directory: PathLike, *patterns: str, filesystem: FileSystem = OPERATING_SYSTEM
+) -> Tensors:
+    """The tensors of a checkpoint whose paths match a shell pattern, `params/*` or `*/head.weight`.
+
+    Paths are those of `functrain.fingerprints`. A pattern without a match raises `StateError`.
+    """
+    _, stored = read_leaves(filesystem, located(directory))
+    return select({p: leaf for p, leaf in stored.items() if isinstance(leaf, Tensor)}, *patterns)
+
+
+def prune(
+    directory: PathLike,
+    keep: int | Keep,
+    *,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> None:
+    """Remove the checkpoints that `keep` does not hold on to; a failure is a warning.
 
     Each is renamed first, so that a reader never finds a checkpoint with files missing.
     """
-    if keep < 1:
-        raise CheckpointError(f"keep: {keep}, expected at least 1")
     root = Path(directory)
+    policy = keep if isinstance(keep, Keep) else Keep(last=keep)
     try:
-        with _locked(root):
-            for old in checkpoints(root)[:-keep]:
+        with _locked(filesystem, root):
+            for old in policy.expendable(filesystem, root):
                 trash = root / f".trash-{old.name}"
-                old.rename(trash)
-                _sync_directory(root)
-                shutil.rmtree(trash)
-    except OSError as error:
-        warnings.warn(f"{root}: old checkpoints were not removed ({error})", stacklevel=2)
+                filesystem.rename(old, trash)
+                sync_directory(filesystem, root)
+                remove_directory(filesystem, trash)
+    except (OSError, CheckpointError) as error:
+        warnings.warn(
+            f"{root}: old checkpoints were not removed ({error})", SaveWarning, stacklevel=2
+        )

@@ -160,7 +160,7 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     checkpoint.prune(tmp_path, 2)
     assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step-*"))] == [4, 20]
     assert ft.latest(tmp_path) == tmp_path / "step-000000000020"
-    with pytest.raises(ft.CheckpointError, match="keep: 0"):
+    with pytest.raises(ft.CheckpointError, match="keep: last=0"):
         checkpoint.prune(tmp_path, 0)
 
 
@@ -265,7 +265,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     _, first, state = _trained()
     path = ft.save(tmp_path, state)
     path.rename(tmp_path / "step-000000000077")
-    with pytest.raises(ft.CheckpointError, match="holds step 2, and its name says 77"):
+    with pytest.raises(ft.CheckpointError, match="is of step 2, and its directory says 77"):
         ft.load(tmp_path, like=first)
     (tmp_path / "step-000000000077").rename(tmp_path / "best")
     assert ft.fingerprint(ft.load(tmp_path / "best", like=first)) == ft.fingerprint(state)
@@ -296,7 +296,7 @@ def test_inspection_is_plain_data(tmp_path: Path) -> None:
     seen = json.loads(json.dumps(checkpoint.inspect(tmp_path)))
     assert seen["leaves"]["step"] == 2
     tensors = seen["files"]["model.safetensors"]["tensors"]
-    assert tensors["embedding.weight"] == {"dtype": "F32", "shape": [31, 16]}
+    assert tensors["embedding.weight"] == {"dtype": "float32", "shape": [31, 16]}
     assert set(seen["files"]) == set(FILES) - {"manifest.json"}
 
 
@@ -306,3 +306,36 @@ def test_loading_keeps_no_file_open_and_no_map(tmp_path: Path) -> None:
     loaded = ft.load(path, like=first)
     (path / "model.safetensors").write_bytes(b"\0" * 10_000)
     assert ft.fingerprint(loaded) == ft.fingerprint(state)
+
+
+@pytest.mark.parametrize("order", ["fewer first", "more first"])
+def test_slots_that_a_class_makes_at_the_first_gradient_come_back(
+    order: str, tmp_path: Path
+) -> None:
+    """`like` may have been trained further than the checkpoint, or not as far."""
+
+    class Routed(zoo.Tied):
+        def forward(self, input_ids: Any, attention_mask: Any = None, **rest: Any) -> Any:
+            if attention_mask is not None:
+                return super().forward(input_ids, attention_mask, **rest)
+            return self.head(self.norm(self.embedding(input_ids)))
+
+    architecture, params, buffers = ft.split(Routed())
+    step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2, momentum=0.9))
+    mask = torch.ones(4, 8, dtype=torch.int64)
+    first, _ = step(step.init(params, buffers), zoo.batch())
+    second, _ = step(first, zoo.batch() | {"attention_mask": mask})
+    assert len(first.optimizer.slots["momentum_buffer"]) < len(params)
+    saved, like = (first, second) if order == "fewer first" else (second, first)
+    ft.save(tmp_path, saved)
+    for form in (like, step.init(params, buffers), saved):
+        assert ft.fingerprint(ft.load(tmp_path, like=form)) == ft.fingerprint(saved)
+
+
+def test_a_loaded_state_is_donated_without_a_copy(tmp_path: Path) -> None:
+    step, _, state = _trained()
+    ft.save(tmp_path, state)
+    loaded = ft.load(tmp_path, like=state)
+    addresses = [tensor.data_ptr() for tensor in loaded.params.values()]
+    after, _ = step(loaded, zoo.batch(), donate=True)
+    assert [tensor.data_ptr() for tensor in after.params.values()] == addresses

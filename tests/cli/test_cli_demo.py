@@ -17,7 +17,7 @@ from functrain.cli import main
 KILLED = """
 import os, signal, sys
 from functrain import checkpoint
-from functrain.checkpoint import store
+from functrain.checkpoint import files
 from functrain.tracking import jsonl
 from functrain.cli import main
 
@@ -34,13 +34,13 @@ def before(wanted, real):
     return save
 
 def during(real):
-    def write(path, data):
-        real(path, data[: len(data) // 2])
+    def write(filesystem, path, contents):
         if path.name == "optimizer.safetensors" and "step-000000000006" in str(path):
             if f"/{stage}/" in str(path):
+                data = b"".join(contents)
+                path.write_bytes(data[: len(data) // 2])
                 killed()
-        path.unlink()
-        real(path, data)
+        return real(filesystem, path, contents)
     return write
 
 def unlogged(real):
@@ -53,7 +53,7 @@ def unlogged(real):
 if stage == "pretrain":
     checkpoint.save = before(6, checkpoint.save)
 if stage == "sft":
-    store._write = during(store._write)
+    files.write_file = during(files.write_file)
 if stage == "dpo":
     jsonl.JSONLTracker.log = unlogged(jsonl.JSONLTracker.log)
 sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,122 @@
+"""Saving beside training: the state is copied, and the copy is hashed and written by a thread."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
+from functrain.checkpoint.numerics import numerics
+from functrain.checkpoint.retention import Keep
+from functrain.checkpoint.store import prune, save_under
+from functrain.errors import SaveWarning
+from functrain.state import TrainState, device_of, map_tensors
+
+
+class BackgroundWriter:
+    """`save` returns when the state has been copied; the rest happens beside training.
+
+        with BackgroundWriter("runs/mine", keep=Keep(last=3)) as writer:
+            for state, metrics in functrain.train(step, state, source, steps=10_000):
+                writer.check()
+                if state.step % 500 == 0:
+                    writer.save(state)
+
+    At most one save is in flight: another waits for it. Its failure is raised by the next call of
+    any method, at the latest by `close`. The copy is taken when `save` is called, into memory of
+    the writer's own that is used again the next time, so that a donated step may follow at once;
+    peak memory is one more state.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | Keep | None = None,
+        filesystem: FileSystem = OPERATING_SYSTEM,
+    ) -> None:
+        self._directory, self._keep, self._filesystem = Path(directory), keep, filesystem
+        self._pool = ThreadPoolExecutor(1, "functrain-save")
+        self._pending: Future[Path] | None = None
+        self._memory: dict[str, Tensor] = {}
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as failure:
+            # The error that ends the block is the one to see.
+            warnings.warn(str(failure), SaveWarning, stacklevel=2)
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Copy the state, and begin to write the copy; waits for the save before."""
+        self.wait()
+        # Here, because a thread of its own has its own number of threads.
+        under = {**numerics(device_of(state.params)), **(conditions or {})}
+        values = {name: float(value) for name, value in (metrics or {}).items()}
+        self._pending = self._pool.submit(self._write, self._copied(state), values, under)
+
+    def check(self) -> None:
+        """Raise what a finished save has failed with; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> Path | None:
+        """Wait for the save in flight: its path, or None where there was none; raises its error."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
+
+    def close(self) -> None:
+        """Wait for the save in flight and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._memory = {}
+
+    def _write(
+        self, state: TrainState, metrics: Mapping[str, float], under: Mapping[str, Any]
+    ) -> Path:
+        path = save_under(
+            under, self._directory, state, metrics=metrics, filesystem=self._filesystem
+        )
+        if self._keep is not None:
+            prune(self._directory, self._keep, filesystem=self._filesystem)
+        return path
+
+    def _copied(self, state: TrainState) -> TrainState:
+        memory, self._memory = self._memory, {}
+        pinned = device_of(state.params).type == "cuda"
+
+        def copied(path: str, tensor: Tensor) -> Tensor:
+            old = memory.get(path)
+            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+                old = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._memory[path] = old.copy_(tensor.detach())
+            return old
+
+        return map_tensors(state, copied)

@@ -1,0 +1,143 @@
+"""The files of a checkpoint: written and hashed as a stream, read and verified as one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from functrain.checkpoint.filesystem import (
+    FileSystem,
+    pieces,
+    read_exactly,
+    regular,
+    write_all,
+)
+from functrain.checkpoint.manifest import File
+from functrain.errors import CheckpointError
+
+Contents = Sequence[memoryview]
+"""What is in a file, piece by piece."""
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Fill = Callable[[memoryview], None]
+
+_WORTH_THREADS = 1 << 25
+_THREADS = 4
+
+
+def side_by_side(function: Callable[[In], Out], items: Iterable[In], size: int) -> list[Out]:
+    """`function` of every item, by threads where `size` bytes are worth them.
+
+    Hashing, writing and reading release the interpreter's lock, so the files share the cores.
+    """
+    if size < _WORTH_THREADS:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def written(
+    filesystem: FileSystem, directory: Path, files: Mapping[str, Contents]
+) -> dict[str, File]:
+    """Write every file into a directory and make it durable; their sizes and hashes."""
+    total = sum(size_of(contents) for contents in files.values())
+    entries = side_by_side(
+        lambda name: write_file(filesystem, directory / name, files[name]), files, total
+    )
+    return dict(zip(files, entries, strict=True))
+
+
+def write_file(filesystem: FileSystem, path: Path, contents: Contents) -> File:
+    """Write a file that is not there yet, hashing what is written; durable when this returns."""
+    hasher = hashlib.sha256()
+    descriptor = filesystem.create(path)
+    try:
+        for content in contents:
+            for piece in pieces(content):
+                write_all(filesystem, descriptor, piece)
+                hasher.update(piece)
+        filesystem.sync(descriptor)
+    finally:
+        filesystem.close(descriptor)
+    return File(size_of(contents), hasher.hexdigest())
+
+
+def hashed(contents: Contents) -> File:
+    """The size and hash of a file that is not written."""
+    hasher = hashlib.sha256()
+    for content in contents:
+        hasher.update(content)
+    return File(size_of(contents), hasher.hexdigest())
+
+
+def size_of(contents: Contents) -> int:
+    """The bytes of a file."""
+    return sum(len(content) for content in contents)
+
+
+def read_file(
+    filesystem: FileSystem, path: Path, entry: File, parse: Callable[[Fill, int, Path], Out]
+) -> Out:
+    """What `parse` makes of a file, verified: the very bytes that it was given have the hash.
+
+    `parse` is called with a function that fills a buffer with the next bytes, the size, and the
+    path, and must read all of them.
+    """
+    hasher = hashlib.sha256()
+    with regular(filesystem, path) as (descriptor, size):
+        if size != entry.size:
+            raise CheckpointError(
+                f"{path}: {size} bytes, and the manifest says {entry.size}; the file was "
+                "truncated or altered after the save"
+            )
+
+        def fill(buffer: memoryview) -> None:
+            for piece in pieces(buffer):
+                read_exactly(filesystem, descriptor, piece, path)
+                hasher.update(piece)
+
+        try:
+            found = parse(fill, size, path)
+        except CheckpointError as error:
+            raise _altered(filesystem, path, entry) or error from error
+    if hasher.hexdigest() != entry.sha256:
+        raise _mismatch(path)
+    return found
+
+
+def _altered(filesystem: FileSystem, path: Path, entry: File) -> CheckpointError | None:
+    """What cannot be parsed was most often altered: then that is what is said."""
+    return None if verify_file(filesystem, path, entry) else _mismatch(path)
+
+
+def verify_file(filesystem: FileSystem, path: Path, entry: File) -> bool:
+    """Whether a file has the size and the hash of its entry."""
+    hasher = hashlib.sha256()
+    with regular(filesystem, path) as (descriptor, size):
+        if size != entry.size:
+            return False
+        buffer = memoryview(bytearray(min(size, 1 << 22)))
+        left = size
+        while left:
+            piece = buffer[: min(left, len(buffer))]
+            read_exactly(filesystem, descriptor, piece, path)
+            hasher.update(piece)
+            left -= len(piece)
+    return hasher.hexdigest() == entry.sha256
+
+
+def _mismatch(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: its sha256 does not match the manifest; the file was altered after the save"
+    )
+
+
+def whole(fill: Fill, size: int, _path: Path) -> bytes:
+    """A parser that takes a file as it is."""
+    data = bytearray(size)
+    fill(memoryview(data))
+    return bytes(data)

@@ -1,0 +1,155 @@
+"""The file-system operations that a checkpoint is made of, each through one object.
+
+Tests put another in its place to count operations, fail them, tear them, and replay them up to any
+crash; the protocol above never sees the difference.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from functrain.errors import CheckpointError
+
+PIECE = 1 << 24
+"""Bytes written or read at a time: large enough to be fast, small enough to hash from the cache."""
+
+
+class FileSystem:
+    """The operating system's; every method is one call of it, and raises its `OSError`."""
+
+    def mkdir(self, path: Path) -> None:
+        """Make a directory that is not there yet."""
+        path.mkdir()
+
+    def create(self, path: Path) -> int:
+        """A descriptor to write a file that is not there yet; a symbolic link is not followed."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o644)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Write what can be written at once: how many bytes that was."""
+        return os.write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        """Make a file's data, or a directory's entries, durable."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor."""
+        os.close(descriptor)
+
+    def open_directory(self, path: Path) -> int:
+        """A descriptor of a directory, to sync it."""
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a directory another name, at once."""
+        source.rename(target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
+
+    def list(self, path: Path) -> list[str]:
+        """The names in a directory, sorted."""
+        return sorted(entry.name for entry in path.iterdir())
+
+    def open(self, path: Path) -> int:
+        """A descriptor to read a file; symbolic links are not followed, pipes are not waited for.
+
+        Without O_NOFOLLOW a checkpoint could lead outside of its directory, and without
+        O_NONBLOCK a pipe in the place of a file would hang the load.
+        """
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def stat(self, descriptor: int) -> os.stat_result:
+        """What kind of file a descriptor is of, and its size."""
+        return os.fstat(descriptor)
+
+    def read(self, descriptor: int, into: memoryview) -> int:
+        """Read what there is at once: how many bytes that was, 0 at the end."""
+        return os.readv(descriptor, [into])
+
+    @contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        """Hold the lock of this file; `BlockingIOError` where another process does."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+OPERATING_SYSTEM = FileSystem()
+
+
+def sync_directory(files: FileSystem, path: Path) -> None:
+    """Make the entries of a directory durable."""
+    descriptor = files.open_directory(path)
+    try:
+        files.sync(descriptor)
+    finally:
+        files.close(descriptor)
+
+
+def remove_directory(files: FileSystem, path: Path) -> None:
+    """Remove a directory of files, which holds no directories."""
+    for name in files.list(path):
+        files.unlink(path / name)
+    files.rmdir(path)
+
+
+def pieces(data: memoryview) -> Iterator[memoryview]:
+    """`data` in pieces of at most `PIECE` bytes."""
+    for begin in range(0, len(data), PIECE):
+        yield data[begin : begin + PIECE]
+
+
+def write_all(files: FileSystem, descriptor: int, data: memoryview) -> None:
+    """Write all of `data`: one call may write less, on a signal or a disk that is nearly full."""
+    while data:
+        written = files.write(descriptor, data)
+        if written <= 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        data = data[written:]
+
+
+@contextmanager
+def regular(files: FileSystem, path: Path) -> Iterator[tuple[int, int]]:
+    """A descriptor and the size of a regular file; anything else raises `CheckpointError`."""
+    try:
+        descriptor = files.open(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete"
+        ) from error
+    try:
+        status = files.stat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        yield descriptor, status.st_size
+    finally:
+        files.close(descriptor)
+
+
+def read_exactly(files: FileSystem, descriptor: int, into: memoryview, path: Path) -> None:
+    """Fill `into`; a file that ends before raises `CheckpointError`."""
+    while into:
+        try:
+            count = files.read(descriptor, into)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        if count <= 0:
+            raise CheckpointError(f"{path}: ends too early; it was altered while being read")
+        into = into[count:]

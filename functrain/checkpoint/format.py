@@ -1,0 +1,208 @@
+"""safetensors files, written as a stream and read strictly.
+
+The bytes written are those of `safetensors.torch.save`. What is read must be in that one canonical
+form: the reference reader lets through duplicate keys, gaps, shapes that overflow and more, and a
+file that two readers understand differently is no place for a model. A tensor is read straight into
+memory that torch has allocated, never mapped: overwriting the file would change a mapped tensor,
+truncating it would kill the process, and the bits of a kernel may depend on how memory is aligned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import orjson
+import torch
+from torch import Tensor
+
+from functrain.errors import CheckpointError
+from functrain.trees import Tensors
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Every dtype a checkpoint holds, in the order of a file: the widest first, so all are aligned."""
+
+MOST_HEADER = 1 << 26
+MOST_DIMENSIONS = 64
+LONGEST_NAME = 1024
+_METADATA = "__metadata__"
+_FORMAT = {"format": "pt"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@attrs.frozen
+class Entry:
+    """A tensor in a file: `begin` and `end` count from the end of the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def contents(items: Mapping[str, Tensor]) -> list[memoryview]:
+    """A safetensors file of `items`, in pieces: the header, then each tensor's own memory.
+
+    Nothing is copied but what is not contiguous or not on the CPU.
+    """
+    ordered = _ordered(items)
+    pieces, header, position = [], dict[str, Any]({_METADATA: _FORMAT}), 0
+    for name in ordered:
+        data = data_of(items[name])
+        pieces.append(data)
+        header[name] = {
+            "dtype": _NAMES[items[name].dtype],
+            "shape": list(items[name].shape),
+            "data_offsets": [position, position + len(data)],
+        }
+        position += len(data)
+    return [memoryview(_prefixed(header)), *pieces]
+
+
+def _ordered(items: Mapping[str, Tensor]) -> list[str]:
+    for name, tensor in items.items():
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"{name}: a checkpoint cannot hold {tensor.dtype}")
+        if not _is_name(name):
+            raise CheckpointError(f"{name!r}: not a name that a checkpoint can hold")
+    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    return sorted(items, key=lambda name: (rank[items[name].dtype], name))
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= LONGEST_NAME and name != _METADATA and name.isprintable()
+
+
+def data_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is on the CPU and contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
+
+
+def _prefixed(header: Mapping[str, Any]) -> bytes:
+    """The header with its length before it, and blanks after it so that the tensors are aligned."""
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read(fill: Callable[[memoryview], None], size: int, path: Path) -> Tensors:
+    """The tensors of a file of `size` bytes; `fill` reads the next bytes of it.
+
+    Anything that is not exactly what `contents` writes raises `CheckpointError`.
+    """
+    entries = header(fill, size, path)
+    return Tensors({entry.name: _filled(entry, fill, path) for entry in entries})
+
+
+def _filled(entry: Entry, fill: Callable[[memoryview], None], path: Path) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    data = data_of(tensor)
+    fill(data)
+    if entry.dtype == torch.bool and any(data.tobytes().strip(b"\0\1")):
+        raise CheckpointError(f"{path}: {entry.name} holds booleans that are neither 0 nor 1")
+    return tensor
+
+
+def header(fill: Callable[[memoryview], None], size: int, path: Path) -> list[Entry]:
+    """What a file of `size` bytes holds, by its header alone, in the order of its data."""
+    prefix = bytearray(8)
+    if size < 8:
+        raise CheckpointError(f"{path}: {size} bytes, which is no safetensors file")
+    fill(memoryview(prefix))
+    length = int.from_bytes(prefix, "little")
+    if length > min(size - 8, MOST_HEADER):
+        raise CheckpointError(f"{path}: its header would be {length} bytes long")
+    text = bytearray(length)
+    fill(memoryview(text))
+    entries = list(_entries(_canonical(bytes(text), path), path))
+    if entries != _in_order(entries):
+        raise CheckpointError(f"{path}: its tensors are not in the order of their dtypes and names")
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            raise CheckpointError(f"{path}: {entry.name} begins at {entry.begin}, not {position}")
+        position = entry.end
+    if position != size - 8 - length:
+        raise CheckpointError(
+            f"{path}: {size - 8 - length} bytes of tensors, and the header speaks of {position}"
+        )
+    return entries
+
+
+def _in_order(entries: list[Entry]) -> list[Entry]:
+    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    return sorted(entries, key=lambda entry: (rank[entry.dtype], entry.name))
+
+
+def _canonical(text: bytes, path: Path) -> dict[str, Any]:
+    """The parsed header, where writing it again gives the same bytes.
+
+    That alone refuses duplicate keys, blanks, escapes and numbers written in two ways.
+    """
+    try:
+        found = orjson.loads(text)
+        again = orjson.dumps(found)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
+        raise CheckpointError(f"{path}: its header is not JSON ({error})") from error
+    if again + b" " * (-len(again) % 8) != text:
+        raise CheckpointError(f"{path}: its header is not in canonical form")
+    first = next(iter(found), None) if isinstance(found, dict) else None
+    if first != _METADATA or found.pop(_METADATA) != _FORMAT:
+        raise CheckpointError(f"{path}: its header is not one of functrain's")
+    return dict(found)
+
+
+def _entries(found: Mapping[str, Any], path: Path) -> Iterator[Entry]:
+    for name, value in found.items():
+        if not _is_name(name):
+            raise CheckpointError(f"{path}: {name!r} is no name for a tensor")
+        if not isinstance(value, dict) or list(value) != ["dtype", "shape", "data_offsets"]:
+            raise CheckpointError(f"{path}: {name} lacks dtype, shape or data_offsets, or has more")
+        dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+        if dtype is None:
+            raise CheckpointError(f"{path}: {name} has the unknown dtype {value['dtype']!r}")
+        shape, offsets = value["shape"], value["data_offsets"]
+        if not _counts(shape) or len(shape) > MOST_DIMENSIONS:
+            raise CheckpointError(f"{path}: {name} has the shape {str(shape)[:99]}")
+        if not _counts(offsets) or len(offsets) != 2:
+            raise CheckpointError(f"{path}: {name} has the offsets {str(offsets)[:99]}")
+        begin, end = offsets
+        # Each dimension by itself too: torch refuses 2**63, even beside a 0.
+        if (
+            end - begin != math.prod(shape) * dtype.itemsize
+            or math.prod(filter(None, shape)) >= _MOST
+        ):
+            raise CheckpointError(
+                f"{path}: {name}, {value['dtype']} {shape}, does not take {end - begin} bytes"
+            )
+        yield Entry(name, dtype, tuple(shape), begin, end)
+
+
+_MOST = 2**60
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _MOST for n in value)

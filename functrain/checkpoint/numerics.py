@@ -1,0 +1,118 @@
+"""Under what the bits were computed: what must be the same for a resumed run to have the same bits.
+
+The same program on the same numbers gives other bits where torch, the instruction set, the number
+of threads or the deterministic flag is another. Their names find most of that; the canary, a hash
+over the results of a few small operations, finds the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functrain import keys
+from functrain.errors import CheckpointError, NumericsWarning
+from functrain.trees import digest
+
+_cached: dict[tuple[object, ...], str] = {}
+
+
+def numerics(device: torch.device | None = None) -> dict[str, Any]:
+    """What the bits of a step depend on beside its arguments, as plain data."""
+    where = torch.device("cpu") if device is None else device
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "device": _device_name(where),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    key = (*found.values(), where)
+    if key not in _cached:
+        _cached[key] = canary(where)
+    return {**found, "canary": _cached[key]}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def canary(device: torch.device) -> str:
+    """A hash over the results of small operations of every kind that a step is made of."""
+    with keys.seeded(0, device), torch.no_grad():
+        x = torch.randn(64, 96, device="cpu").to(device)
+        weight = torch.randn(128, 96, device="cpu").to(device)
+    hasher = hashlib.sha256()
+    for operation in _OPERATIONS:
+        hasher.update(digest(operation(x, weight)).encode())
+    return hasher.hexdigest()[:32]
+
+
+def _backward(x: Tensor, weight: Tensor) -> Tensor:
+    leaf = weight.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(F.linear(x, leaf), torch.arange(len(x), device=x.device))
+        (grad,) = torch.autograd.grad(loss, leaf)
+    return grad
+
+
+def _attention(x: Tensor, weight: Tensor) -> Tensor:
+    q, k = x.view(1, 4, 16, 96), weight.view(1, 4, 32, 96)
+    return F.scaled_dot_product_attention(q, k, k)
+
+
+def _adam(x: Tensor, weight: Tensor) -> Tensor:
+    del x
+    leaf = weight.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([leaf], lr=1e-2)
+    leaf.grad = weight.sin()
+    optimizer.step()
+    return leaf.detach()
+
+
+_OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda x, w: F.linear(x, w),
+    lambda x, w: F.linear(x.bfloat16(), w.bfloat16()),
+    lambda x, w: F.softmax(x, -1),
+    lambda x, w: F.log_softmax(x, -1),
+    lambda x, w: F.layer_norm(x, (96,)),
+    lambda x, w: F.rms_norm(x, (96,)),
+    lambda x, w: F.gelu(x),
+    lambda x, w: F.silu(x),
+    lambda x, w: x.exp().log1p().tanh(),
+    lambda x, w: x.abs().rsqrt() + x.erf() + x.cos(),
+    lambda x, w: x.sum() + w.mean(),
+    lambda x, w: x.cumsum(0),
+    lambda x, w: torch.linalg.vector_norm(w, dtype=torch.float64),
+    _attention,
+    _backward,
+    _adam,
+)
+
+
+def compare(
+    stored: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, strict: bool
+) -> None:
+    """Warn of differing numerics (`NumericsWarning`), or with `strict` refuse them."""
+    parts = [
+        f"{name} {stored.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(stored.keys() | now.keys())
+        if stored.get(name) != now.get(name)
+    ]
+    if not parts:
+        return
+    message = f"{where}: the run goes on, but not with the same bits: {'; '.join(parts)}"
+    if strict:
+        raise CheckpointError(
+            f"{where}: it was computed under other numerics: {'; '.join(parts)}; put them back, or "
+            "load with strict=False"
+        )
+    warnings.warn(message, NumericsWarning, stacklevel=3)

@@ -1,0 +1,51 @@
+"""Which checkpoints are kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import attrs
+
+from functrain.checkpoint.filesystem import FileSystem
+from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
+from functrain.errors import CheckpointError
+
+
+def _at_least_one(_record: object, field: attrs.Attribute[int], value: int | None) -> None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise CheckpointError(f"keep: {field.name}={value!r}, expected an integer of at least 1")
+
+
+@attrs.frozen(kw_only=True)
+class Keep:
+    """The newest `last`, each whose step `every` divides, and the `best` by `metric`.
+
+    `metric` is one that `save` was given; `lower` says that less of it is better. A checkpoint
+    without it, or with NaN, is never among the best. What none of the three holds on to goes.
+    """
+
+    last: int = attrs.field(default=2, validator=_at_least_one)
+    every: int | None = attrs.field(default=None, validator=_at_least_one)
+    best: int | None = attrs.field(default=None, validator=_at_least_one)
+    metric: str = "eval_loss"
+    lower: bool = True
+
+    def expendable(self, filesystem: FileSystem, root: Path) -> list[Path]:
+        """What may go, oldest first."""
+        found = checkpoints(root)
+        kept = {*found[-self.last :], *self._best(filesystem, found)}
+        if self.every is not None:
+            kept |= {path for path in found if (step_of(path) or 0) % self.every == 0}
+        return [path for path in found if path not in kept]
+
+    def _best(self, filesystem: FileSystem, found: list[Path]) -> list[Path]:
+        if self.best is None:
+            return []
+        values: list[tuple[float, int, Path]] = []
+        for path in found:
+            value = read_manifest(filesystem, path).metrics.get(self.metric, math.nan)
+            if not math.isnan(value):
+                # Of equals the newer one is the better.
+                values.append((value if self.lower else -value, -(step_of(path) or 0), path))
+        return [path for *_, path in sorted(values)[: self.best]]
