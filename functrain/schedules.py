@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -54,6 +54,25 @@ def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], int], None]
 
 _count = _at_least(0)
 _positive_count = _at_least(1)
+
+
+def _fraction(record: object, field: attrs.Attribute[Any], value: float) -> None:
+    if not _is_number(value) or not 0 < value < 1:
+        raise ConfigError(f"{_name(record)}.{field.name}: {value!r}, expected (0, 1)")
+
+
+def _at_most_peak(record: Cosine | Plateau) -> None:
+    if record.min_lr > record.peak:
+        raise ConfigError(
+            f"{_name(record)}.min_lr: {record.min_lr} is more than the peak {record.peak}; both "
+            "are learning rates"
+        )
+
+
+def _milestones(given: Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"multistep.milestones: {given!r}, expected rising counts: [1000, 2000]")
+    return tuple(given)
 
 
 def _one_of(*known: str) -> Callable[[object, attrs.Attribute[Any], str], None]:
@@ -133,6 +152,10 @@ class Cosine(Linear):
 
     cycles: float = attrs.field(default=0.5, validator=_positive, kw_only=True)
     min_lr: float = attrs.field(default=0.0, validator=_not_negative, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        _at_most_peak(self)
 
     def after(self, count: int) -> float:
         """½(1 + cos 2π·cycles·progress), rescaled to [min_lr/peak, 1]."""
@@ -270,12 +293,12 @@ class StepDecay(Constant):
 class MultiStep(Constant):
     """Times `gamma` at each milestone; torch's `MultiStepLR`."""
 
-    milestones: tuple[int, ...] = attrs.field(converter=tuple, kw_only=True)
+    milestones: tuple[int, ...] = attrs.field(converter=_milestones, kw_only=True)
     gamma: float = attrs.field(default=0.1, validator=_positive, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        rising = list(self.milestones) == sorted(self.milestones)
-        if not rising or not all(type(m) is int and m >= 0 for m in self.milestones):
+        counts = all(type(m) is int and m >= 0 for m in self.milestones)
+        if not counts or list(self.milestones) != sorted(self.milestones):
             raise ConfigError(
                 f"multistep.milestones: {list(self.milestones)}, expected rising counts"
             )
@@ -305,16 +328,12 @@ class OneCycle(Constant):
     """
 
     total: int = attrs.field(validator=_positive_count, kw_only=True)
-    pct_start: float = attrs.field(default=0.3, kw_only=True)
+    pct_start: float = attrs.field(default=0.3, validator=_fraction, kw_only=True)
     anneal: Literal["cos", "linear"] = attrs.field(
         default="cos", validator=_one_of("cos", "linear"), kw_only=True
     )
     div_factor: float = attrs.field(default=25.0, validator=_positive, kw_only=True)
     final_div_factor: float = attrs.field(default=1e4, validator=_positive, kw_only=True)
-
-    def __attrs_post_init__(self) -> None:
-        if not 0 < self.pct_start < 1:
-            raise ConfigError(f"one_cycle.pct_start: {self.pct_start}, expected (0, 1)")
 
     def __call__(self, count: int) -> float:
         """Two anneals: from the initial learning rate to the peak, and on to the least one."""
@@ -360,7 +379,7 @@ class Plateau:
     mode: Literal["min", "max"] = attrs.field(
         default="min", validator=_one_of("min", "max"), kw_only=True
     )
-    factor: float = attrs.field(default=0.1, kw_only=True)
+    factor: float = attrs.field(default=0.1, validator=_fraction, kw_only=True)
     patience: int = attrs.field(default=10, validator=_count, kw_only=True)
     threshold: float = attrs.field(default=1e-4, validator=_not_negative, kw_only=True)
     threshold_mode: Literal["rel", "abs"] = attrs.field(
@@ -371,8 +390,7 @@ class Plateau:
     eps: float = attrs.field(default=1e-8, validator=_not_negative, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        if not 0 < self.factor < 1:
-            raise ConfigError(f"reduce_on_plateau.factor: {self.factor}, expected (0, 1)")
+        _at_most_peak(self)
 
     def init(self) -> PlateauState:
         """Nothing seen yet."""
@@ -440,7 +458,7 @@ SCHEDULES: Mapping[str, Callable[..., Schedule | Plateau]] = {
 def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
     """The schedule of that name, for config files; `ConfigError` for unknown names and options."""
     if name not in SCHEDULES:
-        raise ConfigError(f"schedule: {name!r} is unknown; {did_you_mean(name, SCHEDULES)}")
+        raise ConfigError(f"schedule: {name!r} is unknown; {did_you_mean(str(name), SCHEDULES)}")
     make: Any = SCHEDULES[name]
     fields = {f.name: f for f in attrs.fields(make) if f.name != "peak"}
     for option in options:
@@ -453,6 +471,53 @@ def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
         raise ConfigError(f"schedule {name}: {' and '.join(missing)} must be given")
     made: Schedule | Plateau = make(peak, **options)
     return made
+
+
+def checked(value: Schedule | Plateau | float) -> Schedule | Plateau:
+    """The schedule itself, or `constant(value)` for a learning rate; `ConfigError` for the rest."""
+    if isinstance(value, Plateau):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"schedule: {value!r}, expected a positive finite learning rate")
+        return constant(float(value))
+    _refuse_unmade(value)
+    if not callable(value):
+        raise ConfigError(
+            f"schedule: {value!r}, expected a schedule such as {_call('cosine')}, a function of "
+            "the count, or a learning rate"
+        )
+    if not isinstance(value, Hashable):
+        raise ConfigError(
+            f"schedule: {value!r}, expected a hashable function: its values are looked up by it"
+        )
+    return value
+
+
+def _refuse_unmade(value: object) -> None:
+    """Raise `ConfigError` for a name or a class of schedules where a schedule is expected."""
+    if isinstance(value, str):
+        if value in SCHEDULES:
+            raise ConfigError(f"schedule: {value!r}, expected a schedule: {_call(value)}")
+        raise ConfigError(
+            f"schedule: {value!r}, expected a schedule; {did_you_mean(value, SCHEDULES)}"
+        )
+    if value is named:
+        raise ConfigError(
+            "schedule: named has not been called; expected "
+            "ft.schedules.named('cosine', 3e-4, total=…)"
+        )
+    if isinstance(value, type):
+        for name, each in SCHEDULES.items():
+            if each is value:
+                raise ConfigError(f"schedule: {name} has not been called; expected {_call(name)}")
+        raise ConfigError(f"schedule: the class {value.__name__}, expected a schedule")
+
+
+def _call(name: str) -> str:
+    make: Any = SCHEDULES[name]
+    needed = [f"{f.name}=…" for f in attrs.fields(make)[1:] if f.default is attrs.NOTHING]
+    return f"ft.schedules.{name}({', '.join(['3e-4', *needed])})"
 
 
 def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -278,6 +279,7 @@ def test_reduce_on_plateau(
     peak: float, least: float, eps: float, values: list[float], **options: Any
 ) -> None:
     """After every value the same rate, best value and counters, whatever was measured."""
+    least = min(least, peak)
     namesake: Any = lr_scheduler.ReduceLROnPlateau(
         _optimizer(peak), min_lr=least, eps=eps, **options
     )
@@ -336,7 +338,8 @@ def test_a_schedule_is_a_hashable_value(name: str) -> None:
     for field in attrs.fields(type(one)):
         value = getattr(one, field.name)
         if type(value) in (int, float):
-            assert attrs.evolve(one, **{field.name: value * 0.9 if value % 1 else value + 1}) != one
+            other = value + 1 if type(value) is int else value * 0.9 or 1e-4
+            assert attrs.evolve(one, **{field.name: other}) != one
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         one.peak = 1.0
 
@@ -386,6 +389,21 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: schedules.exponential(1.0, gamma=0.0), "exponential.gamma: 0.0, expected a positive"),
     (lambda: schedules.one_cycle(1.0, total=0), "one_cycle.total: 0, expected an integer"),
     (lambda: schedules.one_cycle(1.0, total=9, pct_start=1.5), "one_cycle.pct_start: 1.5"),
+    (lambda: schedules.multistep(1.0, milestones=3), "multistep.milestones: 3, expected rising"),  # type: ignore[arg-type]
+    (lambda: schedules.multistep(1.0, milestones="34"), r"multistep.milestones: \['3', '4'\], exp"),  # type: ignore[arg-type]
+    (lambda: schedules.multistep(1.0, milestones=[1, None]), r"milestones: \[1, None\], expected"),  # type: ignore[list-item]
+    (
+        lambda: schedules.one_cycle(1.0, total=9, pct_start="a"),
+        "one_cycle.pct_start: 'a', expected",
+    ),  # type: ignore[arg-type]
+    (lambda: schedules.reduce_on_plateau(1.0, factor="a"), "reduce_on_plateau.factor: 'a', expect"),  # type: ignore[arg-type]
+    (lambda: schedules.reduce_on_plateau(1.0, min_lr=2.0), "min_lr: 2.0 is more than the peak 1.0"),
+    (lambda: schedules.cosine(1e-3, total=9, min_lr=1e-2), "cosine.min_lr: 0.01 is more than the"),
+    (
+        lambda: schedules.cosine_with_min_lr(1e-3, total=9, min_lr=1e-2),
+        "cosine_with_min_lr.min_lr: 0.01 is more than the peak 0.001; both are learning rates",
+    ),
+    (lambda: schedules.named(3, 1e-3), "schedule: 3 is unknown; known: "),  # type: ignore[arg-type]
     (lambda: schedules.reduce_on_plateau(0.0), "reduce_on_plateau.peak: 0.0, expected a positive"),
     (lambda: schedules.reduce_on_plateau(1.0, factor=1.0), "reduce_on_plateau.factor: 1.0"),
     (lambda: schedules.reduce_on_plateau(1.0, mode="mim"), "mode: 'mim'; did you mean 'min'"),  # type: ignore[arg-type]
@@ -397,6 +415,71 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
 def test_what_makes_no_sense_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+@pytest.mark.parametrize("value", ["a", None, True, math.nan, math.inf, -1, [], {}], ids=repr)
+def test_what_is_no_number_is_refused_by_every_field(name: str, value: Any) -> None:
+    made = EXAMPLES[name]()
+    for field in attrs.fields(type(made)):
+        allowed = (field.name == "timescale" and value is None) or (
+            field.name == "milestones" and value in ([], {})  # none at all: a constant
+        )
+        if not allowed:
+            with pytest.raises(ConfigError, match=rf"{name}\.{field.name}: "):
+                attrs.evolve(made, **{field.name: value})
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_a_schedule_is_taken_as_it_is(name: str) -> None:
+    schedule = EXAMPLES[name]()
+    assert schedules.checked(schedule) is schedule
+
+
+def test_a_number_is_a_constant_and_any_function_of_the_count_a_schedule() -> None:
+    assert schedules.checked(1e-3) == schedules.constant(1e-3)
+    assert schedules.checked(1) == schedules.constant(1.0)
+    assert schedules.checked(_halving) is _halving
+
+
+def _halving(count: int) -> float:
+    return 0.5**count
+
+
+class Unhashable:
+    """A schedule that cannot be looked up."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, count: int) -> float:
+        return 1.0
+
+
+CALL = "ft.schedules."
+NO_SCHEDULE: list[tuple[Any, str]] = [
+    ("cosine", "schedule: 'cosine', expected a schedule: " + CALL + "cosine(3e-4, total=…)"),
+    ("constant", CALL + "constant(3e-4)"),
+    ("warmup_stable_decay", CALL + "warmup_stable_decay(3e-4, total=…, decay=…)"),
+    ("cosin", "schedule: 'cosin', expected a schedule; did you mean 'cosine'"),
+    (schedules.cosine, "schedule: cosine has not been called; expected " + CALL + "cosine(3"),
+    (schedules.reduce_on_plateau, "reduce_on_plateau has not been called; expected " + CALL),
+    (schedules.named, "named has not been called; expected ft.schedules.named('cosine', 3e-4"),
+    (dict, "schedule: the class dict, expected a schedule"),
+    (None, "schedule: None, expected a schedule such as "),
+    (True, "schedule: True, expected a schedule such as "),
+    ([1e-3], "schedule: [0.001], expected a schedule such as "),
+    (math.nan, "schedule: nan, expected a positive finite learning rate"),
+    (math.inf, "schedule: inf, expected a positive finite learning rate"),
+    (0.0, "schedule: 0.0, expected a positive finite learning rate"),
+    (-1, "schedule: -1, expected a positive finite learning rate"),
+    (Unhashable(), "expected a hashable function"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), NO_SCHEDULE, ids=[m for _, m in NO_SCHEDULE])
+def test_what_is_no_schedule_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        schedules.checked(value)
 
 
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"reduce_on_plateau"}))
