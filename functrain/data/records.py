@@ -14,7 +14,7 @@ from functrain.errors import DataError
 def records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; empty lines are skipped, errors name file and line."""
     found: list[dict[str, Any]] = []
-    for number, line in enumerate(_read(Path(path)).splitlines(), start=1):
+    for number, line in enumerate(_read(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -31,21 +31,22 @@ def records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def documents(path: str | os.PathLike[str]) -> list[str]:
     """The texts of a .jsonl file (`{"text": …}`), or a .txt file as one document."""
-    source = Path(path)
-    if source.suffix != ".jsonl":
+    if not str(path).endswith(".jsonl"):
         try:
-            return [_read(source).decode()]
+            return [_read(path).decode()]
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
-    found = records(source)
+    found = records(path)
     for number, record in enumerate(found, start=1):
         if not isinstance(record.get("text"), str):
             raise DataError(f"{path}: record {number} has no text under 'text'")
     return [record["text"] for record in found]
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | os.PathLike[str]) -> bytes:
+    if not (isinstance(path, str) or hasattr(path, "__fspath__")):
+        raise DataError(f"path: expected a path, got {type(path).__name__}")
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error

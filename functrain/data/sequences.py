@@ -141,6 +141,8 @@ def preference(
 def _check_given(records: object, time: int) -> None:
     if isinstance(records, Mapping):
         raise DataError("records: one object, expected a list of them: [record]")
+    if isinstance(records, str) or not isinstance(records, Iterable):
+        raise DataError(f"records: expected a list of objects, got {type(records).__name__}")
     at_least_one("time", time)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ class TextRows(MapSource):
     time: int
 
     def __attrs_post_init__(self) -> None:
-        if self.time < 2:
-            raise DataError(f"time: {self.time}, expected at least 2 (a token and its target)")
+        if isinstance(self.time, bool) or not isinstance(self.time, int) or self.time < 2:
+            raise DataError(
+                f"time: {self.time!r}, expected an integer of at least 2 (a token and its target)"
+            )
         if len(self.ids) < 2:
             raise DataError(f"tokens: {len(self.ids)} in all, expected at least 2")
 
@@ -65,6 +68,8 @@ def text(
     """Documents as one stream, each closed by the tokenizer's `end`, in rows of `time` tokens."""
     if isinstance(documents, str):
         raise DataError("documents: one string; expected several: [text]")
+    if not isinstance(documents, Iterable):
+        raise DataError(f"documents: expected a list of texts, got {type(documents).__name__}")
     stream: list[int] = []
     for number, document in enumerate(documents):
         if not isinstance(document, str):
@@ -88,7 +93,7 @@ def tokens(
     dtype: str = "uint16",
 ) -> TextRows:
     """A file of token ids (raw `dtype`, or .npy), memory-mapped, or an array of them."""
-    array = ids if isinstance(ids, np.ndarray) else _mapped(Path(ids), dtype)
+    array = ids if isinstance(ids, np.ndarray) else _mapped(ids, dtype)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(f"tokens: {array.dtype}{list(array.shape)}, expected integers [tokens]")
     return TextRows(ids=array, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
@@ -106,19 +111,43 @@ def _signed(ids: Ids, begin: int) -> npt.NDArray[np.int64]:
     return signed
 
 
-def _mapped(path: Path, dtype: str) -> Ids:
+def _mapped(ids: str | os.PathLike[str], dtype: str) -> Ids:
+    if not (isinstance(ids, str) or hasattr(ids, "__fspath__")):
+        hint = "ids.numpy()" if isinstance(ids, torch.Tensor) else "numpy.array(ids)"
+        raise DataError(
+            f"tokens: expected a path or a numpy array of ids, got {type(ids).__name__}; give "
+            f"{hint}"
+        )
+    path = Path(ids)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected token ids as raw {dtype}, or .npy")
-    try:
-        if path.suffix == ".npy":
-            array: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            return array
-        size = np.dtype(dtype).itemsize
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: {error}") from error
+    if path.suffix == ".npy":
+        return _npy(path)
+    size = _itemsize(dtype)
     if not path.stat().st_size or path.stat().st_size % size:
         raise DataError(
             f"{path}: {path.stat().st_size} bytes are no whole number of {dtype} ids; was it "
             "written with another dtype?"
         )
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _npy(path: Path) -> Ids:
+    try:
+        # Not `numpy.load`, which reads other kinds of files too, and advises to unpickle the rest.
+        array: Ids = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, SyntaxError, tokenize.TokenError) as error:
+        raise DataError(
+            f"{path}: no .npy file of integers (is it whole?); write one with numpy.save(path, ids)"
+        ) from error
+    return array
+
+
+def _itemsize(dtype: str) -> int:
+    try:
+        known = np.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or known.kind not in "iu":
+        raise DataError(f"dtype: {dtype!r}, expected an integer dtype such as 'uint16'")
+    return known.itemsize

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import functrain as ft
 from functrain import data
@@ -55,6 +57,54 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: data.tokens(np.array([1, -1, 3]), **SIZES).at(0, 1),
         r"tokens: -1 at 1, expected ids of at least 0",
     ),
+    "a list of token ids": (
+        lambda: data.tokens([1, 2, 3], **SIZES),  # type: ignore[arg-type]
+        r"tokens: expected a path or a numpy array of ids, got list; give numpy.array\(ids\)",
+    ),
+    "a tensor of token ids": (
+        lambda: data.tokens(torch.arange(9), **SIZES),  # type: ignore[arg-type]
+        r"tokens: expected a path or a numpy array of ids, got Tensor; give ids.numpy\(\)",
+    ),
+    "no token ids": (
+        lambda: data.tokens(None, **SIZES),  # type: ignore[arg-type]
+        "tokens: expected a path or a numpy array of ids, got NoneType",
+    ),
+    "no chats": (
+        lambda: data.chat(None, BYTES, **SIZES),  # type: ignore[arg-type]
+        "records: expected a list of objects, got NoneType",
+    ),
+    "no pairs": (
+        lambda: data.preference(3, BYTES, **SIZES),  # type: ignore[arg-type]
+        "records: expected a list of objects, got int",
+    ),
+    "chats that are text": (
+        lambda: data.chat("hello", BYTES, **SIZES),  # type: ignore[arg-type]
+        "records: expected a list of objects, got str",
+    ),
+    "no documents": (
+        lambda: data.text(None, BYTES, **SIZES),  # type: ignore[arg-type]
+        "documents: expected a list of texts, got NoneType",
+    ),
+    "rows of a time that is text": (
+        lambda: data.text(["some text"], BYTES, time="8", batch_size=1),  # type: ignore[arg-type]
+        "time: '8', expected an integer of at least 2",
+    ),
+    "rows of no time": (
+        lambda: data.tokens(np.arange(9), time=None, batch_size=1),  # type: ignore[arg-type]
+        "time: None, expected an integer of at least 2",
+    ),
+    "rows of one token": (
+        lambda: data.tokens(np.arange(9), time=1, batch_size=1),
+        "time: 1, expected an integer of at least 2",
+    ),
+    "records of no path": (
+        lambda: data.records(None),  # type: ignore[arg-type]
+        "path: expected a path, got NoneType",
+    ),
+    "documents of no path": (
+        lambda: data.documents(3),  # type: ignore[arg-type]
+        "path: expected a path, got int",
+    ),
     "token ids beyond int64": (
         lambda: data.tokens(np.array([1, 2**63, 3], dtype=np.uint64), **SIZES).at(0, 1),
         r"tokens: 9223372036854775808 at 1",
@@ -67,6 +117,39 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_what_cannot_be_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ft.DataError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", ["S0", "S4", "float32", "O", "bool", "unit16", None])
+def test_a_dtype_that_is_none_of_ids_is_refused(dtype: Any, tmp_path: Path) -> None:
+    path = tmp_path / "ids.bin"
+    path.write_bytes(bytes(32))
+    message = f"dtype: {dtype!r}, expected an integer dtype such as 'uint16'"
+    with pytest.raises(ft.DataError, match=message):
+        data.tokens(path, dtype=dtype, **SIZES)
+
+
+def test_a_file_that_is_no_array_is_refused_without_advice_to_unpickle_it(tmp_path: Path) -> None:
+    path = tmp_path / "junk.npy"
+    objects = tmp_path / "objects.npy"
+    np.save(objects, np.array([{}, None], dtype=object), allow_pickle=True)
+    archive = tmp_path / "archive.npz"
+    np.savez(archive, ids=np.arange(9))
+    whole = tmp_path / "whole.npy"
+    np.save(whole, np.arange(99, dtype=np.uint16))
+    for junk in (
+        b"junk",
+        b"",
+        b"\x93NUMPY\x01\x00\x06\x00junk((",
+        objects.read_bytes(),
+        archive.read_bytes(),
+        whole.read_bytes()[:-8],
+    ):
+        path.write_bytes(junk)
+        with pytest.raises(
+            ft.DataError, match=r"junk.npy: no .npy file of integers .*numpy.save"
+        ) as e:
+            data.tokens(path, **SIZES)
+        assert "pickle" not in str(e.value)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])

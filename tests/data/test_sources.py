@@ -279,3 +279,34 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ft.DataError, match="not UTF-8"):
         data.documents(tmp_path / "latin.txt")
+
+
+def test_all_batches_are_in_the_given_order_whatever_the_source_does() -> None:
+    records = [{"prompt": f"{i} ", "completion": f"{i}!"} for i in range(9)]
+    source = data.chat(records, BYTES, time=16, batch_size=4, shuffle=True)
+    rows = [row for batch in data.all_batches(source) for row in batch["input_ids"].tolist()]
+    assert [BYTES.decode(row).rstrip("\0") for row in rows] == [f"{i} {i}!" for i in range(9)]
+
+
+def test_the_chosen_is_the_chosen_and_the_rejected_the_rejected() -> None:
+    record = {"prompt": "2+2=", "chosen": "4", "rejected": "five"}
+    batch = data.preference([record], BYTES, time=32, batch_size=1).at(0, 1)
+    for side, said in (("chosen", "4"), ("rejected", "five")):
+        ids, labels = batch[side]["input_ids"][0], batch[side]["labels"][0]
+        assert BYTES.decode(ids[batch[side]["attention_mask"][0].bool()].tolist()) == f"2+2={said}"
+        assert BYTES.decode(labels[labels != -100].tolist()) == said
+
+
+def test_a_pair_of_which_one_completion_is_cut_away_is_dropped_and_counted() -> None:
+    """The completion of a long prompt begins after `time`; of one text, so does the other's."""
+    short = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    long = {"prompt": "a" * 8, "chosen": "b", "rejected": "c"}
+    source = data.preference([short, long, short], BYTES, time=8, batch_size=1)
+    assert (len(source), source.truncated, source.dropped) == (2, 1, 1)
+    chats = data.chat(
+        [{"prompt": r["prompt"], "completion": "b"} for r in (short, long)],
+        BYTES,
+        time=8,
+        batch_size=1,
+    )
+    assert (len(chats), chats.truncated, chats.dropped) == (1, 1, 1)
