@@ -9,7 +9,14 @@ functional kernels directly (fused where there is one); every other class of the
 from functrain.optimizers.adam import Adam, adam, adamw
 from functrain.optimizers.adapter import Adapter, adafactor, from_torch, sgd
 from functrain.optimizers.base import Group, Optimizer, OptimizerState, group, no_decay
-from functrain.optimizers.partition import Partition, is_any, is_hidden_matrix, muon, partition
+from functrain.optimizers.partition import (
+    Partition,
+    hidden_matrices,
+    is_any,
+    is_hidden_matrix,
+    muon,
+    partition,
+)
 
 __all__ = [
     "Adam",
@@ -23,6 +30,7 @@ __all__ = [
     "adamw",
     "from_torch",
     "group",
+    "hidden_matrices",
     "is_any",
     "is_hidden_matrix",
     "muon",

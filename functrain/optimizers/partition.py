@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functrain.errors import ConfigError
 from functrain.optimizers.adam import adamw
@@ -18,6 +18,7 @@ from functrain.optimizers.base import (
     OptimizerState,
     Predicate,
     advanced,
+    check_predicate,
     check_update,
     held_back,
     zero_count,
@@ -31,17 +32,18 @@ def muon(
     weight_decay: float = 0.1,
     momentum: float = 0.95,
     adjust_lr_fn: str = "match_rms_adamw",
-    where: Predicate | None = None,
+    hidden: Predicate | None = None,
     others: Optimizer | None = None,
     **options: Any,
 ) -> Partition:
     """Muon (Jordan et al. 2024) for hidden matrices, as `torch.optim.Muon`; AdamW for the rest.
 
-    `where` selects Muon's parameters: by default matrices other than embeddings and the head.
-    `others` trains the rest. One learning rate serves both, because `match_rms_adamw`
-    (2502.16982) gives Muon's updates AdamW's size.
+    `hidden` selects Muon's parameters: `hidden_matrices(architecture)`, or by default
+    `is_hidden_matrix`, which goes by the names; where these tell neither an embedding nor a head,
+    `init` raises `ConfigError`. `others` trains the rest. One learning rate serves both, because
+    `match_rms_adamw` (2502.16982) gives Muon's updates AdamW's size.
     """
-    hidden = from_torch(
+    matrices = from_torch(
         torch.optim.Muon,
         lr=lr,
         weight_decay=weight_decay,
@@ -50,20 +52,86 @@ def muon(
         **options,
     )
     rest = adamw(lr, weight_decay=weight_decay) if others is None else others
-    return partition([("muon", where or is_hidden_matrix, hidden), ("others", is_any, rest)])
+    if isinstance(hidden, nn.Module):
+        raise ConfigError("muon: hidden is a module, expected hidden=optim.hidden_matrices(module)")
+    made = partition([("muon", hidden or is_hidden_matrix, matrices), ("others", is_any, rest)])
+    return _ByName(parts=made.parts) if hidden is None else made
 
 
-_EDGES = re.compile(r"(^|[._])(embed\w*|wte|wpe|lm_head|head|output)([._]|$)")
+_EMBEDDING = re.compile(
+    r"(^|[._])(emb|embd|embed\w*|wte|wpe|relative_attention_bias)([._]|$)|^shared\."
+)
+_HEAD = re.compile(r"(^|[._])(unemb\w*|lm_head|head|logits)([._]|$)")
+# Common names of an output projection, which in a numbered block are names of hidden matrices.
+_OUTPUT = re.compile(
+    r"(^|[._])output([._]|$)|(^|\.)(decoder|fc_out|proj_out|generator(\.proj)?)(\.weight)?$"
+)
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
     """A matrix that is neither an embedding nor the head, judged by its name."""
-    return tensor.ndim == 2 and _EDGES.search(name) is None
+    return tensor.ndim == 2 and _EMBEDDING.search(name) is None and not _is_head(name)
+
+
+def _is_head(name: str) -> bool:
+    if _HEAD.search(name):
+        return True
+    return _OUTPUT.search(name) is not None and _NUMBERED.search(name) is None
+
+
+def hidden_matrices(architecture: nn.Module) -> Predicate:
+    """The matrices of this architecture's linear layers, but for embeddings and the head.
+
+    Linear: `nn.Linear` and what has `in_features` and `out_features` as well, transformers'
+    `Conv1D`, the projections of `nn.MultiheadAttention`. The head: a weight tied to an embedding,
+    or a layer with an output for each entry of one. Where that number is a width of other layers
+    too, its name tells the head; and where no name does, every layer of that many outputs is taken
+    for one, since AdamW trains a hidden matrix well and Muon a head badly.
+    """
+    embeddings = [m for m in architecture.modules() if _entries(m) is not None]
+    sizes = {_entries(m) for m in embeddings}
+    embedded = {id(p) for m in embeddings for p in m.parameters(recurse=False)}
+    shapes = {id(w): shape for m in architecture.modules() for w, shape in _linear_weights(m)}
+    widths = {inputs for inputs, _ in shapes.values()}
+    layers = {
+        name: shapes[id(p)]
+        for name, p in architecture.named_parameters()
+        if id(p) in shapes and id(p) not in embedded
+    }
+    heads = {name for name, (_, outputs) in layers.items() if outputs in sizes}
+    certain = {name for name in heads if layers[name][1] not in widths}
+    if certain or shapes.keys() & embedded:
+        heads = certain
+    else:
+        heads = {name for name in heads if _is_head(name)} or heads
+    hidden = frozenset(layers.keys() - heads)
+    return lambda name, _: name in hidden
 
 
 def is_any(_name: str, _tensor: Tensor) -> bool:
     """Every parameter."""
     return True
+
+
+def _entries(module: nn.Module) -> int | None:
+    number = getattr(module, "num_embeddings", None)
+    return number if isinstance(number, int) else None
+
+
+def _linear_weights(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """The matrices of a linear layer, each with its inputs and outputs."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.MultiheadAttention):
+        for own in module.parameters(recurse=False):
+            if own.ndim == 2:
+                yield own, (own.shape[1], own.shape[0])
+    elif not isinstance(weight, Tensor) or weight.ndim != 2:
+        return
+    elif type(module).__name__ == "Conv1D":
+        yield weight, (weight.shape[0], weight.shape[1])
+    elif hasattr(module, "in_features") and hasattr(module, "out_features"):
+        yield weight, (weight.shape[1], weight.shape[0])
 
 
 @attrs.frozen(kw_only=True)
@@ -138,10 +206,43 @@ class Partition:
         return {label: Tensors(items) for label, items in members.items() if items}
 
 
+@attrs.frozen(kw_only=True)
+class _ByName(Partition):
+    """Muon's partition by names, which refuses names that tell it nothing."""
+
+    def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
+        matrices = [name for name, p in params.items() if p.ndim == 2]
+        if len(matrices) > 1 and all(is_hidden_matrix(name, params[name]) for name in matrices):
+            raise ConfigError(
+                f"muon: none of the {len(matrices)} matrices is known by its name for an embedding "
+                f"or a head ({', '.join(matrices[:3])}, …); pass "
+                "hidden=optim.hidden_matrices(architecture), or hidden=optim.is_hidden_matrix "
+                "where all of them are hidden"
+            )
+        return super().init(params)
+
+
 def partition(parts: Iterable[tuple[str, Predicate, Optimizer]]) -> Partition:
     """Several optimizers by predicate: `[("muon", is_hidden_matrix, m), ("rest", is_any, a)]`."""
+    if not isinstance(parts, Iterable):
+        raise ConfigError(f"partition: {parts!r}, expected {_PART} for each part")
     parts = tuple(parts)
+    for number, part in enumerate(parts):
+        _check_part(f"partition[{number}]", part)
     labels = [label for label, _, _ in parts]
     if not parts or len(set(labels)) < len(labels) or any("." in label for label in labels):
         raise ConfigError(f"partition: labels must be distinct and without dots, got {labels}")
     return Partition(parts=parts)
+
+
+_PART = "(label, predicate, optimizer)"
+
+
+def _check_part(where: str, part: Any) -> None:
+    fields = list(part) if isinstance(part, Iterable) else []
+    if len(fields) != 3 or not isinstance(fields[0], str):
+        raise ConfigError(f"{where}: {part!r}, expected {_PART}")
+    _, predicate, optimizer = fields
+    check_predicate(where, predicate)
+    if isinstance(optimizer, type) or not all(hasattr(optimizer, n) for n in ("init", "kind")):
+        raise ConfigError(f"{where}: {optimizer!r}, expected an optimizer such as optim.adamw()")

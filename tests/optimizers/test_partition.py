@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -109,11 +110,130 @@ def test_a_part_without_a_gradient_stands_still() -> None:
         ("model.embed_tokens.weight", False),
         ("embedding.weight", False),
         ("output.weight", False),
+        ("emb.weight", False),
+        ("tok_emb.weight", False),
+        ("token_emb.weight", False),
+        ("pos_emb.weight", False),
+        ("pos_emb", False),
+        ("transformer.embd.weight", False),
+        ("tok_embeddings.weight", False),
+        ("shared.weight", False),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", False),
+        ("unembed.weight", False),
+        ("unembedding.weight", False),
+        ("to_logits.weight", False),
+        ("decoder.weight", False),
+        ("cls.predictions.decoder.weight", False),
+        ("fc_out.weight", False),
+        ("proj_out.weight", False),
+        ("generator.proj.weight", False),
+        ("transformer.output_layer.weight", False),
+        ("decoder.output_projection.weight", False),
+        # In the numbered blocks what is called so is hidden.
+        ("transformer.h.0.mlp.fc_out.weight", True),
+        ("layers.0.attn.output_proj.weight", True),
+        ("encoder.layer.0.attention.output.dense.weight", True),
+        ("decoder.layers.0.fc1.weight", True),
+        ("blocks.0.member.weight", True),
     ],
 )
 def test_hidden_matrices_are_known_by_their_names(name: str, hidden: bool) -> None:
     assert optim.is_hidden_matrix(name, torch.zeros(2, 2)) is hidden
     assert not optim.is_hidden_matrix(name, torch.zeros(2))
+
+
+class Model(nn.Module):
+    """Two embeddings, a block, and an output projection under names that say nothing."""
+
+    def __init__(self, vocabulary: int = 31, width: int = 8, tied: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Embedding(vocabulary, width)
+        self.b = nn.Embedding(16, width)
+        self.c = nn.ModuleList([nn.Linear(width, 16), nn.Linear(16, width)])
+        self.d = nn.LayerNorm(width)
+        self.e = nn.MultiheadAttention(width, 2)
+        self.f = nn.Linear(width, vocabulary)
+        self.g = nn.Parameter(torch.zeros(4, width))
+        if tied:
+            self.f.weight = self.a.weight
+
+
+def _hidden(module: nn.Module) -> set[str]:
+    where = optim.hidden_matrices(module)
+    return {name for name, tensor in module.named_parameters() if where(name, tensor)}
+
+
+HIDDEN = {"c.0.weight", "c.1.weight", "e.in_proj_weight", "e.out_proj.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("after_split", [False, True])
+def test_hidden_matrices_are_known_by_the_architecture(tied: bool, after_split: bool) -> None:
+    """Whatever the names; 16 is a number of positions and a width, so that no head is of it."""
+    module = Model(tied=tied)
+    assert _hidden(ft.split(module)[0] if after_split else module) == HIDDEN
+
+
+def test_where_the_vocabulary_is_a_width_the_name_tells_the_output_projection() -> None:
+    module = Model(vocabulary=8)
+    assert _hidden(module) == {"e.in_proj_weight"}  # 16 and 8 outputs might both be a head's
+    named = Model(vocabulary=8)
+    named.lm_head, named.f = named.f, nn.Identity()
+    assert _hidden(named) == HIDDEN
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+def test_name_and_architecture_agree_on_the_models_here(name: str) -> None:
+    module = zoo.model(name)
+    named = {n for n, p in module.named_parameters() if optim.is_hidden_matrix(n, p)}
+    assert _hidden(module) == named
+
+
+def test_muon_trains_what_it_is_told_is_hidden() -> None:
+    architecture, params, _ = ft.split(Model())
+    optimizer = optim.muon(hidden=optim.hidden_matrices(architecture))
+    _, state = _run(optimizer, params, params)
+    assert set(state.slots["muon.momentum_buffer"]) == HIDDEN
+    assert set(state.slots["others.step"]) == params.keys() - HIDDEN
+
+
+def test_muon_refuses_names_that_tell_it_nothing() -> None:
+    """Else it would train embedding and head as hidden matrices."""
+    params = ft.split(Model())[1]
+    message = (
+        r"muon: none of the \d matrices is known by its name for an embedding or a head \(a.weight,"
+        r" .*\); pass hidden=optim.hidden_matrices\(architecture\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        optim.muon().init(params)
+    told = optim.muon(hidden=optim.is_hidden_matrix).init(params)
+    assert "a.weight" not in told.slots["others.step"]
+    one = Tensors({name: params[name] for name in ("c.0.weight", "d.weight")})
+    assert "others.step" in optim.muon().init(one).slots
+
+
+def test_a_module_is_no_predicate_of_muon() -> None:
+    with pytest.raises(ConfigError, match=r"expected hidden=optim.hidden_matrices\(module\)"):
+        optim.muon(hidden=Model())
+    with pytest.raises(ConfigError, match="'mlp', expected a predicate"):
+        optim.muon(hidden="mlp")  # type: ignore[arg-type]
+
+
+PARTS: list[tuple[Any, str]] = [
+    (3, "partition: 3, expected (label, predicate, optimizer) for each part"),
+    ([("a",)], "partition[0]: ('a',), expected (label, predicate, optimizer)"),
+    ([(1, optim.is_any, optim.adamw())], "partition[0]: (1, "),
+    ([optim.adamw()], "partition[0]: Adam("),
+    ([("a", "bias", optim.adamw())], "partition[0]: 'bias', expected a predicate: lambda name, t"),
+    ([("a", optim.is_any, optim.adamw)], "partition[0]: <function adamw"),
+    ([("a", optim.is_any, None)], "partition[0]: None, expected an optimizer such as optim.adamw"),
+]
+
+
+@pytest.mark.parametrize(("parts", "message"), PARTS, ids=[message for _, message in PARTS])
+def test_what_is_no_part_is_refused(parts: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        optim.partition(parts)
 
 
 def test_a_partition_that_leaves_a_parameter_out_is_refused() -> None:
@@ -142,3 +262,21 @@ def test_labels_are_distinct_and_without_dots(labels: list[str]) -> None:
     parts = [(label, optim.is_any, optim.adamw()) for label in labels]
     with pytest.raises(ConfigError, match="labels must be distinct and without dots"):
         optim.partition(parts)
+
+
+def test_a_label_may_begin_like_another() -> None:
+    given_params = {"a": torch.randn(3, 2), "b": torch.randn(3)}
+    parts = [
+        ("m", lambda n, _: n == "a", optim.adam(1e-2)),
+        ("mu", optim.is_any, optim.adam(1e-2)),
+    ]
+    optimizer = optim.partition(parts)
+    state = first = optimizer.init(given_params)
+    params: Any = given_params
+    for _ in range(2):
+        grads = {name: torch.full_like(p, 0.3) for name, p in given_params.items()}
+        params, state = optimizer.update(grads, state, params, 1e-2)
+    assert state.slots.keys() == first.slots.keys()
+    assert {slot: set(t) for slot, t in state.slots.items()} == {
+        slot: set(t) for slot, t in first.slots.items()
+    }
