@@ -541,3 +541,91 @@ def test_limits_are_positive_and_finite(bad: float) -> None:
         ft.adaptive_clip(grads, grads, factor=bad)
     with pytest.raises(ConfigError, match="eps: "):
         ft.adaptive_clip(grads, grads, eps=bad)
+
+
+def test_the_model_is_called_with_every_keyword_of_the_batch_and_no_labels() -> None:
+    architecture, params, buffers = ft.split(zoo.Heard())
+    batch = zoo.full(zoo.batch())
+    ft.value_and_grad(LanguageModeling(), architecture)(params, buffers, batch)
+    ft.value_and_grad(LanguageModeling(), architecture)(params, buffers, zoo.batch())
+    keys = {"input_ids", "attention_mask", "position_ids"}
+    full, plain = architecture.calls
+    assert full.keys() - {"training", "history"} == keys
+    assert all(torch.equal(full[key], batch[key]) for key in keys)
+    assert plain.keys() - {"training", "history"} == {"input_ids"}
+
+
+def test_backward_is_outside_of_autocast() -> None:
+    seen: list[bool] = []
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return grad
+
+    class Spied(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            return {"logits": Spy.apply(super().forward(*args, **rest)["logits"])}
+
+    architecture, params, buffers = ft.split(Spied())
+    ft.value_and_grad(LanguageModeling(), architecture, precision="bf16")(
+        params, buffers, zoo.batch()
+    )
+    assert seen == [False]
+
+
+def test_a_tensor_that_is_no_parameter_receives_no_gradient() -> None:
+    beside = torch.ones((), requires_grad=True)
+
+    class Beside(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            return {"logits": super().forward(*args, **rest)["logits"] * beside}
+
+    architecture, params, buffers = ft.split(Beside())
+    ft.value_and_grad(LanguageModeling(), architecture)(params, buffers, zoo.batch())
+    assert beside.grad is None
+
+
+def test_a_buffer_that_is_assigned_anew_is_in_the_result() -> None:
+    class Assigning(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            out = super().forward(*args, **rest)
+            self.scale = self.scale + 1
+            return out
+
+    architecture, params, buffers = ft.split(Assigning())
+    gradient = ft.value_and_grad(LanguageModeling(), architecture)
+    after = gradient(params, buffers, [zoo.batch(), zoo.batch(1)]).buffers
+    assert (float(buffers["scale"]), float(after["scale"])) == (1.0, 3.0)
+
+
+def test_an_evaluation_in_another_thread_disturbs_no_step() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waiting(zoo.Normed):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            if self.training:
+                inside.set()
+                go_on.wait(0.3)
+            return super().forward(*args, **rest)
+
+    architecture, params, buffers = ft.split(Waiting(p=0.5))
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    state = step.init(params, buffers)
+    generator = torch.get_rng_state()
+    alone = ft.fingerprint(step(state, zoo.batch())[0])
+    inside.clear()
+    measured: list[Any] = []
+    other = threading.Thread(
+        target=lambda: (inside.wait(), measured.append(ft.evaluate(step, state, [zoo.batch()])))
+    )
+    other.start()
+    together = ft.fingerprint(step(state, zoo.batch())[0])
+    other.join()
+    assert together == alone
+    assert torch.equal(torch.get_rng_state(), generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,47 @@ def test_a_source_may_give_ready_micro_batches() -> None:
     state, metrics = next(ft.train(step, state, Ready(), steps=1))
     assert state.cursor.samples == 4
     assert state.cursor.tokens == float(metrics["num_tokens"])
+
+
+def test_tokens_of_pairs_are_those_of_both_sides() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.dpo_step(architecture, ft.optim.adamw(), reference=ft.trees.clone(params))
+    ((state, metrics),) = ft.train(
+        step, step.init(params, buffers), zoo.Batches(zoo.pairs), steps=1
+    )
+    sides = [(zoo.pairs()[s]["labels"][:, 1:] != -100).sum() for s in ("chosen", "rejected")]
+    assert state.cursor.tokens == int(sum(sides)) == float(metrics["num_tokens"])
+
+
+def test_the_first_total_to_be_reached_ends_it() -> None:
+    step, state = _run()
+    for totals in ({"steps": 2, "tokens": 10**6}, {"steps": 10**6, "epochs": 0.2}):
+        run = ft.train(step, state, zoo.Batches(), **totals)
+        assert len(list(itertools.islice(run, 4))) == 2
+
+
+def test_the_batch_is_at_the_cursor_whatever_the_batches_before_were() -> None:
+    """And what a loader left in the cursor stays there."""
+
+    class Asked(zoo.Batches):
+        asked: tuple[Any, ...] = ()
+
+        def at(self, position: int, n: int) -> Any:
+            self.asked = (*self.asked, (position, n))
+            return super().at(position, n)
+
+    step, state = _run()
+    state = attrs.evolve(state, cursor=ft.Cursor(loader="{}"))
+    source = Asked()
+    *_, (state, _) = ft.train(step, state, source, steps=2, batch_size=3)
+    *_, (state, _) = ft.train(step, state, source, steps=4)
+    assert source.asked == ((0, 3), (3, 3), (6, 4), (10, 4))
+    assert (state.cursor.samples, state.cursor.loader) == (14, "{}")
+
+
+def test_what_a_plateau_schedule_sees_is_the_evaluations_loss() -> None:
+    step, state = _run(schedule=ft.schedules.reduce_on_plateau(1e-2))
+    ((state, metrics),) = ft.train(
+        step, state, zoo.Batches(), steps=1, evaluation=[zoo.batch(100)], evaluate_every=1
+    )
+    assert state.scheduler.plateau.best == float(metrics["eval_loss"]) != float(metrics["loss"])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import zoo
 
 import functrain as ft
+from functrain import testing
 from functrain.objectives import LanguageModeling
 
 
@@ -171,15 +172,21 @@ def test_a_parameter_that_is_frozen_stays() -> None:
 
 
 def test_a_transform_acts_before_the_clipping() -> None:
-    step, state = _made(transform=ft.adaptive_clip, max_grad_norm=0.05)
+    """SGD, and a rate above 0 at the first update, so that the size of a gradient shows."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(
+        architecture, ft.optim.sgd(0.1), transform=ft.adaptive_clip, max_grad_norm=0.05
+    )
+    state = step.init(params, buffers)
     gradient = step.value_and_grad(state.params, state.buffers, zoo.batch(), key=0)
     clipped = ft.adaptive_clip(gradient.grads, state.params)
-    expected, _ = ft.clip_by_global_norm(clipped, 0.05)
-    params, _ = step.optimizer.update(
-        expected, state.optimizer, state.params, step.learning_rate(state)
-    )
-    after, _ = step(state, zoo.batch())
+    expected, norm = ft.clip_by_global_norm(clipped, 0.05)
+    assert 0.05 < float(norm) < float(ft.trees.global_norm(gradient.grads))
+    params, _ = step.optimizer.update(expected, state.optimizer, state.params, 0.1)
+    after, metrics = step(state, zoo.batch())
     assert all(torch.equal(after.params[n], p) for n, p in params.items())
+    assert any(not torch.equal(after.params[n], p) for n, p in state.params.items())
+    assert float(metrics["grad_norm"]) == float(ft.trees.global_norm(gradient.grads))
 
 
 def test_an_objective_of_ones_own_is_a_step_like_any_other() -> None:
@@ -389,3 +396,263 @@ def test_bf16_params_keep_a_float32_master_of_a_bfloat16_model() -> None:
     step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), precision="bf16_params")
     state, _ = step(step.init(params, buffers), zoo.batch())
     assert {tensor.dtype for tensor in state.params.values()} == {torch.float32}
+
+
+def test_the_average_begins_as_a_copy_in_memory_of_its_own() -> None:
+    """So that the very first step may donate."""
+    step, state = _made(ema_decay=0.9, donate=True, schedule=1e-2)
+    began = {name: p.clone() for name, p in state.params.items()}
+    assert all(torch.equal(state.average[n], p) for n, p in began.items())
+    assert not ft.trees.storages(state.average).keys() & ft.trees.storages(state.params).keys()
+    after, _ = step(state, zoo.batch())
+    for name, average in after.average.items():
+        expected = 0.9 * began[name] + 0.1 * after.params[name]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
+
+
+class Certain(zoo.Tied):
+    """Gives token 30 no chance at all: as a target its loss is infinite, its gradient is not."""
+
+    def forward(self, *args: Any, **rest: Any) -> Any:
+        logits = super().forward(*args, **rest)["logits"]
+        never = torch.zeros(zoo.VOCABULARY).index_fill(0, torch.tensor(30), -torch.inf)
+        return {"logits": logits + never}
+
+
+def test_an_infinite_loss_is_skipped_though_the_gradient_is_finite() -> None:
+    architecture, params, buffers = ft.split(Certain())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    batch = zoo.batch()
+    batch["labels"][0, -1] = 30
+    after, metrics = step(state, batch)
+    assert torch.isfinite(metrics["grad_norm"])
+    assert float(metrics["loss"]) == torch.inf
+    assert float(metrics["skipped"]) == 1
+    assert all(torch.equal(after.params[n], p) for n, p in state.params.items())
+
+
+class Rooted(zoo.Tied):
+    """The derivative of a square root at 0 is infinite, its value is not."""
+
+    def forward(self, *args: Any, **rest: Any) -> Any:
+        out = super().forward(*args, **rest)
+        return {"logits": out["logits"] + (self.mix.bias * 0.0).abs().sqrt().sum()}
+
+
+def test_an_infinite_gradient_is_skipped_though_the_loss_is_finite() -> None:
+    architecture, params, buffers = ft.split(Rooted())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    after, metrics = step(state, zoo.batch())
+    assert torch.isfinite(metrics["loss"])
+    assert not torch.isfinite(metrics["grad_norm"])
+    assert float(metrics["skipped"]) == 1
+    assert all(torch.equal(after.params[n], p) for n, p in state.params.items())
+
+
+def test_an_adopted_states_key_is_of_its_stage_and_of_when_it_was_adopted() -> None:
+    step, state = _made()
+    later, _ = step(state, zoo.batch())
+    tuning = ft.sft_step(step.architecture, ft.optim.adamw())
+    again = ft.pretrain_step(step.architecture, ft.optim.adamw())
+    stages = [s.adopt(now).key for s in (tuning, again) for now in (state, later)]
+    assert len({state.key, *stages}) == 5
+
+
+def test_adopting_takes_the_params_and_not_their_average() -> None:
+    step, state = _made(ema_decay=0.9, schedule=1e-1)
+    state, _ = step(state, zoo.batch())
+    adopted = attrs.evolve(step, ema_decay=0.5).adopt(state)
+    for name, param in state.params.items():
+        assert torch.equal(adopted.params[name], param)
+        assert torch.equal(adopted.average[name], param)
+    assert not torch.equal(state.average["mix.weight"], state.params["mix.weight"])
+
+
+def test_the_learning_rate_stands_still_while_steps_are_skipped() -> None:
+    step, state = _made("normed")
+    bad = attrs.evolve(state, params=ft.trees.map_leaves(lambda p: p * torch.nan, state.params))
+    for _ in range(3):
+        bad, metrics = step(bad, zoo.batch())
+        assert float(metrics["learning_rate"]) == step.schedule(0)
+    assert (bad.step, int(bad.scheduler.count)) == (3, 0)
+    _, metrics = step(attrs.evolve(bad, params=state.params), zoo.batch())
+    assert float(metrics["learning_rate"]) == step.schedule(0)
+
+
+def test_an_evaluation_checks_every_batch_and_that_there_is_a_target() -> None:
+    step, state = _made()
+    far = {**zoo.batch(), "input_ids": zoo.batch()["input_ids"] + zoo.VOCABULARY}
+    with pytest.raises(ft.BatchError, match=r"input_ids: \d+ at .* is out of range"):
+        ft.evaluate(step, state, [zoo.batch(), far])
+    none = {**zoo.batch(), "labels": torch.full_like(zoo.batch()["labels"], -100)}
+    with pytest.raises(ft.BatchError, match="no target token"):
+        ft.evaluate(step, state, [none])
+    one = ft.evaluate(step, state, [zoo.batch()])
+    assert ft.evaluate(step, state, [none, zoo.batch()]).to_dict() == one.to_dict()
+
+
+def test_an_evaluation_is_of_the_params_and_keeps_no_history() -> None:
+    class Watched(zoo.Tied):
+        grads: Any = ()
+
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            self.grads = (*self.grads, torch.is_grad_enabled())
+            return super().forward(*args, **rest)
+
+    architecture, params, buffers = ft.split(Watched())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-1), ema_decay=0.9)
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    architecture.grads = ()
+    measured = ft.evaluate(step, state, [zoo.batch()])
+    assert architecture.grads == (False,)
+    plain = attrs.evolve(step, ema_decay=None)
+    without = ft.evaluate(plain, attrs.evolve(state, average=None), [zoo.batch()])
+    assert measured.to_dict() == without.to_dict()
+    averaged = attrs.evolve(state, params=state.average, average=None)
+    of_average = ft.evaluate(plain, averaged, [zoo.batch()])
+    assert measured["eval_loss"] != of_average["eval_loss"]
+
+
+@pytest.mark.parametrize("field", ["average", "reference"])
+def test_donating_what_the_state_keeps_beside_the_params_is_refused(field: str) -> None:
+    step, state = _made(ema_decay=0.9)
+    shared = attrs.evolve(state, **{field: state.params})
+    with pytest.raises(ft.AliasError, match="shares storage"):
+        step(shared, zoo.batch(), donate=True)
+    assert step(shared, zoo.batch())[0].step == 1
+
+
+def test_a_donated_step_writes_into_the_old_states_memory_and_names_it_consumed() -> None:
+    step, state = _made()
+    state, _ = step(state, zoo.batch())
+    params, slots = state.params, dict(state.optimizer.slots)
+    memory = {**ft.trees.storages(params), **ft.trees.storages(slots["exp_avg"])}
+    after, _ = step(state, zoo.batch(1), donate=True)
+    moments = after.optimizer.slots["exp_avg"]
+    reused = {**ft.trees.storages(after.params), **ft.trees.storages(moments)}
+    assert memory.keys() == reused.keys()
+    for held in (params, *slots.values()):
+        with pytest.raises(ft.ConsumedStateError, match="donated to the step that made step 2"):
+            list(held.items())
+
+
+def test_a_donating_step_leaves_a_plain_mapping_of_params_alone() -> None:
+    step, state = _made(donate=True, schedule=1e-1)
+    own = {name: p.clone() for name, p in state.params.items()}
+    before = {name: ft.trees.digest(p) for name, p in own.items()}
+    step(step.init(own, state.buffers), zoo.batch())
+    assert {name: ft.trees.digest(p) for name, p in own.items()} == before
+
+
+def test_an_evaluation_is_that_of_the_plain_module_in_eval_mode() -> None:
+    """Whatever mode the stage trains in: no dropout, BatchNorm by its running statistics."""
+    step, state = _made("normed", schedule=1e-2)
+    state, _ = step(state, zoo.batch(1))
+    module = zoo.model("normed").eval()
+    module.load_state_dict({**state.params, **state.buffers})
+    labels = zoo.batch()["labels"][:, 1:].flatten()
+    with torch.no_grad():
+        logits = module(zoo.batch()["input_ids"])[:, :-1].flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, labels)
+    measured = ft.evaluate(step, state, [zoo.batch()])
+    assert float(measured["eval_loss"]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_an_evaluation_leaves_buffers_that_the_forward_writes() -> None:
+    class Counting(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            self.scale.add_(1)
+            return super().forward(*args, **rest)
+
+    architecture, params, buffers = ft.split(Counting())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    before = ft.fingerprint(state)
+    ft.evaluate(step, state, [zoo.batch(), zoo.batch(1)])
+    assert ft.fingerprint(state) == before
+
+
+def test_micro_batches_of_a_loss_that_couples_its_examples_are_refused() -> None:
+    from functrain.objectives import LanguageModeling
+
+    @attrs.frozen
+    class Coupled:
+        inner: Any = attrs.field(factory=LanguageModeling)
+        batch_coupled: bool = True
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def __call__(self, model: Any, batch: Any) -> Any:
+            return self.inner(model, batch)
+
+    architecture, _, _ = zoo.split("tied")
+    step = ft.make_step(Coupled(), ft.optim.adamw(), architecture=architecture)
+    with pytest.raises(ft.ConfigError, match="microbatches=2: the 'pretrain' loss couples"):
+        attrs.evolve(step, microbatches=2)
+
+
+def test_skipped_steps_and_tokens_add_up_when_metrics_are_merged() -> None:
+    step, state = _made()
+    bad = attrs.evolve(state, params=ft.trees.map_leaves(lambda p: p * torch.nan, state.params))
+    seen = [step(s, zoo.batch())[1] for s in (state, bad, bad)]
+    merged = seen[0].merge(seen[1]).merge(seen[2])
+    assert float(merged["skipped"]) == 2
+    assert float(merged["num_tokens"]) == 3 * float(seen[0]["num_tokens"])
+
+
+def test_a_call_decides_over_the_records_own_donation() -> None:
+    step, state = _made(donate=True)
+    before = ft.fingerprint(state)
+    step(state, zoo.batch(), donate=False)
+    assert ft.fingerprint(state) == before
+    step(state, zoo.batch())
+    with pytest.raises(ft.ConsumedStateError):
+        _ = state.params
+
+
+class _Noise(torch.autograd.Function):
+    """Draws in its backward, as stochastic rounding does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        return grad * torch.rand(())
+
+
+def test_what_the_backward_draws_is_a_function_of_the_key_too() -> None:
+    class Noisy(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            return {"logits": _Noise.apply(super().forward(*args, **rest)["logits"])}
+
+    architecture, params, buffers = ft.split(Noisy())
+    step = ft.pretrain_step(architecture, ft.optim.sgd(0.1), microbatches=2)
+    testing.assert_pure(step, step.init(params, buffers), zoo.batch())
+
+
+def test_the_names_of_the_leaves_are_in_the_fingerprint() -> None:
+    _, state = _made()
+    renamed = {f"other.{name}": tensor for name, tensor in state.params.items()}
+    other = attrs.evolve(state, params=ft.trees.tensors(renamed))
+    assert ft.fingerprint(other) != ft.fingerprint(state)
+
+
+def test_a_clone_shares_no_memory() -> None:
+    step, state = _made("normed", ema_decay=0.9)
+    state, _ = step(state, zoo.batch())
+    state = attrs.evolve(state, reference=ft.trees.clone(state.params))
+    other = ft.clone(state)
+
+    def addresses(state: Any) -> set[int]:
+        slots = state.optimizer.slots.values()
+        held = (state.params, state.buffers, state.average, state.reference, *slots)
+        return {address for items in held for address in ft.trees.storages(items)}
+
+    assert ft.fingerprint(other) == ft.fingerprint(state)
+    assert len(addresses(state)) >= 6 * len(state.params)
+    assert not addresses(state) & addresses(other)

@@ -138,3 +138,21 @@ class Batches:
 def concatenated(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Several batches of the same time as one."""
     return {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+
+
+class Heard(Tied):
+    """Remembers what it was called with, in which mode, and whether history was kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        self.calls.append({**inputs, "training": self.training, "history": torch.is_grad_enabled()})
+        return super().forward(**inputs)
+
+
+def full(batch: dict[str, Any]) -> dict[str, Any]:
+    ids = batch["input_ids"]
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    return {**batch, "attention_mask": (ids > 3).long(), "position_ids": places + 5}

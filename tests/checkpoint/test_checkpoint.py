@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from hypothesis import strategies as st
 
 import functrain as ft
 from functrain import checkpoint
+from functrain.checkpoint.files import hashed
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM
+from functrain.checkpoint.manifest import as_json, read_manifest, to_bytes
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": ft.optim.adamw(1e-2),
@@ -339,3 +344,125 @@ def test_a_loaded_state_is_donated_without_a_copy(tmp_path: Path) -> None:
     addresses = [tensor.data_ptr() for tensor in loaded.params.values()]
     after, _ = step(loaded, zoo.batch(), donate=True)
     assert [tensor.data_ptr() for tensor in after.params.values()] == addresses
+
+
+def _rewritten(path: Path, **files: bytes) -> None:
+    """The checkpoint with other contents, and a manifest that vouches for them."""
+    old = read_manifest(OPERATING_SYSTEM, path)
+    for name, content in files.items():
+        (path / f"{name}.safetensors").write_bytes(content)
+    names = [p.name for p in path.iterdir() if p.name != "manifest.json"]
+    entries = {name: hashed([memoryview((path / name).read_bytes())]) for name in names}
+    (path / "manifest.json").write_bytes(to_bytes(attrs.evolve(old, files=entries)))
+
+
+def _saved(tmp_path: Path) -> tuple[Any, Path]:
+    _, first, state = _trained(steps=1)
+    return first, ft.save(tmp_path, state)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model", {"spare": torch.ones(2)}, r"has params/spare; .*another architecture"),
+        ("extra", {"surprise": torch.ones(2)}, r"has surprise; .*another version"),
+        ("model", {"mix.bias": None}, r"lacks params/mix.bias; .*another architecture"),
+        ("model", {"mix.bias": torch.ones(16).double()}, r"params/mix.bias is float64\[16\]"),
+        ("optimizer", {"exp_avg/mix.bias": None}, r"lacks optimizer/slots/exp_avg/mix.bias"),
+        ("optimizer", {"exp_avg/other": torch.ones(2)}, "'other', which is no parameter"),
+    ],
+)
+def test_a_tensor_too_many_too_few_or_of_another_dtype_is_named(
+    file: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    first, path = _saved(tmp_path)
+    held = {**safetensors.torch.load_file(path / f"{file}.safetensors"), **change}
+    content = safetensors.torch.save(
+        {n: t for n, t in held.items() if t is not None}, metadata={"format": "pt"}
+    )
+    _rewritten(path, **{file: content})
+    with pytest.raises(ft.CheckpointError, match=message):
+        ft.load(path, like=first)
+
+
+def test_a_slot_that_is_missing_is_named(tmp_path: Path) -> None:
+    first, path = _saved(tmp_path)
+    held = safetensors.torch.load_file(path / "optimizer.safetensors")
+    kept = {n: t for n, t in held.items() if not n.startswith("exp_avg_sq/")}
+    _rewritten(path, optimizer=safetensors.torch.save(kept, metadata={"format": "pt"}))
+    with pytest.raises(ft.CheckpointError, match="the optimizer's 'exp_avg_sq' is missing"):
+        ft.load(path, like=first)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "message"),
+    [
+        ("key", -1, "key is -1, expected 0 to 9223372036854775807"),
+        ("step", "1", "step is '1', expected int"),
+        ("cursor/samples", 1.5, "cursor/samples is 1.5, expected int"),
+        ("cursor/loader", 3, "cursor/loader is 3, expected NoneType or str"),
+    ],
+)
+def test_a_number_that_is_none_is_named(
+    leaf: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    first, path = _saved(tmp_path)
+    body = json.loads((path / "state.json").read_bytes())
+    body["leaves"][leaf] = value
+    (path / "state.json").write_bytes(as_json(body))
+    _rewritten(path)
+    with pytest.raises(ft.CheckpointError, match=message):
+        ft.load(path, like=first)
+
+
+def test_a_manifest_of_another_version_or_of_other_files_is_refused(
+    tmp_path: Path,
+) -> None:
+    first, path = _saved(tmp_path)
+    (path / "more.bin").write_bytes(b"more")
+    _rewritten(path)
+    with pytest.raises(ft.CheckpointError, match=r"lists .*'more.bin'.*, expected "):
+        ft.load(path, like=first)
+    (path / "more.bin").unlink()
+    body = json.loads((path / "manifest.json").read_bytes()) | {"version": 2}
+    body.pop("sha256")
+    own = hashlib.sha256(as_json(body)).hexdigest()
+    (path / "manifest.json").write_bytes(as_json({**body, "sha256": own}))
+    with pytest.raises(ft.CheckpointError, match="version 2; this functrain reads"):
+        ft.load(path, like=first)
+
+
+def test_a_link_to_the_very_file_is_refused(tmp_path: Path) -> None:
+    first, path = _saved(tmp_path)
+    moved = tmp_path / "model.safetensors"
+    (path / "model.safetensors").rename(moved)
+    (path / "model.safetensors").symlink_to(moved)
+    with pytest.raises(ft.CheckpointError, match=r"model.safetensors: cannot be read"):
+        ft.load(path, like=first)
+
+
+def test_params_of_another_shape_are_not_loaded(tmp_path: Path) -> None:
+    _, path = _saved(tmp_path)
+    _, params, buffers = ft.split(zoo.Tied(width=8))
+    with pytest.raises(ft.CheckpointError, match=r"embedding.weight has shape \[31, 16\]"):
+        checkpoint.load_model(path, params, buffers)
+
+
+def test_an_average_and_a_reference_over_one_storage_are_saved(tmp_path: Path) -> None:
+    _, state, _ = _trained(steps=0, ema_decay=0.9)
+    state = attrs.evolve(state, reference=state.average)
+    assert ft.fingerprint(ft.load(ft.save(tmp_path, state), like=state)) == ft.fingerprint(state)
+
+
+@pytest.mark.parametrize("best", [math.inf, -math.inf, math.nan, -0.0])
+def test_numbers_that_json_has_not_come_back(best: float, tmp_path: Path) -> None:
+    """A plateau's best is infinite before the first evaluation."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(
+        architecture, ft.optim.adamw(), schedule=ft.schedules.reduce_on_plateau(1e-2)
+    )
+    first = step.init(params, buffers)
+    plateau = attrs.evolve(first.scheduler.plateau, best=best)
+    state = attrs.evolve(first, scheduler=attrs.evolve(first.scheduler, plateau=plateau))
+    loaded = ft.load(ft.save(tmp_path, state), like=first)
+    assert ft.fingerprint(loaded) == ft.fingerprint(state)

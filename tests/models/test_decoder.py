@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import functrain as ft
+from functrain import models
+from functrain.objectives import LanguageModeling
 
 CONFIG = ft.models.DecoderConfig(
     vocabulary=23, width=16, layers=2, heads=4, kv_heads=2, hidden=24, tied=False
@@ -146,3 +148,64 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_a_shape_that_cannot_be_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ft.ConfigError, match=message):
         attrs.evolve(CONFIG, **changes)
+
+
+def test_positions_that_are_given_are_used() -> None:
+    """Rotary attention sees distances: all shifted alike is the same, a gap is not."""
+    model, ids = _model(), _ids(0, 2, 6)
+    places = torch.arange(6).expand(2, 6)
+    plain = model(ids)
+    torch.testing.assert_close(model(ids, position_ids=places), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(ids, position_ids=places + 9), plain, rtol=1e-9, atol=1e-10)
+    gap = model(ids, position_ids=places + 9 * (places >= 3))
+    torch.testing.assert_close(gap[:, :3], plain[:, :3], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(gap[:, 3:], plain[:, 3:], rtol=1e-3, atol=1e-5)
+
+
+def test_a_token_that_is_masked_in_the_middle_is_as_if_it_were_not_there() -> None:
+    model, ids = _model(), _ids(0, 2, 7)
+    mask = torch.ones_like(ids)
+    mask[:, 3] = 0
+    kept = mask[0].bool()
+    torch.testing.assert_close(
+        model(ids, mask)[:, kept], model(ids[:, kept]), rtol=1e-9, atol=1e-10
+    )
+
+
+def test_under_bf16_params_far_positions_are_told_apart() -> None:
+    """In bfloat16 4,097 to 4,101 would be 4,096 or 4,112; large queries make the distance felt."""
+    architecture, params, buffers = ft.split(models.decoder(CONFIG, seed=5))
+    loud = {n: p * 30 if "q_proj" in n or "k_proj" in n else p for n, p in params.items()}
+    gradient = ft.value_and_grad(LanguageModeling(), architecture, precision="bf16_params")
+    ids, near = _ids(0, 4, 6), torch.arange(6).expand(4, 6)
+    values = gradient.values(ft.trees.tensors(loud))
+    with torch.no_grad(), ft.bound(architecture, values, buffers, "eval") as model:
+        one, other = model(ids, position_ids=near), model(ids, position_ids=near + 4096)
+        flat = model(ids, position_ids=near * 0)
+    apart, felt = (one - other).abs().max(), (one - flat).abs().max()
+    assert float(apart) < 0.3 * float(felt)
+
+
+def test_dropout_is_on_the_embedding_and_on_both_branches_of_every_block() -> None:
+    model = _model(dropout=0.5).train()
+    model.requires_grad_(False)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(_ids(0, 1, 5))
+    blocks = [f"model.layers.{i}.dropout" for i in (0, 0, 1, 1)]
+    assert calls == ["model.dropout", *blocks]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_runs_every_block_again_in_the_backward(checkpointing: bool) -> None:
+    model = _model(checkpointing=checkpointing)
+    runs: list[int] = []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    model(_ids(0, 2, 5)).sum().backward()
+    assert len(runs) == (4 if checkpointing else 2)
+    with torch.no_grad():
+        model(_ids(0, 2, 5))
+    assert len(runs) == (6 if checkpointing else 4)

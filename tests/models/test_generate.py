@@ -13,8 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import functrain as ft
+from functrain import models
 from functrain.models import generate
 from functrain.models.generate import _sampled
+
+CONFIG = models.DecoderConfig(
+    vocabulary=23, width=16, layers=2, heads=4, kv_heads=2, hidden=24, tied=False
+)
 
 
 class Uncached(torch.nn.Module):
@@ -108,3 +113,24 @@ def test_what_was_trained_is_what_is_said() -> None:
         state, _ = step(state, {"input_ids": ids, "labels": ids})
     parts = architecture, state.params, attrs.evolve(state).buffers
     assert bytes(generate(*parts, list(b"the"), max_new_tokens=8)) == b" cat sat"
+
+
+def test_each_token_is_a_draw_of_its_own() -> None:
+    """All tokens are equally likely: one draw for all would say the same one again and again."""
+    architecture, params, buffers = ft.split(models.decoder(CONFIG))
+    flat = ft.trees.map_leaves(torch.zeros_like, params)
+    said = models.generate(
+        architecture, flat, buffers, [1], max_new_tokens=30, temperature=1.0, seed=3
+    )
+    assert len(set(said)) > 10
+
+
+def test_generation_is_in_eval_mode() -> None:
+    architecture, params, buffers = ft.split(models.decoder(attrs.evolve(CONFIG, dropout=0.9)))
+    plain, _, _ = ft.split(models.decoder(CONFIG))
+    params = ft.trees.map_leaves(lambda p: 20 * p, params)
+    ends = [
+        models.generate(a, params, buffers, [1, 2], max_new_tokens=12)
+        for a in (architecture, plain)
+    ]
+    assert ends[0] == ends[1]

@@ -184,3 +184,60 @@ def test_token_metrics_are_over_the_completions() -> None:
     assert float(metrics["mean_token_accuracy"]) == pytest.approx(correct / counts["chosen"])
     for side, value in level.items():
         assert float(metrics[f"logits/{side}"]) == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def _heard(**options: Any) -> tuple[Any, Any, Any]:
+    architecture, params, buffers = ft.split(zoo.Heard())
+    step = ft.dpo_step(
+        architecture, ft.optim.adamw(1e-2), reference=ft.trees.clone(params), **options
+    )
+    return architecture, step, step.init(params, buffers)
+
+
+def test_masks_and_positions_reach_policy_and_reference_over_both_sides() -> None:
+    """Chosen above rejected, the shorter side padded at the end by what is masked."""
+    architecture, step, state = _heard()
+    pairs = {side: zoo.full(batch) for side, batch in zoo.pairs().items()}
+    step(state, pairs)
+    policy, reference = architecture.calls
+    for call in (policy, reference):
+        for key in ("input_ids", "attention_mask", "position_ids"):
+            assert torch.equal(call[key][:4], pairs["chosen"][key]), key
+            assert torch.equal(call[key][4:, :7], pairs["rejected"][key]), key
+        assert int(call["attention_mask"][4:, 7:].sum()) == 0
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_reference_is_in_eval_mode_without_history_whatever_the_policy_is(
+    dropout: bool,
+) -> None:
+    architecture, step, state = _heard(dropout=dropout, microbatches=2)
+    step(state, zoo.pairs())
+    modes = [(call["training"], call["history"]) for call in architecture.calls]
+    assert modes == 2 * [(dropout, True), (False, False)]
+
+
+def test_log_probs_given_ahead_are_used_where_there_is_a_reference_too() -> None:
+    _, step, state = _heard(beta=0.5)
+    given = {"chosen": torch.full((4,), -3.0), "rejected": torch.full((4,), -5.0)}
+    _, plain = step(state, zoo.pairs())
+    _, metrics = step(state, {**zoo.pairs(), "reference_logps": given})
+    for side, value in (("chosen", -3.0), ("rejected", -5.0)):
+        expected = 0.5 * (float(plain[f"logps/{side}"]) - value)
+        assert float(metrics[f"rewards/{side}"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pair_whose_only_label_is_never_a_target_is_refused() -> None:
+    _, step, state = _heard()
+    pairs = zoo.pairs()
+    pairs["rejected"]["labels"][2, 1:] = -100
+    pairs["rejected"]["labels"][2, 0] = 3
+    with pytest.raises(ft.BatchError, match=r"rejected.labels: example 2 has no completion token"):
+        step(state, pairs)
+
+
+def test_sides_with_different_keys_are_refused() -> None:
+    _, step, state = _heard()
+    pairs = {**zoo.pairs(), "chosen": zoo.full(zoo.batch())}
+    with pytest.raises(ft.BatchError, match="expected the same keys"):
+        step(state, pairs)
