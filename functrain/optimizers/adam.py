@@ -149,7 +149,12 @@ class Adam:
             if missing:
                 raise StateError(f"state/{slot}: no {min(missing)}; {_FRESH}")
         own = [(slot, slots[slot]) for slot in names]
-        for name in grads:
+        for name, grad in grads.items():
+            if grad.layout != torch.strided:
+                raise StateError(
+                    f"grads/{name}: sparse, expected a dense gradient; give .to_dense() of it, or "
+                    "take from_torch(torch.optim.SparseAdam)"
+                )
             shape, strides = params[name].shape, params[name].stride()
             for slot, values in own:
                 value = values[name]

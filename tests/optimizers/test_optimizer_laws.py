@@ -346,3 +346,14 @@ def test_the_memory_layout_of_a_gradient_makes_no_difference(name: str, donate: 
         ]
         laid, plain = (_digests(new, *state.slots.values()) for new, state in results)
         assert laid == plain
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-loop"])
+def test_a_sparse_gradient_is_refused_where_the_kernel_is_dense(name: str) -> None:
+    params = _params(CASES[name])
+    grads = {"d.weight": torch.ones(5, 3).to_sparse()}
+    optimizer = CASES[name].optimizer()
+    with pytest.raises(
+        StateError, match=r"grads/d.weight: sparse, expected .*; give .to_dense\(\)"
+    ):
+        optimizer.update(grads, optimizer.init(params), params, 1e-2)
