@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.errors import ArchitectureError, did_you_mean
+from functrain.errors import ArchitectureError, StateError, did_you_mean
 from functrain.trees import Tensors, owning
 
 Mode = Literal["train", "eval"]
@@ -154,6 +154,22 @@ def check_names(
         near = did_you_mean(unknown[0], missing or expected)
         parts.append(f"unexpected {_some(unknown)} ({near})")
     raise ArchitectureError(f"{what}: {'; '.join(parts)}; {hint}")
+
+
+def check_fit(
+    values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]], what: str
+) -> None:
+    """Raise unless `values` have the names and shapes of these places."""
+    check_names(values, places, what, "they belong to another architecture")
+    for name, ((entries, key), *_) in places.items():
+        slot, value = entries[key], values[name]
+        if not isinstance(value, Tensor):
+            raise StateError(f"{what}/{name}: expected a tensor, got {type(value).__name__}")
+        if slot is not None and value.shape != slot.shape:
+            raise StateError(
+                f"{what}/{name}: shape {list(value.shape)}, expected {list(slot.shape)}; they "
+                "belong to another architecture"
+            )
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.architecture import Slots, bound, bound_buffers, slots, vocabulary_of
+from functrain.architecture import Slots, bound, bound_buffers, check_fit, slots, vocabulary_of
 from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.base import Objective
@@ -220,11 +220,14 @@ def value_and_grad(
     Pure: params and buffers are not changed, the global random generators are as before, and the
     same arguments give the same bits. `torch.autograd` on private leaves, inside the binding.
     """
+    places = slots(architecture)
+    if (kept := objective.kept()) is not None:
+        check_fit(kept, places.params, "reference")
     return ValueAndGrad(
         objective=objective,
         architecture=architecture,
         precision=policy(precision),
-        places=slots(architecture),
+        places=places,
         vocabulary=vocabulary_of(architecture),
     )
 

@@ -7,33 +7,17 @@ import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
+from functrain.data.source import Source
 from functrain.errors import CheckpointError, ConfigError, SaveWarning
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
 from functrain.state import TrainState, check_state
 from functrain.steps import Step, checked_batches, evaluate
-
-
-class Source(Protocol):
-    """Data as a function of position; those of `functrain.data` are such."""
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in a batch unless `train` is told otherwise."""
-        ...
-
-    def __len__(self) -> int:
-        """Samples in an epoch."""
-        ...
-
-    def at(self, position: int, n: int) -> Batch:
-        """Samples `position` to `position + n − 1`, counted over epochs without end."""
-        ...
 
 
 def train(

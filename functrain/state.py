@@ -24,7 +24,8 @@ Leaf = Tensor | int | float | str | None
 class Cursor:
     """How much data has been consumed: samples and tokens trained on since the stage began.
 
-    `loader` is the JSON state of a loader that keeps one, as it was after the consumed batch.
+    `loader` is for the JSON state of a loader that keeps one, as it was after the consumed batch;
+    a loop of your own puts it there.
     """
 
     samples: int = 0
@@ -47,8 +48,8 @@ class TrainState:
     `step` counts calls; `optimizer.count` and `scheduler.count` count applied updates, so a
     skipped step (overflow, non-finite gradients) advances only the first. `params` and `buffers`
     map the module's own names to tensors, sorted. `key` is the root of all randomness. `average`
-    is the moving average of the params where a step keeps one, `reference` the reference params
-    of a method that moves them.
+    is the moving average of the params where a step keeps one, `reference` is for the
+    reference params of a method that moves them.
 
     Change a field with `attrs.evolve(state, ...)`; branch with `functrain.clone(state)` where a
     donating step follows.
@@ -87,14 +88,17 @@ def _raise_consumed(step: int) -> NoReturn:
     )
 
 
-def consume(state: TrainState, successor: TrainState) -> None:
+def consume(state: TrainState, successor: TrainState | None) -> None:
     """Tombstone a donated state: each later access raises `ConsumedStateError`.
 
     So do its params and its optimizer's slots, whose memory is what a donated step reuses;
-    mappings that live on in `successor` (a skipped step's) are left alone.
+    mappings that live on in `successor` (a skipped step's) are left alone. There is none where the
+    step was interrupted.
     """
+    if isinstance(state, _ConsumedState):
+        return
     by = f"the step that made step {state.step + 1}"
-    kept = {id(items) for _, items in _donated(successor)}
+    kept = set() if successor is None else {id(items) for _, items in _donated(successor)}
     for _, items in _donated(state):
         if id(items) not in kept:
             items.consume(by)

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 
 from functrain import keys, schedules
 from functrain import metrics as m
-from functrain.architecture import Slots, bound, check_names
-from functrain.errors import BatchError, ConfigError, StateError, did_you_mean, is_number
+from functrain.architecture import Slots, bound, check_fit
+from functrain.errors import (
+    BatchError,
+    ConfigError,
+    FunctrainError,
+    StateError,
+    did_you_mean,
+    is_number,
+)
 from functrain.gradients import (
     Accumulated,
     Batches,
@@ -42,12 +49,6 @@ from functrain.state import (
 from functrain.trees import Tensors, clone, global_norm, owning, storages, succeeding, tensors
 
 Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
-def _schedule(schedule: Schedule | Plateau | float) -> Schedule | Plateau:
-    if isinstance(schedule, int | float):
-        return schedules.constant(float(schedule))
-    return schedule
 
 
 def _is_optimizer(_step: object, _field: object, given: Any) -> None:
@@ -82,7 +83,7 @@ class Step:
     objective: Objective
     architecture: nn.Module = attrs.field(repr=False)
     optimizer: Optimizer = attrs.field(validator=_is_optimizer)
-    schedule: Schedule | Plateau = attrs.field(converter=_schedule)
+    schedule: Schedule | Plateau = attrs.field(converter=schedules.checked)
     precision: Precision = attrs.field(default=POLICIES["fp32"], converter=policy)
     microbatches: int = 1
     max_grad_norm: float | None = None
@@ -117,7 +118,7 @@ class Step:
                 "examples of a batch, so its micro-batches would be another loss; use 1"
             )
         if (kept := self.objective.kept()) is not None:
-            self._check_fit(kept, "reference")
+            check_fit(kept, self._places.params, "reference")
 
     def init(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *, seed: int = 0
@@ -162,7 +163,8 @@ class Step:
 
         Where the gradients are not finite (an fp16 overflow, a bad batch) nothing is applied:
         params, moments, schedule and average stay, the loss scale backs off, `skipped` is 1.
-        Nothing here waits for an accelerator. `donate` overrides the record's own for this call.
+        Nothing here waits for an accelerator, but for optimizers of the adapter (all but Adam).
+        `donate` overrides the record's own for this call.
 
         Raises `BatchError` before any compute, `StateError` for a state of another step,
         `ConsumedStateError` for a donated one, `AliasError` where donating would overwrite the
@@ -188,27 +190,51 @@ class Step:
             key=keys.derive(state.key, "step", state.step),
             scaler=state.scaler,
         )
+        if "loss" not in result.metrics:
+            raise ConfigError(
+                f"objective {self.objective.name!r}: its metrics have no 'loss', by which a step "
+                "that is not finite is known; add metrics.mean(total, weight)"
+            )
         unscaled = unscale(result.grads, state.scaler)
         norm = global_norm(unscaled)
         applied = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
         grads, transformed = self._clipped(unscaled, state.params, norm)
         applied = applied & torch.isfinite(transformed)
+        metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
+        try:
+            successor = self._successor(state, grads, result.buffers, rate, applied, donate)
+            if donate:
+                consume(state, successor)
+        except FunctrainError:
+            raise  # the optimizer's own checks come before it writes
+        except BaseException:
+            # Half of the memory may be the next state's: better no state than a torn one.
+            if donate:
+                consume(state, None)
+            raise
+        return successor, metrics
+
+    def _successor(
+        self,
+        state: TrainState,
+        grads: Mapping[str, Tensor],
+        buffers: Tensors,
+        rate: Tensor,
+        applied: Tensor,
+        donate: bool,
+    ) -> TrainState:
         params, optimizer = self._updated(grads, state, rate, applied, donate)
         count = state.scheduler.count
-        successor = attrs.evolve(
+        return attrs.evolve(
             state,
             step=state.step + 1,
             params=params,
-            buffers=_where(applied, result.buffers, state.buffers),
+            buffers=_where(applied, buffers, state.buffers),
             optimizer=optimizer,
             scheduler=attrs.evolve(state.scheduler, count=count + applied.to(count.dtype)),
             scaler=None if state.scaler is None else update_loss_scale(state.scaler, applied),
             average=self._averaged(state.average, params, applied),
         )
-        metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
-        if donate:
-            consume(state, successor)
-        return successor, metrics
 
     def learning_rate(self, state: TrainState) -> Tensor:
         """The learning rate of the next update: float64, 0-d."""
@@ -264,8 +290,8 @@ class Step:
                     f"{what}: expected a mapping from names to tensors, as functrain.split "
                     f"returns it, got {type(values).__name__}"
                 )
-        self._check_fit(params, "params")
-        self._check_fit(buffers, "buffers")
+        check_fit(params, self._places.params, "params")
+        check_fit(buffers, self._places.buffers, "buffers")
         for name in sorted(self._places.trainable):
             self._check_dtype(name, params[name])
 
@@ -282,23 +308,9 @@ class Step:
                 "dtype of the compute"
             )
 
-    def _check_fit(self, values: Mapping[str, Tensor], what: str) -> None:
-        """Raise unless `values` have the names and shapes of this architecture."""
-        places = self._places.buffers if what == "buffers" else self._places.params
-        check_names(values, places, what, "they belong to another architecture")
-        for name, ((entries, key), *_) in places.items():
-            slot, value = entries[key], values[name]
-            if not isinstance(value, Tensor):
-                raise StateError(f"{what}/{name}: expected a tensor, got {type(value).__name__}")
-            if slot is not None and value.shape != slot.shape:
-                raise StateError(
-                    f"{what}/{name}: shape {list(value.shape)}, expected {list(slot.shape)}; they "
-                    "belong to another architecture"
-                )
-
     def _check_state(self, state: TrainState) -> None:
         check_state(state)
-        self._check_fit(state.params, "params")
+        check_fit(state.params, self._places.params, "params")
         if state.optimizer.kind != self.optimizer.kind:
             raise StateError(
                 f"optimizer: this state is {state.optimizer.kind}'s and this step's optimizer is "
@@ -351,8 +363,9 @@ class Step:
             norm = global_norm(grads)
         if self.max_grad_norm is None:
             return grads, norm
-        # The gradients are this step's own, so they are scaled in place.
-        clipped, _ = clip_by_global_norm(grads, self.max_grad_norm, norm=norm, donate=True)
+        # Gradients of the step's own are scaled in place; those of a transform may be anybody's.
+        own = self.transform is None
+        clipped, _ = clip_by_global_norm(grads, self.max_grad_norm, norm=norm, donate=own)
         return clipped, norm
 
     def _averaged(
@@ -502,7 +515,8 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     """The step's objective over `batches`, in eval mode and without gradients.
 
     `eval_loss`, `eval_perplexity` and the stage's other metrics, each divided once by the weight
-    of all batches, so that neither batch size nor order matters. Changes nothing: no state is
+    of all batches, so that neither batch size nor order matters (but to a model that draws in eval
+    mode). Changes nothing: no state is
     returned, and the global random generators are as before. Raises `BatchError` where there is
     nothing to evaluate.
     """

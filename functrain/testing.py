@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functrain.checkpoint import load, save
+from functrain.data.source import Source
 from functrain.errors import ConsumedStateError
 from functrain.gradients import Gradients, clip_by_global_norm
-from functrain.loop import Source, train
+from functrain.loop import train
 from functrain.metrics import Metrics
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.objectives.preference import PreferenceOptimization

@@ -15,7 +15,7 @@ import zoo
 
 import functrain as ft
 from functrain import testing
-from functrain.objectives import LanguageModeling
+from functrain.objectives import LanguageModeling, PreferenceOptimization
 
 
 def _made(name: str = "tied", **options: Any) -> tuple[Any, Any]:
@@ -656,3 +656,83 @@ def test_a_clone_shares_no_memory() -> None:
     assert ft.fingerprint(other) == ft.fingerprint(state)
     assert len(addresses(state)) >= 6 * len(state.params)
     assert not addresses(state) & addresses(other)
+
+
+def test_what_a_transform_returns_is_not_written_to() -> None:
+    def params_themselves(grads: Any, params: Any) -> Any:
+        del grads
+        return params
+
+    step, state = _made(transform=params_themselves, max_grad_norm=0.1)
+    testing.assert_pure(step, state, zoo.batch())
+
+
+def test_a_donated_step_interrupted_before_the_update_leaves_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    step, state = _made(schedule=1e-2)
+    before = ft.fingerprint(state)
+    monkeypatch.setattr(torch.autograd, "backward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(state, zoo.batch(), donate=True)
+    assert ft.fingerprint(state) == before
+
+
+def test_a_donated_step_interrupted_in_the_update_leaves_no_torn_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, state = _made(schedule=1e-2)
+    params = state.params
+    monkeypatch.setattr(step.optimizer.__class__, "update", _half_an_update)
+    with pytest.raises(KeyboardInterrupt):
+        step(state, zoo.batch(), donate=True)
+    for read in (lambda: state.params, lambda: list(params.items())):
+        with pytest.raises(ft.ConsumedStateError):
+            read()
+
+
+def _half_an_update(self: Any, grads: Any, state: Any, params: Any, *_: Any, **__: Any) -> Any:
+    del self, state
+    for name in list(grads)[:2]:
+        params[name].add_(1)
+    raise KeyboardInterrupt
+
+
+def test_a_donated_step_on_a_bad_batch_leaves_the_state() -> None:
+    step, state = _made()
+    before = ft.fingerprint(state)
+    with pytest.raises(ft.BatchError):
+        step(state, {"input_ids": 3}, donate=True)
+    assert ft.fingerprint(state) == before
+
+
+def test_an_objective_without_a_loss_among_its_metrics_is_named() -> None:
+    class Nameless(LanguageModeling):
+        def __call__(self, model: Any, batch: Any) -> Any:
+            total, _ = super().__call__(model, batch)
+            return total, ft.Metrics({})
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Nameless(), ft.optim.adamw(), architecture=architecture)
+    with pytest.raises(ft.ConfigError, match=r"objective 'pretrain': its metrics have no 'loss'"):
+        step(step.init(params, buffers), zoo.batch())
+
+
+def test_a_reference_of_some_of_the_params_is_refused_at_every_level() -> None:
+    architecture, params, _ = zoo.split("tied")
+    some = ft.trees.Tensors({"mix.bias": params["mix.bias"]})
+    objective = PreferenceOptimization(reference=some)
+    with pytest.raises(ft.ArchitectureError, match="reference: missing"):
+        ft.value_and_grad(objective, architecture)
+
+
+@pytest.mark.parametrize(
+    "bad", ["cosine", ft.schedules.cosine, True, float("nan"), -1.0, None.__class__], ids=repr
+)
+def test_what_is_no_schedule_is_refused(bad: Any) -> None:
+    architecture, _, _ = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match="schedule"):
+        ft.pretrain_step(architecture, ft.optim.adamw(), schedule=bad)

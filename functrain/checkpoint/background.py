@@ -109,7 +109,8 @@ class BackgroundWriter:
         return path
 
     def _copied(self, state: TrainState) -> TrainState:
-        memory, self._memory = self._memory, {}
+        memory = self._memory
+        self._memory = dict[str, Tensor]()
         pinned = device_of(state.params).type == "cuda"
 
         def copied(path: str, tensor: Tensor) -> Tensor:

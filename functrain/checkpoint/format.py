@@ -67,7 +67,9 @@ def contents(items: Mapping[str, Tensor]) -> list[memoryview]:
     Nothing is copied but what is not contiguous or not on the CPU.
     """
     ordered = _ordered(items)
-    pieces, header, position = [], dict[str, Any]({_METADATA: _FORMAT}), 0
+    pieces: list[memoryview] = []
+    header: dict[str, Any] = {_METADATA: _FORMAT}
+    position = 0
     for name in ordered:
         data = data_of(items[name])
         pieces.append(data)

@@ -172,7 +172,7 @@ class Trunk(nn.Module):
         return normed
 
     def _rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        # Angles in float32 or more: at position 10,000 bfloat16 is off by whole turns.
+        # Angles in the buffer's own float32: at position 10,000 bfloat16 is off by whole turns.
         angles = positions.to(self.inv_freq.dtype).unsqueeze(-1) * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
@@ -233,7 +233,7 @@ class Attention(nn.Module):
             query,
             key,
             value,
-            attn_mask=mask,
+            attn_mask=_causal_after(query, key) if mask is None else mask,
             is_causal=mask is None and query.shape[2] == key.shape[2],
             enable_gqa=self.config.groups < self.config.heads,
         )
@@ -277,12 +277,21 @@ def _positions(
 def _causal(attention_mask: Tensor) -> Tensor:
     """[batch, 1, time, time], True where a query may look.
 
-    Padding may look at itself, since a row that may look nowhere is NaN.
+    Padding may look at itself: a row that may look nowhere is NaN in the math backend.
     """
     time = attention_mask.shape[1]
     causal = torch.ones(time, time, dtype=torch.bool, device=attention_mask.device).tril()
     itself = torch.eye(time, dtype=torch.bool, device=attention_mask.device)
     return ((causal & attention_mask.bool().unsqueeze(1)) | itself).unsqueeze(1)
+
+
+def _causal_after(query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask of several new positions after cached ones; None where SDPA's own will do."""
+    new, time = query.shape[2], key.shape[2]
+    if new in (1, time):
+        return None
+    allowed = torch.ones(new, time, dtype=torch.bool, device=query.device)
+    return allowed.tril(diagonal=time - new)
 
 
 def _rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -48,7 +48,10 @@ class Objective(Protocol):
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The summed loss (0-d, with its gradient history) and metrics, within a binding."""
+        """The summed loss (0-d, with its gradient history) and metrics, within a binding.
+
+        Among the metrics is `loss`, the mean of the sum.
+        """
         ...
 
     def kept(self) -> Mapping[str, Tensor] | None:

@@ -35,8 +35,8 @@ def check_sequences(batch: Batch, vocabulary: int | None, where: str = "") -> No
     for key in batch:
         if key not in SEQUENCE_KEYS:
             raise BatchError(
-                f"{where}{key}: unknown key; {did_you_mean(str(key), SEQUENCE_KEYS)} "
-                "Take it out of the batch"
+                f"{where}{key}: unknown key; {did_you_mean(str(key), SEQUENCE_KEYS)} or "
+                "take it out of the batch"
             )
     for key in ("input_ids", "labels"):
         if key not in batch:

@@ -209,3 +209,10 @@ def test_checkpointing_runs_every_block_again_in_the_backward(checkpointing: boo
     with torch.no_grad():
         model(_ids(0, 2, 5))
     assert len(runs) == (6 if checkpointing else 4)
+
+
+def test_several_new_positions_after_cached_ones_are_causal() -> None:
+    model, ids = _model(), _ids(0, 2, 9)
+    cache: list[Any] = []
+    parts = [model(ids[:, begin:end], cache=cache) for begin, end in ((0, 3), (3, 7), (7, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=1e-9, atol=1e-10)

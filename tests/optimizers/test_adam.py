@@ -51,14 +51,20 @@ def test_the_learning_rate_may_be_a_number_or_a_tensor() -> None:
 
 
 def test_a_group_may_have_its_own_betas_and_eps() -> None:
-    grads = {name: torch.full_like(p, 0.3) for name, p in PARAMS.items()}
+    """Over three updates of different gradients: Adam's first does not depend on the betas."""
     own = {"betas": (0.5, 0.6), "eps": 0.1}
     grouped = optim.adamw(groups=[optim.group(lambda n, _: n == "b", **own)])
-    alone = optim.adamw(**own)
-    new, _ = grouped.update(grads, grouped.init(PARAMS), PARAMS, 1e-2)
-    other, _ = alone.update(grads, alone.init(PARAMS), PARAMS, 1e-2)
-    assert torch.equal(new["b"], other["b"])
-    assert not torch.equal(new["a"], other["a"])
+    reached = []
+    for optimizer in (grouped, optim.adamw(**own), optim.adamw(eps=0.1)):
+        params, state = PARAMS, optimizer.init(PARAMS)
+        for size in (0.3, -0.1, 0.7):
+            grads = {name: torch.full_like(p, size) for name, p in PARAMS.items()}
+            params, state = optimizer.update(grads, state, params, 1e-2)
+        reached.append(params)
+    new, alone, plain = reached
+    assert torch.equal(new["b"], alone["b"])
+    assert not torch.equal(new["a"], alone["a"])
+    assert not torch.equal(alone["b"], plain["b"])
 
 
 WRONG: list[tuple[Callable[[], Any], str]] = [

@@ -95,3 +95,15 @@ def test_groups_may_be_any_iterable() -> None:
     assert (
         optim.sgd(groups=[optim.group(optim.is_any, lr_scale=0)]).groups[0].options["lr_scale"] == 0
     )
+
+
+def test_a_vector_of_any_name_is_not_decayed() -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = torch.nn.Parameter(torch.ones(3))
+            self.matrix = torch.nn.Parameter(torch.ones(3, 3))
+
+    module = Gated()
+    where = ft.optim.no_decay(module).where
+    assert [n for n, p in module.named_parameters() if where(n, p)] == ["gate"]
