@@ -1,0 +1,548 @@
+"""Resumed runs: the same bits from every split point, every field of the state matters, the order
+of a mapping does not, and an interrupted step has changed nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import functrain as ft
+from functrain import testing
+from functrain.checkpoint.layout import encode
+from functrain.precision import Precision
+
+STEPS = 60
+ROWS = 37  # no multiple of the batch: epochs end within one
+BATCH = 4
+CLIP = 0.2
+SEEDS = (11, 2**62 + 3)
+FP16 = Precision(
+    name="fp16",
+    autocast=torch.float16,
+    loss_scale=True,
+    initial_scale=2.0**14,
+    growth_interval=3,
+)
+
+
+class Model(nn.Module):
+    """Dropout, and BatchNorm whose running mean weighs by its count: every buffer matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(29, 8)
+        self.norm = nn.BatchNorm1d(8, momentum=None)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(8, 29)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.norm(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.dropout(hidden))
+
+
+def _step(**options: Any) -> tuple[Any, Callable[[int], ft.TrainState]]:
+    """A step in which everything happens that a checkpoint may forget, and its first state."""
+    with ft.keys.seeded(3):
+        architecture, params, buffers = ft.split(Model())
+    chosen = {
+        "precision": FP16,
+        "microbatches": 2,
+        "max_grad_norm": CLIP,
+        "ema_decay": 0.9,
+        "schedule": ft.schedules.cosine(2e-2, total=STEPS, warmup=5),
+        **options,
+    }
+    step = ft.pretrain_step(architecture, ft.optim.adamw(weight_decay=0.1), **chosen)
+    return step, lambda seed: step.init(ft.trees.clone(params), buffers, seed=seed)
+
+
+def _source(seed: int = 0) -> Any:
+    ids = np.random.default_rng(seed).integers(0, 29, ROWS * 5 + 1).astype(np.uint16)
+    return ft.data.tokens(ids, time=6, batch_size=BATCH, seed=seed)
+
+
+def _last(run: Iterator[tuple[ft.TrainState, Any]], state: ft.TrainState) -> ft.TrainState:
+    for now, _ in run:
+        state = now
+    return state
+
+
+def _saved_run(seed: int, directory: Path) -> tuple[str, list[Any]]:
+    """A run that saves every state: the fingerprint at its end, and the metrics of each step."""
+    step, begin = _step()
+    state = begin(seed)
+    ft.save(directory, state)
+    seen = []
+    for now, metrics in ft.train(
+        step, state, _source(), steps=STEPS, directory=directory, save_every=1
+    ):
+        state = now
+        seen.append(metrics.to_dict())
+    return ft.fingerprint(state), seen
+
+
+def _resumed(directory: Path, splits: list[int], *, donate: bool) -> dict[str, str]:
+    """The fingerprint at the end of the run, resumed at each of the split points."""
+    step, begin = _step(donate=donate)
+    like, ends = begin(0), {}
+    for split in splits:
+        state = ft.load(directory / f"step-{split:012d}", like=like, strict=True)
+        ends[str(split)] = ft.fingerprint(
+            _last(ft.train(step, state, _source(), steps=STEPS), state)
+        )
+    return ends
+
+
+def _in_a_child(function: Callable[[], Any]) -> Any:
+    """What `function` returns in a process of its own, forked from this one."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the test runner has threads
+        child = os.fork()
+    if child == 0:
+        try:
+            found = {"found": function()}
+        except BaseException:
+            found = {"error": traceback.format_exc()}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(found, pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = json.load(pipe)
+    os.waitpid(child, 0)
+    assert "error" not in answer, answer["error"]
+    return answer["found"]
+
+
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_from_every_split_point_a_new_process_ends_with_the_same_bits(
+    seed: int, donate: bool, tmp_path: Path
+) -> None:
+    """60 steps with dropout, clipping, accumulation, an average, overflows and six epochs."""
+    end, seen = _saved_run(seed, tmp_path)
+    applied = [each for each in seen if not each["skipped"]]
+    assert 2 <= len(seen) - len(applied) <= 20, "overflows are skipped, but not always"
+    assert seen[0]["skipped"] == 0
+    assert sum(each["grad_norm"] > CLIP for each in applied) > len(applied) / 2, "clipping acts"
+    assert STEPS * BATCH > 6 * ROWS, "epochs end"
+    # The two variants share the split points: each is resumed once, even ones with donation.
+    splits = list(range(int(donate), STEPS, 2))
+    ends: dict[str, str] = {}
+    for begin in range(0, len(splits), 5):
+        part = splits[begin : begin + 5]
+        ends |= _in_a_child(lambda part=part: _resumed(tmp_path, part, donate=donate))
+    assert ends == {str(split): end for split in splits}
+
+
+def test_a_process_started_afresh_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Nothing that a forked child inherits is needed: another interpreter, another hash seed."""
+    end, _ = _saved_run(SEEDS[0], tmp_path)
+    command = [sys.executable, "-W", "error", __file__, str(tmp_path), "17", "41"]
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"17": end, "41": end}
+
+
+# Ablation: what is not saved would be at its initial value after a resume.
+
+SCALER = {"growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 3}
+EXEMPT = {
+    "optimizer/count": "bookkeeping: the kernels count by slots/step; shown, and read by adapters",
+    "optimizer/kind": "a name, the same in every state of a step; another one is refused",
+}
+"""What may be reset without the run parting, and why."""
+
+
+def _fields(record: Any, prefix: str = "") -> Iterator[str]:
+    """The path of each field of a state that holds no further record."""
+    for field in attrs.fields(type(record)):
+        value, path = getattr(record, field.name), f"{prefix}{field.name}"
+        if attrs.has(type(value)):
+            yield from _fields(value, f"{path}/")
+        else:
+            yield path
+
+
+def _at(record: Any, path: str) -> Any:
+    for name in path.split("/"):
+        record = getattr(record, name)
+    return record
+
+
+def _with(record: Any, path: str, value: Any) -> Any:
+    name, _, rest = path.partition("/")
+    if rest:
+        value = _with(getattr(record, name), rest, value)
+    return attrs.evolve(record, **{name: value})
+
+
+def _trained_on(state: ft.TrainState) -> dict[str, str]:
+    """What a run is for: the bits of the parameters, of the buffers and of the average."""
+    prints = ft.fingerprints(state)
+    return {p: h for p, h in prints.items() if p.startswith(("params/", "buffers/", "average/"))}
+
+
+PLATEAU = ft.schedules.reduce_on_plateau(3e-2, patience=2, cooldown=2, factor=0.7, threshold=0.02)
+
+
+class Ablation:
+    """A run in which every field has left its initial value, and continues from a given state.
+
+    Beside `ft.train` it keeps what a loop of one's own may: a loader's position in
+    `cursor.loader`, and in `reference` a slow copy of the params, towards which it pulls.
+    """
+
+    tokens = 900
+
+    def __init__(self, schedule: Any = PLATEAU) -> None:
+        self.step, begin = _step(schedule=schedule)
+        self.evaluation = [_source(5).at(0, 8)]
+        self.initial = begin(0)
+        fresh = begin(SEEDS[0])
+        scaler = attrs.evolve(fresh.scaler, **SCALER)
+        self.first = attrs.evolve(
+            fresh,
+            scaler=scaler,
+            cursor=ft.Cursor(loader="0"),
+            reference=ft.trees.clone(fresh.params),
+        )
+
+    def run(self, state: ft.TrainState, tokens: int) -> Iterator[ft.TrainState]:
+        source = _source()
+        while state.cursor.tokens < tokens:
+            offset = int(state.cursor.loader or 0)
+            shifted = _Shifted(source, offset)
+            ((state, _),) = ft.train(
+                self.step,
+                state,
+                shifted,
+                steps=state.step + 1,
+                evaluation=self.evaluation,
+                evaluate_every=1,
+            )
+            reference = ft.trees.Tensors(
+                {n: t.lerp(state.params[n], 0.1) for n, t in (state.reference or {}).items()}
+            )
+            pulled = ft.trees.Tensors(
+                {n: t.lerp(reference.get(n, t), 0.01) for n, t in state.params.items()}
+            )
+            state = attrs.evolve(
+                state,
+                params=pulled,
+                reference=reference,
+                cursor=attrs.evolve(state.cursor, loader=str((offset * 5 + 3) % ROWS)),
+            )
+            yield state
+
+    def states(self) -> list[ft.TrainState]:
+        """Every state of the run."""
+        return list(self.run(self.first, self.tokens))
+
+    def ended(self, state: ft.TrainState) -> ft.TrainState:
+        """The last state of a run from `state` on."""
+        for now in self.run(state, self.tokens):
+            state = now
+        return state
+
+    def reset(self, state: ft.TrainState, path: str) -> ft.TrainState:
+        """The state with one field at its initial value."""
+        if path in ("scaler/growth_factor", "scaler/backoff_factor", "scaler/growth_interval"):
+            defaults = {f.name: f.default for f in attrs.fields(type(state.scaler))}
+            return _with(state, path, defaults[path.rsplit("/", 1)[-1]])
+        if path == "reference":
+            return attrs.evolve(state, reference=ft.trees.Tensors())
+        return _with(state, path, _at(self.initial, path))
+
+
+@attrs.frozen
+class _Shifted:
+    """A source from another position on."""
+
+    source: Any
+    offset: int
+    batch_size: int = BATCH
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def at(self, position: int, n: int) -> Any:
+        return self.source.at(position + self.offset, n)
+
+
+def test_every_field_of_the_state_matters(tmp_path: Path) -> None:
+    """Each leaf field, reset at a save late in the run, gives other bits than the run left alone.
+
+    The saves are at values that no field had in the beginning, in cooldown and out of it, with
+    the loss scale about to grow; each field must matter at one of them at least. The count of a
+    schedule is felt by one that counts, so there is a run with a cosine too.
+    """
+    plateau, cosine = Ablation(), Ablation(ft.schedules.cosine(2e-2, total=60))
+    fields = list(_fields(plateau.first))
+    assert len(fields) == 22, fields
+    felt = set()
+    for run in (plateau, cosine):
+        states = run.states()
+        end = _trained_on(states[-1])
+        for at in _late_saves(states) if run is plateau else [len(states) // 2]:
+            path = ft.save(tmp_path / ("plateau" if run is plateau else "cosine"), states[at])
+            saved = ft.load(path, like=run.first, strict=True)
+            assert _trained_on(run.ended(saved)) == end, f"resumed at {at}, without a reset"
+            for field in fields:
+                if field in felt or field not in _fields(saved):
+                    continue
+                other = run.reset(saved, field)
+                if _prints(other, field) == _prints(saved, field):
+                    continue  # at its initial value here
+                if _trained_on(run.ended(other)) != end:
+                    felt.add(field)
+    assert felt == set(fields) - EXEMPT.keys(), sorted(set(fields) - EXEMPT.keys() ^ felt)
+
+
+def _prints(state: ft.TrainState, field: str) -> dict[str, str]:
+    prints = ft.fingerprints(state)
+    return {p: h for p, h in prints.items() if p == field or p.startswith(f"{field}/")}
+
+
+def _late_saves(states: list[ft.TrainState]) -> list[int]:
+    """Places after the first half: the loss scale about to grow, bad > 0; then a cooldown."""
+
+    def late(fits: Callable[[Any, Any], bool]) -> int:
+        half = range(len(states) // 2, len(states) - 8)
+        found = [i for i in half if fits(states[i].scaler, states[i].scheduler.plateau)]
+        assert found, "the run does not come to such a state"
+        return found[0]
+
+    about = SCALER["growth_interval"] - 1
+    return [
+        late(lambda s, p: int(s.growth_count) == about and p.bad > 0),
+        late(lambda s, p: p.bad == 2),
+        late(lambda s, p: p.cooldown > 0),
+    ]
+
+
+def test_what_is_exempt_from_the_ablation_is_bookkeeping(tmp_path: Path) -> None:
+    """Reset, `optimizer.count` changes nothing but itself, and another `kind` is refused."""
+    ablation = Ablation()
+    states = ablation.states()
+    saved = states[len(states) // 2]
+    reset = ablation.reset(saved, "optimizer/count")
+    after = ablation.ended(reset)
+    parted = [
+        path
+        for path, leaf in ft.fingerprints(states[-1]).items()
+        if ft.fingerprints(after)[path] != leaf
+    ]
+    assert parted == ["optimizer/count"]
+    other = attrs.evolve(saved, optimizer=attrs.evolve(saved.optimizer, kind="adam"))
+    with pytest.raises(ft.StateError, match="optimizer"):
+        ablation.step(other, _source().at(0, BATCH))
+    ft.save(tmp_path, other)
+    with pytest.raises(ft.CheckpointError, match="made with the optimizer 'adam'"):
+        ft.load(tmp_path, like=saved)
+
+
+# The order of a mapping.
+
+
+def _shuffled(items: Mapping[str, Any], dice: random.Random) -> dict[str, Any]:
+    names = list(items)
+    dice.shuffle(names)
+    return {name: items[name] for name in names}
+
+
+def _permuted(state: ft.TrainState, dice: random.Random) -> ft.TrainState:
+    """The same state, each of its mappings made of one in another order."""
+
+    def tensors(items: Any) -> Any:
+        return None if items is None else ft.trees.Tensors(_shuffled(items, dice))
+
+    slots = {slot: tensors(items) for slot, items in _shuffled(state.optimizer.slots, dice).items()}
+    return attrs.evolve(
+        state,
+        params=tensors(state.params),
+        buffers=tensors(state.buffers),
+        average=tensors(state.average),
+        optimizer=attrs.evolve(state.optimizer, slots=slots),
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_no_order_of_a_mapping_reaches_the_bits(optimizer: str) -> None:
+    """200 orders of the params, buffers, slots and average: one state, and one checkpoint."""
+    made = {"adamw": ft.optim.adamw(), "sgd": ft.optim.sgd(momentum=0.9, weight_decay=0.1)}
+    architecture, params, buffers = ft.split(_deep())
+    step = ft.pretrain_step(
+        architecture, made[optimizer], schedule=1e-2, max_grad_norm=CLIP, ema_decay=0.9
+    )
+    state = step.init(params, buffers, seed=1)
+    for _ in range(3):
+        state, _ = step(state, _source().at(0, BATCH))
+    following, metrics = step(state, _source().at(4, BATCH))
+    expected = ft.fingerprint(following)
+    assert float(metrics["grad_norm"]) > CLIP
+    files = {name: b"".join(parts) for name, parts in encode(state).items()}
+    dice = random.Random(0)
+    for _ in range(100):
+        other = _permuted(state, dice)
+        assert ft.fingerprint(step(other, _source().at(4, BATCH))[0]) == expected
+        assert {name: b"".join(parts) for name, parts in encode(other).items()} == files
+        shuffled = _shuffled(params, dice), _shuffled(buffers, dice)
+        again = step.init(*shuffled, seed=1)
+        assert list(again.params) == sorted(params)
+
+
+class Deep(nn.Module):
+    """Many parameters of several sizes, so that an order would reach the bits of the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(8, 8) for _ in range(6)]
+        self.layers = nn.Sequential(nn.Embedding(29, 8), *layers, nn.BatchNorm1d(6))
+        self.head = nn.Linear(8, 29)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.layers(input_ids))
+
+
+def _deep() -> nn.Module:
+    with ft.keys.seeded(5):
+        return Deep()
+
+
+# A step is a transaction.
+
+
+def _interrupted(at: int, call: Callable[[], Any]) -> tuple[int, str | None]:
+    """Run `call`, with a KeyboardInterrupt at line event `at`: events seen, and in which function.
+
+    Every line event counts, those within torch's own Python too.
+    """
+    seen, place = 0, None
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal seen, place
+        if event == "line":
+            seen += 1
+            if seen - 1 == at:
+                place = frame.f_code.co_name
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        sys.settrace(previous)
+        assert place is not None
+    finally:
+        sys.settrace(previous)
+    return seen, place
+
+
+class Transaction:
+    """A small step, with everything on, at each of its line events."""
+
+    def __init__(self) -> None:
+        self.step, begin = _step(microbatches=1)
+        self.batch = _source().at(0, BATCH)
+        state = begin(7)
+        for _ in range(2):
+            state, _ = self.step(state, self.batch)
+        self.state, self.before = state, ft.fingerprint(state)
+        following, metrics = self.step(state, self.batch)
+        assert not float(metrics["skipped"])
+        self.after = ft.fingerprint(following)
+        self.events, _ = _interrupted(-1, lambda: self.step(state, self.batch))
+        assert self.events > 1500
+        self.generators = testing._generators()
+        self.saved = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def restore_generators(self) -> bool:
+        """Whether they had been moved."""
+        if testing._generators() == self.generators:
+            return False
+        torch.set_rng_state(self.saved[0])
+        random.setstate(self.saved[1])
+        np.random.set_state(self.saved[2])
+        return True
+
+
+RESTORING = {"_seeded", "setstate", "_restore", "_restored", "seeded"}
+"""The functions that put the generators back: an interrupt within them is the narrowest window."""
+
+
+def test_a_pure_step_interrupted_at_any_line_has_changed_nothing() -> None:
+    """KeyboardInterrupt at every line event: the input's bits are as they were, the same call
+    gives the expected bits, and the global generators are untouched wherever the interrupt did
+    not fall into the very lines that put them back."""
+    case = Transaction()
+    moved = []
+    for at in range(case.events):
+        _, place = _interrupted(at, lambda: case.step(case.state, case.batch))
+        assert ft.fingerprint(case.state) == case.before, f"event {at} in {place}"
+        if case.restore_generators():
+            moved.append(place)
+        assert ft.fingerprint(case.step(case.state, case.batch)[0]) == case.after, f"event {at}"
+    assert set(moved) <= RESTORING
+    assert len(moved) <= 8
+
+
+@pytest.mark.xfail(
+    strict=False,
+    reason="an interrupt within the lines of keys._seeded that restore leaves the rest undone",
+)
+def test_a_pure_step_interrupted_at_any_line_leaves_the_generators() -> None:
+    """Also where the interrupt falls into the lines that put the generators back."""
+    case = Transaction()
+    moved = 0
+    for at in range(case.events):
+        _, place = _interrupted(at, lambda: case.step(case.state, case.batch))
+        moved += case.restore_generators()
+        assert not moved, f"event {at} in {place}"
+
+
+def _left_of(case: Transaction, at: int) -> tuple[str, str | None]:
+    """What a donated step, interrupted at an event, has left of the state: and where that was."""
+    given = ft.clone(case.state)
+    _, place = _interrupted(at, lambda: case.step(given, case.batch, donate=True))
+    try:
+        return ("intact" if ft.fingerprint(given) == case.before else "torn"), place
+    except ft.ConsumedStateError:
+        return "consumed", place
+
+
+@pytest.mark.xfail(
+    strict=False,
+    reason="between the optimizer's kernel and the tombstone a donated state is torn and readable",
+)
+def test_a_donated_step_interrupted_at_any_line_leaves_an_intact_state_or_a_tombstone() -> None:
+    """Never one that can be read and is neither the old state nor the new."""
+    case = Transaction()
+    for at in range(case.events - 1, -1, -1):
+        left, place = _left_of(case, at)
+        assert left != "torn", f"event {at} of {case.events}, in {place}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where, *points = sys.argv[1:]
+    print(json.dumps(_resumed(Path(where), [int(point) for point in points], donate=False)))
