@@ -97,11 +97,23 @@ def save_under(
 
 
 def _make_root(filesystem: FileSystem, root: Path) -> None:
-    """Make the directory and those above it, each durable before something is put into it."""
-    if not root.is_dir():
-        _make_root(filesystem, root.parent)
-        filesystem.mkdir(root)
-        sync_directory(filesystem, root.parent)
+    """Make the directory and those above it, all durable before a save is acknowledged."""
+    missing = [directory for directory in (root, *root.parents) if not directory.is_dir()]
+    for directory in reversed(missing):
+        filesystem.mkdir(directory)
+    if not checkpoints(root):
+        # Also those that are there: a save that was killed here may have made them a moment ago.
+        _sync_above(filesystem, root)
+
+
+def _sync_above(filesystem: FileSystem, root: Path) -> None:
+    for directory in (root, *root.parents):
+        if directory.is_mount():
+            return
+        try:
+            sync_directory(filesystem, directory.parent)
+        except PermissionError:
+            return  # What cannot be read was there before: nobody here has made it.
 
 
 def _placed(
@@ -115,6 +127,8 @@ def _placed(
     target = root / name
     if target.exists():
         if _same(filesystem, target, files):
+            # The save that put it there may have been killed before its rename was durable.
+            sync_directory(filesystem, root)
             return target
         raise CheckpointError(
             f"{target}: exists and holds another state; save to a fresh directory, or remove it"
@@ -170,9 +184,12 @@ def _locked(filesystem: FileSystem, root: Path) -> Iterator[None]:
 
 def sweep(filesystem: FileSystem, root: Path) -> None:
     """Remove what a killed save or prune left behind; the lock is held."""
-    for name in filesystem.list(root):
-        if name.startswith((".tmp-step-", ".trash-step-")):
-            remove_directory(filesystem, root / name)
+    names = [n for n in filesystem.list(root) if n.startswith((".tmp-step-", ".trash-step-"))]
+    if names:
+        # A rename to .trash-* that is not durable yet could be undone when its files are gone.
+        sync_directory(filesystem, root)
+    for name in names:
+        remove_directory(filesystem, root / name)
 
 
 def load(
@@ -311,7 +328,11 @@ def prune(
     policy = keep if isinstance(keep, Keep) else Keep(last=keep)
     try:
         with _locked(filesystem, root):
-            for old in policy.expendable(filesystem, root):
+            expendable = policy.expendable(filesystem, root)
+            if expendable:
+                # The newest may be of a save that was killed before its rename was durable.
+                sync_directory(filesystem, root)
+            for old in expendable:
                 trash = root / f".trash-{old.name}"
                 filesystem.rename(old, trash)
                 sync_directory(filesystem, root)
