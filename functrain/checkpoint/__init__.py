@@ -12,9 +12,9 @@ Nothing is pickled. The hashes find corruption, not forgery.
 """
 
 from functrain.checkpoint.background import BackgroundWriter
+from functrain.checkpoint.environment import numerics
 from functrain.checkpoint.inspection import inspect
 from functrain.checkpoint.manifest import latest
-from functrain.checkpoint.numerics import numerics
 from functrain.checkpoint.retention import Keep
 from functrain.checkpoint.store import load, load_model, load_tensors, prune, save
 

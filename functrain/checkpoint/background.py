@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrain.checkpoint.environment import numerics
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
-from functrain.checkpoint.numerics import numerics
 from functrain.checkpoint.retention import Keep
 from functrain.checkpoint.store import prune, save_under
 from functrain.errors import SaveWarning

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from functrain.checkpoint.manifest import (
     MOST_STEPS,
     STATE,
     as_json,
+    decoded,
+    encoded,
     parsed_json,
 )
 from functrain.errors import CheckpointError, did_you_mean
@@ -49,7 +50,7 @@ def encode(state: TrainState) -> dict[str, Contents]:
             file, name = file_of(path)
             tensors[file][name] = leaf
         else:
-            numbers[path] = _encoded(leaf)
+            numbers[path] = encoded(leaf)
     body = {"leaves": numbers, "slots": sorted(state.optimizer.slots), "version": FORMAT}
     files: dict[str, Contents] = {
         f"{name}.safetensors": safetensors.contents(items) for name, items in tensors.items()
@@ -63,23 +64,6 @@ def file_of(path: str) -> tuple[str, str]:
         if path.startswith(prefix):
             return file, path.removeprefix(prefix)
     return "extra", path
-
-
-def _encoded(leaf: Leaf) -> Any:
-    # JSON has no infinities, and orjson would write null.
-    if isinstance(leaf, float) and not math.isfinite(leaf):
-        return {"float": repr(leaf)}
-    return leaf
-
-
-def _decoded(value: Any, path: str, where: Path) -> Leaf:
-    if isinstance(value, dict):
-        text = value.get("float")
-        if value.keys() == {"float"} and text in ("inf", "-inf", "nan"):
-            return float(text)
-    elif value is None or isinstance(value, int | float | str):
-        return value
-    raise CheckpointError(f"{where}: {path} is {str(value)[:99]}, expected a number or a text")
 
 
 def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
@@ -96,7 +80,7 @@ def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
         raise CheckpointError(f"{where}: leaves is {str(found)[:99]}, expected an object")
     if not isinstance(slots, list) or not all(isinstance(slot, str) for slot in slots):
         raise CheckpointError(f"{where}: slots is {str(slots)[:99]}, expected names")
-    return {path: _decoded(value, path, where) for path, value in found.items()}
+    return {path: decoded(value, path, where) for path, value in found.items()}
 
 
 def placed(file: str, items: Mapping[str, Tensor]) -> dict[str, Leaf]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class Manifest:
     """What a checkpoint consists of.
 
     `metrics`: what was measured of the state, for retention and for the reader. `numerics`: under
-    what the bits were computed (`functrain.checkpoint.numerics`).
+    what the bits were computed (`functrain.checkpoint.environment`).
     """
 
     step: int
@@ -93,7 +94,8 @@ def located(path: str | os.PathLike[str]) -> Path:
 
 def to_bytes(manifest: Manifest) -> bytes:
     """The manifest as it is written, with its own hash."""
-    body = attrs.asdict(manifest) | {"format": "functrain", "version": FORMAT}
+    metrics = {name: encoded(value) for name, value in manifest.metrics.items()}
+    body = attrs.asdict(manifest) | {"format": "functrain", "metrics": metrics, "version": FORMAT}
     return as_json({**body, "sha256": _own_hash(body)})
 
 
@@ -104,6 +106,24 @@ def _own_hash(body: Mapping[str, Any]) -> str:
 def as_json(value: object) -> bytes:
     """Canonical JSON: sorted keys, two blanks of indentation."""
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
+
+
+def encoded(value: Any) -> Any:
+    """A number as JSON can hold it: it has no infinities, and orjson would write null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    return value
+
+
+def decoded(value: Any, name: str, path: Path) -> Any:
+    """The number, text or None that was encoded; anything else raises `CheckpointError`."""
+    if isinstance(value, dict):
+        text = value.get("float")
+        if value.keys() == {"float"} and text in ("inf", "-inf", "nan"):
+            return float(text)
+    elif value is None or isinstance(value, int | float | str):
+        return value
+    raise CheckpointError(f"{path}: {name} is {str(value)[:99]}, expected a number or a text")
 
 
 def parsed_json(data: bytes, path: Path) -> dict[str, Any]:
@@ -154,14 +174,15 @@ def _checked(body: Mapping[str, Any], path: Path) -> Manifest:
     for name in ("files", "metrics", "numerics"):
         if not isinstance(body[name], dict):
             raise CheckpointError(f"{path}: {name} is {body[name]!r}, expected an object")
-    for name, value in body["metrics"].items():
+    metrics = {n: decoded(v, f"metrics/{n}", path) for n, v in body["metrics"].items()}
+    for name, value in metrics.items():
         if type(value) not in (int, float):
             raise CheckpointError(f"{path}: metrics/{name} is {value!r}, expected a number")
     expected = {STATE, *(f"{name}.safetensors" for name in FILES)}
     if body["files"].keys() != expected:
         raise CheckpointError(f"{path}: lists {sorted(body['files'])}, expected {sorted(expected)}")
     files = {name: _file(name, entry, path) for name, entry in body["files"].items()}
-    return Manifest(step=step, files=files, metrics=body["metrics"], numerics=body["numerics"])
+    return Manifest(step=step, files=files, metrics=metrics, numerics=body["numerics"])
 
 
 def _file(name: str, entry: object, path: Path) -> File:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functrain.architecture import check_names
 from functrain.checkpoint import format as safetensors
+from functrain.checkpoint.environment import compare, numerics
 from functrain.checkpoint.files import (
     Contents,
     hashed,
@@ -40,7 +41,6 @@ from functrain.checkpoint.manifest import (
     step_of,
     to_bytes,
 )
-from functrain.checkpoint.numerics import compare, numerics
 from functrain.checkpoint.retention import Keep
 from functrain.errors import ArchitectureError, CheckpointError, SaveWarning
 from functrain.state import Leaf, TrainState, check_state, device_of

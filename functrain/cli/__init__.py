@@ -19,6 +19,8 @@ _COMMANDS = {
     "dpo": "align it with preferences:            functrain dpo run.toml",
     "generate": 'let it speak:                         functrain generate RUN "prompt"',
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
+    "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",
+    "diff": "see where two runs part:              functrain diff RUN OTHER",
 }
 _HELP = f"""usage: functrain COMMAND [OPTIONS]
 
@@ -33,8 +35,8 @@ functrain COMMAND --help shows what a command takes. A run is resumed with --res
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code.
 
-    0: done. 2: something that the user can mend, said in one message. 130 and 143: stopped by
-    SIGINT and SIGTERM, with everything saved.
+    0: done. 1: `diff` has found a difference. 2: something that the user can mend, said in one
+    message. 130 and 143: stopped by SIGINT and SIGTERM, with everything saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -91,6 +91,26 @@ class Inspect:
     """List every tensor."""
 
 
+@attrs.frozen(kw_only=True)
+class Verify:
+    """Check checkpoints against their hashes, and steps against being made again."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT|RUN")]
+    """A checkpoint, or a run: then every checkpoint that it has kept."""
+    replay: str | None = None
+    """A..B: make the steps from checkpoint A (0: from the beginning) to B again, and compare."""
+
+
+@attrs.frozen(kw_only=True)
+class Diff:
+    """Where two runs or checkpoints part: config, metrics, numerics, then leaf by leaf."""
+
+    one: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ONE")]
+    """A checkpoint or a run."""
+    other: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OTHER")]
+    """Another; of two runs the first step is shown at which kept checkpoints differ."""
+
+
 def say(line: str) -> None:
     """A line for the reader, beside the results on stdout."""
     print(line, file=sys.stderr, flush=True)
@@ -183,3 +203,23 @@ def inspect(command: str, rest: Sequence[str]) -> int:
 
     print(described(arguments.checkpoint, tensors=arguments.tensors))
     return 0
+
+
+def verify(command: str, rest: Sequence[str]) -> int:
+    """`functrain verify CHECKPOINT|RUN [--replay A..B]`."""
+    arguments = _parsed(Verify, command, rest)
+    from functrain.cli.verify import verified
+
+    for line in verified(arguments.path, arguments.replay):
+        print(line, flush=True)
+    return 0
+
+
+def diff(command: str, rest: Sequence[str]) -> int:
+    """`functrain diff ONE OTHER`; 0 where they are the same, 1 where not."""
+    arguments = _parsed(Diff, command, rest)
+    from functrain.cli.verify import compared
+
+    same, lines = compared(arguments.one, arguments.other)
+    print("\n".join(lines))
+    return 0 if same else 1

@@ -20,7 +20,7 @@ from functrain.cli.directory import RunDirectory
 from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.errors import CheckpointError, ConfigError
-from functrain.loop import train
+from functrain.loop import conditions, train
 from functrain.state import TrainState
 from functrain.steps import evaluate
 from functrain.tracking import jsonl, progress
@@ -68,7 +68,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
     directories.check_files(config)
     config = _settled(config, resume)
     run = RunDirectory(config.directory)
-    with _threads(config.train.threads or 1):
+    with threads(config.train.threads or 1):
         built = build(config)
         for note in built.notes:
             say(f"{config.stage}: {note}")
@@ -111,7 +111,8 @@ def _same_data(config: C, found: str) -> C:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """Within it, torch uses so many threads; after it, as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -126,7 +127,8 @@ def _state(built: Built, run: RunDirectory, steps: int) -> TrainState:
         run.metrics.unlink(missing_ok=True)
         return built.state
     try:
-        state = checkpoint.load(newest, like=built.state)
+        under = conditions(built.step, built.source.batch_size)
+        state = checkpoint.load(newest, like=built.state, conditions=under)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\nto go on from the one before, remove {newest} and resume again"
@@ -160,6 +162,7 @@ def _trained(
             tracker.log(0, evaluate(built.step, state, built.evaluation).to_dict())
         if stop:
             return state
+        under = conditions(built.step, built.source.batch_size)
         since = time.perf_counter()
         for now, metrics in train(
             built.step,
@@ -181,7 +184,8 @@ def _trained(
             if last or state.step % plan.log_every == 0 or "eval_loss" in values:
                 tracker.log(state.step, values)
             if last or stop or state.step % plan.save_every == 0:
-                checkpoint.save(run.checkpoints, state)
+                measured = {n: v for n, v in values.items() if n.startswith("eval_")}
+                checkpoint.save(run.checkpoints, state, metrics=measured, conditions=under)
                 checkpoint.prune(run.checkpoints, plan.keep)
             if stop:
                 break

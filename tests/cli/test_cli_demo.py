@@ -27,10 +27,10 @@ def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def before(wanted, real):
-    def save(directory, state):
+    def save(directory, state, **options):
         if stage in str(directory) and state.step == wanted:
             killed()
-        return real(directory, state)
+        return real(directory, state, **options)
     return save
 
 def during(real):

@@ -1,0 +1,104 @@
+"""`functrain verify` and `functrain diff`: whole or not, the same or not, and where they part."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from functrain.cli import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    for name, seed in (("one", "0"), ("other", "1")):
+        given = ["demo", "--scale", "tiny", "--directory", str(root / name), "--seed", seed]
+        assert main(given) == 0
+    return root
+
+
+def test_every_checkpoint_of_every_stage_is_verified(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(runs / "one")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert all("whole; " in line for line in lines)
+
+
+@pytest.mark.parametrize("replay", ["9..12", "0..9"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_steps_that_are_made_again_are_the_same(
+    stage: str, replay: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(runs / "one" / stage), "--replay", replay]) == 0
+    assert "made again: the same bits" in capsys.readouterr().out
+
+
+def test_a_step_that_was_not_made_so_is_found(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of another run in the place of this one's: whole, but not of these steps."""
+    shutil.copytree(runs / "one" / "pretrain", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-000000000012"
+    shutil.rmtree(path)
+    shutil.copytree(runs / "other" / "pretrain" / "checkpoints" / path.name, path)
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    assert main(["verify", str(tmp_path / "run"), "--replay", "9..12"]) == 2
+    said = capsys.readouterr().err
+    assert "made again from step 9, it differs" in said
+    assert "params/model.embed_tokens.weight: float32 [257, 16], " in said
+
+
+def test_an_altered_checkpoint_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "one" / "sft", tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-000000000009" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(["verify", str(tmp_path / "run")]) == 2
+    assert f"{file}: its sha256 does not match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("replay", "message"),
+    [
+        ("12..9", "expected two steps, the lower first"),
+        ("a..b", "expected two steps"),
+        ("6..12", "has no checkpoint of step 6; kept are 9, 12"),
+    ],
+)
+def test_a_replay_that_cannot_be_made_is_named(
+    replay: str, message: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(runs / "one" / "dpo"), "--replay", replay]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_same_run_differs_in_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("one/dpo", "one/dpo/checkpoints/step-000000000009"):
+        assert main(["diff", str(runs / path), str(runs / path)]) == 0
+        assert "the same bits" in capsys.readouterr().out
+
+
+def test_runs_that_part_are_told_apart(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(runs / "one" / "sft"), str(runs / "other" / "sft")]) == 1
+    said = capsys.readouterr().out
+    for part in (
+        "config train.seed: 0 and 1",
+        "metrics part at step 0:",
+        "step-000000000009: ",  # the first of the steps that both have kept
+        "params/model.embed_tokens.weight: float32 [257, 16], ",
+    ):
+        assert part in said
+    assert "step-000000000012" not in said.split("metrics part")[1]
+
+
+def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["verify", str(tmp_path)], ["diff", str(tmp_path), str(tmp_path)]):
+        assert main(command) == 2
+        assert f"{tmp_path}: no run's directory" in capsys.readouterr().err
