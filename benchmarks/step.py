@@ -79,6 +79,8 @@ def main() -> None:
     for name, default in (("rounds", 30), ("threads", 2), ("width", 256), ("layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2, for quartiles")
     torch.set_num_threads(options.threads)
     config = ft.models.DecoderConfig(
         vocabulary=1024, width=options.width, layers=options.layers, heads=4
