@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from functrain.checkpoint.manifest import (
     as_json,
     decoded,
     encoded,
+    is_format,
     parsed_json,
 )
 from functrain.errors import CheckpointError, did_you_mean
@@ -30,12 +32,19 @@ from functrain.trees import Tensors, owning
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
 _LARGEST = {"step": MOST_STEPS}
+_SOUND: Mapping[str, Callable[[Any], bool]] = {
+    "scaler/growth_factor": lambda factor: 1 < factor < math.inf,
+    "scaler/backoff_factor": lambda factor: 0 < factor < 1,
+    "scaler/growth_interval": lambda steps: steps >= 1,
+    "scheduler/plateau/learning_rate": lambda rate: 0 <= rate < math.inf,
+}
 _HINTS = {
     "params": "the checkpoint is of another architecture",
     "buffers": "the checkpoint is of another architecture",
     "optimizer": "the checkpoint was made with another optimizer",
     "scaler": "the checkpoint was made with another precision",
     "scheduler": "the checkpoint was made with another schedule",
+    "guard": "the checkpoint was made with another guard",
     "average": "the checkpoint was made with another ema_decay",
     "reference": "the checkpoint was made by another method",
 }
@@ -74,7 +83,7 @@ def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
     fill(memoryview(data))
     body = parsed_json(bytes(data), where)
     found, slots = body.get("leaves"), body.get("slots")
-    if body.keys() != {"leaves", "slots", "version"} or body["version"] != FORMAT:
+    if body.keys() != {"leaves", "slots", "version"} or not is_format(body["version"]):
         raise CheckpointError(f"{where}: not a state of functrain's, format {FORMAT}")
     if not isinstance(found, dict):
         raise CheckpointError(f"{where}: leaves is {str(found)[:99]}, expected an object")
@@ -86,7 +95,15 @@ def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
 def placed(file: str, items: Mapping[str, Tensor]) -> dict[str, Leaf]:
     """The tensors of a file under their paths in the state."""
     prefixes = {file: prefix for prefix, file in _PREFIXES.items()}
-    return {prefixes.get(file, "") + name: tensor for name, tensor in items.items()}
+    found: dict[str, Leaf] = {}
+    for name, tensor in items.items():
+        path = prefixes.get(file, "") + name
+        if file_of(path)[0] != file:
+            raise CheckpointError(
+                f"{file}.safetensors: {name} belongs into {file_of(path)[0]}.safetensors"
+            )
+        found[path] = tensor
+    return found
 
 
 def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainState:
@@ -105,9 +122,10 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
         like, optimizer=attrs.evolve(like.optimizer, slots=_slots(stored, like, where))
     )
     _check_paths(stored, dict(leaves(template)), where)
-    _check_values(stored, where)
     rebuilt = _rebuild(template, stored, "", where)
     assert isinstance(rebuilt, TrainState)  # `_rebuild` keeps the template's form
+    # After it: not every dtype can be compared, and by now each is the template's.
+    _check_values(stored, where)
     return rebuilt
 
 
@@ -118,7 +136,7 @@ def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
         if isinstance(leaf, Tensor):
             slot = path.split("/")[2] if path.startswith("optimizer/slots/") else ""
             least = name in ("count", "growth_count") or slot in _NEVER_NEGATIVE
-            if least and bool((leaf < 0).any()):
+            if least and _negative(leaf):
                 raise CheckpointError(f"{where}: {path} is negative, which it cannot become")
             if path == "scaler/scale" and not bool(((leaf > 0) & leaf.isfinite()).all()):
                 raise CheckpointError(f"{where}: {path} is {leaf.tolist()}, no loss scale")
@@ -126,6 +144,16 @@ def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
             raise CheckpointError(
                 f"{where}: {path} is {leaf}, expected 0 to {_LARGEST.get(path, MAX_KEY)}"
             )
+        elif path in _SOUND and not _SOUND[path](leaf):
+            raise CheckpointError(f"{where}: {path} is {leaf}, which no training comes to")
+
+
+def _negative(tensor: Tensor) -> bool:
+    if tensor.dtype.is_complex or not tensor.dtype.is_signed:
+        return False
+    # The floats of 8 bits cannot be compared.
+    comparable = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return bool((comparable < 0).any())
 
 
 def _slots(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> dict[str, Tensors]:
@@ -133,14 +161,17 @@ def _slots(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> dict[st
     for path, leaf in stored.items():
         if not path.startswith("optimizer/slots/") or not isinstance(leaf, Tensor):
             continue
-        slot, name = path.removeprefix("optimizer/slots/").split("/", 1)
-        if name not in like.params:
+        slot, _, name = path.removeprefix("optimizer/slots/").partition("/")
+        if not slot or name not in like.params:
             raise CheckpointError(
-                f"{where}: the optimizer's {slot} is for {name!r}, which is no parameter of "
+                f"{where}: the optimizer's {slot!r} is for {name!r}, which is no parameter of "
                 f"`like`; {_HINTS['params']}"
             )
         found.setdefault(slot, {})[name] = leaf
-    untouched = int(_tensor(stored, "optimizer/count", where)) == 0
+    path = "optimizer/count"
+    if path not in stored:
+        raise CheckpointError(f"{where}: {path} is missing")
+    untouched = int(_fitted(stored[path], like.optimizer.count, path, where)) == 0
     for slot, items in like.optimizer.slots.items():
         if slot not in found and not untouched and items:
             raise CheckpointError(
@@ -162,13 +193,6 @@ def _expected_slot(stored: Mapping[str, Tensor], like: Tensors | None, fresh: bo
     if like is None:
         return Tensors(stored)
     return like if fresh else Tensors({name: like.get(name, t) for name, t in stored.items()})
-
-
-def _tensor(stored: Mapping[str, Leaf], path: str, where: Path) -> Tensor:
-    leaf = stored.get(path)
-    if not isinstance(leaf, Tensor):
-        raise CheckpointError(f"{where}: {path} is missing")
-    return leaf
 
 
 def _check_paths(stored: Mapping[str, Leaf], expected: Mapping[str, Leaf], where: Path) -> None:

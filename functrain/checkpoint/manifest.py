@@ -143,6 +143,11 @@ def parsed_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def is_format(version: object) -> bool:
+    """Whether a version is the one that is read: a true, or 1.0, is no 1."""
+    return type(version) is int and version == FORMAT
+
+
 def read_manifest(filesystem: FileSystem, directory: Path) -> Manifest:
     """The manifest of a checkpoint, after its own hash and its form have been checked."""
     path = directory / MANIFEST
@@ -155,7 +160,7 @@ def read_manifest(filesystem: FileSystem, directory: Path) -> Manifest:
     own = body.pop("sha256", None)
     if own != _own_hash(body):
         raise CheckpointError(f"{path}: altered: its own sha256 does not match")
-    if body.get("format") != "functrain" or body.get("version") != FORMAT:
+    if body.get("format") != "functrain" or not is_format(body.get("version")):
         raise CheckpointError(
             f"{path}: format {body.get('format')!r} version {body.get('version')!r}; this "
             f"functrain reads 'functrain' version {FORMAT}"
