@@ -126,21 +126,29 @@ def write_all(files: FileSystem, descriptor: int, data: memoryview) -> None:
 
 
 @contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses here, as a `CheckpointError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        missing = "; the checkpoint is incomplete" if isinstance(error, FileNotFoundError) else ""
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}){missing}"
+        ) from error
+
+
+@contextmanager
 def regular(files: FileSystem, path: Path) -> Iterator[tuple[int, int]]:
     """A descriptor and the size of a regular file; anything else raises `CheckpointError`."""
-    try:
+    with reading(path):
         descriptor = files.open(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete"
-        ) from error
-    try:
-        status = files.stat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        yield descriptor, status.st_size
-    finally:
-        files.close(descriptor)
+        try:
+            status = files.stat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: not a regular file")
+            yield descriptor, status.st_size
+        finally:
+            files.close(descriptor)
 
 
 def read_exactly(files: FileSystem, descriptor: int, into: memoryview, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from functrain.checkpoint.files import (
 from functrain.checkpoint.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
+    reading,
     remove_directory,
     sync_directory,
 )
@@ -227,8 +228,13 @@ def load(
         return state
 
     root = Path(directory)
-    if older and root.is_dir() and step_of(root) is None and not (root / MANIFEST).exists():
-        return _newest_valid(root, read)
+    with reading(root):
+        if older and root.is_dir() and step_of(root) is None and not (root / MANIFEST).exists():
+            return _newest_valid(root, read)
+        return _newest(root, read)
+
+
+def _newest(root: Path, read: Callable[[Path], TrainState]) -> TrainState:
     for _ in range(_ATTEMPTS):
         path = located(root)
         try:
@@ -240,11 +246,11 @@ def load(
     raise CheckpointError(f"{root}: its checkpoints vanish faster than they can be read")
 
 
-def _newest_valid(root: Path, read: Any) -> TrainState:
+def _newest_valid(root: Path, read: Callable[[Path], TrainState]) -> TrainState:
     refused: list[str] = []
     for path in reversed(checkpoints(root)):
         try:
-            state: TrainState = read(path)
+            state = read(path)
         except CheckpointError as error:
             refused.append(str(error))
             continue
@@ -282,7 +288,8 @@ def load_model(
     `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them: the
     values are converted to those.
     """
-    path = located(directory)
+    with reading(Path(directory)):
+        path = located(directory)
     entries = read_manifest(filesystem, path).files
 
     def read(name: str, like: Mapping[str, Tensor]) -> Tensors:
@@ -310,7 +317,9 @@ def load_tensors(
 
     Paths are those of `functrain.fingerprints`. A pattern without a match raises `StateError`.
     """
-    _, stored = read_leaves(filesystem, located(directory))
+    with reading(Path(directory)):
+        path = located(directory)
+    _, stored = read_leaves(filesystem, path)
     return select({p: leaf for p, leaf in stored.items() if isinstance(leaf, Tensor)}, *patterns)
 
 

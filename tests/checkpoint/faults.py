@@ -201,6 +201,10 @@ class Short(Watched):
         return super().read(descriptor, into[: max(1, len(into) // 2)])
 
 
+IDS = torch.tensor([[0, 1, 2, 3]])
+"""A batch of `Tiny`'s, and its labels."""
+
+
 class Tiny(nn.Module):
     """The smallest model with every kind of tensor that a checkpoint has a file for."""
 
@@ -232,10 +236,9 @@ def states(count: int = 8) -> tuple[ft.TrainState, ...]:
     """The states of a run: `states()[n]` is after n steps, and no two are alike."""
     with keys.seeded(0):
         _, params, buffers = ft.split(Tiny())
-    ids = torch.tensor([[0, 1, 2, 3]])
     found = [step().init(params, buffers, seed=5)]
     for _ in range(count - 1):
-        state, _ = step()(found[-1], {"input_ids": ids, "labels": ids})
+        state, _ = step()(found[-1], {"input_ids": IDS, "labels": IDS})
         found.append(state)
     return tuple(found)
 
