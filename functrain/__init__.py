@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         ConfigError,
         ConsumedStateError,
         DataError,
+        DivergedError,
         FunctrainError,
         StateError,
     )
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         clip_by_value,
         value_and_grad,
     )
+    from functrain.guards import SpikeGuard
     from functrain.loop import train
     from functrain.metrics import Metrics
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
@@ -74,6 +76,7 @@ _NAMES = {
         "ConfigError",
         "ConsumedStateError",
         "DataError",
+        "DivergedError",
         "FunctrainError",
         "StateError",
     ),
@@ -84,6 +87,7 @@ _NAMES = {
         "clip_by_value",
         "value_and_grad",
     ),
+    "functrain.guards": ("SpikeGuard",),
     "functrain.loop": ("train",),
     "functrain.metrics": ("Metrics",),
     "functrain.precision": ("init_loss_scale", "scale_loss", "unscale", "update_loss_scale"),
@@ -109,8 +113,10 @@ __all__ = [
     "ConsumedStateError",
     "Cursor",
     "DataError",
+    "DivergedError",
     "FunctrainError",
     "Metrics",
+    "SpikeGuard",
     "StateError",
     "Step",
     "TrainState",

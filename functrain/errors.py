@@ -42,6 +42,10 @@ class AliasError(StateError):
     """Storage that a donated step would overwrite is shared with something still needed."""
 
 
+class DivergedError(FunctrainError):
+    """Training that skips one step after another: nothing more would come of it."""
+
+
 class CheckpointError(FunctrainError, ValueError):
     """A checkpoint that is missing, incomplete, altered, or of another architecture."""
 

@@ -13,7 +13,7 @@ import attrs
 
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
 from functrain.data.source import Source
-from functrain.errors import CheckpointError, ConfigError, SaveWarning
+from functrain.errors import CheckpointError, ConfigError, DivergedError, SaveWarning
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
 from functrain.state import TrainState, check_state
@@ -58,7 +58,8 @@ def train(
     `run.send(other)` goes on from another state; the generator yields that state back at once.
     Where the step donates, a yielded state is consumed by the next iteration.
 
-    Raises `ConfigError` for a total or an interval that makes no sense, before the first step.
+    Raises `DivergedError` where the step's guard has skipped too many steps in a row, and
+    `ConfigError` for a total or an interval that makes no sense, before the first step.
     """
     if not isinstance(step, Step) or not isinstance(state, TrainState):
         given = ", ".join(type(each).__name__ for each in (step, state))
@@ -166,6 +167,7 @@ def _run(
     with _saving(step, plan) as saver:
         while not plan.done(state):
             state, metrics = _advanced(step, state, source, plan)
+            _check_guard(step, state)
             saver.check()
             if plan.saves(state):
                 saver.save(state, metrics)
@@ -174,6 +176,19 @@ def _run(
                 check_state(sent, "send")
                 state = sent
                 sent = yield state, metrics
+
+
+def _check_guard(step: Step, state: TrainState) -> None:
+    if step.guard is None or state.guard is None:
+        return
+    skips = int(state.guard.skips)
+    if skips > step.guard.most_skips:
+        raise DivergedError(
+            f"step {state.step}: {skips} steps in a row were skipped, more than the "
+            f"{step.guard.most_skips} that the guard allows; the params are those of step "
+            f"{state.step - skips}. Go on from an earlier checkpoint with a lower learning rate or "
+            "other data"
+        )
 
 
 def _advanced(

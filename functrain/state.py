@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from functrain.errors import AliasError, ConfigError, ConsumedStateError, StateError
+from functrain.guards import GuardState
 from functrain.keys import MAX_KEY
 from functrain.optimizers import OptimizerState
 from functrain.precision import LossScale
@@ -48,8 +49,8 @@ class TrainState:
     `step` counts calls; `optimizer.count` and `scheduler.count` count applied updates, so a
     skipped step (overflow, non-finite gradients) advances only the first. `params` and `buffers`
     map the module's own names to tensors, sorted. `key` is the root of all randomness. `average`
-    is the moving average of the params where a step keeps one, `reference` is for the
-    reference params of a method that moves them.
+    is the moving average of the params where a step keeps one, `guard` what a spike guard has seen;
+    `reference` is for the reference params of a method that moves them.
 
     Change a field with `attrs.evolve(state, ...)`; branch with `functrain.clone(state)` where a
     donating step follows.
@@ -65,6 +66,7 @@ class TrainState:
     cursor: Cursor = Cursor()
     average: Tensors | None = None
     reference: Tensors | None = None
+    guard: GuardState | None = None
 
 
 class _ConsumedState(TrainState):

@@ -28,6 +28,7 @@ from functrain.gradients import (
     clip_by_global_norm,
     value_and_grad,
 )
+from functrain.guards import SpikeGuard
 from functrain.metrics import Metrics
 from functrain.objectives.base import Objective
 from functrain.objectives.batches import Batch, to_device
@@ -73,7 +74,8 @@ class Step:
     `schedule`: learning rate as a function of applied updates. `microbatches`: equal slices of
     each batch. `max_grad_norm`: global-norm clipping, or None. `transform`: a pure function of
     (grads, params) before that clipping, `functrain.adaptive_clip` for one. `ema_decay`: keeps
-    `state.average`. `donate`: reuse the old state's memory, which is then consumed.
+    `state.average`. `guard`: skips steps whose loss or norm is a spike. `donate`: reuse the old
+    state's memory, which is then consumed.
 
     Change any of it with `attrs.evolve(step, max_grad_norm=0.5)`. The bits of the result depend
     on the arguments alone: the same (state, batch) gives the same (state, metrics), and nothing
@@ -89,6 +91,7 @@ class Step:
     max_grad_norm: float | None = None
     transform: Transform | None = None
     ema_decay: float | None = None
+    guard: SpikeGuard | None = None
     donate: bool = False
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
@@ -143,6 +146,7 @@ class Step:
             scaler=self.precision.init_scaler(device),
             key=checked_key(seed),
             average=clone(params) if self.ema_decay is not None else None,
+            guard=None if self.guard is None else self.guard.init(device),
         )
 
     def adopt(self, state: TrainState) -> TrainState:
@@ -199,10 +203,12 @@ class Step:
         norm = global_norm(unscaled)
         applied = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
         grads, transformed = self._clipped(unscaled, state.params, norm)
-        applied = applied & torch.isfinite(transformed)
+        finite = applied & torch.isfinite(transformed)
+        applied = finite & ~self._spike(state, result.metrics, norm)
         metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
         try:
             successor = self._successor(state, grads, result.buffers, rate, applied, donate)
+            successor = self._counted(state, successor, metrics, finite, applied)
             if donate:
                 consume(state, successor)
         except FunctrainError:
@@ -232,9 +238,29 @@ class Step:
             buffers=_where(applied, buffers, state.buffers),
             optimizer=optimizer,
             scheduler=attrs.evolve(state.scheduler, count=count + applied.to(count.dtype)),
-            scaler=None if state.scaler is None else update_loss_scale(state.scaler, applied),
             average=self._averaged(state.average, params, applied),
         )
+
+    def _spike(self, state: TrainState, metrics: Metrics, norm: Tensor) -> Tensor:
+        if self.guard is None or state.guard is None:
+            return torch.zeros((), dtype=torch.bool, device=norm.device)
+        return self.guard.spike(state.guard, metrics["loss"], norm).to(norm.device)
+
+    def _counted(
+        self,
+        state: TrainState,
+        successor: TrainState,
+        metrics: Metrics,
+        finite: Tensor,
+        applied: Tensor,
+    ) -> TrainState:
+        """With the loss scale and the guard after this step; a spike is no overflow."""
+        scaler, guard = state.scaler, state.guard
+        if scaler is not None:
+            scaler = update_loss_scale(scaler, finite)
+        if self.guard is not None and guard is not None:
+            guard = self.guard.observe(guard, metrics["loss"], metrics["grad_norm"], applied)
+        return attrs.evolve(successor, scaler=scaler, guard=guard)
 
     def learning_rate(self, state: TrainState) -> Tensor:
         """The learning rate of the next update: float64, 0-d."""
@@ -320,6 +346,15 @@ class Step:
             raise StateError(
                 f"scaler: precision {self.precision.name!r} and this state disagree about a loss "
                 "scale; carry the state over with step.adopt(state)"
+            )
+        if (self.guard is None) != (state.guard is None) or (
+            self.guard is not None
+            and state.guard is not None
+            and state.guard.losses.shape != (self.guard.window,)
+        ):
+            raise StateError(
+                "guard: this step and this state disagree about a spike guard or its window; carry "
+                "the state over with step.adopt(state)"
             )
         if (self.ema_decay is not None) != (state.average is not None):
             raise StateError(
@@ -409,6 +444,7 @@ class StepOptions(TypedDict, total=False):
     max_grad_norm: float | None
     transform: Transform | None
     ema_decay: float | None
+    guard: SpikeGuard | None
     donate: bool
 
 

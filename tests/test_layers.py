@@ -20,6 +20,7 @@ LAYERS = [
     "metrics",
     "precision",
     "schedules",
+    "guards",
     "optimizers",
     "state",
     "objectives",

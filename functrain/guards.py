@@ -1,0 +1,83 @@
+"""Loss spikes: a step that is far from the steps before it is not applied.
+
+What a guard remembers is in the state, so that a resumed run skips what the uninterrupted one would
+have skipped. After OLMo's skip-step optimizer (2501.00656, §3.2).
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain.errors import ConfigError, is_number
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class GuardState:
+    """What a guard has seen: the losses and norms of the newest applied steps, float64 [window].
+
+    `count`: applied steps in all, int64, 0-d. `skips`: steps in a row that were not applied.
+    """
+
+    losses: Tensor
+    norms: Tensor
+    count: Tensor
+    skips: Tensor
+
+
+@attrs.frozen(kw_only=True)
+class SpikeGuard:
+    """A step is skipped whose loss or gradient norm lies `deviations` standard deviations above
+    the mean of the newest `window` applied steps, once half a window has been seen.
+
+    What was skipped, and what was not finite, never enters the window. `functrain.train` stops with
+    `DivergedError` after more than `most_skips` steps in a row.
+    """
+
+    window: int = 128
+    deviations: float = 6.0
+    most_skips: int = 10
+
+    def __attrs_post_init__(self) -> None:
+        for name, least in (("window", 4), ("most_skips", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name}: {value!r}, expected an integer of at least {least}")
+        if not is_number(self.deviations) or not 0 < self.deviations < float("inf"):
+            raise ConfigError(f"deviations: {self.deviations!r}, expected a positive finite number")
+
+    def init(self, device: torch.device) -> GuardState:
+        """An empty window on `device`."""
+        empty = torch.zeros(self.window, dtype=torch.float64, device=device)
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        return GuardState(losses=empty, norms=empty.clone(), count=none, skips=none.clone())
+
+    def spike(self, state: GuardState, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether this loss or norm is a spike: bool, 0-d; nothing is waited for."""
+        seen = torch.arange(self.window, device=state.count.device) < state.count
+        judged = state.count >= max(2, self.window // 2)
+        high = self._high(state.losses, seen, loss) | self._high(state.norms, seen, norm)
+        return judged & high
+
+    def _high(self, values: Tensor, seen: Tensor, value: Tensor) -> Tensor:
+        count = seen.sum()
+        mean = values.sum() / count
+        variance = torch.where(seen, (values - mean) ** 2, 0.0).sum() / (count - 1)
+        return value.to(values.device, values.dtype) > mean + self.deviations * variance.sqrt()
+
+    def observe(self, state: GuardState, loss: Tensor, norm: Tensor, applied: Tensor) -> GuardState:
+        """The state after a step: its values in the window where it was applied."""
+        place = torch.arange(self.window, device=state.count.device) == state.count % self.window
+        put = place & applied.to(place.device)
+
+        def entered(values: Tensor, value: Tensor) -> Tensor:
+            return torch.where(put, value.to(values.device, values.dtype), values)
+
+        done = applied.to(state.count.device, state.count.dtype)
+        return GuardState(
+            losses=entered(state.losses, loss),
+            norms=entered(state.norms, norm),
+            count=state.count + done,
+            skips=(state.skips + 1) * (1 - done),
+        )

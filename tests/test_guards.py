@@ -1,0 +1,140 @@
+"""The spike guard: what is far from what was before is skipped, and its window is in the state."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+import functrain as ft
+from functrain import testing
+
+CPU = torch.device("cpu")
+
+
+class Spiky(zoo.Tied):
+    """Its logits are a hundredfold where a batch begins with token 30."""
+
+    def forward(self, input_ids: Any, **rest: Any) -> Any:
+        size = torch.where(input_ids[0, 0] == 30, 100.0, 1.0)
+        return {"logits": super().forward(input_ids, **rest)["logits"] * size}
+
+
+class Spikes(zoo.Batches):
+    """A source with a spike at some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def at(self, position: int, n: int) -> dict[str, Any]:
+        batch = super().at(position, n)
+        ids = batch["input_ids"].clone()
+        ids[0, 0] = 30 if position // n in self._steps else 1
+        return {**batch, "input_ids": ids}
+
+
+def _made(**options: Any) -> tuple[Any, Any]:
+    architecture, params, buffers = ft.split(Spiky())
+    given = {"guard": ft.SpikeGuard(window=8, most_skips=3), **options}
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-3), **given)
+    return step, step.init(params, buffers)
+
+
+def test_a_spike_is_skipped_and_enters_no_window() -> None:
+    step, state = _made()
+    skipped = {}
+    for now, metrics in ft.train(step, state, Spikes(2, 12, 13), steps=14):
+        skipped[now.step - 1] = int(metrics["skipped"])
+        state = now
+    # At step 2 half a window has not been seen yet.
+    assert [count for count, was in skipped.items() if was] == [12, 13]
+    assert int(state.optimizer.count) == 12
+    assert int(state.guard.count) == 12
+    assert int(state.guard.skips) == 2
+
+
+def test_what_is_skipped_changes_nothing_but_the_count_of_calls_and_of_skips() -> None:
+    step, state = _made()
+    *_, (state, _) = ft.train(step, state, Spikes(), steps=6)
+    before = ft.fingerprints(state)
+    after, metrics = step(state, Spikes(0).at(0, 4))
+    assert metrics["skipped"] == 1
+    changed = {path for path, leaf in ft.fingerprints(after).items() if leaf != before[path]}
+    assert changed == {"step", "guard/skips"}
+
+
+def test_a_spike_is_no_overflow() -> None:
+    """The loss scale goes on growing."""
+    low = attrs.evolve(ft.precision.policy("fp16"), initial_scale=4.0)
+    step, state = _made(precision=low)
+    *_, (state, _) = ft.train(step, state, Spikes(), steps=6)
+    spike, metrics = step(state, Spikes(0).at(0, 4))
+    assert metrics["skipped"] == 1
+    assert float(spike.scaler.scale) == float(state.scaler.scale)
+    assert int(spike.scaler.growth_count) == int(state.scaler.growth_count) + 1
+
+
+def test_too_many_skips_in_a_row_end_the_run() -> None:
+    step, state = _made()
+    run = ft.train(step, state, Spikes(*range(6, 99)), steps=40)
+    last = [next(run)[0] for _ in range(9)][-1]
+    assert int(last.guard.skips) == 3
+    with pytest.raises(ft.DivergedError, match=r"step 10: 4 steps in a row .* those of step 6"):
+        next(run)
+
+
+def test_a_run_resumed_within_its_window_skips_the_same(tmp_path: Path) -> None:
+    step, state = _made()
+    testing.assert_resumable(step, state, Spikes(6, 7, 9), 12, tmp_path)
+
+
+def test_the_guarded_step_is_pure_and_its_donation_the_same() -> None:
+    step, state = _made()
+    *_, (state, _) = ft.train(step, state, Spikes(), steps=6)
+    for batch in (Spikes().at(4, 4), Spikes(1).at(4, 4)):
+        testing.assert_pure(step, state, batch)
+        testing.assert_donation_equal(step, state, batch)
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=0, max_size=20), st.floats(0.0, 100.0))
+def test_a_spike_is_what_lies_so_many_deviations_above_the_mean(
+    values: list[float], value: float
+) -> None:
+    guard = ft.SpikeGuard(window=8, deviations=3.0)
+    state = guard.init(CPU)
+    yes = torch.tensor(True)
+    for each in values:
+        state = guard.observe(state, torch.tensor(each).double(), torch.tensor(1.0), yes)
+    newest = values[-8:]
+    expected = False
+    if len(values) >= 4:
+        limit = statistics.mean(newest) + 3.0 * statistics.stdev(newest)
+        if math.isclose(value, limit, rel_tol=1e-9):
+            return
+        expected = value > limit
+    assert bool(guard.spike(state, torch.tensor(value).double(), torch.tensor(1.0))) is expected
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"window": 3}, {"window": 8.0}, {"most_skips": 0}, {"deviations": 0}, {"deviations": "6"}],
+)
+def test_a_guard_that_makes_no_sense_is_refused(bad: Any) -> None:
+    with pytest.raises(ft.ConfigError, match=next(iter(bad))):
+        ft.SpikeGuard(**bad)
+
+
+def test_a_state_of_another_guard_is_named() -> None:
+    step, state = _made()
+    for other in (None, ft.SpikeGuard(window=9)):
+        with pytest.raises(ft.StateError, match="guard: this step and this state disagree"):
+            attrs.evolve(step, guard=other)(state, zoo.batch())
