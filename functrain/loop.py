@@ -167,7 +167,7 @@ def _run(
     with _saving(step, plan) as saver:
         while not plan.done(state):
             state, metrics = _advanced(step, state, source, plan)
-            _check_guard(step, state)
+            check_guard(step, state)
             saver.check()
             if plan.saves(state):
                 saver.save(state, metrics)
@@ -178,7 +178,8 @@ def _run(
                 sent = yield state, metrics
 
 
-def _check_guard(step: Step, state: TrainState) -> None:
+def check_guard(step: Step, state: TrainState) -> None:
+    """Raise `DivergedError` where the step's guard has skipped too many steps in a row."""
     if step.guard is None or state.guard is None:
         return
     skips = int(state.guard.skips)

@@ -18,6 +18,7 @@ from functrain.cli.directory import Origin, is_tokens, origin
 from functrain.cli.known import EMBEDDED
 from functrain.data import ByteTokenizer
 from functrain.errors import ConfigError, DataError
+from functrain.guards import SpikeGuard
 from functrain.objectives.batches import Batch
 from functrain.schedules import Plateau
 from functrain.state import TrainState
@@ -116,13 +117,14 @@ def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:
 
 
 def _step(config: Config, architecture: nn.Module, params: Tensors) -> Step:
-    train = config.train
+    train, deviations = config.train, config.train.spike_deviations
     options: dict[str, Any] = {
         "schedule": schedule(config.schedule),
         "precision": train.precision,
         "microbatches": train.microbatches,
         "max_grad_norm": None if train.max_grad_norm == float("inf") else train.max_grad_norm,
         "ema_decay": train.ema_decay,
+        "guard": None if deviations is None else SpikeGuard(deviations=deviations),
         "donate": True,
     }
     made = optimizer(config.optimizer, config.schedule.peak, architecture)

@@ -229,6 +229,14 @@ class Train:
     """Steps between checkpoints."""
     keep: int = attrs.field(default=2, validator=count)
     """Checkpoints that are kept."""
+    keep_every: int | None = attrs.field(default=None, validator=count)
+    """Keep the checkpoints of every so many steps as well."""
+    keep_best: int | None = attrs.field(default=None, validator=count)
+    """Keep the checkpoints with the lowest held-out loss as well, so many."""
+    on_save_error: str = attrs.field(default="stop", validator=one_of(("stop", "continue")))
+    """What a failed save (a full disk, say) does to the run: stop, or continue with a warning."""
+    spike_deviations: float | None = attrs.field(default=None, validator=positive)
+    """Skip steps whose loss or gradient norm is so many standard deviations above the last 128."""
     log_every: int = attrs.field(default=1, validator=count)
     """Steps between lines of metrics.jsonl."""
     threads: int | None = attrs.field(default=None, validator=count)

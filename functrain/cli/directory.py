@@ -26,7 +26,16 @@ C = TypeVar("C", Pretrain, SFT, DPO)
 STAGE_ORDER = ("dpo", "sft", "pretrain")
 SUFFIXES = {"pretrain": (".txt", ".jsonl", ".bin", ".npy"), "sft": (".jsonl",), "dpo": (".jsonl",)}
 # What may change between two sittings of a run, because no bit of the params depends on it.
-FREE = ("directory", "train.steps", "train.save_every", "train.keep", "train.log_every")
+FREE = (
+    "directory",
+    "train.steps",
+    "train.save_every",
+    "train.keep",
+    "train.keep_every",
+    "train.keep_best",
+    "train.on_save_error",
+    "train.log_every",
+)
 FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.limit")
 
 

@@ -15,12 +15,12 @@ from functrain import checkpoint
 from functrain.cli import directory as directories
 from functrain.cli import toml
 from functrain.cli.build import Built, build, digest
-from functrain.cli.config import DPO, SFT, Pretrain
+from functrain.cli.config import DPO, SFT, Pretrain, Train
 from functrain.cli.directory import RunDirectory
 from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.errors import CheckpointError, ConfigError
-from functrain.loop import conditions, train
+from functrain.loop import check_guard, conditions, train
 from functrain.state import TrainState
 from functrain.steps import evaluate
 from functrain.tracking import jsonl, progress
@@ -82,7 +82,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
         state = _state(built, run, config.train.steps)
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
-            state = _trained(config, built, state, run, stop)
+            state = _trained(config, built, state, run, stop, say)
     return Outcome(
         config=config,
         built=built,
@@ -150,7 +150,12 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
 
 
 def _trained(
-    config: Pretrain | SFT | DPO, built: Built, state: TrainState, run: RunDirectory, stop: Stop
+    config: Pretrain | SFT | DPO,
+    built: Built,
+    state: TrainState,
+    run: RunDirectory,
+    stop: Stop,
+    say: Say,
 ) -> TrainState:
     """The loop. Logged first, saved afterwards: no checkpoint is ahead of its metrics."""
     plan = config.train
@@ -185,11 +190,30 @@ def _trained(
                 tracker.log(state.step, values)
             if last or stop or state.step % plan.save_every == 0:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
-                checkpoint.save(run.checkpoints, state, metrics=measured, conditions=under)
-                checkpoint.prune(run.checkpoints, plan.keep)
+                _save(plan, run, state, measured, under, say)
+            check_guard(built.step, state)
             if stop:
                 break
     return state
+
+
+def _save(
+    plan: Train,
+    run: RunDirectory,
+    state: TrainState,
+    measured: dict[str, float],
+    under: dict[str, Any],
+    say: Say,
+) -> None:
+    try:
+        checkpoint.save(run.checkpoints, state, metrics=measured, conditions=under)
+    except CheckpointError as error:
+        if plan.on_save_error == "stop":
+            raise
+        say(f"{error}\ngoing on without it, as train.on_save_error says")
+        return
+    keep = checkpoint.Keep(last=plan.keep, every=plan.keep_every, best=plan.keep_best)
+    checkpoint.prune(run.checkpoints, keep)
 
 
 def how_to_go_on(config: Pretrain | SFT | DPO) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from functrain import checkpoint
 from functrain.cli import main, toml
+from functrain.errors import CheckpointError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -298,3 +299,54 @@ def test_the_handlers_are_put_back() -> None:
         assert not stop
         assert stop.exit_code == 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_save_that_fails_is_loud_and_ends_the_run_or_not(
+    policy: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk that is full for the first save, and has room again for the others."""
+    given, run = _config(tmp_path)
+    assert main(["pretrain", given, "--directory", str(tmp_path / "alone")]) == 0
+    real = checkpoint.save
+
+    def save(directory: Path, state: Any, **options: Any) -> Path:
+        if state.step == 4:
+            raise CheckpointError("No space left on device")
+        return real(directory, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    code = main(["pretrain", given, "--train.on-save-error", policy])
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    if policy == "stop":
+        assert code == 2
+        monkeypatch.undo()
+        assert main(["pretrain", given, "--resume"]) == 0
+    else:
+        assert code == 0
+        assert "going on without it" in said
+    assert _fingerprint(run) == _fingerprint(tmp_path / "alone")
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    given, run = _config(tmp_path)
+    options = ["--train.keep", "1", "--train.keep-best", "1", "--evaluation.every", "2"]
+    assert main(["pretrain", given, *options]) == 0
+    losses = {r["step"]: r["eval_loss"] for r in _records(run) if "eval_loss" in r and r["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    kept = {int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")}
+    assert kept == {10, best}
+
+
+def test_a_run_with_a_guard_is_resumed_with_its_window(tmp_path: Path) -> None:
+    given, run = _config(tmp_path)
+    guard = ["--train.spike-deviations", "6"]
+    assert main(["pretrain", given, *guard]) == 0
+    other = ["--directory", str(tmp_path / "two")]
+    assert main(["pretrain", given, *guard, *other, "--train.steps", "6"]) == 0
+    assert main(["pretrain", given, *guard, *other, "--resume"]) == 0
+    assert _fingerprint(tmp_path / "two") == _fingerprint(run)
