@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +174,14 @@ def _discard(filesystem: FileSystem, temporary: Path) -> None:
 
 @contextmanager
 def _locked(filesystem: FileSystem, root: Path) -> Iterator[None]:
-    try:
-        with filesystem.locked(root / ".lock"):
-            yield
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"{root}: another process is saving here; give each run its own directory"
-        ) from error
+    with ExitStack() as held:
+        try:
+            held.enter_context(filesystem.locked(root / ".lock"))
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{root}: another process is saving here; give each run its own directory"
+            ) from error
+        yield
 
 
 def sweep(filesystem: FileSystem, root: Path) -> None:

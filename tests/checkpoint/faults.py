@@ -278,13 +278,12 @@ def operations(work: Callable[[FileSystem], object]) -> list[Operation]:
     return recording.operations
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """How a forked process that does some work ends: its wait status.
+def forked(work: Callable[[], object]) -> int:
+    """The id of a forked process that does some work.
 
     A fork shares the imported torch, which costs seconds to import; it is safe here, as the work
     uses one thread. An exception ends it with status 1, and its text goes to stderr.
     """
-    states(), ft.checkpoint.numerics()  # warm: computed once, in the parent
     with warnings.catch_warnings():
         # Newer Pythons warn of a fork beside the threads of the test runner.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -296,7 +295,13 @@ def in_child(work: Callable[[], object]) -> int:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
         os._exit(0)
-    return os.waitpid(child, 0)[1]
+    return child
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """How a forked process that does some work ends: its wait status."""
+    states(), ft.checkpoint.numerics()  # computed once, in the parent
+    return os.waitpid(forked(work), 0)[1]
 
 
 def was_killed(status: int) -> bool:

@@ -11,6 +11,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -209,6 +210,39 @@ class FailingSync(faults.Watched):
 
     def sync(self, descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_only_the_lock_says_that_another_process_saves(base: Path) -> None:
+    """EWOULDBLOCK of any other operation is an error as others are."""
+    run = begun(base / "run")
+    with pytest.raises(ft.CheckpointError, match="another process is saving here"):
+        save(run, faults.Failing(0, errno.EWOULDBLOCK))
+    for at in range(1, count_of(run, save)):
+        copy = copy_of(run)
+        with pytest.raises(ft.CheckpointError) as caught:
+            save(copy, faults.Failing(at, errno.EWOULDBLOCK))
+        assert "another process" not in str(caught.value), f"operation {at}"
+
+
+class Forking(faults.Watched):
+    """Forks in the middle of a save, as a data loader may; the child lives on."""
+
+    child = 0
+
+    def rename(self, source: Path, target: Path) -> None:
+        self.child = faults.forked(lambda: time.sleep(60))
+        super().rename(source, target)
+
+
+def test_a_child_forked_during_a_save_does_not_keep_its_lock(base: Path) -> None:
+    """A descriptor that a worker process has inherited must not keep the next save out."""
+    forking = Forking()
+    save(base / "run", forking)
+    try:
+        goes_on(base / "run")
+    finally:
+        os.kill(forking.child, signal.SIGKILL)
+        os.waitpid(forking.child, 0)
 
 
 def test_a_file_size_limit_is_loud_and_loses_nothing(base: Path) -> None:

@@ -458,7 +458,7 @@ def test_a_power_cut_at_any_point_of_a_run_loses_nothing(base: Path) -> None:
 def test_a_power_cut_at_any_point_of_a_run_loses_nothing_long(base: Path) -> None:
     checker = Checker(base)
     assert checked(base, ORDINARY, checker, 5000) == []
-    assert checker.states >= 50_000
+    assert checker.states >= 25_000
 
 
 KILLED = {**killed_saves(), **killed_prunes(), **killed_first_saves()}
@@ -476,6 +476,34 @@ def test_a_power_cut_after_a_kill_loses_nothing(base: Path) -> None:
     assert broken_by_a_cut(base, KILLED, checker) == {}
     assert len(KILLED) == 189
     assert checker.states + checker.skipped >= 10_000
+
+
+def killed_twice() -> dict[str, list[Action]]:
+    """Runs with a save or prune killed anywhere, and what comes next killed anywhere too."""
+    begin: list[Action] = [("save", 0), ("save", 1)]
+    firsts: list[Action] = [("save", 2), ("prune", 1)]
+    seconds: list[Action] = [("save", 2), ("save", 3), ("prune", 1)]
+    return {
+        f"{first} killed at {at}, {second} at {then}": [
+            *begin,
+            (*first, at),
+            (*second, then),
+            ("save", 3),
+            ("prune", 1),
+        ]
+        for first in firsts
+        for second in seconds
+        for at in range(SAVE if first[0] == "save" else PRUNE)
+        for then in range(SAVE if second[0] == "save" else PRUNE)
+    }
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_power_cut_after_two_kills_loses_nothing(base: Path) -> None:
+    checker = Checker(base, visible_only=True)
+    assert broken_by_a_cut(base, killed_twice(), checker) == {}
+    assert checker.states + checker.skipped >= 100_000
 
 
 class NoSync(Journal):
