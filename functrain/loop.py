@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def train(
     save_every: int | None = None,
     keep: int | Keep | None = None,
     background: bool = False,
+    beside: Mapping[str, str] | None = None,
     on_save_error: str = "stop",
 ) -> Generator[tuple[TrainState, Metrics], TrainState | None, None]:
     """Yield (state, metrics) after every step, from `state` on, until a total is reached.
@@ -49,6 +50,8 @@ def train(
     schedule sees `eval_loss`. With `directory`, every `save_every`-th state and the last are
     saved before they are yielded, and those kept that `keep` names: the newest few, or a `Keep`
     of the newest, of every so many steps, and of the best by an evaluation.
+
+    `beside` are texts to lie with each checkpoint, as for `functrain.save`.
 
     With `background` a save costs the step only a copy of the state, and is durable when the
     next one begins or the generator ends. `on_save_error="continue"` turns a failed save (a full
@@ -80,6 +83,7 @@ def train(
         save_every=save_every,
         keep=keep,
         background=background,
+        beside=beside,
         on_save_error=on_save_error,
     )
     return _run(step, state, source, checked)
@@ -118,6 +122,7 @@ class _Plan:
     save_every: int | None = attrs.field(validator=_positive)
     keep: Keep | None = attrs.field(converter=_keep)
     background: bool
+    beside: Mapping[str, str] | None
     on_save_error: str
 
     def __attrs_post_init__(self) -> None:
@@ -224,12 +229,16 @@ class _Saver:
 
     def save(self, state: TrainState, metrics: Metrics) -> None:
         """Save a state, with what its evaluation has measured."""
-        values = {n: float(v) for n, v in metrics.items() if n.startswith("eval_")}
+        options: dict[str, Any] = {
+            "metrics": {n: float(v) for n, v in metrics.items() if n.startswith("eval_")},
+            "conditions": self._conditions,
+            "beside": self._plan.beside,
+        }
         with self._failing():
             if self._writer is not None:
-                self._writer.save(state, metrics=values, conditions=self._conditions)
+                self._writer.save(state, **options)
             elif self._plan.directory is not None:
-                save(self._plan.directory, state, metrics=values, conditions=self._conditions)
+                save(self._plan.directory, state, **options)
                 if self._plan.keep is not None:
                     prune(self._plan.directory, self._plan.keep)
 

@@ -72,13 +72,15 @@ class BackgroundWriter:
         *,
         metrics: Mapping[str, float] | None = None,
         conditions: Mapping[str, Any] | None = None,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         """Copy the state, and begin to write the copy; waits for the save before."""
         self.wait()
         # Here, because a thread of its own has its own number of threads.
         under = {**numerics(device_of(state.params)), **(conditions or {})}
         values = {name: float(value) for name, value in (metrics or {}).items()}
-        self._pending = self._pool.submit(self._write, self._copied(state), values, under)
+        copy = self._copied(state)
+        self._pending = self._pool.submit(self._write, copy, values, under, beside or {})
 
     def check(self) -> None:
         """Raise what a finished save has failed with; never waits."""
@@ -99,10 +101,19 @@ class BackgroundWriter:
             self._memory = {}
 
     def _write(
-        self, state: TrainState, metrics: Mapping[str, float], under: Mapping[str, Any]
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        under: Mapping[str, Any],
+        beside: Mapping[str, str],
     ) -> Path:
         path = save_under(
-            under, self._directory, state, metrics=metrics, filesystem=self._filesystem
+            under,
+            self._directory,
+            state,
+            metrics=metrics,
+            beside=beside,
+            filesystem=self._filesystem,
         )
         if self._keep is not None:
             prune(self._directory, self._keep, filesystem=self._filesystem)

@@ -23,6 +23,7 @@ FORMAT = 1
 MOST_STEPS = 10**12 - 1
 LONGEST_JSON = 1 << 20
 _NAME = re.compile(r"step-([0-9]{12})")
+_BESIDE = re.compile(r"[A-Za-z0-9_]{1,64}\.(json|txt|md|jinja)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEYS = {"files", "format", "metrics", "numerics", "sha256", "step", "version"}
 
@@ -108,6 +109,15 @@ def as_json(value: object) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
 
 
+def checked_name(name: str, where: str = "beside") -> str:
+    """The name of a text that lies with the state; any other raises `CheckpointError`."""
+    if not _BESIDE.fullmatch(name) or name in (MANIFEST, STATE):
+        raise CheckpointError(
+            f"{where}: {name[:99]!r}, expected a plain name that ends in .json, .txt, .md or .jinja"
+        )
+    return name
+
+
 def encoded(value: Any) -> Any:
     """A number as JSON can hold it: it has no infinities, and orjson would write null."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -184,8 +194,10 @@ def _checked(body: Mapping[str, Any], path: Path) -> Manifest:
         if type(value) not in (int, float):
             raise CheckpointError(f"{path}: metrics/{name} is {value!r}, expected a number")
     expected = {STATE, *(f"{name}.safetensors" for name in FILES)}
-    if body["files"].keys() != expected:
+    if not expected <= body["files"].keys():
         raise CheckpointError(f"{path}: lists {sorted(body['files'])}, expected {sorted(expected)}")
+    for name in body["files"].keys() - expected:
+        checked_name(name, str(path))
     files = {name: _file(name, entry, path) for name, entry in body["files"].items()}
     return Manifest(step=step, files=files, metrics=metrics, numerics=body["numerics"])
 

@@ -19,6 +19,7 @@ from functrain.checkpoint.files import (
     hashed,
     read_file,
     side_by_side,
+    whole,
     write_file,
     written,
 )
@@ -34,6 +35,7 @@ from functrain.checkpoint.manifest import (
     MANIFEST,
     STATE,
     Manifest,
+    checked_name,
     checkpoints,
     directory_name,
     latest,
@@ -57,6 +59,7 @@ def save(
     *,
     metrics: Mapping[str, float] | None = None,
     conditions: Mapping[str, Any] | None = None,
+    beside: Mapping[str, str] | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> Path:
     """Write `state` to `directory/step-…`, durable when this returns; the path of it.
@@ -67,11 +70,15 @@ def save(
 
     `metrics` are written into the manifest, for `prune` to keep the best by. So are the numerics
     that the bits depend on, and `conditions`, the caller's own part of them (the number of
-    micro-batches, say). Peak memory is the state's own: nothing is copied from the CPU.
+    micro-batches, say). `beside` are texts to lie with them, by their file names: with a
+    `config.json` (`functrain.models.config_files`) transformers reads the directory as it is. Peak
+    memory is the state's own: nothing is copied from the CPU.
     """
     check_state(state)
     under = {**numerics(device_of(state.params)), **(conditions or {})}
-    return save_under(under, directory, state, metrics=metrics, filesystem=filesystem)
+    return save_under(
+        under, directory, state, metrics=metrics, beside=beside, filesystem=filesystem
+    )
 
 
 def save_under(
@@ -80,16 +87,20 @@ def save_under(
     state: TrainState,
     *,
     metrics: Mapping[str, float] | None = None,
+    beside: Mapping[str, str] | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> Path:
     """`save` with numerics that were found before: another thread has its own number of threads."""
     root = Path(directory)
     found = {name: float(value) for name, value in (metrics or {}).items()}
+    texts: dict[str, Contents] = {
+        checked_name(name): [memoryview(text.encode())] for name, text in (beside or {}).items()
+    }
     try:
         _make_root(filesystem, root)
         with _locked(filesystem, root):
             sweep(filesystem, root)
-            return _placed(filesystem, root, state, found, under)
+            return _placed(filesystem, root, state, found, under, texts)
     except OSError as error:
         raise CheckpointError(
             f"{root}: step {state.step} could not be saved ({error.strerror or error}); earlier "
@@ -123,8 +134,9 @@ def _placed(
     state: TrainState,
     metrics: Mapping[str, float],
     under: Mapping[str, Any],
+    texts: Mapping[str, Contents],
 ) -> Path:
-    name, files = directory_name(state.step), encode(state)
+    name, files = directory_name(state.step), {**encode(state), **texts}
     target = root / name
     if target.exists():
         if _same(filesystem, target, files):
@@ -161,7 +173,9 @@ def _same(filesystem: FileSystem, target: Path, files: Mapping[str, Contents]) -
     if not (target / MANIFEST).is_file():
         return False
     entries = read_manifest(filesystem, target).files
-    return all(hashed(contents) == entries[name] for name, contents in files.items())
+    return entries.keys() == files.keys() and all(
+        hashed(contents) == entries[name] for name, contents in files.items()
+    )
 
 
 def _discard(filesystem: FileSystem, temporary: Path) -> None:
@@ -267,6 +281,9 @@ def read_leaves(filesystem: FileSystem, path: Path) -> tuple[Manifest, dict[str,
     names = [name for name in manifest.files if name != STATE]
 
     def read(name: str) -> dict[str, Leaf]:
+        if not name.endswith(".safetensors"):
+            read_file(filesystem, path / name, manifest.files[name], whole)
+            return {}
         items = read_file(filesystem, path / name, manifest.files[name], safetensors.read)
         return placed(name.removesuffix(".safetensors"), items)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import attrs
 import torch
 
-from functrain import checkpoint
+from functrain import checkpoint, models
 from functrain.cli import directory as directories
 from functrain.cli import toml
 from functrain.cli.build import Built, build, digest
@@ -168,6 +168,7 @@ def _trained(
         if stop:
             return state
         under = conditions(built.step, built.source.batch_size)
+        beside = models.config_files(built.step.architecture)
         since = time.perf_counter()
         for now, metrics in train(
             built.step,
@@ -190,7 +191,7 @@ def _trained(
                 tracker.log(state.step, values)
             if last or stop or state.step % plan.save_every == 0:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
-                _save(plan, run, state, measured, under, say)
+                _save(plan, run, state, measured, under, beside, say)
             check_guard(built.step, state)
             if stop:
                 break
@@ -203,10 +204,11 @@ def _save(
     state: TrainState,
     measured: dict[str, float],
     under: dict[str, Any],
+    beside: dict[str, str],
     say: Say,
 ) -> None:
     try:
-        checkpoint.save(run.checkpoints, state, metrics=measured, conditions=under)
+        checkpoint.save(run.checkpoints, state, metrics=measured, conditions=under, beside=beside)
     except CheckpointError as error:
         if plan.on_save_error == "stop":
             raise

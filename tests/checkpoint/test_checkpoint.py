@@ -421,7 +421,7 @@ def test_a_manifest_of_another_version_or_of_other_files_is_refused(
     first, path = _saved(tmp_path)
     (path / "more.bin").write_bytes(b"more")
     _rewritten(path)
-    with pytest.raises(ft.CheckpointError, match=r"lists .*'more.bin'.*, expected "):
+    with pytest.raises(ft.CheckpointError, match=r"'more.bin', expected a plain name"):
         ft.load(path, like=first)
     (path / "more.bin").unlink()
     body = json.loads((path / "manifest.json").read_bytes()) | {"version": 2}
@@ -466,3 +466,27 @@ def test_numbers_that_json_has_not_come_back(best: float, tmp_path: Path) -> Non
     state = attrs.evolve(first, scheduler=attrs.evolve(first.scheduler, plateau=plateau))
     loaded = ft.load(ft.save(tmp_path, state), like=first)
     assert ft.fingerprint(loaded) == ft.fingerprint(state)
+
+
+def test_texts_beside_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    path = ft.save(tmp_path, state, beside={"config.json": "{}", "README.md": "words\n"})
+    assert (path / "README.md").read_text() == "words\n"
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+    assert ft.save(tmp_path, state, beside={"config.json": "{}", "README.md": "words\n"}) == path
+    with pytest.raises(ft.CheckpointError, match="exists and holds another state"):
+        ft.save(tmp_path, state, beside={"config.json": "[]", "README.md": "words\n"})
+    (path / "README.md").write_text("other\n")
+    with pytest.raises(ft.CheckpointError, match=r"README.md: its sha256 does not match"):
+        ft.load(tmp_path, like=first)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.json", "a/b.json", ".json", "manifest.json", "state.json", "x.py", "", "x.json\n"],
+)
+def test_a_name_that_no_text_may_have_is_refused(name: str, tmp_path: Path) -> None:
+    _, _, state = _trained()
+    with pytest.raises(ft.CheckpointError, match="expected a plain name"):
+        ft.save(tmp_path, state, beside={name: ""})
+    assert ft.latest(tmp_path) is None

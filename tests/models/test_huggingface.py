@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,33 @@ def test_preferences_begin_at_no_margin(name: str) -> None:
     assert float(metrics["rewards/margins"]) == 0.0
     _, metrics = step(state, zoo.pairs())
     assert float(metrics["rewards/margins"]) > 0.0
+
+
+@EVERY
+def test_a_checkpoint_is_read_by_transformers_as_it_is(name: str, tmp_path: Path) -> None:
+    """Trained, saved with its config beside, and loaded from the checkpoint's own directory."""
+    architecture, params, buffers = ft.split(_model(name))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    path = ft.save(tmp_path, state, beside=ft.models.config_files(architecture))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    assert type(theirs).__name__ == type(architecture).__name__
+    ids = zoo.batch()["input_ids"]
+    with torch.no_grad(), ft.bound(architecture, state.params, state.buffers, "eval") as model:
+        assert torch.equal(theirs(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert ft.fingerprint(ft.load(tmp_path, like=state)) == ft.fingerprint(state)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_of_the_built_in_decoder_is_a_llamas(tied: bool, tmp_path: Path) -> None:
+    config = ft.models.DecoderConfig(
+        vocabulary=31, width=16, layers=2, heads=4, kv_heads=2, theta=500.0, eps=1e-5, tied=tied
+    )
+    architecture, params, buffers = ft.split(ft.models.decoder(config, seed=1))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    path = ft.save(tmp_path, state, beside=ft.models.config_files(architecture))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = zoo.batch()["input_ids"]
+    with torch.no_grad(), ft.bound(architecture, state.params, state.buffers, "eval") as model:
+        torch.testing.assert_close(theirs(input_ids=ids).logits, model(ids), rtol=1e-4, atol=1e-5)
