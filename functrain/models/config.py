@@ -1,0 +1,61 @@
+"""What transformers needs beside a checkpoint's `model.safetensors` to load it as it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from functrain.models.decoder import Decoder, DecoderConfig
+
+# The rotary embedding of the built-in decoder has no last position; transformers wants a number.
+_POSITIONS = 131_072
+
+
+def config_files(architecture: nn.Module) -> dict[str, str]:
+    """`config.json` and, where there is one, `generation_config.json`, by their names.
+
+    For a model of transformers its own; for the built-in decoder a Llama's, which it is; for any
+    other module nothing. Given to `functrain.save(…, beside=…)`, they make each checkpoint a
+    directory that `AutoModelForCausalLM.from_pretrained` reads.
+    """
+    if isinstance(architecture, Decoder):
+        return {"config.json": json.dumps(_llama(architecture.config), indent=2) + "\n"}
+    found: dict[str, str] = {}
+    for name in ("config", "generation_config"):
+        config: Any = getattr(architecture, name, None)
+        if hasattr(config, "to_diff_dict") and hasattr(config, "to_json_string"):
+            found[f"{name}.json"] = _text(config, type(architecture).__name__)
+    return found
+
+
+def _text(config: Any, architecture: str) -> str:
+    values: dict[str, Any] = json.loads(config.to_json_string())
+    if "model_type" in values:
+        values["architectures"] = [architecture]
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _llama(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.feed_forward,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.groups,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": _POSITIONS,
+        "rms_norm_eps": config.eps,
+        "rope_theta": config.theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
+        "tie_word_embeddings": config.tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
