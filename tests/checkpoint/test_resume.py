@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import functrain as ft
 from functrain import testing
 from functrain.checkpoint.layout import encode
+from functrain.errors import DivergedError
 from functrain.precision import Precision
 
 STEPS = 60
@@ -194,10 +195,11 @@ def _with(record: Any, path: str, value: Any) -> Any:
     return attrs.evolve(record, **{name: value})
 
 
-def _trained_on(state: ft.TrainState) -> dict[str, str]:
-    """What a run is for: the bits of the parameters, of the buffers and of the average."""
+def _end(state: ft.TrainState, but: str | None = None) -> dict[str, str]:
+    """What a run is for: the bits of params, buffers and average; and after how many steps."""
     prints = ft.fingerprints(state)
-    return {p: h for p, h in prints.items() if p.startswith(("params/", "buffers/", "average/"))}
+    mine = ("params/", "buffers/", "average/")
+    return {p: h for p, h in prints.items() if p.startswith(mine) or (p == "step" != but)}
 
 
 PLATEAU = ft.schedules.reduce_on_plateau(3e-2, patience=2, cooldown=2, factor=0.7, threshold=0.02)
@@ -213,7 +215,8 @@ class Ablation:
     tokens = 900
 
     def __init__(self, schedule: Any = PLATEAU) -> None:
-        self.step, begin = _step(schedule=schedule)
+        guard = ft.SpikeGuard(window=8, deviations=2.0, most_skips=5)
+        self.step, begin = _step(schedule=schedule, guard=guard)
         self.evaluation = [_source(5).at(0, 8)]
         self.initial = begin(0)
         fresh = begin(SEEDS[0])
@@ -258,9 +261,20 @@ class Ablation:
 
     def ended(self, state: ft.TrainState) -> ft.TrainState:
         """The last state of a run from `state` on."""
-        for now in self.run(state, self.tokens):
-            state = now
+        try:
+            for now in self.run(state, self.tokens):
+                state = now
+        except DivergedError:
+            pass  # the guard's end
         return state
+
+    def overflowing(self, state: ft.TrainState) -> ft.TrainState:
+        """A state whose next steps overflow until the guard ends the run, two of them taken."""
+        scale = torch.tensor(2.0**100)
+        state = attrs.evolve(state, scaler=attrs.evolve(state.scaler, scale=scale))
+        run = self.run(state, self.tokens)
+        next(run)
+        return next(run)
 
     def reset(self, state: ft.TrainState, path: str) -> ft.TrainState:
         """The state with one field at its initial value."""
@@ -296,22 +310,28 @@ def test_every_field_of_the_state_matters(tmp_path: Path) -> None:
     """
     plateau, cosine = Ablation(), Ablation(ft.schedules.cosine(2e-2, total=60))
     fields = list(_fields(plateau.first))
-    assert len(fields) == 22, fields
+    assert len(fields) == 26, fields
     felt = set()
     for run in (plateau, cosine):
         states = run.states()
-        end = _trained_on(states[-1])
-        for at in _late_saves(states) if run is plateau else [len(states) // 2]:
-            path = ft.save(tmp_path / ("plateau" if run is plateau else "cosine"), states[at])
+        middle = len(states) // 2
+        saves = [states[at] for at in (_late_saves(states) if run is plateau else [middle])]
+        if run is cosine:
+            saves.append(run.overflowing(states[middle]))
+        for number, late in enumerate(saves):
+            path = ft.save(tmp_path / f"{run is plateau}{number}", late)
             saved = ft.load(path, like=run.first, strict=True)
-            assert _trained_on(run.ended(saved)) == end, f"resumed at {at}, without a reset"
+            end = _end(run.ended(late))
+            assert _end(run.ended(saved)) == end, f"resumed at {late.step}, without a reset"
+            if late in states:
+                assert end == _end(states[-1])
             for field in fields:
                 if field in felt or field not in _fields(saved):
                     continue
                 other = run.reset(saved, field)
                 if _prints(other, field) == _prints(saved, field):
                     continue  # at its initial value here
-                if _trained_on(run.ended(other)) != end:
+                if _end(run.ended(other), field) != {p: h for p, h in end.items() if p != field}:
                     felt.add(field)
     assert felt == set(fields) - EXEMPT.keys(), sorted(set(fields) - EXEMPT.keys() ^ felt)
 
