@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,11 +172,12 @@ class Failing(Watched):
         super().__init__()
         self._at, self._code, self._persistent = at, code, persistent
         self._torn, self._late = torn, late
-        self._count = 0
+        self._count, self._counting = 0, threading.Lock()
         self.failed: list[Operation] = []
 
     def around(self, operation: Operation, perform: Callable[[], Any]) -> Any:
-        count, self._count = self._count, self._count + 1
+        with self._counting:  # large files are written by several threads
+            count, self._count = self._count, self._count + 1
         due = count >= self._at if self._persistent else count == self._at
         if not due:
             return perform()

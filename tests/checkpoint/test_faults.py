@@ -26,6 +26,7 @@ from checkpoint import faults
 
 import functrain as ft
 from functrain import checkpoint, keys
+from functrain.checkpoint import files as checkpoint_files
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.errors import SaveWarning
 
@@ -125,6 +126,28 @@ def test_an_operation_of_a_save_that_fails_is_loud_and_loses_nothing(
         assert faults.loaded(copy) in (1, 2)
         assert faults.loaded(copy / "step-000000000001") == 1
         goes_on(copy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_operation_that_fails_beside_other_files_is_loud(
+    mode: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large files are written, read and hashed by threads: the same promises hold."""
+    monkeypatch.setattr(checkpoint_files, "_WORTH_THREADS", 0)
+    run = begun(base / "run")
+    failures = 0
+    for at in range(count_of(run, save)):
+        copy = copy_of(run)
+        failing = faults.Failing(at, errno.ENOSPC, **MODES[mode])
+        with no_descriptor_leaks(), pytest.raises(ft.CheckpointError, match=str(copy)):
+            save(copy, failing)
+        failures += bool(failing.failed)
+        assert faults.loaded(copy) in (1, 2)
+        failing = faults.Failing(at % 20, errno.EIO, **MODES[mode])
+        with no_descriptor_leaks(), pytest.raises(ft.CheckpointError, match=str(copy)):
+            load(copy, failing)
+        goes_on(copy)
+    assert failures >= 40
 
 
 @pytest.mark.parametrize("mode", ["once", "persistent"])

@@ -199,6 +199,7 @@ def test_a_process_of_its_own_is_killed_and_loses_nothing(base: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_many_processes_are_killed_and_lose_nothing(base: Path) -> None:
     for count in range(50):
         kill_a_process(base / str(count), 1 + count)
