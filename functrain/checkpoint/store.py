@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from functrain.checkpoint.files import (
     hashed,
     read_file,
     side_by_side,
+    verify_file,
     whole,
     write_file,
     written,
@@ -66,7 +68,8 @@ def save(
 
     A reader sees the whole checkpoint or none: the files go to a temporary directory, are fsynced,
     the manifest last, and one rename puts them in place. The step's checkpoint being there already
-    is fine where it holds the same state, and raises `CheckpointError` where it does not.
+    is fine where it holds the same state, and raises `CheckpointError` where it does not; one that
+    is damaged is put aside.
 
     `metrics` are written into the manifest, for `prune` to keep the best by. So are the numerics
     that the bits depend on, and `conditions`, the caller's own part of them (the number of
@@ -139,13 +142,16 @@ def _placed(
     name, files = directory_name(state.step), {**encode(state), **texts}
     target = root / name
     if target.exists():
-        if _same(filesystem, target, files):
+        if not _whole(filesystem, target):
+            _put_aside(filesystem, target)
+        elif _same(filesystem, target, files):
             # The save that put it there may have been killed before its rename was durable.
             sync_directory(filesystem, root)
             return target
-        raise CheckpointError(
-            f"{target}: exists and holds another state; save to a fresh directory, or remove it"
-        )
+        else:
+            raise CheckpointError(
+                f"{target}: exists and holds another state; save to a fresh directory, or remove it"
+            )
     temporary = root / f".tmp-{name}"
     filesystem.mkdir(temporary)
     try:
@@ -168,10 +174,31 @@ def _placed(
     return target
 
 
+def _whole(filesystem: FileSystem, target: Path) -> bool:
+    """Whether a checkpoint can be read: every file is there and has its hash."""
+    try:
+        entries = read_manifest(filesystem, target).files
+        return all(verify_file(filesystem, target / n, entry) for n, entry in entries.items())
+    except CheckpointError:
+        return False
+
+
+def _put_aside(filesystem: FileSystem, target: Path) -> None:
+    """Give the name of a damaged checkpoint free; what is left of it is kept, and said."""
+    taken = {path.name for path in target.parent.iterdir()}
+    names = (f".damaged-{target.name}-{number}" for number in itertools.count(1))
+    aside = target.parent / next(name for name in names if name not in taken)
+    filesystem.rename(target, aside)
+    sync_directory(filesystem, target.parent)
+    warnings.warn(
+        f"{target}: was damaged and is now {aside.name}; the same step is saved anew",
+        SaveWarning,
+        stacklevel=2,
+    )
+
+
 def _same(filesystem: FileSystem, target: Path, files: Mapping[str, Contents]) -> bool:
     """Whether a checkpoint holds these files, by the hashes of its manifest."""
-    if not (target / MANIFEST).is_file():
-        return False
     entries = read_manifest(filesystem, target).files
     return entries.keys() == files.keys() and all(
         hashed(contents) == entries[name] for name, contents in files.items()
