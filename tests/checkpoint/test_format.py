@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 import safetensors.torch
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -217,3 +221,39 @@ def test_no_changed_file_is_anything_but_refused_or_canonical(
     except ft.CheckpointError:
         return
     assert written(dict(found)) == bytes(changed)
+
+
+def test_a_reader_that_knows_the_documented_format_alone_reads_a_checkpoint(tmp_path: Path) -> None:
+    """Written from the text in `functrain.checkpoint`, with the standard library and NumPy."""
+    architecture, params, buffers = zoo.split("normed")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), ema_decay=0.9)
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    path = ft.save(tmp_path, state, metrics={"eval_loss": float("inf")})
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    own = manifest.pop("sha256")
+    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
+    assert hashlib.sha256(text.encode()).hexdigest() == own
+    assert (manifest["format"], manifest["version"], manifest["step"]) == ("functrain", 1, 1)
+    assert manifest["metrics"] == {"eval_loss": {"float": "inf"}}
+    assert manifest["files"].keys() == {p.name for p in path.iterdir()} - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        data = (path / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["size"], entry["sha256"])
+    for file, prefix, expected in (
+        ("model", "", state.params),
+        ("buffers", "", state.buffers),
+        ("optimizer", "exp_avg/", state.optimizer.slots["exp_avg"]),
+        ("extra", "average/", state.average),
+    ):
+        data = (path / f"{file}.safetensors").read_bytes()
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:begin])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        for name, tensor in expected.items():
+            entry = header[prefix + name]
+            first, last = entry["data_offsets"]
+            kind = {"F32": "<f4", "I64": "<i8"}[entry["dtype"]]
+            values = np.frombuffer(data[begin + first : begin + last], kind)
+            assert np.array_equal(values.reshape(entry["shape"]), tensor.numpy())
+    leaves = json.loads((path / "state.json").read_bytes())["leaves"]
+    assert (leaves["step"], leaves["optimizer/kind"], leaves["guard"]) == (1, "adamw", None)
