@@ -17,9 +17,9 @@
 
 *safetensors* in one canonical form: eight bytes of header length, little-endian; the header as
 compact JSON, padded with blanks to a multiple of eight; then the tensors, contiguous and without
-gaps, little-endian. In the header `__metadata__` is first and `{"format":"pt"}`; each entry has `dtype`,
-`shape` and `data_offsets` in that order, the entries sorted by dtype as `format.DTYPES` lists them,
-then by name. Any reader of safetensors reads it.
+gaps, little-endian. In the header `__metadata__` is first and `{"format":"pt"}`; each entry has
+`dtype`, `shape` and `data_offsets` in that order, the entries sorted by dtype as `format.DTYPES`
+lists them, then by name. Any reader of safetensors reads it.
 
 *JSON* is UTF-8 with sorted keys and two blanks of indentation, and no duplicate keys. A number that
 JSON has not is `{"float": "inf"}`, `"-inf"` or `"nan"`.
@@ -28,9 +28,9 @@ JSON has not is `{"float": "inf"}`, `"-inf"` or `"nan"`.
 number, text or null by its path in the state, `step`, `key`, `cursor/samples`,
 `scheduler/plateau/best`, and so on; a field that a state has not is null.
 
-*manifest.json*: `format` is `"functrain"`, `version` is 1; `step`; `files`, for each file its `size`
-in bytes and `sha256` in hexadecimal; `metrics`, what was measured of the state; `numerics`, under
-what the bits were computed; and `sha256`, that of this very JSON without the key `sha256`.
+*manifest.json*: `format` is `"functrain"`, `version` is 1; `step`; `files`, for each file its
+`size` in bytes and `sha256` in hexadecimal; `metrics`, what was measured of the state; `numerics`,
+under what the bits were computed; and `sha256`, that of this very JSON without the key `sha256`.
 
 A checkpoint is whole if and only if every file of the manifest is there with its size and hash. The
 hashes find corruption, not forgery.
