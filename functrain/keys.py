@@ -52,18 +52,28 @@ def _seeded(key: int, device: torch.device | None) -> Iterator[None]:
     saved_random, saved_numpy = random.getstate(), np.random.get_state()
     accelerator = device is not None and device.type == "cuda"
     saved_device = torch.cuda.get_rng_state(device) if accelerator and device is not None else None
-    try:
-        # Not torch.manual_seed: that would seed every accelerator of the process.
-        cpu.manual_seed(key)
-        random.seed(key)
-        np.random.seed(key & 0xFFFFFFFF)
-        if accelerator:
-            index = device.index if device is not None and device.index is not None else 0
-            torch.cuda.default_generators[index].manual_seed(key)
-        yield
-    finally:
+
+    def restore() -> None:
         cpu.set_state(saved)
         random.setstate(saved_random)
         np.random.set_state(saved_numpy)
         if saved_device is not None and device is not None:
             torch.cuda.set_rng_state(saved_device, device)
+
+    restored = False
+    try:
+        try:
+            # Not torch.manual_seed: that would seed every accelerator of the process.
+            cpu.manual_seed(key)
+            random.seed(key)
+            np.random.seed(key & 0xFFFFFFFF)
+            if accelerator:
+                index = device.index if device is not None and device.index is not None else 0
+                torch.cuda.default_generators[index].manual_seed(key)
+            yield
+        finally:
+            restore()
+            restored = True
+    finally:
+        if not restored:  # Ctrl-C while restoring
+            restore()

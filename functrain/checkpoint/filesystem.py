@@ -108,7 +108,10 @@ def sync_directory(files: FileSystem, path: Path) -> None:
 
 
 def remove_directory(files: FileSystem, path: Path) -> None:
-    """Remove a directory of files, which holds no directories."""
+    """Remove a directory of files, which holds no directories; or a file in its place."""
+    if not path.is_dir() or path.is_symlink():
+        files.unlink(path)
+        return
     for name in files.list(path):
         files.unlink(path / name)
     files.rmdir(path)

@@ -317,6 +317,9 @@ def read_leaves(filesystem: FileSystem, path: Path) -> tuple[Manifest, dict[str,
     size = sum(entry.size for entry in manifest.files.values())
     stored = read_file(filesystem, path / STATE, manifest.files[STATE], numbers)
     for leaves in side_by_side(read, names, size):
+        twice = sorted(stored.keys() & leaves.keys())
+        if twice:
+            raise CheckpointError(f"{path / STATE}: {twice[0]} is a tensor of another file already")
         stored |= leaves
     return manifest, stored
 
