@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         FunctrainError,
         StateError,
     )
+    from functrain.evaluation import evaluate
     from functrain.gradients import (
         accumulate,
         adaptive_clip,
@@ -48,9 +49,10 @@ if TYPE_CHECKING:
     from functrain.loop import train
     from functrain.metrics import Metrics
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
+    from functrain.stages import dpo_step, make_step, pretrain_step, sft_step
     from functrain.state import Cursor, TrainState, fingerprint, fingerprints
     from functrain.state import clone_state as clone
-    from functrain.steps import Step, dpo_step, evaluate, make_step, pretrain_step, sft_step
+    from functrain.steps import Step
 
 __version__ = "0.1.0"
 
@@ -92,14 +94,9 @@ _NAMES = {
     "functrain.metrics": ("Metrics",),
     "functrain.precision": ("init_loss_scale", "scale_loss", "unscale", "update_loss_scale"),
     "functrain.state": ("Cursor", "TrainState", "fingerprint", "fingerprints"),
-    "functrain.steps": (
-        "Step",
-        "dpo_step",
-        "evaluate",
-        "make_step",
-        "pretrain_step",
-        "sft_step",
-    ),
+    "functrain.stages": ("dpo_step", "make_step", "pretrain_step", "sft_step"),
+    "functrain.steps": ("Step",),
+    "functrain.evaluation": ("evaluate",),
 }
 _HOMES = {name: (home, name) for home, names in _NAMES.items() for name in names}
 _HOMES["clone"] = ("functrain.state", "clone_state")

@@ -14,10 +14,11 @@ import attrs
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
 from functrain.data.source import Source
 from functrain.errors import CheckpointError, ConfigError, DivergedError, SaveWarning
+from functrain.evaluation import checked_batches, evaluate
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
 from functrain.state import TrainState, check_state
-from functrain.steps import Step, checked_batches, evaluate
+from functrain.steps import Step
 
 
 def train(

@@ -1,9 +1,9 @@
-"""The step: `state, metrics = step(state, batch)`, and the three stages made from it."""
+"""The step: `state, metrics = step(state, batch)`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from functrain import keys, schedules
 from functrain import metrics as m
-from functrain.architecture import Slots, bound, check_fit
+from functrain.architecture import Slots, check_fit
 from functrain.errors import (
-    BatchError,
     ConfigError,
     FunctrainError,
     StateError,
-    did_you_mean,
     is_number,
 )
 from functrain.gradients import (
@@ -31,9 +29,6 @@ from functrain.gradients import (
 from functrain.guards import SpikeGuard
 from functrain.metrics import Metrics
 from functrain.objectives.base import Objective
-from functrain.objectives.batches import Batch, to_device
-from functrain.objectives.language import LanguageModeling
-from functrain.objectives.preference import PreferenceOptimization
 from functrain.optimizers import Optimizer, OptimizerState
 from functrain.precision import POLICIES, LossScale, Precision, policy, unscale, update_loss_scale
 from functrain.schedules import Plateau, Schedule
@@ -52,7 +47,8 @@ from functrain.trees import Tensors, clone, global_norm, owning, storages, succe
 Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def _is_optimizer(_step: object, _field: object, given: Any) -> None:
+def is_optimizer(_step: object, _field: object, given: Any) -> None:
+    """Raise `ConfigError` unless `given` is one of `functrain.optim`, made."""
     fits = not isinstance(given, type) and all(hasattr(given, n) for n in ("init", "update", "lr"))
     if fits and not isinstance(given, torch.optim.Optimizer):
         return
@@ -84,7 +80,7 @@ class Step:
 
     objective: Objective
     architecture: nn.Module = attrs.field(repr=False)
-    optimizer: Optimizer = attrs.field(validator=_is_optimizer)
+    optimizer: Optimizer = attrs.field(validator=is_optimizer)
     schedule: Schedule | Plateau = attrs.field(converter=schedules.checked)
     precision: Precision = attrs.field(default=POLICIES["fp32"], converter=policy)
     microbatches: int = 1
@@ -183,7 +179,7 @@ class Step:
     def _advanced(
         self, state: TrainState, batch: Batches, donate: bool
     ) -> tuple[TrainState, Metrics]:
-        self._check_state(state)
+        self.check(state)
         if donate:
             refuse_aliases(state, self._places.trainable, self.objective.kept())
         rate = self.learning_rate(state)
@@ -334,7 +330,8 @@ class Step:
                 "dtype of the compute"
             )
 
-    def _check_state(self, state: TrainState) -> None:
+    def check(self, state: TrainState) -> None:
+        """Raise `StateError` for what is no state, or one of another step."""
         check_state(state)
         check_fit(state.params, self._places.params, "params")
         if state.optimizer.kind != self.optimizer.kind:
@@ -434,147 +431,3 @@ def _where(applied: Tensor, new: Tensors, old: Tensors) -> Tensors:
     return Tensors(
         {n: t if t is old[n] else torch.where(applied, t, old[n]) for n, t in new.items()}
     )
-
-
-class StepOptions(TypedDict, total=False):
-    """The options that every stage's step takes; each is described at `Step`."""
-
-    precision: str | Precision
-    microbatches: int
-    max_grad_norm: float | None
-    transform: Transform | None
-    ema_decay: float | None
-    guard: SpikeGuard | None
-    donate: bool
-
-
-def make_step(
-    objective: Objective,
-    optimizer: Optimizer,
-    *,
-    architecture: nn.Module,
-    schedule: Schedule | Plateau | float | None = None,
-    **options: Unpack[StepOptions],
-) -> Step:
-    """The step that minimises `objective` with `optimizer`: the one place where the pieces meet.
-
-    `schedule`: a schedule, a constant learning rate, or None for the optimizer's own `lr`. The
-    other options are described at `Step`. Raises `ConfigError` for what cannot be combined.
-    """
-    known = {field.name for field in attrs.fields(Step) if field.init}
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"{name}: unknown option; {did_you_mean(name, known)}")
-    if not isinstance(architecture, nn.Module):
-        raise ConfigError(
-            f"architecture: expected the nn.Module that functrain.split returns first, got "
-            f"{type(architecture).__name__}"
-        )
-    _is_optimizer(None, None, optimizer)
-    return Step(
-        objective=objective,
-        architecture=architecture,
-        optimizer=optimizer,
-        schedule=optimizer.lr if schedule is None else schedule,
-        **options,  # pyrefly: ignore[open-unpacking]
-    )
-
-
-def pretrain_step(
-    architecture: nn.Module,
-    optimizer: Optimizer,
-    *,
-    schedule: Schedule | Plateau | float | None = None,
-    **options: Unpack[StepOptions],
-) -> Step:
-    """Next-token cross entropy over every labelled token; options as for `make_step`."""
-    objective = LanguageModeling(name="pretrain")
-    return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
-
-
-def sft_step(
-    architecture: nn.Module,
-    optimizer: Optimizer,
-    *,
-    schedule: Schedule | Plateau | float | None = None,
-    **options: Unpack[StepOptions],
-) -> Step:
-    """Cross entropy over the completion's tokens, which the labels single out."""
-    objective = LanguageModeling(name="sft")
-    return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
-
-
-def dpo_step(
-    architecture: nn.Module,
-    optimizer: Optimizer,
-    *,
-    reference: Mapping[str, Tensor] | None = None,
-    beta: float = 0.1,
-    loss: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    dropout: bool = False,
-    schedule: Schedule | Plateau | float | None = None,
-    **options: Unpack[StepOptions],
-) -> Step:
-    """Direct preference optimisation (2305.18290) against `reference`, params of this architecture.
-
-    Without a reference every batch must carry `reference_logps`. See `PreferenceOptimization`.
-    """
-    objective = PreferenceOptimization(
-        reference=reference,
-        beta=beta,
-        loss=loss,
-        label_smoothing=label_smoothing,
-        dropout=dropout,
-    )
-    return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
-
-
-def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of an evaluation, each checked; `BatchError` names what is wrong in which."""
-    if isinstance(batches, Mapping):
-        raise BatchError("evaluation: one batch; expected a sequence of batches: [batch]")
-    if not isinstance(batches, Iterable):
-        raise BatchError(
-            f"evaluation: expected batches, got {type(batches).__name__}; of a source, "
-            "functrain.data.all_batches(source, n) makes them"
-        )
-    for index, batch in enumerate(batches):
-        try:
-            step.objective.check(batch, step.value_and_grad.vocabulary)
-        except BatchError as error:
-            raise BatchError(f"evaluation batch {index}: {error}") from error
-        yield batch
-
-
-def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics:
-    """The step's objective over `batches`, in eval mode and without gradients.
-
-    `eval_loss`, `eval_perplexity` and the stage's other metrics, each divided once by the weight
-    of all batches, so that neither batch size nor order matters (but to a model that draws in eval
-    mode). Changes nothing: no state is
-    returned, and the global random generators are as before. Raises `BatchError` where there is
-    nothing to evaluate.
-    """
-    step._check_state(state)
-    gradient = step.value_and_grad
-    device = device_of(state.params)
-    measured = Metrics({})
-    weight = torch.zeros((), dtype=torch.int64)
-    values = gradient.values(state.params)
-    buffers = gradient.buffer_values(state.buffers)
-    seed = keys.derive(state.key, "evaluate")
-    with (
-        torch.no_grad(),
-        bound(step.architecture, values, buffers, "eval", places=gradient.places) as model,
-        keys.seeded(seed, device),
-    ):
-        for batch in checked_batches(step, batches):
-            weight = weight + step.objective.weight(batch).to(weight.device)
-            with step.precision.context(device):
-                _, metrics = gradient.measured(model, to_device(batch, device))
-            measured = measured.merge(metrics)
-    if not measured:
-        raise BatchError("batches: none, so there is nothing to evaluate")
-    step.objective.check_weight(weight)
-    return measured.prefixed("eval_")

@@ -25,13 +25,14 @@ from torch import Tensor
 from functrain.checkpoint import load, save
 from functrain.data.source import Source
 from functrain.errors import ConsumedStateError
+from functrain.evaluation import evaluate
 from functrain.gradients import Gradients, clip_by_global_norm
 from functrain.loop import train
 from functrain.metrics import Metrics
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.state import TrainState, clone_state, fingerprint, fingerprints
-from functrain.steps import Step, evaluate
+from functrain.steps import Step
 from functrain.trees import digest, global_norm
 
 if TYPE_CHECKING:

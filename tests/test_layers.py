@@ -26,6 +26,8 @@ LAYERS = [
     "objectives",
     "gradients",
     "steps",
+    "stages",
+    "evaluation",
     "distributed",
     "data",
     "checkpoint",

@@ -21,8 +21,9 @@ from functrain.errors import ConfigError, DataError
 from functrain.guards import SpikeGuard
 from functrain.objectives.batches import Batch
 from functrain.schedules import Plateau
+from functrain.stages import dpo_step, pretrain_step, sft_step
 from functrain.state import TrainState
-from functrain.steps import Step, dpo_step, pretrain_step, sft_step
+from functrain.steps import Step
 from functrain.trees import Tensors
 
 Source = data.MapSource

@@ -26,8 +26,8 @@ from functrain.cli.summary import (
 )
 from functrain.data.embedded import trigram_bits_per_byte
 from functrain.errors import ConfigError
+from functrain.evaluation import evaluate
 from functrain.state import TrainState, fingerprint
-from functrain.steps import evaluate
 
 
 def run_demo(directory: str, *, seed: int, scale: str, resume: bool, say: Say) -> int:

@@ -20,9 +20,9 @@ from functrain.cli.directory import RunDirectory
 from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.errors import CheckpointError, ConfigError
+from functrain.evaluation import evaluate
 from functrain.loop import check_guard, conditions, train
 from functrain.state import TrainState
-from functrain.steps import evaluate
 from functrain.tracking import jsonl, progress
 
 C = TypeVar("C", Pretrain, SFT, DPO)

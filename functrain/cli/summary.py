@@ -16,9 +16,9 @@ from functrain.cli.directory import RunDirectory
 from functrain.cli.run import Outcome
 from functrain.cli.samples import spoken
 from functrain.data import ByteTokenizer
+from functrain.evaluation import evaluate
 from functrain.objectives.batches import Batch
 from functrain.state import fingerprint
-from functrain.steps import evaluate
 from functrain.tracking import report
 from functrain.trees import Tensors, tensors
 

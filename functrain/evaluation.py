@@ -1,0 +1,65 @@
+"""Evaluation: an objective over batches, which changes nothing and depends on no batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from functrain import keys
+from functrain.architecture import bound
+from functrain.errors import BatchError
+from functrain.metrics import Metrics
+from functrain.objectives.batches import Batch, to_device
+from functrain.state import TrainState, device_of
+from functrain.steps import Step
+
+
+def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of an evaluation, each checked; `BatchError` names what is wrong in which."""
+    if isinstance(batches, Mapping):
+        raise BatchError("evaluation: one batch; expected a sequence of batches: [batch]")
+    if not isinstance(batches, Iterable):
+        raise BatchError(
+            f"evaluation: expected batches, got {type(batches).__name__}; of a source, "
+            "functrain.data.all_batches(source, n) makes them"
+        )
+    for index, batch in enumerate(batches):
+        try:
+            step.objective.check(batch, step.value_and_grad.vocabulary)
+        except BatchError as error:
+            raise BatchError(f"evaluation batch {index}: {error}") from error
+        yield batch
+
+
+def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics:
+    """The step's objective over `batches`, in eval mode and without gradients.
+
+    `eval_loss`, `eval_perplexity` and the stage's other metrics, each divided once by the weight
+    of all batches, so that neither batch size nor order matters (but to a model that draws in eval
+    mode). Changes nothing: no state is
+    returned, and the global random generators are as before. Raises `BatchError` where there is
+    nothing to evaluate.
+    """
+    step.check(state)
+    gradient = step.value_and_grad
+    device = device_of(state.params)
+    measured = Metrics({})
+    weight = torch.zeros((), dtype=torch.int64)
+    values = gradient.values(state.params)
+    buffers = gradient.buffer_values(state.buffers)
+    seed = keys.derive(state.key, "evaluate")
+    with (
+        torch.no_grad(),
+        bound(step.architecture, values, buffers, "eval", places=gradient.places) as model,
+        keys.seeded(seed, device),
+    ):
+        for batch in checked_batches(step, batches):
+            weight = weight + step.objective.weight(batch).to(weight.device)
+            with step.precision.context(device):
+                _, metrics = gradient.measured(model, to_device(batch, device))
+            measured = measured.merge(metrics)
+    if not measured:
+        raise BatchError("batches: none, so there is nothing to evaluate")
+    step.objective.check_weight(weight)
+    return measured.prefixed("eval_")
