@@ -63,9 +63,12 @@ def step_of(path: Path) -> int | None:
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoint directories in `directory`, oldest first."""
-    if not directory.is_dir():
-        return []
-    found = {step: p for p in directory.iterdir() if (step := step_of(p)) is not None}
+    try:
+        if not directory.is_dir():
+            return []
+        found = {step: p for p in directory.iterdir() if (step := step_of(p)) is not None}
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error.strerror})") from error
     return [found[step] for step in sorted(found)]
 
 

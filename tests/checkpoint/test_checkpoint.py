@@ -490,3 +490,18 @@ def test_a_name_that_no_text_may_have_is_refused(name: str, tmp_path: Path) -> N
     with pytest.raises(ft.CheckpointError, match="expected a plain name"):
         ft.save(tmp_path, state, beside={name: ""})
     assert ft.latest(tmp_path) is None
+
+
+def test_a_directory_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, state = _trained()
+    ft.save(tmp_path, state)
+
+    def refused(_: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for use in (ft.latest, checkpoint.inspect, lambda path: ft.load(path, like=first)):
+        with pytest.raises(ft.CheckpointError, match=r"cannot be read \(Permission denied\)"):
+            use(tmp_path)
