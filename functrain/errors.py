@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class FunctrainError(Exception):
@@ -50,7 +51,7 @@ class CheckpointError(FunctrainError, ValueError):
     """A checkpoint that is missing, incomplete, altered, or of another architecture."""
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is an int or a float; True and False are neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -37,9 +37,8 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
 
     `eval_loss`, `eval_perplexity` and the stage's other metrics, each divided once by the weight
     of all batches, so that neither batch size nor order matters (but to a model that draws in eval
-    mode). Changes nothing: no state is
-    returned, and the global random generators are as before. Raises `BatchError` where there is
-    nothing to evaluate.
+    mode). Changes nothing: no state is returned, and the global random generators are as before.
+    Raises `BatchError` where there is nothing to evaluate.
     """
     step.check(state)
     gradient = step.value_and_grad

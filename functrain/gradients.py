@@ -76,8 +76,22 @@ class ValueAndGrad:
         scaler: LossScale | None = None,
     ) -> Gradients:
         """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
+        checked = self.checked(batch)
+        return self.of_checked(params, buffers, checked, key=key, weight=weight, scaler=scaler)
+
+    def of_checked(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        micro_batches: Sequence[Batch],
+        *,
+        key: int,
+        weight: Tensor | None,
+        scaler: LossScale | None,
+    ) -> Gradients:
+        """The same of micro-batches that `checked` has seen, or that are slices of what it saw."""
         device = next((p.device for p in params.values()), torch.device("cpu"))
-        ready = [to_device(each, device) for each in self.checked(batch)]
+        ready = [to_device(each, device) for each in micro_batches]
         weight = self.weight(ready) if weight is None else weight
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -250,13 +264,17 @@ class Accumulated:
         scaler: LossScale | None = None,
     ) -> Gradients:
         """The gradient of the whole logical batch, one micro-batch in memory at a time."""
-        if isinstance(batch, Mapping):
-            if isinstance(self.gradient, ValueAndGrad) and self.microbatches > 1:
-                self.gradient.checked(batch)  # in the words of the batch that was given
-            parts: Batches = split_batch(batch, self.microbatches)
-        else:
-            parts = batch
-        return self.gradient(params, buffers, parts, key=key, weight=weight, scaler=scaler)
+        if not isinstance(batch, Mapping):
+            return self.gradient(params, buffers, batch, key=key, weight=weight, scaler=scaler)
+        if not isinstance(self.gradient, ValueAndGrad):
+            parts = split_batch(batch, self.microbatches)
+            return self.gradient(params, buffers, parts, key=key, weight=weight, scaler=scaler)
+        # Checked once and whole: what is wrong is said in the words of the batch that was given.
+        (whole,) = self.gradient.checked(batch)
+        parts = split_batch(whole, self.microbatches)
+        return self.gradient.of_checked(
+            params, buffers, parts, key=key, weight=weight, scaler=scaler
+        )
 
 
 def accumulate(gradient: GradientFunction, microbatches: int) -> Accumulated:

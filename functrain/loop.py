@@ -13,7 +13,7 @@ import attrs
 
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
 from functrain.data.source import Source
-from functrain.errors import CheckpointError, ConfigError, DivergedError, SaveWarning
+from functrain.errors import CheckpointError, ConfigError, DivergedError, SaveWarning, is_number
 from functrain.evaluation import checked_batches, evaluate
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
@@ -91,8 +91,7 @@ def train(
 
 
 def _samples(epochs: float, source: Source) -> int:
-    number = isinstance(epochs, int | float) and not isinstance(epochs, bool)
-    if not number or not 0 < epochs < float("inf") or round(epochs * len(source)) < 1:
+    if not is_number(epochs) or not 0 < epochs < float("inf") or round(epochs * len(source)) < 1:
         raise ConfigError(
             f"epochs: {epochs!r}, expected a positive number, of at least one of the source's "
             f"{len(source):,} samples"

@@ -17,25 +17,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, did_you_mean
+from functrain.errors import ConfigError, did_you_mean, is_number
 
 Schedule = Callable[[int], float]
 Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _not_negative(record: object, field: attrs.Attribute[Any], value: float) -> None:
-    if not _is_number(value) or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ConfigError(
             f"{_name(record)}.{field.name}: {value!r}, expected a finite number of at least 0"
         )
 
 
 def _positive(record: object, field: attrs.Attribute[Any], value: float) -> None:
-    if not _is_number(value) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ConfigError(
             f"{_name(record)}.{field.name}: {value!r}, expected a positive finite number"
         )
@@ -57,7 +53,7 @@ _positive_count = _at_least(1)
 
 
 def _fraction(record: object, field: attrs.Attribute[Any], value: float) -> None:
-    if not _is_number(value) or not 0 < value < 1:
+    if not is_number(value) or not 0 < value < 1:
         raise ConfigError(f"{_name(record)}.{field.name}: {value!r}, expected (0, 1)")
 
 
@@ -477,7 +473,7 @@ def checked(value: Schedule | Plateau | float) -> Schedule | Plateau:
     """The schedule itself, or `constant(value)` for a learning rate; `ConfigError` for the rest."""
     if isinstance(value, Plateau):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         if not 0 < value < math.inf:
             raise ConfigError(f"schedule: {value!r}, expected a positive finite learning rate")
         return constant(float(value))

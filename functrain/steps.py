@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from functrain import keys, schedules
 from functrain import metrics as m
 from functrain.architecture import Slots, check_fit
-from functrain.errors import (
-    ConfigError,
-    FunctrainError,
-    StateError,
-    is_number,
-)
+from functrain.errors import ConfigError, FunctrainError, StateError, is_number
 from functrain.gradients import (
     Accumulated,
     Batches,
@@ -116,8 +111,6 @@ class Step:
                 f"microbatches={self.microbatches}: the {self.objective.name!r} loss couples the "
                 "examples of a batch, so its micro-batches would be another loss; use 1"
             )
-        if (kept := self.objective.kept()) is not None:
-            check_fit(kept, self._places.params, "reference")
 
     def init(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *, seed: int = 0
@@ -171,7 +164,7 @@ class Step:
         reference or the average.
         """
         # The bits are a function of the arguments, whatever contexts the caller is in.
-        check_state(state)
+        self.check(state)
         device = device_of(state.params)
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             return self._advanced(state, batch, self.donate if donate is None else donate)
@@ -179,7 +172,6 @@ class Step:
     def _advanced(
         self, state: TrainState, batch: Batches, donate: bool
     ) -> tuple[TrainState, Metrics]:
-        self.check(state)
         if donate:
             refuse_aliases(state, self._places.trainable, self.objective.kept())
         rate = self.learning_rate(state)

@@ -10,7 +10,7 @@ from typing import Any
 from functrain import checkpoint
 from functrain.checkpoint.compare import Difference, compare_checkpoints, differences
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM
-from functrain.checkpoint.manifest import Manifest, checkpoints, read_manifest, step_of
+from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.checkpoint.store import read_leaves
 from functrain.cli import toml
 from functrain.cli.build import build
@@ -103,7 +103,8 @@ def compared(one: str, other: str) -> tuple[bool, list[str]]:
         common = sorted({step_of(p) for p in first} & {step_of(p) for p in second}, key=str)
         said = ", ".join(map(str, common))
         return True, [*lines, f"the same bits at every step that both have kept: {said}"]
-    lines += _numerics(*(read_manifest(OPERATING_SYSTEM, path) for path in pair))
+    one_under, other_under = (read_manifest(OPERATING_SYSTEM, path).numerics for path in pair)
+    lines += _apart("numerics", one_under, other_under)
     found = list(compare_checkpoints(*pair))
     if not found:
         return True, [*lines, f"{pair[0]} and {pair[1]}: the same bits"]
@@ -130,10 +131,6 @@ def _shown(found: list[Difference]) -> list[str]:
     shown = [str(each) for each in found[:_MOST_SHOWN]]
     more = len(found) - len(shown)
     return [*shown, f"… and {more} more"] if more else shown
-
-
-def _numerics(one: Manifest, other: Manifest) -> Iterator[str]:
-    yield from _apart("numerics", one.numerics, other.numerics)
 
 
 def _configs(one: Path, other: Path) -> Iterator[str]:

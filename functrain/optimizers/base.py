@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.errors import ConfigError, StateError, did_you_mean
+from functrain.errors import ConfigError, StateError, did_you_mean, is_number
 from functrain.trees import Tensors
 
 Predicate = Callable[[str, Tensor], bool]
@@ -80,8 +80,7 @@ class Group:
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"group options: {self.options!r}, expected a mapping")
         scale = self.options.get("lr_scale", 1.0)
-        number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not number or not 0 <= scale < math.inf:
+        if not is_number(scale) or not 0 <= scale < math.inf:
             raise ConfigError(f"group lr_scale: {scale!r}, expected a finite number of at least 0")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -309,3 +310,13 @@ def in_child(work: Callable[[], object]) -> int:
 def was_killed(status: int) -> bool:
     """Whether a wait status is that of a process killed by SIGKILL."""
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def copy_of(run: Path) -> Path:
+    """A copy of a run to work on; of one that has not begun, where it may begin."""
+    copy = run.with_name("copy")
+    if copy.exists():
+        shutil.rmtree(copy)
+    if run.exists():
+        shutil.copytree(run, copy)
+    return copy

@@ -60,16 +60,6 @@ def begun(run: Path, count: int = 2) -> Path:
     return run
 
 
-def copy_of(run: Path) -> Path:
-    """A copy of a run to work on."""
-    copy = run.with_name("copy")
-    if copy.exists():
-        shutil.rmtree(copy)
-    if run.exists():
-        shutil.copytree(run, copy)
-    return copy
-
-
 @contextmanager
 def no_descriptor_leaks() -> Iterator[None]:
     """What is open after is what was open before."""
@@ -99,7 +89,7 @@ def goes_on(run: Path) -> None:
 
 def count_of(run: Path, work: Callable[[Path, FileSystem], object]) -> int:
     """How many operations some work on a copy of a run is."""
-    return len(faults.operations(lambda files: work(copy_of(run), files)))
+    return len(faults.operations(lambda files: work(faults.copy_of(run), files)))
 
 
 def save(run: Path, files: FileSystem) -> Path:
@@ -122,7 +112,7 @@ def test_an_operation_of_a_save_that_fails_is_loud_and_loses_nothing(
     operations = count_of(run, save)
     assert operations >= 40
     for at in range(operations):
-        copy = copy_of(run)
+        copy = faults.copy_of(run)
         failing = faults.Failing(at, CODES[code], **MODES[mode])
         with no_descriptor_leaks(), pytest.raises(ft.CheckpointError, match=str(copy)):
             save(copy, failing)
@@ -141,7 +131,7 @@ def test_an_operation_that_fails_beside_other_files_is_loud(
     run = begun(base / "run")
     failures = 0
     for at in range(count_of(run, save)):
-        copy = copy_of(run)
+        copy = faults.copy_of(run)
         failing = faults.Failing(at, errno.ENOSPC, **MODES[mode])
         with no_descriptor_leaks(), pytest.raises(ft.CheckpointError, match=str(copy)):
             save(copy, failing)
@@ -181,7 +171,7 @@ def test_an_operation_of_a_prune_that_fails_is_a_warning(code: str, mode: str, b
     operations = count_of(run, prune)
     assert operations >= 40
     for at in range(operations):
-        copy = copy_of(run)
+        copy = faults.copy_of(run)
         failing = faults.Failing(at, CODES[code], **MODES[mode])
         with no_descriptor_leaks(), pytest.warns(SaveWarning, match="were not removed"):
             prune(copy, failing)
@@ -219,7 +209,7 @@ def test_short_writes_and_reads_change_nothing(base: Path) -> None:
 def test_a_failed_fsync_of_the_parent_is_told_apart(base: Path) -> None:
     """The checkpoint is in place, so the message says what is unknown; saving again asks again."""
     run = begun(base / "run")
-    names = [o.name for o in faults.operations(lambda files: save(copy_of(run), files))]
+    names = [o.name for o in faults.operations(lambda files: save(faults.copy_of(run), files))]
     last = len(names) - 1 - names[::-1].index("sync")
     with pytest.raises(ft.CheckpointError, match=r"survive a power cut is unknown.*No space"):
         save(run, faults.Failing(last, errno.ENOSPC))
@@ -242,7 +232,7 @@ def test_only_the_lock_says_that_another_process_saves(base: Path) -> None:
     with pytest.raises(ft.CheckpointError, match="another process is saving here"):
         save(run, faults.Failing(0, errno.EWOULDBLOCK))
     for at in range(1, count_of(run, save)):
-        copy = copy_of(run)
+        copy = faults.copy_of(run)
         with pytest.raises(ft.CheckpointError) as caught:
             save(copy, faults.Failing(at, errno.EWOULDBLOCK))
         assert "another process" not in str(caught.value), f"operation {at}"
@@ -276,7 +266,7 @@ def test_a_file_size_limit_is_loud_and_loses_nothing(base: Path) -> None:
 
     def limited() -> None:
         for size in range(0, max(sizes), 37):
-            copy = copy_of(run)
+            copy = faults.copy_of(run)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             with no_descriptor_leaks(), pytest.raises(ft.CheckpointError, match="File too large"):
                 ft.save(copy, faults.states()[2])
@@ -478,7 +468,7 @@ def test_every_background_failure_is_loud(base: Path) -> None:
     """Each operation of a save fails beside training, and leaves what it should."""
     run = begun(base / "run")
     for at in range(count_of(run, save)):
-        copy = copy_of(run)
+        copy = faults.copy_of(run)
         with no_descriptor_leaks():
             writer = checkpoint.BackgroundWriter(copy, filesystem=faults.Failing(at, errno.EIO))
             writer.save(faults.states()[2])

@@ -6,7 +6,6 @@ and in the middle of each write. That it was delivered is asserted, and so is th
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -56,7 +55,7 @@ def four(run: Path) -> None:
 def killed_twice(run: Path) -> None:
     """A run that was killed in a save before its rename, and in a prune between two unlinks."""
     two(run)
-    saving = len(faults.operations(lambda files: save(2)(copy_of(run), files))) - 4
+    saving = len(faults.operations(lambda files: save(2)(faults.copy_of(run), files))) - 4
     for work, at in ((save(2), saving), (prune(1), 9)):
         assert faults.was_killed(faults.in_child(lambda w=work, k=at: w(run, faults.Killing(k))))
     assert faults.leftovers(run) == [".tmp-step-000000000002", ".trash-step-000000000000"]
@@ -97,26 +96,16 @@ def base() -> Iterator[Path]:
         yield directory
 
 
-def copy_of(run: Path) -> Path:
-    """A copy of a run to work on; of one that has not begun, where it may begin."""
-    copy = run.with_name("copy")
-    if copy.exists():
-        shutil.rmtree(copy)
-    if run.exists():
-        shutil.copytree(run, copy)
-    return copy
-
-
 @pytest.mark.parametrize("name", WORKS)
 def test_a_kill_at_every_operation_loses_nothing(name: str, base: Path) -> None:
     """The newest acknowledged loads, a new save works, and nothing is left over."""
     work, run = WORKS[name], base / "run"
     work.begin(run)
-    operations = faults.operations(lambda files: work.do(copy_of(run), files))
+    operations = faults.operations(lambda files: work.do(faults.copy_of(run), files))
     kills = 0
     for at, operation in enumerate(operations):
         for half in (False, True) if operation.name == "write" else (False,):
-            copy = copy_of(run)
+            copy = faults.copy_of(run)
             killing = faults.Killing(at, half=half)
             status = faults.in_child(lambda k=killing, c=copy: work.do(c, k))
             assert faults.was_killed(status), f"operation {at}, {operation}: not killed"
@@ -126,7 +115,9 @@ def test_a_kill_at_every_operation_loses_nothing(name: str, base: Path) -> None:
     assert kills == len(operations) + writes
     assert kills >= work.least
     beyond = faults.Killing(len(operations))
-    assert faults.in_child(lambda: work.do(copy_of(run), beyond)) == 0, "some were not enumerated"
+    assert faults.in_child(lambda: work.do(faults.copy_of(run), beyond)) == 0, (
+        "some were not enumerated"
+    )
 
 
 def check(run: Path, acknowledged: int | None) -> None:
@@ -145,7 +136,7 @@ def test_a_kill_in_the_recovery_of_a_recovery_loses_nothing(base: Path) -> None:
     """Kills one upon another, each a little later than the one before, with no save between."""
     run = base / "run"
     killed_twice(run)
-    operations = faults.operations(lambda files: save(3)(copy_of(run), files))
+    operations = faults.operations(lambda files: save(3)(faults.copy_of(run), files))
     for at in range(len(operations)):
         if not faults.was_killed(faults.in_child(lambda k=at: save(3)(run, faults.Killing(k)))):
             break
