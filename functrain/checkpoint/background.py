@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrain import memory
 from functrain.checkpoint.environment import numerics
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.retention import Keep
@@ -120,15 +121,20 @@ class BackgroundWriter:
         return path
 
     def _copied(self, state: TrainState) -> TrainState:
-        memory = self._memory
+        before = self._memory
         self._memory = dict[str, Tensor]()
-        pinned = device_of(state.params).type == "cuda"
+        fresh = _pinned if device_of(state.params).type == "cuda" else memory.empty
 
         def copied(path: str, tensor: Tensor) -> Tensor:
-            old = memory.get(path)
+            old = before.get(path)
             if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-                old = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                old = fresh(tensor.shape, tensor.dtype)
             self._memory[path] = old.copy_(tensor.detach())
             return old
 
         return map_tensors(state, copied)
+
+
+def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory that an accelerator copies into without a detour."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)

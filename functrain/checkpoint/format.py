@@ -19,6 +19,7 @@ import orjson
 import torch
 from torch import Tensor
 
+from functrain import memory
 from functrain.errors import CheckpointError
 from functrain.trees import Tensors
 
@@ -120,7 +121,7 @@ def read(fill: Callable[[memoryview], None], size: int, path: Path) -> Tensors:
 
 
 def _filled(entry: Entry, fill: Callable[[memoryview], None], path: Path) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    tensor = memory.empty(entry.shape, entry.dtype)
     data = data_of(tensor)
     fill(data)
     if entry.dtype == torch.bool and any(data.tobytes().strip(b"\0\1")):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tally
 from checkpoint import faults
 
 import functrain as ft
@@ -120,6 +121,7 @@ def test_an_operation_of_a_save_that_fails_is_loud_and_loses_nothing(
         assert faults.loaded(copy) in (1, 2)
         assert faults.loaded(copy / "step-000000000001") == 1
         goes_on(copy)
+    tally.add("faults injected", operations)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -142,6 +144,7 @@ def test_an_operation_that_fails_beside_other_files_is_loud(
             load(copy, failing)
         goes_on(copy)
     assert failures >= 40
+    tally.add("faults injected", failures)
 
 
 @pytest.mark.parametrize(("code", "mode"), FAULTS)
@@ -149,7 +152,8 @@ def test_an_operation_of_a_first_save_that_fails_is_loud(code: str, mode: str, b
     """Where the directories are made: the save raises; or is durable, where what failed is the
     fsync of a directory above that this user may not even read."""
     run = base / "runs" / "mine"
-    for at in range(count_of(run, save)):
+    operations = count_of(run, save)
+    for at in range(operations):
         shutil.rmtree(run.parent, ignore_errors=True)
         failing = faults.Failing(at, CODES[code], **MODES[mode])
         with no_descriptor_leaks():
@@ -163,6 +167,7 @@ def test_an_operation_of_a_first_save_that_fails_is_loud(code: str, mode: str, b
                 assert {o.name for o in failing.failed} <= {"open_directory", "sync", "close"}
                 assert faults.loaded(run) == 2
         goes_on(run)
+    tally.add("faults injected", operations)
 
 
 @pytest.mark.parametrize(("code", "mode"), [*FAULTS, ("ENOSPC", "late"), ("EIO", "late")])
@@ -180,6 +185,7 @@ def test_an_operation_of_a_prune_that_fails_is_a_warning(code: str, mode: str, b
         for path in copy.glob("step-*"):
             faults.loaded(path)
         goes_on(copy)
+    tally.add("faults injected", operations)
 
 
 @pytest.mark.parametrize(("code", "mode"), FAULTS)
@@ -194,6 +200,7 @@ def test_an_operation_of_a_load_that_fails_is_a_checkpoint_error(
         with no_descriptor_leaks(), pytest.raises(ft.CheckpointError, match=str(run)):
             load(run, failing)
     assert faults.loaded(run) == 1
+    tally.add("faults injected", operations)
 
 
 def test_short_writes_and_reads_change_nothing(base: Path) -> None:
@@ -405,6 +412,7 @@ def test_a_disk_that_is_really_full_is_loud_and_loses_nothing(limit: str, base: 
             assert faults.loaded(run) == 2
             shutil.rmtree(run / "step-000000000002")
     assert 5 <= refused < 12
+    tally.add("disks really full or read-only")
 
 
 def fill(directory: Path, left: int, limit: str) -> None:
@@ -429,6 +437,7 @@ def test_a_disk_that_becomes_read_only_is_loud_and_loses_nothing(base: Path) -> 
         assert faults.loaded(run) == 1
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         goes_on(run)
+    tally.add("disks really full or read-only")
 
 
 def finished(writer: checkpoint.BackgroundWriter) -> None:

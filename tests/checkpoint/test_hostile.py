@@ -22,6 +22,7 @@ from typing import Any
 import attrs
 import orjson
 import pytest
+import tally
 import torch
 from torch import Tensor, nn
 
@@ -231,6 +232,7 @@ def test_every_truncation_and_a_flipped_bit_in_every_byte_is_refused(
 ) -> None:
     count = _refuses_all(originals, file, range(0), tmp_path / "x")
     assert count == 2 * len(originals[file]) + 3
+    tally.add("bits flipped and files cut", count)
 
 
 @pytest.mark.long
@@ -240,6 +242,7 @@ def test_every_truncation_and_every_flipped_bit_is_refused(
 ) -> None:
     count = _refuses_all(originals, file, range(8), tmp_path / "x")
     assert count == 9 * len(originals[file]) + 3
+    tally.add("bits flipped and files cut", count)
 
 
 # Named forgeries.
@@ -634,6 +637,7 @@ def test_a_named_forgery_is_refused(name: str, originals: dict[str, bytes], tmp_
     with pytest.raises(ft.CheckpointError, match=r"\S{3}.* .*") as caught:
         load(path)
     assert len(str(caught.value)) < 20_000
+    tally.add("named hostile checkpoints")
 
 
 def test_there_are_more_than_two_hundred_named_forgeries() -> None:
@@ -959,6 +963,7 @@ def test_three_thousand_forgeries_are_refused_or_valid(
     assert refused > 2_000
     assert valid > 100
     assert longest < 1.0
+    tally.add("mutated checkpoints", refused + valid)
 
 
 @pytest.mark.long
@@ -972,6 +977,7 @@ def test_a_hundred_thousand_forgeries_are_refused_or_valid(
     refused, valid, longest = _survive(originals, tmp_path / "x", seeds)
     assert refused + valid == 10_000
     assert longest < 1.0
+    tally.add("mutated checkpoints", refused + valid)
 
 
 def test_what_reads_beside_load_refuses_alike(originals: dict[str, bytes], tmp_path: Path) -> None:
@@ -1043,6 +1049,7 @@ def test_the_package_holds_no_pickle_and_no_eval() -> None:
         for name in _forbidden(ast.parse(file.read_text()))
     ]
     assert not found
+    tally.add("modules searched for pickle", len(files))
     program = (
         "import pickle as p\ntorch.load(x)\neval('1')\nnp.load(x, allow_pickle=True)\nm.eval()"
     )
@@ -1081,3 +1088,4 @@ def test_a_checkpoint_is_saved_and_loaded_with_pickle_out_of_use(
     with checkpoint.BackgroundWriter(tmp_path / "other") as writer:
         writer.save(STATE)
     assert ft.fingerprint(ft.load(tmp_path / "other", like=STATE)) == ft.fingerprint(STATE)
+    tally.add("runs with pickle out of use")

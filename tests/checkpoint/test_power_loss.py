@@ -20,6 +20,7 @@ from typing import Any
 
 import attrs
 import pytest
+import tally
 from checkpoint import faults
 from checkpoint.faults import Operation
 
@@ -452,6 +453,7 @@ def test_a_power_cut_at_any_point_of_a_run_loses_nothing(base: Path) -> None:
     assert checked(base, ORDINARY, checker, 150) == []
     assert checker.states >= 3000
     assert checker.resaved >= 100
+    tally.add("power-loss states", checker.states)
 
 
 @pytest.mark.long
@@ -459,6 +461,7 @@ def test_a_power_cut_at_any_point_of_a_run_loses_nothing_long(base: Path) -> Non
     checker = Checker(base)
     assert checked(base, ORDINARY, checker, 5000) == []
     assert checker.states >= 25_000
+    tally.add("power-loss states", checker.states)
 
 
 KILLED = {**killed_saves(), **killed_prunes(), **killed_first_saves()}
@@ -476,6 +479,7 @@ def test_a_power_cut_after_a_kill_loses_nothing(base: Path) -> None:
     assert broken_by_a_cut(base, KILLED, checker) == {}
     assert len(KILLED) == 189
     assert checker.states + checker.skipped >= 10_000
+    tally.add("power-loss states", checker.states)
 
 
 def killed_twice() -> dict[str, list[Action]]:
@@ -504,6 +508,7 @@ def test_a_power_cut_after_two_kills_loses_nothing(base: Path) -> None:
     checker = Checker(base, visible_only=True)
     assert broken_by_a_cut(base, killed_twice(), checker) == {}
     assert checker.states + checker.skipped >= 100_000
+    tally.add("power-loss states", checker.states)
 
 
 class NoSync(Journal):
@@ -567,6 +572,7 @@ def test_a_protocol_without_one_of_its_steps_is_caught(mutant: str, base: Path) 
     actions: list[Action] = [("save", 0), ("save", 1), ("save", 2)]
     assert checked(base, actions, Checker(base), 20) == []
     assert checked(base, actions, Checker(base), 20, MUTANTS[mutant]()) != []
+    tally.add("protocol mutants caught")
 
 
 def lied(base: Path, checker: Checker) -> list[str]:
@@ -605,3 +611,4 @@ def test_a_manifest_without_hashes_is_caught(base: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=Blind))
     assert any("loads, and is wrong" in found for found in lied(base, Checker(base)))
+    tally.add("protocol mutants caught")

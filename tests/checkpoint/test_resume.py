@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import tally
 import torch
 from torch import Tensor, nn
 
@@ -151,6 +152,7 @@ def test_from_every_split_point_a_new_process_ends_with_the_same_bits(
         part = splits[begin : begin + 5]
         ends |= _in_a_child(lambda part=part: _resumed(tmp_path, part, donate=donate))
     assert ends == {str(split): end for split in splits}
+    tally.add("split points resumed in a new process", len(ends))
 
 
 def test_a_process_started_afresh_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -158,9 +160,11 @@ def test_a_process_started_afresh_ends_with_the_same_bits(tmp_path: Path) -> Non
     end, _ = _saved_run(SEEDS[0], tmp_path)
     command = [sys.executable, "-W", "error", __file__, str(tmp_path), "17", "41"]
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"17": end, "41": end}
+    tally.add("in a fresh interpreter", 2)
 
 
 # Ablation: what is not saved would be at its initial value after a resume.
@@ -335,6 +339,7 @@ def test_every_field_of_the_state_matters(tmp_path: Path) -> None:
                 if _end(run.ended(other), field) != {p: h for p, h in end.items() if p != field}:
                     felt.add(field)
     assert felt == set(fields) - EXEMPT.keys(), sorted(set(fields) - EXEMPT.keys() ^ felt)
+    tally.add("state fields ablated", len(felt))
 
 
 def _prints(state: ft.TrainState, field: str) -> dict[str, str]:
@@ -428,6 +433,7 @@ def test_no_order_of_a_mapping_reaches_the_bits(optimizer: str) -> None:
         shuffled = _shuffled(params, dice), _shuffled(buffers, dice)
         again = step.init(*shuffled, seed=1)
         assert list(again.params) == sorted(params)
+    tally.add("orders of every mapping", 100)
 
 
 class Deep(nn.Module):
@@ -528,6 +534,7 @@ def test_a_pure_step_interrupted_at_any_line_has_changed_nothing() -> None:
         assert ft.fingerprint(case.step(case.state, case.batch)[0]) == case.after, f"event {at}"
     assert set(moved) <= RESTORING
     assert len(moved) <= 8
+    tally.add("interrupts of a step", case.events)
 
 
 def test_a_pure_step_interrupted_at_any_line_leaves_the_generators() -> None:
@@ -538,6 +545,7 @@ def test_a_pure_step_interrupted_at_any_line_leaves_the_generators() -> None:
         _, place = _interrupted(at, lambda: case.step(case.state, case.batch))
         moved += case.restore_generators()
         assert not moved, f"event {at} in {place}"
+    tally.add("interrupts of a step", case.events)
 
 
 def _left_of(case: Transaction, at: int) -> tuple[str, str | None]:
@@ -556,6 +564,7 @@ def test_a_donated_step_interrupted_at_any_line_leaves_an_intact_state_or_a_tomb
     for at in range(case.events - 1, -1, -1):
         left, place = _left_of(case, at)
         assert left != "torn", f"event {at} of {case.events}, in {place}"
+    tally.add("interrupts of a step", case.events)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 import pytest
+import tally
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -273,6 +274,7 @@ def test_any_sequence_of_operations_leaves_what_it_should() -> None:
     _run(Store, max_examples=300, stateful_step_count=14, derandomize=True)
     assert Store.runs >= 300
     assert Store.rules_run >= 2_000
+    tally.add("sequences of the store machine", Store.runs)
 
 
 @pytest.mark.long
@@ -281,6 +283,7 @@ def test_ten_thousand_sequences_of_operations_leave_what_they_should() -> None:
     """10,000 sequences of up to 30 operations, others in every run."""
     _run(Store, max_examples=10_000, stateful_step_count=30, derandomize=False)
     assert Store.runs >= 10_000
+    tally.add("sequences of the store machine", Store.runs)
 
 
 def test_a_save_that_returns_can_be_loaded_even_where_a_damaged_one_was(tmp_path: Path) -> None:
