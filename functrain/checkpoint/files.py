@@ -127,11 +127,7 @@ def read_file(
     path, and must read all of them.
     """
     with regular(filesystem, path) as (descriptor, size), _Hasher(size) as hasher:
-        if size != entry.size:
-            raise CheckpointError(
-                f"{path}: {size} bytes, and the manifest says {entry.size}; the file was "
-                "truncated or altered after the save"
-            )
+        _check_size(path, size, entry)
 
         def fill(buffer: memoryview) -> None:
             for piece in pieces(buffer):
@@ -145,6 +141,21 @@ def read_file(
         if hasher.hexdigest() != entry.sha256:
             raise _mismatch(path)
     return found
+
+
+def check_sizes(filesystem: FileSystem, directory: Path, entries: Mapping[str, File]) -> None:
+    """Raise `CheckpointError` unless every file is there with its size; nothing is read."""
+    for name, entry in entries.items():
+        with regular(filesystem, directory / name) as (_, size):
+            _check_size(directory / name, size, entry)
+
+
+def _check_size(path: Path, size: int, entry: File) -> None:
+    if size != entry.size:
+        raise CheckpointError(
+            f"{path}: {size} bytes, and the manifest says {entry.size}; the file was truncated or "
+            "altered after the save"
+        )
 
 
 def _altered(filesystem: FileSystem, path: Path, entry: File) -> CheckpointError | None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.layout import file_of
-from functrain.checkpoint.manifest import located
-from functrain.checkpoint.store import read_leaves
+from functrain.checkpoint.manifest import Manifest
+from functrain.checkpoint.store import newest, read_leaves
+from functrain.state import Leaf
 
 
 def inspect(
@@ -23,8 +24,11 @@ def inspect(
     `path`; `leaves`: every number of the state by its path; `files`: for each file its `size`,
     `sha256` and `tensors` (name to dtype and shape); `metrics` and `numerics` as they were saved.
     """
-    path: Path = located(directory)
-    manifest, stored = read_leaves(filesystem, path)
+
+    def read(path: Path) -> tuple[Path, Manifest, dict[str, Leaf]]:
+        return (path, *read_leaves(filesystem, path))
+
+    path, manifest, stored = newest(directory, read)
     tensors: dict[str, dict[str, Any]] = {name: {} for name in manifest.files}
     for place, leaf in sorted(stored.items()):
         if isinstance(leaf, Tensor):

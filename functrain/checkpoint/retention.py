@@ -7,6 +7,7 @@ from pathlib import Path
 
 import attrs
 
+from functrain.checkpoint.files import check_sizes
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.errors import CheckpointError
@@ -22,7 +23,8 @@ class Keep:
     """The newest `last`, each whose step `every` divides, and the `best` by `metric`.
 
     `metric` is one that `save` was given; `lower` says that less of it is better. A checkpoint
-    without it, or with NaN, is never among the best. What none of the three holds on to goes.
+    without it, or with NaN, is never among the best. What none of the three holds on to goes, but
+    nothing goes while one of the newest is damaged: what is older may be all that there is.
     """
 
     last: int = attrs.field(default=2, validator=_at_least_one)
@@ -32,12 +34,20 @@ class Keep:
     lower: bool = True
 
     def expendable(self, filesystem: FileSystem, root: Path) -> list[Path]:
-        """What may go, oldest first."""
+        """What may go, oldest first; `CheckpointError` where one of the newest lacks something.
+
+        By the manifests and the sizes of the files, not their hashes: reading everything again
+        would make each save as slow as a save and a load.
+        """
         found = checkpoints(root)
-        kept = {*found[-self.last :], *self._best(filesystem, found)}
+        newest = found[-self.last :]
+        kept = {*newest, *self._best(filesystem, found)}
         if self.every is not None:
             kept |= {path for path in found if (step_of(path) or 0) % self.every == 0}
-        return [path for path in found if path not in kept]
+        expendable = [path for path in found if path not in kept]
+        for path in newest if expendable else ():
+            check_sizes(filesystem, path, read_manifest(filesystem, path).files)
+        return expendable
 
     def _best(self, filesystem: FileSystem, found: list[Path]) -> list[Path]:
         if self.best is None:

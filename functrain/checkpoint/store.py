@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from functrain.checkpoint.layout import decode, encode, numbers, placed
 from functrain.checkpoint.manifest import (
     MANIFEST,
     STATE,
+    File,
     Manifest,
     checked_name,
     checkpoints,
@@ -43,7 +44,6 @@ from functrain.checkpoint.manifest import (
     latest,
     located,
     read_manifest,
-    step_of,
     to_bytes,
 )
 from functrain.checkpoint.retention import Keep
@@ -52,6 +52,7 @@ from functrain.state import Leaf, TrainState, check_state, device_of
 from functrain.trees import Tensors, select
 
 PathLike = str | os.PathLike[str]
+Found = TypeVar("Found")
 _ATTEMPTS = 10
 
 
@@ -269,36 +270,44 @@ def load(
         compare(asked, expected, path, strict=strict)
         return state
 
+    if not older:
+        return newest(directory, read)
+    state, refused = newest(directory, lambda path: _newest_valid(Path(directory), path, read))
+    for reason in refused:
+        warnings.warn(f"passed over: {reason}", SaveWarning, stacklevel=2)
+    return state
+
+
+def newest(directory: PathLike, read: Callable[[Path], Found]) -> Found:
+    """What `read` makes of a checkpoint or, of a directory of them, of the newest.
+
+    Beside a run that prunes, the newest may go while it is read: then there is a newer one, and
+    that is read instead. In the place of a checkpoint that was itself named no other is.
+    """
     root = Path(directory)
     with reading(root):
-        if older and root.is_dir() and step_of(root) is None and not (root / MANIFEST).exists():
-            return _newest_valid(root, read)
-        return _newest(root, read)
+        for _ in range(_ATTEMPTS):
+            path = located(root)
+            try:
+                return read(path)
+            except CheckpointError:
+                if path == root or latest(root) in (None, path):
+                    raise
+        raise CheckpointError(f"{root}: its checkpoints vanish faster than they can be read")
 
 
-def _newest(root: Path, read: Callable[[Path], TrainState]) -> TrainState:
-    for _ in range(_ATTEMPTS):
-        path = located(root)
-        try:
-            return read(path)
-        except CheckpointError:
-            # Beside a run that prunes, the newest may go while it is read: there is a newer one.
-            if path == root or path.is_dir() or latest(root) in (None, path):
-                raise
-    raise CheckpointError(f"{root}: its checkpoints vanish faster than they can be read")
-
-
-def _newest_valid(root: Path, read: Callable[[Path], TrainState]) -> TrainState:
+def _newest_valid(root: Path, path: Path, read: Callable[[Path], Found]) -> tuple[Found, list[str]]:
+    """What `read` makes of the newest valid checkpoint, and why those after it were refused."""
+    if path == root:
+        return read(path), []
     refused: list[str] = []
-    for path in reversed(checkpoints(root)):
+    for each in reversed(checkpoints(root)):
         try:
-            state = read(path)
+            return read(each), refused
         except CheckpointError as error:
+            if latest(root) != path:
+                raise  # It went, as there is a newer one: nothing is passed over.
             refused.append(str(error))
-            continue
-        for reason in refused:
-            warnings.warn(f"passed over: {reason}", SaveWarning, stacklevel=3)
-        return state
     raise CheckpointError("\n".join([f"{root}: holds no valid checkpoint", *refused]))
 
 
@@ -336,26 +345,33 @@ def load_model(
     `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them: the
     values are converted to those.
     """
-    with reading(Path(directory)):
-        path = located(directory)
-    entries = read_manifest(filesystem, path).files
 
-    def read(name: str, like: Mapping[str, Tensor]) -> Tensors:
-        file = f"{name}.safetensors"
-        items = read_file(filesystem, path / file, entries[file], safetensors.read)
-        try:
-            check_names(items, like, file, "the checkpoint is of another architecture")
-        except ArchitectureError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        for key, tensor in items.items():
-            if tensor.shape != like[key].shape:
-                raise CheckpointError(
-                    f"{path / file}: {key} has shape {list(tensor.shape)}, expected "
-                    f"{list(like[key].shape)}; the checkpoint is of another architecture"
-                )
-        return Tensors({k: t.to(like[k].device, like[k].dtype) for k, t in items.items()})
+    def read(path: Path) -> tuple[Tensors, Tensors]:
+        entries = read_manifest(filesystem, path).files
+        model, other = path / "model.safetensors", path / "buffers.safetensors"
+        return (
+            _read_as(filesystem, model, entries[model.name], params),
+            _read_as(filesystem, other, entries[other.name], buffers),
+        )
 
-    return read("model", params), read("buffers", buffers)
+    return newest(directory, read)
+
+
+def _read_as(
+    filesystem: FileSystem, path: Path, entry: File, like: Mapping[str, Tensor]
+) -> Tensors:
+    items = read_file(filesystem, path, entry, safetensors.read)
+    try:
+        check_names(items, like, path.name, "the checkpoint is of another architecture")
+    except ArchitectureError as error:
+        raise CheckpointError(f"{path.parent}: {error}") from error
+    for key, tensor in items.items():
+        if tensor.shape != like[key].shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(tensor.shape)}, expected "
+                f"{list(like[key].shape)}; the checkpoint is of another architecture"
+            )
+    return Tensors({k: t.to(like[k].device, like[k].dtype) for k, t in items.items()})
 
 
 def load_tensors(
@@ -365,9 +381,7 @@ def load_tensors(
 
     Paths are those of `functrain.fingerprints`. A pattern without a match raises `StateError`.
     """
-    with reading(Path(directory)):
-        path = located(directory)
-    _, stored = read_leaves(filesystem, path)
+    _, stored = newest(directory, lambda path: read_leaves(filesystem, path))
     return select({p: leaf for p, leaf in stored.items() if isinstance(leaf, Tensor)}, *patterns)
 
 

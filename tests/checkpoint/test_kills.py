@@ -52,11 +52,19 @@ def four(run: Path) -> None:
         ft.save(run, faults.states()[number])
 
 
+def first(name: str, work: Callable[[Path, FileSystem], object], run: Path) -> int:
+    """The place of the first operation of this name in some work on a copy of a run."""
+    operations = faults.operations(lambda files: work(faults.copy_of(run), files))
+    return next(at for at, operation in enumerate(operations) if operation.name == name)
+
+
 def killed_twice(run: Path) -> None:
     """A run that was killed in a save before its rename, and in a prune between two unlinks."""
     two(run)
-    saving = len(faults.operations(lambda files: save(2)(faults.copy_of(run), files))) - 4
-    for work, at in ((save(2), saving), (prune(1), 9)):
+    for work, at in (
+        (save(2), first("rename", save(2), run)),
+        (prune(1), first("unlink", prune(1), run) + 1),
+    ):
         assert faults.was_killed(faults.in_child(lambda w=work, k=at: w(run, faults.Killing(k))))
     assert faults.leftovers(run) == [".tmp-step-000000000002", ".trash-step-000000000000"]
 
@@ -64,7 +72,8 @@ def killed_twice(run: Path) -> None:
 def killed_in_prune(run: Path) -> None:
     """A run that was killed in a prune, before its first rename was made durable."""
     four(run)
-    assert faults.was_killed(faults.in_child(lambda: prune(1)(run, faults.Killing(5))))
+    at = first("rename", prune(1), run) + 1
+    assert faults.was_killed(faults.in_child(lambda: prune(1)(run, faults.Killing(at))))
     assert faults.leftovers(run) == [".trash-step-000000000000"]
 
 

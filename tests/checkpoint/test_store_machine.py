@@ -67,12 +67,14 @@ def name_of(step: int) -> str:
 
 @attrs.define
 class Saved:
-    """What must be there: `whole` until it is damaged, `readable` while its manifest is."""
+    """What must be there: `whole` until it is damaged, `readable` while its manifest is, `sized`
+    while its files have their sizes as well."""
 
     variant: int
     metric: float | None
     whole: bool = True
     readable: bool = True
+    sized: bool = True
 
 
 class Store(RuleBasedStateMachine):
@@ -127,13 +129,13 @@ class Store(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(last=st.integers(1, 3), every=st.none() | st.integers(2, 4), best=VARIANTS | st.none())
     def prune(self, last: int, every: int | None, best: int | None) -> None:
-        """The newest few, those that `every` divides and the best stay, and nothing else goes."""
+        """The newest few, those that `every` divides and the best stay, and nothing else goes;
+        nothing at all where one of the newest few is damaged."""
         keep = checkpoint.Keep(last=last, every=every, best=best)
         if best is not None and not all(saved.readable for saved in self.held.values()):
             with pytest.warns(SaveWarning, match="not removed"):
                 checkpoint.prune(self.root, keep)
             return
-        checkpoint.prune(self.root, keep)
         steps = sorted(self.held)
         kept = set(steps[-last:])
         kept |= {step for step in steps if every is not None and step % every == 0}
@@ -143,6 +145,12 @@ class Store(RuleBasedStateMachine):
             if saved.metric is not None and not math.isnan(saved.metric)
         ]
         kept |= {-step for _, step in sorted(measured)[: best or 0]}
+        damaged = not all(self.held[step].sized for step in steps[-last:])
+        if damaged and set(steps) - kept:
+            with pytest.warns(SaveWarning, match="not removed"):
+                checkpoint.prune(self.root, keep)
+            return
+        checkpoint.prune(self.root, keep)
         self.held = {step: saved for step, saved in self.held.items() if step in kept}
 
     @rule(step=STEPS, files=st.integers(0, 3))
@@ -193,6 +201,7 @@ class Store(RuleBasedStateMachine):
             return
         saved.whole = False
         saved.readable = saved.readable and file != "manifest.json"
+        saved.sized = saved.sized and saved.readable and how == "flip"
 
     @rule(step=STEPS, variant=VARIANTS)
     def write_beside_another_writer(self, step: int, variant: int) -> None:
