@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from functrain.loop import train
     from functrain.metrics import Metrics
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
-    from functrain.stages import dpo_step, make_step, pretrain_step, sft_step
+    from functrain.stages import dpo_step, kto_step, make_step, pretrain_step, sft_step
     from functrain.state import Cursor, TrainState, fingerprint, fingerprints
     from functrain.state import clone_state as clone
     from functrain.steps import Step
@@ -94,7 +94,7 @@ _NAMES = {
     "functrain.metrics": ("Metrics",),
     "functrain.precision": ("init_loss_scale", "scale_loss", "unscale", "update_loss_scale"),
     "functrain.state": ("Cursor", "TrainState", "fingerprint", "fingerprints"),
-    "functrain.stages": ("dpo_step", "make_step", "pretrain_step", "sft_step"),
+    "functrain.stages": ("dpo_step", "kto_step", "make_step", "pretrain_step", "sft_step"),
     "functrain.steps": ("Step",),
     "functrain.evaluation": ("evaluate",),
 }
@@ -130,6 +130,7 @@ __all__ = [
     "fingerprint",
     "fingerprints",
     "init_loss_scale",
+    "kto_step",
     "latest",
     "load",
     "make_step",

@@ -234,6 +234,19 @@ def bound_buffers(places: Slots) -> dict[str, Tensor]:
     return {name: _tensor_at(at) for name, at in places.buffers.items()}
 
 
+@contextmanager
+def kept_buffers(places: Slots) -> Iterator[None]:
+    """Inside a binding: what happens to the buffers within is undone at the end."""
+    before = bound_buffers(places)
+    for name, buffer in before.items():
+        _fill(places.buffers[name], buffer.clone())
+    try:
+        yield
+    finally:
+        for name, buffer in before.items():
+            _fill(places.buffers[name], buffer)
+
+
 def vocabulary_of(architecture: nn.Module) -> int | None:
     """How many token ids the architecture's input embedding knows, where that can be told.
 

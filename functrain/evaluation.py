@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -48,15 +50,23 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     values = gradient.values(state.params)
     buffers = gradient.buffer_values(state.buffers)
     seed = keys.derive(state.key, "evaluate")
+    objective = step.objective_of(state)
+    checked: Iterable[Batch] = checked_batches(step, batches)
     with (
         torch.no_grad(),
         bound(step.architecture, values, buffers, "eval", places=gradient.places) as model,
         keys.seeded(seed, device),
     ):
-        for batch in checked_batches(step, batches):
-            weight = weight + step.objective.weight(batch).to(weight.device)
+        couplings: Iterable[Any] = itertools.repeat(None)
+        if objective.batch_coupled:
+            # Of all batches together: the result must not depend on how they were cut.
+            checked = [to_device(batch, device) for batch in checked]
+            couplings = gradient.couplings(model, checked, objective, seed, device)
+        for batch, coupling in zip(checked, couplings, strict=False):
+            weight = weight + objective.weight(batch).to(weight.device)
             with step.precision.context(device):
-                _, metrics = gradient.measured(model, to_device(batch, device))
+                moved = to_device(batch, device)
+                _, metrics = gradient.measured(model, moved, objective, coupling)
             measured = measured.merge(metrics)
     if not measured:
         raise BatchError("batches: none, so there is nothing to evaluate")

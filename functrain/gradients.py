@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypedDict
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.architecture import Slots, bound, bound_buffers, check_fit, slots, vocabulary_of
+from functrain.architecture import (
+    Slots,
+    bound,
+    bound_buffers,
+    check_fit,
+    kept_buffers,
+    slots,
+    vocabulary_of,
+)
 from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
-from functrain.objectives.base import Objective
+from functrain.objectives.base import Coupled, Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.precision import LossScale, Precision, policy, scale_loss
 from functrain.trees import Tensors, global_norm, map_leaves
@@ -34,11 +43,19 @@ class Gradients:
     metrics: Metrics
 
 
+class _Options(TypedDict):
+    key: int
+    weight: Tensor | None
+    scaler: LossScale | None
+    objective: Objective | None
+
+
 class GradientFunction(Protocol):
     """`gradient(params, buffers, batch)`, for one batch or a sequence of micro-batches.
 
     `key` is the root of the step's randomness; `weight` divides the summed loss (by default the
-    objective's weight of all micro-batches together); `scaler` multiplies it.
+    objective's weight of all micro-batches together); `scaler` multiplies it. `objective` takes the
+    place of the function's own: the same with what a state carries for it.
     """
 
     def __call__(
@@ -50,6 +67,7 @@ class GradientFunction(Protocol):
         key: int = 0,
         weight: Tensor | None = None,
         scaler: LossScale | None = None,
+        objective: Objective | None = None,
     ) -> Gradients:
         """The gradient of (summed loss) / weight, times the loss scale."""
         ...
@@ -74,10 +92,19 @@ class ValueAndGrad:
         key: int = 0,
         weight: Tensor | None = None,
         scaler: LossScale | None = None,
+        objective: Objective | None = None,
     ) -> Gradients:
         """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
         checked = self.checked(batch)
-        return self.of_checked(params, buffers, checked, key=key, weight=weight, scaler=scaler)
+        return self.of_checked(
+            params,
+            buffers,
+            checked,
+            key=key,
+            weight=weight,
+            scaler=scaler,
+            objective=objective,
+        )
 
     def of_checked(
         self,
@@ -88,8 +115,10 @@ class ValueAndGrad:
         key: int,
         weight: Tensor | None,
         scaler: LossScale | None,
+        objective: Objective | None = None,
     ) -> Gradients:
         """The same of micro-batches that `checked` has seen, or that are slices of what it saw."""
+        objective = self.objective if objective is None else objective
         device = next((p.device for p in params.values()), torch.device("cpu"))
         ready = [to_device(each, device) for each in micro_batches]
         weight = self.weight(ready) if weight is None else weight
@@ -106,11 +135,13 @@ class ValueAndGrad:
             torch.enable_grad(),
             bound(self.architecture, leaves, bound_values, mode, places=self.places) as model,
         ):
+            couplings = self.couplings(model, ready, objective, key, device)
             for index, each in enumerate(ready):
                 with keys.seeded(keys.derive(key, "micro-batch", index), device):
                     with self.precision.context(device):
-                        loss, measured = self.measured(model, each)
-                    torch.autograd.backward(scale_loss(loss / weight, scaler), inputs=inputs)
+                        loss, measured = self.measured(model, each, objective, couplings[index])
+                    mean = (loss / weight).sum()
+                    torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
                 total.add()
                 metrics = metrics.merge(measured)
             after = bound_buffers(self.places)
@@ -128,18 +159,47 @@ class ValueAndGrad:
             return given
         return after.detach().to(given.dtype)
 
-    def measured(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The objective's sum and metrics; an index that the model does not know is a `BatchError`.
+    def couplings(
+        self,
+        model: nn.Module,
+        micro_batches: Sequence[Batch],
+        objective: Objective,
+        key: int,
+        device: torch.device,
+    ) -> Sequence[Any]:
+        """What each micro-batch must know of the others, where the objective couples them.
 
-        Not every architecture shows how many ids, labels or positions it knows.
+        With the randomness of the second pass, so that dropout drops the same.
         """
-        try:
-            return self.objective(model, batch)
-        except IndexError as error:
-            raise BatchError(
-                f"batch: the model has no place for one of its indices ({error}); check that "
-                "input_ids and labels are below the vocabulary, and the time within the positions"
-            ) from error
+        coupled = objective.batch_coupled and isinstance(objective, Coupled)
+        if len(micro_batches) == 1 or not coupled:
+            return [None] * len(micro_batches)
+        assert isinstance(objective, Coupled)
+        observed = []
+        # The buffers that this pass moves (BatchNorm's) are put back before the second.
+        with torch.no_grad(), kept_buffers(self.places):
+            for index, each in enumerate(micro_batches):
+                with (
+                    keys.seeded(keys.derive(key, "micro-batch", index), device),
+                    self.precision.context(device),
+                    _indexing(),
+                ):
+                    observed.append(objective.observe(model, each))
+        return objective.couple(observed)
+
+    def measured(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        objective: Objective | None = None,
+        coupling: Any = None,
+    ) -> tuple[Tensor, Metrics]:
+        """The sum and the metrics of a micro-batch; `coupling` is its own of `couplings`."""
+        objective = self.objective if objective is None else objective
+        with _indexing():
+            if coupling is not None and isinstance(objective, Coupled):
+                return objective(model, batch, coupling)
+            return objective(model, batch)
 
     def buffer_values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the forward sees of the buffers: clones, which a module may update in place.
@@ -185,7 +245,7 @@ class ValueAndGrad:
 
     def weight(self, micro_batches: Sequence[Batch]) -> Tensor:
         """The weight of all micro-batches together: what their summed losses are divided by."""
-        return torch.stack([self.objective.weight(each) for each in micro_batches]).sum()
+        return torch.stack([self.objective.weight(each) for each in micro_batches]).sum(0)
 
     def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
         return Tensors(
@@ -194,6 +254,21 @@ class ValueAndGrad:
                 for name, value in self.values(params).items()
             }
         )
+
+
+@contextmanager
+def _indexing() -> Iterator[None]:
+    """An index that the model does not know as a `BatchError`.
+
+    Not every architecture shows how many ids, labels or positions it knows.
+    """
+    try:
+        yield
+    except IndexError as error:
+        raise BatchError(
+            f"batch: the model has no place for one of its indices ({error}); check that "
+            "input_ids and labels are below the vocabulary, and the time within the positions"
+        ) from error
 
 
 class _Sum:
@@ -262,19 +337,24 @@ class Accumulated:
         key: int = 0,
         weight: Tensor | None = None,
         scaler: LossScale | None = None,
+        objective: Objective | None = None,
     ) -> Gradients:
         """The gradient of the whole logical batch, one micro-batch in memory at a time."""
+        options: _Options = {
+            "key": key,
+            "weight": weight,
+            "scaler": scaler,
+            "objective": objective,
+        }
         if not isinstance(batch, Mapping):
-            return self.gradient(params, buffers, batch, key=key, weight=weight, scaler=scaler)
+            return self.gradient(params, buffers, batch, **options)  # pyrefly: ignore[open-unpacking]
         if not isinstance(self.gradient, ValueAndGrad):
             parts = split_batch(batch, self.microbatches)
-            return self.gradient(params, buffers, parts, key=key, weight=weight, scaler=scaler)
+            return self.gradient(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
         # Checked once and whole: what is wrong is said in the words of the batch that was given.
         (whole,) = self.gradient.checked(batch)
         parts = split_batch(whole, self.microbatches)
-        return self.gradient.of_checked(
-            params, buffers, parts, key=key, weight=weight, scaler=scaler
-        )
+        return self.gradient.of_checked(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
 
 
 def accumulate(gradient: GradientFunction, microbatches: int) -> Accumulated:

@@ -18,7 +18,8 @@ Reading = Literal["mean", "total", "exp"]
 class Metric:
     """A sum and its weight, both 0-d float64 tensors, and how to read them.
 
-    `mean` is sum/weight; `exp` is its exponential (a perplexity, whose sum and weight are the
+    Several sums with a weight each, both [k], are read as one: the quotients are added. `mean` is
+    sum/weight; `exp` is its exponential (a perplexity, whose sum and weight are the
     loss's own, so that it merges as the loss does); `total` is the sum.
     """
 
@@ -35,7 +36,7 @@ class Metric:
         """The reading: a 0-d float64 tensor."""
         if self.reading == "total":
             return self.sum
-        mean = self.sum / self.weight
+        mean = (self.sum / self.weight).sum()
         return mean.exp() if self.reading == "exp" else mean
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import attrs
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from functrain.errors import ConfigError, did_you_mean
 from functrain.guards import SpikeGuard
 from functrain.objectives.base import Objective
 from functrain.objectives.language import LanguageModeling
-from functrain.objectives.preference import PreferenceOptimization
+from functrain.objectives.logprobs import HeadMode
+from functrain.objectives.preference import Mix, PreferenceOptimization
+from functrain.objectives.unpaired import UnpairedOptimization
 from functrain.optimizers import Optimizer
 from functrain.precision import Precision
 from functrain.schedules import Plateau, Schedule
@@ -67,11 +69,15 @@ def pretrain_step(
     architecture: nn.Module,
     optimizer: Optimizer,
     *,
+    head: HeadMode = "auto",
     schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
-    """Next-token cross entropy over every labelled token; options as for `make_step`."""
-    objective = LanguageModeling(name="pretrain")
+    """Next-token cross entropy over every labelled token; options as for `make_step`.
+
+    `head`: `auto` makes logits a few rows at a time where that saves memory, `full` never.
+    """
+    objective = LanguageModeling(name="pretrain", head=head)
     return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
 
 
@@ -79,12 +85,29 @@ def sft_step(
     architecture: nn.Module,
     optimizer: Optimizer,
     *,
+    head: HeadMode = "auto",
     schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
     """Cross entropy over the completion's tokens, which the labels single out."""
-    objective = LanguageModeling(name="sft")
+    objective = LanguageModeling(name="sft", head=head)
     return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
+
+
+class PreferenceOptions(StepOptions, total=False):
+    """What `dpo_step` takes beside; each is described at `PreferenceOptimization`."""
+
+    simpo_gamma: float
+    cpo_alpha: float
+    orpo_lambda: float
+    discopop_tau: float
+    divergence: str
+    divergence_alpha: float
+    length_normalized: bool
+    ld_alpha: float | None
+    wpo: bool
+    reference_mixup: float | None
+    reference_sync: int
 
 
 def dpo_step(
@@ -93,21 +116,54 @@ def dpo_step(
     *,
     reference: Mapping[str, Tensor] | None = None,
     beta: float = 0.1,
-    loss: str = "sigmoid",
+    loss: Mix = "sigmoid",
     label_smoothing: float = 0.0,
     dropout: bool = False,
+    head: HeadMode = "auto",
     schedule: Schedule | Plateau | float | None = None,
-    **options: Unpack[StepOptions],
+    **options: Unpack[PreferenceOptions],
 ) -> Step:
     """Direct preference optimisation (2305.18290) against `reference`, params of this architecture.
 
-    Without a reference every batch must carry `reference_logps`. See `PreferenceOptimization`.
+    `loss`: any of `functrain.objectives.LOSSES`, or a weighted mix, `{"sigmoid": 1.0, "sft": 0.2}`.
+    Without a reference every batch must carry `reference_logps`, where a loss reads them. The
+    modifiers are described at `PreferenceOptimization`.
     """
+    given: dict[str, Any] = dict(options)
+    known = PreferenceOptions.__annotations__.keys() - StepOptions.__annotations__.keys()
+    modifiers = {name: given.pop(name) for name in known & given.keys()}
     objective = PreferenceOptimization(
         reference=reference,
         beta=beta,
         loss=loss,
         label_smoothing=label_smoothing,
         dropout=dropout,
+        head=head,
+        **modifiers,
+    )
+    return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **given)
+
+
+def kto_step(
+    architecture: nn.Module,
+    optimizer: Optimizer,
+    *,
+    reference: Mapping[str, Tensor] | None = None,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    dropout: bool = False,
+    head: HeadMode = "auto",
+    schedule: Schedule | Plateau | float | None = None,
+    **options: Unpack[StepOptions],
+) -> Step:
+    """KTO (2402.01306), for completions without a pair; see `UnpairedOptimization`."""
+    objective = UnpairedOptimization(
+        reference=reference,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        dropout=dropout,
+        head=head,
     )
     return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)

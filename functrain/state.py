@@ -50,7 +50,8 @@ class TrainState:
     skipped step (overflow, non-finite gradients) advances only the first. `params` and `buffers`
     map the module's own names to tensors, sorted. `key` is the root of all randomness. `average`
     is the moving average of the params where a step keeps one, `guard` what a spike guard has seen;
-    `reference` is for the reference params of a method that moves them.
+    `reference` is that of a method that moves it (TR-DPO), `running` what else an objective carries
+    (the running mean of `bco_pair`).
 
     Change a field with `attrs.evolve(state, ...)`; branch with `functrain.clone(state)` where a
     donating step follows.
@@ -67,6 +68,7 @@ class TrainState:
     average: Tensors | None = None
     reference: Tensors | None = None
     guard: GuardState | None = None
+    running: Tensors | None = None
 
 
 class _ConsumedState(TrainState):
@@ -224,6 +226,7 @@ def clone_state(state: TrainState) -> TrainState:
         ),
         average=None if state.average is None else clone(state.average),
         reference=None if state.reference is None else clone(state.reference),
+        running=None if state.running is None else clone(state.running),
     )
 
 

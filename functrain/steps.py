@@ -23,7 +23,7 @@ from functrain.gradients import (
 )
 from functrain.guards import SpikeGuard
 from functrain.metrics import Metrics
-from functrain.objectives.base import Objective
+from functrain.objectives.base import Carrying, Coupled, Objective
 from functrain.optimizers import Optimizer, OptimizerState
 from functrain.precision import POLICIES, LossScale, Precision, policy, unscale, update_loss_scale
 from functrain.schedules import Plateau, Schedule
@@ -37,7 +37,16 @@ from functrain.state import (
     refuse_aliases,
     writable_state,
 )
-from functrain.trees import Tensors, clone, global_norm, owning, storages, succeeding, tensors
+from functrain.trees import (
+    Tensors,
+    clone,
+    global_norm,
+    map_leaves,
+    owning,
+    storages,
+    succeeding,
+    tensors,
+)
 
 Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -106,10 +115,12 @@ class Step:
                 "architecture: every parameter is frozen (requires_grad is False), so there is "
                 "nothing to train; unfreeze some before functrain.split"
             )
-        if self.objective.batch_coupled and self.microbatches > 1:
+        coupled = self.objective.batch_coupled and not isinstance(self.objective, Coupled)
+        if coupled and self.microbatches > 1:
             raise ConfigError(
                 f"microbatches={self.microbatches}: the {self.objective.name!r} loss couples the "
-                "examples of a batch, so its micro-batches would be another loss; use 1"
+                "examples of a batch, so its micro-batches would be another loss; use 1, or give "
+                "the objective observe and couple (functrain.objectives.Coupled)"
             )
 
     def init(
@@ -136,7 +147,27 @@ class Step:
             key=checked_key(seed),
             average=clone(params) if self.ema_decay is not None else None,
             guard=None if self.guard is None else self.guard.init(device),
+            reference=self._moving_reference(params),
+            running=self._running(device),
         )
+
+    def _moving_reference(self, params: Tensors) -> Tensors | None:
+        objective = self.objective
+        if not isinstance(objective, Carrying) or objective.reference_mixup is None:
+            return None
+        assert objective.reference is not None  # the objective has refused it otherwise
+        # Its own memory, which no step of another run and no donation writes into.
+        return map_leaves(lambda tensor: tensor.detach().clone(), objective.reference)
+
+    def _running(self, device: torch.device) -> Tensors | None:
+        objective = self.objective
+        return objective.init_running(device) if isinstance(objective, Carrying) else None
+
+    def objective_of(self, state: TrainState) -> Objective:
+        """The objective with what the state carries for it: a moving reference, running means."""
+        if not isinstance(self.objective, Carrying):
+            return self.objective
+        return self.objective.carrying(state.reference, state.running)
 
     def adopt(self, state: TrainState) -> TrainState:
         """A state of another stage as this one's start: its params and buffers, the rest fresh.
@@ -181,6 +212,7 @@ class Step:
             batch,
             key=keys.derive(state.key, "step", state.step),
             scaler=state.scaler,
+            objective=self.objective_of(state),
         )
         if "loss" not in result.metrics:
             raise ConfigError(
@@ -242,13 +274,38 @@ class Step:
         finite: Tensor,
         applied: Tensor,
     ) -> TrainState:
-        """With the loss scale and the guard after this step; a spike is no overflow."""
+        """With the loss scale, the guard and what the objective carries; a spike is no overflow."""
         scaler, guard = state.scaler, state.guard
         if scaler is not None:
             scaler = update_loss_scale(scaler, finite)
         if self.guard is not None and guard is not None:
             guard = self.guard.observe(guard, metrics["loss"], metrics["grad_norm"], applied)
-        return attrs.evolve(successor, scaler=scaler, guard=guard)
+        return attrs.evolve(
+            successor,
+            scaler=scaler,
+            guard=guard,
+            reference=self._moved_reference(successor, applied),
+            running=self._advanced_running(state.running, metrics, applied),
+        )
+
+    def _moved_reference(self, successor: TrainState, applied: Tensor) -> Tensors | None:
+        """α·π + (1−α)·ref where the step is a multiple of k (TR-DPO, 2404.09656)."""
+        objective, reference = self.objective, successor.reference
+        if not isinstance(objective, Carrying) or reference is None:
+            return reference
+        mixup = objective.reference_mixup
+        if mixup is None or successor.step % objective.reference_sync:
+            return reference
+        params = [successor.params[name].to(old.dtype) for name, old in reference.items()]
+        moved = torch._foreach_lerp(list(reference.values()), params, mixup)
+        return _where(applied, Tensors(zip(reference, moved, strict=True)), reference)
+
+    def _advanced_running(
+        self, running: Tensors | None, metrics: Metrics, applied: Tensor
+    ) -> Tensors | None:
+        if not isinstance(self.objective, Carrying) or running is None:
+            return running
+        return _where(applied, self.objective.advance(running, metrics), running)
 
     def learning_rate(self, state: TrainState) -> Tensor:
         """The learning rate of the next update: float64, 0-d."""
@@ -344,6 +401,18 @@ class Step:
             raise StateError(
                 "guard: this step and this state disagree about a spike guard or its window; carry "
                 "the state over with step.adopt(state)"
+            )
+        moving = isinstance(self.objective, Carrying) and self.objective.reference_mixup is not None
+        if moving != (state.reference is not None):
+            raise StateError(
+                "reference: this step and this state disagree about a moving reference; carry the "
+                "state over with step.adopt(state)"
+            )
+        expected = self._running(device_of(state.params))
+        if (expected or {}).keys() != (state.running or {}).keys():
+            raise StateError(
+                "running: this step and this state disagree about what the objective carries; "
+                "carry the state over with step.adopt(state)"
             )
         if (self.ema_decay is not None) != (state.average is not None):
             raise StateError(

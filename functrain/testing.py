@@ -279,6 +279,8 @@ def pairs(
         examples, time = chosen["input_ids"].shape
         shape = (examples, max(2, time - cut))
         ids = torch.randint(0, vocabulary, shape, generator=generator)
+        # Never the same completion twice: nothing would be preferred.
+        ids[:, -1] = (chosen["input_ids"][:, shape[1] - 1] + 1) % vocabulary
         return {"chosen": chosen, "rejected": {"input_ids": ids, "labels": ids.clone()}}
 
     sequences = batches(vocabulary, max_examples=max_examples, max_time=max_time)

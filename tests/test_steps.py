@@ -517,11 +517,19 @@ def test_an_evaluation_is_of_the_params_and_keeps_no_history() -> None:
 
 @pytest.mark.parametrize("field", ["average", "reference"])
 def test_donating_what_the_state_keeps_beside_the_params_is_refused(field: str) -> None:
-    step, state = _made(ema_decay=0.9)
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.dpo_step(
+        architecture,
+        ft.optim.adamw(1e-1),
+        reference=ft.trees.clone(params),
+        reference_mixup=0.5,
+        ema_decay=0.9,
+    )
+    state = step.init(params, buffers)
     shared = attrs.evolve(state, **{field: state.params})
     with pytest.raises(ft.AliasError, match="shares storage"):
-        step(shared, zoo.batch(), donate=True)
-    assert step(shared, zoo.batch())[0].step == 1
+        step(shared, zoo.pairs(), donate=True)
+    assert step(shared, zoo.pairs())[0].step == 1
 
 
 def test_a_donated_step_writes_into_the_old_states_memory_and_names_it_consumed() -> None:

@@ -135,6 +135,10 @@ class Decoder(nn.Module):
         """The embedding of `input_ids`."""
         return self.model.embed_tokens
 
+    def get_output_embeddings(self) -> nn.Linear:
+        """The projection from hidden states to logits."""
+        return self.lm_head
+
 
 class Trunk(nn.Module):
     """Embedding, blocks and the last norm."""

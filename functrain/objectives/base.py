@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from functrain.architecture import Mode
 from functrain.errors import ArchitectureError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import MODEL_INPUTS, Batch
+from functrain.trees import Tensors
 
 
 class Objective(Protocol):
@@ -40,7 +42,10 @@ class Objective(Protocol):
         ...
 
     def weight(self, batch: Batch) -> Tensor:
-        """What the batch counts for: target tokens, or pairs; int64, 0-d; known before compute."""
+        """What the batch counts for: target tokens, or pairs; int64; known before compute.
+
+        0-d; or [k] for a loss of k sums, each of which is divided by a weight of its own.
+        """
         ...
 
     def check_weight(self, weight: Tensor) -> None:
@@ -48,7 +53,7 @@ class Objective(Protocol):
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The summed loss (0-d, with its gradient history) and metrics, within a binding.
+        """The summed loss (as `weight` 0-d or [k], with its history) and metrics, in a binding.
 
         Among the metrics is `loss`, the mean of the sum.
         """
@@ -56,6 +61,66 @@ class Objective(Protocol):
 
     def kept(self) -> Mapping[str, Tensor] | None:
         """Tensors that the objective reads at every step and nobody may overwrite."""
+        ...
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """An objective whose micro-batches need to know of each other: `batch_coupled`.
+
+    In a first pass, without gradients, every micro-batch is observed; what `couple` makes of the
+    observations is handed to the call for each. A batch in one piece is its own whole, and its
+    call is handed nothing.
+    """
+
+    def observe(self, model: nn.Module, batch: Batch) -> Any:
+        """What the others need to know of a micro-batch."""
+        ...
+
+    def couple(self, observed: Sequence[Any]) -> Sequence[Any]:
+        """What each micro-batch needs to know of the whole, in their order."""
+        ...
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, coupling: Any = None
+    ) -> tuple[Tensor, Metrics]:
+        """As `Objective`'s, of one part of a batch."""
+        ...
+
+
+@runtime_checkable
+class Carrying(Protocol):
+    """An objective with tensors of its own in the state: running means, a moving reference.
+
+    `reference_mixup` α and `reference_sync` k: every k steps the reference moves by α towards the
+    params; None: it does not.
+    """
+
+    @property
+    def reference(self) -> Tensors | None:
+        """The reference at the beginning."""
+        ...
+
+    @property
+    def reference_mixup(self) -> float | None:
+        """How far the reference moves."""
+        ...
+
+    @property
+    def reference_sync(self) -> int:
+        """Steps between its moves."""
+        ...
+
+    def init_running(self, device: torch.device) -> Tensors | None:
+        """`state.running` before the first step; None where nothing is carried."""
+        ...
+
+    def advance(self, running: Tensors, metrics: Metrics) -> Tensors:
+        """`state.running` after an applied step with these metrics."""
+        ...
+
+    def carrying(self, reference: Tensors | None, running: Tensors | None) -> Objective:
+        """The objective with what a state carries for it."""
         ...
 
 

@@ -19,6 +19,8 @@ from functrain.objectives.batches import (
     check_targets,
     count_targets,
 )
+from functrain.objectives.chunks import summed_cross_entropy
+from functrain.objectives.logprobs import HeadMode, head_mode, hidden_rows
 
 
 @attrs.frozen(kw_only=True)
@@ -27,11 +29,13 @@ class LanguageModeling:
 
     `labels` are aligned with `input_ids`; the shift is inside: position t predicts the label at
     t + 1, and −100 is no target. The weight is the number of target tokens. Pretraining and SFT
-    differ only in which labels the data leaves.
+    differ only in which labels the data leaves. `head`: `auto` makes the logits a few rows at a
+    time where that saves memory, `full` never; the same to rounding.
     """
 
     name: str = "pretrain"
     mode: Mode = "train"
+    head: HeadMode = attrs.field(default="auto", validator=head_mode)
     batch_coupled: bool = attrs.field(default=False, init=False)
 
     def check(self, batch: Batch, vocabulary: int | None) -> None:
@@ -48,12 +52,8 @@ class LanguageModeling:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The summed cross entropy, with loss, perplexity, accuracy and the number of targets."""
-        logits = logits_of(model, batch)[:, :-1].flatten(0, 1)
-        targets = batch["labels"][:, 1:].flatten()
-        total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        total, correct = _summed(model, batch, self.head)
         weight = count_targets(batch)
-        # A label of -100 is no token id, so what is ignored never counts as right.
-        correct = (logits.detach().argmax(-1) == targets).sum()
         return total, Metrics(
             {
                 "loss": m.mean(total, weight),
@@ -66,3 +66,15 @@ class LanguageModeling:
     def kept(self) -> Mapping[str, Tensor] | None:
         """Nothing: the loss needs the batch and the params alone."""
         return None
+
+
+def _summed(model: nn.Module, batch: Batch, head: HeadMode) -> tuple[Tensor, Tensor]:
+    """The summed cross entropy, and how many targets are the mode."""
+    rows = hidden_rows(model, batch, head=head)
+    if rows is not None:
+        return summed_cross_entropy(rows.hidden, rows.targets, rows.projection)
+    logits = logits_of(model, batch)[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    # A label of -100 is no token id, so what is ignored never counts as right.
+    return total, (logits.detach().argmax(-1) == targets).sum()

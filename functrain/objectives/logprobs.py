@@ -1,29 +1,169 @@
-"""Log-probabilities of whole completions, and what else their logits say."""
+"""Log-probabilities of target tokens, and what else their distributions say.
+
+Where the logits of a batch would be more than a byte budget, and the architecture shows its head,
+they are made a few rows at a time (`functrain.objectives.chunks`), and rows without a target not at
+all; the results are the same to rounding. The choice is a function of the batch's shape alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
+import attrs
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from functrain import metrics as m
+from functrain.errors import ConfigError
 from functrain.metrics import Metrics
+from functrain.objectives import chunks
 from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch
+from functrain.objectives.chunks import BUDGET, Projection
+from functrain.objectives.head import Head, find_head
+
+HeadMode = Literal["auto", "full"]
+"""`auto`: by chunks where that saves memory. `full`: the model's logits as they are, always."""
 
 
-def sequence_logps(model: Callable[..., object], batch: Batch) -> tuple[Tensor, Tensor]:
-    """Per example, Σ_t log p(label_t) over its target tokens, and how many there are.
+def head_mode(_record: object, _field: object, given: object) -> None:
+    """Raise `ConfigError` for what is no `HeadMode`."""
+    if given not in ("auto", "full"):
+        raise ConfigError(f"head: {given!r}, expected 'auto' or 'full'")
 
-    `(float [batch], int64 [batch])`, in nats.
+
+@attrs.frozen(eq=False, kw_only=True)
+class TokenScores:
+    """Of each position that predicts, [batch, time − 1]; 0 where `mask` says there is no target.
+
+    `logps`: log p(target), nats, with its history. Without: `entropy` of the distribution, nats;
+    `correct`, whether the target is its mode; `level`, the mean logit; `collision`, log Σ_v p(v)².
     """
-    return completion_logps(logits_of(model, batch), batch["labels"])
+
+    logps: Tensor
+    mask: Tensor
+    entropy: Tensor
+    correct: Tensor
+    level: Tensor
+    collision: Tensor
+
+    @property
+    def sums(self) -> Tensor:
+        """Σ_t log p(target) of each sequence: [batch]."""
+        return self.logps.sum(-1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of targets of each sequence: int64 [batch]."""
+        return self.mask.sum(-1)
+
+    def masked(self, mask: Tensor) -> TokenScores:
+        """The scores of fewer positions."""
+        return TokenScores(
+            logps=torch.where(mask, self.logps, 0.0),
+            mask=mask,
+            entropy=torch.where(mask, self.entropy, 0.0),
+            correct=self.correct & mask,
+            level=torch.where(mask, self.level, 0.0),
+            collision=torch.where(mask, self.collision, 0.0),
+        )
 
 
-def completion_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`sequence_logps` of logits [batch, time, vocabulary] and labels [batch, time].
+@attrs.frozen(eq=False)
+class HiddenRows:
+    """The hidden states of the rows that predict something, their targets, and the projection.
+
+    `places`: which of the flattened [batch, time − 1] they are; None: all.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    places: Tensor | None
+    projection: Projection
+
+
+def hidden_rows(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    call: Callable[..., object] | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    head: HeadMode = "auto",
+    budget: int = BUDGET,
+) -> HiddenRows | None:
+    """The rows to be scored by chunks; None where the logits are to be taken whole.
+
+    `call` and `values`: another forward than the model's own, with these params.
+    """
+    shown = find_head(model) if head == "auto" else "not asked for"
+    if not isinstance(shown, Head):
+        return None
+    targets = batch["labels"][:, 1:].flatten()
+    if not chunks.exceeds(len(targets), shown.projection.out_features, budget):
+        return None
+    hidden = shown.hidden(model if call is None else call, batch)[:, :-1].flatten(0, 1)
+    places = None
+    if targets.device.type == "cpu":  # on an accelerator it would be a wait
+        places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        if len(places) == len(targets):
+            places = None
+        else:
+            hidden, targets = hidden.index_select(0, places), targets[places]
+    return HiddenRows(hidden, targets, places, _projection(model, shown, values, budget))
+
+
+def _projection(
+    model: nn.Module, head: Head, values: Mapping[str, Tensor] | None, budget: int
+) -> Projection:
+    weight: Tensor = head.projection.weight
+    bias: Tensor | None = head.projection.bias
+    if values is not None:
+        weight = values[head.weight]
+        bias = None if head.bias is None else values[head.bias]
+    return Projection(weight=weight, bias=bias, finish=head.finish(model), budget=budget)
+
+
+def token_scores(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    call: Callable[..., object] | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    head: HeadMode = "auto",
+    detailed: bool = True,
+    budget: int = BUDGET,
+) -> TokenScores:
+    """The scores of a batch of sequences; arguments as for `hidden_rows`.
+
+    Without `detailed` only `logps` and `correct` are computed, the others are 0.
+    """
+    rows = hidden_rows(model, batch, call=call, values=values, head=head, budget=budget)
+    if rows is None:
+        logits = logits_of(model if call is None else call, batch)
+        return scores_of(logits, batch["labels"], detailed=detailed)
+    found = chunks.scored(rows.hidden, rows.targets, rows.projection, detailed=detailed)
+    mask = batch["labels"][:, 1:] != IGNORE_INDEX
+
+    def placed(values: Tensor) -> Tensor:
+        if rows.places is not None:
+            whole = values.new_zeros(mask.numel())
+            values = whole.index_copy(0, rows.places, values)
+        return values.view(mask.shape)
+
+    return TokenScores(
+        logps=placed(found.logps),
+        mask=mask,
+        entropy=placed(found.entropy),
+        correct=placed(found.correct),
+        level=placed(found.level),
+        collision=placed(found.collision),
+    )
+
+
+def scores_of(logits: Tensor, labels: Tensor, *, detailed: bool = True) -> TokenScores:
+    """`token_scores` of logits [batch, time, vocabulary] and labels [batch, time].
 
     Cross entropy without reduction gives −log p for each target and 0 where there is none.
     """
@@ -31,25 +171,47 @@ def completion_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     losses = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return -losses.view(targets.shape).sum(-1), (targets != IGNORE_INDEX).sum(-1)
+    mask = targets != IGNORE_INDEX
+    logps = -losses.view(targets.shape)
+    with torch.no_grad():
+        # A label of -100 is no token id, so what is ignored is never the mode.
+        correct = logits.argmax(-1) == targets
+        entropy = level = collision = torch.zeros_like(logps)
+        if detailed:
+            normed = logits.log_softmax(-1)
+            # Masked, not indexed: indexing would wait for an accelerator.
+            entropy = torch.where(mask, torch.special.entr(normed.exp()).sum(-1), 0.0)
+            level = torch.where(mask, logits.mean(-1), 0.0)
+            collision = torch.where(mask, (2 * normed).logsumexp(-1), 0.0)
+    return TokenScores(
+        logps=logps, mask=mask, entropy=entropy, correct=correct, level=level, collision=collision
+    )
+
+
+def sequence_logps(
+    model: nn.Module, batch: Batch, *, head: HeadMode = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Per example, Σ_t log p(label_t) over its target tokens, and how many there are.
+
+    `(float [batch], int64 [batch])`, in nats.
+    """
+    scores = token_scores(model, batch, head=head, detailed=False)
+    return scores.sums, scores.lengths
 
 
 @torch.no_grad()
-def token_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+def token_metrics(scores: TokenScores) -> Metrics:
     """Metrics over completion tokens of pairs stacked as chosen, then rejected.
 
     `entropy` (nats) over both; `mean_token_accuracy` over the chosen; `logits/chosen` and
-    `logits/rejected`, the mean logit. Masked, not indexed: indexing would wait for an accelerator.
+    `logits/rejected`, the mean logit.
     """
-    logits, targets = logits[:, :-1], labels[:, 1:]
-    mask = targets != IGNORE_INDEX
-    entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    correct = (logits.argmax(-1) == targets).chunk(2)[0]
-    level_chosen, level_rejected = torch.where(mask, logits.mean(-1), 0.0).chunk(2)
-    chosen, rejected = (side.sum() for side in mask.chunk(2))
+    correct = scores.correct.chunk(2)[0]
+    level_chosen, level_rejected = scores.level.chunk(2)
+    chosen, rejected = (side.sum() for side in scores.mask.chunk(2))
     return Metrics(
         {
-            "entropy": m.mean(torch.where(mask, entropy, 0.0).sum(), chosen + rejected),
+            "entropy": m.mean(scores.entropy.sum(), chosen + rejected),
             "mean_token_accuracy": m.mean(correct.sum(), chosen),
             "logits/chosen": m.mean(level_chosen.sum(), chosen),
             "logits/rejected": m.mean(level_rejected.sum(), rejected),

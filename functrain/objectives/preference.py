@@ -1,106 +1,50 @@
-"""Direct preference optimisation: pairs of completions, and a reference that is a value."""
+"""Preference optimisation: pairs of completions, a loss, and a reference that is a value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functrain import metrics as m
 from functrain.architecture import Mode
 from functrain.errors import BatchError, ConfigError, did_you_mean, is_number
 from functrain.metrics import Metrics
-from functrain.objectives.base import logits_of
-from functrain.objectives.batches import (
-    IGNORE_INDEX,
-    Batch,
-    check_sequences,
-    examples_in,
+from functrain.objectives.batches import IGNORE_INDEX, Batch, examples_in
+from functrain.objectives.logprobs import (
+    HeadMode,
+    TokenScores,
+    head_mode,
+    token_metrics,
+    token_scores,
 )
-from functrain.objectives.logprobs import completion_logps, token_metrics
-from functrain.objectives.reference import reference_logps
+from functrain.objectives.losses import (
+    DIVERGENCES,
+    LOSSES,
+    Likelihood,
+    Options,
+    PairLogps,
+    PairLoss,
+    divergence_of,
+    log_odds,
+)
+from functrain.objectives.pairs import (
+    check_pairs,
+    concatenated,
+    reference_tokens,
+    sequence_labels,
+)
+from functrain.objectives.reference import reference_scores
 from functrain.trees import Tensors, clone
 
-
-@attrs.frozen(kw_only=True, eq=False)
-class PairLogps:
-    """What a preference loss reads: log-probs summed over completion tokens, float [pairs], nats.
-
-    `chosen_length` and `rejected_length` count the completion tokens, int64 [pairs].
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    reference_chosen: Tensor
-    reference_rejected: Tensor
-    chosen_length: Tensor
-    rejected_length: Tensor
-
-    @property
-    def delta_chosen(self) -> Tensor:
-        """Δ_w, the policy's log-prob of the chosen completion over the reference's."""
-        return self.chosen - self.reference_chosen
-
-    @property
-    def delta_rejected(self) -> Tensor:
-        """Δ_l, the same of the rejected completion."""
-        return self.rejected - self.reference_rejected
-
-    @property
-    def margin(self) -> Tensor:
-        """m = Δ_w − Δ_l."""
-        return self.delta_chosen - self.delta_rejected
+Mix = str | Mapping[str, float]
 
 
-PairLoss = Callable[[PairLogps, float, float], Tensor]
-
-
-def sigmoid(logps: PairLogps, beta: float, smoothing: float) -> Tensor:
-    """−(1−ε)·logσ(βm) − ε·logσ(−βm): DPO (2305.18290), with ε > 0 conservative DPO."""
-    scaled = beta * logps.margin
-    if not smoothing:
-        return -F.logsigmoid(scaled)
-    return -(1 - smoothing) * F.logsigmoid(scaled) - smoothing * F.logsigmoid(-scaled)
-
-
-def robust(logps: PairLogps, beta: float, smoothing: float) -> Tensor:
-    """[−(1−ε)·logσ(βm) + ε·logσ(−βm)] / (1−2ε): robust DPO (2403.00409), ε < ½."""
-    scaled = beta * logps.margin
-    signed = -(1 - smoothing) * F.logsigmoid(scaled) + smoothing * F.logsigmoid(-scaled)
-    return signed / (1 - 2 * smoothing)
-
-
-def hinge(logps: PairLogps, beta: float, _smoothing: float) -> Tensor:
-    """max(0, 1 − βm): SLiC (2305.10425) and RSO (2309.06657)."""
-    return F.relu(1 - beta * logps.margin)
-
-
-def ipo(logps: PairLogps, beta: float, _smoothing: float) -> Tensor:
-    """(Δ_w/|y_w| − Δ_l/|y_l| − 1/(2β))²: IPO (2310.12036), on token means."""
-    chosen = logps.delta_chosen / logps.chosen_length
-    rejected = logps.delta_rejected / logps.rejected_length
-    return (chosen - rejected - 1 / (2 * beta)) ** 2
-
-
-LOSSES: Mapping[str, PairLoss] = {
-    "sigmoid": sigmoid,
-    "robust": robust,
-    "hinge": hinge,
-    "ipo": ipo,
-}
-SMOOTHED = ("sigmoid", "robust")
-
-
-def _loss_name(_instance: object, _attribute: object, name: str) -> None:
-    if name not in LOSSES:
-        raise ConfigError(f"loss: {name!r} is unknown; {did_you_mean(str(name), LOSSES)}")
-
-
-def _optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
+def optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
     """A plain mapping is copied: a step may donate the memory that it was made of."""
     if value is None or isinstance(value, Tensors):
         return value
@@ -112,99 +56,371 @@ def _optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
     return clone(value)
 
 
+def _mixed(given: Mix) -> Mapping[str, float]:
+    if isinstance(given, str):
+        given = {given: 1.0}
+    if not isinstance(given, Mapping) or not given:
+        raise ConfigError(f"loss: {given!r}, expected a name, or weights by name")
+    for name, weight in given.items():
+        if name not in LOSSES:
+            near = did_you_mean(str(name), LOSSES)
+            raise ConfigError(f"loss: {name!r} is unknown; {near}")
+        if not is_number(weight) or not 0 < weight < math.inf:
+            raise ConfigError(f"loss: the weight of {name!r} is {weight!r}, expected above 0")
+    return dict(given)
+
+
+def within(
+    low: float, high: float, what: str, *, above: bool = False, optional: bool = False
+) -> Any:
+    """A validator of a number in [low, high), with `above` in (low, high)."""
+
+    def check(_record: object, field: attrs.Attribute[Any], value: object) -> None:
+        if value is None and optional:
+            return
+        if not is_number(value) or not low <= value < high or (above and value == low):
+            raise ConfigError(f"{field.name}: {value!r}, expected {what}")
+
+    return check
+
+
+_positive = within(0, math.inf, "a positive finite number", above=True)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Coupling:
+    """What a micro-batch needs to know of the whole batch: the loss's share of it, and its slope.
+
+    `chosen`, `rejected`: d loss / d log-prob, float [pairs]; `value`: 0-d.
+    """
+
+    value: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+    def applied(self, logps: PairLogps) -> Tensor:
+        """A value and a gradient as the loss's own: the log-probs enter linearly."""
+        linear = (self.chosen * logps.chosen).sum() + (self.rejected * logps.rejected).sum()
+        return self.value + (linear - linear.detach())
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Observed:
+    """Pairs without history, and the weight of each: what coupled losses are computed of."""
+
+    logps: PairLogps
+    weights: Tensor | None
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class PreferenceOptimization:
     """The sum over pairs of a preference loss; the weight is the number of pairs.
 
-    `reference`: params of the same architecture, fixed; None where every batch carries
-    `reference_logps`. With `dropout=False` (the default, as in TRL) the policy is in eval mode
-    while it trains, so that it equals the reference at step 0: margin 0, `sigmoid` log 2.
+    `loss`: a name of `functrain.objectives.LOSSES`, or a weighted mix of several by name. One with
+    a likelihood term (`sft`, `cpo`, `orpo`) has a second sum, over tokens, and a second weight,
+    their number: each is divided by its own, over the whole logical batch.
 
-    Raises `ConfigError` for an unknown loss, β ≤ 0, or a label smoothing outside [0, ½) or where
-    the loss has none.
+    `reference`: params of the same architecture, fixed; None where every batch carries
+    `reference_logps`, or no loss reads one. With `dropout=False` (the default, as in TRL) the
+    policy is in eval mode while it trains, so that it equals the reference at step 0: margin 0,
+    `sigmoid` log 2.
+
+    Modifiers: `divergence` puts an f-divergence (2309.16240) in the place of Δ, `divergence_alpha`
+    is its α; `length_normalized` takes Δ by token; `ld_alpha` (LD-DPO, 2409.06411) weighs what a
+    completion has beyond the shorter one's length; `wpo` (2406.11827) weighs a pair by how likely
+    the policy finds it; `reference_mixup` α and `reference_sync` k (TR-DPO, 2404.09656) move the
+    reference to α·π + (1−α)·ref every k steps: it is then `state.reference`. A modifier that a loss
+    has no place for is refused.
+
+    Batch-coupled losses (`aot`, `aot_unpaired`, `bco_pair`) are computed in two passes where there
+    are several micro-batches: all log-probs first, then each micro-batch's gradient through the
+    known d loss / d log-prob. `bco_pair`'s δ is the mean of all rewards so far, this batch's too.
+
+    Raises `ConfigError` for a loss, number or combination that makes no sense.
     """
 
-    reference: Tensors | None = attrs.field(default=None, converter=_optional_tensors)
-    beta: float = 0.1
-    loss: str = attrs.field(default="sigmoid", validator=_loss_name)
-    label_smoothing: float = 0.0
+    reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
+    loss: Mapping[str, float] = attrs.field(default="sigmoid", converter=_mixed)
+    beta: float = attrs.field(default=0.1, validator=_positive)
+    label_smoothing: float = attrs.field(
+        default=0.0, validator=within(0, 0.5, "a number in [0, 0.5)")
+    )
+    simpo_gamma: float = attrs.field(
+        default=0.5, validator=within(0, math.inf, "a finite number of at least 0")
+    )
+    cpo_alpha: float = attrs.field(
+        default=1.0, validator=within(0, math.inf, "a finite number of at least 0")
+    )
+    orpo_lambda: float = attrs.field(default=0.1, validator=_positive)
+    discopop_tau: float = attrs.field(default=0.05, validator=_positive)
+    divergence: str = "reverse_kl"
+    divergence_alpha: float = attrs.field(
+        default=0.5, validator=within(0, 1, "a number between 0 and 1", above=True)
+    )
+    length_normalized: bool = False
+    ld_alpha: float | None = attrs.field(
+        default=None,
+        validator=within(0, 1 + 1e-9, "a number in [0, 1], or None", optional=True),
+    )
+    wpo: bool = False
+    reference_mixup: float | None = attrs.field(
+        default=None,
+        validator=within(0, 1 + 1e-9, "a number in (0, 1], or None", above=True, optional=True),
+    )
+    reference_sync: int = 512
     dropout: bool = False
+    head: HeadMode = attrs.field(default="auto", validator=head_mode)
     name: str = "dpo"
-    batch_coupled: bool = attrs.field(default=False, init=False)
+    running: Tensors | None = None
 
     def __attrs_post_init__(self) -> None:
-        if not is_number(self.beta) or not 0 < self.beta < float("inf"):
-            raise ConfigError(f"beta: {self.beta!r}, expected a positive finite number")
-        if not is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(
-                f"label_smoothing: {self.label_smoothing!r}, expected a number in [0, 0.5)"
-            )
-        if self.label_smoothing and self.loss not in SMOOTHED:
-            raise ConfigError(
-                f"label_smoothing: the {self.loss!r} loss has none; it has a meaning for "
-                f"{' and '.join(SMOOTHED)}"
-            )
+        check_combination(self)
+
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether a loss of the mix couples the pairs of a batch."""
+        return any(each.coupled for _, each in self._losses())
+
+    @property
+    def referred(self) -> bool:
+        """Whether a loss of the mix reads a reference."""
+        return any(each.reference for _, each in self._losses())
 
     @property
     def mode(self) -> Mode:
         """Eval unless dropout is asked for."""
         return "train" if self.dropout else "eval"
 
+    def _losses(self) -> Iterator[tuple[float, PairLoss]]:
+        return ((weight, LOSSES[name]) for name, weight in self.loss.items())
+
+    def likelihoods(self) -> dict[Likelihood, float]:
+        """The −log-likelihoods that the mix holds, and the weight of each."""
+        found: dict[Likelihood, float] = {}
+        for name, weight in self.loss.items():
+            kind = LOSSES[name].likelihood
+            if kind is not None:
+                factor = self.cpo_alpha if name == "cpo" else 1.0
+                found[kind] = found.get(kind, 0.0) + weight * factor
+        return dict(sorted(found.items()))
+
     def check(self, batch: Batch, vocabulary: int | None) -> None:
         """Raise `BatchError` unless the batch has well-formed, non-empty pairs and a reference."""
-        _check_pairs(batch, vocabulary)
+        check_pairs(batch, vocabulary)
+        if not self.referred:
+            return
         if self.reference is None and "reference_logps" not in batch:
             raise BatchError(
                 "reference_logps: missing, and the step has no reference; give "
                 "dpo_step(..., reference=params), or batches with their reference log-probs"
             )
+        given = batch.get("reference_logps")
+        if given is not None and self.ld_alpha is not None and given["chosen"].ndim == 1:
+            raise BatchError(
+                "reference_logps: sums over completions, and ld_alpha weighs their tokens; attach "
+                "them with by_token=True"
+            )
 
     def weight(self, batch: Batch) -> Tensor:
-        """The number of pairs; int64, 0-d."""
-        return torch.tensor(examples_in(batch), device=batch["chosen"]["input_ids"].device)
+        """The number of pairs, int64, 0-d; with likelihoods [1 + of them], their tokens too."""
+        device = batch["chosen"]["input_ids"].device
+        pairs = torch.tensor(examples_in(batch), device=device)
+        kinds = self.likelihoods()
+        if not kinds:
+            return pairs
+        return torch.stack([pairs, *(self._tokens(batch, kind) for kind in kinds)])
+
+    def _tokens(self, batch: Batch, kind: Likelihood) -> Tensor:
+        labels = batch["chosen"]["labels"]
+        if kind == "sequence":
+            labels = sequence_labels(batch["chosen"])
+        count: Tensor = (labels[:, 1:] != IGNORE_INDEX).sum()
+        return count
 
     def check_weight(self, weight: Tensor) -> None:
         """Nothing more to check: a pair without completion tokens has been refused."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The summed loss with the metrics that DPO dashboards know.
+    def __call__(
+        self, model: nn.Module, batch: Batch, coupling: Coupling | None = None
+    ) -> tuple[Tensor, Metrics]:
+        """The summed loss with the metrics that preference dashboards know.
 
         `perplexity` is the policy's, by token of the chosen completions.
 
         Policy and reference take one forward each, over chosen and rejected together.
         """
         joined = concatenated(batch["chosen"], batch["rejected"])
-        logits = logits_of(model, joined)
-        logps = self._logps(model, batch, joined, logits)
-        total = LOSSES[self.loss](logps, self.beta, self.label_smoothing).sum()
-        measured = self._pair_metrics(total, logps, self.weight(batch))
-        return total, measured | token_metrics(logits, joined["labels"])
+        scores, sequence = self._scored(model, batch, joined)
+        logps = self._logps(model, batch, joined, scores)
+        observed = Observed(logps=logps, weights=self._weights(scores))
+        pair_loss = self._pair_loss(observed, coupling)
+        negative: dict[Likelihood, Tensor] = {
+            "completion": -scores.logps.chunk(2)[0].sum(),
+            "sequence": -sequence,
+        }
+        kinds = self.likelihoods()
+        total, weight = pair_loss, self.weight(batch)
+        if kinds:
+            terms = [factor * negative[kind] for kind, factor in kinds.items()]
+            total = torch.stack([pair_loss, *terms])
+        measured = {"loss": m.mean(total, weight)}
+        for kind in kinds:
+            measured["nll_loss"] = m.mean(negative[kind], self._tokens(batch, kind))
+        return total, Metrics(measured) | self._pair_metrics(logps) | token_metrics(scores)
 
-    def _logps(self, model: nn.Module, batch: Batch, joined: Batch, logits: Tensor) -> PairLogps:
-        sums, lengths = completion_logps(logits, joined["labels"])
-        if "reference_logps" in batch:
-            given = batch["reference_logps"]
-            reference = torch.cat([given["chosen"], given["rejected"]]).to(sums.dtype)
-        else:
-            assert self.reference is not None  # `check` has refused the batch otherwise
-            reference, _ = reference_logps(model, self.reference, joined)
-        chosen, rejected = sums.chunk(2)
-        reference_chosen, reference_rejected = reference.chunk(2)
-        chosen_length, rejected_length = lengths.chunk(2)
+    def _scored(self, model: nn.Module, batch: Batch, joined: Batch) -> tuple[TokenScores, Tensor]:
+        """The scores of the completions; and Σ log p over the whole chosen sequences, or 0."""
+        if "sequence" not in self.likelihoods():
+            scores = token_scores(model, joined, head=self.head)
+            return scores, scores.logps.new_zeros(())
+        time = joined["labels"].shape[1]
+        whole = sequence_labels(batch["chosen"])
+        whole = nn.functional.pad(whole, (0, time - whole.shape[1]), value=IGNORE_INDEX)
+        labels = torch.cat([whole, joined["labels"][len(whole) :]])
+        scores = token_scores(model, {**joined, "labels": labels}, head=self.head)
+        sequence = scores.logps.chunk(2)[0].sum()
+        return scores.masked(joined["labels"][:, 1:] != IGNORE_INDEX), sequence
+
+    def _logps(
+        self, model: nn.Module, batch: Batch, joined: Batch, scores: TokenScores
+    ) -> PairLogps:
+        chosen, rejected = self._sums(scores.logps, scores.mask)
+        lengths = scores.lengths.chunk(2)
+        reference: tuple[Tensor | None, Tensor | None] = None, None
+        if self.referred:
+            reference = self._reference_sums(model, batch, joined, scores)
         return PairLogps(
             chosen=chosen,
             rejected=rejected,
-            reference_chosen=reference_chosen,
-            reference_rejected=reference_rejected,
-            chosen_length=chosen_length,
-            rejected_length=rejected_length,
+            chosen_length=lengths[0],
+            rejected_length=lengths[1],
+            reference_chosen=reference[0],
+            reference_rejected=reference[1],
+            divergence=divergence_of(self.divergence, self.divergence_alpha),
+            normalized=self.length_normalized,
         )
 
-    def _pair_metrics(self, total: Tensor, logps: PairLogps, pairs: Tensor) -> Metrics:
-        chosen = self.beta * logps.delta_chosen.detach()
-        rejected = self.beta * logps.delta_rejected.detach()
+    def _reference_sums(
+        self, model: nn.Module, batch: Batch, joined: Batch, scores: TokenScores
+    ) -> tuple[Tensor, Tensor]:
+        if "reference_logps" not in batch:
+            assert self.reference is not None  # `check` has refused the batch otherwise
+            given = reference_scores(model, self.reference, joined, head=self.head).logps
+            return self._sums(given, scores.mask)
+        attached = batch["reference_logps"]
+        if attached["chosen"].ndim == 1:
+            dtype = scores.logps.dtype
+            return attached["chosen"].to(dtype), attached["rejected"].to(dtype)
+        return self._sums(reference_tokens(attached, scores.logps), scores.mask)
+
+    def _sums(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ over completion tokens, chosen and rejected; what `ld_alpha` weighs, weighed."""
+        if self.ld_alpha is not None:
+            lengths = mask.sum(-1)
+            shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+            beyond = mask.cumsum(-1) > shorter.unsqueeze(1)
+            tokens = torch.where(beyond, self.ld_alpha * tokens, tokens)
+        chosen, rejected = tokens.sum(-1).chunk(2)
+        return chosen, rejected
+
+    def _weights(self, scores: TokenScores) -> Tensor | None:
+        """WPO's weight of each pair, at most 1 as the authors' code has it."""
+        if not self.wpo:
+            return None
+        with torch.no_grad():
+            relative = (scores.logps - scores.collision).sum(-1) / scores.lengths
+            chosen, rejected = relative.chunk(2)
+            return (chosen + rejected).exp().clamp(max=1.0)
+
+    def _pair_loss(self, observed: Observed, coupling: Coupling | None) -> Tensor:
+        if self.batch_coupled and coupling is not None:
+            return coupling.applied(observed.logps)
+        return self._of_whole_batch(observed).sum()
+
+    def _of_whole_batch(self, observed: Observed) -> Tensor:
+        """The mix's value of each pair, of pairs that are all of their batch."""
+        logps = observed.logps
+        if "bco_pair" in self.loss:
+            logps = attrs.evolve(logps, offset=self._offset(logps).to(logps.chosen.dtype))
+        bare = attrs.evolve(
+            logps,
+            reference_chosen=None,
+            reference_rejected=None,
+            divergence=None,
+            normalized=False,
+        )
+        options = self._options()
+        value = torch.zeros_like(logps.chosen)
+        for weight, each in self._losses():
+            if each.value is not None:
+                value = value + weight * each.value(logps if each.reference else bare, options)
+        return value if observed.weights is None else value * observed.weights
+
+    def _options(self) -> Options:
+        names = (field.name for field in attrs.fields(Options))
+        return Options(**{name: getattr(self, name) for name in names})
+
+    @torch.no_grad()
+    def observe(self, model: nn.Module, batch: Batch) -> Observed:
+        """The pairs of a micro-batch, without history: the first of two passes."""
+        joined = concatenated(batch["chosen"], batch["rejected"])
+        scores = token_scores(model, joined, head=self.head, detailed=self.wpo)
+        return Observed(
+            logps=self._logps(model, batch, joined, scores), weights=self._weights(scores)
+        )
+
+    def couple(self, observed: Sequence[Observed]) -> list[Coupling]:
+        """For each micro-batch, the whole batch's loss as a function of its own log-probs."""
+        joined = _joined(observed)
+        with torch.enable_grad():
+            chosen = joined.logps.chosen.detach().requires_grad_()
+            rejected = joined.logps.rejected.detach().requires_grad_()
+            leaves = attrs.evolve(joined.logps, chosen=chosen, rejected=rejected)
+            total = self._of_whole_batch(attrs.evolve(joined, logps=leaves)).sum()
+            slopes = torch.autograd.grad(total, (chosen, rejected))
+        sizes = [len(each.logps.chosen) for each in observed]
+        return [
+            Coupling(value=total.detach() * (size / len(chosen)), chosen=c, rejected=r)
+            for size, c, r in zip(sizes, *(torch.split(s, sizes) for s in slopes), strict=True)
+        ]
+
+    @torch.no_grad()
+    def _offset(self, logps: PairLogps) -> Tensor:
+        """δ of `bco_pair`: the mean reward of all pairs so far, and of this batch; float64."""
+        rewards = self.beta * (logps.ratio_chosen.double() + logps.ratio_rejected.double())
+        total, count = rewards.sum(), torch.tensor(2.0 * len(rewards), dtype=torch.float64)
+        if self.running is not None:
+            total = total + self.running["reward_sum"]
+            count = count + self.running["reward_count"].cpu()
+        return total / count.to(total.device)
+
+    def init_running(self, device: torch.device) -> Tensors | None:
+        """What `bco_pair` carries in `state.running`: the sum and the number of rewards."""
+        if "bco_pair" not in self.loss:
+            return None
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return Tensors({"reward_sum": zero, "reward_count": zero.clone()})
+
+    def advance(self, running: Tensors, metrics: Metrics) -> Tensors:
+        """What is carried after a step with these metrics."""
+        total, count = running["reward_sum"], running["reward_count"]
+        for name in ("rewards/chosen", "rewards/rejected"):
+            seen = metrics.metric(name)
+            total, count = total + seen.sum, count + seen.weight.to(count.device)
+        return Tensors({"reward_sum": total, "reward_count": count})
+
+    def carrying(
+        self, reference: Tensors | None, running: Tensors | None
+    ) -> PreferenceOptimization:
+        """This objective with what a state carries for it."""
+        if self.reference_mixup is not None and reference is not None:
+            return attrs.evolve(self, reference=reference, running=running)
+        return self if running is None else attrs.evolve(self, running=running)
+
+    def _pair_metrics(self, logps: PairLogps) -> Metrics:
+        chosen = self.beta * logps.ratio_chosen.detach()
+        rejected = self.beta * logps.ratio_rejected.detach()
         sums = {
-            "loss": total,
             "rewards/chosen": chosen.sum(),
             "rewards/rejected": rejected.sum(),
             "rewards/margins": (chosen - rejected).sum(),
@@ -212,6 +428,12 @@ class PreferenceOptimization:
             "logps/chosen": logps.chosen.sum(),
             "logps/rejected": logps.rejected.sum(),
         }
+        if "orpo" in self.loss:
+            odds = log_odds(attrs.evolve(logps, chosen=logps.chosen.detach()))
+            difference = (odds[0] - odds[1]).detach()
+            sums["log_odds_chosen"] = difference.sum()
+            sums["log_odds_ratio"] = nn.functional.logsigmoid(difference).sum()
+        pairs = torch.tensor(len(chosen), device=chosen.device)
         perplexity = m.exponential(-logps.chosen.sum(), logps.chosen_length.sum())
         means = {name: m.mean(value, pairs) for name, value in sums.items()}
         return Metrics({**means, "perplexity": perplexity})
@@ -221,66 +443,54 @@ class PreferenceOptimization:
         return self.reference
 
 
-def _check_pairs(batch: Batch, vocabulary: int | None) -> None:
-    known = ("chosen", "rejected", "reference_logps")
-    if not isinstance(batch, Mapping):
-        raise BatchError(f"batch: expected a mapping, got {type(batch).__name__}")
-    for key in batch:
-        if key not in known:
-            raise BatchError(f"{key}: unknown key; {did_you_mean(str(key), known)}")
-    for side in ("chosen", "rejected"):
-        if side not in batch:
-            raise BatchError(f"{side}: missing; a preference batch has chosen and rejected")
-        check_sequences(batch[side], vocabulary, f"{side}.")
-        _check_completions(batch[side]["labels"], side)
-    pairs, others = (batch[side]["input_ids"].shape[0] for side in ("chosen", "rejected"))
-    if pairs != others:
-        raise BatchError(f"chosen has {pairs} examples and rejected {others}; expected pairs")
-    if batch["chosen"].keys() != batch["rejected"].keys():
-        raise BatchError(
-            f"chosen has {sorted(batch['chosen'])} and rejected {sorted(batch['rejected'])}; "
-            "expected the same keys"
+def check_combination(given: PreferenceOptimization) -> None:
+    """Raise `ConfigError` for a modifier that a loss of the mix has no place for."""
+    names = list(given.loss)
+    if given.label_smoothing and not any(LOSSES[name].smoothing for name in names):
+        have = ", ".join(name for name, each in LOSSES.items() if each.smoothing)
+        raise ConfigError(
+            f"label_smoothing: the {names[0]!r} loss has none; it has a meaning for {have}"
         )
-    if "reference_logps" in batch:
-        _check_reference(batch["reference_logps"], pairs)
-
-
-def _check_completions(labels: Tensor, side: str) -> None:
-    if labels.device.type != "cpu":
-        return
-    empty = (labels[:, 1:] != IGNORE_INDEX).sum(-1) == 0
-    if bool(empty.any()):
-        raise BatchError(
-            f"{side}.labels: example {int(empty.nonzero()[0])} has no completion token (all "
-            "-100); an empty or fully truncated completion cannot be preferred"
-        )
-
-
-def _check_reference(given: Any, pairs: int) -> None:
-    for side in ("chosen", "rejected"):
-        value = given.get(side) if isinstance(given, Mapping) else None
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 1:
-            raise BatchError(
-                f"reference_logps.{side}: expected a floating tensor of shape [{pairs}]"
+    for name in names:
+        each = LOSSES[name]
+        if each.needs_smoothing and not given.label_smoothing:
+            raise ConfigError(
+                f"label_smoothing: the {name!r} loss takes its logarithm, so it must be above 0; "
+                "the paper's is 1e-3"
             )
-        if value.shape[0] != pairs:
-            raise BatchError(
-                f"reference_logps.{side}: shape {list(value.shape)}, expected [{pairs}]"
-            )
-        if value.device.type == "cpu" and not bool(value.isfinite().all()):
-            raise BatchError(f"reference_logps.{side}: not finite; compute it again")
+        if given.divergence != "reverse_kl" and each.reference and not each.divergence:
+            raise ConfigError(f"divergence: the {name!r} loss is defined for 'reverse_kl' alone")
+        if given.length_normalized and each.reference and not each.on_delta:
+            raise ConfigError(f"length_normalized: the {name!r} loss has its own normalisation")
+        if given.wpo and (name == "aot" or name == "aot_unpaired"):
+            raise ConfigError(f"wpo: the {name!r} loss sorts the batch, so no pair has a weight")
+    if given.divergence not in DIVERGENCES:
+        near = did_you_mean(str(given.divergence), DIVERGENCES)
+        raise ConfigError(f"divergence: {given.divergence!r} is unknown; {near}")
+    if not given.referred:
+        for option in ("reference", "reference_mixup"):
+            if getattr(given, option) is not None:
+                raise ConfigError(f"{option}: the {names[0]!r} loss has no reference; leave it out")
+        if given.divergence != "reverse_kl" or given.length_normalized:
+            option = "length_normalized" if given.length_normalized else "divergence"
+            raise ConfigError(f"{option}: the {names[0]!r} loss has no Δ to modify; leave it out")
+    if given.reference_mixup is not None and given.reference is None:
+        raise ConfigError("reference_mixup: no reference to move; give reference=params")
+    sync = given.reference_sync
+    if isinstance(sync, bool) or not isinstance(sync, int) or sync < 1:
+        raise ConfigError(f"reference_sync: {sync!r}, expected an integer of at least 1")
 
 
-def concatenated(chosen: Batch, rejected: Batch) -> Batch:
-    """Chosen then rejected as one batch, the shorter padded at the end to the longer's time.
+def _joined(observed: Sequence[Observed]) -> Observed:
+    """The observations of all micro-batches as of one batch."""
+    first = observed[0]
 
-    What pads has no target, and under causal attention nothing before it sees it.
-    """
-    time = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
-    fill = {"labels": IGNORE_INDEX}
+    def cat(name: str) -> Any:
+        values = [getattr(each.logps, name) for each in observed]
+        return None if values[0] is None else torch.cat(values)
 
-    def padded(side: Batch, key: str) -> Tensor:
-        tensor: Tensor = side[key]
-        return F.pad(tensor, (0, time - tensor.shape[1]), value=fill.get(key, 0))
-
-    return {key: torch.cat([padded(chosen, key), padded(rejected, key)]) for key in chosen}
+    names = ("chosen", "rejected", "chosen_length", "rejected_length")
+    names += ("reference_chosen", "reference_rejected")  # type: ignore[assignment]
+    logps = attrs.evolve(first.logps, **{name: cat(name) for name in names})
+    weights = None if first.weights is None else torch.cat([o.weights for o in observed])  # type: ignore[misc]
+    return Observed(logps=logps, weights=weights)

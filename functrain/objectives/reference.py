@@ -9,13 +9,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from functrain.objectives.batches import Batch
-from functrain.objectives.logprobs import sequence_logps
+from functrain.objectives.logprobs import HeadMode, TokenScores, token_scores
 
 
-def reference_logps(
-    model: nn.Module, reference: Mapping[str, Tensor], batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """`sequence_logps` of the bound `model` with `reference` in place of its params.
+def reference_scores(
+    model: nn.Module,
+    reference: Mapping[str, Tensor],
+    batch: Batch,
+    *,
+    head: HeadMode = "auto",
+) -> TokenScores:
+    """`token_scores` of the bound `model` with `reference` in place of its params; logps alone.
 
     `torch.func.functional_call` under no_grad and in eval mode, with the buffers that are bound:
     no second module, no switch on the model, and never a gradient. The same code path and dtypes
@@ -31,7 +35,17 @@ def reference_logps(
     try:
         model.eval()
         with torch.no_grad():
-            return sequence_logps(with_reference, batch)
+            return token_scores(
+                model, batch, call=with_reference, values=values, head=head, detailed=False
+            )
     finally:
         for module, training in modes:
             module.training = training
+
+
+def reference_logps(
+    model: nn.Module, reference: Mapping[str, Tensor], batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """`sequence_logps` of the bound `model` with `reference` in place of its params."""
+    scores = reference_scores(model, reference, batch)
+    return scores.sums, scores.lengths

@@ -1,0 +1,321 @@
+"""Cross entropy and log-probabilities over a head, a few rows of logits at a time.
+
+Logits [rows, vocabulary] are most of the memory of a language model's step, and the kernel's time
+to find fresh memory for them much of its time. Here they exist for as many rows as a byte budget
+has room for, in one buffer that every chunk uses again, and what is taken of them (a loss, its
+gradient with respect to hidden states and weight) is taken while they are there, as Liger's fused
+kernel does it (2410.10989). A chunk is several hundred rows: fewer, and reading and writing the
+weight's gradient once for each would cost more than is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain import memory
+from functrain.objectives.batches import IGNORE_INDEX
+
+BUDGET = 1 << 26
+"""Bytes of logits that may exist at once, float32."""
+
+Finish = Callable[[Tensor], Tensor]
+
+
+def exceeds(rows: int, vocabulary: int, budget: int = BUDGET) -> bool:
+    """Whether so many rows of logits are more than the budget, so that chunks are worth it."""
+    return rows * vocabulary * 4 > budget
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Projection:
+    """The values of a head: weight [vocabulary, width], bias [vocabulary] or None.
+
+    `finish`: what the model makes of the projected rows (a soft cap, a scale), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    finish: Finish | None = None
+    budget: int = BUDGET
+
+    def chunks(self, rows: int) -> Iterator[slice]:
+        """The rows, so many at a time as the budget has room for, in multiples of 16."""
+        size = self.budget // (4 * self.weight.shape[0])
+        size = max(16, size // 16 * 16)
+        return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
+
+
+@attrs.frozen(eq=False)
+class Scores:
+    """Of each target: its log-prob (with its history), and of its distribution, without:
+
+    entropy in nats, whether the target is its mode, the mean logit, and log Σ_v p(v)².
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    correct: Tensor
+    level: Tensor
+    collision: Tensor
+
+
+def summed_cross_entropy(
+    hidden: Tensor, targets: Tensor, projection: Projection
+) -> tuple[Tensor, Tensor]:
+    """(Σ −log p(target) in nats, how many targets are the mode): 0-d, over rows [n, width].
+
+    Rows whose target is −100 count for nothing. The gradient is taken in the forward pass, while
+    the logits are there: no row of them is computed twice.
+    """
+    hidden, weight, bias = _in_dtype(hidden, projection)
+    if hidden.dtype == torch.float16:
+        # At unit scale small probabilities are zeros in fp16: the gradient waits for its scale.
+        scores = _scored(hidden, targets, projection, weight, bias, detailed=False)
+        total = -scores.logps.sum()
+        return total, scores.correct.sum()
+    total, correct = _apply(_Summed, hidden, weight, bias, targets, projection)
+    return total, correct
+
+
+def scored(
+    hidden: Tensor, targets: Tensor, projection: Projection, *, detailed: bool = True
+) -> Scores:
+    """The log-prob of each target [n], float32 or more, and what `Scores` holds beside.
+
+    0 where the target is −100. The backward pass makes each chunk's logits again. `detailed=False`
+    leaves entropy, level and collision at 0: they cost about as much as the log-probs.
+    """
+    hidden, weight, bias = _in_dtype(hidden, projection)
+    return _scored(hidden, targets, projection, weight, bias, detailed=detailed)
+
+
+def _scored(
+    hidden: Tensor,
+    targets: Tensor,
+    projection: Projection,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    detailed: bool,
+) -> Scores:
+    return Scores(*_apply(_Scored, hidden, weight, bias, targets, projection, detailed))
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: object) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _in_dtype(hidden: Tensor, projection: Projection) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states and values in the dtype in which the projection is computed."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    bias = projection.bias
+    return (
+        hidden.to(dtype),
+        projection.weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
+
+
+class _Rows:
+    """The logits of one chunk after another, in one buffer."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection
+    ) -> None:
+        self._weight, self._bias, self._finish = weight, bias, projection.finish
+        self.chunks = list(projection.chunks(len(hidden)))
+        most = max((each.stop - each.start for each in self.chunks), default=0)
+        self._buffer = _buffer((most, len(weight)), hidden)
+        self.raw: Tensor | None = None
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """The logits of some rows, in float32 or more; the next call overwrites them."""
+        rows = self._buffer[: len(hidden)]
+        torch.mm(hidden, self._weight.t(), out=rows)
+        if self._bias is not None:
+            rows.add_(self._bias)
+        if self._finish is not None:
+            self.raw = rows.clone()
+            rows = self._finish(rows)
+        return rows.float() if rows.dtype.itemsize < 4 else rows
+
+    def before_finish(self, grad: Tensor) -> Tensor:
+        """The gradient with respect to what the projection returned, of that of the logits."""
+        if self._finish is None:
+            return grad
+        assert self.raw is not None
+        with torch.enable_grad():
+            raw = self.raw.requires_grad_()
+            finished = self._finish(raw)
+            (grad,) = torch.autograd.grad(finished, raw, grad.to(finished.dtype))
+        return grad
+
+
+def _buffer(shape: tuple[int, int], like: Tensor) -> Tensor:
+    if like.device.type == "cpu":
+        return memory.empty(shape, like.dtype)
+    return like.new_empty(shape)
+
+
+class _Gradients:
+    """The gradients with respect to hidden states, weight and bias, summed over chunks."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]
+    ) -> None:
+        self._weight, self._dtype = weight, hidden.dtype
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = _zeros(weight) if needed[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(self, at: slice, hidden: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+        """Of a chunk: `rows` is d(−log p)/d logits; `scale` [rows, 1], what it is multiplied by.
+
+        The scale goes to the small factor of each product.
+        """
+        rows = rows.to(self._dtype)
+        if self.hidden is not None:
+            torch.mm(rows, self._weight, out=self.hidden[at])
+            if scale is not None:
+                self.hidden[at].mul_(scale)
+        scaled = hidden if scale is None else hidden * scale.to(hidden.dtype)
+        if self.weight is not None:
+            self.weight.addmm_(rows.t(), scaled)
+        if self.bias is not None:
+            ones = torch.ones_like(hidden[:, :1]) if scale is None else scale.to(hidden.dtype)
+            self.bias.add_((rows.t() @ ones).squeeze(1))
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    if weight.device.type == "cpu":
+        return memory.empty(weight.shape, weight.dtype).zero_()
+    return torch.zeros_like(weight)
+
+
+def _less_targets(probabilities: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """d(−log p)/d logits, in the memory of the probabilities; 0 in rows without a target."""
+    probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
+    if targets.device.type != "cpu" or not bool(valid.all()):
+        probabilities.mul_(valid)
+    return probabilities
+
+
+def _columns(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets as a column, 0 where there is none, and where there is one."""
+    column = targets.unsqueeze(1)
+    valid = column != IGNORE_INDEX
+    return column.masked_fill(~valid, 0), valid
+
+
+class _Summed(torch.autograd.Function):
+    """The summed loss, with its gradient taken in the forward pass."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        projection: Projection,
+    ) -> tuple[Tensor, Tensor]:
+        rows = _Rows(hidden, weight, bias, projection)
+        needed = ctx.needs_input_grad
+        grads = _Gradients(hidden, weight, bias, needed) if any(needed) else None
+        losses: list[Tensor] = []
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        for at in rows.chunks:
+            column, valid = _columns(targets[at])
+            logits = rows.of(hidden[at])
+            correct += ((logits.argmax(-1, keepdim=True) == column) & valid).sum()
+            torch.log_softmax(logits, -1, out=logits)
+            losses.append(-logits.gather(1, column).masked_fill(~valid, 0.0))
+            if grads is not None:
+                slope = _less_targets(logits.exp_(), column, valid)
+                grads.add(at, hidden[at], rows.before_finish(slope), None)
+        if grads is not None:
+            ctx.grads = grads
+        ctx.mark_non_differentiable(correct)
+        total = torch.cat(losses).sum() if losses else hidden.new_zeros(())
+        return total, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        grads: _Gradients = ctx.grads
+        del ctx.grads
+        found = (grads.hidden, grads.weight, grads.bias)
+        return (*(None if g is None else g.mul_(grad_outputs[0]) for g in found), None, None)
+
+
+class _Scored(torch.autograd.Function):
+    """The log-prob of each target; the backward pass makes the logits again."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        projection: Projection,
+        detailed: bool,
+    ) -> tuple[Tensor, ...]:
+        rows = _Rows(hidden, weight, bias, projection)
+        found: list[tuple[Tensor, ...]] = []
+        second: Tensor | None = None
+        for at in rows.chunks:
+            column, valid = _columns(targets[at])
+            logits = rows.of(hidden[at])
+            correct = (logits.argmax(-1, keepdim=True) == column) & valid
+            level = logits.mean(-1, keepdim=True) if detailed else None
+            torch.log_softmax(logits, -1, out=logits)
+            logps = logits.gather(1, column).masked_fill(~valid, 0.0)
+            entropy = collision = level
+            if detailed:
+                if second is None or len(second) < len(logits):
+                    second = _buffer((len(logits), len(weight)), logits)
+                products = torch.exp(logits, out=second[: len(logits)])
+                # Both of p: Σ p² as a dot product of each row with itself.
+                collision = torch.linalg.vecdot(products, products).log().unsqueeze(1)
+                entropy = -torch.linalg.vecdot(products, logits).unsqueeze(1)
+            empty = torch.zeros_like(logps)
+            extras = (
+                empty if each is None else each.masked_fill(~valid, 0.0)
+                for each in (entropy, level, collision)
+            )
+            found.append((logps, correct, *extras))
+        if not found:
+            none = hidden.new_zeros(0)
+            parts = [none, none.bool(), none, none, none]
+        else:
+            parts = [torch.cat(each).squeeze(1) for each in zip(*found, strict=True)]
+        logps, correct, entropy, level, collision = parts
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.projection = projection
+        ctx.mark_non_differentiable(entropy, correct, level, collision)
+        return logps, entropy, correct, level, collision
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        rows = _Rows(hidden, weight, bias, ctx.projection)
+        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        for at in rows.chunks:
+            column, valid = _columns(targets[at])
+            logits = rows.of(hidden[at])
+            slope = _less_targets(torch.softmax(logits, -1, out=logits), column, valid)
+            grads.add(at, hidden[at], rows.before_finish(slope), -grad_outputs[0][at].unsqueeze(1))
+        return grads.hidden, grads.weight, grads.bias, None, None, None

@@ -1,0 +1,140 @@
+"""Batches of pairs: their schema, checked before any compute, and chosen beside rejected as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functrain.errors import BatchError, did_you_mean
+from functrain.objectives.batches import IGNORE_INDEX, Batch, check_sequences
+
+SIDES = ("chosen", "rejected")
+
+
+def check_pairs(batch: Batch, vocabulary: int | None) -> None:
+    """Raise `BatchError` unless `batch` is a well-formed batch of pairs, each with completions."""
+    check_keys(batch, SIDES)
+    for side in SIDES:
+        if side not in batch:
+            raise BatchError(f"{side}: missing; a preference batch has chosen and rejected")
+        check_completions(batch[side], vocabulary, side)
+    pairs, others = (batch[side]["input_ids"].shape[0] for side in SIDES)
+    if pairs != others:
+        raise BatchError(f"chosen has {pairs} examples and rejected {others}; expected pairs")
+    if batch["chosen"].keys() != batch["rejected"].keys():
+        raise BatchError(
+            f"chosen has {sorted(batch['chosen'])} and rejected {sorted(batch['rejected'])}; "
+            "expected the same keys"
+        )
+    _check_different(batch["chosen"], batch["rejected"])
+    if "reference_logps" in batch:
+        check_reference_logps(batch, SIDES)
+
+
+def check_keys(batch: Batch, sides: tuple[str, ...], *more: str) -> None:
+    """Raise `BatchError` for what is no mapping, and for a key that is unknown."""
+    known = (*sides, *more, "reference_logps")
+    if not isinstance(batch, Mapping):
+        raise BatchError(f"batch: expected a mapping, got {type(batch).__name__}")
+    for key in batch:
+        if key not in known:
+            raise BatchError(f"{key}: unknown key; {did_you_mean(str(key), known)}")
+
+
+def check_completions(side: Any, vocabulary: int | None, name: str) -> None:
+    """Raise `BatchError` unless each example of a side is well formed and has a completion."""
+    check_sequences(side, vocabulary, f"{name}.")
+    labels = side["labels"]
+    if labels.device.type != "cpu":
+        return
+    empty = (labels[:, 1:] != IGNORE_INDEX).sum(-1) == 0
+    if bool(empty.any()):
+        raise BatchError(
+            f"{name}.labels: example {int(empty.nonzero()[0])} has no completion token (all "
+            "-100); an empty or fully truncated completion cannot be preferred"
+        )
+
+
+def _check_different(chosen: Batch, rejected: Batch) -> None:
+    """A pair of the same completions prefers nothing: its gradient would be 0, silently."""
+    if chosen["labels"].device.type != "cpu":
+        return
+    one, other = (_bare(side) for side in (chosen, rejected))
+    time = max(one.shape[1], other.shape[1])
+    one, other = (F.pad(each, (0, time - each.shape[1]), value=-1) for each in (one, other))
+    same = (one == other).all(-1)
+    if bool(same.any()):
+        raise BatchError(
+            f"example {int(same.nonzero()[0])}: chosen and rejected are the same tokens, so "
+            "nothing is preferred; leave the pair out"
+        )
+
+
+def _bare(side: Batch) -> Tensor:
+    """The tokens up to the last target of each row, −1 after it."""
+    ids = side["input_ids"]
+    last = _last_target(side["labels"]).unsqueeze(1)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    bare: Tensor = ids.masked_fill(places > last, -1)
+    return bare
+
+
+def _last_target(labels: Tensor) -> Tensor:
+    """Where the last target of each row is: int64 [batch]."""
+    time = labels.shape[1]
+    return time - 1 - (labels != IGNORE_INDEX).flip(1).int().argmax(1)
+
+
+def check_reference_logps(batch: Batch, sides: tuple[str, ...]) -> None:
+    """Raise `BatchError` unless `reference_logps` has, of each side, a sum or a row an example."""
+    given = batch["reference_logps"]
+    for side in sides:
+        value = given.get(side) if isinstance(given, Mapping) else None
+        examples, time = batch[side]["input_ids"].shape
+        name = f"reference_logps.{side}"
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
+            raise BatchError(f"{name}: expected a floating tensor of shape [{examples}]")
+        if tuple(value.shape) not in ((examples,), (examples, time - 1)):
+            raise BatchError(
+                f"{name}: shape {list(value.shape)}, expected [{examples}], or by token "
+                f"[{examples}, {time - 1}]"
+            )
+        if value.device.type == "cpu" and not bool(value.isfinite().all()):
+            raise BatchError(f"{name}: not finite; compute it again")
+
+
+def concatenated(chosen: Batch, rejected: Batch) -> Batch:
+    """Chosen then rejected as one batch, the shorter padded at the end to the longer's time.
+
+    What pads has no target, and under causal attention nothing before it sees it.
+    """
+    time = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
+    fill = {"labels": IGNORE_INDEX}
+
+    def padded(side: Batch, key: str) -> Tensor:
+        tensor: Tensor = side[key]
+        return F.pad(tensor, (0, time - tensor.shape[1]), value=fill.get(key, 0))
+
+    return {key: torch.cat([padded(chosen, key), padded(rejected, key)]) for key in chosen}
+
+
+def reference_tokens(attached: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Attached log-probs by token, chosen above rejected, in the shape and dtype of `like`."""
+    time = like.shape[1]
+    sides = (attached[side] for side in SIDES)
+    return torch.cat([F.pad(each, (0, time - each.shape[1])) for each in sides]).to(like.dtype)
+
+
+def sequence_labels(side: Batch) -> Tensor:
+    """Labels of prompt and completion: every token up to the last target, under the mask if any."""
+    ids, labels = side["input_ids"].to(torch.int64), side["labels"]
+    places = torch.arange(ids.shape[1], device=ids.device)
+    outside = places > _last_target(labels).unsqueeze(1)
+    if "attention_mask" in side:
+        outside = outside | (side["attention_mask"] == 0)
+    whole: Tensor = ids.masked_fill(outside, IGNORE_INDEX)
+    return whole

@@ -1,0 +1,155 @@
+"""Preference optimisation without pairs: KTO, on completions that are desirable or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain import metrics as m
+from functrain.architecture import Mode
+from functrain.errors import BatchError
+from functrain.metrics import Metrics
+from functrain.objectives.batches import Batch
+from functrain.objectives.logprobs import HeadMode, head_mode, token_scores
+from functrain.objectives.pairs import check_completions, check_keys, check_reference_logps
+from functrain.objectives.preference import optional_tensors, within
+from functrain.objectives.reference import reference_scores
+from functrain.trees import Tensors
+
+_SIDES = ("completion", "mismatched")
+_positive = within(0, math.inf, "a positive finite number", above=True)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class UnpairedOptimization:
+    """KTO (2402.01306): the sum over examples; the weight is their number.
+
+    Of an example with Δ = log π(y|x) − log ref(y|x): λ_D·(1 − σ(β(Δ − z₀))) where it is desirable,
+    λ_U·(1 − σ(β(z₀ − Δ))) where it is not. z₀ = max(0, mean Δ of prompts with completions of other
+    examples) estimates how far the policy is from the reference; no gradient flows through it. It
+    is of the whole logical batch, so the loss is batch-coupled, and with several micro-batches the
+    mismatched ones are scored first.
+
+    A batch is `{"completion": …, "mismatched": …, "desirable": bool [examples]}`, the sides as
+    sequences with labels (`functrain.data.unpaired` makes them), and optionally `reference_logps`
+    of both sides. Raises `ConfigError` for numbers that are not positive.
+    """
+
+    reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
+    beta: float = attrs.field(default=0.1, validator=_positive)
+    desirable_weight: float = attrs.field(default=1.0, validator=_positive)
+    undesirable_weight: float = attrs.field(default=1.0, validator=_positive)
+    dropout: bool = False
+    head: HeadMode = attrs.field(default="auto", validator=head_mode)
+    name: str = "kto"
+    batch_coupled: bool = attrs.field(default=True, init=False)
+
+    @property
+    def mode(self) -> Mode:
+        """Eval unless dropout is asked for."""
+        return "train" if self.dropout else "eval"
+
+    def check(self, batch: Batch, vocabulary: int | None) -> None:
+        """Raise `BatchError` unless both sides are well formed, and each example has its label."""
+        check_keys(batch, _SIDES, "desirable")
+        for side in _SIDES:
+            if side not in batch:
+                raise BatchError(f"{side}: missing; an unpaired batch has completion, mismatched")
+            check_completions(batch[side], vocabulary, side)
+        examples, others = (batch[side]["input_ids"].shape[0] for side in _SIDES)
+        if examples != others:
+            raise BatchError(f"completion has {examples} examples and mismatched {others}")
+        desirable = batch.get("desirable")
+        if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
+            raise BatchError(f"desirable: expected a bool tensor of shape [{examples}]")
+        if tuple(desirable.shape) != (examples,):
+            raise BatchError(f"desirable: shape {list(desirable.shape)}, expected [{examples}]")
+        if "reference_logps" in batch:
+            check_reference_logps(batch, _SIDES)
+        elif self.reference is None:
+            raise BatchError(
+                "reference_logps: missing, and the step has no reference; give "
+                "kto_step(..., reference=params), or batches with their reference log-probs"
+            )
+
+    def weight(self, batch: Batch) -> Tensor:
+        """The number of examples; int64, 0-d."""
+        ids = batch["completion"]["input_ids"]
+        return torch.tensor(ids.shape[0], device=ids.device)
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Nothing more to check: an example without completion tokens has been refused."""
+
+    @torch.no_grad()
+    def observe(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Δ of the mismatched completions of a micro-batch: float [examples]."""
+        policy, reference, _ = self._sums(model, batch, "mismatched")
+        return policy - reference
+
+    def couple(self, observed: Sequence[Tensor]) -> list[Tensor]:
+        """z₀ of the whole batch, the same for each micro-batch: 0-d."""
+        divergence = torch.cat(list(observed)).mean().clamp(min=0)
+        return [divergence for _ in observed]
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, coupling: Tensor | None = None
+    ) -> tuple[Tensor, Metrics]:
+        """The summed loss, with rewards and log-probs of desirable (chosen) and other examples."""
+        if coupling is None:
+            (coupling,) = self.couple([self.observe(model, batch)])
+        policy, reference, tokens = self._sums(model, batch, "completion")
+        ratio, desirable = policy - reference, batch["desirable"]
+        gain = self.beta * (ratio - coupling)
+        # 1 − σ(x) is σ(−x), without the cancellation.
+        total = torch.where(
+            desirable,
+            self.desirable_weight * (-gain).sigmoid(),
+            self.undesirable_weight * gain.sigmoid(),
+        ).sum()
+        return total, self._metrics(total, policy, ratio, desirable, coupling, tokens)
+
+    def _sums(self, model: nn.Module, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
+        scores = token_scores(model, batch[side], head=self.head, detailed=False)
+        if "reference_logps" in batch:
+            given = batch["reference_logps"][side].to(scores.logps.dtype)
+            reference = given.sum(-1) if given.ndim == 2 else given
+        else:
+            assert self.reference is not None  # `check` has refused the batch otherwise
+            reference = reference_scores(model, self.reference, batch[side], head=self.head).sums
+        return scores.sums, reference, scores.lengths.sum()
+
+    def _metrics(
+        self,
+        total: Tensor,
+        policy: Tensor,
+        ratio: Tensor,
+        desirable: Tensor,
+        divergence: Tensor,
+        tokens: Tensor,
+    ) -> Metrics:
+        rewards = self.beta * ratio.detach()
+        chosen, rejected = desirable.sum(), (~desirable).sum()
+        examples = chosen + rejected
+
+        def over(values: Tensor, mask: Tensor) -> Tensor:
+            return torch.where(mask, values.detach(), 0.0).sum()
+
+        return Metrics(
+            {
+                "loss": m.mean(total, examples),
+                "kl": m.mean(divergence * examples, examples),
+                "rewards/chosen": m.mean(over(rewards, desirable), chosen),
+                "rewards/rejected": m.mean(over(rewards, ~desirable), rejected),
+                "logps/chosen": m.mean(over(policy, desirable), chosen),
+                "logps/rejected": m.mean(over(policy, ~desirable), rejected),
+                "num_tokens": m.total(tokens),
+            }
+        )
+
+    def kept(self) -> Mapping[str, Tensor] | None:
+        """The reference."""
+        return self.reference
