@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from functrain.loop import train
     from functrain.metrics import Metrics
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
+    from functrain.references import ReferenceCache, Referenced, attach_reference
     from functrain.stages import dpo_step, kto_step, make_step, pretrain_step, sft_step
     from functrain.state import Cursor, TrainState, fingerprint, fingerprints
     from functrain.state import clone_state as clone
@@ -93,6 +94,7 @@ _NAMES = {
     "functrain.loop": ("train",),
     "functrain.metrics": ("Metrics",),
     "functrain.precision": ("init_loss_scale", "scale_loss", "unscale", "update_loss_scale"),
+    "functrain.references": ("ReferenceCache", "Referenced", "attach_reference"),
     "functrain.state": ("Cursor", "TrainState", "fingerprint", "fingerprints"),
     "functrain.stages": ("dpo_step", "kto_step", "make_step", "pretrain_step", "sft_step"),
     "functrain.steps": ("Step",),
@@ -113,12 +115,15 @@ __all__ = [
     "DivergedError",
     "FunctrainError",
     "Metrics",
+    "ReferenceCache",
+    "Referenced",
     "SpikeGuard",
     "StateError",
     "Step",
     "TrainState",
     "accumulate",
     "adaptive_clip",
+    "attach_reference",
     "bound",
     "checkpoint",
     "clip_by_global_norm",

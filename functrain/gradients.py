@@ -201,24 +201,13 @@ class ValueAndGrad:
                 return objective(model, batch, coupling)
             return objective(model, batch)
 
-    def buffer_values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the forward sees of the buffers: clones, which a module may update in place.
-
-        Where params are cast, so are the buffers that a checkpoint of the module holds; statistics
-        (BatchNorm's) and what the module computes for itself (RoPE's frequencies) stay.
-        """
-        kept = self.places.uncast
-        return {
-            name: buffer.clone() if name in kept else self.precision.leaf(buffer).clone()
-            for name, buffer in buffers.items()
-        }
-
     def values(self, params: Mapping[str, Tensor]) -> Tensors:
-        """What the forward sees: private values, which share the params' memory or are casts."""
-        kept = self.places.statistical
-        return Tensors(
-            {n: p.detach() if n in kept else self.precision.leaf(p) for n, p in params.items()}
-        )
+        """What the forward sees of the params; see `forward_values`."""
+        return forward_values(params, self.places, self.precision)
+
+    def buffer_values(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the forward sees of the buffers; see `forward_buffers`."""
+        return forward_buffers(buffers, self.places, self.precision)
 
     def checked(self, batch: Batches) -> list[Batch]:
         """The micro-batches, each checked; `BatchError` names what is wrong in which."""
@@ -254,6 +243,26 @@ class ValueAndGrad:
                 for name, value in self.values(params).items()
             }
         )
+
+
+def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
+    """What the forward sees: private values, which share the params' memory or are casts."""
+    kept = places.statistical
+    return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
+
+
+def forward_buffers(
+    buffers: Mapping[str, Tensor], places: Slots, precision: Precision
+) -> dict[str, Tensor]:
+    """What the forward sees of the buffers: clones, which a module may update in place.
+
+    Where params are cast, so are the buffers that a checkpoint of the module holds; statistics
+    (BatchNorm's) and what the module computes for itself (RoPE's frequencies) stay.
+    """
+    return {
+        name: buffer.clone() if name in places.uncast else precision.leaf(buffer).clone()
+        for name, buffer in buffers.items()
+    }
 
 
 @contextmanager

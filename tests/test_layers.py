@@ -31,6 +31,7 @@ LAYERS = [
     "evaluation",
     "distributed",
     "data",
+    "references",
     "checkpoint",
     "loop",
     "models",

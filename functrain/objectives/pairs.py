@@ -77,13 +77,13 @@ def _check_different(chosen: Batch, rejected: Batch) -> None:
 def _bare(side: Batch) -> Tensor:
     """The tokens up to the last target of each row, −1 after it."""
     ids = side["input_ids"]
-    last = _last_target(side["labels"]).unsqueeze(1)
+    last = last_target(side["labels"]).unsqueeze(1)
     places = torch.arange(ids.shape[1], device=ids.device)
     bare: Tensor = ids.masked_fill(places > last, -1)
     return bare
 
 
-def _last_target(labels: Tensor) -> Tensor:
+def last_target(labels: Tensor) -> Tensor:
     """Where the last target of each row is: int64 [batch]."""
     time = labels.shape[1]
     return time - 1 - (labels != IGNORE_INDEX).flip(1).int().argmax(1)
@@ -133,7 +133,7 @@ def sequence_labels(side: Batch) -> Tensor:
     """Labels of prompt and completion: every token up to the last target, under the mask if any."""
     ids, labels = side["input_ids"].to(torch.int64), side["labels"]
     places = torch.arange(ids.shape[1], device=ids.device)
-    outside = places > _last_target(labels).unsqueeze(1)
+    outside = places > last_target(labels).unsqueeze(1)
     if "attention_mask" in side:
         outside = outside | (side["attention_mask"] == 0)
     whole: Tensor = ids.masked_fill(outside, IGNORE_INDEX)

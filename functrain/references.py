@@ -1,0 +1,291 @@
+"""Reference log-probs ahead of training: attached to batches, and kept on disk."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import attrs
+import orjson
+import torch
+from torch import Tensor, nn
+
+from functrain import keys
+from functrain.architecture import bound, check_fit, slots, vocabulary_of
+from functrain.data.source import Source
+from functrain.errors import BatchError, DataError
+from functrain.gradients import forward_buffers, forward_values
+from functrain.objectives.batches import Batch, to_device
+from functrain.objectives.logprobs import HeadMode, head_mode
+from functrain.objectives.pairs import SIDES, check_completions, concatenated, last_target
+from functrain.objectives.reference import reference_scores
+from functrain.precision import Precision, policy
+from functrain.state import device_of
+from functrain.trees import Tensors, digest, tensors
+
+Attach = Callable[[Batch], Batch]
+_UNPAIRED = ("completion", "mismatched")
+_FORMAT = "functrain reference log-probs"
+
+
+@attrs.frozen(eq=False)
+class AttachReference:
+    """A function from batches to batches with `reference_logps`; see `attach_reference`."""
+
+    architecture: nn.Module = attrs.field(repr=False)
+    reference: Tensors = attrs.field(repr=False, converter=tensors)
+    buffers: Tensors = attrs.field(repr=False, converter=tensors)
+    precision: Precision = attrs.field(converter=policy)
+    by_token: bool
+    head: HeadMode = attrs.field(validator=head_mode)
+
+    def __attrs_post_init__(self) -> None:
+        places = slots(self.architecture)
+        check_fit(self.reference, places.params, "reference")
+        check_fit(self.buffers, places.buffers, "buffers")
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with the reference's log-probs of its sides, where the batch is.
+
+        Raises `BatchError` for sides that are not well formed.
+        """
+        sides = _sides(batch)
+        vocabulary = vocabulary_of(self.architecture)
+        for side in sides:
+            check_completions(batch[side], vocabulary, side)
+        device = device_of(self.reference)
+        moved = to_device({side: batch[side] for side in sides}, device)
+        places = slots(self.architecture)
+        values = forward_values(self.reference, places, self.precision)
+        buffers = forward_buffers(self.buffers, places, self.precision)
+        with (
+            torch.no_grad(),
+            torch.inference_mode(False),
+            keys.seeded(0, device),
+            bound(self.architecture, values, buffers, "eval", places=places) as model,
+            torch.autocast(device.type, enabled=False),
+            self.precision.context(device),
+        ):
+            found = self._scored(model, moved, sides)
+        home = batch[sides[0]]["input_ids"].device
+        return {**batch, "reference_logps": {s: t.to(home) for s, t in found.items()}}
+
+    def _scored(self, model: nn.Module, batch: Batch, sides: Sequence[str]) -> dict[str, Tensor]:
+        """Pairs in one forward as the step takes them, so that the bits are the step's."""
+        if tuple(sides) == SIDES:
+            joined = concatenated(batch["chosen"], batch["rejected"])
+            scores = reference_scores(model, self.reference, joined, head=self.head)
+            halves = (scores.logps if self.by_token else scores.sums).chunk(2)
+            return {s: self._cut(half, batch[s]) for s, half in zip(sides, halves, strict=True)}
+        found = {}
+        for side in sides:
+            scores = reference_scores(model, self.reference, batch[side], head=self.head)
+            found[side] = scores.logps if self.by_token else scores.sums
+        return found
+
+    def _cut(self, half: Tensor, side: Batch) -> Tensor:
+        return half[:, : side["input_ids"].shape[1] - 1] if self.by_token else half
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the log-probs depend on beside the batch: values, precision and form."""
+        hasher = hashlib.sha256(f"{self.precision.name}\0{self.by_token}\0".encode())
+        for kind, items in (("params", self.reference), ("buffers", self.buffers)):
+            for name, tensor in items.items():
+                hasher.update(f"{kind}/{name}\0{digest(tensor)}\0".encode())
+        return hasher.hexdigest()
+
+
+def attach_reference(
+    architecture: nn.Module,
+    reference: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor] | None = None,
+    *,
+    precision: str | Precision = "fp32",
+    by_token: bool = False,
+    head: HeadMode = "auto",
+) -> AttachReference:
+    """A function that gives batches of pairs, or of KTO's examples, their `reference_logps`.
+
+    Of sums over completions, float [examples]; with `by_token`, [examples, time − 1]. Under the
+    step's `precision` and on the same batch, its bits are those of the online reference, which the
+    step then does not need: `dpo_step(architecture, optimizer)`. Raises `StateError` for params
+    of another architecture; `buffers` are those that `functrain.split` returned.
+    """
+    return AttachReference(architecture, reference, buffers or {}, precision, by_token, head)
+
+
+def _sides(batch: Batch) -> tuple[str, ...]:
+    for sides in (SIDES, _UNPAIRED):
+        if isinstance(batch, Mapping) and all(side in batch for side in sides):
+            return sides
+    raise BatchError(
+        "batch: expected chosen and rejected, or completion and mismatched, to score with the "
+        "reference"
+    )
+
+
+def example_keys(side: Batch) -> list[str]:
+    """A hash of each example of a side: its tokens, labels and mask up to its last target."""
+    ids, labels = side["input_ids"].cpu(), side["labels"].cpu()
+    columns = [ids.to(torch.int64), labels]
+    columns += [side[key].cpu().to(torch.int64) for key in _EXTRA if key in side]
+    ends = (last_target(labels) + 1).tolist()
+    found = []
+    for row, end in enumerate(ends):
+        hasher = hashlib.blake2b(digest_size=16)
+        for column in columns:
+            hasher.update(column[row, :end].contiguous().numpy().data)
+            hasher.update(b"\0")
+        found.append(hasher.hexdigest())
+    return found
+
+
+_EXTRA = ("attention_mask", "position_ids")
+
+
+class ReferenceCache:
+    """Reference log-probs on disk, by the reference's fingerprint and each example's hash.
+
+        with ReferenceCache("runs/reference.jsonl", functrain.attach_reference(…)) as cache:
+            batch = cache(batch)
+
+    A call reads what is known and computes the rest, which is written at once, so that what was
+    interrupted goes on where it was. The file is JSON Lines: a header, then `{"example", "logp"}`;
+    a last line that a kill has torn is taken off. Raises `DataError` for a file of another
+    reference, precision or form, and where another process is writing.
+
+    A row is scored in the batch in which it is first met; in a batch of another shape the same row
+    may differ in its last bits.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], attach: AttachReference) -> None:
+        if attach.by_token:
+            raise DataError("cache: it keeps sums over completions; attach without by_token")
+        self.path, self.attach = Path(path), attach
+        self.computed = 0
+        self._known: dict[str, float] = {}
+        self._file = self._opened()
+
+    def __enter__(self) -> ReferenceCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """How many examples are known."""
+        return len(self._known)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with its `reference_logps`, float64 of what was computed."""
+        sides = _sides(batch)
+        rows = {side: example_keys(batch[side]) for side in sides}
+        missing = [key for side in sides for key in rows[side] if key not in self._known]
+        if missing:
+            self._compute(batch, rows)
+        logps = {
+            side: torch.tensor([self._known[key] for key in rows[side]], dtype=torch.float64)
+            for side in sides
+        }
+        return {**batch, "reference_logps": logps}
+
+    def close(self) -> None:
+        """Make what was written durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _compute(self, batch: Batch, rows: Mapping[str, list[str]]) -> None:
+        found = self.attach(batch)["reference_logps"]
+        lines = []
+        for side, names in rows.items():
+            for name, value in zip(names, found[side].double().tolist(), strict=True):
+                if name not in self._known:
+                    self._known[name] = value
+                    lines.append(orjson.dumps({"example": name, "logp": value}) + b"\n")
+        self.computed += len(lines)
+        self._file.write(b"".join(lines))
+        self._file.flush()
+
+    def _opened(self) -> IO[bytes]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+b")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read(file)
+        except BlockingIOError as error:
+            file.close()
+            raise DataError(f"{self.path}: another process is writing it") from error
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _read(self, file: IO[bytes]) -> None:
+        file.seek(0)
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            file.truncate(whole)
+        lines = data[:whole].splitlines()
+        header = {"format": _FORMAT, "reference": self.attach.fingerprint, "version": 1}
+        if not lines:
+            file.write(orjson.dumps(header) + b"\n")
+            file.flush()
+            return
+        if _object(lines[0]) != header:
+            raise DataError(
+                f"{self.path}: of another reference, precision or form than this one "
+                f"({self.attach.fingerprint[:12]}…); give another path, or remove the file"
+            )
+        for number, line in enumerate(lines[1:], start=2):
+            entry = _object(line)
+            name, value = entry.get("example"), entry.get("logp")
+            if entry.keys() != {"example", "logp"} or not isinstance(name, str):
+                raise DataError(f"{self.path}:{number}: expected an example and its logp")
+            if type(value) is not float:
+                raise DataError(f"{self.path}:{number}: logp is {value!r}, expected a number")
+            self._known[name] = value
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@attrs.frozen(eq=False)
+class Referenced:
+    """A source whose batches have their `reference_logps`, of an `attach_reference` or a cache."""
+
+    source: Source
+    attach: Attach
+
+    @property
+    def batch_size(self) -> int:
+        """The source's own."""
+        return self.source.batch_size
+
+    def __len__(self) -> int:
+        """The source's own."""
+        return len(self.source)
+
+    def at(self, position: int, n: int) -> Batch:
+        """The source's batch, with the reference's log-probs."""
+        return self.attach(self.source.at(position, n))

@@ -1,0 +1,204 @@
+"""The reference online, attached ahead and from a cache: the same bits, and never another's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+
+import functrain as ft
+from functrain.references import example_keys
+
+PRECISIONS = ["fp32", "bf16", "fp16", "bf16_params"]
+
+
+def _parts(name: str = "decoder") -> tuple[Any, Any, Any, Any]:
+    """An architecture, params, buffers, and other params as reference."""
+    architecture, params, buffers = zoo.split(name)
+    reference = ft.trees.map_leaves(lambda tensor: tensor * 1.1, params)
+    return architecture, params, buffers, reference
+
+
+def _unpaired(seed: int = 0) -> dict[str, Any]:
+    desirable = torch.tensor([True, False, True, False])
+    return {
+        "completion": zoo.batch(seed),
+        "mismatched": zoo.batch(seed + 9),
+        "desirable": desirable,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("by_token", [False, True])
+def test_online_and_attached_are_the_same_bits(name: str, precision: str, by_token: bool) -> None:
+    """Of the loss, of every metric and of the state after a step."""
+    architecture, params, buffers, reference = _parts(name)
+    online = ft.dpo_step(
+        architecture, ft.optim.adamw(1e-2), reference=reference, precision=precision
+    )
+    ahead = ft.dpo_step(architecture, ft.optim.adamw(1e-2), precision=precision)
+    attach = ft.attach_reference(
+        architecture, reference, buffers, precision=precision, by_token=by_token
+    )
+    batch = zoo.pairs()
+    state, metrics = online(online.init(params, buffers, seed=3), batch)
+    other, measured = ahead(ahead.init(params, buffers, seed=3), attach(batch))
+    assert ft.fingerprint(state) == ft.fingerprint(other)
+    assert metrics.to_dict() == measured.to_dict()
+    assert float(metrics["rewards/margins"]) != 0
+
+
+def test_kto_takes_attached_log_probs_too() -> None:
+    architecture, params, buffers, reference = _parts()
+    online = ft.kto_step(architecture, ft.optim.adamw(1e-2), reference=reference)
+    ahead = ft.kto_step(architecture, ft.optim.adamw(1e-2))
+    attach = ft.attach_reference(architecture, reference, buffers)
+    state, _ = online(online.init(params, buffers), _unpaired())
+    other, _ = ahead(ahead.init(params, buffers), attach(_unpaired()))
+    assert ft.fingerprint(state) == ft.fingerprint(other)
+    with pytest.raises(ft.BatchError, match="reference_logps: missing"):
+        ahead(ahead.init(params, buffers), _unpaired())
+
+
+def test_a_cache_gives_the_bits_that_were_computed_and_computes_nothing_twice(
+    tmp_path: Path,
+) -> None:
+    architecture, params, buffers, reference = _parts()
+    attach = ft.attach_reference(architecture, reference, buffers)
+    step = ft.dpo_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    batches = [zoo.pairs(seed) for seed in (0, 5)]
+    direct = [ft.fingerprint(step(state, attach(batch))[0]) for batch in batches]
+    path = tmp_path / "deep" / "reference.jsonl"
+    with ft.ReferenceCache(path, attach) as cache:
+        assert [ft.fingerprint(step(state, cache(b))[0]) for b in batches] == direct
+        assert cache.computed == len(cache) == 16
+    with ft.ReferenceCache(path, attach) as cache:
+        assert [ft.fingerprint(step(state, cache(b))[0]) for b in batches] == direct
+        assert cache.computed == 0
+
+
+def test_an_interrupted_cache_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Cut at every byte: what is whole is kept, the torn line is computed again."""
+    architecture, _, buffers, reference = _parts("tied")
+    attach = ft.attach_reference(architecture, reference, buffers)
+    batch = zoo.pairs()
+    whole = tmp_path / "whole.jsonl"
+    with ft.ReferenceCache(whole, attach) as cache:
+        expected = cache(batch)["reference_logps"]
+    data = whole.read_bytes()
+    header = data.index(b"\n") + 1
+    for size in range(0, len(data), 7):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(data[:size])
+        with ft.ReferenceCache(path, attach) as cache:
+            assert len(cache) == max(0, data[:size].count(b"\n") - 1)
+            found = cache(batch)["reference_logps"]
+            for side in expected:
+                assert torch.equal(found[side], expected[side])
+        assert path.read_bytes() == data, f"cut at {size}, of which {header} are the header"
+
+
+@pytest.mark.parametrize("what", ["reference", "buffers", "precision"])
+def test_a_cache_of_something_else_is_refused(what: str, tmp_path: Path) -> None:
+    architecture, params, buffers, reference = _parts()
+    attach = ft.attach_reference(architecture, reference, buffers)
+    with ft.ReferenceCache(tmp_path / "c.jsonl", attach) as cache:
+        cache(zoo.pairs())
+    other = {
+        "reference": {"reference": params},
+        "buffers": {"buffers": ft.trees.map_leaves(lambda t: t + 1, buffers)},
+        "precision": {"precision": "bf16"},
+    }[what]
+    changed = {"reference": reference, "buffers": buffers, "precision": "fp32", **other}
+    given = changed.pop("reference"), changed.pop("buffers")
+    with pytest.raises(ft.DataError, match="of another reference, precision or form"):
+        ft.ReferenceCache(
+            tmp_path / "c.jsonl", ft.attach_reference(architecture, *given, **changed)
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"not json", "expected an example and its logp"),
+        (b'{"example":"a","logp":null}', "logp is None"),
+        (b'{"example":"a","logp":1}', "logp is 1"),
+        (b'{"example":1,"logp":1.0}', "expected an example"),
+        (b'{"example":"a","logp":1.0,"more":2}', "expected an example"),
+    ],
+)
+def test_a_damaged_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
+    architecture, _, buffers, reference = _parts("tied")
+    attach = ft.attach_reference(architecture, reference, buffers)
+    path = tmp_path / "c.jsonl"
+    ft.ReferenceCache(path, attach).close()
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(ft.DataError, match=message) as caught:
+        ft.ReferenceCache(path, attach)
+    assert f"{path}:2" in str(caught.value)
+
+
+def test_a_cache_has_one_writer_and_a_place(tmp_path: Path) -> None:
+    architecture, _, buffers, reference = _parts("tied")
+    attach = ft.attach_reference(architecture, reference, buffers)
+    with (
+        ft.ReferenceCache(tmp_path / "c.jsonl", attach),
+        pytest.raises(ft.DataError, match="another process is writing"),
+    ):
+        ft.ReferenceCache(tmp_path / "c.jsonl", attach)
+    with pytest.raises(ft.DataError, match="cannot be written"):
+        ft.ReferenceCache(tmp_path, attach)
+    by_token = attrs.evolve(attach, by_token=True)
+    with pytest.raises(ft.DataError, match="without by_token"):
+        ft.ReferenceCache(tmp_path / "c.jsonl", by_token)
+    assert os.listdir(tmp_path) == ["c.jsonl"]  # noqa: PTH208
+
+
+def test_the_key_of_an_example_is_its_content_and_not_its_padding() -> None:
+    """Whatever comes after the last target does not matter; any token, label or mask does."""
+    batch = zoo.full(zoo.batch())
+    padded = {key: torch.nn.functional.pad(t, (0, 3), value=0) for key, t in batch.items()}
+    padded["labels"][:, -3:] = -100
+    assert example_keys(batch) == example_keys(padded)
+    for key in batch:
+        changed = {**batch, key: batch[key].clone()}
+        changed[key][2, 1] = 1 - changed[key][2, 1].clamp(max=1)
+        differ = [a != b for a, b in zip(example_keys(batch), example_keys(changed), strict=True)]
+        assert differ == [False, False, True, False], key
+
+
+def test_a_reference_of_another_architecture_is_refused_when_it_is_given() -> None:
+    architecture, _, buffers, reference = _parts()
+    _, others, _ = zoo.split("tied")
+    with pytest.raises(ft.ArchitectureError, match="reference: missing"):
+        ft.attach_reference(architecture, others, buffers)
+    with pytest.raises(ft.ArchitectureError, match="buffers: missing"):
+        ft.attach_reference(architecture, reference)
+    attach = ft.attach_reference(architecture, reference, buffers)
+    with pytest.raises(ft.BatchError, match="expected chosen and rejected, or completion"):
+        attach(zoo.batch())
+
+
+def test_a_source_with_its_reference_trains_as_with_the_reference_online() -> None:
+    architecture, params, buffers, reference = _parts()
+    source = zoo.Batches(zoo.pairs)
+    online = ft.dpo_step(architecture, ft.optim.adamw(1e-2), reference=reference)
+    ahead = ft.dpo_step(architecture, ft.optim.adamw(1e-2))
+    attach = ft.attach_reference(architecture, reference, buffers)
+    referenced = ft.Referenced(source, attach)
+    assert (len(referenced), referenced.batch_size) == (40, 4)
+    ends = []
+    for step, data in ((online, source), (ahead, referenced)):
+        state = step.init(params, buffers)
+        for now, _ in ft.train(step, state, data, steps=4):
+            state = now
+        ends.append(ft.fingerprint(state))
+    assert ends[0] == ends[1]
