@@ -1,4 +1,4 @@
-"""Data as a function of position: sources made from text, token files, chats and pairs.
+"""Data as a function of position: sources made from text, token files, chats, pairs, judgements.
 
 A source has `at(position, n)`, the batch of `n` samples from a position on, shuffled anew each
 epoch, and nothing that moves: to resume is to ask again.
@@ -6,20 +6,25 @@ epoch, and nothing that moves: to resume is to ask again.
 
 from functrain.data import embedded
 from functrain.data.order import permuted
+from functrain.data.pairs import Pairs, preference
 from functrain.data.records import documents, records
-from functrain.data.sequences import Chats, Pairs, chat, preference
+from functrain.data.sequences import Chats, chat
 from functrain.data.source import MapSource, Source, all_batches
 from functrain.data.text import TextRows, text, tokens
 from functrain.data.tokenizers import ByteTokenizer, Tokenizer, from_json
+from functrain.data.truncation import Counts
+from functrain.data.unpaired import Unpaired, unpaired
 
 __all__ = [
     "ByteTokenizer",
     "Chats",
+    "Counts",
     "MapSource",
     "Pairs",
     "Source",
     "TextRows",
     "Tokenizer",
+    "Unpaired",
     "all_batches",
     "chat",
     "documents",
@@ -30,4 +35,5 @@ __all__ = [
     "records",
     "text",
     "tokens",
+    "unpaired",
 ]

@@ -47,6 +47,14 @@ SOURCES: dict[str, Any] = {
         BYTES,
         **{"time": 32, "batch_size": 4, **o},
     ),
+    "unpaired": lambda **o: data.unpaired(
+        [
+            {"prompt": f"{n}?", "completion": "x" * (n % 7 + 1), "label": n % 3 < 1}
+            for n in range(30)
+        ],
+        BYTES,
+        **{"time": 32, "batch_size": 4, **o},
+    ),
     "pairs": lambda **o: data.preference(
         [{"prompt": f"{n}?", "chosen": "yes" * (n % 3 + 1), "rejected": "no"} for n in range(30)],
         BYTES,
@@ -63,9 +71,16 @@ def _digests(batch: Any) -> Any:
     }
 
 
+def _leaves(batch: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for key, value in batch.items():
+        nested = {"": value} if isinstance(value, torch.Tensor) else _leaves(value)
+        found |= {f"{key}.{name}": leaf for name, leaf in nested.items()}
+    return found
+
+
 def _first(batch: Any) -> torch.Tensor:
-    ids: torch.Tensor = batch.get("chosen", batch)["input_ids"]
-    return ids
+    return next(iter(_leaves(batch).values()))
 
 
 @EVERY
@@ -79,13 +94,21 @@ def test_a_batch_is_a_function_of_its_position(make: Any, position: int, n: int)
 @EVERY
 @given(position=st.integers(0, 1000), n=st.integers(2, 9))
 def test_a_batch_is_its_samples_one_by_one(make: Any, position: int, n: int) -> None:
+    """Whatever a batch holds of a sample depends on that sample alone, but for the padding."""
     source = make(seed=3)
-    whole = _first(source.at(position, n))
+    whole = _leaves(source.at(position, n))
     for row in range(n):
-        alone = _first(source.at(position + row, 1))[0]
-        width = min(len(alone), whole.shape[1])
-        assert torch.equal(whole[row, :width], alone[:width])
-        assert not whole[row, width:].any()
+        alone = _leaves(source.at(position + row, 1))
+        assert alone.keys() == whole.keys()
+        for name, leaf in alone.items():
+            together = whole[name][row]
+            if leaf.ndim == 1:
+                assert torch.equal(together, leaf[0])
+                continue
+            width = min(leaf.shape[1], len(together))
+            assert torch.equal(together[:width], leaf[0, :width])
+            for rest in (together[width:], leaf[0, width:]):
+                assert (rest == (-100 if "labels" in name else 0)).all()
 
 
 @EVERY
@@ -108,8 +131,13 @@ def test_every_batch_is_one_that_steps_take(make: Any) -> None:
     if "chosen" in source.at(0, 1):
         objective = PreferenceOptimization(reference={})
     for batch in [source.at(0, 4), *data.all_batches(source, 7)]:
-        objective.check(batch, 257)
-        assert int(objective.weight(batch)) > 0
+        halves = [batch]
+        if "desirable" in batch:
+            assert batch["desirable"].dtype == torch.bool
+            halves = [batch["completion"], batch["mismatched"]]
+        for half in halves:
+            objective.check(half, 257)
+            assert int(objective.weight(half)) > 0
 
 
 @EVERY
@@ -150,72 +178,6 @@ def test_bytes_decode_to_what_was_encoded(text: str) -> None:
     assert BYTES.decode([*ids, BYTES.end]) == text
     assert all(0 <= i < BYTES.vocabulary for i in ids)
     assert data.from_json(BYTES.to_json()) == BYTES
-
-
-@given(prompt=TEXT, completion=TEXT.filter(bool), time=st.integers(4, 60))
-def test_the_prompt_is_no_target_and_the_completion_with_its_end_is(
-    prompt: str, completion: str, time: int
-) -> None:
-    whole = [*prompt.encode(), *completion.encode(), BYTES.end]
-    expected = whole[len(prompt.encode()) : time]
-    record = {"prompt": prompt, "completion": completion}
-    filler = {"prompt": "", "completion": "abc"}
-    source = data.chat([record, filler], BYTES, time=time, batch_size=1, shuffle=False)
-    fits = len(expected) >= (2 if not prompt else 1)
-    assert source.dropped == (0 if fits else 1)
-    assert source.truncated == (len(whole) > time)
-    if fits:
-        batch = source.at(0, 1)
-        labels, mask = batch["labels"][0], batch["attention_mask"][0]
-        assert labels[labels != -100].tolist() == expected
-        assert batch["input_ids"][0][mask.bool()].tolist() == whole[:time]
-
-
-def test_only_what_the_assistant_says_is_a_target() -> None:
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yo"},
-        {"role": "user", "content": "Bye"},
-        {"role": "assistant", "content": "So long"},
-    ]
-    source = data.chat([{"messages": messages}], BYTES, time=256, batch_size=1)
-    batch = source.at(0, 1)
-    labels = batch["labels"][0]
-    said = labels[labels != -100].tolist()
-    assert said == [*b"Yo", BYTES.end, *b"So long", BYTES.end]
-    text = BYTES.decode(batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist())
-    assert text.startswith("system: Be brief.\nuser: Hi\nassistant: Yo\n")
-
-
-RECORDS: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": "a"}, r"record 1: no 'completion'"),
-    ({"promt": "a", "completion": "b"}, r"record 1: no 'prompt'; did you mean 'promt'"),
-    ({"prompt": 3, "completion": "b"}, r"record 1.prompt: expected text, got int"),
-    ({"prompt": "a", "completion": ""}, r"record 1.completion: empty"),
-    ({"messages": "hello"}, r"record 1.messages: expected a list"),
-    ({"messages": []}, r"record 1.messages: expected a list"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no assistant speaks"),
-    ({"messages": [{"role": "asistant", "content": "x"}]}, "did you mean 'assistant'"),
-    ({"messages": [{"role": "assistant", "content": ""}]}, r"messages\[0\].content: empty"),
-    ({"messages": [{"content": "x"}]}, r"messages\[0\]: no 'role'"),
-    ({"messages": ["x"]}, r"messages\[0\]: expected role and content, got str"),
-]
-
-
-@pytest.mark.parametrize(("record", "message"), RECORDS)
-def test_a_bad_record_is_named(record: dict[str, Any], message: str) -> None:
-    good = {"prompt": "a", "completion": "b"}
-    with pytest.raises(ft.DataError, match=message):
-        data.chat([good, record], BYTES, time=16, batch_size=1)
-
-
-def test_a_bad_pair_is_named() -> None:
-    with pytest.raises(ft.DataError, match=r"record 0: no 'rejected'"):
-        data.preference([{"prompt": "a", "chosen": "b"}], BYTES, time=9, batch_size=1)
-    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
-    with pytest.raises(ft.DataError, match="the same text; nothing is preferred"):
-        data.preference([same], BYTES, time=9, batch_size=1)
 
 
 def test_what_leaves_nothing_is_named() -> None:
@@ -286,27 +248,3 @@ def test_all_batches_are_in_the_given_order_whatever_the_source_does() -> None:
     source = data.chat(records, BYTES, time=16, batch_size=4, shuffle=True)
     rows = [row for batch in data.all_batches(source) for row in batch["input_ids"].tolist()]
     assert [BYTES.decode(row).rstrip("\0") for row in rows] == [f"{i} {i}!" for i in range(9)]
-
-
-def test_the_chosen_is_the_chosen_and_the_rejected_the_rejected() -> None:
-    record = {"prompt": "2+2=", "chosen": "4", "rejected": "five"}
-    batch = data.preference([record], BYTES, time=32, batch_size=1).at(0, 1)
-    for side, said in (("chosen", "4"), ("rejected", "five")):
-        ids, labels = batch[side]["input_ids"][0], batch[side]["labels"][0]
-        assert BYTES.decode(ids[batch[side]["attention_mask"][0].bool()].tolist()) == f"2+2={said}"
-        assert BYTES.decode(labels[labels != -100].tolist()) == said
-
-
-def test_a_pair_of_which_one_completion_is_cut_away_is_dropped_and_counted() -> None:
-    """The completion of a long prompt begins after `time`; of one text, so does the other's."""
-    short = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    long = {"prompt": "a" * 8, "chosen": "b", "rejected": "c"}
-    source = data.preference([short, long, short], BYTES, time=8, batch_size=1)
-    assert (len(source), source.truncated, source.dropped) == (2, 1, 1)
-    chats = data.chat(
-        [{"prompt": r["prompt"], "completion": "b"} for r in (short, long)],
-        BYTES,
-        time=8,
-        batch_size=1,
-    )
-    assert (len(chats), chats.truncated, chats.dropped) == (1, 1, 1)

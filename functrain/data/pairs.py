@@ -1,0 +1,89 @@
+"""Pairs for preference optimisation: two completions of one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+
+from functrain.data.examples import Example, Prompted, Record, check_given, read_pair
+from functrain.data.sequences import padded
+from functrain.data.source import Batch
+from functrain.data.tokenizers import Tokenizer
+from functrain.data.truncation import Counted, Truncation, fitted
+from functrain.errors import DataError
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Pairs(Counted):
+    """Two completions of one prompt, the chosen and the rejected; else as `Chats`.
+
+    Both sides of a pair have the same prompt, cut or not, and each has a target.
+    """
+
+    examples: tuple[tuple[Example, Example], ...] = attrs.field(repr=False)
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return len(self.examples)
+
+    def collate(self, indices: list[int]) -> Batch:
+        """`chosen` and `rejected`, each as `Chats` gives it."""
+        pairs = [self.examples[index] for index in indices]
+        return {
+            "chosen": padded([chosen for chosen, _ in pairs]),
+            "rejected": padded([rejected for _, rejected in pairs]),
+        }
+
+
+def preference(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    *,
+    time: int,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    truncation: str = "keep_start",
+    min_prompt: int = 1,
+    drop_identical: bool = False,
+) -> Pairs:
+    """`{"prompt", "chosen", "rejected"}`, texts or lists of messages, as `chat` reads them.
+
+    Without "prompt" it is what chosen and rejected both begin with: of messages, whole ones; of
+    texts, as far as its tokens are the same when it is tokenised alone.
+
+    `truncation` and `min_prompt` are those of `chat`; the prompt is cut alike for both sides, by
+    what the longer completion needs. A pair is dropped, and counted, when one side has no
+    completion token left, or when the sides differ only in what was cut.
+
+    Raises `DataError` as `chat` does; for a record without a prompt in which chosen and rejected
+    share none; and for chosen and rejected that are the same, unless `drop_identical` drops and
+    counts them.
+    """
+    check_given(records)
+    how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
+    read = [read_pair(each, tokenizer, f"record {n}") for n, each in enumerate(records)]
+    distinct = [n for n, pair in enumerate(read) if differ(pair, f"record {n}", drop_identical)]
+    kept, counts = fitted([read[n] for n in distinct], how, identical=len(read) - len(distinct))
+    return Pairs(
+        examples=tuple((chosen, rejected) for chosen, rejected in kept.values()),
+        counts=counts,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+    )
+
+
+def differ(pair: Prompted, where: str, drop_identical: bool) -> bool:
+    """Whether chosen and rejected differ; `DataError` if not, unless such pairs are to be dropped.
+
+    Texts that a tokenizer does not tell apart are the same too.
+    """
+    chosen, rejected = pair.completions
+    if chosen == rejected and not drop_identical:
+        raise DataError(
+            f"{where}: chosen and rejected are the same text; nothing is preferred; take it out, "
+            "or drop_identical=True"
+        )
+    return chosen != rejected

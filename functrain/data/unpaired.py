@@ -1,0 +1,174 @@
+"""Unpaired completions, each desirable or not, for KTO."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+
+import attrs
+import torch
+
+from functrain.data.examples import (
+    SIDES,
+    Example,
+    Prompted,
+    Record,
+    check_given,
+    read_pair,
+    read_unpaired,
+)
+from functrain.data.pairs import differ
+from functrain.data.sequences import padded
+from functrain.data.source import Batch
+from functrain.data.tokenizers import Tokenizer
+from functrain.data.truncation import Counted, Truncation, fitted, has_targets
+from functrain.errors import DataError
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Unpaired(Counted):
+    """Completions judged one by one, each with a mismatched one; else as `Chats`.
+
+    An example is its sequence, its prompt with another example's completion, and whether its own
+    completion is desirable. KTO (2402.01306) estimates its KL term on the mismatched ones.
+    """
+
+    examples: tuple[tuple[Example, Example, bool], ...] = attrs.field(repr=False)
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.examples)
+
+    def collate(self, indices: list[int]) -> Batch:
+        """`completion` and `mismatched`, each as `Chats` gives it, and `desirable`: bool [n]."""
+        rows = [self.examples[index] for index in indices]
+        return {
+            "completion": padded([completion for completion, _, _ in rows]),
+            "mismatched": padded([mismatched for _, mismatched, _ in rows]),
+            "desirable": torch.tensor([desirable for _, _, desirable in rows]),
+        }
+
+
+def unpaired(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    *,
+    time: int,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    truncation: str = "keep_start",
+    min_prompt: int = 1,
+    drop_identical: bool = False,
+) -> Unpaired:
+    """`{"prompt", "completion", "label"}`, with a label that is true where this is desirable.
+
+    Pairs as `preference` reads them are taken too: the chosen completion is a desirable example,
+    the rejected one an undesirable. Examples are cut and counted one by one, as `chat` does; a pair
+    is two.
+
+    The mismatched completion is that of the next example kept, around the end, whose prompt and
+    completion are others (or, where no prompt is, whose completion is another): a function of the
+    example and the data set, not of the batch.
+
+    Raises `DataError` as `chat` and `preference` do, for a label that is none, and where no other
+    completion can be set against a prompt.
+    """
+    check_given(records)
+    how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
+    read = [_read(each, tokenizer, f"record {n}", drop_identical) for n, each in enumerate(records)]
+    given = [each for examples in read for each in examples]
+    identical = 2 * sum(not examples for examples in read)
+    kept, counts = fitted([each.prompted for each in given], how, identical=identical)
+    judged = [given[n] for n in kept]
+    own = [example for (example,) in kept.values()]
+    desirable = [each.desirable for each in judged]
+    return Unpaired(
+        examples=tuple(zip(own, _mismatched(judged, own, how), desirable, strict=True)),
+        counts=counts,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+    )
+
+
+@attrs.frozen
+class _Judged:
+    """A completion as it was read, whether it is desirable, and where it was."""
+
+    prompted: Prompted
+    desirable: bool
+    where: str
+
+
+def _read(record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool) -> list[_Judged]:
+    """One example, or the two of a pair, or none where the two are the same."""
+    if not isinstance(record, Mapping) or not any(side in record for side in SIDES):
+        return [_Judged(*read_unpaired(record, tokenizer, where), where)]
+    for other in ("completion", "label"):
+        if other in record:
+            raise DataError(f"{where}: {other} beside chosen or rejected; give one form")
+    pair = read_pair(record, tokenizer, where)
+    if not differ(pair, where, drop_identical):
+        return []
+    return [
+        _Judged(Prompted(pair.prompt, (completion,)), side == "chosen", where)
+        for completion, side in zip(pair.completions, SIDES, strict=True)
+    ]
+
+
+def _mismatched(
+    judged: Sequence[_Judged], own: Sequence[Example], how: Truncation
+) -> list[Example]:
+    """For each its prompt with the next other completion that leaves a target and is another."""
+    prompts = _ring([each.prompted.prompt for each in judged])
+    completions = _ring([each.prompted.completions for each in judged])
+    found = []
+    for index, each in enumerate(judged):
+        others = itertools.chain(_next(index, prompts, completions), _next(index, completions))
+        fits = (
+            how.fit(Prompted(each.prompted.prompt, judged[other].prompted.completions))[0]
+            for other in others
+        )
+        mismatched = next((x for x in fits if has_targets(x) and x != own[index]), None)
+        if mismatched is None:
+            raise DataError(
+                f"{each.where}: no other completion to set against this prompt (all are the same "
+                f"text, or the same when cut at time={how.time}); KTO's KL term needs one, so give "
+                "more completions or more time"
+            )
+        found.append(mismatched)
+    return found
+
+
+@attrs.frozen
+class _Ring:
+    """Keys around a circle, and from each how far the next different one is."""
+
+    keys: Sequence[int]
+    run: Sequence[int]
+
+
+def _ring(keys: Sequence[Hashable]) -> _Ring:
+    numbers: dict[Hashable, int] = {}
+    short = [numbers.setdefault(key, len(numbers)) for key in keys]
+    run = [len(keys)] * len(keys)
+    for at in range(len(keys) - 1, -len(keys), -1):  # twice around: a run may cross the end
+        run[at - 1] = run[at] + 1 if short[at - 1] == short[at] else 1
+    return _Ring(short, run)
+
+
+def _next(index: int, *rings: _Ring) -> Iterator[int]:
+    """The indices after this one, around the end, with other keys on every ring.
+
+    Whole runs are stepped over, so that sorted data costs no more than shuffled.
+    """
+    size = len(rings[0].keys)
+    at = index + 1
+    while at < index + size:
+        same = [ring for ring in rings if ring.keys[at % size] == ring.keys[index]]
+        if same:
+            at += same[0].run[at % size]
+        else:
+            yield at % size
+            at += 1
