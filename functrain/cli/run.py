@@ -189,11 +189,13 @@ def _trained(
             # A stop logs nothing of its own, so that the file is an uninterrupted run's.
             if last or state.step % plan.log_every == 0 or "eval_loss" in values:
                 tracker.log(state.step, values)
-            if last or stop or state.step % plan.save_every == 0:
+            # Looked at once: between two looks a signal would end the run with this step unsaved.
+            stopping = bool(stop)
+            if last or stopping or state.step % plan.save_every == 0:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
                 _save(plan, run, state, measured, under, beside, say)
             check_guard(built.step, state)
-            if stop:
+            if stopping:
                 break
     return state
 
