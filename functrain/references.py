@@ -20,7 +20,7 @@ from functrain.architecture import bound, check_fit, slots, vocabulary_of
 from functrain.data.source import Source
 from functrain.errors import BatchError, DataError
 from functrain.gradients import forward_buffers, forward_values
-from functrain.objectives.batches import Batch, to_device
+from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.logprobs import HeadMode, head_mode
 from functrain.objectives.pairs import SIDES, check_completions, concatenated, last_target
 from functrain.objectives.reference import reference_scores
@@ -187,13 +187,17 @@ class ReferenceCache:
         """How many examples are known."""
         return len(self._known)
 
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch with its `reference_logps`, float64 of what was computed."""
+    def __call__(self, batch: Batch, *, microbatches: int = 1) -> Batch:
+        """The batch with its `reference_logps`, float64 of what was computed.
+
+        `microbatches`: what is computed is computed in so many slices, as the step takes them.
+        """
         sides = _sides(batch)
         rows = {side: example_keys(batch[side]) for side in sides}
         missing = [key for side in sides for key in rows[side] if key not in self._known]
         if missing:
-            self._compute(batch, rows)
+            for part in split_batch({side: batch[side] for side in sides}, microbatches):
+                self._compute(part, {side: example_keys(part[side]) for side in sides})
         logps = {
             side: torch.tensor([self._known[key] for key in rows[side]], dtype=torch.float64)
             for side in sides

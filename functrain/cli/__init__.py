@@ -17,6 +17,7 @@ _COMMANDS = {
     "pretrain": "train a model from nothing:           functrain pretrain run.toml",
     "sft": "fine-tune it on prompts and answers:  functrain sft run.toml",
     "dpo": "align it with preferences:            functrain dpo run.toml",
+    "reference": "score its pairs ahead of that:        functrain reference run.toml",
     "generate": 'let it speak:                         functrain generate RUN "prompt"',
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
     "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import nn
 
-from functrain import checkpoint, data, keys, models, optimizers, schedules
+from functrain import checkpoint, data, keys, models, objectives, optimizers, schedules
 from functrain.architecture import split
-from functrain.cli.config import DPO, SFT, Config, Model, Optimizer, Pretrain, Schedule
+from functrain.cli.config import (
+    DPO,
+    SFT,
+    Config,
+    Model,
+    Optimizer,
+    Preference,
+    Pretrain,
+    Schedule,
+)
 from functrain.cli.directory import Origin, is_tokens, origin
 from functrain.cli.known import EMBEDDED
 from functrain.data import ByteTokenizer
 from functrain.errors import ConfigError, DataError
 from functrain.guards import SpikeGuard
 from functrain.objectives.batches import Batch
+from functrain.references import ReferenceCache, Referenced, attach_reference
 from functrain.schedules import Plateau
-from functrain.stages import dpo_step, pretrain_step, sft_step
+from functrain.stages import dpo_step, kto_step, pretrain_step, sft_step
 from functrain.state import TrainState
 from functrain.steps import Step
 from functrain.trees import Tensors
@@ -40,6 +50,20 @@ class Built:
     evaluation: list[Batch]
     tokenizer: ByteTokenizer | None
     notes: tuple[str, ...] = ()
+    cache: ReferenceCache | None = None
+
+    @property
+    def data(self) -> Any:
+        """What a step reads: the source, with the reference's log-probs where they are cached."""
+        if self.cache is None:
+            return self.source
+        attach = functools.partial(self.cache, microbatches=self.step.microbatches)
+        return Referenced(self.source, attach)
+
+    def close(self) -> None:
+        """Make a cache that was added to durable, and let others have it."""
+        if self.cache is not None:
+            self.cache.close()
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -62,15 +86,46 @@ def build(config: Config) -> Built:
     source, held_out = sources(config, tokenizer)
     architecture, params, buffers = _model(config, start, tokenizer)
     step = _step(config, architecture, params)
+    cache = _cache(config, architecture, params, buffers)
+    batches = _batches(held_out, config)
     state = step.init(params, buffers, seed=config.train.seed)
     return Built(
         step=step,
         state=state,
         source=source,
-        evaluation=_batches(held_out, config),
+        evaluation=batches if cache is None else [cache(batch) for batch in batches],
         tokenizer=tokenizer,
         notes=tuple(_notes(source, held_out)),
+        cache=cache,
     )
+
+
+def _cache(
+    config: Config, architecture: nn.Module, params: Tensors, buffers: Tensors
+) -> ReferenceCache | None:
+    if not isinstance(config, DPO) or config.preference.cache is None:
+        return None
+    attach = attach_reference(architecture, params, buffers, precision=config.train.precision)
+    return ReferenceCache(config.preference.cache, attach)
+
+
+def cached(config: DPO, say: Callable[[str], None]) -> str:
+    """Fill the cache of a run's reference, in the order in which training reads; what was done."""
+    built = build(config)
+    try:
+        assert built.cache is not None  # the command has refused a config without
+        size = built.source.batch_size
+        total = min(len(built.source), config.train.steps * size)
+        for position in range(0, total, size):
+            built.data.at(position, size)
+            if position // size % 20 == 0:
+                say(f"reference: {min(position + size, total):,} of {total:,} examples")
+        return (
+            f"{built.cache.path}: {len(built.cache):,} completions, {built.cache.computed:,} of "
+            "them new"
+        )
+    finally:
+        built.close()
 
 
 def _tokenizer(config: Config, start: Origin | None) -> ByteTokenizer | None:
@@ -130,10 +185,33 @@ def _step(config: Config, architecture: nn.Module, params: Tensors) -> Step:
     }
     made = optimizer(config.optimizer, config.schedule.peak, architecture)
     if isinstance(config, DPO):
-        preference = attrs.asdict(config.preference)
-        return dpo_step(architecture, made, reference=params, **preference, **options)
+        return _preference_step(config.preference, architecture, params, made, options)
     make = sft_step if isinstance(config, SFT) else pretrain_step
     return make(architecture, made, **options)
+
+
+def _preference_step(
+    config: Preference,
+    architecture: nn.Module,
+    params: Tensors,
+    made: optimizers.Optimizer,
+    options: dict[str, Any],
+) -> Step:
+    """The step of a preference loss; a cached reference comes with the batches."""
+    given = attrs.asdict(config)
+    kto = {name: given.pop(name) for name in ("desirable_weight", "undesirable_weight")}
+    reference = params if given.pop("cache") is None else None
+    try:
+        if config.unpaired:
+            return kto_step(
+                architecture, made, reference=reference, beta=config.beta, **kto, **options
+            )
+        given["loss"] = config.mix
+        if not any(objectives.LOSSES[name].reference for name in config.mix):
+            reference = None
+        return dpo_step(architecture, made, reference=reference, **given, **options)
+    except ConfigError as error:
+        raise ConfigError(f"preference.{error}") from error
 
 
 def optimizer(config: Optimizer, lr: float, architecture: nn.Module) -> optimizers.Optimizer:
@@ -222,7 +300,12 @@ def _source(config: Config, found: Sequence[Any], tokenizer: ByteTokenizer | Non
     if tokenizer is None:
         raise ConfigError("data: text needs a tokenizer; pretrain on text, or on ids throughout")
     make: Any = {"pretrain": data.text, "sft": data.chat, "dpo": data.preference}[config.stage]
-    made: Source = make(found, tokenizer, **_rows(config))
+    if isinstance(config, DPO) and config.preference.unpaired:
+        make = data.unpaired
+    cut: dict[str, Any] = {}
+    if not isinstance(config, Pretrain):
+        cut = {"truncation": config.data.truncation, "min_prompt": config.data.min_prompt}
+    made: Source = make(found, tokenizer, **_rows(config), **cut)
     return made
 
 
@@ -240,10 +323,9 @@ def _batches(held_out: Source | None, config: Config) -> list[Batch]:
 def _notes(source: Source, held_out: Source | None) -> list[str]:
     notes = []
     for name, each in (("training", source), ("held-out", held_out)):
-        for field, what in (("truncated", "cut at data.time"), ("dropped", "dropped as too long")):
-            count = getattr(each, field, 0)
-            if count:
-                notes.append(f"{count} of the {name} examples are {what}")
+        counts = getattr(each, "counts", None)
+        if counts is not None and (counts.truncated or counts.dropped):
+            notes.append(f"{name} examples at data.time: {counts}")
     if held_out is None:
         notes.append("no data.held_out, so nothing is evaluated")
     return notes

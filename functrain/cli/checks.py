@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from functrain.cli.known import KTO, LOSSES
 from functrain.errors import ConfigError, did_you_mean
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -64,3 +65,35 @@ count = at_least(1)
 positive = number("a positive finite number", lambda value: 0 < value < math.inf)
 not_negative = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
 fraction = number("a number in [0, 1)", lambda value: 0 <= value < 1)
+fraction_or_one = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def mixed(text: str) -> dict[str, float]:
+    """The weights of "sigmoid + 0.2*sft" by name; `ConfigError` for what is no mix of losses."""
+    found: dict[str, float] = {}
+    for term in text.split("+"):
+        factor, star, name = (part.strip() for part in term.rpartition("*"))
+        try:
+            weight = float(factor) if star else 1.0
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise ConfigError(
+                f"{term.strip()!r}: expected a loss, or a weight above 0, * and a loss"
+            )
+        if name not in LOSSES:
+            if name == KTO:
+                raise ConfigError(f"{KTO!r} is a loss without pairs, so it stands alone")
+            raise ConfigError(f"{name!r} is unknown; {did_you_mean(name, (*LOSSES, KTO))}")
+        found[name] = found.get(name, 0.0) + weight
+    return found
+
+
+def a_mix(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    """A loss by its name, or a mix of losses over pairs."""
+    if value == KTO:
+        return
+    try:
+        mixed(str(value))
+    except ConfigError as error:
+        raise ConfigError(f"{key(record, field)}: {error}") from error

@@ -167,6 +167,29 @@ def stage_arguments(command: str, rest: Sequence[str]) -> Any:
     return _parsed(cls, command, given, default)
 
 
+def reference(command: str, rest: Sequence[str]) -> int:
+    """`functrain reference run.toml`: the reference's log-probs, ahead of `functrain dpo`."""
+    config = stage_arguments("dpo", rest).config
+    from functrain.cli.directory import check_files, resolved
+
+    if config.preference.cache is None:
+        raise ConfigError(
+            "preference.cache: missing; name a file for the log-probs: "
+            "functrain reference run.toml --preference.cache runs/reference.jsonl"
+        )
+    check_files(config)
+    import torch
+
+    from functrain.cli.build import cached
+    from functrain.cli.run import threads
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settled = resolved(config, threads=torch.get_num_threads(), device=device)
+    with threads(settled.train.threads or 1):
+        print(cached(settled, say))
+    return 0
+
+
 def demo(command: str, rest: Sequence[str]) -> int:
     """`functrain demo [--directory …] [--seed …] [--resume]`."""
     arguments = _parsed(Demo, command, rest)

@@ -8,10 +8,13 @@ import attrs
 import tyro
 
 from functrain.cli.checks import (
+    a_mix,
     at_least,
     count,
     fraction,
+    fraction_or_one,
     given,
+    mixed,
     not_negative,
     number,
     one_of,
@@ -19,13 +22,16 @@ from functrain.cli.checks import (
 )
 from functrain.cli.known import (
     DEVICES,
+    DIVERGENCES,
     EMBEDDED,
-    LOSSES,
+    KTO,
     OPTIMIZERS,
     PRECISIONS,
     REQUIRED,
     SCHEDULES,
+    SMOOTHED,
     TOKEN_TYPES,
+    TRUNCATIONS,
 )
 from functrain.errors import ConfigError
 
@@ -95,6 +101,10 @@ class Data:
     """Tokens in a row; longer examples are cut."""
     limit: int | None = attrs.field(default=None, validator=count)
     """Take only so many documents, records or embedded entries."""
+    truncation: str = attrs.field(default="keep_start", validator=one_of(TRUNCATIONS))
+    """What of a longer example stays: keep_start, keep_end, or prompt_first (the prompt is cut)."""
+    min_prompt: int = attrs.field(default=1, validator=at_least(0))
+    """Tokens that prompt_first leaves of a prompt before it cuts the completion."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The hash of what is trained on; written when the run begins."""
 
@@ -272,18 +282,62 @@ class Preference:
 
     SECTION: ClassVar[str] = "preference"
 
-    loss: str = attrs.field(default="sigmoid", validator=one_of(LOSSES))
-    """sigmoid (DPO), robust, hinge or ipo."""
+    loss: str = attrs.field(default="sigmoid", validator=a_mix)
+    """sigmoid (DPO), ipo, simpo, orpo, kto, … or a mix: "sigmoid + 0.2*sft"."""
     beta: float = attrs.field(default=0.1, validator=positive)
     """How strongly the reference holds."""
     label_smoothing: float = attrs.field(
         default=0.0, validator=number("a number in [0, 0.5)", lambda value: 0 <= value < 0.5)
     )
     """The fraction of pairs presumed to be labelled wrongly."""
+    simpo_gamma: float = attrs.field(default=0.5, validator=not_negative)
+    """SimPO's target margin."""
+    cpo_alpha: float = attrs.field(default=1.0, validator=not_negative)
+    """The weight of CPO's likelihood."""
+    orpo_lambda: float = attrs.field(default=0.1, validator=positive)
+    """The weight of ORPO's odds ratio."""
+    discopop_tau: float = attrs.field(default=0.05, validator=positive)
+    """The temperature of DiscoPOP's gate."""
+    divergence: str = attrs.field(default="reverse_kl", validator=one_of(DIVERGENCES))
+    """reverse_kl, forward_kl, jensen_shannon or alpha: an f-divergence in the place of KL."""
+    divergence_alpha: float = attrs.field(
+        default=0.5, validator=number("a number between 0 and 1", lambda value: 0 < value < 1)
+    )
+    """The α of the divergence alpha."""
+    length_normalized: bool = False
+    """Log-ratios by token."""
+    ld_alpha: float | None = attrs.field(default=None, validator=fraction_or_one)
+    """LD-DPO: the weight of what a completion has beyond the shorter one's length."""
+    wpo: bool = False
+    """WPO: weigh pairs by how likely the policy finds them."""
+    reference_mixup: float | None = attrs.field(default=None, validator=fraction_or_one)
+    """TR-DPO: how far the reference moves towards the policy."""
+    reference_sync: int = attrs.field(default=512, validator=count)
+    """TR-DPO: steps between its moves."""
+    desirable_weight: float = attrs.field(default=1.0, validator=positive)
+    """KTO: the weight of desirable examples."""
+    undesirable_weight: float = attrs.field(default=1.0, validator=positive)
+    """KTO: the weight of the others."""
+    cache: str | None = attrs.field(default=None, validator=given)
+    """A file for the reference's log-probs; `functrain reference` fills it ahead."""
 
     def __attrs_post_init__(self) -> None:
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            raise ConfigError(f"preference.label_smoothing: the {self.loss} loss has none")
+        names = (self.loss,) if self.unpaired else tuple(self.mix)
+        if self.label_smoothing and not any(name in SMOOTHED for name in names):
+            raise ConfigError(
+                f"preference.label_smoothing: the {self.loss} loss has none; it has a meaning for "
+                f"{', '.join(SMOOTHED)}"
+            )
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the data are completions without a pair."""
+        return self.loss == KTO
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """The losses of the mix, and the weight of each."""
+        return mixed(self.loss)
 
 
 def _stage(record: Any, _field: attrs.Attribute[Any], value: str) -> None:

@@ -133,22 +133,32 @@ class Origin:
         return RunDirectory(self.checkpoint.parent.parent).tokenizer
 
 
+_ATTEMPTS = 10
+
+
 def origin(given: str, key: str = "model.from") -> Origin:
     """The checkpoint that `given` means; `ConfigError`, beginning with `key`, where none is."""
     path = Path(given)
     run = stage_directory(path) if path.exists() else None
     if run is None:
         raise ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()})")
-    inside = sorted(RunDirectory(run).checkpoints.glob("step-*"))
-    checkpoint = path if path.name.startswith("step-") else (inside[-1] if inside else None)
-    if checkpoint is None:
-        raise ConfigError(f"{key}: {given} has no checkpoint yet; train it first")
-    manifest = checkpoint / "manifest.json"
-    if not manifest.is_file():
-        raise ConfigError(f"{key}: {checkpoint} is incomplete: it has no manifest.json")
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    config = toml.read_any(RunDirectory(run).config)
-    return Origin(checkpoint=checkpoint, config=config, sha256=digest)
+    for _ in range(_ATTEMPTS):
+        inside = sorted(RunDirectory(run).checkpoints.glob(f"step-{'[0-9]' * 12}"))
+        checkpoint = path if path.name.startswith("step-") else (inside[-1] if inside else None)
+        if checkpoint is None:
+            raise ConfigError(f"{key}: {given} has no checkpoint yet; train it first")
+        try:
+            digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+        except OSError as error:
+            # Of a run that goes on, the newest may be pruned here: then there is a newer one.
+            if checkpoint == path or checkpoint.is_dir():
+                raise ConfigError(
+                    f"{key}: {checkpoint} is incomplete: no manifest.json ({error.strerror})"
+                ) from error
+            continue
+        config = toml.read_any(RunDirectory(run).config)
+        return Origin(checkpoint=checkpoint, config=config, sha256=digest)
+    raise ConfigError(f"{key}: the checkpoints of {given} vanish faster than they can be read")
 
 
 def resolved(config: C, *, threads: int, device: str) -> C:

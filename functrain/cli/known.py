@@ -6,7 +6,43 @@ They are repeated here because checking a config must not import torch.
 from __future__ import annotations
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_params")
-LOSSES = ("sigmoid", "robust", "hinge", "ipo")
+LOSSES = (
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "ipo_sum",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "discopop",
+    "apo_zero",
+    "apo_down",
+    "sft",
+    "cpo",
+    "simpo",
+    "orpo",
+)
+"""The losses over pairs, which may be mixed."""
+SMOOTHED = (
+    "sigmoid",
+    "sigmoid_norm",
+    "robust",
+    "exo_pair",
+    "aot",
+    "aot_unpaired",
+    "cpo",
+    "simpo",
+)
+"""Those for which label smoothing has a meaning."""
+KTO = "kto"
+"""The one over completions without a pair."""
+DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
+TRUNCATIONS = ("keep_start", "keep_end", "prompt_first")
 OPTIMIZERS = {
     "adamw": ("weight_decay", "betas", "eps"),
     "adam": ("weight_decay", "betas", "eps"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
 import attrs
@@ -68,8 +68,9 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
     directories.check_files(config)
     config = _settled(config, resume)
     run = RunDirectory(config.directory)
-    with threads(config.train.threads or 1):
+    with threads(config.train.threads or 1), ExitStack() as stack:
         built = build(config)
+        stack.callback(built.close)
         for note in built.notes:
             say(f"{config.stage}: {note}")
         config = _same_data(config, digest(built.source))
@@ -173,7 +174,7 @@ def _trained(
         for now, metrics in train(
             built.step,
             state,
-            built.source,
+            built.data,
             steps=plan.steps,
             evaluation=built.evaluation or None,
             evaluate_every=config.evaluation.every if built.evaluation else None,

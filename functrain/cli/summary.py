@@ -17,6 +17,7 @@ from functrain.cli.run import Outcome
 from functrain.cli.samples import spoken
 from functrain.data import ByteTokenizer
 from functrain.evaluation import evaluate
+from functrain.objectives import UnpairedOptimization
 from functrain.objectives.batches import Batch
 from functrain.state import fingerprint
 from functrain.tracking import report
@@ -81,23 +82,25 @@ def measured(outcome: Outcome) -> list[Row]:
 
 def _preferences(outcome: Outcome) -> list[Row]:
     before, after = outcome.before, outcome.after
+    if isinstance(outcome.built.step.objective, UnpairedOptimization):
+        return [
+            ("dpo", name, f"{before[f'eval_{name}']:+.3f}", f"{after[f'eval_{name}']:+.3f}")
+            for name in ("rewards/chosen", "rewards/rejected", "kl")
+        ]
     # The policy is its reference before the first step: no reward is above another.
     tied = float(before["eval_rewards/margins"]) == 0
     accuracy = "tied" if tied else f"{before['eval_rewards/accuracies']:.3f}"
-    reference, policy = _reference(outcome), outcome.state.params
-    first, last = (_likelier(outcome, params) for params in (reference, policy))
     opened, closed = (f"{each['eval_rewards/margins']:+.3f}" for each in (before, after))
-    return [
+    rows = [
         ("dpo", "accuracy of the rewards", accuracy, f"{after['eval_rewards/accuracies']:.3f}"),
         ("dpo", "margin of the rewards", opened, closed),
-        ("dpo", "chosen is the likelier", f"{first:.3f}", f"{last:.3f}"),
     ]
-
-
-def _reference(outcome: Outcome) -> Tensors:
     kept = outcome.built.step.objective.kept()
-    assert kept is not None  # `build` gives every DPO step its reference
-    return tensors(kept)
+    if kept is not None:
+        both = (tensors(kept), outcome.state.params)
+        first, last = (f"{_likelier(outcome, params):.3f}" for params in both)
+        rows.append(("dpo", "chosen is the likelier", first, last))
+    return rows
 
 
 def _likelier(outcome: Outcome, params: Tensors) -> float:

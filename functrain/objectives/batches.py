@@ -111,12 +111,17 @@ def count_targets(batch: Batch) -> Tensor:
 
 
 def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
-    """`count_targets` of a batch of any form: chosen and rejected count both."""
+    """`count_targets` of a batch of any form: what is trained on, chosen and rejected both."""
     if not isinstance(batch, Mapping):
         return torch.stack([targets_in(each) for each in batch]).sum()
     if "labels" in batch:
         return count_targets(batch)
-    nested = [value for value in batch.values() if isinstance(value, Mapping) and "labels" in value]
+    # Mismatched completions (KTO's) are scored, not trained on.
+    nested = [
+        value
+        for key, value in batch.items()
+        if isinstance(value, Mapping) and "labels" in value and key != "mismatched"
+    ]
     return torch.stack([count_targets(each) for each in nested]).sum()
 
 

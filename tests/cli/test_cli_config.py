@@ -171,12 +171,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_known_names_are_those_of_the_library() -> None:
     """The config has lists of its own, because checking it must not import torch."""
     import functrain as ft
-    from functrain.objectives.preference import LOSSES
+    from functrain.data.truncation import MODES
+    from functrain.objectives.losses import DIVERGENCES, LOSSES
     from functrain.precision import POLICIES
     from functrain.schedules import SCHEDULES as MADE
 
     assert set(known.PRECISIONS) == set(POLICIES)
     assert set(known.LOSSES) == set(LOSSES)
+    assert known.DIVERGENCES == DIVERGENCES
+    assert set(known.SMOOTHED) == {name for name, each in LOSSES.items() if each.smoothing}
+    assert set(known.TRUNCATIONS) == set(MODES)
     assert set(known.SCHEDULES) == set(MADE)
     assert all(callable(getattr(ft.optim, name)) for name in known.OPTIMIZERS)
     for name, options in known.SCHEDULES.items():
