@@ -13,6 +13,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import tally
 from checkpoint import faults
 
 import functrain as ft
@@ -123,6 +124,7 @@ def test_a_kill_at_every_operation_loses_nothing(name: str, base: Path) -> None:
     writes = sum(operation.name == "write" for operation in operations)
     assert kills == len(operations) + writes
     assert kills >= work.least
+    tally.add("kills at an operation", kills)
     beyond = faults.Killing(len(operations))
     assert faults.in_child(lambda: work.do(faults.copy_of(run), beyond)) == 0, (
         "some were not enumerated"

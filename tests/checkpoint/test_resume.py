@@ -160,7 +160,8 @@ def test_a_process_started_afresh_ends_with_the_same_bits(tmp_path: Path) -> Non
     end, _ = _saved_run(SEEDS[0], tmp_path)
     command = [sys.executable, "-W", "error", __file__, str(tmp_path), "17", "41"]
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"17": end, "41": end}
