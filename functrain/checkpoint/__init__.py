@@ -39,9 +39,10 @@ hashes find corruption, not forgery.
 from functrain.checkpoint.background import BackgroundWriter
 from functrain.checkpoint.environment import numerics
 from functrain.checkpoint.inspection import inspect
+from functrain.checkpoint.loading import load, load_model, load_tensors
 from functrain.checkpoint.manifest import latest
 from functrain.checkpoint.retention import Keep
-from functrain.checkpoint.store import load, load_model, load_tensors, prune, save
+from functrain.checkpoint.store import prune, save
 
 __all__ = [
     "BackgroundWriter",

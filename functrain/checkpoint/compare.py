@@ -12,7 +12,7 @@ from torch import Tensor
 
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.format import data_of
-from functrain.checkpoint.store import read_leaves
+from functrain.checkpoint.loading import read_leaves
 from functrain.state import Leaf
 
 

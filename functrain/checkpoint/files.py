@@ -8,15 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from functrain.checkpoint import format as safetensors
 from functrain.checkpoint.filesystem import (
     FileSystem,
     pieces,
     read_exactly,
+    reading,
     regular,
     write_all,
 )
 from functrain.checkpoint.manifest import File
 from functrain.errors import CheckpointError
+from functrain.trees import Tensors
 
 Contents = Sequence[memoryview]
 """What is in a file, piece by piece."""
@@ -141,6 +144,19 @@ def read_file(
         if hasher.hexdigest() != entry.sha256:
             raise _mismatch(path)
     return found
+
+
+def map_file(filesystem: FileSystem, path: Path, entry: File) -> Tensors:
+    """The tensors of a file as its own pages, after all of them had the hash."""
+    with regular(filesystem, path) as (descriptor, size):
+        _check_size(path, size, entry)
+        if not size:
+            raise CheckpointError(f"{path}: 0 bytes, which is no safetensors file")
+        with reading(path):
+            pages = filesystem.map(descriptor, size)
+    if hashlib.sha256(pages).hexdigest() != entry.sha256:
+        raise _mismatch(path)
+    return safetensors.mapped(pages, path)
 
 
 def check_sizes(filesystem: FileSystem, directory: Path, entries: Mapping[str, File]) -> None:

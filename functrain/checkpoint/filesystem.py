@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ class FileSystem:
     def read(self, descriptor: int, into: memoryview) -> int:
         """Read what there is at once: how many bytes that was, 0 at the end."""
         return os.readv(descriptor, [into])
+
+    def map(self, descriptor: int, size: int) -> mmap.mmap:
+        """A file's pages, to read and to write; what is written goes to no file."""
+        return mmap.mmap(
+            descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
 
     @contextmanager
     def locked(self, path: Path) -> Iterator[None]:

@@ -10,6 +10,7 @@ truncating it would kill the process, and the bits of a kernel may depend on how
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,41 @@ def read(fill: Callable[[memoryview], None], size: int, path: Path) -> Tensors:
     return Tensors({entry.name: _filled(entry, fill, path) for entry in entries})
 
 
+def mapped(pages: mmap.mmap, path: Path) -> Tensors:
+    """The tensors of a file whose pages are mapped, in those pages; else as `read`."""
+    rest = memoryview(pages)
+
+    def fill(buffer: memoryview) -> None:
+        nonlocal rest
+        buffer[:] = rest[: len(buffer)]
+        rest = rest[len(buffer) :]
+
+    entries = header(fill, len(pages), path)
+    begin = len(pages) - len(rest)
+    return Tensors({entry.name: _view(entry, pages, begin, path) for entry in entries})
+
+
+def _view(entry: Entry, pages: mmap.mmap, begin: int, path: Path) -> Tensor:
+    if entry.begin == entry.end:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    size = entry.end - entry.begin
+    # As bytes first: `frombuffer` does not know every dtype.
+    raw = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=begin + entry.begin)
+    _check_booleans(entry, data_of(raw), path)
+    return raw.view(entry.dtype).view(entry.shape)
+
+
 def _filled(entry: Entry, fill: Callable[[memoryview], None], path: Path) -> Tensor:
     tensor = memory.empty(entry.shape, entry.dtype)
     data = data_of(tensor)
     fill(data)
+    _check_booleans(entry, data, path)
+    return tensor
+
+
+def _check_booleans(entry: Entry, data: memoryview, path: Path) -> None:
     if entry.dtype == torch.bool and any(data.tobytes().strip(b"\0\1")):
         raise CheckpointError(f"{path}: {entry.name} holds booleans that are neither 0 nor 1")
-    return tensor
 
 
 def header(fill: Callable[[memoryview], None], size: int, path: Path) -> list[Entry]:

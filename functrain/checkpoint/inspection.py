@@ -11,8 +11,8 @@ from torch import Tensor
 
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.layout import file_of
+from functrain.checkpoint.loading import newest, read_leaves
 from functrain.checkpoint.manifest import Manifest
-from functrain.checkpoint.store import newest, read_leaves
 from functrain.state import Leaf
 
 

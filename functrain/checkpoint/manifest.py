@@ -16,6 +16,8 @@ import orjson
 from functrain.checkpoint.filesystem import FileSystem, read_exactly, regular
 from functrain.errors import CheckpointError
 
+PathLike = str | os.PathLike[str]
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FILES = ("model", "buffers", "optimizer", "extra")
@@ -72,13 +74,13 @@ def checkpoints(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def latest(directory: str | os.PathLike[str]) -> Path | None:
+def latest(directory: PathLike) -> Path | None:
     """The checkpoint of the highest step in `directory`, or None; the names are the truth."""
     found = checkpoints(Path(directory))
     return found[-1] if found else None
 
 
-def located(path: str | os.PathLike[str]) -> Path:
+def located(path: PathLike) -> Path:
     """The checkpoint directory that `path` is or, as its newest, holds."""
     given = Path(path)
     if not given.is_dir():

@@ -103,6 +103,10 @@ class Watched(FileSystem):
         count: int = self.around(operation, lambda: FileSystem.read(self, descriptor, into))
         return count
 
+    def map(self, descriptor: int, size: int) -> Any:
+        operation = Operation("map", self._paths[descriptor])
+        return self.around(operation, lambda: FileSystem.map(self, descriptor, size))
+
     @contextmanager
     def locked(self, path: Path) -> Iterator[None]:
         held = FileSystem.locked(self, path)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -505,3 +506,46 @@ def test_a_directory_that_may_not_be_read_is_named(
     for use in (ft.latest, checkpoint.inspect, lambda path: ft.load(path, like=first)):
         with pytest.raises(ft.CheckpointError, match=r"cannot be read \(Permission denied\)"):
             use(tmp_path)
+
+
+def _written(directory: Path) -> ft.TrainState:
+    """A state with every file of a checkpoint, saved."""
+    _, _, state = _trained("normed", precision="fp16", ema_decay=0.9)
+    ft.save(directory, state)
+    return state
+
+
+def test_mapped_tensors_are_the_files_pages_and_change_no_file(tmp_path: Path) -> None:
+    """The same bits as a copy; written to, they leave the file; removed, they live on."""
+    state = _written(tmp_path)
+    path = tmp_path / "step-000000000002"
+    copied = checkpoint.load_tensors(tmp_path, "*")
+    mapped = checkpoint.load_tensors(tmp_path, "*", mapped=True)
+    assert mapped.keys() == copied.keys()
+    for name, tensor in mapped.items():
+        assert tensor.dtype == copied[name].dtype
+        assert tensor.shape == copied[name].shape
+        assert ft.trees.digest(tensor) == ft.trees.digest(copied[name]), name
+    some = checkpoint.load_tensors(tmp_path, "params/*", mapped=True)
+    assert set(some) == {f"params/{name}" for name in state.params}
+    before = {each.name: each.read_bytes() for each in path.iterdir()}
+    for tensor in some.values():
+        tensor.zero_()
+    assert {each.name: each.read_bytes() for each in path.iterdir()} == before
+    assert ft.fingerprint(ft.load(tmp_path, like=state)) == ft.fingerprint(state)
+    shutil.rmtree(path)
+    assert all(ft.trees.digest(mapped[name]) == ft.trees.digest(copied[name]) for name in copied)
+
+
+@pytest.mark.parametrize("at", [0, 9, 200, -1])
+def test_a_file_that_was_altered_is_not_mapped(at: int, tmp_path: Path) -> None:
+    _written(tmp_path)
+    path = tmp_path / "step-000000000002" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ft.CheckpointError, match=r"model\.safetensors: its sha256 does not match"):
+        checkpoint.load_tensors(tmp_path, "params/*", mapped=True)
+    path.write_bytes(data[:-1])
+    with pytest.raises(ft.CheckpointError, match="and the manifest says"):
+        checkpoint.load_tensors(tmp_path, "params/*", mapped=True)

@@ -1,0 +1,201 @@
+"""Loading: a state, a model, or tensors by name, each verified."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from functrain.architecture import check_names
+from functrain.checkpoint import format as safetensors
+from functrain.checkpoint.environment import compare, numerics
+from functrain.checkpoint.files import map_file, read_file, side_by_side, whole
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem, reading
+from functrain.checkpoint.layout import decode, numbers, placed
+from functrain.checkpoint.manifest import (
+    STATE,
+    File,
+    Manifest,
+    PathLike,
+    checkpoints,
+    latest,
+    located,
+    read_manifest,
+)
+from functrain.errors import ArchitectureError, CheckpointError, SaveWarning
+from functrain.state import Leaf, TrainState, check_state, device_of
+from functrain.trees import Tensors, select
+
+Found = TypeVar("Found")
+_ATTEMPTS = 10
+
+
+def load(
+    directory: PathLike,
+    *,
+    like: TrainState,
+    strict: bool = False,
+    conditions: Mapping[str, Any] | None = None,
+    older: bool = False,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> TrainState:
+    """The state in `directory`, a checkpoint or a directory of them (then the newest).
+
+    `like` gives the form: names, shapes, dtypes and devices, as `step.init(params, buffers)` makes
+    it; its values do not matter. Every file's size and sha256 are checked, over the very bytes
+    that become tensors, in memory of their own. Raises `CheckpointError` for what is missing,
+    altered, or of another architecture, optimizer or precision, naming the first difference.
+
+    Where the numerics or the `conditions` are not those of the save, so that the bits will part,
+    `NumericsWarning` says what differs; with `strict` it is an error. The newest checkpoint being
+    invalid is an error too, unless `older` allows the newest valid one, with a warning.
+    """
+    check_state(like, "like")
+    expected = {**numerics(device_of(like.params)), **(conditions or {})}
+
+    def read(path: Path) -> TrainState:
+        manifest, stored = read_leaves(filesystem, path)
+        state = decode(stored, like, path)
+        if state.step != manifest.step:
+            raise CheckpointError(
+                f"{path}: holds step {state.step}, and its manifest says {manifest.step}"
+            )
+        asked = {name: manifest.numerics.get(name) for name in expected}
+        compare(asked, expected, path, strict=strict)
+        return state
+
+    if not older:
+        return newest(directory, read)
+    state, refused = newest(directory, lambda path: _newest_valid(Path(directory), path, read))
+    for reason in refused:
+        warnings.warn(f"passed over: {reason}", SaveWarning, stacklevel=2)
+    return state
+
+
+def newest(directory: PathLike, read: Callable[[Path], Found]) -> Found:
+    """What `read` makes of a checkpoint or, of a directory of them, of the newest.
+
+    Beside a run that prunes, the newest may go while it is read: then there is a newer one, and
+    that is read instead. In the place of a checkpoint that was itself named no other is.
+    """
+    root = Path(directory)
+    with reading(root):
+        for _ in range(_ATTEMPTS):
+            path = located(root)
+            try:
+                return read(path)
+            except CheckpointError:
+                if path == root or latest(root) in (None, path):
+                    raise
+        raise CheckpointError(f"{root}: its checkpoints vanish faster than they can be read")
+
+
+def _newest_valid(root: Path, path: Path, read: Callable[[Path], Found]) -> tuple[Found, list[str]]:
+    """What `read` makes of the newest valid checkpoint, and why those after it were refused."""
+    if path == root:
+        return read(path), []
+    refused: list[str] = []
+    for each in reversed(checkpoints(root)):
+        try:
+            return read(each), refused
+        except CheckpointError as error:
+            if latest(root) != path:
+                raise  # It went, as there is a newer one: nothing is passed over.
+            refused.append(str(error))
+    raise CheckpointError("\n".join([f"{root}: holds no valid checkpoint", *refused]))
+
+
+def read_leaves(
+    filesystem: FileSystem, path: Path, *, mapped: bool = False
+) -> tuple[Manifest, dict[str, Leaf]]:
+    """A checkpoint's manifest and every leaf by its path, verified; `mapped` as `load_tensors`."""
+    manifest = read_manifest(filesystem, path)
+    names = [name for name in manifest.files if name != STATE]
+
+    def read(name: str) -> dict[str, Leaf]:
+        if not name.endswith(".safetensors"):
+            read_file(filesystem, path / name, manifest.files[name], whole)
+            return {}
+        if mapped:
+            items = map_file(filesystem, path / name, manifest.files[name])
+        else:
+            items = read_file(filesystem, path / name, manifest.files[name], safetensors.read)
+        return placed(name.removesuffix(".safetensors"), items)
+
+    size = sum(entry.size for entry in manifest.files.values())
+    stored = read_file(filesystem, path / STATE, manifest.files[STATE], numbers)
+    for leaves in side_by_side(read, names, size):
+        twice = sorted(stored.keys() & leaves.keys())
+        if twice:
+            raise CheckpointError(f"{path / STATE}: {twice[0]} is a tensor of another file already")
+        stored |= leaves
+    return manifest, stored
+
+
+def load_model(
+    directory: PathLike,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    *,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> tuple[Tensors, Tensors]:
+    """The params and buffers of a checkpoint, whatever optimizer and stage made it.
+
+    `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them: the
+    values are converted to those.
+    """
+
+    def read(path: Path) -> tuple[Tensors, Tensors]:
+        entries = read_manifest(filesystem, path).files
+        model, other = path / "model.safetensors", path / "buffers.safetensors"
+        return (
+            _read_as(filesystem, model, entries[model.name], params),
+            _read_as(filesystem, other, entries[other.name], buffers),
+        )
+
+    return newest(directory, read)
+
+
+def _read_as(
+    filesystem: FileSystem, path: Path, entry: File, like: Mapping[str, Tensor]
+) -> Tensors:
+    items = read_file(filesystem, path, entry, safetensors.read)
+    try:
+        check_names(items, like, path.name, "the checkpoint is of another architecture")
+    except ArchitectureError as error:
+        raise CheckpointError(f"{path.parent}: {error}") from error
+    for key, tensor in items.items():
+        if tensor.shape != like[key].shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(tensor.shape)}, expected "
+                f"{list(like[key].shape)}; the checkpoint is of another architecture"
+            )
+        if tensor.is_complex() and not like[key].is_complex():
+            raise CheckpointError(
+                f"{path}: {key} is {tensor.dtype}, expected {like[key].dtype}; the checkpoint is "
+                "of another architecture"
+            )
+    return Tensors({k: t.to(like[k].device, like[k].dtype) for k, t in items.items()})
+
+
+def load_tensors(
+    directory: PathLike,
+    *patterns: str,
+    mapped: bool = False,
+    filesystem: FileSystem = OPERATING_SYSTEM,
+) -> Tensors:
+    """The tensors of a checkpoint whose paths match a shell pattern, `params/*` or `*/head.weight`.
+
+    Paths are those of `functrain.fingerprints`. A pattern without a match raises `StateError`.
+
+    With `mapped` the tensors are the files' own pages: verified once, by reading them through, and
+    then in memory only as far as they are touched, for models that are larger than it. Writing
+    into them changes no file. Where another program overwrites such a file they change with it,
+    and where it is cut short the process ends with SIGBUS; functrain itself does neither (a prune
+    removes files, which mapped ones outlive).
+    """
+    _, stored = newest(directory, lambda path: read_leaves(filesystem, path, mapped=mapped))
+    return select({p: leaf for p, leaf in stored.items() if isinstance(leaf, Tensor)}, *patterns)
