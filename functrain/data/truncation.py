@@ -97,8 +97,8 @@ class Counts:
 
     `truncated` of those kept lost `tokens_cut` tokens (of a pair, both sides count). Dropped are
     those with `no_completion_left` after the cut on some side; pairs of which both sides were
-    `identical` (where that is no error); and pairs `identical_when_cut`, which differ only in what
-    was cut and would teach nothing.
+    `identical` (where that is no error); pairs `identical_when_cut`, which differ only in what was
+    cut and would teach nothing; and unpaired examples with `no_other_completion` beside theirs.
     """
 
     kept: int = 0
@@ -107,6 +107,7 @@ class Counts:
     no_completion_left: int = 0
     identical: int = 0
     identical_when_cut: int = 0
+    no_other_completion: int = 0
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -115,6 +116,7 @@ class Counts:
             "no completion left": self.no_completion_left,
             "identical": self.identical,
             "identical when cut": self.identical_when_cut,
+            "no other completion": self.no_other_completion,
         }
         return {reason: count for reason, count in counts.items() if count}
 

@@ -71,8 +71,11 @@ def unpaired(
     completion are others (or, where no prompt is, whose completion is another): a function of the
     example and the data set, not of the batch.
 
-    Raises `DataError` as `chat` and `preference` do, for a label that is none, and where no other
-    completion can be set against a prompt.
+    An example against whose prompt no other completion can be set, since the cut leaves too little,
+    is dropped and counted.
+
+    Raises `DataError` as `chat` and `preference` do, for a label that is none, and where no example
+    has another completion.
     """
     check_given(records)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
@@ -82,10 +85,25 @@ def unpaired(
     kept, counts = fitted([each.prompted for each in given], how, identical=identical)
     judged = [given[n] for n in kept]
     own = [example for (example,) in kept.values()]
-    desirable = [each.desirable for each in judged]
+    examples, left = [], []
+    for each, example, other in zip(judged, own, _mismatched(judged, own, how), strict=True):
+        if other is not None:
+            examples.append((example, other, each.desirable))
+            left.append(each.prompted)
+    if not examples:
+        raise DataError(
+            f"{judged[0].where}: no other completion to set against this prompt, nor against any "
+            f"(all are the same text, or the same when cut at time={how.time}); KTO's KL term "
+            "needs one, so give more completions or more time"
+        )
+    _, of_left = fitted(left, how, identical=identical)
     return Unpaired(
-        examples=tuple(zip(own, _mismatched(judged, own, how), desirable, strict=True)),
-        counts=counts,
+        examples=tuple(examples),
+        counts=attrs.evolve(
+            of_left,
+            no_completion_left=counts.no_completion_left,
+            no_other_completion=len(judged) - len(left),
+        ),
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
@@ -119,25 +137,21 @@ def _read(record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool
 
 def _mismatched(
     judged: Sequence[_Judged], own: Sequence[Example], how: Truncation
-) -> list[Example]:
-    """For each its prompt with the next other completion that leaves a target and is another."""
+) -> list[Example | None]:
+    """For each its prompt with the next other completion that leaves a target and is another.
+
+    None where there is no such completion.
+    """
     prompts = _ring([each.prompted.prompt for each in judged])
     completions = _ring([each.prompted.completions for each in judged])
-    found = []
+    found: list[Example | None] = []
     for index, each in enumerate(judged):
         others = itertools.chain(_next(index, prompts, completions), _next(index, completions))
         fits = (
             how.fit(Prompted(each.prompted.prompt, judged[other].prompted.completions))[0]
             for other in others
         )
-        mismatched = next((x for x in fits if has_targets(x) and x != own[index]), None)
-        if mismatched is None:
-            raise DataError(
-                f"{each.where}: no other completion to set against this prompt (all are the same "
-                f"text, or the same when cut at time={how.time}); KTO's KL term needs one, so give "
-                "more completions or more time"
-            )
-        found.append(mismatched)
+        found.append(next((x for x in fits if has_targets(x) and x != own[index]), None))
     return found
 
 

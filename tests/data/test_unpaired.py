@@ -60,10 +60,11 @@ def test_the_mismatched_completion_is_the_next_other_one_of_another_prompt(
     records: list[dict[str, Any]],
 ) -> None:
     others = [_other(records, index) for index in range(len(records))]
-    if None in others:
+    if not any(others):
         with pytest.raises(ft.DataError, match=r"^record 0: no other completion to set against"):
             _unpaired(*records)
         return
+    assert all(others)  # of whole texts each has another, or none has
     source = _unpaired(*records)
     assert source.counts == data.Counts(kept=len(records))
     assert _texts(source, "completion") == [(r["prompt"], r["completion"]) for r in records]
@@ -200,14 +201,14 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one completion in all": (
         {"prompt": "c", "completion": "b", "label": False},
         {},
-        r"^record 0: no other completion to set against this prompt \(all are the same text, or "
-        r"the same when cut at time=32\); KTO's KL term needs one, so give more completions or "
-        "more time$",
+        r"^record 0: no other completion to set against this prompt, nor against any \(all are the "
+        r"same text, or the same when cut at time=32\); KTO's KL term needs one, so give more "
+        "completions or more time$",
     ),
     "one completion when cut": (
         {"prompt": "c", "completion": "bc", "label": False},
         {"time": 2},
-        r"^record 0: no other completion to set against this prompt .* cut at time=2\)",
+        r"^record 0: no other completion to set against this prompt, .* cut at time=2\)",
     ),
     "no room for any": (
         {**GOOD, "prompt": "ab"},
@@ -257,3 +258,13 @@ def test_sorted_data_is_stepped_over_in_runs() -> None:
     for index in range(1000):
         assert next(_next(index, counted)) == (500 if index < 500 else 0)
     assert looks < 10 * 1000
+
+
+def test_an_example_beside_which_the_cut_leaves_nothing_else_is_dropped_and_counted() -> None:
+    """Its prompt takes all but one token, which begins every completion."""
+    long = {"prompt": "p" * 30, "completion": "xa", "label": True}
+    short = [{"prompt": "q", "completion": f"x{n}", "label": False} for n in range(3)]
+    source = _unpaired(long, *short, time=31)
+    assert source.counts == data.Counts(kept=3, no_other_completion=1)
+    assert str(source.counts) == "read 4, kept 3, dropped 1 (1 no other completion)"
+    assert len(source) == 3
