@@ -15,7 +15,8 @@ def prompts(batches: Sequence[Batch], tokenizer: ByteTokenizer | None, count: in
     """The first held-out prompts, or the beginnings of held-out rows, as text again."""
     if tokenizer is None or not batches:
         return []
-    batch = batches[0].get("chosen", batches[0])
+    sides = (batches[0].get(side) for side in ("chosen", "completion"))
+    batch = next((side for side in sides if side is not None), batches[0])
     found = []
     for ids, labels in zip(batch["input_ids"][:count], batch["labels"][:count], strict=True):
         targets = (labels != IGNORE_INDEX).nonzero()

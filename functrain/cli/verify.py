@@ -11,8 +11,8 @@ from typing import Any
 from functrain import checkpoint
 from functrain.checkpoint.compare import Difference, compare_checkpoints, differences
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM
+from functrain.checkpoint.loading import read_leaves
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
-from functrain.checkpoint.store import read_leaves
 from functrain.cli import toml
 from functrain.cli.build import build
 from functrain.cli.directory import STAGE_ORDER, RunDirectory, stage_directory
