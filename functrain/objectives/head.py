@@ -16,6 +16,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from functrain import keys
+from functrain.architecture import bound
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
 
@@ -58,7 +60,7 @@ class Head:
         return None if self.trunk is None else lambda rows: _finished(self, model, rows)
 
 
-# One search for each architecture; the reason is kept where it has no head.
+# One search for each architecture that has its weights; where it has no head, the reason.
 _found: weakref.WeakKeyDictionary[nn.Module, Head | str] = weakref.WeakKeyDictionary()
 
 
@@ -68,25 +70,55 @@ def find_head(architecture: nn.Module) -> Head | str:
     Shown by `get_output_embeddings()`, an `nn.Linear`, as the causal models of transformers and the
     built-in decoder have it. The model is called once on a single token, in eval mode, to see that
     its logits are what the projection returns; where it changes them, it must have a trunk
-    (`base_model_prefix`) that can be left out, so that the rest of its forward can be called alone.
+    (`base_model_prefix`) that can be left out, so that the rest of its forward can be called alone,
+    and that rest must treat each row alike and have no parameters. Hooks of the user's own on the logits hide the head, and
+    so does compilation, which sees no hooks of ours.
+
+    What cannot be told on the meta device is asked again where the weights are there: in a step.
     """
+    projection = _shown(architecture)
+    if projection is None:
+        return "it has no get_output_embeddings() that returns an nn.Linear"
+    hindrance = _hindrance(architecture, projection)
+    if hindrance is not None:
+        return hindrance
     found = _found.get(architecture)
-    if found is None:
-        found = _found[architecture] = _search(architecture)
+    if found is None or (isinstance(found, Head) and found.projection is not projection):
+        found = _search(architecture, projection)
+        if isinstance(found, Head) or projection.weight.device.type != "meta":
+            _found[architecture] = found
     return found
 
 
-def _search(architecture: nn.Module) -> Head | str:
+def _shown(architecture: nn.Module) -> nn.Linear | None:
     shown = getattr(architecture, "get_output_embeddings", None)
     projection = shown() if callable(shown) else None
-    if not isinstance(projection, nn.Linear) or projection.weight is None:
-        return "it has no get_output_embeddings() that returns an nn.Linear"
-    names = {id(tensor): name for name, tensor in architecture.named_parameters()}
-    weight = names.get(id(projection.weight))
-    if weight is None:
+    return projection if isinstance(projection, nn.Linear) else None
+
+
+def _hindrance(architecture: nn.Module, projection: nn.Linear) -> str | None:
+    """Why a head cannot be used as things are now."""
+    if type(projection).forward is not nn.Linear.forward or "forward" in vars(projection):
+        return "its projection has a forward of its own"
+    if projection._parameters.get("weight") is None:
         return "its projection's weight is none of its parameters"
+    if projection.bias is not None and projection._parameters.get("bias") is None:
+        return "its projection's bias is none of its parameters"
+    modules = (architecture, projection)
+    if "_orig_mod" in architecture._modules or any(m._compiled_call_impl for m in modules):
+        return "it is compiled, and compiled code sees no hooks"
+    backward = (*projection._backward_hooks, *projection._backward_pre_hooks)
+    if architecture._forward_hooks or projection._forward_hooks or backward:
+        return "it has hooks that are to see the logits"
+    return None
+
+
+def _search(architecture: nn.Module, projection: nn.Linear) -> Head | str:
+    names = {id(tensor): name for name, tensor in architecture.named_parameters()}
+    if any(id(value) not in names for value in projection.parameters()):
+        return "its projection is none of its modules"
     bias = None if projection.bias is None else names[id(projection.bias)]
-    plain = Head(projection, weight, bias, None)
+    plain = Head(projection, names[id(projection.weight)], bias, None)
     try:
         if _hands_out(architecture, plain):
             return plain
@@ -96,42 +128,67 @@ def _search(architecture: nn.Module) -> Head | str:
         ):
             return "it changes the logits after the projection, and names no trunk"
         head = attrs.evolve(plain, trunk=trunk)
-        rows = projection.weight.new_zeros(3, projection.out_features)
-        with _calm(architecture):
-            finished = _finished(head, architecture, rows)
+        return _fault(architecture, head) or head
     except Exception as error:  # whatever a foreign forward raises, it is no head that can be used
         return f"its forward cannot be called for it ({type(error).__name__}: {str(error)[:200]})"
-    return head if finished.shape == rows.shape else "its logits are of another shape"
+
+
+def _fault(architecture: nn.Module, head: Head) -> str | None:
+    """What is wrong with the rest of a forward.
+
+    Its parameters are NaN, and so is one of the rows: the others must not see it.
+    """
+    nothing = {
+        name: torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
+        for name, p in architecture.named_parameters()
+        if p.is_floating_point()
+    }
+    weight = head.projection.weight
+    row = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)
+    rows = row.repeat(3, 1)
+    rows[0] = torch.nan
+    with _calm(architecture, nothing):
+        finished = _finished(head, architecture, rows)
+    if finished.shape != rows.shape:
+        return "its logits are of another shape"
+    if bool(finished[1:].isnan().any()):
+        return "what it makes of a row of logits depends on parameters, or on other rows"
+    return None
 
 
 def _hands_out(architecture: nn.Module, head: Head) -> bool:
-    """Whether the model's logits are the very tensor that its projection returns."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=head.projection.weight.device)
-    returned: list[Any] = []
+    """Whether the model's logits are the very tensor that its projection returns.
 
-    def leave(_module: nn.Module, _inputs: object, output: Any) -> None:
-        returned.append(output)
+    Half precision is widened first, so that a model which widens it changes nothing.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=head.projection.weight.device)
+    returned: list[tuple[Tensor, int]] = []
+
+    def leave(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        output = output.float() if output.dtype.itemsize < 4 else output
+        returned.append((output, output._version))
+        return output
 
     handle = head.projection.register_forward_hook(leave)
     try:
-        with _calm(architecture):
+        with _calm(architecture, {}):
             outputs = architecture(input_ids=ids)
     finally:
         handle.remove()
-    return len(returned) == 1 and _logits(outputs) is returned[0]
+    if len(returned) != 1:
+        return False
+    output, version = returned[0]
+    return _logits(outputs) is output and output._version == version  # not written to in place
 
 
 @contextmanager
-def _calm(architecture: nn.Module) -> Iterator[None]:
-    """Eval mode, and no history."""
-    modes = [(module, module.training) for module in architecture.modules()]
-    try:
-        architecture.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Eval mode, and no history; neither buffers nor random generators are moved."""
+    params = {**dict(architecture.named_parameters()), **params}
+    buffers = {name: buffer.clone() for name, buffer in architecture.named_buffers()}
+    device = next(iter(params.values())).device
+    with torch.no_grad(), bound(architecture, params, buffers, "eval"), keys.seeded(0, device):
+        yield
 
 
 @contextmanager
@@ -154,15 +211,24 @@ class _Outputs(dict[str, Any]):
         return self.get("last_hidden_state") if key == 0 else self.get(key)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return self.get(name)
 
 
 class _Trunk(nn.Module):
-    """In the trunk's place: hidden states of no rows."""
+    """In the trunk's place: hidden states of no rows, and the trunk's numbers."""
 
-    def __init__(self, width: int, like: Tensor) -> None:
+    def __init__(self, trunk: nn.Module | None, hidden: Tensor) -> None:
         super().__init__()
-        self._hidden = like.new_empty(1, 0, width)
+        self.__dict__["_trunk"] = trunk  # not a submodule
+        self._hidden = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_trunk"], name)
+        if isinstance(value, Tensor) or callable(value):
+            raise AttributeError(f"{name} of the trunk is not a number")
+        return value
 
     def forward(self, *_args: Any, **_inputs: Any) -> _Outputs:
         return _Outputs(last_hidden_state=self._hidden)
@@ -177,9 +243,11 @@ def _finished(head: Head, model: nn.Module, rows: Tensor) -> Tensor:
         return rows.unsqueeze(0)
 
     handle = head.projection.register_forward_hook(leave)
-    model._modules[head.trunk] = _Trunk(head.projection.in_features, head.projection.weight)
+    hidden = head.projection.weight.new_empty(1, 0, head.projection.in_features)
+    model._modules[head.trunk] = _Trunk(trunk, hidden)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
     try:
-        outputs = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=rows.device))
+        outputs = model(input_ids=ids)
     finally:
         model._modules[head.trunk] = trunk
         handle.remove()

@@ -21,7 +21,7 @@ from functrain.metrics import Metrics
 from functrain.objectives import chunks
 from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch
-from functrain.objectives.chunks import BUDGET, Projection
+from functrain.objectives.chunks import Projection
 from functrain.objectives.head import Head, find_head
 
 HeadMode = Literal["auto", "full"]
@@ -91,12 +91,14 @@ def hidden_rows(
     call: Callable[..., object] | None = None,
     values: Mapping[str, Tensor] | None = None,
     head: HeadMode = "auto",
-    budget: int = BUDGET,
+    budget: int | None = None,
 ) -> HiddenRows | None:
     """The rows to be scored by chunks; None where the logits are to be taken whole.
 
-    `call` and `values`: another forward than the model's own, with these params.
+    `call` and `values`: another forward than the model's own, with these params. `budget`: bytes of
+    logits, `chunks.BUDGET` where it is None.
     """
+    budget = chunks.BUDGET if budget is None else budget
     shown = find_head(model) if head == "auto" else "not asked for"
     if not isinstance(shown, Head):
         return None
@@ -133,7 +135,7 @@ def token_scores(
     values: Mapping[str, Tensor] | None = None,
     head: HeadMode = "auto",
     detailed: bool = True,
-    budget: int = BUDGET,
+    budget: int | None = None,
 ) -> TokenScores:
     """The scores of a batch of sequences; arguments as for `hidden_rows`.
 

@@ -200,11 +200,16 @@ def simpo(p: PairLogps, o: Options) -> Tensor:
 
 
 def log_odds(p: PairLogps) -> tuple[Tensor, Tensor]:
-    """o = ℓ̄ − log(1 − e^{ℓ̄}) of chosen and rejected: ORPO's log odds of a token."""
-    return tuple(  # type: ignore[return-value]
-        mean - torch.log(-torch.expm1(mean))
-        for mean in (p.chosen / p.chosen_length, p.rejected / p.rejected_length)
-    )
+    """o = ℓ̄ − log(1 − e^{ℓ̄}) of chosen and rejected: ORPO's log odds of a token.
+
+    What rounding made certain, a mean of 0, has the largest odds that are no infinity.
+    """
+
+    def odds(total: Tensor, length: Tensor) -> Tensor:
+        mean = (total / length).clamp(max=-torch.finfo(total.dtype).tiny)
+        return mean - torch.log(-torch.expm1(mean))
+
+    return odds(p.chosen, p.chosen_length), odds(p.rejected, p.rejected_length)
 
 
 def orpo(p: PairLogps, o: Options) -> Tensor:
@@ -253,7 +258,7 @@ LOSSES: Mapping[str, PairLoss] = {
     "robust": PairLoss(value=robust, smoothing=True),
     "exo_pair": PairLoss(value=exo_pair, smoothing=True, needs_smoothing=True),
     "nca_pair": PairLoss(value=nca_pair, divergence=False),
-    "bco_pair": PairLoss(value=bco_pair, coupled=True, divergence=False),
+    "bco_pair": PairLoss(value=bco_pair, coupled=True, on_delta=False, divergence=False),
     "sppo_hard": PairLoss(value=sppo_hard, divergence=False),
     "aot": PairLoss(value=aot, smoothing=True, coupled=True, on_delta=False, divergence=False),
     "aot_unpaired": PairLoss(value=aot_unpaired, smoothing=True, coupled=True, divergence=False),
@@ -279,15 +284,18 @@ LOSSES: Mapping[str, PairLoss] = {
 """Every loss by its name; weighted mixes of them are `loss={"sigmoid": 1.0, "sft": 0.2}`."""
 
 
-def _exponential(exponent: Tensor) -> Tensor:
-    """e^x, held just below the largest number: a difference of two infinities would be NaN."""
-    most = math.log(torch.finfo(exponent.dtype).max) - 2
-    return torch.exp(exponent.clamp(max=most))
+def _expm1(exponent: Tensor) -> Tensor:
+    """e^x − 1; near the largest number its tangent, which keeps the order and a slope.
+
+    Held there, both sides of a pair could be the same number: no margin, and no gradient.
+    """
+    most = math.log(torch.finfo(exponent.dtype).max) - 12
+    return torch.expm1(exponent.clamp(max=most)) + math.exp(most) * F.relu(exponent - most)
 
 
 def forward_kl(delta: Tensor) -> Tensor:
     """1 − e^{−Δ}."""
-    return 1 - _exponential(-delta)
+    return -_expm1(-delta)
 
 
 def jensen_shannon(delta: Tensor) -> Tensor:
@@ -299,7 +307,7 @@ def alpha_divergence(alpha: float) -> Divergence:
     """(e^{(α−1)Δ} − 1) / (α − 1), for α in (0, 1)."""
 
     def divergence(delta: Tensor) -> Tensor:
-        return (_exponential((alpha - 1) * delta) - 1) / (alpha - 1)
+        return _expm1((alpha - 1) * delta) / (alpha - 1)
 
     return divergence
 

@@ -105,6 +105,12 @@ def check_reference_logps(batch: Batch, sides: tuple[str, ...]) -> None:
             )
         if value.device.type == "cpu" and not bool(value.isfinite().all()):
             raise BatchError(f"{name}: not finite; compute it again")
+    one, other = (given[side] for side in sides)
+    if one.ndim != other.ndim:
+        raise BatchError(
+            f"reference_logps: {sides[0]} has shape {list(one.shape)} and {sides[1]} "
+            f"{list(other.shape)}; expected sums of both, or both by token"
+        )
 
 
 def concatenated(chosen: Batch, rejected: Batch) -> Batch:

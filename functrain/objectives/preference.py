@@ -263,7 +263,11 @@ class PreferenceOptimization:
         if kinds:
             terms = [factor * negative[kind] for kind, factor in kinds.items()]
             total = torch.stack([pair_loss, *terms])
-        measured = {"loss": m.mean(total, weight)}
+        chosen_tokens = scores.lengths.chunk(2)[0].sum()
+        measured = {
+            "loss": m.mean(total, weight),
+            "perplexity": m.exponential(negative["completion"], chosen_tokens),
+        }
         for kind in kinds:
             measured["nll_loss"] = m.mean(negative[kind], self._tokens(batch, kind))
         return total, Metrics(measured) | self._pair_metrics(logps) | token_metrics(scores)
@@ -311,7 +315,9 @@ class PreferenceOptimization:
         if attached["chosen"].ndim == 1:
             dtype = scores.logps.dtype
             return attached["chosen"].to(dtype), attached["rejected"].to(dtype)
-        return self._sums(reference_tokens(attached, scores.logps), scores.mask)
+        tokens = reference_tokens(attached, scores.logps)
+        # Whoever attached them may have scored prompts and padding too.
+        return self._sums(torch.where(scores.mask, tokens, 0.0), scores.mask)
 
     def _sums(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Σ over completion tokens, chosen and rejected; what `ld_alpha` weighs, weighed."""
@@ -371,8 +377,9 @@ class PreferenceOptimization:
 
     def couple(self, observed: Sequence[Observed]) -> list[Coupling]:
         """For each micro-batch, the whole batch's loss as a function of its own log-probs."""
-        joined = _joined(observed)
-        with torch.enable_grad():
+        # An evaluation may be in inference mode; what is joined outside of it can have slopes.
+        with torch.inference_mode(False), torch.enable_grad():
+            joined = _joined(observed)
             chosen = joined.logps.chosen.detach().requires_grad_()
             rejected = joined.logps.rejected.detach().requires_grad_()
             leaves = attrs.evolve(joined.logps, chosen=chosen, rejected=rejected)
@@ -388,11 +395,12 @@ class PreferenceOptimization:
     def _offset(self, logps: PairLogps) -> Tensor:
         """δ of `bco_pair`: the mean reward of all pairs so far, and of this batch; float64."""
         rewards = self.beta * (logps.ratio_chosen.double() + logps.ratio_rejected.double())
-        total, count = rewards.sum(), torch.tensor(2.0 * len(rewards), dtype=torch.float64)
+        total = rewards.sum()
+        count = torch.full_like(total, 2 * len(rewards))
         if self.running is not None:
             total = total + self.running["reward_sum"]
-            count = count + self.running["reward_count"].cpu()
-        return total / count.to(total.device)
+            count = count + self.running["reward_count"]
+        return total / count
 
     def init_running(self, device: torch.device) -> Tensors | None:
         """What `bco_pair` carries in `state.running`: the sum and the number of rewards."""
@@ -434,9 +442,7 @@ class PreferenceOptimization:
             sums["log_odds_chosen"] = difference.sum()
             sums["log_odds_ratio"] = nn.functional.logsigmoid(difference).sum()
         pairs = torch.tensor(len(chosen), device=chosen.device)
-        perplexity = m.exponential(-logps.chosen.sum(), logps.chosen_length.sum())
-        means = {name: m.mean(value, pairs) for name, value in sums.items()}
-        return Metrics({**means, "perplexity": perplexity})
+        return Metrics({name: m.mean(value, pairs) for name, value in sums.items()})
 
     def kept(self) -> Mapping[str, Tensor] | None:
         """The reference."""
@@ -461,9 +467,18 @@ def check_combination(given: PreferenceOptimization) -> None:
         if given.divergence != "reverse_kl" and each.reference and not each.divergence:
             raise ConfigError(f"divergence: the {name!r} loss is defined for 'reverse_kl' alone")
         if given.length_normalized and each.reference and not each.on_delta:
-            raise ConfigError(f"length_normalized: the {name!r} loss has its own normalisation")
+            raise ConfigError(
+                f"length_normalized: the {name!r} loss is no function of Δ alone; leave it out"
+            )
         if given.wpo and (name == "aot" or name == "aot_unpaired"):
             raise ConfigError(f"wpo: the {name!r} loss sorts the batch, so no pair has a weight")
+    if all(LOSSES[name].value is None for name in names):
+        for option, is_given in (("wpo", given.wpo), ("ld_alpha", given.ld_alpha is not None)):
+            if is_given:
+                raise ConfigError(
+                    f"{option}: the {names[0]!r} loss is the likelihood of the chosen alone; "
+                    "leave it out"
+                )
     if given.divergence not in DIVERGENCES:
         near = did_you_mean(str(given.divergence), DIVERGENCES)
         raise ConfigError(f"divergence: {given.divergence!r} is unknown; {near}")

@@ -115,8 +115,9 @@ class UnpairedOptimization:
     def _sums(self, model: nn.Module, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
         scores = token_scores(model, batch[side], head=self.head, detailed=False)
         if "reference_logps" in batch:
-            given = batch["reference_logps"][side].to(scores.logps.dtype)
-            reference = given.sum(-1) if given.ndim == 2 else given
+            reference = batch["reference_logps"][side].to(scores.logps.dtype)
+            if reference.ndim == 2:  # prompts and padding may have been scored too
+                reference = torch.where(scores.mask, reference, 0.0).sum(-1)
         else:
             assert self.reference is not None  # `check` has refused the batch otherwise
             reference = reference_scores(model, self.reference, batch[side], head=self.head).sums

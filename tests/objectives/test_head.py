@@ -1,0 +1,790 @@
+"""Where architectures show their head, and that by chunks they compute what they compute whole."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import functrain as ft
+from functrain import keys
+from functrain.objectives import chunks, head
+from functrain.objectives.head import Head, find_head
+from functrain.objectives.language import LanguageModeling
+from functrain.objectives.logprobs import TokenScores, hidden_rows, token_scores
+from functrain.objectives.reference import reference_scores
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 64
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": False,
+    "is_decoder": True,
+    **dict.fromkeys(["hidden_size", "n_embd", "d_model", "embedding_size", "lru_width"], 16),
+    **dict.fromkeys(["moe_intermediate_size", "word_embed_proj_dim"], 16),
+    **dict.fromkeys(["intermediate_size", "n_inner", "ffn_dim"], 24),
+    **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], 24),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers"], 2),
+    **dict.fromkeys(["encoder_layers", "decoder_layers"], 2),
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads"], 4),
+    **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads", "mamba_n_heads"], 4),
+    **dict.fromkeys(["num_local_experts", "num_experts", "n_routed_experts"], 4),
+    **dict.fromkeys(["head_dim", "rotary_dim", "state_size"], 4),
+    **dict.fromkeys(["num_key_value_heads", "num_experts_per_tok"], 2),
+    **dict.fromkeys(["n_group", "topk_group", "n_shared_experts"], 1),
+    **dict.fromkeys(["max_position_embeddings", "n_positions"], 64),
+    **dict.fromkeys(["mamba_d_head", "mamba_d_state", "q_lora_rank", "kv_lora_rank"], 8),
+    **dict.fromkeys(["attention_window_size", "hidden_size_per_layer_input"], 8),
+}
+"""Fields of configs, each given to every config that has it."""
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "dots1": {"first_k_dense_replace": 1},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_groups": 1},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "laurel_rank": 4,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "mamba2": {"head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 8},
+    "minicpm3": LATENT,
+    "xmod": {"default_language": "en_XX"},
+    "youtu": LATENT,
+}
+PLAIN = [
+    "afmoe",
+    "apertus",
+    "arcee",
+    "bart",
+    "bert",
+    "bigbird_pegasus",
+    "biogpt",
+    "bitnet",
+    "blenderbot",
+    "bloom",
+    "codegen",
+    "ctrl",
+    "deepseek_v2",
+    "deepseek_v3",
+    "diffllama",
+    "doge",
+    "dots1",
+    "electra",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "falcon",
+    "falcon_mamba",
+    "flex_olmo",
+    "gemma",
+    "gemma3_text",
+    "gemma4_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_oss",
+    "gptj",
+    "helium",
+    "hunyuan_v1_dense",
+    "jamba",
+    "jetmoe",
+    "lfm2",
+    "llama",
+    "llama4_text",
+    "mamba",
+    "mamba2",
+    "marian",
+    "mbart",
+    "minicpm3",
+    "minimax",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "modernbert-decoder",
+    "mpt",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "openai-gpt",
+    "opt",
+    "persimmon",
+    "phi",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "rembert",
+    "roberta",
+    "rwkv",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+    "trocr",
+    "vaultgemma",
+    "whisper",
+    "xglm",
+    "xlm-roberta",
+    "xmod",
+    "youtu",
+]
+"""Model types whose logits are what their projection returns."""
+FINISHED = {
+    "cohere": "model",  # a scale
+    "cohere2": "model",
+    "falcon_h1": "model",  # a scale that is the trunk's
+    "gemma2": "model",  # a soft cap
+    "gemma3n_text": "model",
+    "granite": "model",  # a scale
+    "granitemoe": "model",
+    "nanochat": "model",  # a soft cap
+    "recurrent_gemma": "model",
+    "vaultgemma": "model",
+    "xlstm": "backbone",  # a soft cap
+}
+"""Those that do more with them, and the name of the trunk before."""
+HEADLESS = {
+    "dory": r"a forward of its own",  # a Linear with a learned scale by token
+    "prophetnet": r"decoder of the trunk is not a number",  # its forward calls into the trunk
+}
+"""Those without a head that could be used, and the reason."""
+FOUND = pytest.mark.parametrize("name", sorted({*PLAIN, *FINISHED}))
+SOME = pytest.mark.parametrize("name", ["decoder", "llama", "gpt2", "gemma2", "falcon_h1", "bert"])
+
+
+def _config(name: str) -> Any:
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    kind = transformers.CONFIG_MAPPING[name]
+    known = set(inspect.signature(kind).parameters)
+    known.update(*(vars(each).get("__annotations__", {}) for each in kind.__mro__))
+    return kind(**{**{k: v for k, v in SMALL.items() if k in known}, **SPECIAL.get(name, {})})
+
+
+def _model(name: str) -> Any:
+    """A fresh model, in float64 where it runs in it."""
+    if name == "decoder":
+        return _decoder()
+    with keys.seeded(3):
+        model = transformers.AutoModelForCausalLM.from_config(_config(name)).eval()
+        for parameter in model.parameters():  # a new model's logits are as good as 0
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    try:
+        with torch.no_grad():
+            model.double()(input_ids=_batch()["input_ids"])
+    except RuntimeError:  # kernels of experts and masks that know no float64
+        model.float()
+    return model
+
+
+def _decoder(**options: Any) -> Any:
+    config = ft.models.DecoderConfig(
+        vocabulary=VOCABULARY, width=16, layers=2, heads=4, hidden=24, **options
+    )
+    return ft.models.decoder(config, seed=3).double().eval()
+
+
+_shared = cache(_model)
+
+
+def _batch(seed: int = 0) -> dict[str, Tensor]:
+    """40 positions predict, and 31 of them have a target: two chunks, the last one short."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (4, 11), generator=generator)
+    labels = ids.clone()
+    labels[0, :6] = labels[1, 4] = labels[2, 8:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def _padded(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """With a mask and positions, where the model takes them."""
+    batch = _batch(seed)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[2, 8:] = 0
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0) + 2}
+    takes = inspect.signature(model.forward).parameters
+    return {**batch, **{key: value for key, value in inputs.items() if key in takes}}
+
+
+@contextmanager
+def _chunked() -> Iterator[None]:
+    """Within it, no more than 16 rows of logits fit into the budget."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "BUDGET", 16 * VOCABULARY * 4)
+        yield
+
+
+def _tolerance(model: Any) -> float:
+    """1e-11 where logits are float64. Where the model narrows them, a few of float32's roundings.
+
+    The gradients of two paths that are the same are 1e-7 apart then, and those of experts 1e-6.
+    """
+    with torch.no_grad():
+        outputs = model(input_ids=_batch()["input_ids"])
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    return 1e-11 if logits.dtype == torch.float64 else 1e-5
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Within it nothing is left behind: the same modules, with the same hooks and modes."""
+    before = _seen(model)
+    yield
+    assert _seen(model) == before
+
+
+def _seen(model: nn.Module) -> list[tuple[object, ...]]:
+    return [
+        (name, id(module), module.training, *module._forward_hooks, *module._forward_pre_hooks)
+        for name, module in model.named_modules()
+    ]
+
+
+def _assert_near(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
+    apart = float((ours.double() - theirs.double()).norm())
+    limit = tolerance * max(1.0, float(theirs.double().norm()))
+    assert apart <= limit, f"{what}: {apart:.3g} apart"
+
+
+Measured = tuple[Tensor, dict[str, float], dict[str, Tensor]]
+
+
+def _measured(model: nn.Module, batch: dict[str, Tensor], mode: str) -> Measured:
+    """Loss, metrics and the gradients of all parameters that the loss reaches."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total, metrics = LanguageModeling(head=mode)(model, batch)  # type: ignore[arg-type]
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    grads = {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+    return total.detach(), metrics.to_dict(), grads
+
+
+def _assert_same(model: nn.Module, batch: dict[str, Tensor], tolerance: float) -> None:
+    """Loss, metrics and gradients by chunks are those of whole logits."""
+    with keys.seeded(5):
+        whole = _measured(model, batch, "full")
+    with _chunked(), keys.seeded(5):
+        assert hidden_rows(model, batch) is not None
+    with _chunked(), keys.seeded(5):
+        ours = _measured(model, batch, "auto")
+    _assert_near(ours[0], whole[0], tolerance, "loss")
+    assert ours[1] == pytest.approx(whole[1], rel=10 * tolerance)
+    assert ours[2].keys() == whole[2].keys()
+    norm = float(torch.stack([grad.double().norm() for grad in whole[2].values()]).norm())
+    for name, grad in whole[2].items():
+        apart = float((ours[2][name].double() - grad.double()).norm())
+        assert apart <= tolerance * norm, f"{name}: {apart:.3g} apart, at a norm of {norm:.3g}"
+
+
+def _assert_same_scores(ours: TokenScores, whole: TokenScores, tolerance: float) -> None:
+    assert torch.equal(ours.mask, whole.mask)
+    assert torch.equal(ours.correct & ours.mask, whole.correct & whole.mask)
+    for name in ("logps", "entropy", "level", "collision"):
+        _assert_near(getattr(ours, name), getattr(whole, name), tolerance, name)
+
+
+@FOUND
+def test_the_head_is_found(name: str) -> None:
+    """By the module of the projection, the names of its values, and the trunk where one is due."""
+    model = _shared(name)
+    with _left_alone(model):
+        found = find_head(model)
+    assert isinstance(found, Head), found
+    named = dict(model.named_parameters())
+    assert found.projection is model.get_output_embeddings()
+    assert named[found.weight] is found.projection.weight
+    assert (None if found.bias is None else named[found.bias]) is found.projection.bias
+    narrowed = _tolerance(model) > 1e-9 and next(model.parameters()).dtype == torch.float64
+    # To narrow float64 is to change them.
+    assert found.trunk == FINISHED.get(name, model.base_model_prefix if narrowed else None)
+
+
+@pytest.mark.parametrize("name", sorted(HEADLESS))
+def test_some_have_no_head_and_say_why(name: str) -> None:
+    """Whole logits are taken then, whatever their size."""
+    model = _model(name)
+    with _left_alone(model), _chunked():
+        found = find_head(model)
+        assert isinstance(found, str)
+        assert HEADLESS[name] in found
+        assert hidden_rows(model, _batch()) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_built_in_decoder_shows_its_head(tied: bool) -> None:
+    model = _decoder(tied=tied)
+    found = find_head(model)
+    assert isinstance(found, Head)
+    weight = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert (found.weight, found.bias, found.trunk) == (weight, None, None)
+    _assert_same(model, _batch(), 1e-11)
+    _assert_same(model, _padded(model), 1e-11)
+
+
+@FOUND
+def test_by_chunks_the_loss_is_the_same(name: str) -> None:
+    """With its metrics and the gradients of all parameters; also with a mask and positions."""
+    model = _shared(name)
+    tolerance = _tolerance(model)
+    with _left_alone(model):
+        _assert_same(model, _batch(), tolerance)
+        _assert_same(model, _padded(model), tolerance)
+
+
+@FOUND
+def test_by_chunks_the_scores_are_the_same(name: str) -> None:
+    """Those of the params that are bound, and those of others: what a reference is."""
+    model = _shared(name)
+    tolerance, batch = _tolerance(model), _padded(model)
+    other = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
+    with torch.no_grad(), _left_alone(model):
+        whole = token_scores(model, batch, head="full")
+        reference = reference_scores(model, other, batch, head="full")
+        with _chunked():
+            ours = token_scores(model, batch)
+            referred = reference_scores(model, other, batch)
+    _assert_same_scores(ours, whole, tolerance)
+    _assert_same_scores(referred, reference, tolerance)
+    assert float((reference.logps - whole.logps).norm()) > 1e-3
+
+
+@FOUND
+def test_under_checkpointing_it_is_the_same(name: str) -> None:
+    """In train mode, with the same dropout, the trunk computed again in the backward pass."""
+    model = _model(name)
+    if not model.supports_gradient_checkpointing:
+        pytest.skip(f"{name} has no checkpointing")
+    tolerance = _tolerance(model)
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+    model.train()
+    with _left_alone(model):
+        _assert_same(model, _batch(), tolerance)
+
+
+def test_where_every_position_has_a_target_none_is_left_out() -> None:
+    model = _decoder()
+    batch = {**_batch(), "labels": _batch()["input_ids"]}
+    _assert_same(model, batch, 1e-11)
+    with _chunked():
+        rows = hidden_rows(model, batch)
+    assert rows is not None
+    assert rows.places is None
+    assert len(rows.hidden) == 40
+
+
+def test_rows_without_a_target_are_left_out() -> None:
+    with _chunked():
+        rows = hidden_rows(_decoder(), _batch())
+    assert rows is not None
+    assert rows.hidden.shape == (31, 16)
+    assert (rows.targets != -100).all()
+
+
+def test_logits_within_the_budget_are_taken_whole() -> None:
+    """The choice is one of the batch's shape: 40 rows of logits in a room for 40, and for 39."""
+    model = _decoder()
+    row = VOCABULARY * 4
+    assert hidden_rows(model, _batch(), budget=40 * row) is None
+    assert hidden_rows(model, _batch(), budget=40 * row - 1) is not None
+    assert hidden_rows(model, _batch(), budget=0, head="full") is None
+
+
+@SOME
+@pytest.mark.parametrize("name_of_call", ["loss", "scores"])
+def test_the_model_is_called_once(name: str, name_of_call: str) -> None:
+    """And its trunk; after it only what it does with logits, which has no trunk."""
+    model = _model(name)
+    found = find_head(model)
+    assert isinstance(found, Head)
+    trunk = model.model if name == "decoder" else model.base_model
+    calls = {"model": 0, "trunk": 0}
+
+    def count(which: str) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            calls[which] += 1
+
+        return add
+
+    model.register_forward_pre_hook(count("model"))
+    trunk.register_forward_pre_hook(count("trunk"))
+    with _chunked():
+        if name_of_call == "loss":
+            LanguageModeling()(model, _batch())[0].backward()
+        else:
+            token_scores(model, _batch()).logps.sum().backward()
+    assert calls["trunk"] == 1
+    if found.trunk is None:
+        assert calls["model"] == 1
+
+
+class _StopError(Exception):
+    pass
+
+
+def _stop(*_: object) -> None:
+    raise _StopError
+
+
+@SOME
+@pytest.mark.parametrize("training", [False, True])
+def test_an_exception_in_the_forward_leaves_nothing_behind(name: str, training: bool) -> None:
+    """Neither in the search, nor in a call."""
+    model = _model(name).train(training)
+    last = next(m for m in reversed(list(model.modules())) if isinstance(m, nn.ModuleList))[-1]
+    handle = last.register_forward_pre_hook(_stop)
+    with _left_alone(model):
+        assert isinstance(find_head(model), str)
+    handle.remove()
+    head._found.pop(model)
+    assert isinstance(find_head(model), Head)
+    handle = last.register_forward_pre_hook(_stop)
+    with _left_alone(model), _chunked(), pytest.raises(_StopError):
+        LanguageModeling()(model, _batch())
+    handle.remove()
+    _assert_same(model.eval(), _batch(), 1e-11)
+
+
+class Body(nn.Module):
+    """Hidden states of each token alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": self.mix(self.embedding(input_ids)).tanh()}
+
+
+class Finished(nn.Module):
+    """A model that makes something of its logits."""
+
+    base_model_prefix = "body"
+
+    def __init__(
+        self, finish: Callable[[Any, Tensor], Tensor] = lambda _, rows: rows * 0.5
+    ) -> None:
+        super().__init__()
+        with keys.seeded(3):
+            self.body = Body()
+            self.lm_head = nn.Linear(8, VOCABULARY)
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("factor", torch.tensor(0.7))
+        self.finish = finish
+        self.double()
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {
+            "logits": self.finish(self, self.lm_head(self.body(input_ids)["last_hidden_state"]))
+        }
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+USABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a buffer": lambda model, rows: rows * model.factor,
+    "in place": lambda _, rows: rows.mul_(0.7),
+    "narrowing": lambda _, rows: rows.float(),
+    "by word": lambda _, rows: rows * torch.linspace(0.5, 1.5, VOCABULARY, dtype=rows.dtype),
+    "impossible words": lambda _, rows: torch.cat(
+        [rows[..., :3], torch.full_like(rows[..., 3:5], -torch.inf), rows[..., 5:]], -1
+    ),
+}
+UNUSABLE: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a parameter": (lambda model, rows: rows / model.temperature, "depends on parameters"),
+    "a mean over time": (lambda _, rows: rows - rows.mean(1, keepdim=True), "on other rows"),
+    "fewer words": (lambda _, rows: rows[..., :-1], "of another shape"),
+    "a look at the trunk": (
+        lambda model, rows: rows + model.body.mix.bias.sum(),
+        "cannot be called",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", sorted(USABLE))
+def test_what_a_model_makes_of_its_logits_is_made_of_every_chunk(what: str) -> None:
+    model = Finished(USABLE[what])
+    batch = _batch()
+    batch["labels"][(batch["labels"] == 3) | (batch["labels"] == 4)] = 9
+    with _left_alone(model):
+        found = find_head(model)
+        assert isinstance(found, Head), found
+        assert found.trunk == "body"
+        _assert_same(model, batch, 1e-5 if what == "narrowing" else 1e-11)
+        with torch.no_grad():
+            whole = token_scores(model, batch, head="full")
+            with _chunked():
+                ours = token_scores(model, batch)
+    _assert_near(ours.logps, whole.logps, 1e-5 if what == "narrowing" else 1e-11, "logps")
+    _assert_near(ours.entropy, whole.entropy, 1e-5 if what == "narrowing" else 1e-11, "entropy")
+
+
+@pytest.mark.parametrize("what", sorted(UNUSABLE))
+@pytest.mark.parametrize("grads", [False, True])
+def test_what_cannot_be_made_of_a_chunk_hides_the_head(what: str, grads: bool) -> None:
+    """A parameter of it would get no gradient. So it is in an evaluation, which asks first."""
+    finish, reason = UNUSABLE[what]
+    model = Finished(finish).requires_grad_(grads)
+    with _left_alone(model):
+        found = find_head(model)
+    assert isinstance(found, str)
+    assert reason in found
+    with _chunked():
+        assert hidden_rows(model, _batch()) is None
+
+
+def test_without_a_trunk_by_name_there_is_no_calling_what_follows() -> None:
+    class Nameless(Finished):
+        base_model_prefix = "elsewhere"
+
+    assert find_head(Nameless()) == (
+        "it changes the logits after the projection, and names no trunk"
+    )
+
+
+def test_an_exception_in_what_follows_leaves_nothing_behind() -> None:
+    stopped: list[bool] = []
+
+    def finish(_: Any, rows: Tensor) -> Tensor:
+        if stopped and rows.shape[1] > 3:
+            raise _StopError
+        return rows * 0.5
+
+    model = Finished(finish)
+    assert isinstance(find_head(model), Head)
+    stopped.append(True)
+    with _left_alone(model), _chunked(), pytest.raises(_StopError):
+        LanguageModeling()(model, _batch())
+
+
+class _Own(nn.Linear):
+    """A projection that scales what it returns."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * 2.0
+
+
+class _Twice(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 2.0
+
+
+def _of_its_own(model: Any) -> None:
+    model.lm_head = _Own(8, VOCABULARY).double()
+
+
+def _patched(model: Any) -> None:
+    """As offloading does it."""
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: plain(hidden) * 2.0
+
+
+def _parametrized(name: str) -> Callable[[Any], None]:
+    return lambda model: parametrize.register_parametrization(model.lm_head, name, _Twice())
+
+
+def _wrapped(model: Any) -> None:
+    """As low-rank adapters do it."""
+    model.lm_head = nn.Sequential(model.lm_head)
+
+
+def _foreign(model: Any) -> None:
+    other = nn.Linear(8, VOCABULARY).double()
+    model.get_output_embeddings = lambda: other
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a forward of its own": (_of_its_own, "forward of its own"),
+    "a patched forward": (_patched, "forward of its own"),
+    "a parametrized weight": (_parametrized("weight"), "weight is none of its parameters"),
+    "a parametrized bias": (_parametrized("bias"), "bias is none of its parameters"),
+    "a wrapped projection": (_wrapped, "returns an nn.Linear"),
+    "a projection elsewhere": (_foreign, "none of its modules"),
+    "compiled": (
+        lambda model: model.compile(backend="eager"),
+        "compiled",
+    ),
+    "a forward hook": (
+        lambda model: model.lm_head.register_forward_hook(lambda _m, _i, out: out * 2.0),
+        "hooks",
+    ),
+    "a backward hook": (
+        lambda model: model.lm_head.register_full_backward_hook(lambda *_: None),
+        "hooks",
+    ),
+    "a hook on the model": (
+        lambda model: model.register_forward_hook(
+            lambda _m, _i, out: {"logits": out["logits"] * 2.0}
+        ),
+        "hooks",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", sorted(CHANGES))
+@pytest.mark.parametrize("found_before", [False, True])
+def test_a_head_that_does_more_than_project_is_none(what: str, found_before: bool) -> None:
+    """Whether it was so at first or became so later: the loss is that of whole logits."""
+    model = Finished(lambda _, rows: rows)
+    if found_before:
+        assert isinstance(find_head(model), Head)
+    change, reason = CHANGES[what]
+    change(model)
+    found = find_head(model)
+    assert isinstance(found, str)
+    assert reason in found
+    with _chunked():
+        assert hidden_rows(model, _batch()) is None
+
+
+def test_hooks_of_the_users_own_stay_and_act() -> None:
+    """One that changes hidden states at the projection's door acts on every row."""
+    model = Finished(lambda _, rows: rows)
+    seen: list[tuple[int, ...]] = []
+
+    def double(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(tuple(inputs[0].shape))
+        return (inputs[0] * 2.0,)
+
+    plain = _measured(model, _batch(), "full")[0]
+    model.lm_head.register_forward_pre_hook(double)
+    with _left_alone(model):
+        assert isinstance(find_head(model), Head)
+        _assert_same(model, _batch(), 1e-11)
+    assert float(_measured(model, _batch(), "full")[0]) != float(plain)
+    assert seen[-1] == (4, 11, 8)
+
+
+@pytest.mark.parametrize("found_before", [False, True])
+def test_a_hook_that_is_taken_away_shows_the_head_again(found_before: bool) -> None:
+    model = Finished(lambda _, rows: rows)
+    if found_before:
+        assert isinstance(find_head(model), Head)
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert isinstance(find_head(model), str)
+    handle.remove()
+    assert isinstance(find_head(model), Head)
+
+
+def test_a_projection_that_was_replaced_is_found_anew() -> None:
+    model = Finished()
+    find_head(model)
+    model.lm_head = nn.Linear(8, VOCABULARY, bias=False).double()
+    found = find_head(model)
+    assert isinstance(found, Head)
+    assert found.projection is model.lm_head
+    assert found.bias is None
+    _assert_same(model, _batch(), 1e-11)
+
+
+def test_the_search_moves_neither_buffers_nor_generators_nor_modes() -> None:
+    """A model that counts its calls and draws in them: the first step is as every other."""
+
+    class Drawing(Finished):
+        def __init__(self) -> None:
+            super().__init__(lambda _, rows: rows)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            self.calls += 1
+            self.calls = self.calls + torch.rand(())
+            return super().forward(input_ids)
+
+    model = Drawing()
+    model.body.eval()
+    before, state = model.calls, torch.get_rng_state()
+    with _left_alone(model):
+        assert isinstance(find_head(model), Head)
+    assert model.calls is before
+    assert float(before) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_architecture_is_not_kept_alive() -> None:
+    model = Finished()
+    assert isinstance(find_head(model), Head)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("name", ["decoder", "llama", "mixtral", "gemma2"])
+def test_without_weights_the_search_is_not_the_last(name: str) -> None:
+    """What the meta device does not tell is found where weights are bound, as in a step."""
+    architecture, params, buffers = ft.split(_model(name))
+    unbound = find_head(architecture)
+    assert isinstance(unbound, Head) or "cannot be called" in unbound
+    with ft.bound(architecture, params, buffers, "eval") as model:
+        found = find_head(model)
+        assert isinstance(found, Head), found
+        tolerance = 1e-11 if next(iter(params.values())).dtype == torch.float64 else 1e-5
+        with torch.no_grad(), _chunked():
+            ours = token_scores(model, _batch())
+        with torch.no_grad():
+            whole = token_scores(model, _batch(), head="full")
+    _assert_same_scores(ours, whole, tolerance)
+    assert find_head(architecture) is found
+
+
+def test_the_precision_of_the_first_call_does_not_matter() -> None:
+    """A model that widens its logits changes nothing: also where it is first seen in bf16."""
+
+    class Nameless(Finished):
+        base_model_prefix = ""
+
+    for dtype in (torch.bfloat16, torch.float32):
+        found = find_head(Nameless(lambda _, rows: rows.float()).to(dtype))
+        assert isinstance(found, Head), found
+        assert found.trunk is None
+
+
+def test_a_projection_that_is_not_reached_is_named() -> None:
+    """One that a single token goes through, as the search has seen it, but a batch does not."""
+
+    class Elsewhere(Finished):
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            if input_ids.shape[1] == 1:
+                return super().forward(input_ids)
+            hidden = self.body(input_ids)["last_hidden_state"]
+            return {"logits": F.linear(hidden, self.lm_head.weight, self.lm_head.bias)}
+
+    model = Elsewhere(lambda _, rows: rows)
+    with _left_alone(model), _chunked(), pytest.raises(ft.ArchitectureError, match="head='full'"):
+        LanguageModeling()(model, _batch())
+    LanguageModeling(head="full")(model, _batch())

@@ -1,0 +1,507 @@
+"""The laws of preference-losses, for every loss, on two architectures, with and without chunks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+from objectives import formulas
+from objectives.formulas import CASES
+from torch import Tensor
+
+import functrain as ft
+from functrain import testing
+from functrain.objectives import chunks
+from functrain.objectives.losses import LOSSES
+
+ROUNDING = 1e-12
+
+
+def _llama(dtype: torch.dtype) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=zoo.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    with ft.keys.seeded(2):
+        return ft.split(transformers.AutoModelForCausalLM.from_config(config).to(dtype))
+
+
+MODELS: dict[str, Callable[[torch.dtype], Any]] = {
+    "decoder": lambda dtype: zoo.split("decoder", dtype),
+    "llama": _llama,
+}
+EVERY = pytest.mark.parametrize("case", list(CASES))
+ARCHITECTURES = pytest.mark.parametrize("architecture", list(MODELS))
+
+
+@pytest.fixture(params=["whole", "chunks"])
+def head(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Logits as the model makes them, or 16 rows of them at a time."""
+    if request.param == "chunks":
+        monkeypatch.setattr(chunks, "BUDGET", 64)
+    return str(request.param)
+
+
+@functools.cache
+def _started(
+    case: str, architecture: str, dtype: torch.dtype = torch.float64
+) -> tuple[ft.Step, ft.TrainState]:
+    """A step, and a state whose policy is not the reference."""
+    split, params, buffers = MODELS[architecture](dtype)
+    step = formulas.step_of(case, split, formulas.elsewhere(params, 2, 0.2))
+    return step, step.init(formulas.elsewhere(params, 1, 0.2), buffers)
+
+
+def _evaluated(case: str, architecture: str, *batches: Any) -> dict[str, float]:
+    return ft.evaluate(*_started(case, architecture), list(batches)).to_dict()
+
+
+@functools.cache
+def _whole(case: str, architecture: str, _head: str) -> dict[str, float]:
+    """The evaluation of the batch as it is, which the laws compare with."""
+    return _evaluated(case, architecture, formulas.batch_of(case))
+
+
+def _permuted(batch: Any, order: list[int]) -> Any:
+    return {
+        key: _permuted(value, order) if isinstance(value, dict) else value[order]
+        for key, value in batch.items()
+    }
+
+
+def _wider(batch: Any, columns: int) -> Any:
+    """Each side with columns of padding at its end."""
+    return {
+        key: testing._padded(value, columns) if isinstance(value, dict) else value
+        for key, value in batch.items()
+    }
+
+
+def _assert_equal(one: dict[str, float], other: dict[str, float], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+
+
+def test_logits_are_made_by_chunks_where_the_budget_is_small(
+    head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the fixture promises, of policy and reference."""
+    seen: list[int] = []
+    original = chunks.scored
+
+    def spying(hidden: Tensor, targets: Tensor, projection: Any, **options: Any) -> Any:
+        seen.append(len(list(projection.chunks(len(hidden)))))
+        return original(hidden, targets, projection, **options)
+
+    monkeypatch.setattr(chunks, "scored", spying)
+    _evaluated("sigmoid", "decoder", formulas.batch_of("sigmoid"))
+    assert len(seen) == (2 if head == "chunks" else 0)
+    assert all(each > 1 for each in seen)
+
+
+@EVERY
+@ARCHITECTURES
+def test_chunks_change_no_loss_and_no_gradient(
+    case: str, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, state = _started(case, architecture)
+    batch = formulas.batch_of(case)
+    whole = step.value_and_grad(state.params, state.buffers, batch)
+    monkeypatch.setattr(chunks, "BUDGET", 64)
+    cut = step.value_and_grad(state.params, state.buffers, batch)
+    _assert_equal(whole.metrics.to_dict(), cut.metrics.to_dict(), ROUNDING)
+    size = max(float(grad.abs().max()) for grad in whole.grads.values())
+    for name, grad in whole.grads.items():
+        torch.testing.assert_close(grad, cut.grads[name], rtol=0, atol=ROUNDING * size, msg=name)
+
+
+AT_LOG_TWO = ("sigmoid", "sigmoid_norm", "forward_kl", "alpha", "ld", "aot", "aot_unpaired")
+
+
+@EVERY
+@ARCHITECTURES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_the_policy_is_the_reference_the_margin_is_exactly_zero(
+    case: str, architecture: str, dtype: torch.dtype, head: str
+) -> None:
+    """Not merely small; `sigmoid` is exactly log 2, and every other loss its value at 0."""
+    if not formulas.referred(case):
+        pytest.skip("reads no reference")
+    split, params, buffers = MODELS[architecture](dtype)
+    step = formulas.step_of(case, split, ft.trees.clone(params))
+    _, metrics = step(step.init(params, buffers), formulas.batch_of(case))
+    for name in ("chosen", "rejected", *(() if case == "kto" else ("margins", "accuracies"))):
+        assert float(metrics[f"rewards/{name}"]) == 0.0, name
+    loss = float(metrics["loss"])
+    if case in AT_LOG_TWO:
+        assert loss == float(torch.tensor(2.0, dtype=dtype).log())
+    elif case == "kto":
+        assert float(metrics["kl"]) == 0.0
+        assert loss == pytest.approx((3 * 1.5 + 0.7) / 2 / 4)
+    elif isinstance(name := CASES[case]["loss"], str) and case not in ("wpo", "wpo_bco"):
+        n = formulas.Numbers(epsilon=CASES[case].get("label_smoothing", 0.0))
+        assert loss == pytest.approx(float(formulas.of_pair(name, formulas.Pair(0, 0), n)))
+
+
+@EVERY
+@ARCHITECTURES
+def test_padding_changes_no_loss(case: str, architecture: str, head: str) -> None:
+    batch = _wider(formulas.batch_of(case), 5)
+    _assert_equal(_evaluated(case, architecture, batch), _whole(case, architecture, head), ROUNDING)
+
+
+@EVERY
+@ARCHITECTURES
+def test_reordering_changes_no_loss(case: str, architecture: str, head: str) -> None:
+    batch = _permuted(formulas.batch_of(case), [1, 3, 0, 2])
+    _assert_equal(_evaluated(case, architecture, batch), _whole(case, architecture, head), ROUNDING)
+
+
+@EVERY
+@ARCHITECTURES
+def test_splitting_changes_no_loss(case: str, architecture: str, head: str) -> None:
+    """An evaluation over any pieces is that of the whole, coupled losses too; and of a loss that
+    is not coupled each pair's own knows nothing of the others."""
+    whole = _whole(case, architecture, head)
+    batch = formulas.batch_of(case)
+    _assert_equal(_evaluated(case, architecture, *testing._cut(batch, [1, 3])), whole, ROUNDING)
+    names = CASES[case].get("loss", ())
+    alone = [names] if isinstance(names, str) else list(names)
+    if formulas.coupled(case) or any(LOSSES[name].likelihood for name in alone):
+        return
+    singles = testing._cut(batch, [1, 1, 1, 1])
+    losses = [_evaluated(case, architecture, each)["eval_loss"] for each in singles]
+    assert sum(losses) / 4 == pytest.approx(whole["eval_loss"], rel=ROUNDING)
+
+
+@EVERY
+@ARCHITECTURES
+def test_swapping_the_sides_flips_the_margin(case: str, architecture: str, head: str) -> None:
+    """What was said of the chosen is said of the rejected; of KTO, where the labels are flipped."""
+    batch = formulas.batch_of(case)
+    if case == "kto":
+        swapped = {**batch, "desirable": ~batch["desirable"]}
+    else:
+        swapped = {"chosen": batch["rejected"], "rejected": batch["chosen"]}
+    one, other = _whole(case, architecture, head), _evaluated(case, architecture, swapped)
+    for chosen, rejected in (("chosen", "rejected"), ("rejected", "chosen")):
+        for kind in ("rewards", "logps"):
+            a, b = one[f"eval_{kind}/{chosen}"], other[f"eval_{kind}/{rejected}"]
+            assert a == pytest.approx(b, rel=ROUNDING)
+    if case != "kto":
+        margin, opposite = (each["eval_rewards/margins"] for each in (one, other))
+        assert abs(margin) > 1e-3
+        assert margin == pytest.approx(-opposite, rel=10 * ROUNDING)
+
+
+@EVERY
+@pytest.mark.parametrize("by_token", [False, True])
+def test_log_probs_of_the_reference_online_and_ahead_are_the_same_bits(
+    case: str, by_token: bool
+) -> None:
+    if not formulas.referred(case) or (case == "ld" and not by_token):
+        pytest.skip("reads none, or needs them by token")
+    step, state = _started(case, "decoder", torch.float32)
+    batch = formulas.batch_of(case)
+    online, one = step(state, batch)
+    ahead, other = step(state, _attached(step, state, batch, by_token))
+    testing.assert_same(online, ahead, "online and ahead")
+    assert one.to_dict() == other.to_dict()
+
+
+def _attached(step: ft.Step, state: ft.TrainState, batch: Any, by_token: bool = False) -> Any:
+    reference = step.objective.kept()
+    assert reference is not None
+    return ft.attach_reference(step.architecture, reference, state.buffers, by_token=by_token)(
+        batch
+    )
+
+
+@EVERY
+def test_what_is_attached_outside_of_the_completions_is_not_read(case: str) -> None:
+    """Log-probs by token of prompts and padding, as another program may well hand them over."""
+    if not formulas.referred(case):
+        pytest.skip("reads none")
+    batch = formulas.batch_of(case)
+    given = _attached(*_started(case, "decoder"), batch, by_token=True)
+    noisy = {
+        side: torch.where(batch[side]["labels"][:, 1:] == -100, -7.0, logps)
+        for side, logps in given["reference_logps"].items()
+    }
+    other = _evaluated(case, "decoder", {**batch, "reference_logps": noisy})
+    assert other == _evaluated(case, "decoder", given)
+
+
+@EVERY
+@ARCHITECTURES
+def test_the_reference_receives_no_gradient_and_no_step_changes_it(
+    case: str, architecture: str
+) -> None:
+    """Neither a pure nor a donated step of several micro-batches."""
+    if not formulas.referred(case):
+        pytest.skip("has none")
+    split, params, buffers = MODELS[architecture](torch.float32)
+    reference = formulas.elsewhere(params)
+    for tensor in reference.values():
+        tensor.requires_grad_()
+    step = formulas.step_of(case, split, reference, microbatches=2)
+    kept = step.objective.kept()
+    assert kept is not None
+    assert all(kept[name] is tensor for name, tensor in reference.items()), "a copy hides a change"
+    before = {name: ft.trees.digest(tensor) for name, tensor in reference.items()}
+    state = step.init(ft.trees.clone(params), buffers)
+    for seed in range(2):
+        state, metrics = step(state, formulas.batch_of(case, seed), donate=bool(seed))
+        assert not float(metrics["skipped"])
+    assert all(tensor.grad is None for tensor in reference.values())
+    assert {name: ft.trees.digest(tensor) for name, tensor in reference.items()} == before
+
+
+@EVERY
+def test_a_step_is_pure_and_donated_it_is_the_same(case: str) -> None:
+    step, state = _started(case, "decoder", torch.float32)
+    several = attrs.evolve(step, microbatches=2)
+    testing.assert_pure(several, state, formulas.batch_of(case))
+    testing.assert_donation_equal(several, state, formulas.batch_of(case))
+
+
+@pytest.mark.parametrize("case", ["sigmoid", *filter(formulas.coupled, CASES)])
+def test_an_evaluation_in_inference_mode_is_one_outside_of_it(case: str) -> None:
+    """Batch-coupled losses in two passes too, in which slopes are taken."""
+    pieces = list(testing._cut(formulas.batch_of(case), [1, 3]))
+    outside = _evaluated(case, "decoder", *pieces)
+    with torch.inference_mode():
+        assert _evaluated(case, "decoder", *pieces) == outside
+
+
+# What makes no sense is refused, in words.
+
+NAN, INFINITE = float("nan"), float("inf")
+POSITIVE = "expected a positive finite number"
+NONE_OF_ITS_OWN = "loss has none; it has a meaning for sigmoid, sigmoid_norm, robust, exo_pair"
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    *(({"beta": bad}, f"beta: {bad}, {POSITIVE}") for bad in (0.0, -0.1, NAN, INFINITE, True)),
+    *(
+        ({"label_smoothing": bad}, rf"label_smoothing: {bad}, expected a number in \[0, 0.5\)")
+        for bad in (-0.1, 0.5, 0.9, NAN)
+    ),
+    ({"loss": "exo_pair"}, "label_smoothing: the 'exo_pair' loss takes its logarithm"),
+    ({"loss": {"sigmoid": 1, "exo_pair": 1}}, "the 'exo_pair' loss takes its logarithm"),
+    *(
+        ({"loss": name, "label_smoothing": 0.1}, f"label_smoothing: the {name!r} {NONE_OF_ITS_OWN}")
+        for name, each in LOSSES.items()
+        if not each.smoothing
+    ),
+    ({"loss": "sigmod"}, "loss: 'sigmod' is unknown; did you mean 'sigmoid'"),
+    ({"loss": "ipo_sums"}, "loss: 'ipo_sums' is unknown; did you mean 'ipo_sum' or 'ipo'"),
+    (
+        {"loss": {"sigmoid": 1, "bco": 1}},
+        "loss: 'bco' is unknown; did you mean 'cpo' or 'bco_pair'",
+    ),
+    ({"loss": {}}, "loss: {}, expected a name, or weights by name"),
+    ({"loss": None}, "loss: None, expected a name, or weights by name"),
+    *(
+        ({"loss": {"sft": 1.0, "sigmoid": bad}}, f"the weight of 'sigmoid' is {bad!r}, expected")
+        for bad in (-1.0, 0, NAN, INFINITE, "1", True)
+    ),
+    *(
+        (
+            {"loss": {"sigmoid": 1.0, name: 1.0}, "divergence": "forward_kl"},
+            f"divergence: the {name!r} loss is defined for 'reverse_kl' alone",
+        )
+        for name in (
+            *("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"),
+        )
+    ),
+    ({"divergence": "foward_kl"}, "divergence: 'foward_kl' is unknown; did you mean 'forward_kl'"),
+    *(
+        ({"divergence": "alpha", "divergence_alpha": bad}, f"divergence_alpha: {bad}, expected a")
+        for bad in (0.0, 1.0, -1.0, NAN)
+    ),
+    *(
+        ({"loss": name, "length_normalized": True}, f"length_normalized: the {name!r} loss is no")
+        for name in ("sigmoid_norm", "ipo", "ipo_sum", "aot", "bco_pair")
+    ),
+    *(
+        ({"loss": name, **option}, f"{next(iter(option))}: the {name!r} loss has no Δ to modify")
+        for name in ("simpo", "cpo", "orpo", "sft")
+        for option in ({"length_normalized": True}, {"divergence": "jensen_shannon"})
+    ),
+    *(
+        ({"loss": name, "wpo": True}, f"wpo: the {name!r} loss sorts the batch")
+        for name in ("aot", "aot_unpaired")
+    ),
+    ({"loss": "sft", "wpo": True}, "wpo: the 'sft' loss is the likelihood of the chosen alone"),
+    ({"loss": "sft", "ld_alpha": 0.0}, "ld_alpha: the 'sft' loss is the likelihood of the chosen"),
+    *(
+        ({"loss": name, "reference": zoo.split("tied")[1]}, f"the {name!r} loss has no reference")
+        for name in ("simpo", "cpo", "orpo", "sft")
+    ),
+    ({"loss": "simpo", "reference_mixup": 0.5}, "reference_mixup: the 'simpo' loss has no ref"),
+    ({"reference_mixup": 0.5}, "reference_mixup: no reference to move; give reference=params"),
+    *(
+        ({"reference_mixup": bad}, rf"reference_mixup: {bad}, expected a number in \(0, 1\]")
+        for bad in (0.0, 1.5, -0.5, NAN)
+    ),
+    *(
+        ({"reference_sync": bad}, f"reference_sync: {bad}, expected an integer of at least 1")
+        for bad in (0, -3, 1.5, True)
+    ),
+    *(
+        ({"ld_alpha": bad}, rf"ld_alpha: {bad}, expected a number in \[0, 1\]")
+        for bad in (-0.1, 1.1, NAN)
+    ),
+    ({"loss": "discopop", "discopop_tau": 0.0}, f"discopop_tau: 0.0, {POSITIVE}"),
+    ({"loss": "orpo", "orpo_lambda": 0.0}, f"orpo_lambda: 0.0, {POSITIVE}"),
+    ({"loss": "cpo", "cpo_alpha": -1.0}, "cpo_alpha: -1.0, expected a finite number of at least 0"),
+    ({"loss": "simpo", "simpo_gamma": NAN}, "simpo_gamma: nan, expected a finite number"),
+    ({"reference": [1]}, "reference: expected params, a mapping .* got list"),
+    ({"head": "chunks"}, "head: 'chunks', expected 'auto' or 'full'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONFIGS)
+def test_an_option_that_makes_no_sense_is_named(options: dict[str, Any], message: str) -> None:
+    architecture, _, _ = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match=message):
+        ft.dpo_step(architecture, ft.optim.adamw(), **options)
+
+
+@pytest.mark.parametrize("option", ["beta", "desirable_weight", "undesirable_weight"])
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INFINITE, "1"])
+def test_a_number_of_kto_that_makes_no_sense_is_named(option: str, bad: Any) -> None:
+    architecture, _, _ = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match=f"{option}: {bad!r}, {POSITIVE}"):
+        ft.kto_step(architecture, ft.optim.adamw(), **{option: bad})
+
+
+@pytest.mark.parametrize("case", ["sigmoid", "kto"])
+def test_a_reference_of_another_architecture_is_named(case: str) -> None:
+    architecture, _, _ = zoo.split("tied")
+    _, other, _ = zoo.split("decoder")
+    with pytest.raises(ft.ArchitectureError, match="reference: missing"):
+        formulas.step_of(case, architecture, other)
+    _, wider, _ = ft.split(zoo.Tied(width=8))
+    with pytest.raises(ft.StateError, match=r"reference/.*shape .* another architecture"):
+        formulas.step_of(case, architecture, wider)
+
+
+def _with(batch: Any, side: str, **changes: Any) -> Any:
+    return {**batch, side: {**batch[side], **changes}}
+
+
+def _ahead(batch: Any, **logps: Any) -> Any:
+    return {**batch, "reference_logps": logps}
+
+
+def _same(columns: int) -> Any:
+    """A pair whose sides are the same tokens, the rejected one with more padding."""
+    pairs = formulas.batch_of("sigmoid")
+    chosen = pairs["chosen"]
+    rejected = {key: value.clone() for key, value in chosen.items()}
+    rejected["input_ids"][:2, -4] = (rejected["input_ids"][:2, -4] + 1) % zoo.VOCABULARY
+    rejected["labels"][:2] = rejected["input_ids"][:2]
+    return {"chosen": chosen, "rejected": testing._padded(rejected, columns)}
+
+
+PAIRS = formulas.batch_of("sigmoid")
+EXAMPLES = formulas.batch_of("kto")
+EMPTY = torch.full((4, 10), -100)
+FOUR, SIX = torch.zeros(4), torch.zeros(4, 9)
+IDENTICAL = "example 2: chosen and rejected are the same tokens, so nothing is preferred"
+BATCHES: list[tuple[str, Any, str]] = [
+    ("sigmoid", _same(0), IDENTICAL),
+    ("orpo", _same(3), IDENTICAL),
+    ("sigmoid", _with(PAIRS, "rejected", labels=EMPTY), "rejected.labels: example 0 has no compl"),
+    ("simpo", _with(PAIRS, "rejected", labels=EMPTY), "rejected.labels: example 0 has no compl"),
+    ("kto", _with(EXAMPLES, "mismatched", labels=EMPTY), "mismatched.labels: example 0 has no co"),
+    ("kto", {k: v for k, v in EXAMPLES.items() if k != "mismatched"}, "mismatched: missing"),
+    ("kto", {k: v for k, v in EXAMPLES.items() if k != "desirable"}, "desirable: expected a bool"),
+    ("kto", {**EXAMPLES, "desirable": torch.ones(4)}, "desirable: expected a bool tensor"),
+    ("kto", {**EXAMPLES, "desirable": EXAMPLES["desirable"][:3]}, r"desirable: shape \[3\], exp"),
+    ("kto", {**EXAMPLES, "chosen": PAIRS["chosen"]}, "chosen: unknown key"),
+    ("kto", {**EXAMPLES, "mismatched": formulas.side(0, 3, 8)}, "has 4 examples and mismatched 3"),
+    ("kto", _ahead(EXAMPLES, completion=FOUR), r"reference_logps.mismatched: expected a floating"),
+    ("sigmoid", {**PAIRS, "rejected": formulas.side(0, 3, 8)}, "chosen has 4 examples and rejec"),
+    ("sigmoid", _ahead(PAIRS, chosen=FOUR), "reference_logps.rejected: expected a floating"),
+    ("sigmoid", {**PAIRS, "reference_logps": FOUR}, "reference_logps.chosen: expected a floating"),
+    (
+        "sigmoid",
+        _ahead(PAIRS, chosen=torch.zeros(3), rejected=FOUR),
+        r"reference_logps.chosen: shape \[3\], expected \[4\], or by token \[4, 7\]",
+    ),
+    (
+        "sigmoid",
+        _ahead(PAIRS, chosen=torch.zeros(4, 7), rejected=torch.zeros(4, 7)),
+        r"reference_logps.rejected: shape \[4, 7\], expected \[4\], or by token \[4, 9\]",
+    ),
+    (
+        "sigmoid",
+        _ahead(PAIRS, chosen=FOUR, rejected=SIX),
+        r"chosen has shape \[4\] and rejected \[4, 9\]; expected sums of both, or both by token",
+    ),
+    (
+        "ipo",
+        _ahead(PAIRS, chosen=torch.zeros(4, 7), rejected=FOUR),
+        r"chosen has shape \[4, 7\] and rejected \[4\]; expected sums of both",
+    ),
+    (
+        "kto",
+        _ahead(EXAMPLES, completion=torch.zeros(4, 7), mismatched=FOUR),
+        r"completion has shape \[4, 7\] and mismatched \[4\]; expected sums of both",
+    ),
+    (
+        "sigmoid",
+        _ahead(PAIRS, chosen=FOUR, rejected=torch.full((4,), NAN)),
+        "reference_logps.rejected: not finite",
+    ),
+    ("sigmoid", _ahead(PAIRS, chosen=FOUR.long(), rejected=FOUR), "chosen: expected a floating"),
+    ("ld", _ahead(PAIRS, chosen=FOUR, rejected=FOUR), "sums over completions, and ld_alpha weighs"),
+]
+
+
+@pytest.mark.parametrize(("case", "batch", "message"), BATCHES)
+def test_a_batch_that_makes_no_sense_is_refused_and_said_where(
+    case: str, batch: Any, message: str
+) -> None:
+    """Before any compute; and by its number where it is one of several micro-batches."""
+    step, state = _started(case, "decoder")
+    with pytest.raises(ft.BatchError, match=message):
+        step(state, batch)
+    with pytest.raises(ft.BatchError, match=f"micro-batch 1: .*{message}"):
+        step(state, [formulas.batch_of(case), batch])
+    with pytest.raises(ft.BatchError, match=f"evaluation batch 1: .*{message}"):
+        ft.evaluate(step, state, [formulas.batch_of(case), batch])
+
+
+@pytest.mark.parametrize(("case", "name"), [("sigmoid", "dpo_step"), ("kto", "kto_step")])
+def test_no_reference_at_all_is_named(case: str, name: str) -> None:
+    architecture, params, buffers = zoo.split("decoder")
+    step = formulas.step_of(case, architecture, None)
+    with pytest.raises(ft.BatchError, match=f"missing, and the step has no reference; .*{name}"):
+        step(step.init(params, buffers), formulas.batch_of(case))
+
+
+def test_identical_texts_are_refused_by_the_data_and_dropped_where_asked() -> None:
+    records = [
+        {"prompt": "a", "chosen": "yes", "rejected": "no"},
+        {"prompt": "b", "chosen": "so", "rejected": "so"},
+    ]
+    options: Any = {"time": 16, "batch_size": 1}
+    tokenizer = ft.data.ByteTokenizer()
+    with pytest.raises(ft.DataError, match="record 1: chosen and rejected are the same text"):
+        ft.data.preference(records, tokenizer, **options)
+    assert len(ft.data.preference(records, tokenizer, drop_identical=True, **options)) == 1
