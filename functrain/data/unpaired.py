@@ -85,7 +85,8 @@ def unpaired(
     kept, counts = fitted([each.prompted for each in given], how, identical=identical)
     judged = [given[n] for n in kept]
     own = [example for (example,) in kept.values()]
-    examples, left = [], []
+    examples: list[tuple[Example, Example, bool]] = []
+    left: list[Prompted] = []
     for each, example, other in zip(judged, own, _mismatched(judged, own, how), strict=True):
         if other is not None:
             examples.append((example, other, each.desirable))

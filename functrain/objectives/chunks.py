@@ -23,6 +23,9 @@ from functrain.objectives.batches import IGNORE_INDEX
 BUDGET = 1 << 26
 """Bytes of logits that may exist at once, float32; what a finish makes of them comes on top."""
 
+KEPT = 2
+"""So many budgets of log-probs may stay for the backward pass, which is then spared a product."""
+
 Finish = Callable[[Tensor], Tensor]
 
 
@@ -43,9 +46,9 @@ class Projection:
     finish: Finish | None = None
     budget: int = BUDGET
 
-    def chunks(self, rows: int) -> Iterator[slice]:
-        """The rows, so many at a time as the budget has room for, in multiples of 16."""
-        size = self.budget // (4 * self.weight.shape[0])
+    def chunks(self, rows: int, share: int = 1) -> Iterator[slice]:
+        """The rows, so many at a time as a share of the budget has room for, in multiples of 16."""
+        size = self.budget // (4 * self.weight.shape[0] * share)
         size = max(16, size // 16 * 16)
         return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
@@ -90,8 +93,10 @@ def scored(
 ) -> Scores:
     """The log-prob of each target [n], float32 or more, and what `Scores` holds beside.
 
-    0 where the target is −100. The backward pass makes each chunk's logits again. `detailed=False`
-    leaves entropy, level and collision at 0: they cost about as much as the log-probs.
+    0 where the target is −100. The backward pass makes each chunk's logits again; where those of
+    all rows are no more than `KEPT` budgets it finds them there (a second one makes them again, the
+    same to rounding). `detailed=False` leaves entropy, level and collision at 0: they cost about as
+    much as the log-probs.
     """
     hidden, weight, bias = _in_dtype(hidden, projection)
     return _scored(hidden, targets, projection, weight, bias, detailed=detailed)
@@ -107,7 +112,10 @@ def _scored(
     detailed: bool,
 ) -> Scores:
     _check_targets(targets, len(weight))
-    return Scores(*_apply(_Scored, hidden, weight, bias, targets, projection, detailed))
+    small = not exceeds(len(hidden), len(weight), KEPT * projection.budget)
+    wide = projection.finish is None and hidden.dtype.itemsize >= 4
+    kept = small and wide and torch.is_grad_enabled()
+    return Scores(*_apply(_Scored, hidden, weight, bias, targets, projection, detailed, kept))
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
@@ -138,24 +146,34 @@ def _in_dtype(hidden: Tensor, projection: Projection) -> tuple[Tensor, Tensor, T
 
 
 class _Rows:
-    """The logits of one chunk after another, in one buffer."""
+    """The logits of one chunk after another, in one buffer; `kept`: each in a place of its own."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        projection: Projection,
+        *,
+        kept: bool = False,
     ) -> None:
         self._weight, self._bias, self._finish = weight, bias, projection.finish
-        self.chunks = list(projection.chunks(len(hidden)))
+        # What is made beside a chunk's logits is as large: where all stay, chunks are smaller.
+        self.chunks = list(projection.chunks(len(hidden), share=4 if kept else 1))
         most = max((each.stop - each.start for each in self.chunks), default=0)
-        self._buffer = _buffer((most, len(weight)), hidden, hidden.dtype)
+        size = len(hidden) if kept else most
+        self._buffer = _buffer((size, len(weight)), hidden, hidden.dtype)
+        self.kept = self._buffer if kept else None
         self._widened: Tensor | None = None
         self._raw: Tensor | None = None
 
-    def of(self, hidden: Tensor, *, graded: bool) -> Tensor:
-        """The logits of some rows, in float32 or more; the next call overwrites them.
+    def of(self, hidden: Tensor, at: slice, *, graded: bool) -> Tensor:
+        """The logits of the rows `at`, in float32 or more; unless kept, the next overwrite them.
 
         `graded`: `before_finish` will be asked for, so what goes into a finish is kept.
         """
-        rows = self._buffer[: len(hidden)]
+        hidden = hidden[at]
+        rows = self._buffer[: len(hidden)] if self.kept is None else self.kept[at]
         torch.mm(hidden, self._weight.t(), out=rows)
         if self._bias is not None:
             rows.add_(self._bias)
@@ -278,14 +296,15 @@ class _Summed(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for at in rows.chunks:
             column, valid = _columns(targets[at])
-            logits = rows.of(hidden[at], graded=grads is not None)
+            logits = rows.of(hidden, at, graded=grads is not None)
             correct += ((logits.argmax(-1, keepdim=True) == column) & valid).sum()
             torch.log_softmax(logits, -1, out=logits)
             losses.append(-logits.gather(1, column).masked_fill(~valid, 0.0))
             if grads is not None:
                 slope = _less_targets(logits.exp_(), column, valid)
                 grads.add(at, hidden[at], rows.before_finish(slope), None)
-        ctx.grads = grads
+        given: list[_Gradients] = [] if grads is None else [grads]
+        ctx.grads = given
         ctx.mark_non_differentiable(correct)
         none = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
         return (torch.cat(losses) if losses else none).sum(), correct
@@ -295,10 +314,10 @@ class _Summed(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
-        grads: _Gradients | None = ctx.grads
-        if grads is None:
+        given: list[_Gradients] = ctx.grads
+        if not given:
             raise RuntimeError("the chunked loss has given its gradient away: one backward pass")
-        ctx.grads = None
+        grads = given.pop()
         for grad in (grads.hidden, grads.weight, grads.bias):
             if grad is not None:
                 grad.mul_(grad_outputs[0])
@@ -317,13 +336,15 @@ class _Scored(torch.autograd.Function):
         targets: Tensor,
         projection: Projection,
         detailed: bool,
+        kept: bool,
     ) -> tuple[Tensor, ...]:
-        rows = _Rows(hidden, weight, bias, projection)
+        kept = kept and any(ctx.needs_input_grad)
+        rows = _Rows(hidden, weight, bias, projection, kept=kept)
         found: list[tuple[Tensor, ...]] = []
         second: Tensor | None = None
         for at in rows.chunks:
             column, valid = _columns(targets[at])
-            logits = rows.of(hidden[at], graded=False)
+            logits = rows.of(hidden, at, graded=False)
             correct = (logits.argmax(-1, keepdim=True) == column) & valid
             level = logits.mean(-1, keepdim=True) if detailed else None
             torch.log_softmax(logits, -1, out=logits)
@@ -348,7 +369,8 @@ class _Scored(torch.autograd.Function):
         parts = [torch.cat(each).squeeze(1) for each in zip(*found, strict=True)]
         logps, correct, entropy, level, collision = parts
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.projection = projection
+        whole: list[Tensor] = [] if rows.kept is None else [rows.kept]
+        ctx.projection, ctx.kept = projection, whole
         ctx.autocast = _autocast(hidden.device.type)
         ctx.mark_non_differentiable(entropy, correct, level, collision)
         return logps, entropy, correct, level, collision
@@ -359,17 +381,23 @@ class _Scored(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        rows = _Rows(hidden, weight, bias, ctx.projection)
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        scale: Tensor | None
+        kept: list[Tensor] = ctx.kept
+        if kept:
+            # What is found there is overwritten, and can be found once.
+            slope = _less_targets(kept.pop().exp_(), *_columns(targets))
+            grads.add(slice(0, len(hidden)), hidden, slope, -grad_outputs[0].unsqueeze(1))
+            return (*grads.found(), None, None, None, None)
+        rows = _Rows(hidden, weight, bias, ctx.projection)
         with ctx.autocast:  # the model's own, where a finish of it is called again
             for at in rows.chunks:
                 column, valid = _columns(targets[at])
-                logits = rows.of(hidden[at], graded=True)
+                logits = rows.of(hidden, at, graded=True)
                 slope = _less_targets(torch.softmax(logits, -1, out=logits), column, valid)
                 scale = -grad_outputs[0][at].unsqueeze(1)
                 if hidden.dtype == torch.float16:
                     # Before it is narrowed, as a loss scale means it.
-                    slope, scale = slope.mul_(scale), None
-                grads.add(at, hidden[at], rows.before_finish(slope), scale)
-        return (*grads.found(), None, None, None)
+                    grads.add(at, hidden[at], rows.before_finish(slope.mul_(scale)), None)
+                else:
+                    grads.add(at, hidden[at], rows.before_finish(slope), scale)
+        return (*grads.found(), None, None, None, None)

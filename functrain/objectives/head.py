@@ -71,8 +71,8 @@ def find_head(architecture: nn.Module) -> Head | str:
     built-in decoder have it. The model is called once on a single token, in eval mode, to see that
     its logits are what the projection returns; where it changes them, it must have a trunk
     (`base_model_prefix`) that can be left out, so that the rest of its forward can be called alone,
-    and that rest must treat each row alike and have no parameters. Hooks of the user's own on the logits hide the head, and
-    so does compilation, which sees no hooks of ours.
+    and that rest must treat each row alike and have no parameters. Hooks of the user's own on the
+    logits hide the head, and so does compilation, which sees no hooks of ours.
 
     What cannot be told on the meta device is asked again where the weights are there: in a step.
     """

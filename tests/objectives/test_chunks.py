@@ -187,7 +187,8 @@ def test_gradients_are_those_of_finite_differences(finish: str, biased: bool) ->
     def logps(*leaves: Tensor) -> Tensor:
         return scored(leaves[0], case.targets(), case.projection(list(leaves))).logps
 
-    assert torch.autograd.gradcheck(logps, case.leaves())
+    # A second backward pass is the same to rounding where the first has found the logits kept.
+    assert torch.autograd.gradcheck(logps, case.leaves(), nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("needed", range(8))
