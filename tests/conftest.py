@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -18,3 +19,10 @@ settings.register_profile(
 )
 settings.register_profile("long", deadline=None, max_examples=1000)
 settings.load_profile("functrain")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long forms take what they take: on a busy machine, more than other tests' limit."""
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))

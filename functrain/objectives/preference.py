@@ -215,6 +215,11 @@ class PreferenceOptimization:
                 "dpo_step(..., reference=params), or batches with their reference log-probs"
             )
         given = batch.get("reference_logps")
+        if given is not None and self.reference_mixup is not None:
+            raise BatchError(
+                "reference_logps: computed ahead, and the reference moves (reference_mixup); take "
+                "them out of the batch"
+            )
         if given is not None and self.ld_alpha is not None and given["chosen"].ndim == 1:
             raise BatchError(
                 "reference_logps: sums over completions, and ld_alpha weighs their tokens; attach "
