@@ -335,13 +335,13 @@ class PreferenceOptimization:
         return chosen, rejected
 
     def _weights(self, scores: TokenScores) -> Tensor | None:
-        """WPO's weight of each pair, at most 1 as the authors' code has it."""
+        """WPO's weight of each pair: how likely the policy finds both sides, without a gradient."""
         if not self.wpo:
             return None
         with torch.no_grad():
             relative = (scores.logps - scores.collision).sum(-1) / scores.lengths
             chosen, rejected = relative.chunk(2)
-            return (chosen + rejected).exp().clamp(max=1.0)
+            return (chosen + rejected).exp()
 
     def _pair_loss(self, observed: Observed, coupling: Coupling | None) -> Tensor:
         if self.batch_coupled and coupling is not None:

@@ -364,7 +364,7 @@ class ByHand:
 
     @property
     def weights(self) -> list[float] | None:
-        """WPO's: how likely the policy finds both sides, at most 1."""
+        """WPO's: how likely the policy finds both sides."""
         if not self.options.get("wpo"):
             return None
         found = []
@@ -373,7 +373,7 @@ class ByHand:
             found.append(math.exp(sum(means)))
         assert min(found) < 0.9
         assert max(found) > 1.1
-        return [min(1.0, each) for each in found]
+        return found
 
     @property
     def negative_likelihoods(self) -> list[tuple[float, Tensor]]:
@@ -440,7 +440,7 @@ class ByHand:
 
 
 def _with_a_likely_pair(batch: Any, policy: Any) -> Any:
-    """The first pair's completions as the policy itself would go on: WPO's clamp acts."""
+    """The first pair's completions as the policy itself would go on: WPO's weight is above 1."""
     batch = {side: {key: t.clone() for key, t in batch[side].items()} for side in SIDES}
     for side in batch.values():
         for at in range(1, int(side["attention_mask"][0].sum())):
