@@ -161,7 +161,7 @@ def shown(metrics: ft.Metrics, prefix: str = "") -> str:
     names = ("loss", "rewards/margins", "rewards/accuracies")
     loss, margin, accuracy = (float(metrics[prefix + name]) for name in names)
     right = "tied" if margin == 0 else f"{accuracy:.3f}"
-    return f"loss {loss:.4f}  margin {margin:+.4f}  accuracy {right:5}"
+    return f"loss {loss:.4f}  margin {margin:+.4f}  accuracy {right:>5}"
 
 
 def off_log_2(metrics: ft.Metrics) -> float:
@@ -210,11 +210,12 @@ def run(source: Path, directory: Path, *, steps: int, lr: float, loss: str) -> N
     pace = (time.perf_counter() - began) / steps
     print(f"held out    {shown(ft.evaluate(step, state, held_out), 'eval_')}", flush=True)
 
-    halfway = ft.load(directory / f"step-{middle:012}", like=state, strict=True)
-    *_, (again, _) = ft.train(step, halfway, pairs, steps=steps)
-    if ft.fingerprint(again) != ft.fingerprint(state):
-        raise SystemExit(f"resumed from step {middle}: other bits")
-    print(f"resumed     from step {middle}: the same bits, {ft.fingerprint(again)[:16]}…")
+    end = ft.fingerprint(state)
+    state = ft.load(directory / f"step-{middle:012}", like=state, strict=True)
+    *_, (state, _) = ft.train(step, state, pairs, steps=steps)
+    if ft.fingerprint(state) != end:
+        raise SystemExit(f"resumed from step {middle}: {ft.fingerprint(state)}, expected {end}")
+    print(f"resumed     from step {middle}: the same bits, {end[:16]}…", flush=True)
 
     saved = ft.latest(directory)
     assert saved is not None

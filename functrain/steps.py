@@ -402,22 +402,26 @@ class Step:
                 "guard: this step and this state disagree about a spike guard or its window; carry "
                 "the state over with step.adopt(state)"
             )
-        moving = isinstance(self.objective, Carrying) and self.objective.reference_mixup is not None
-        if moving != (state.reference is not None):
-            raise StateError(
-                "reference: this step and this state disagree about a moving reference; carry the "
-                "state over with step.adopt(state)"
-            )
-        expected = self._running(device_of(state.params))
-        if (expected or {}).keys() != (state.running or {}).keys():
-            raise StateError(
-                "running: this step and this state disagree about what the objective carries; "
-                "carry the state over with step.adopt(state)"
-            )
+        if isinstance(self.objective, Carrying):
+            self._check_carried(self.objective, state)
         if (self.ema_decay is not None) != (state.average is not None):
             raise StateError(
                 "average: this step and this state disagree about a moving average; carry the "
                 "state over with step.adopt(state)"
+            )
+
+    def _check_carried(self, objective: Carrying, state: TrainState) -> None:
+        """Beside an objective that carries nothing a loop of one's own may keep these fields."""
+        if (objective.reference_mixup is not None) != (state.reference is not None):
+            raise StateError(
+                "reference: this step and this state disagree about a moving reference; carry the "
+                "state over with step.adopt(state)"
+            )
+        expected: Mapping[str, Tensor] = objective.init_running(device_of(state.params)) or {}
+        if expected.keys() != (state.running or {}).keys():
+            raise StateError(
+                "running: this step and this state disagree about what the objective carries; "
+                "carry the state over with step.adopt(state)"
             )
 
     def _updated(

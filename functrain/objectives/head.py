@@ -217,7 +217,7 @@ class _Outputs(dict[str, Any]):
 
 
 class _Trunk(nn.Module):
-    """In the trunk's place: hidden states of no rows, and the trunk's numbers."""
+    """In the trunk's place: hidden states of no rows, and what the trunk holds that is not called."""
 
     def __init__(self, trunk: nn.Module | None, hidden: Tensor) -> None:
         super().__init__()
@@ -226,8 +226,8 @@ class _Trunk(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__dict__["_trunk"], name)
-        if isinstance(value, Tensor) or callable(value):
-            raise AttributeError(f"{name} of the trunk is not a number")
+        if callable(value):
+            raise AttributeError(f"{name} of the trunk is called")
         return value
 
     def forward(self, *_args: Any, **_inputs: Any) -> _Outputs:

@@ -215,7 +215,8 @@ class Ablation:
     """A run in which every field has left its initial value, and continues from a given state.
 
     Beside `ft.train` it keeps what a loop of one's own may: a loader's position in
-    `cursor.loader`, and in `reference` a slow copy of the params, towards which it pulls.
+    `cursor.loader`, in `reference` a slow copy of the params, towards which it pulls, and in
+    `running` how strongly.
     """
 
     tokens = 900
@@ -232,6 +233,7 @@ class Ablation:
             scaler=scaler,
             cursor=ft.Cursor(loader="0"),
             reference=ft.trees.clone(fresh.params),
+            running=ft.trees.Tensors({"pull": torch.tensor(0.011)}),
         )
 
     def run(self, state: ft.TrainState, tokens: int) -> Iterator[ft.TrainState]:
@@ -250,13 +252,15 @@ class Ablation:
             reference = ft.trees.Tensors(
                 {n: t.lerp(state.params[n], 0.1) for n, t in (state.reference or {}).items()}
             )
+            pull = (state.running or {}).get("pull", torch.tensor(0.01))
             pulled = ft.trees.Tensors(
-                {n: t.lerp(reference.get(n, t), 0.01) for n, t in state.params.items()}
+                {n: t.lerp(reference.get(n, t), float(pull)) for n, t in state.params.items()}
             )
             state = attrs.evolve(
                 state,
                 params=pulled,
                 reference=reference,
+                running=ft.trees.Tensors({"pull": pull * 0.999}),
                 cursor=attrs.evolve(state.cursor, loader=str((offset * 5 + 3) % ROWS)),
             )
             yield state
@@ -316,7 +320,7 @@ def test_every_field_of_the_state_matters(tmp_path: Path) -> None:
     """
     plateau, cosine = Ablation(), Ablation(ft.schedules.cosine(2e-2, total=60))
     fields = list(_fields(plateau.first))
-    assert len(fields) == 26, fields
+    assert len(fields) == 27, fields
     felt = set()
     for run in (plateau, cosine):
         states = run.states()

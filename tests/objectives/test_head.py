@@ -178,8 +178,8 @@ FINISHED = {
 }
 """Those that do more with them, and the name of the trunk before."""
 HEADLESS = {
-    "dory": r"a forward of its own",  # a Linear with a learned scale by token
-    "prophetnet": r"decoder of the trunk is not a number",  # its forward calls into the trunk
+    "dory": "a forward of its own",  # a Linear with a learned scale by token
+    "prophetnet": "decoder of the trunk is called",
 }
 """Those without a head that could be used, and the reason."""
 FOUND = pytest.mark.parametrize("name", sorted({*PLAIN, *FINISHED}))
@@ -485,6 +485,9 @@ class Body(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 8)
         self.mix = nn.Linear(8, 8)
+        self.power = nn.Parameter(torch.tensor(0.7))
+        self.half = 0.5
+        self.register_buffer("factor", torch.tensor(0.7))
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         return {"last_hidden_state": self.mix(self.embedding(input_ids)).tanh()}
@@ -518,6 +521,8 @@ class Finished(nn.Module):
 
 USABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a buffer": lambda model, rows: rows * model.factor,
+    "a number of the trunk": lambda model, rows: rows * model.body.half,
+    "a buffer of the trunk": lambda model, rows: rows * model.body.factor,
     "in place": lambda _, rows: rows.mul_(0.7),
     "narrowing": lambda _, rows: rows.float(),
     "by word": lambda _, rows: rows * torch.linspace(0.5, 1.5, VOCABULARY, dtype=rows.dtype),
@@ -529,10 +534,11 @@ UNUSABLE: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a parameter": (lambda model, rows: rows / model.temperature, "depends on parameters"),
     "a mean over time": (lambda _, rows: rows - rows.mean(1, keepdim=True), "on other rows"),
     "fewer words": (lambda _, rows: rows[..., :-1], "of another shape"),
-    "a look at the trunk": (
-        lambda model, rows: rows + model.body.mix.bias.sum(),
-        "cannot be called",
+    "a parameter of the trunk": (
+        lambda model, rows: rows * model.body.power,
+        "depends on parameters",
     ),
+    "a call of the trunk": (lambda model, rows: model.body.mix(rows[..., :8]), "is called"),
 }
 
 
@@ -714,22 +720,25 @@ def test_a_projection_that_was_replaced_is_found_anew() -> None:
 
 def test_the_search_moves_neither_buffers_nor_generators_nor_modes() -> None:
     """A model that counts its calls and draws in them: the first step is as every other."""
+    modes: list[bool] = []
 
     class Drawing(Finished):
         def __init__(self) -> None:
-            super().__init__(lambda _, rows: rows)
+            super().__init__()
             self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            modes.append(self.training or self.body.mix.training)
             self.calls += 1
             self.calls = self.calls + torch.rand(())
             return super().forward(input_ids)
 
-    model = Drawing()
+    model = Drawing().train()
     model.body.eval()
     before, state = model.calls, torch.get_rng_state()
     with _left_alone(model):
         assert isinstance(find_head(model), Head)
+    assert modes == [False, False]
     assert model.calls is before
     assert float(before) == 0
     assert torch.equal(torch.get_rng_state(), state)

@@ -43,6 +43,7 @@ MODELS: dict[str, Callable[[torch.dtype], Any]] = {
     "llama": _llama,
 }
 EVERY = pytest.mark.parametrize("case", list(CASES))
+REFERRED = pytest.mark.parametrize("case", list(filter(formulas.referred, CASES)))
 ARCHITECTURES = pytest.mark.parametrize("architecture", list(MODELS))
 
 
@@ -81,11 +82,15 @@ def _permuted(batch: Any, order: list[int]) -> Any:
     }
 
 
-def _wider(batch: Any, columns: int) -> Any:
-    """Each side with columns of padding at its end."""
+def _wider(batch: Any, columns: int, *, before: bool = False) -> Any:
+    """Each side with columns of padding at its end, or before its prompts."""
+
+    def padded(side: Any) -> Any:
+        wider = testing._padded(side, columns)
+        return {k: t.roll(columns, 1) for k, t in wider.items()} if before else wider
+
     return {
-        key: testing._padded(value, columns) if isinstance(value, dict) else value
-        for key, value in batch.items()
+        key: padded(value) if isinstance(value, dict) else value for key, value in batch.items()
     }
 
 
@@ -131,15 +136,13 @@ def test_chunks_change_no_loss_and_no_gradient(
 AT_LOG_TWO = ("sigmoid", "sigmoid_norm", "forward_kl", "alpha", "ld", "aot", "aot_unpaired")
 
 
-@EVERY
+@REFERRED
 @ARCHITECTURES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_where_the_policy_is_the_reference_the_margin_is_exactly_zero(
     case: str, architecture: str, dtype: torch.dtype, head: str
 ) -> None:
     """Not merely small; `sigmoid` is exactly log 2, and every other loss its value at 0."""
-    if not formulas.referred(case):
-        pytest.skip("reads no reference")
     split, params, buffers = MODELS[architecture](dtype)
     step = formulas.step_of(case, split, ft.trees.clone(params))
     _, metrics = step(step.init(params, buffers), formulas.batch_of(case))
@@ -161,6 +164,13 @@ def test_where_the_policy_is_the_reference_the_margin_is_exactly_zero(
 def test_padding_changes_no_loss(case: str, architecture: str, head: str) -> None:
     batch = _wider(formulas.batch_of(case), 5)
     _assert_equal(_evaluated(case, architecture, batch), _whole(case, architecture, head), ROUNDING)
+
+
+@EVERY
+def test_padding_before_the_prompts_changes_no_loss(case: str) -> None:
+    """The decoder's positions are counted under the mask, so that the rounding is the same."""
+    batch = _wider(formulas.batch_of(case), 3, before=True)
+    _assert_equal(_evaluated(case, "decoder", batch), _whole(case, "decoder", "whole"), ROUNDING)
 
 
 @EVERY
@@ -207,13 +217,12 @@ def test_swapping_the_sides_flips_the_margin(case: str, architecture: str, head:
         assert margin == pytest.approx(-opposite, rel=10 * ROUNDING)
 
 
-@EVERY
+@REFERRED
 @pytest.mark.parametrize("by_token", [False, True])
 def test_log_probs_of_the_reference_online_and_ahead_are_the_same_bits(
     case: str, by_token: bool
 ) -> None:
-    if not formulas.referred(case) or (case == "ld" and not by_token):
-        pytest.skip("reads none, or needs them by token")
+    by_token = by_token or case == "ld"  # which takes no sums
     step, state = _started(case, "decoder", torch.float32)
     batch = formulas.batch_of(case)
     online, one = step(state, batch)
@@ -230,11 +239,9 @@ def _attached(step: ft.Step, state: ft.TrainState, batch: Any, by_token: bool = 
     )
 
 
-@EVERY
+@REFERRED
 def test_what_is_attached_outside_of_the_completions_is_not_read(case: str) -> None:
     """Log-probs by token of prompts and padding, as another program may well hand them over."""
-    if not formulas.referred(case):
-        pytest.skip("reads none")
     batch = formulas.batch_of(case)
     given = _attached(*_started(case, "decoder"), batch, by_token=True)
     noisy = {
@@ -245,14 +252,12 @@ def test_what_is_attached_outside_of_the_completions_is_not_read(case: str) -> N
     assert other == _evaluated(case, "decoder", given)
 
 
-@EVERY
+@REFERRED
 @ARCHITECTURES
 def test_the_reference_receives_no_gradient_and_no_step_changes_it(
     case: str, architecture: str
 ) -> None:
     """Neither a pure nor a donated step of several micro-batches."""
-    if not formulas.referred(case):
-        pytest.skip("has none")
     split, params, buffers = MODELS[architecture](torch.float32)
     reference = formulas.elsewhere(params)
     for tensor in reference.values():
