@@ -217,7 +217,7 @@ class _Outputs(dict[str, Any]):
 
 
 class _Trunk(nn.Module):
-    """In the trunk's place: hidden states of no rows, and what the trunk holds that is not called."""
+    """In the trunk's place: hidden states of no rows, and what of the trunk is not called."""
 
     def __init__(self, trunk: nn.Module | None, hidden: Tensor) -> None:
         super().__init__()
