@@ -186,11 +186,13 @@ def run(source: Path, directory: Path, *, steps: int, lr: float, loss: str) -> N
     before = answered(model, tokenizer, asked)
 
     architecture, params, buffers = ft.split(model)
+    kind = ft.objectives.LOSSES[loss]
     step = ft.dpo_step(
         architecture,
         ft.optim.adamw(lr),
-        reference=params if ft.objectives.LOSSES[loss].reference else None,
+        reference=params if kind.reference else None,
         loss=loss,
+        label_smoothing=1e-3 if kind.needs_smoothing else 0.0,
         microbatches=2,
         max_grad_norm=1.0,
         donate=True,

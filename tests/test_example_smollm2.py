@@ -97,7 +97,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "exo_pair", "simpo"])
 def test_it_trains_resumes_and_is_read(
     example: ModuleType,
     tiny: Path,

@@ -136,11 +136,15 @@ def reference_tokens(attached: Mapping[str, Tensor], like: Tensor) -> Tensor:
 
 
 def sequence_labels(side: Batch) -> Tensor:
-    """Labels of prompt and completion: every token up to the last target, under the mask if any."""
+    """Labels of prompt and completion: every token up to the last target, under the mask if any.
+
+    Not the first one under it: nothing but padding would predict it. Targets stay what they are.
+    """
     ids, labels = side["input_ids"].to(torch.int64), side["labels"]
     places = torch.arange(ids.shape[1], device=ids.device)
     outside = places > last_target(labels).unsqueeze(1)
     if "attention_mask" in side:
-        outside = outside | (side["attention_mask"] == 0)
+        hidden = side["attention_mask"] == 0
+        outside = outside | hidden | F.pad(hidden[:, :-1], (1, 0), value=True)
     whole: Tensor = ids.masked_fill(outside, IGNORE_INDEX)
-    return whole
+    return torch.where(labels == IGNORE_INDEX, whole, labels)

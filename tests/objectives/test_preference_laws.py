@@ -174,6 +174,29 @@ def test_padding_before_the_prompts_changes_no_loss(case: str) -> None:
 
 
 @EVERY
+def test_without_a_mask_what_follows_the_completion_is_no_part_of_it(case: str) -> None:
+    batch = formulas.batch_of(case)
+    for side in ("chosen", "rejected", "completion", "mismatched"):
+        if side in batch:
+            batch[side] = {k: t for k, t in batch[side].items() if k != "attention_mask"}
+    _assert_equal(_evaluated(case, "decoder", batch), _whole(case, "decoder", "whole"), ROUNDING)
+
+
+def test_a_likelihood_of_whole_sequences_leaves_the_completions_what_they_are() -> None:
+    """Labels that are not the tokens, and a target after a hole in the mask: as without it."""
+    batch = formulas.batch_of("sigmoid")
+    for side in batch.values():
+        side["labels"] = side["labels"].where(side["labels"] == -100, (side["labels"] + 3) % 31)
+        side["attention_mask"][:, 2] = 0
+    step, state = _started("simpo", "decoder")
+    mixed = attrs.evolve(step.objective, loss={"simpo": 1.0, "orpo": 1.0})
+    one = ft.evaluate(step, state, [batch]).to_dict()
+    other = ft.evaluate(attrs.evolve(step, objective=mixed), state, [batch]).to_dict()
+    for name in ("logps/chosen", "logps/rejected", "entropy", "num_tokens", "perplexity"):
+        assert one[f"eval_{name}"] == pytest.approx(other[f"eval_{name}"], rel=ROUNDING), name
+
+
+@EVERY
 @ARCHITECTURES
 def test_reordering_changes_no_loss(case: str, architecture: str, head: str) -> None:
     batch = _permuted(formulas.batch_of(case), [1, 3, 0, 2])
