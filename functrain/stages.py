@@ -13,7 +13,8 @@ from functrain.guards import SpikeGuard
 from functrain.objectives.base import Objective
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.logprobs import HeadMode
-from functrain.objectives.preference import Mix, PreferenceOptimization
+from functrain.objectives.options import Mix
+from functrain.objectives.preference import PreferenceOptimization
 from functrain.objectives.unpaired import UnpairedOptimization
 from functrain.optimizers import Optimizer
 from functrain.precision import Precision

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from functrain import metrics as m
 from functrain.architecture import Mode
-from functrain.errors import BatchError, ConfigError, did_you_mean, is_number
+from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import IGNORE_INDEX, Batch, examples_in
 from functrain.objectives.logprobs import (
@@ -23,7 +23,6 @@ from functrain.objectives.logprobs import (
     token_scores,
 )
 from functrain.objectives.losses import (
-    DIVERGENCES,
     LOSSES,
     Likelihood,
     Options,
@@ -32,6 +31,13 @@ from functrain.objectives.losses import (
     divergence_of,
     log_odds,
 )
+from functrain.objectives.options import (
+    check_combination,
+    mixed,
+    optional_tensors,
+    positive,
+    within,
+)
 from functrain.objectives.pairs import (
     check_pairs,
     concatenated,
@@ -39,52 +45,7 @@ from functrain.objectives.pairs import (
     sequence_labels,
 )
 from functrain.objectives.reference import reference_scores
-from functrain.trees import Tensors, clone
-
-Mix = str | Mapping[str, float]
-
-
-def optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
-    """A plain mapping is copied: a step may donate the memory that it was made of."""
-    if value is None or isinstance(value, Tensors):
-        return value
-    if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
-        raise ConfigError(
-            "reference: expected params, a mapping from names to tensors as functrain.split or "
-            f"state.params has them, got {type(value).__name__}"
-        )
-    return clone(value)
-
-
-def _mixed(given: Mix) -> Mapping[str, float]:
-    if isinstance(given, str):
-        given = {given: 1.0}
-    if not isinstance(given, Mapping) or not given:
-        raise ConfigError(f"loss: {given!r}, expected a name, or weights by name")
-    for name, weight in given.items():
-        if name not in LOSSES:
-            near = did_you_mean(str(name), LOSSES)
-            raise ConfigError(f"loss: {name!r} is unknown; {near}")
-        if not is_number(weight) or not 0 < weight < math.inf:
-            raise ConfigError(f"loss: the weight of {name!r} is {weight!r}, expected above 0")
-    return dict(given)
-
-
-def within(
-    low: float, high: float, what: str, *, above: bool = False, optional: bool = False
-) -> Any:
-    """A validator of a number in [low, high), with `above` in (low, high)."""
-
-    def check(_record: object, field: attrs.Attribute[Any], value: object) -> None:
-        if value is None and optional:
-            return
-        if not is_number(value) or not low <= value < high or (above and value == low):
-            raise ConfigError(f"{field.name}: {value!r}, expected {what}")
-
-    return check
-
-
-_positive = within(0, math.inf, "a positive finite number", above=True)
+from functrain.trees import Tensors
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -140,8 +101,8 @@ class PreferenceOptimization:
     """
 
     reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
-    loss: Mapping[str, float] = attrs.field(default="sigmoid", converter=_mixed)
-    beta: float = attrs.field(default=0.1, validator=_positive)
+    loss: Mapping[str, float] = attrs.field(default="sigmoid", converter=mixed)
+    beta: float = attrs.field(default=0.1, validator=positive)
     label_smoothing: float = attrs.field(
         default=0.0, validator=within(0, 0.5, "a number in [0, 0.5)")
     )
@@ -151,8 +112,8 @@ class PreferenceOptimization:
     cpo_alpha: float = attrs.field(
         default=1.0, validator=within(0, math.inf, "a finite number of at least 0")
     )
-    orpo_lambda: float = attrs.field(default=0.1, validator=_positive)
-    discopop_tau: float = attrs.field(default=0.05, validator=_positive)
+    orpo_lambda: float = attrs.field(default=0.1, validator=positive)
+    discopop_tau: float = attrs.field(default=0.05, validator=positive)
     divergence: str = "reverse_kl"
     divergence_alpha: float = attrs.field(
         default=0.5, validator=within(0, 1, "a number between 0 and 1", above=True)
@@ -452,53 +413,6 @@ class PreferenceOptimization:
     def kept(self) -> Mapping[str, Tensor] | None:
         """The reference."""
         return self.reference
-
-
-def check_combination(given: PreferenceOptimization) -> None:
-    """Raise `ConfigError` for a modifier that a loss of the mix has no place for."""
-    names = list(given.loss)
-    if given.label_smoothing and not any(LOSSES[name].smoothing for name in names):
-        have = ", ".join(name for name, each in LOSSES.items() if each.smoothing)
-        raise ConfigError(
-            f"label_smoothing: the {names[0]!r} loss has none; it has a meaning for {have}"
-        )
-    for name in names:
-        each = LOSSES[name]
-        if each.needs_smoothing and not given.label_smoothing:
-            raise ConfigError(
-                f"label_smoothing: the {name!r} loss takes its logarithm, so it must be above 0; "
-                "the paper's is 1e-3"
-            )
-        if given.divergence != "reverse_kl" and each.reference and not each.divergence:
-            raise ConfigError(f"divergence: the {name!r} loss is defined for 'reverse_kl' alone")
-        if given.length_normalized and each.reference and not each.on_delta:
-            raise ConfigError(
-                f"length_normalized: the {name!r} loss is no function of Δ alone; leave it out"
-            )
-        if given.wpo and (name == "aot" or name == "aot_unpaired"):
-            raise ConfigError(f"wpo: the {name!r} loss sorts the batch, so no pair has a weight")
-    if all(LOSSES[name].value is None for name in names):
-        for option, is_given in (("wpo", given.wpo), ("ld_alpha", given.ld_alpha is not None)):
-            if is_given:
-                raise ConfigError(
-                    f"{option}: the {names[0]!r} loss is the likelihood of the chosen alone; "
-                    "leave it out"
-                )
-    if given.divergence not in DIVERGENCES:
-        near = did_you_mean(str(given.divergence), DIVERGENCES)
-        raise ConfigError(f"divergence: {given.divergence!r} is unknown; {near}")
-    if not given.referred:
-        for option in ("reference", "reference_mixup"):
-            if getattr(given, option) is not None:
-                raise ConfigError(f"{option}: the {names[0]!r} loss has no reference; leave it out")
-        if given.divergence != "reverse_kl" or given.length_normalized:
-            option = "length_normalized" if given.length_normalized else "divergence"
-            raise ConfigError(f"{option}: the {names[0]!r} loss has no Δ to modify; leave it out")
-    if given.reference_mixup is not None and given.reference is None:
-        raise ConfigError("reference_mixup: no reference to move; give reference=params")
-    sync = given.reference_sync
-    if isinstance(sync, bool) or not isinstance(sync, int) or sync < 1:
-        raise ConfigError(f"reference_sync: {sync!r}, expected an integer of at least 1")
 
 
 def _joined(observed: Sequence[Observed]) -> Observed:

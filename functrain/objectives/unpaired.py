@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -15,13 +14,12 @@ from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch
 from functrain.objectives.logprobs import HeadMode, head_mode, token_scores
+from functrain.objectives.options import optional_tensors, positive
 from functrain.objectives.pairs import check_completions, check_keys, check_reference_logps
-from functrain.objectives.preference import optional_tensors, within
 from functrain.objectives.reference import reference_scores
 from functrain.trees import Tensors
 
 _SIDES = ("completion", "mismatched")
-_positive = within(0, math.inf, "a positive finite number", above=True)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -40,9 +38,9 @@ class UnpairedOptimization:
     """
 
     reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
-    beta: float = attrs.field(default=0.1, validator=_positive)
-    desirable_weight: float = attrs.field(default=1.0, validator=_positive)
-    undesirable_weight: float = attrs.field(default=1.0, validator=_positive)
+    beta: float = attrs.field(default=0.1, validator=positive)
+    desirable_weight: float = attrs.field(default=1.0, validator=positive)
+    undesirable_weight: float = attrs.field(default=1.0, validator=positive)
     dropout: bool = False
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     name: str = "kto"
