@@ -171,10 +171,14 @@ class ValueAndGrad:
 
         With the randomness of the second pass, so that dropout drops the same.
         """
-        coupled = objective.batch_coupled and isinstance(objective, Coupled)
-        if len(micro_batches) == 1 or not coupled:
+        if len(micro_batches) == 1 or not objective.batch_coupled:
             return [None] * len(micro_batches)
-        assert isinstance(objective, Coupled)
+        if not isinstance(objective, Coupled):
+            raise ConfigError(
+                f"{len(micro_batches)} micro-batches: the {objective.name!r} loss couples the "
+                "examples of a batch, so they would be another loss; give one batch, or give the "
+                "objective observe and couple (functrain.objectives.Coupled)"
+            )
         observed = []
         # The buffers that this pass moves (BatchNorm's) are put back before the second.
         with torch.no_grad(), kept_buffers(self.places):

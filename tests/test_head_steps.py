@@ -227,6 +227,34 @@ def test_a_preference_step_projects_each_completion_token_of_policy_and_referenc
     assert (seen.by_chunks, seen.whole) == (3 * targets, 0)
 
 
+@pytest.mark.parametrize("name", ["decoder", "llama, checkpointed"])
+@pytest.mark.parametrize("stage", ["dpo", "dpo mix", "bco", "kto"])
+def test_where_log_probs_stay_for_the_backward_pass_it_is_the_same(
+    name: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a budget of half of the rows: policy and reference project each of them once, and obey."""
+    monkeypatch.setattr(chunks, "BUDGET", (16 if stage == "kto" else 28) * ROW)
+    ours, measured = _trained(3, name, stage, torch.float64)
+    theirs, expected = _trained(3, name, stage, torch.float64, head="full")
+    for parameter, value in ours.params.items():
+        torch.testing.assert_close(value, theirs.params[parameter], rtol=1e-7, atol=1e-9)
+    for one, other in zip(measured, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-8, abs=1e-10)
+    step, state = _begun(name, stage, ema_decay=0.9)
+    testing.assert_pure(step, state, _batch(stage))
+    testing.assert_donation_equal(step, state, _batch(stage))
+    with _Projected() as seen:
+        _, metrics = step(state, _batch(stage))
+    tokens = sum(
+        int((side["labels"][:, 1:] != -100).sum())
+        for side in _batch(stage).values()
+        if isinstance(side, dict)
+    )
+    assert (seen.by_chunks, seen.whole) == (2 * tokens, 0)
+    if stage == "dpo":
+        assert float(metrics["rewards/margins"]) == 0.0
+
+
 @SOME
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16_params"])
@@ -257,7 +285,8 @@ def _in_eval_mode(name: str, stage: str) -> tuple[Any, Any]:
 
 
 BUDGETS = st.sampled_from([0, 16 * ROW])
-"""Always by chunks; and those parts of a batch whole that are small enough."""
+"""Always by chunks; and those parts of a batch whole that are small enough, or their log-probs kept
+for the backward pass."""
 
 
 @SOME

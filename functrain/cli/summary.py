@@ -17,7 +17,7 @@ from functrain.cli.run import Outcome
 from functrain.cli.samples import spoken
 from functrain.data import ByteTokenizer
 from functrain.evaluation import evaluate
-from functrain.objectives import UnpairedOptimization
+from functrain.objectives import PreferenceOptimization, UnpairedOptimization
 from functrain.objectives.batches import Batch
 from functrain.state import fingerprint
 from functrain.tracking import report
@@ -112,8 +112,12 @@ def _likelier(outcome: Outcome, params: Tensors) -> float:
     for batch in outcome.built.evaluation:
         zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}
         nothing.append({**batch, "reference_logps": zeros})
-    state = attrs.evolve(outcome.state, params=params)
-    found = evaluate(outcome.built.step, state, nothing)
+    step, state = outcome.built.step, attrs.evolve(outcome.state, params=params)
+    if isinstance(step.objective, PreferenceOptimization):
+        # A reference that moves is none that a batch can bring.
+        objective = attrs.evolve(step.objective, reference_mixup=None)
+        step, state = attrs.evolve(step, objective=objective), attrs.evolve(state, reference=None)
+    found = evaluate(step, state, nothing)
     return float(found["eval_rewards/accuracies"])
 
 

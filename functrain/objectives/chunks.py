@@ -112,10 +112,13 @@ def _scored(
     detailed: bool,
 ) -> Scores:
     _check_targets(targets, len(weight))
-    small = not exceeds(len(hidden), len(weight), KEPT * projection.budget)
-    wide = projection.finish is None and hidden.dtype.itemsize >= 4
-    kept = small and wide and torch.is_grad_enabled()
-    return Scores(*_apply(_Scored, hidden, weight, bias, targets, projection, detailed, kept))
+    few = not exceeds(len(hidden), len(weight), KEPT * projection.budget)
+    few = few and projection.finish is None and hidden.dtype.itemsize >= 4
+    # What is made beside a chunk's logits is as large: where all may stay, chunks are smaller; also
+    # without history, since a product of other rows may have other bits, and a reference none.
+    share, kept = 4 if few else 1, few and torch.is_grad_enabled()
+    arguments = (hidden, weight, bias, targets, projection, detailed, share, kept)
+    return Scores(*_apply(_Scored, *arguments))
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
@@ -155,11 +158,11 @@ class _Rows:
         bias: Tensor | None,
         projection: Projection,
         *,
+        share: int = 1,
         kept: bool = False,
     ) -> None:
         self._weight, self._bias, self._finish = weight, bias, projection.finish
-        # What is made beside a chunk's logits is as large: where all stay, chunks are smaller.
-        self.chunks = list(projection.chunks(len(hidden), share=4 if kept else 1))
+        self.chunks = list(projection.chunks(len(hidden), share))
         most = max((each.stop - each.start for each in self.chunks), default=0)
         size = len(hidden) if kept else most
         self._buffer = _buffer((size, len(weight)), hidden, hidden.dtype)
@@ -336,10 +339,11 @@ class _Scored(torch.autograd.Function):
         targets: Tensor,
         projection: Projection,
         detailed: bool,
+        share: int,
         kept: bool,
     ) -> tuple[Tensor, ...]:
         kept = kept and any(ctx.needs_input_grad)
-        rows = _Rows(hidden, weight, bias, projection, kept=kept)
+        rows = _Rows(hidden, weight, bias, projection, share=share, kept=kept)
         found: list[tuple[Tensor, ...]] = []
         second: Tensor | None = None
         for at in rows.chunks:
@@ -387,7 +391,7 @@ class _Scored(torch.autograd.Function):
             # What is found there is overwritten, and can be found once.
             slope = _less_targets(kept.pop().exp_(), *_columns(targets))
             grads.add(slice(0, len(hidden)), hidden, slope, -grad_outputs[0].unsqueeze(1))
-            return (*grads.found(), None, None, None, None)
+            return (*grads.found(), None, None, None, None, None)
         rows = _Rows(hidden, weight, bias, ctx.projection)
         with ctx.autocast:  # the model's own, where a finish of it is called again
             for at in rows.chunks:
@@ -400,4 +404,4 @@ class _Scored(torch.autograd.Function):
                     grads.add(at, hidden[at], rows.before_finish(slope.mul_(scale)), None)
                 else:
                     grads.add(at, hidden[at], rows.before_finish(slope), scale)
-        return (*grads.found(), None, None, None, None)
+        return (*grads.found(), None, None, None, None, None)

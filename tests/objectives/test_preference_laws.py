@@ -42,6 +42,13 @@ MODELS: dict[str, Callable[[torch.dtype], Any]] = {
     "decoder": lambda dtype: zoo.split("decoder", dtype),
     "llama": _llama,
 }
+
+
+@functools.cache
+def _split(architecture: str, dtype: torch.dtype) -> Any:
+    return MODELS[architecture](dtype)
+
+
 EVERY = pytest.mark.parametrize("case", list(CASES))
 REFERRED = pytest.mark.parametrize("case", list(filter(formulas.referred, CASES)))
 ARCHITECTURES = pytest.mark.parametrize("architecture", list(MODELS))
@@ -60,7 +67,7 @@ def _started(
     case: str, architecture: str, dtype: torch.dtype = torch.float64
 ) -> tuple[ft.Step, ft.TrainState]:
     """A step, and a state whose policy is not the reference."""
-    split, params, buffers = MODELS[architecture](dtype)
+    split, params, buffers = _split(architecture, dtype)
     step = formulas.step_of(case, split, formulas.elsewhere(params, 2, 0.2))
     return step, step.init(formulas.elsewhere(params, 1, 0.2), buffers)
 
@@ -143,7 +150,7 @@ def test_where_the_policy_is_the_reference_the_margin_is_exactly_zero(
     case: str, architecture: str, dtype: torch.dtype, head: str
 ) -> None:
     """Not merely small; `sigmoid` is exactly log 2, and every other loss its value at 0."""
-    split, params, buffers = MODELS[architecture](dtype)
+    split, params, buffers = _split(architecture, dtype)
     step = formulas.step_of(case, split, ft.trees.clone(params))
     _, metrics = step(step.init(params, buffers), formulas.batch_of(case))
     for name in ("chosen", "rejected", *(() if case == "kto" else ("margins", "accuracies"))):
@@ -281,7 +288,7 @@ def test_the_reference_receives_no_gradient_and_no_step_changes_it(
     case: str, architecture: str
 ) -> None:
     """Neither a pure nor a donated step of several micro-batches."""
-    split, params, buffers = MODELS[architecture](torch.float32)
+    split, params, buffers = _split(architecture, torch.float32)
     reference = formulas.elsewhere(params)
     for tensor in reference.values():
         tensor.requires_grad_()
