@@ -125,7 +125,7 @@ def robust(p: PairLogps, o: Options) -> Tensor:
 def exo_pair(p: PairLogps, o: Options) -> Tensor:
     """σ(βm)[logσ(βm) − log(1−ε)] + σ(−βm)[logσ(−βm) − log ε]: EXO (2402.00856), ε > 0."""
     scaled = o.beta * p.margin
-    smoothing = torch.tensor(o.label_smoothing, dtype=scaled.dtype, device=scaled.device)
+    smoothing = torch.full((), o.label_smoothing, dtype=scaled.dtype, device=scaled.device)
     right = scaled.sigmoid() * (F.logsigmoid(scaled) - torch.log1p(-smoothing))
     wrong = (-scaled).sigmoid() * (F.logsigmoid(-scaled) - torch.log(smoothing))
     return right + wrong

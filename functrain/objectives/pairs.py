@@ -75,11 +75,15 @@ def _check_different(chosen: Batch, rejected: Batch) -> None:
 
 
 def _bare(side: Batch) -> Tensor:
-    """The tokens up to the last target of each row, −1 after it."""
+    """The tokens up to the last target of each row, those under the mask left out; −1 after."""
     ids = side["input_ids"]
     last = last_target(side["labels"]).unsqueeze(1)
-    places = torch.arange(ids.shape[1], device=ids.device)
-    bare: Tensor = ids.masked_fill(places > last, -1)
+    outside = torch.arange(ids.shape[1], device=ids.device) > last
+    if "attention_mask" in side:
+        outside = outside | (side["attention_mask"] == 0)
+    # Stable, so that the tokens keep their order, wherever the padding was.
+    outside, order = outside.sort(dim=1, stable=True)
+    bare: Tensor = ids.gather(1, order).masked_fill(outside, -1)
     return bare
 
 

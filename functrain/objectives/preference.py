@@ -190,7 +190,8 @@ class PreferenceOptimization:
     def weight(self, batch: Batch) -> Tensor:
         """The number of pairs, int64, 0-d; with likelihoods [1 + of them], their tokens too."""
         device = batch["chosen"]["input_ids"].device
-        pairs = torch.tensor(examples_in(batch), device=device)
+        # A fill, where `torch.tensor` would copy from the host and wait.
+        pairs = torch.full((), examples_in(batch), dtype=torch.int64, device=device)
         kinds = self.likelihoods()
         if not kinds:
             return pairs
@@ -211,7 +212,9 @@ class PreferenceOptimization:
     ) -> tuple[Tensor, Metrics]:
         """The summed loss with the metrics that preference dashboards know.
 
-        `perplexity` is the policy's, by token of the chosen completions.
+        `perplexity` is the policy's, by token of the chosen completions. `nll_loss` is the mean of
+        a mix's likelihood term; of one with both kinds, `nll_loss/completion` and
+        `nll_loss/sequence`.
 
         Policy and reference take one forward each, over chosen and rejected together.
         """
@@ -235,8 +238,10 @@ class PreferenceOptimization:
             "perplexity": m.exponential(negative["completion"], chosen_tokens),
         }
         for kind in kinds:
-            measured["nll_loss"] = m.mean(negative[kind], self._tokens(batch, kind))
-        return total, Metrics(measured) | self._pair_metrics(logps) | token_metrics(scores)
+            name = "nll_loss" if len(kinds) == 1 else f"nll_loss/{kind}"
+            measured[name] = m.mean(negative[kind], self._tokens(batch, kind))
+        pair_metrics = self._pair_metrics(logps, scores)
+        return total, Metrics(measured) | pair_metrics | token_metrics(scores)
 
     def _scored(self, model: nn.Module, batch: Batch, joined: Batch) -> tuple[TokenScores, Tensor]:
         """The scores of the completions; and Σ log p over the whole chosen sequences, or 0."""
@@ -391,7 +396,9 @@ class PreferenceOptimization:
             return attrs.evolve(self, reference=reference, running=running)
         return self if running is None else attrs.evolve(self, running=running)
 
-    def _pair_metrics(self, logps: PairLogps) -> Metrics:
+    def _pair_metrics(self, logps: PairLogps, scores: TokenScores) -> Metrics:
+        """Rewards of what the loss sees; `logps/…` are plain sums, whatever `ld_alpha` weighs."""
+        plain = scores.sums.detach().chunk(2)
         chosen = self.beta * logps.ratio_chosen.detach()
         rejected = self.beta * logps.ratio_rejected.detach()
         sums = {
@@ -399,15 +406,15 @@ class PreferenceOptimization:
             "rewards/rejected": rejected.sum(),
             "rewards/margins": (chosen - rejected).sum(),
             "rewards/accuracies": (chosen > rejected).sum(),
-            "logps/chosen": logps.chosen.sum(),
-            "logps/rejected": logps.rejected.sum(),
+            "logps/chosen": plain[0].sum(),
+            "logps/rejected": plain[1].sum(),
         }
         if "orpo" in self.loss:
             odds = log_odds(attrs.evolve(logps, chosen=logps.chosen.detach()))
             difference = (odds[0] - odds[1]).detach()
             sums["log_odds_chosen"] = difference.sum()
             sums["log_odds_ratio"] = nn.functional.logsigmoid(difference).sum()
-        pairs = torch.tensor(len(chosen), device=chosen.device)
+        pairs = torch.full((), len(chosen), dtype=torch.int64, device=chosen.device)
         return Metrics({name: m.mean(value, pairs) for name, value in sums.items()})
 
     def kept(self) -> Mapping[str, Tensor] | None:

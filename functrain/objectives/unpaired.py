@@ -77,7 +77,8 @@ class UnpairedOptimization:
     def weight(self, batch: Batch) -> Tensor:
         """The number of examples; int64, 0-d."""
         ids = batch["completion"]["input_ids"]
-        return torch.tensor(ids.shape[0], device=ids.device)
+        # A fill, where `torch.tensor` would copy from the host and wait.
+        return torch.full((), ids.shape[0], dtype=torch.int64, device=ids.device)
 
     def check_weight(self, weight: Tensor) -> None:
         """Nothing more to check: an example without completion tokens has been refused."""

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from objectives import formulas
 from objectives.formulas import Numbers, Pair
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import functrain as ft
 from functrain.objectives.losses import LOSSES, Options, PairLogps, divergence_of
@@ -378,13 +379,16 @@ class ByHand:
     @property
     def negative_likelihoods(self) -> list[tuple[float, Tensor]]:
         """The factor and the mean over tokens of each −log-likelihood of the mix."""
+        return [(factor, each) for factor, each, _ in self._likelihoods()]
+
+    def _likelihoods(self) -> list[tuple[float, Tensor, str]]:
         found = []
         for name, weight in self.mix.items():
             if name in ("sft", "cpo", "orpo"):
                 part = "sequence" if name == "orpo" else "completion"
                 tokens = torch.cat([getattr(each, part) for each in self.chosen])
                 factor = self.options.get("cpo_alpha", 1.0) if name == "cpo" else 1.0
-                found.append((weight * factor, -tokens.mean()))
+                found.append((weight * factor, -tokens.mean(), part))
         return found
 
     @property
@@ -413,21 +417,24 @@ class ByHand:
             (BETA * (p.chosen - p.reference_chosen), BETA * (p.rejected - p.reference_rejected))
             for p in pairs
         ]
-        tokens = torch.cat([each.completion.detach() for each in self.chosen])
+        tokens, others = (
+            torch.cat([each.completion.detach() for each in side])
+            for side in (self.chosen, self.rejected)
+        )
         found = {
             "loss": self.loss,
             "rewards/chosen": sum(w for w, _ in rewards) / count,
             "rewards/rejected": sum(r for _, r in rewards) / count,
             "rewards/margins": sum(w - r for w, r in rewards) / count,
             "rewards/accuracies": sum(w > r for w, r in rewards) / count,
-            "logps/chosen": sum(p.chosen for p in pairs) / count,
-            "logps/rejected": sum(p.rejected for p in pairs) / count,
+            "logps/chosen": float(tokens.sum()) / count,
+            "logps/rejected": float(others.sum()) / count,
             "perplexity": math.exp(-float(tokens.mean())),
-            "num_tokens": len(tokens) + sum(len(each.completion) for each in self.rejected),
+            "num_tokens": len(tokens) + len(others),
         }
-        likelihoods = self.negative_likelihoods
-        if len(likelihoods) == 1:
-            found["nll_loss"] = float(likelihoods[0][1].detach())
+        likelihoods = {part: float(each.detach()) for _, each, part in self._likelihoods()}
+        for part, value in likelihoods.items():
+            found["nll_loss" if len(likelihoods) == 1 else f"nll_loss/{part}"] = value
         if "orpo" in self.mix:
             ratios = [
                 formulas.odds(formulas.EXACT.mpf(p.chosen) / p.chosen_length)
@@ -472,10 +479,33 @@ def test_a_step_minimises_the_formula_and_reports_what_it_says(case: str) -> Non
     step, state, policy, reference = _models(case, beta=BETA)
     batch = _with_a_likely_pair(formulas.batch_of(case, seed=3, examples=5), policy)
     expected = ByHand(case, batch, policy, reference)
-    found = _gradient(step, state, batch)
-    for name, value in expected.metrics().items():
+    found, wanted = _gradient(step, state, batch), expected.metrics()
+    for name, value in wanted.items():
         assert float(found.metrics[name]) == pytest.approx(value, rel=1e-10, abs=1e-12), name
+    shown = {name for name in found.metrics if "nll_loss" in name}
+    assert shown == {name for name in wanted if "nll_loss" in name}
     _assert_grads(found.grads, expected.surrogate, policy)
+
+
+class _Copies(TorchFunctionMode):
+    """Counts the tensors that are made of a value of the host for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.tensor and "device" in (kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", formulas.CASES)
+def test_a_step_copies_no_number_from_the_host(case: str) -> None:
+    """On an accelerator each copy may be a wait; a fill is none."""
+    step, state, *_ = _models(case, microbatches=2)
+    with _Copies() as copies:
+        step(state, formulas.batch_of(case))
+    assert copies.count == 0
 
 
 @pytest.mark.parametrize("nearer", [False, True])

@@ -241,3 +241,17 @@ def test_sides_with_different_keys_are_refused() -> None:
     pairs = {**zoo.pairs(), "chosen": zoo.full(zoo.batch())}
     with pytest.raises(ft.BatchError, match="expected the same keys"):
         step(state, pairs)
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_a_pair_of_the_same_tokens_is_refused_however_it_is_padded(longer: str) -> None:
+    _, step, state = _heard()
+    one = zoo.full(zoo.batch(seed=5))
+    padded = {key: torch.nn.functional.pad(t, (3, 2)) for key, t in one.items()}
+    padded["labels"][:, :3] = padded["labels"][:, -2:] = -100
+    sides = {"chosen": one, "rejected": one, longer: padded}
+    with pytest.raises(ft.BatchError, match="example 0: chosen and rejected are the same tokens"):
+        step(state, sides)
+    # The same ids, of which one side's mask hides one: other tokens.
+    padded["attention_mask"][:, 3] = 0
+    step(state, sides)
