@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, Unpack
 
 import attrs
@@ -47,10 +47,7 @@ def make_step(
     `schedule`: a schedule, a constant learning rate, or None for the optimizer's own `lr`. The
     other options are described at `Step`. Raises `ConfigError` for what cannot be combined.
     """
-    known = {field.name for field in attrs.fields(Step) if field.init}
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"{name}: unknown option; {did_you_mean(name, known)}")
+    _check_known(objective, options)
     if not isinstance(architecture, nn.Module):
         raise ConfigError(
             f"architecture: expected the nn.Module that functrain.split returns first, got "
@@ -64,6 +61,21 @@ def make_step(
         schedule=optimizer.lr if schedule is None else schedule,
         **options,  # pyrefly: ignore[open-unpacking]
     )
+
+
+def _check_known(objective: Objective, options: Iterable[str]) -> None:
+    """Raise `ConfigError` for an option that neither the step nor its objective has."""
+    known = {field.name for field in attrs.fields(Step) if field.init}
+    made = type(objective)
+    fields = attrs.fields(made) if attrs.has(made) else ()
+    own = {field.name for field in fields if field.init and not field.name.startswith("_")}
+    for name in options:
+        if name in own - known:
+            raise ConfigError(
+                f"{name}: the objective's own option; give it to {made.__name__}({name}=…)"
+            )
+        if name not in known:
+            raise ConfigError(f"{name}: unknown option; {did_you_mean(name, known | own)}")
 
 
 def pretrain_step(

@@ -143,7 +143,10 @@ PREFERENCES: list[tuple[dict[str, Any], str]] = [
     ({"label_smoothing": 0.5}, "label_smoothing: 0.5"),
     ({"label_smoothing": None}, "label_smoothing: None"),
     ({"beta": "0.1"}, "beta: '0.1'"),
-    ({"refrence": {}}, "refrence: unknown option"),
+    ({"refrence": {}}, "refrence: unknown option; did you mean 'reference'"),
+    ({"reference_mixups": 1.0}, "reference_mixups: unknown option; did you mean 'reference_mixup'"),
+    ({"max_grad_nrm": 1.0}, "max_grad_nrm: unknown option; did you mean 'max_grad_norm'"),
+    ({"running": {}}, "running: unknown option"),
     ({"reference": 3}, "reference: expected params, .* got int"),
     ({"reference": torch.nn.Linear(2, 2)}, "reference: expected params, .* got Linear"),
     ({"loss": "hinge", "label_smoothing": 0.1}, "'hinge' loss has none"),
@@ -155,6 +158,21 @@ def test_a_bad_preference_option_is_named(options: dict[str, Any], message: str)
     architecture, _, _ = zoo.split("tied")
     with pytest.raises(ft.ConfigError, match=message):
         ft.dpo_step(architecture, ft.optim.adamw(), **options)
+
+
+def test_a_hint_is_of_the_step_and_of_its_objective() -> None:
+    architecture, _, _ = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match=r"undesirable_wight: .* 'undesirable_weight'"):
+        ft.kto_step(architecture, ft.optim.adamw(), undesirable_wight=1.0)  # type: ignore[call-arg]
+    with pytest.raises(ft.ConfigError, match="haed: unknown option; did you mean 'head'"):
+        ft.sft_step(architecture, ft.optim.adamw(), haed="full")  # type: ignore[call-arg]
+    with pytest.raises(ft.ConfigError, match=r"give it to UnpairedOptimization\(beta=…\)"):
+        ft.make_step(
+            ft.objectives.UnpairedOptimization(),
+            ft.optim.adamw(),
+            architecture=architecture,
+            beta=0.2,  # type: ignore[call-arg]
+        )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "0"])

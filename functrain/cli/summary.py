@@ -106,17 +106,15 @@ def _preferences(outcome: Outcome) -> list[Row]:
 def _likelier(outcome: Outcome, params: Tensors) -> float:
     """In what fraction of the held-out pairs the chosen completion has the higher log-prob.
 
-    The accuracy of the rewards against a reference that knows nothing.
+    The accuracy of DPO's rewards against a reference that knows nothing.
     """
     nothing: list[Batch] = []
     for batch in outcome.built.evaluation:
         zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}
         nothing.append({**batch, "reference_logps": zeros})
-    step, state = outcome.built.step, attrs.evolve(outcome.state, params=params)
-    if isinstance(step.objective, PreferenceOptimization):
-        # A reference that moves is none that a batch can bring.
-        objective = attrs.evolve(step.objective, reference_mixup=None)
-        step, state = attrs.evolve(step, objective=objective), attrs.evolve(state, reference=None)
+    # Plain DPO carries nothing and weighs no token, whatever the run's own loss does.
+    step = attrs.evolve(outcome.built.step, objective=PreferenceOptimization())
+    state = attrs.evolve(outcome.state, params=params, reference=None, running=None)
     found = evaluate(step, state, nothing)
     return float(found["eval_rewards/accuracies"])
 

@@ -236,7 +236,7 @@ class PairLoss:
     pair's value depends on the others of its batch. `on_delta`: whether it is a function of Δ and
     of nothing else, so that length normalisation may take Δ by token; `divergence`: whether an
     f-divergence may take its place. `likelihood`: the −log-likelihood that is added, of chosen
-    completions or of whole chosen sequences, by token.
+    completions or of whole chosen sequences, by token. `number`: the option that it alone reads.
     """
 
     value: Value | None
@@ -247,6 +247,7 @@ class PairLoss:
     on_delta: bool = True
     divergence: bool = True
     likelihood: Likelihood | None = None
+    number: str | None = None
 
 
 LOSSES: Mapping[str, PairLoss] = {
@@ -262,7 +263,7 @@ LOSSES: Mapping[str, PairLoss] = {
     "sppo_hard": PairLoss(value=sppo_hard, divergence=False),
     "aot": PairLoss(value=aot, smoothing=True, coupled=True, on_delta=False, divergence=False),
     "aot_unpaired": PairLoss(value=aot_unpaired, smoothing=True, coupled=True, divergence=False),
-    "discopop": PairLoss(value=discopop),
+    "discopop": PairLoss(value=discopop, number="discopop_tau"),
     "apo_zero": PairLoss(value=apo_zero, divergence=False),
     "apo_down": PairLoss(value=apo_down, divergence=False),
     "sft": PairLoss(value=None, reference=False, on_delta=False, likelihood="completion"),
@@ -273,12 +274,23 @@ LOSSES: Mapping[str, PairLoss] = {
         on_delta=False,
         divergence=False,
         likelihood="completion",
+        number="cpo_alpha",
     ),
     "simpo": PairLoss(
-        value=simpo, reference=False, smoothing=True, on_delta=False, divergence=False
+        value=simpo,
+        reference=False,
+        smoothing=True,
+        on_delta=False,
+        divergence=False,
+        number="simpo_gamma",
     ),
     "orpo": PairLoss(
-        value=orpo, reference=False, on_delta=False, divergence=False, likelihood="sequence"
+        value=orpo,
+        reference=False,
+        on_delta=False,
+        divergence=False,
+        likelihood="sequence",
+        number="orpo_lambda",
     ),
 }
 """Every loss by its name; weighted mixes of them are `loss={"sigmoid": 1.0, "sft": 0.2}`."""

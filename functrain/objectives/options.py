@@ -42,7 +42,9 @@ def mixed(given: Mix) -> Mapping[str, float]:
             near = did_you_mean(str(name), LOSSES)
             raise ConfigError(f"loss: {name!r} is unknown; {near}")
         if not is_number(weight) or not 0 < weight < math.inf:
-            raise ConfigError(f"loss: the weight of {name!r} is {weight!r}, expected above 0")
+            raise ConfigError(
+                f"loss: the weight of {name!r} is {weight!r}, expected a finite number above 0"
+            )
     return dict(given)
 
 
@@ -64,7 +66,7 @@ positive = within(0, math.inf, "a positive finite number", above=True)
 
 
 def check_combination(given: PreferenceOptimization) -> None:
-    """Raise `ConfigError` for a modifier that a loss of the mix has no place for."""
+    """Raise `ConfigError` for what a loss of the mix has no place for, or nothing would read."""
     names = list(given.loss)
     if given.label_smoothing and not any(LOSSES[name].smoothing for name in names):
         have = ", ".join(name for name, each in LOSSES.items() if each.smoothing)
@@ -108,3 +110,21 @@ def check_combination(given: PreferenceOptimization) -> None:
     sync = given.reference_sync
     if isinstance(sync, bool) or not isinstance(sync, int) or sync < 1:
         raise ConfigError(f"reference_sync: {sync!r}, expected an integer of at least 1")
+    _check_read(given)
+
+
+def _check_read(given: PreferenceOptimization) -> None:
+    """Raise `ConfigError` for a number that was chosen and that nothing would read."""
+    alone = [(each.number, name) for name, each in LOSSES.items() if each.number is not None]
+    readers = [(option, f"the {name!r} loss", name in given.loss) for option, name in alone]
+    readers += [
+        ("divergence_alpha", "the divergence 'alpha'", given.divergence == "alpha"),
+        ("reference_sync", "reference_mixup", given.reference_mixup is not None),
+    ]
+    defaults = attrs.fields_dict(type(given))
+    for option, reader, is_there in readers:
+        value = getattr(given, option)
+        if not is_there and value != defaults[option].default:
+            raise ConfigError(
+                f"{option}: {value!r}, and nothing reads it without {reader}; leave it out"
+            )

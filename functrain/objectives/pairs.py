@@ -75,12 +75,13 @@ def _check_different(chosen: Batch, rejected: Batch) -> None:
 
 
 def _bare(side: Batch) -> Tensor:
-    """The tokens up to the last target of each row, those under the mask left out; −1 after."""
-    ids = side["input_ids"]
-    last = last_target(side["labels"]).unsqueeze(1)
+    """The tokens up to the last target of each row, without its padding; −1 after them."""
+    ids, labels = side["input_ids"], side["labels"]
+    last = last_target(labels).unsqueeze(1)
     outside = torch.arange(ids.shape[1], device=ids.device) > last
     if "attention_mask" in side:
-        outside = outside | (side["attention_mask"] == 0)
+        # What is a target counts, whatever its mask.
+        outside = outside | ((side["attention_mask"] == 0) & (labels == IGNORE_INDEX))
     # Stable, so that the tokens keep their order, wherever the padding was.
     outside, order = outside.sort(dim=1, stable=True)
     bare: Tensor = ids.gather(1, order).masked_fill(outside, -1)

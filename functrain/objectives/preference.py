@@ -132,7 +132,8 @@ class PreferenceOptimization:
     dropout: bool = False
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     name: str = "dpo"
-    running: Tensors | None = None
+    # What a state carries for it, and no option: `carrying` puts it here.
+    _running: Tensors | None = attrs.field(default=None, alias="_running", repr=False)
 
     def __attrs_post_init__(self) -> None:
         check_combination(self)
@@ -368,9 +369,9 @@ class PreferenceOptimization:
         rewards = self.beta * (logps.ratio_chosen.double() + logps.ratio_rejected.double())
         total = rewards.sum()
         count = torch.full_like(total, 2 * len(rewards))
-        if self.running is not None:
-            total = total + self.running["reward_sum"]
-            count = count + self.running["reward_count"]
+        if self._running is not None:
+            total = total + self._running["reward_sum"]
+            count = count + self._running["reward_count"]
         return total / count
 
     def init_running(self, device: torch.device) -> Tensors | None:
@@ -393,8 +394,8 @@ class PreferenceOptimization:
     ) -> PreferenceOptimization:
         """This objective with what a state carries for it."""
         if self.reference_mixup is not None and reference is not None:
-            return attrs.evolve(self, reference=reference, running=running)
-        return self if running is None else attrs.evolve(self, running=running)
+            return attrs.evolve(self, reference=reference, _running=running)
+        return self if running is None else attrs.evolve(self, _running=running)
 
     def _pair_metrics(self, logps: PairLogps, scores: TokenScores) -> Metrics:
         """Rewards of what the loss sees; `logps/…` are plain sums, whatever `ld_alpha` weighs."""

@@ -246,17 +246,20 @@ def test_a_mix_is_its_weighted_sum_whatever_the_micro_batches(
     assume(all(_is_smooth(name, pairs, n) for name in mix))
     weighed = not mix.keys() & {"aot", "aot_unpaired"} and data.draw(st.booleans())
     weights = [data.draw(st.floats(0.01, 1)) for _ in pairs] if weighed else None
+    own = {LOSSES[name].number for name in mix} - {None}
     # ε of a mix is one number for all of its losses, and means nothing to some.
     objective = PreferenceOptimization(
         loss=mix,
         wpo=weighed,
         label_smoothing=n.epsilon,
-        running=ft.trees.Tensors(
+        beta=n.beta,
+        **{option: getattr(_options(n), option) for option in own},
+    ).carrying(
+        None,
+        ft.trees.Tensors(
             reward_sum=torch.tensor(seen[0], dtype=torch.float64),
             reward_count=torch.tensor(float(seen[1]), dtype=torch.float64),
         ),
-        **{f: getattr(_options(n), f) for f in ("beta", "simpo_gamma", "orpo_lambda")},
-        discopop_tau=n.tau,
     )
     parts = data.draw(ft.testing.partitions(len(pairs)))
     cuts = [0, *itertools.accumulate(parts)]

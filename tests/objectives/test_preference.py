@@ -252,6 +252,7 @@ def test_a_pair_of_the_same_tokens_is_refused_however_it_is_padded(longer: str) 
     sides = {"chosen": one, "rejected": one, longer: padded}
     with pytest.raises(ft.BatchError, match="example 0: chosen and rejected are the same tokens"):
         step(state, sides)
-    # The same ids, of which one side's mask hides one: other tokens.
+    # The same ids, of which one side's mask hides one that is no target: other tokens.
     padded["attention_mask"][:, 3] = 0
+    padded["labels"][:, 3] = -100
     step(state, sides)

@@ -17,7 +17,8 @@ from torch import Tensor
 import functrain as ft
 from functrain import testing
 from functrain.objectives import chunks
-from functrain.objectives.losses import LOSSES
+from functrain.objectives.losses import LOSSES, Options
+from functrain.objectives.preference import PreferenceOptimization
 
 ROUNDING = 1e-12
 
@@ -349,7 +350,10 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"loss": {}}, "loss: {}, expected a name, or weights by name"),
     ({"loss": None}, "loss: None, expected a name, or weights by name"),
     *(
-        ({"loss": {"sft": 1.0, "sigmoid": bad}}, f"the weight of 'sigmoid' is {bad!r}, expected")
+        (
+            {"loss": {"sft": 1.0, "sigmoid": bad}},
+            f"the weight of 'sigmoid' is {bad!r}, expected a f",
+        )
         for bad in (-1.0, 0, NAN, INFINITE, "1", True)
     ),
     *(
@@ -403,6 +407,17 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"loss": "orpo", "orpo_lambda": 0.0}, f"orpo_lambda: 0.0, {POSITIVE}"),
     ({"loss": "cpo", "cpo_alpha": -1.0}, "cpo_alpha: -1.0, expected a finite number of at least 0"),
     ({"loss": "simpo", "simpo_gamma": NAN}, "simpo_gamma: nan, expected a finite number"),
+    *(
+        ({"loss": {"sigmoid": 1.0, "sft": 0.1}, **option}, f"nothing reads it without {reader}")
+        for option, reader in (
+            ({"simpo_gamma": 0.6}, "the 'simpo' loss"),
+            ({"cpo_alpha": 0.0}, "the 'cpo' loss"),
+            ({"orpo_lambda": 1.0}, "the 'orpo' loss"),
+            ({"discopop_tau": 0.1}, "the 'discopop' loss"),
+            ({"divergence_alpha": 0.3}, "the divergence 'alpha'"),
+            ({"reference_sync": 8}, "reference_mixup"),
+        )
+    ),
     ({"reference": [1]}, "reference: expected params, a mapping .* got list"),
     ({"head": "chunks"}, "head: 'chunks', expected 'auto' or 'full'"),
 ]
@@ -413,6 +428,18 @@ def test_an_option_that_makes_no_sense_is_named(options: dict[str, Any], message
     architecture, _, _ = zoo.split("tied")
     with pytest.raises(ft.ConfigError, match=message):
         ft.dpo_step(architecture, ft.optim.adamw(), **options)
+
+
+def test_every_number_of_one_loss_is_an_option_of_it_alone() -> None:
+    """Those that more than one loss reads are not among them."""
+    own = {each.number: name for name, each in LOSSES.items() if each.number is not None}
+    shared = {"beta", "label_smoothing"}
+    assert own.keys() | shared == {field.name for field in attrs.fields(Options)}
+    assert all(option.startswith(f"{name}_") for option, name in own.items())
+    for option, name in own.items():
+        assert getattr(PreferenceOptimization(loss=name, **{option: 0.7}), option) == 0.7
+        default = getattr(Options(), option)
+        assert getattr(PreferenceOptimization(**{option: default}), option) == default
 
 
 @pytest.mark.parametrize("option", ["beta", "desirable_weight", "undesirable_weight"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,19 +143,16 @@ def test_the_moving_reference_is_the_one_that_is_read() -> None:
     step, begin = _made("tr_dpo", torch.float64, dropout=False)
     given = {name: ft.trees.digest(tensor) for name, tensor in step.objective.reference.items()}
     state = _run(step, begin(), SYNC)[-1]
-    fixed = attrs.evolve(
-        step,
-        objective=attrs.evolve(
-            step.objective, reference=ft.trees.clone(state.reference), reference_mixup=None
-        ),
-    )
+    reference = ft.trees.clone(state.reference)
+    still = {"reference": reference, "reference_mixup": None, "reference_sync": 512}
+    fixed = attrs.evolve(step, objective=attrs.evolve(step.objective, **still))
     bare = attrs.evolve(state, reference=None)
     assert ft.evaluate(step, state, [_batch(9)]).to_dict() == (
         ft.evaluate(fixed, bare, [_batch(9)]).to_dict()
     )
     _, moving = step(state, _batch(9))
-    _, still = fixed(bare, _batch(9))
-    assert moving.to_dict() == still.to_dict()
+    _, fixed_metrics = fixed(bare, _batch(9))
+    assert moving.to_dict() == fixed_metrics.to_dict()
     assert given == {n: ft.trees.digest(t) for n, t in step.objective.reference.items()}
 
 
@@ -286,3 +284,20 @@ def test_a_checkpoint_of_another_objective_is_refused_by_name(tmp_path: Path) ->
             ft.load(tmp_path / method, like=plain(), strict=True)
         with pytest.raises(ft.CheckpointError, match=field):
             ft.load(tmp_path / f"no {method}", like=begin(), strict=True)
+
+
+def test_what_a_state_carries_is_no_option_and_survives_another() -> None:
+    step, begin = _made("bco", dropout=False)
+    state = _run(step, begin(), 2)[-1]
+    signature = inspect.signature(ft.objectives.PreferenceOptimization)
+    assert "running" not in signature.parameters
+    with pytest.raises(TypeError, match="running"):
+        attrs.evolve(step.objective, running=state.running)
+
+    def loss(objective: Any) -> float:
+        found = step.value_and_grad(state.params, state.buffers, _batch(2), objective=objective)
+        return float(found.metrics["loss"])
+
+    other = attrs.evolve(step.objective, beta=0.7)
+    evolved = attrs.evolve(step.objective.carrying(None, state.running), beta=0.7)
+    assert loss(evolved) == loss(other.carrying(None, state.running)) != loss(other)
