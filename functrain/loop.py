@@ -230,7 +230,7 @@ class _Saver:
     def save(self, state: TrainState, metrics: Metrics) -> None:
         """Save a state, with what its evaluation has measured."""
         options: dict[str, Any] = {
-            "metrics": {n: float(v) for n, v in metrics.items() if n.startswith("eval_")},
+            "metrics": {n: v for n, v in metrics.to_dict().items() if n.startswith("eval_")},
             "conditions": self._conditions,
             "beside": self._plan.beside,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -30,6 +31,12 @@ class Metric:
     def merge(self, other: Metric) -> Metric:
         """The metric over both: sums and weights added."""
         return attrs.evolve(self, sum=self.sum + other.sum, weight=self.weight + other.weight)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it is a mean over nothing, 0/0; on an accelerator this waits for it."""
+        nothing = (self.sum == 0) & (self.weight == 0)
+        return self.reading != "total" and bool(nothing.any())
 
     @property
     def value(self) -> Tensor:
@@ -107,5 +114,9 @@ class Metrics(Mapping[str, Tensor]):
         return Metrics({prefix + name: metric for name, metric in self._metrics.items()})
 
     def to_dict(self) -> dict[str, float]:
-        """All values as Python floats; on an accelerator this waits for them."""
-        return {name: float(metric.value) for name, metric in self._metrics.items()}
+        """All values as Python floats; on an accelerator this waits for them.
+
+        A mean over nothing is left out: the reward of rejected examples, where a batch has none.
+        """
+        values = {name: float(metric.value) for name, metric in self._metrics.items()}
+        return {n: v for n, v in values.items() if not (math.isnan(v) and self._metrics[n].empty)}

@@ -123,6 +123,18 @@ def test_nothing_measured_is_not_a_number() -> None:
     assert float(nothing["num_tokens"]) == 0
 
 
+def test_a_mean_over_nothing_is_not_among_the_values() -> None:
+    """It is there to be merged; a count of 0, and what is not finite for a reason, are shown."""
+    nothing = _measured([])
+    assert nothing.to_dict() == {"num_tokens": 0.0}
+    assert repr(nothing) == "Metrics(num_tokens=0)"
+    assert nothing.merge(_measured([2.0])).to_dict() == _measured([2.0]).to_dict()
+    broken = Metrics({"loss": m.mean(math.nan, 0), "norm": m.mean(math.nan)})
+    assert broken.to_dict().keys() == {"loss", "norm"}
+    two = m.mean(torch.tensor([1.0, 0.0]), torch.tensor([2, 0]))
+    assert Metrics({"loss": two}).to_dict() == {}
+
+
 def test_what_is_not_finite_is_not_hidden() -> None:
     merged = _measured([1.0]).merge(_measured([math.nan]))
     assert math.isnan(float(merged["loss"]))

@@ -83,9 +83,11 @@ def measured(outcome: Outcome) -> list[Row]:
 def _preferences(outcome: Outcome) -> list[Row]:
     before, after = outcome.before, outcome.after
     if isinstance(outcome.built.step.objective, UnpairedOptimization):
+        # The held-out examples may all be desirable, or none of them.
         return [
             ("dpo", name, f"{before[f'eval_{name}']:+.3f}", f"{after[f'eval_{name}']:+.3f}")
             for name in ("rewards/chosen", "rewards/rejected", "kl")
+            if f"eval_{name}" in before
         ]
     # The policy is its reference before the first step: no reward is above another.
     tied = float(before["eval_rewards/margins"]) == 0

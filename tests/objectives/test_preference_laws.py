@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -428,6 +429,19 @@ def test_an_option_that_makes_no_sense_is_named(options: dict[str, Any], message
     architecture, _, _ = zoo.split("tied")
     with pytest.raises(ft.ConfigError, match=message):
         ft.dpo_step(architecture, ft.optim.adamw(), **options)
+
+
+def test_a_side_without_examples_is_not_among_the_metrics_of_kto() -> None:
+    """And merged with batches that have some, it is their mean."""
+    step, state = _started("kto", "decoder")
+    batch = formulas.batch_of("kto")
+    all_of, mixed = {**batch, "desirable": torch.ones(4, dtype=torch.bool)}, batch
+    one, other = (step(state, each)[1] for each in (all_of, mixed))
+    rejected = {"rewards/rejected", "logps/rejected"}
+    assert other.to_dict().keys() - one.to_dict().keys() == rejected
+    assert all(math.isfinite(value) for value in one.to_dict().values())
+    for name in rejected:
+        assert one.merge(other).to_dict()[name] == other.to_dict()[name]
 
 
 def test_every_number_of_one_loss_is_an_option_of_it_alone() -> None:
