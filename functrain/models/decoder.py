@@ -90,6 +90,11 @@ class Decoder(nn.Module):
     `forward(input_ids, attention_mask, position_ids)`: int64 [batch, time], the mask 1 where there
     is a token; logits [batch, time, vocabulary]. Without `position_ids` the tokens under the mask
     are counted, so that padding on either side changes nothing.
+
+    Packed: without a mask and a cache, `position_ids` that do not go up by one begin another
+    sequence, and no sequence of a row sees another, as in transformers. A boolean mask of shape
+    [batch, 1, time, time] is taken as it is, True where a query (first) may look at a key; the
+    positions beside it are `position_ids`, or places in the row.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -164,7 +169,7 @@ class Trunk(nn.Module):
         """The last hidden state, normed."""
         positions = _positions(input_ids, attention_mask, position_ids, cache)
         hidden: Tensor = self.dropout(self.embed_tokens(input_ids))
-        mask = None if attention_mask is None else _causal(attention_mask)
+        mask = _allowed(attention_mask, position_ids if cache is None else None)
         rotation = self._rotation(positions, hidden)
         for index, block in enumerate(self.layers):
             past = None if cache is None else (cache, index)
@@ -272,10 +277,30 @@ def _positions(
 ) -> Tensor:
     if position_ids is not None:
         return position_ids
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     begin = cache[0][0].shape[2] if cache else 0
     return torch.arange(begin, begin + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+
+
+def _allowed(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """Where a query may look, [batch, 1, time, time]; None where SDPA's own causal mask will do."""
+    if attention_mask is not None:
+        return _causal(attention_mask) if attention_mask.ndim == 2 else attention_mask
+    return None if position_ids is None else _within(position_ids)
+
+
+def _within(position_ids: Tensor) -> Tensor | None:
+    """Causal within each sequence of a row; None where each row is one, as far as it can be told.
+
+    On an accelerator, and in a compiled region, to ask would be a wait.
+    """
+    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    free = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if free and not bool(begins.any()):
+        return None
+    sequence = begins.cumsum(1)
+    return (sequence.unsqueeze(2) == sequence.unsqueeze(1)).tril().unsqueeze(1)
 
 
 def _causal(attention_mask: Tensor) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 import functrain as ft
-from functrain import models
+from functrain import models, testing
+from functrain.models.decoder import _within
 from functrain.objectives import LanguageModeling
 
 CONFIG = ft.models.DecoderConfig(
@@ -151,15 +154,98 @@ def test_a_shape_that_cannot_be_is_named(changes: dict[str, Any], message: str) 
 
 
 def test_positions_that_are_given_are_used() -> None:
-    """Rotary attention sees distances: all shifted alike is the same, a gap is not."""
+    """Rotary attention sees distances: all shifted alike is the same, a gap is not.
+
+    Under a mask; without one a gap would begin another sequence.
+    """
     model, ids = _model(), _ids(0, 2, 6)
     places = torch.arange(6).expand(2, 6)
     plain = model(ids)
     torch.testing.assert_close(model(ids, position_ids=places), plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model(ids, position_ids=places + 9), plain, rtol=1e-9, atol=1e-10)
-    gap = model(ids, position_ids=places + 9 * (places >= 3))
+    gap = model(ids, torch.ones_like(ids), places + 9 * (places >= 3))
     torch.testing.assert_close(gap[:, :3], plain[:, :3], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(gap[:, 3:], plain[:, 3:], rtol=1e-3, atol=1e-5)
+    apart = model(ids, position_ids=places + 9 * (places >= 3))
+    torch.testing.assert_close(apart[:, 3:], model(ids[:, 3:]), rtol=1e-9, atol=1e-10)
+    assert not torch.allclose(gap[:, 3:], apart[:, 3:], rtol=1e-3, atol=1e-5)
+
+
+def _packed(lengths: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Positions of rows of sequences of these lengths."""
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+
+
+@given(seed=st.integers(0, 99), data=st.data())
+def test_sequences_packed_in_a_row_are_as_they_are_alone(seed: int, data: st.DataObject) -> None:
+    """In every row of a batch, each with lengths of its own; their gradients too."""
+    time, rows = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
+    lengths = [data.draw(testing.partitions(time)) for _ in range(rows)]
+    model, ids = _model(), _ids(seed, rows, time)
+    packed = model(ids, position_ids=_packed(lengths))
+    alone = [
+        torch.cat([model(part.unsqueeze(0))[0] for part in row.split(cut)])
+        for row, cut in zip(ids, lengths, strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.stack(alone), rtol=1e-9, atol=1e-10)
+    weights = list(model.parameters())
+    ours = torch.autograd.grad(packed.logsumexp(-1).sum(), weights)
+    theirs = torch.autograd.grad(torch.stack(alone).logsumexp(-1).sum(), weights)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_sequences_are_told_apart_as_transformers_tells_them() -> None:
+    masking = pytest.importorskip("transformers.masking_utils")
+    positions = torch.tensor(
+        [[0, 1, 2, 0, 1, 0], [5, 6, 7, 8, 9, 10], [0, 0, 0, 1, 3, 4], [4, 3, 0, 1, 2, 3]]
+    )
+    sequence = masking.find_packed_sequence_indices(positions)
+    same = sequence.unsqueeze(2) == sequence.unsqueeze(1)
+    seen = _within(positions)
+    assert seen is not None
+    assert torch.equal(seen.squeeze(1), same.tril())
+
+
+def test_where_nothing_is_packed_the_causal_kernel_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    original = F.scaled_dot_product_attention
+
+    def spying(*inputs: Any, **options: Any) -> Any:
+        seen.append(options["is_causal"])
+        return original(*inputs, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spying)
+    model, ids = _model(layers=1), _ids(0, 2, 6)
+    plain = _packed([[6], [6]])
+    for positions in (None, plain, plain + 3, plain[:1], _packed([[6], [2, 4]])):
+        model(ids, position_ids=positions)
+    assert seen == [True, True, True, True, False]
+
+
+def test_positions_beside_a_cache_are_positions_alone() -> None:
+    """What was cached is of the same sequence, as in transformers."""
+    model, ids = _model(), _ids(0, 2, 7)
+    places = torch.tensor([0, 1, 2, 3, 4, 9, 10]).expand(2, 7)
+    cache: list[Any] = []
+    cut = (slice(0, 4), slice(4, 7))
+    parts = [model(ids[:, at], None, places[:, at], cache) for at in cut]
+    whole = model(ids, torch.ones_like(ids), places)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-10)
+
+
+def test_a_mask_of_queries_and_keys_is_taken_as_it_is() -> None:
+    """A prompt and two completions of it in one row; that of a mask by token is the same."""
+    model, ids = _model(), _ids(0, 2, 9)
+    allowed = torch.ones(9, 9, dtype=torch.bool).tril()
+    allowed[6:, 3:6] = False
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 3, 4, 5]).expand(2, 9)
+    seen = model(ids, allowed.expand(2, 1, 9, 9), positions)
+    torch.testing.assert_close(seen[:, :6], model(ids[:, :6]), rtol=1e-9, atol=1e-10)
+    other = model(torch.cat([ids[:, :3], ids[:, 6:]], 1))
+    torch.testing.assert_close(seen[:, 6:], other[:, 3:], rtol=1e-9, atol=1e-10)
+    causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    torch.testing.assert_close(model(ids, causal), model(ids), rtol=1e-9, atol=1e-10)
 
 
 def test_a_token_that_is_masked_in_the_middle_is_as_if_it_were_not_there() -> None:
