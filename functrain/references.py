@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import attrs
 import orjson
@@ -160,16 +160,17 @@ class ReferenceCache:
     a last line that a kill has torn is taken off. Raises `DataError` for a file of another
     reference, precision or form, and where another process is writing.
 
+    Of an `attach` with `by_token`, each example's `logp` is a list: of every token after the first,
+    up to its last target.
+
     A row is scored in the batch in which it is first met; in a batch of another shape the same row
     may differ in its last bits.
     """
 
     def __init__(self, path: str | os.PathLike[str], attach: AttachReference) -> None:
-        if attach.by_token:
-            raise DataError("cache: it keeps sums over completions; attach without by_token")
         self.path, self.attach = Path(path), attach
         self.computed = 0
-        self._known: dict[str, float] = {}
+        self._known: dict[str, float | list[float]] = {}
         self._file = self._opened()
 
     def __enter__(self) -> ReferenceCache:
@@ -198,11 +199,15 @@ class ReferenceCache:
         if missing:
             for part in split_batch({side: batch[side] for side in sides}, microbatches):
                 self._compute(part, {side: example_keys(part[side]) for side in sides})
-        logps = {
-            side: torch.tensor([self._known[key] for key in rows[side]], dtype=torch.float64)
-            for side in sides
-        }
+        logps = {side: self._tensor(rows[side], batch[side]) for side in sides}
         return {**batch, "reference_logps": logps}
+
+    def _tensor(self, rows: Sequence[str], side: Batch) -> Tensor:
+        known: list[Any] = [self._known[key] for key in rows]
+        if self.attach.by_token:
+            time = side["labels"].shape[1]
+            known = [row + [0.0] * (time - 1 - len(row)) for row in known]
+        return torch.tensor(known, dtype=torch.float64)
 
     def close(self) -> None:
         """Make what was written durable."""
@@ -214,7 +219,11 @@ class ReferenceCache:
         found = self.attach(batch)["reference_logps"]
         lines = []
         for side, names in rows.items():
-            for name, value in zip(names, found[side].double().tolist(), strict=True):
+            values = found[side].double().tolist()
+            if self.attach.by_token:
+                ends = last_target(batch[side]["labels"]).tolist()
+                values = [row[:end] for row, end in zip(values, ends, strict=True)]
+            for name, value in zip(names, values, strict=True):
                 if name not in self._known:
                     self._known[name] = value
                     lines.append(orjson.dumps({"example": name, "logp": value}) + b"\n")
@@ -261,9 +270,15 @@ class ReferenceCache:
             name, value = entry.get("example"), entry.get("logp")
             if entry.keys() != {"example", "logp"} or not isinstance(name, str):
                 raise DataError(f"{self.path}:{number}: expected an example and its logp")
-            if type(value) is not float:
-                raise DataError(f"{self.path}:{number}: logp is {value!r}, expected a number")
+            if not self._fits(value):
+                expected = "a list of numbers" if self.attach.by_token else "a number"
+                raise DataError(f"{self.path}:{number}: logp is {value!r}, expected {expected}")
             self._known[name] = value
+
+    def _fits(self, value: object) -> TypeGuard[float | list[float]]:
+        if not self.attach.by_token:
+            return type(value) is float
+        return isinstance(value, list) and all(type(each) is float for each in value)
 
 
 def _object(line: bytes) -> dict[str, Any]:

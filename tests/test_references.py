@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 
 import functrain as ft
@@ -105,6 +106,37 @@ def test_an_interrupted_cache_goes_on_where_it_was(tmp_path: Path) -> None:
         assert path.read_bytes() == data, f"cut at {size}, of which {header} are the header"
 
 
+def test_a_cache_by_token_is_what_ld_alpha_weighs(tmp_path: Path) -> None:
+    """The bits of the online reference, also of rows with other padding; sums are another form."""
+    architecture, params, buffers, reference = _parts()
+    options = {"ld_alpha": 0.3, "microbatches": 2}
+    online = ft.dpo_step(architecture, ft.optim.adamw(1e-2), reference=reference, **options)
+    ahead = ft.dpo_step(architecture, ft.optim.adamw(1e-2), **options)
+    attach = ft.attach_reference(architecture, reference, buffers, by_token=True)
+    batch = zoo.pairs()
+    batch["chosen"]["labels"][0, 5:] = -100
+    expected = ft.fingerprint(online(online.init(params, buffers), batch)[0])
+
+    def padded(side: Any) -> Any:
+        return {key: F.pad(t, (0, 3), value=-100 * (key == "labels")) for key, t in side.items()}
+
+    for computed in (8, 0):
+        with ft.ReferenceCache(tmp_path / "c.jsonl", attach) as cache:
+            found = cache(batch, microbatches=2)
+            assert cache.computed == computed
+            wider = cache({side: padded(each) for side, each in batch.items()})["reference_logps"]
+            assert cache.computed == computed
+        assert ft.fingerprint(ahead(ahead.init(params, buffers), found)[0]) == expected
+        for side, logps in found["reference_logps"].items():
+            assert torch.equal(wider[side], F.pad(logps, (0, 3)))
+    with pytest.raises(ft.DataError, match="precision or form"):
+        ft.ReferenceCache(tmp_path / "c.jsonl", attrs.evolve(attach, by_token=False))
+    with (tmp_path / "c.jsonl").open("ab") as file:
+        file.write(b'{"example":"a","logp":1.0}\n')
+    with pytest.raises(ft.DataError, match=r":10: logp is 1.0, expected a list of numbers"):
+        ft.ReferenceCache(tmp_path / "c.jsonl", attach)
+
+
 @pytest.mark.parametrize("what", ["reference", "buffers", "precision"])
 def test_a_cache_of_something_else_is_refused(what: str, tmp_path: Path) -> None:
     architecture, params, buffers, reference = _parts()
@@ -156,9 +188,6 @@ def test_a_cache_has_one_writer_and_a_place(tmp_path: Path) -> None:
         ft.ReferenceCache(tmp_path / "c.jsonl", attach)
     with pytest.raises(ft.DataError, match="cannot be written"):
         ft.ReferenceCache(tmp_path, attach)
-    by_token = attrs.evolve(attach, by_token=True)
-    with pytest.raises(ft.DataError, match="without by_token"):
-        ft.ReferenceCache(tmp_path / "c.jsonl", by_token)
     assert os.listdir(tmp_path) == ["c.jsonl"]  # noqa: PTH208
 
 

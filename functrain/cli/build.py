@@ -105,7 +105,13 @@ def _cache(
 ) -> ReferenceCache | None:
     if not isinstance(config, DPO) or config.preference.cache is None:
         return None
-    attach = attach_reference(architecture, params, buffers, precision=config.train.precision)
+    attach = attach_reference(
+        architecture,
+        params,
+        buffers,
+        precision=config.train.precision,
+        by_token=config.preference.ld_alpha is not None,
+    )
     return ReferenceCache(config.preference.cache, attach)
 
 

@@ -66,6 +66,7 @@ positive = number("a positive finite number", lambda value: 0 < value < math.inf
 not_negative = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
 fraction = number("a number in [0, 1)", lambda value: 0 <= value < 1)
 fraction_or_one = number("a number in [0, 1]", lambda value: 0 <= value <= 1)
+fraction_to_one = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 
 
 def mixed(text: str) -> dict[str, float]:
@@ -79,7 +80,7 @@ def mixed(text: str) -> dict[str, float]:
             weight = math.nan
         if not 0 < weight < math.inf:
             raise ConfigError(
-                f"{term.strip()!r}: expected a loss, or a weight above 0, * and a loss"
+                f"the weight of {name!r} is {factor!r}, expected a finite number above 0"
             )
         if name not in LOSSES:
             if name == KTO:

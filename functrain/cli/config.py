@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import attrs
@@ -13,6 +14,7 @@ from functrain.cli.checks import (
     count,
     fraction,
     fraction_or_one,
+    fraction_to_one,
     given,
     mixed,
     not_negative,
@@ -21,6 +23,7 @@ from functrain.cli.checks import (
     positive,
 )
 from functrain.cli.known import (
+    BARE,
     DEVICES,
     DIVERGENCES,
     EMBEDDED,
@@ -310,7 +313,7 @@ class Preference:
     """LD-DPO: the weight of what a completion has beyond the shorter one's length."""
     wpo: bool = False
     """WPO: weigh pairs by how likely the policy finds them."""
-    reference_mixup: float | None = attrs.field(default=None, validator=fraction_or_one)
+    reference_mixup: float | None = attrs.field(default=None, validator=fraction_to_one)
     """TR-DPO: how far the reference moves towards the policy."""
     reference_sync: int = attrs.field(default=512, validator=count)
     """TR-DPO: steps between its moves."""
@@ -327,6 +330,34 @@ class Preference:
             raise ConfigError(
                 f"preference.label_smoothing: the {self.loss} loss has none; it has a meaning for "
                 f"{', '.join(SMOOTHED)}"
+            )
+        self._check_read()
+        if self.cache is not None:
+            self._check_cache(names)
+
+    def _check_read(self) -> None:
+        """An option that was chosen and that the loss does not read would do nothing, silently."""
+        kto = ("desirable_weight", "undesirable_weight")
+        for field in attrs.fields(Preference):
+            unread = field.name in kto
+            if self.unpaired:
+                unread = field.name not in ("loss", "beta", "cache", *kto)
+            value = getattr(self, field.name)
+            if unread and value != field.default:
+                raise ConfigError(
+                    f"preference.{field.name}: {value!r}, and the {self.loss} loss does not read "
+                    "it; leave it out"
+                )
+
+    def _check_cache(self, names: Iterable[str]) -> None:
+        if self.reference_mixup is not None:
+            raise ConfigError(
+                f"preference.cache: {self.cache!r} would keep log-probs of a reference that moves; "
+                "leave out preference.cache, or preference.reference_mixup"
+            )
+        if all(name in BARE for name in names):
+            raise ConfigError(
+                f"preference.cache: the {self.loss} loss reads no reference; leave it out"
             )
 
     @property

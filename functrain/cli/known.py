@@ -39,6 +39,8 @@ SMOOTHED = (
     "simpo",
 )
 """Those for which label smoothing has a meaning."""
+BARE = ("sft", "cpo", "simpo", "orpo")
+"""Those that read no reference."""
 KTO = "kto"
 """The one over completions without a pair."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")

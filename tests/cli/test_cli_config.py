@@ -180,6 +180,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     assert set(known.LOSSES) == set(LOSSES)
     assert known.DIVERGENCES == DIVERGENCES
     assert set(known.SMOOTHED) == {name for name, each in LOSSES.items() if each.smoothing}
+    assert set(known.BARE) == {name for name, each in LOSSES.items() if not each.reference}
     assert set(known.TRUNCATIONS) == set(MODES)
     assert set(known.SCHEDULES) == set(MADE)
     assert all(callable(getattr(ft.optim, name)) for name in known.OPTIMIZERS)

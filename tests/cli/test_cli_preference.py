@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 import functrain as ft
 from functrain import checkpoint
 from functrain.cli import main, toml
+from functrain.cli.config import Preference
 from functrain.cli.known import KTO, LOSSES
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -110,6 +112,21 @@ def test_a_cache_filled_ahead_changes_no_bit(
     assert "of another reference" in capsys.readouterr().err
 
 
+def test_a_cache_for_ld_alpha_is_by_token_and_changes_no_bit(
+    start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--preference.ld-alpha", "0.5", "--train.microbatches", "2"]
+    cache = ["--preference.cache", str(start / "by-token.jsonl")]
+    assert main(["reference", str(start / "dpo.toml"), *cache, *options]) == 0
+    assert "32 completions, 32 of them new" in capsys.readouterr().out
+    code, ahead = _dpo(start, "ld-ahead", *cache, *options)
+    assert code == 0
+    code, online = _dpo(start, "ld-online", *options)
+    assert code == 0
+    assert "chosen is the likelier" in capsys.readouterr().out
+    assert _newest(ahead) == _newest(online)
+
+
 def test_a_reference_without_a_cache_is_answered(
     start: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,8 +139,9 @@ def test_a_reference_without_a_cache_is_answered(
     [
         (["loss", "sigmod"], "preference.loss: 'sigmod' is unknown; did you mean 'sigmoid'"),
         (["loss", "kto + sft"], "'kto' is a loss without pairs, so it stands alone"),
-        (["loss", "0*sft"], "expected a loss, or a weight above 0, * and a loss"),
-        (["loss", "x*sft"], "expected a loss, or a weight above 0, * and a loss"),
+        (["loss", "0*sft"], "preference.loss: the weight of 'sft' is '0', expected a finite"),
+        (["loss", "sft + x*ipo"], "the weight of 'ipo' is 'x', expected a finite number above 0"),
+        (["loss", "1e999*sft"], "the weight of 'sft' is '1e999', expected a finite number above"),
         (["loss", "sigmoid +"], "'' is unknown"),
         (["loss", "exo_pair"], "preference.label_smoothing: the 'exo_pair' loss"),
         (["loss", "kto", "label-smoothing", "0.1"], "label_smoothing: the kto loss has none"),
@@ -133,6 +151,11 @@ def test_a_reference_without_a_cache_is_answered(
         (["beta", "0"], "preference.beta: 0.0, expected a positive finite number"),
         (["divergence", "kl"], "preference.divergence: 'kl' is unknown"),
         (["ld-alpha", "1.5"], "preference.ld_alpha: 1.5, expected a number in [0, 1]"),
+        (
+            ["cache", "c.jsonl", "reference-mixup", "0.5"],
+            "leave out preference.cache, or preference.reference_mixup",
+        ),
+        (["loss", "simpo", "cache", "c.jsonl"], "preference.cache: the simpo loss reads no ref"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_made(
@@ -146,6 +169,73 @@ def test_what_makes_no_sense_is_refused_before_anything_is_made(
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in said
     assert not run.exists()
+
+
+BAD = [
+    ("loss = 3", "loss: expected a text in quotes, got 3"),
+    ("loss = 'nan*sft'", "loss: the weight of 'sft' is 'nan', expected a finite number above 0"),
+    ("beta = nan", "beta: nan, expected a positive finite number"),
+    ("label_smoothing = 0.5", "label_smoothing: 0.5, expected a number in [0, 0.5)"),
+    ("loss = 'hinge'\nlabel_smoothing = 0.1", "label_smoothing: the hinge loss has none"),
+    ("loss = 'simpo'\nsimpo_gamma = -1", "simpo_gamma: -1.0, expected a finite number"),
+    ("simpo_gamma = 1.5", "simpo_gamma: 1.5, and nothing reads it without the 'simpo' loss"),
+    ("loss = 'cpo'\ncpo_alpha = inf", "cpo_alpha: inf, expected a finite number of at least 0"),
+    ("cpo_alpha = 0", "cpo_alpha: 0.0, and nothing reads it without the 'cpo' loss"),
+    ("loss = 'orpo'\norpo_lambda = 0", "orpo_lambda: 0.0, expected a positive finite number"),
+    ("orpo_lambda = 1.0", "orpo_lambda: 1.0, and nothing reads it without the 'orpo' loss"),
+    ("loss = 'discopop'\ndiscopop_tau = 0", "discopop_tau: 0.0, expected a positive"),
+    ("discopop_tau = 0.1", "discopop_tau: 0.1, and nothing reads it without the 'discopop' loss"),
+    ("divergence = 'kl'", "divergence: 'kl' is unknown; known: 'alpha', 'forward_kl'"),
+    (
+        "loss = 'aot'\ndivergence = 'alpha'",
+        "divergence: the 'aot' loss is defined for",
+    ),
+    (
+        "divergence = 'alpha'\ndivergence_alpha = 1",
+        "divergence_alpha: 1.0, expected a number",
+    ),
+    (
+        "divergence_alpha = 0.3",
+        "divergence_alpha: 0.3, and nothing reads it without the",
+    ),
+    ("length_normalized = 1", "length_normalized: expected true or false, got 1"),
+    ("loss = 'ipo'\nlength_normalized = true", "length_normalized: the 'ipo' loss is no function"),
+    ("ld_alpha = -0.1", "ld_alpha: -0.1, expected a number in [0, 1]"),
+    ("loss = 'sft'\nld_alpha = 0.5", "ld_alpha: the 'sft' loss is the likelihood of the chosen"),
+    ("wpo = 'yes'", "wpo: expected true or false, got 'yes'"),
+    ("loss = 'aot'\nwpo = true", "wpo: the 'aot' loss sorts the batch"),
+    ("reference_mixup = 0", "reference_mixup: 0.0, expected a number in (0, 1]"),
+    ("loss = 'orpo'\nreference_mixup = 0.5", "reference_mixup: the 'orpo' loss has no reference"),
+    ("reference_sync = 1.5", "reference_sync: expected an integer, got 1.5"),
+    ("reference_sync = 8", "reference_sync: 8, and nothing reads it without reference_mixup"),
+    (
+        "loss = 'kto'\ndesirable_weight = 0",
+        "desirable_weight: 0.0, expected a positive",
+    ),
+    ("undesirable_weight = 2.0", "undesirable_weight: 2.0, and the sigmoid loss does not read it"),
+    ("loss = 'kto'\nwpo = true", "wpo: True, and the kto loss does not read it; leave it out"),
+    ("loss = 'kto'\nld_alpha = 0.5", "ld_alpha: 0.5, and the kto loss does not read it"),
+    ("cache = ''", "cache: empty; expected a path"),
+    ("cache = 'c'\nreference_mixup = 0.5", "cache: 'c' would keep log-probs of a reference that"),
+    ("reference_mixups = 0.5", "reference_mixups: unknown key; did you mean 'reference_mixup'"),
+]
+
+
+@pytest.mark.parametrize(("lines", "message"), BAD)
+def test_what_makes_no_sense_in_a_file_is_named_by_its_key(
+    lines: str, message: str, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = start / "bad.toml"
+    config = (start / "dpo.toml").read_text().replace(f"{start}/dpo'", f"{start}/bad'")
+    file.write_text(f"{config}[preference]\n{lines}\n")
+    assert main(["dpo", str(file)]) == 2
+    assert f"preference.{message}" in capsys.readouterr().err
+    assert not (start / "bad").exists()
+
+
+def test_every_key_of_a_preference_has_a_bad_example() -> None:
+    named = {message.split(":")[0] for _, message in BAD}
+    assert {field.name for field in attrs.fields(Preference)} - {"layout"} <= named
 
 
 def test_a_moving_reference_is_in_the_checkpoint(start: Path) -> None:
