@@ -41,7 +41,8 @@ def train(
 ) -> Generator[tuple[TrainState, Metrics], TrainState | None, None]:
     """Yield (state, metrics) after every step, from `state` on, until a total is reached.
 
-        for state, metrics in train(step, state, source, steps=10_000):
+        run = train(step, state, source, steps=10_000)
+        for state, metrics in run:
             ...                                     # stop with `break`; nothing else runs
 
     `steps` (calls), `tokens` (targets trained on) and `epochs` are totals since the stage began,

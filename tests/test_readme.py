@@ -28,6 +28,14 @@ def test_the_loop_runs(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}", fingerprint)
 
 
+@pytest.mark.parametrize("code", _blocks("python"))
+def test_what_it_shows_trips_no_linter(code: str) -> None:
+    """In a reader's own project: bugbear's rules are widely on."""
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "B", "-"]
+    done = subprocess.run(command, input=code, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_ci_runs_the_test_command() -> None:
     command = next(
         line for block in _blocks("sh") for line in block.splitlines() if "pytest" in line

@@ -25,8 +25,9 @@ from functrain.state import TrainState, device_of, map_tensors
 class BackgroundWriter:
     """`save` returns when the state has been copied; the rest happens beside training.
 
+        run = functrain.train(step, state, source, steps=10_000)
         with BackgroundWriter("runs/mine", keep=Keep(last=3)) as writer:
-            for state, metrics in functrain.train(step, state, source, steps=10_000):
+            for state, metrics in run:
                 writer.check()
                 if state.step % 500 == 0:
                     writer.save(state)
