@@ -21,6 +21,7 @@ from functrain.data.source import Source
 from functrain.errors import BatchError, DataError
 from functrain.gradients import forward_buffers, forward_values
 from functrain.objectives.batches import Batch, split_batch, to_device
+from functrain.objectives.layouts import LayoutName, check_layout, laid_out, layout_name
 from functrain.objectives.logprobs import HeadMode, head_mode
 from functrain.objectives.pairs import SIDES, check_completions, concatenated, last_target
 from functrain.objectives.reference import reference_scores
@@ -43,6 +44,7 @@ class AttachReference:
     precision: Precision = attrs.field(converter=policy)
     by_token: bool
     head: HeadMode = attrs.field(validator=head_mode)
+    layout: LayoutName = attrs.field(default="padded", validator=layout_name)
 
     def __attrs_post_init__(self) -> None:
         places = slots(self.architecture)
@@ -58,6 +60,13 @@ class AttachReference:
         vocabulary = vocabulary_of(self.architecture)
         for side in sides:
             check_completions(batch[side], vocabulary, side)
+        if sides == SIDES:
+            check_layout(self.layout, batch)
+        elif self.layout != "padded":
+            raise BatchError(
+                f"batch: completions without a pair, and layout={self.layout!r} is for pairs; "
+                "attach them with layout='padded'"
+            )
         device = device_of(self.reference)
         moved = to_device({side: batch[side] for side in sides}, device)
         places = slots(self.architecture)
@@ -79,7 +88,8 @@ class AttachReference:
         """Pairs in one forward as the step takes them, so that the bits are the step's."""
         if tuple(sides) == SIDES:
             joined = concatenated(batch["chosen"], batch["rejected"])
-            scores = reference_scores(model, self.reference, joined, head=self.head)
+            layout = laid_out(self.layout, model, joined)
+            scores = reference_scores(model, self.reference, joined, head=self.head, layout=layout)
             halves = (scores.logps if self.by_token else scores.sums).chunk(2)
             return {s: self._cut(half, batch[s]) for s, half in zip(sides, halves, strict=True)}
         found = {}
@@ -109,15 +119,19 @@ def attach_reference(
     precision: str | Precision = "fp32",
     by_token: bool = False,
     head: HeadMode = "auto",
+    layout: LayoutName = "padded",
 ) -> AttachReference:
     """A function that gives batches of pairs, or of KTO's examples, their `reference_logps`.
 
     Of sums over completions, float [examples]; with `by_token`, [examples, time − 1]. Under the
-    step's `precision` and on the same batch, its bits are those of the online reference, which the
-    step then does not need: `dpo_step(architecture, optimizer)`. Raises `StateError` for params
-    of another architecture; `buffers` are those that `functrain.split` returned.
+    step's `precision` and `layout` and on the same batch, its bits are those of the online
+    reference, which the step then does not need: `dpo_step(architecture, optimizer)`. Raises
+    `StateError` for params of another architecture; `buffers` are those that `functrain.split`
+    returned.
     """
-    return AttachReference(architecture, reference, buffers or {}, precision, by_token, head)
+    return AttachReference(
+        architecture, reference, buffers or {}, precision, by_token, head, layout
+    )
 
 
 def _sides(batch: Batch) -> tuple[str, ...]:

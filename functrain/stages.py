@@ -12,6 +12,7 @@ from functrain.errors import ConfigError, did_you_mean
 from functrain.guards import SpikeGuard
 from functrain.objectives.base import Objective
 from functrain.objectives.language import LanguageModeling
+from functrain.objectives.layouts import LayoutName
 from functrain.objectives.logprobs import HeadMode
 from functrain.objectives.options import Mix
 from functrain.objectives.preference import PreferenceOptimization
@@ -121,6 +122,7 @@ class PreferenceOptions(StepOptions, total=False):
     wpo: bool
     reference_mixup: float | None
     reference_sync: int
+    layout: LayoutName
 
 
 def dpo_step(

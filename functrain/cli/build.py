@@ -105,12 +105,14 @@ def _cache(
 ) -> ReferenceCache | None:
     if not isinstance(config, DPO) or config.preference.cache is None:
         return None
+    layout: Any = config.preference.layout
     attach = attach_reference(
         architecture,
         params,
         buffers,
         precision=config.train.precision,
         by_token=config.preference.ld_alpha is not None,
+        layout=layout,
     )
     return ReferenceCache(config.preference.cache, attach)
 

@@ -28,6 +28,7 @@ from functrain.cli.known import (
     DIVERGENCES,
     EMBEDDED,
     KTO,
+    LAYOUTS,
     OPTIMIZERS,
     PRECISIONS,
     REQUIRED,
@@ -317,6 +318,8 @@ class Preference:
     """TR-DPO: how far the reference moves towards the policy."""
     reference_sync: int = attrs.field(default=512, validator=count)
     """TR-DPO: steps between its moves."""
+    layout: str = attrs.field(default="padded", validator=one_of(LAYOUTS))
+    """padded, padding_free, or shared_prompt: what the sides of a pair begin with, once."""
     desirable_weight: float = attrs.field(default=1.0, validator=positive)
     """KTO: the weight of desirable examples."""
     undesirable_weight: float = attrs.field(default=1.0, validator=positive)
@@ -330,6 +333,11 @@ class Preference:
             raise ConfigError(
                 f"preference.label_smoothing: the {self.loss} loss has none; it has a meaning for "
                 f"{', '.join(SMOOTHED)}"
+            )
+        if self.unpaired and self.layout != "padded":
+            raise ConfigError(
+                f"preference.layout: {self.layout!r} is for pairs, and {self.loss} has none; leave "
+                "it out"
             )
         self._check_read()
         if self.cache is not None:

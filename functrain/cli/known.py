@@ -44,6 +44,7 @@ BARE = ("sft", "cpo", "simpo", "orpo")
 KTO = "kto"
 """The one over completions without a pair."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
+LAYOUTS = ("padded", "padding_free", "shared_prompt")
 TRUNCATIONS = ("keep_start", "keep_end", "prompt_first")
 OPTIMIZERS = {
     "adamw": ("weight_decay", "betas", "eps"),

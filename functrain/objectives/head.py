@@ -147,7 +147,7 @@ def _fault(architecture: nn.Module, head: Head) -> str | None:
     row = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)
     rows = row.repeat(3, 1)
     rows[0] = torch.nan
-    with _calm(architecture, nothing):
+    with calm(architecture, nothing):
         finished = _finished(head, architecture, rows)
     if finished.shape != rows.shape:
         return "its logits are of another shape"
@@ -171,7 +171,7 @@ def _hands_out(architecture: nn.Module, head: Head) -> bool:
 
     handle = head.projection.register_forward_hook(leave)
     try:
-        with _calm(architecture, {}):
+        with calm(architecture, {}):
             outputs = architecture(input_ids=ids)
     finally:
         handle.remove()
@@ -182,7 +182,7 @@ def _hands_out(architecture: nn.Module, head: Head) -> bool:
 
 
 @contextmanager
-def _calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
+def calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
     """Eval mode, and no history; neither buffers nor random generators are moved."""
     params = {**dict(architecture.named_parameters()), **params}
     buffers = {name: buffer.clone() for name, buffer in architecture.named_buffers()}

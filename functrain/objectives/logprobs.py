@@ -23,6 +23,7 @@ from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.objectives.chunks import Projection
 from functrain.objectives.head import Head, find_head
+from functrain.objectives.layouts import Layout
 
 HeadMode = Literal["auto", "full"]
 """`auto`: by chunks where that saves memory. `full`: the model's logits as they are, always."""
@@ -92,28 +93,41 @@ def hidden_rows(
     values: Mapping[str, Tensor] | None = None,
     head: HeadMode = "auto",
     budget: int | None = None,
+    layout: Layout | None = None,
 ) -> HiddenRows | None:
     """The rows to be scored by chunks; None where the logits are to be taken whole.
 
     `call` and `values`: another forward than the model's own, with these params. `budget`: bytes of
-    logits, `chunks.BUDGET` where it is None.
+    logits, `chunks.BUDGET` where it is None. `layout`: the batch as the model is called with it,
+    where that is not as it is.
     """
     budget = chunks.BUDGET if budget is None else budget
     shown = find_head(model) if head == "auto" else "not asked for"
     if not isinstance(shown, Head):
         return None
     targets = batch["labels"][:, 1:].flatten()
-    if not chunks.exceeds(len(targets), shown.projection.out_features, budget):
+    made = len(targets) if layout is None else layout.inputs["input_ids"].numel()
+    if not chunks.exceeds(made, shown.projection.out_features, budget):
         return None
-    hidden = shown.hidden(model if call is None else call, batch)[:, :-1].flatten(0, 1)
-    places = None
-    if targets.device.type == "cpu":  # on an accelerator it would be a wait
-        places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        if len(places) == len(targets):
-            places = None
-        else:
-            hidden, targets = hidden.index_select(0, places), targets[places]
+    call = model if call is None else call
+    places: Tensor | None = None
+    if layout is not None:
+        places = _places(targets)
+        hidden = layout.gathered(shown.hidden(call, layout.inputs), places)
+    else:
+        hidden = shown.hidden(call, batch)[:, :-1].flatten(0, 1)
+        if targets.device.type == "cpu":  # on an accelerator it would be a wait
+            found = _places(targets)
+            if len(found) < len(targets):
+                places, hidden = found, hidden.index_select(0, found)
+    if places is not None:
+        targets = targets[places]
     return HiddenRows(hidden, targets, places, _projection(model, shown, values, budget))
+
+
+def _places(targets: Tensor) -> Tensor:
+    """Which of the flattened [batch, time − 1] have a target: int64 [n]."""
+    return (targets != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def _projection(
@@ -136,22 +150,38 @@ def token_scores(
     head: HeadMode = "auto",
     detailed: bool = True,
     budget: int | None = None,
+    layout: Layout | None = None,
 ) -> TokenScores:
     """The scores of a batch of sequences; arguments as for `hidden_rows`.
 
     Without `detailed` only `logps` and `correct` are computed, the others are 0.
     """
-    rows = hidden_rows(model, batch, call=call, values=values, head=head, budget=budget)
-    if rows is None:
-        logits = logits_of(model if call is None else call, batch)
-        return scores_of(logits, batch["labels"], detailed=detailed)
-    found = chunks.scored(rows.hidden, rows.targets, rows.projection, detailed=detailed)
-    mask = batch["labels"][:, 1:] != IGNORE_INDEX
+    rows = hidden_rows(
+        model, batch, call=call, values=values, head=head, budget=budget, layout=layout
+    )
+    call = model if call is None else call
+    if rows is not None:
+        found = chunks.scored(rows.hidden, rows.targets, rows.projection, detailed=detailed)
+        return _placed(found, rows.places, batch["labels"])
+    if layout is None:
+        return scores_of(logits_of(call, batch), batch["labels"], detailed=detailed)
+    targets = batch["labels"][:, 1:].flatten()
+    places = _places(targets)
+    logits = layout.gathered(logits_of(call, layout.inputs), places)
+    scores = _scores(logits.unsqueeze(0), targets[places].unsqueeze(0), detailed=detailed)
+    return _placed(scores, places, batch["labels"])
+
+
+def _placed(
+    found: chunks.Scores | TokenScores, places: Tensor | None, labels: Tensor
+) -> TokenScores:
+    """Scores of rows, where they are in [batch, time − 1]; `places` as in `HiddenRows`."""
+    mask = labels[:, 1:] != IGNORE_INDEX
 
     def placed(values: Tensor) -> Tensor:
-        if rows.places is not None:
+        if places is not None:
             whole = values.new_zeros(mask.numel())
-            values = whole.index_copy(0, rows.places, values)
+            values = whole.index_copy(0, places, values.flatten())
         return values.view(mask.shape)
 
     return TokenScores(
@@ -165,11 +195,12 @@ def token_scores(
 
 
 def scores_of(logits: Tensor, labels: Tensor, *, detailed: bool = True) -> TokenScores:
-    """`token_scores` of logits [batch, time, vocabulary] and labels [batch, time].
+    """`token_scores` of logits [batch, time, vocabulary] and labels [batch, time]."""
+    return _scores(logits[:, :-1], labels[:, 1:], detailed=detailed)
 
-    Cross entropy without reduction gives −log p for each target and 0 where there is none.
-    """
-    logits, targets = logits[:, :-1], labels[:, 1:]
+
+def _scores(logits: Tensor, targets: Tensor, *, detailed: bool) -> TokenScores:
+    """Cross entropy without reduction gives −log p for each target and 0 where there is none."""
     losses = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )

@@ -15,6 +15,13 @@ from functrain.architecture import Mode
 from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import IGNORE_INDEX, Batch, examples_in
+from functrain.objectives.layouts import (
+    Layout,
+    LayoutName,
+    check_layout,
+    laid_out,
+    layout_name,
+)
 from functrain.objectives.logprobs import (
     HeadMode,
     TokenScores,
@@ -97,6 +104,12 @@ class PreferenceOptimization:
     are several micro-batches: all log-probs first, then each micro-batch's gradient through the
     known d loss / d log-prob. `bco_pair`'s δ is the mean of all rewards so far, this batch's too.
 
+    `layout`: `padded`; `padding_free`, all sequences of a micro-batch in one row, for models whose
+    attention tells them apart by `position_ids`; or `shared_prompt`, what the sides of a pair begin
+    with once for both, for models that take a mask [batch, 1, time, time]. Each sequence is scored
+    as if it stood alone, its positions counted from 0 unless it has its own: the same as padded to
+    rounding (with dropout other random bits). A model that does not support it is refused.
+
     Raises `ConfigError` for a loss, number or combination that makes no sense.
     """
 
@@ -131,6 +144,7 @@ class PreferenceOptimization:
     reference_sync: int = 512
     dropout: bool = False
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
+    layout: LayoutName = attrs.field(default="padded", validator=layout_name)
     name: str = "dpo"
     # What a state carries for it, and no option: `carrying` puts it here.
     _running: Tensors | None = attrs.field(default=None, alias="_running", repr=False)
@@ -169,6 +183,7 @@ class PreferenceOptimization:
     def check(self, batch: Batch, vocabulary: int | None) -> None:
         """Raise `BatchError` unless the batch has well-formed, non-empty pairs and a reference."""
         check_pairs(batch, vocabulary)
+        check_layout(self.layout, batch)
         if not self.referred:
             return
         if self.reference is None and "reference_logps" not in batch:
@@ -220,8 +235,9 @@ class PreferenceOptimization:
         Policy and reference take one forward each, over chosen and rejected together.
         """
         joined = concatenated(batch["chosen"], batch["rejected"])
-        scores, sequence = self._scored(model, batch, joined)
-        logps = self._logps(model, batch, joined, scores)
+        layout = laid_out(self.layout, model, joined)
+        scores, sequence = self._scored(model, batch, joined, layout)
+        logps = self._logps(model, batch, joined, scores, layout)
         observed = Observed(logps=logps, weights=self._weights(scores))
         pair_loss = self._pair_loss(observed, coupling)
         negative: dict[Likelihood, Tensor] = {
@@ -244,27 +260,35 @@ class PreferenceOptimization:
         pair_metrics = self._pair_metrics(logps, scores)
         return total, Metrics(measured) | pair_metrics | token_metrics(scores)
 
-    def _scored(self, model: nn.Module, batch: Batch, joined: Batch) -> tuple[TokenScores, Tensor]:
+    def _scored(
+        self, model: nn.Module, batch: Batch, joined: Batch, layout: Layout | None
+    ) -> tuple[TokenScores, Tensor]:
         """The scores of the completions; and Σ log p over the whole chosen sequences, or 0."""
         if "sequence" not in self.likelihoods():
-            scores = token_scores(model, joined, head=self.head)
+            scores = token_scores(model, joined, head=self.head, layout=layout)
             return scores, scores.logps.new_zeros(())
         time = joined["labels"].shape[1]
         whole = sequence_labels(batch["chosen"])
         whole = nn.functional.pad(whole, (0, time - whole.shape[1]), value=IGNORE_INDEX)
         labels = torch.cat([whole, joined["labels"][len(whole) :]])
-        scores = token_scores(model, {**joined, "labels": labels}, head=self.head)
+        whole_batch = {**joined, "labels": labels}
+        scores = token_scores(model, whole_batch, head=self.head, layout=layout)
         sequence = scores.logps.chunk(2)[0].sum()
         return scores.masked(joined["labels"][:, 1:] != IGNORE_INDEX), sequence
 
     def _logps(
-        self, model: nn.Module, batch: Batch, joined: Batch, scores: TokenScores
+        self,
+        model: nn.Module,
+        batch: Batch,
+        joined: Batch,
+        scores: TokenScores,
+        layout: Layout | None,
     ) -> PairLogps:
         chosen, rejected = self._sums(scores.logps, scores.mask)
         lengths = scores.lengths.chunk(2)
         reference: tuple[Tensor | None, Tensor | None] = None, None
         if self.referred:
-            reference = self._reference_sums(model, batch, joined, scores)
+            reference = self._reference_sums(model, batch, joined, scores, layout)
         return PairLogps(
             chosen=chosen,
             rejected=rejected,
@@ -277,11 +301,18 @@ class PreferenceOptimization:
         )
 
     def _reference_sums(
-        self, model: nn.Module, batch: Batch, joined: Batch, scores: TokenScores
+        self,
+        model: nn.Module,
+        batch: Batch,
+        joined: Batch,
+        scores: TokenScores,
+        layout: Layout | None,
     ) -> tuple[Tensor, Tensor]:
         if "reference_logps" not in batch:
             assert self.reference is not None  # `check` has refused the batch otherwise
-            given = reference_scores(model, self.reference, joined, head=self.head).logps
+            given = reference_scores(
+                model, self.reference, joined, head=self.head, layout=layout
+            ).logps
             return self._sums(given, scores.mask)
         attached = batch["reference_logps"]
         if attached["chosen"].ndim == 1:
@@ -342,9 +373,11 @@ class PreferenceOptimization:
     def observe(self, model: nn.Module, batch: Batch) -> Observed:
         """The pairs of a micro-batch, without history: the first of two passes."""
         joined = concatenated(batch["chosen"], batch["rejected"])
-        scores = token_scores(model, joined, head=self.head, detailed=self.wpo)
+        layout = laid_out(self.layout, model, joined)
+        scores = token_scores(model, joined, head=self.head, detailed=self.wpo, layout=layout)
         return Observed(
-            logps=self._logps(model, batch, joined, scores), weights=self._weights(scores)
+            logps=self._logps(model, batch, joined, scores, layout),
+            weights=self._weights(scores),
         )
 
     def couple(self, observed: Sequence[Observed]) -> list[Coupling]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from functrain.objectives.batches import Batch
+from functrain.objectives.layouts import Layout
 from functrain.objectives.logprobs import HeadMode, TokenScores, token_scores
 
 
@@ -18,6 +19,7 @@ def reference_scores(
     batch: Batch,
     *,
     head: HeadMode = "auto",
+    layout: Layout | None = None,
 ) -> TokenScores:
     """`token_scores` of the bound `model` with `reference` in place of its params; logps alone.
 
@@ -36,7 +38,13 @@ def reference_scores(
         model.eval()
         with torch.no_grad():
             return token_scores(
-                model, batch, call=with_reference, values=values, head=head, detailed=False
+                model,
+                batch,
+                call=with_reference,
+                values=values,
+                head=head,
+                detailed=False,
+                layout=layout,
             )
     finally:
         for module, training in modes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import pytest
@@ -172,6 +172,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     """The config has lists of its own, because checking it must not import torch."""
     import functrain as ft
     from functrain.data.truncation import MODES
+    from functrain.objectives.layouts import LayoutName
     from functrain.objectives.losses import DIVERGENCES, LOSSES
     from functrain.precision import POLICIES
     from functrain.schedules import SCHEDULES as MADE
@@ -179,6 +180,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     assert set(known.PRECISIONS) == set(POLICIES)
     assert set(known.LOSSES) == set(LOSSES)
     assert known.DIVERGENCES == DIVERGENCES
+    assert get_args(LayoutName) == known.LAYOUTS
     assert set(known.SMOOTHED) == {name for name, each in LOSSES.items() if each.smoothing}
     assert set(known.BARE) == {name for name, each in LOSSES.items() if not each.reference}
     assert set(known.TRUNCATIONS) == set(MODES)

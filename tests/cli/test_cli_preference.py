@@ -149,6 +149,8 @@ def test_a_reference_without_a_cache_is_answered(
         (["loss", "nca_pair", "divergence", "alpha"], "preference.divergence: the 'nca_pair'"),
         (["loss", "simpo", "reference-mixup", "0.5"], "preference.reference_mixup: the 'simpo'"),
         (["beta", "0"], "preference.beta: 0.0, expected a positive finite number"),
+        (["layout", "packed"], "preference.layout: 'packed' is unknown"),
+        (["loss", "kto", "layout", "shared_prompt"], "preference.layout: 'shared_prompt' is for"),
         (["divergence", "kl"], "preference.divergence: 'kl' is unknown"),
         (["ld-alpha", "1.5"], "preference.ld_alpha: 1.5, expected a number in [0, 1]"),
         (
@@ -252,6 +254,25 @@ def test_a_moving_reference_is_in_the_checkpoint(start: Path) -> None:
     assert moved
     assert any(ft.trees.digest(found[n]) != ft.trees.digest(r) for n, r in moved.items())
     assert toml.read_any(run / "config.toml").preference.reference_sync == 2
+
+
+@pytest.mark.parametrize("layout", ["padding_free", "shared_prompt"])
+def test_a_layout_trains_from_the_cache_to_the_same_bits(layout: str, start: Path) -> None:
+    """And to rounding it is the run that is padded."""
+    reached = {}
+    for name in (layout, "padded"):
+        options = ["--preference.layout", name, "--train.microbatches", "2"]
+        code, online = _dpo(start, f"online-{layout}-{name}", *options)
+        assert code == 0
+        cache = ["--preference.cache", str(start / f"cache-{layout}-{name}.jsonl")]
+        assert main(["reference", str(start / "dpo.toml"), *options, *cache]) == 0
+        code, ahead = _dpo(start, f"ahead-{layout}-{name}", *options, *cache)
+        assert code == 0
+        assert _newest(ahead) == _newest(online)
+        assert toml.read_any(online / "config.toml").preference.layout == name
+        lines = (online / "metrics.jsonl").read_text().splitlines()
+        reached[name] = [json.loads(line).get("loss", 0.0) for line in lines]
+    assert reached[layout] == pytest.approx(reached["padded"], rel=1e-4)
 
 
 def test_a_long_prompt_is_cut_before_its_completion(

@@ -1,0 +1,332 @@
+"""How the sequences of a batch are laid out for the model: padded, or with less that is computed.
+
+A layout is what the model is called with, and an index from the batch to what it returns, so that
+whoever scores the batch sees no difference.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain.architecture import vocabulary_of
+from functrain.errors import ArchitectureError, BatchError, ConfigError
+from functrain.objectives.base import logits_of
+from functrain.objectives.batches import IGNORE_INDEX, Batch
+from functrain.objectives.head import calm
+from functrain.objectives.pairs import SIDES, concatenated, last_target
+
+LayoutName = Literal["padded", "padding_free", "shared_prompt"]
+"""`padded`: a row for each sequence. `padding_free`: all in one row, and `position_ids` tell them
+apart. `shared_prompt`: a row for each pair, in which what both sides begin with is once."""
+
+
+def layout_name(_record: object, _field: object, given: object) -> None:
+    """Raise `ConfigError` for what is no `LayoutName`."""
+    if given not in ("padded", *_MAKERS):
+        raise ConfigError(
+            f"layout: {given!r}, expected 'padded', 'padding_free' or 'shared_prompt'"
+        )
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Layout:
+    """A batch [batch, time] as the model is called with it.
+
+    `inputs`: the model's keywords; `input_ids` are [rows, width]. `index`: int64 [batch, time],
+    where in the flattened [rows · width] each token is; of no meaning for those that are left out.
+    """
+
+    inputs: Batch
+    index: Tensor
+
+    def gathered(self, outputs: Tensor, places: Tensor) -> Tensor:
+        """Of what the model returned, [rows, width, …], the rows for these predictions.
+
+        `places`: int64 [n], which of the flattened [batch, time − 1].
+        """
+        predicting = self.index[:, :-1].flatten()[places]
+        return outputs.flatten(0, 1).index_select(0, predicting)
+
+
+def laid_out(layout: LayoutName, model: nn.Module, batch: Batch) -> Layout | None:
+    """Pairs, chosen above rejected, as the bound `model` is called with them; None: as they are.
+
+    Tokens under no mask, and those that nothing scored comes after, are left out. How many there
+    are depends on the batch, so that on an accelerator this waits for it.
+
+    Raises `ArchitectureError` for a model that does not support the layout, which is found by
+    trying it on a few tokens.
+    """
+    if layout == "padded":
+        return None
+    additive = _supported(layout, model)
+    made = _MAKERS[layout](batch)
+    if "attention_mask" in made.inputs:
+        _check_window(model, made.inputs["input_ids"].shape[1])
+    return _added(made, model) if additive else made
+
+
+def check_layout(layout: LayoutName, batch: Batch) -> None:
+    """Raise `BatchError` for pairs that a layout has no place for (checked on the CPU).
+
+    A target after a token that the mask hides; and `position_ids` that do not go up by one over
+    the tokens of each sequence, or from another number in one sequence than in another.
+    """
+    if layout == "padded" or batch["chosen"]["labels"].device.type != "cpu":
+        return
+    joined = concatenated(batch["chosen"], batch["rejected"])
+    real = _real(joined)
+    lost = (joined["labels"][:, 1:] != IGNORE_INDEX) & ~real[:, :-1]
+    if bool(lost.any()):
+        side, row, place = _first(lost)
+        raise BatchError(
+            f"{side}.labels: a target at {[row, place + 1]}, after a token that attention_mask "
+            f"hides, and layout={layout!r} leaves that out; make it -100, or use layout='padded'"
+        )
+    if "position_ids" not in joined:
+        return
+    begins = joined["position_ids"] - _ranks(real)
+    begin = int(begins[real][0])
+    other = real & (begins != begin)
+    if bool(other.any()):
+        side, row, place = _first(other)
+        raise BatchError(
+            f"{side}.position_ids: {int(batch[side]['position_ids'][row, place])} at "
+            f"{[row, place]}; layout={layout!r} expects them to go up by one over the tokens of "
+            f"each sequence, from {begin} as in the first; leave them out, or use layout='padded'"
+        )
+
+
+def _first(where: Tensor) -> tuple[str, int, int]:
+    """The side, row and place of the first True, of chosen above rejected."""
+    row, place = where.nonzero()[0].tolist()
+    pairs = len(where) // 2
+    return SIDES[row // pairs], row % pairs, place
+
+
+def _real(batch: Batch) -> Tensor:
+    """Which tokens something scored is predicted from: bool [batch, time]."""
+    labels = batch["labels"]
+    places = torch.arange(labels.shape[1], device=labels.device)
+    real = places < last_target(labels).unsqueeze(1)
+    return real & (batch["attention_mask"] != 0) if "attention_mask" in batch else real
+
+
+def _ranks(real: Tensor) -> Tensor:
+    """The how manieth of its sequence each token is: int64 [batch, time]."""
+    return (real.cumsum(1) - 1).clamp(min=0)
+
+
+def _padding_free(batch: Batch) -> Layout:
+    """One row of all tokens; no mask, as positions that begin anew separate the sequences."""
+    real = _real(batch)
+    positions = batch.get("position_ids", _ranks(real))
+    places = real.flatten().nonzero().squeeze(1)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": positions}
+    index = real.flatten().cumsum(0).view_as(real) - 1
+    return Layout(
+        inputs={key: value.flatten()[places].unsqueeze(0) for key, value in inputs.items()},
+        index=index.clamp(min=0),
+    )
+
+
+def _shared_prompt(batch: Batch) -> Layout:
+    """A row for each pair: the common prefix, the rest of chosen, the rest of rejected.
+
+    A row's rejected tokens see the prefix and themselves alone.
+    """
+    real = _real(batch)
+    positions = batch.get("position_ids", _ranks(real))
+    chosen, rejected = real.sum(1).chunk(2)
+    shared = _common(batch["input_ids"], positions, real)
+    ranks = _ranks(real)
+    moved = (chosen - shared).unsqueeze(1) * (ranks.chunk(2)[1] >= shared.unsqueeze(1))
+    columns = ranks + torch.cat([torch.zeros_like(moved), moved])
+    width = int((chosen + rejected - shared).max())
+    rows = torch.arange(len(chosen), device=real.device).repeat(2).unsqueeze(1)
+    index = torch.where(real, rows * width + columns, 0)
+
+    def placed(values: Tensor) -> Tensor:
+        # Both sides put the same tokens where the prefix is.
+        whole = values.new_zeros(len(chosen) * width)
+        return whole.index_copy(0, index[real], values[real]).view(-1, width)
+
+    return Layout(
+        inputs={
+            "input_ids": placed(batch["input_ids"]),
+            "position_ids": placed(positions),
+            "attention_mask": _branching(shared, chosen, width),
+        },
+        index=index,
+    )
+
+
+def _common(ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    """How many tokens both sequences of a pair begin with, positions too: int64 [pairs]."""
+    order = real.logical_not().to(torch.int8).argsort(dim=1, stable=True)  # tokens to the front
+    same = real.gather(1, order).chunk(2)
+    equal = same[0] & same[1]
+    for values in (ids, positions):
+        one, other = values.gather(1, order).chunk(2)
+        equal = equal & (one == other)
+    return equal.cumprod(1).sum(1)
+
+
+def _branching(shared: Tensor, chosen: Tensor, width: int) -> Tensor:
+    """Causal, but what comes after the chosen's tokens does not see those of its own.
+
+    bool [pairs, 1, width, width].
+    """
+    places = torch.arange(width, device=shared.device)
+    after = places >= chosen.unsqueeze(1)
+    own = (places >= shared.unsqueeze(1)) & ~after
+    seen = (after.unsqueeze(2) & own.unsqueeze(1)).logical_not()
+    return seen.tril().unsqueeze(1)
+
+
+_MAKERS: dict[str, Callable[[Batch], Layout]] = {
+    "padding_free": _padding_free,
+    "shared_prompt": _shared_prompt,
+}
+
+
+def _added(layout: Layout, model: nn.Module) -> Layout:
+    """The mask as what is added to attention scores, in the dtype of the model."""
+    seen = layout.inputs["attention_mask"]
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    scores = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+    return attrs.evolve(layout, inputs={**layout.inputs, "attention_mask": scores})
+
+
+def _check_window(model: nn.Module, width: int) -> None:
+    """A mask of ours stands in the place of the model's own, with its window if it has one."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size", "window_size"):
+        window = getattr(config, name, None)
+        if isinstance(window, int) and 0 < window < width:
+            raise ArchitectureError(
+                f"layout: a row of {width} tokens, and the model's attention has a window of "
+                f"{window} ({name}), which the mask of 'shared_prompt' would do away with; use "
+                "layout='padding_free' or 'padded'"
+            )
+
+
+# Of each architecture, by layout and kind of attention: whether its mask is to be added.
+_found: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, object], bool]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _supported(layout: str, model: nn.Module) -> bool:
+    """Whether the mask is to be added to the scores; `ArchitectureError` without support."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    known = _found.setdefault(model, {})
+    if (layout, attention) not in known:
+        known[layout, attention] = _tried(layout, model)
+    return known[layout, attention]
+
+
+def _tried(layout: str, model: nn.Module) -> bool:
+    if next(model.parameters()).device.type == "meta":
+        raise ArchitectureError(
+            f"layout: {layout!r}, and the architecture has no weights to try it with; call it "
+            "within functrain.bound, as a step does"
+        )
+    fault = _fault(layout, model, additive=False)
+    if fault is None:
+        return False
+    if layout == "shared_prompt" and _fault(layout, model, additive=True) is None:
+        return True
+    hint = ""
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        hint = " (under config.use_cache models of transformers do not separate sequences)"
+    raise ArchitectureError(
+        f"layout: the model does not support {layout!r}: on a few tokens {fault}{hint}; use "
+        "layout='padded'"
+    )
+
+
+def _fault(layout: str, model: nn.Module, *, additive: bool) -> str | None:
+    """What is wrong with a model's logits in a layout, tried on two pairs; None: nothing.
+
+    It must also be able to go wrong: with the same tokens in plain rows it has to.
+    """
+    try:
+        with calm(model, _stirred(model)):
+            batch = _trial(model)
+            made = _MAKERS[layout](batch)
+            made = _added(made, model) if additive else made
+            ids = made.inputs["input_ids"]
+            places = _real(batch)[:, :-1].flatten().nonzero().squeeze(1)
+            alone = _alone(model, batch)
+            apart = _apart(made.gathered(logits_of(model, made.inputs), places), alone)
+            leaking = _apart(made.gathered(logits_of(model, {"input_ids": ids}), places), alone)
+            limit = _limit(model)
+    except Exception as error:  # whatever a foreign forward raises, it cannot be called so
+        return f"its forward raised {type(error).__name__}: {str(error)[:200]}"
+    if not apart <= limit:
+        return (
+            f"its logits were {apart:.2g} of the largest away from those of each sequence alone, "
+            f"expected at most {limit:.1g}"
+        )
+    if not leaking > 4 * limit:
+        return f"no sequence has to do with what is before it ({leaking:.1g}), so it cannot be told"
+    return None
+
+
+def _stirred(model: nn.Module) -> dict[str, Tensor]:
+    """Matrices under which tokens have to do with each other, whatever the weights are now.
+
+    Each is one line of random numbers, shifted from row to row, so that it takes no memory.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, param in model.named_parameters():
+        if param.ndim == 2 and param.is_floating_point():
+            line = torch.randn(sum(param.shape), generator=generator) / param.shape[1] ** 0.5
+            found[name] = line.to(param).as_strided(param.shape, (1, 1))
+    return found
+
+
+def _trial(model: nn.Module) -> dict[str, Any]:
+    """Two pairs of different lengths, the sides of one with three tokens in common."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary_of(model) or 2, (4, 6), generator=generator)
+    ids[2, :3] = ids[0, :3]
+    lengths = torch.tensor([[6], [4], [5], [5]])
+    labels = ids.masked_fill(torch.arange(6) >= lengths, IGNORE_INDEX)
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def _alone(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of each sequence by itself, one after the other."""
+    sequences = zip(batch["input_ids"], _real(batch), strict=True)
+    found = [logits_of(model, {"input_ids": ids[real].unsqueeze(0)}) for ids, real in sequences]
+    return torch.cat([logits.squeeze(0) for logits in found])
+
+
+def _apart(logits: Tensor, alone: Tensor) -> float:
+    finite = alone.isfinite()
+    return float((logits - alone)[finite].abs().max() / alone[finite].abs().max())
+
+
+def _limit(model: nn.Module) -> float:
+    """Far above the rounding of a forward, and far below what another sequence makes of it.
+
+    √ε of the coarsest dtype that it is computed in; norms and rotary angles are float32 at best.
+    """
+    dtypes = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return float(coarsest**0.5)
