@@ -119,12 +119,15 @@ def _real(batch: Batch) -> Tensor:
 
 
 def _ranks(real: Tensor) -> Tensor:
-    """The how manieth of its sequence each token is: int64 [batch, time]."""
+    """How many tokens of its sequence are before each one: int64 [batch, time]."""
     return (real.cumsum(1) - 1).clamp(min=0)
 
 
 def _padding_free(batch: Batch) -> Layout:
-    """One row of all tokens; no mask, as positions that begin anew separate the sequences."""
+    """One row of all tokens; no mask, as positions that begin anew separate the sequences.
+
+    Where attention has no kernel for rows of several sequences, it is computed over the whole row.
+    """
     real = _real(batch)
     positions = batch.get("position_ids", _ranks(real))
     places = real.flatten().nonzero().squeeze(1)

@@ -99,17 +99,20 @@ Sequence = tuple[list[int], int]
 
 @st.composite
 def sequences(draw: st.DrawFn) -> tuple[Sequence, Sequence]:
-    """A pair with a prompt in common, or none; completions may begin with the same tokens."""
+    """A pair with a prompt in common, or none; completions may begin with the same tokens, and one
+    may be the beginning of the other."""
     tokens = st.integers(0, zoo.VOCABULARY - 1)
     prompt = draw(st.lists(tokens, max_size=5))
     same = draw(st.lists(tokens, max_size=2))
-    least = 1 if prompt else 2  # nothing predicts the first token
+    least = max(0, 2 - len(prompt) - len(same))  # nothing predicts the first token
+    least = max(least, 0 if same else 1)
     chosen, rejected = (
         [*same, *draw(st.lists(tokens, min_size=least, max_size=5))] for _ in range(2)
     )
     if not prompt and not same:
         rejected[0] = (chosen[0] + 1) % zoo.VOCABULARY
-    rejected[-1] = (chosen[min(len(chosen), len(rejected)) - 1] + 1) % zoo.VOCABULARY
+    if chosen == rejected:
+        rejected[-1] = (chosen[-1] + 1) % zoo.VOCABULARY
     return (prompt + chosen, len(prompt)), (prompt + rejected, len(prompt))
 
 
@@ -364,6 +367,21 @@ def test_a_layout_is_less_work(layout: str, tokens: int, chunked: bool) -> None:
     assert counts[layout] == [tokens, tokens]
 
 
+@EVERY_LAYOUT
+def test_so_it_is_in_both_passes_of_a_coupled_loss(layout: str) -> None:
+    """Of policy and reference, for each of two micro-batches."""
+    architecture, params, buffers = ft.split(zoo.decoder())
+    batch = formulas.batch_of("aot")
+    step = formulas.step_of("aot", architecture, params, layout=layout, microbatches=2)
+    step(step.init(params, buffers), batch)
+    seen = _counting(architecture)
+    step(step.init(params, buffers), batch)
+    assert len(seen) == 8
+    assert seen[::2] == seen[1::2]
+    assert sorted(seen[:4]) == sorted(seen[4:])
+    assert max(seen) < 4 * 10
+
+
 def test_logits_are_made_of_rows_that_have_a_target() -> None:
     """By chunks, as many as there are targets; whole, as many as tokens."""
     architecture, params, buffers = _split("untied")
@@ -411,6 +429,22 @@ def test_a_row_with_the_prompt_once_by_example() -> None:
     assert made.inputs["attention_mask"].int().tolist() == [
         [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]]
     ]
+
+
+def test_only_what_is_the_same_at_the_same_position_is_shared() -> None:
+    """And no more than either has: here the rejected's only target is the chosen's third token."""
+    shifted = {**_example(), "position_ids": torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]])}
+    made = layouts._shared_prompt(shifted)
+    assert made.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 1, 2, 5]]
+    assert made.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 1, 2, 3]]
+    beginning = {
+        "input_ids": torch.tensor([[1, 2, 3, 4, 6], [1, 2, 3, 4, 6]]),
+        "labels": torch.tensor([[-100, -100, 3, 4, 6], [-100, -100, 3, -100, -100]]),
+        "position_ids": torch.arange(5).expand(2, 5),
+    }
+    made = layouts._shared_prompt(beginning)
+    assert made.inputs["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert made.index[1, :2].tolist() == [0, 1]
 
 
 def _example() -> dict[str, Tensor]:
