@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import keys
+from functrain import accumulators, keys, memory
+from functrain.accumulators import Accumulating
 from functrain.architecture import (
     Slots,
     bound,
@@ -22,7 +23,7 @@ from functrain.architecture import (
 )
 from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
-from functrain.objectives.base import Coupled, Objective
+from functrain.objectives.base import Coupled, Direct, Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.precision import LossScale, Precision, policy, scale_loss
 from functrain.trees import Tensors, global_norm, map_leaves
@@ -125,6 +126,8 @@ class ValueAndGrad:
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
         total = _Sum(leaves, params)
+        factor = scale_loss(weight.double().reciprocal(), scaler)
+        direct = isinstance(objective, Direct) and objective.direct
         metrics = Metrics({})
         # Clones, because a module may update its buffers in place (BatchNorm does).
         bound_values = self.buffer_values(buffers)
@@ -134,6 +137,9 @@ class ValueAndGrad:
             torch.inference_mode(False),
             torch.enable_grad(),
             bound(self.architecture, leaves, bound_values, mode, places=self.places) as model,
+            accumulators.accumulating(self.places.modules, Accumulating(total.sum_of, factor))
+            if direct
+            else nullcontext(),
         ):
             couplings = self.couplings(model, ready, objective, key, device)
             for index, each in enumerate(ready):
@@ -288,13 +294,23 @@ class _Sum:
     """Gradients summed over micro-batches.
 
     Autograd adds into the leaves' own `.grad`, as in an ordinary loop; where the leaves are of a
-    narrower dtype than the params, the sum is kept in the params' dtype.
+    narrower dtype than the params, the sum is kept in the params' dtype. What is summed where it is
+    made (`functrain.accumulators`) is added at the end.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
         self._leaves = leaves
         self._dtypes = {name: param.dtype for name, param in params.items()}
         self._wide: dict[str, Tensor] = {}
+        self._names = {id(leaf): name for name, leaf in leaves.items() if leaf.requires_grad}
+        self._direct: dict[str, Tensor] = {}
+
+    def sum_of(self, leaf: Tensor) -> Tensor | None:
+        """Where gradients of a leaf that trains may be summed as they are made."""
+        name = self._names.get(id(leaf))
+        if name is not None and name not in self._direct:
+            self._direct[name] = memory.zeros(leaf.shape, self._dtypes[name], leaf.device)
+        return None if name is None else self._direct[name]
 
     def add(self) -> None:
         for name, leaf in self._leaves.items():
@@ -311,7 +327,10 @@ class _Sum:
 
     def grads(self) -> Tensors:
         own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}
-        return Tensors({**own, **self._wide})
+        own |= self._wide
+        for name, grad in self._direct.items():
+            own[name] = grad.add_(own[name]) if name in own else grad
+        return Tensors({name: own[name] for name in self._leaves if name in own})
 
 
 def value_and_grad(

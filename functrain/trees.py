@@ -226,9 +226,21 @@ def global_norm(items: Mapping[str, Tensor]) -> Tensor:
     leaves = list(items.values())
     if not leaves:
         return torch.zeros((), dtype=torch.float64)
-    norms = torch._foreach_norm(leaves, 2, dtype=torch.float64)
+    norms = torch._foreach_norm(list(_pieces(leaves)), 2, dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+_PIECE = 1 << 18
+
+
+def _pieces(leaves: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Large leaves in pieces: the CPU's kernel makes a copy of its argument in float64."""
+    for leaf in leaves:
+        if leaf.device.type == "cpu" and leaf.numel() > _PIECE:
+            yield from torch.split(leaf.reshape(-1), _PIECE)
+        else:
+            yield leaf
 
 
 def digest(tensor: Tensor) -> str:

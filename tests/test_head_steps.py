@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrain as ft
-from functrain import keys, testing
+from functrain import accumulators, keys, testing
 from functrain.objectives import chunks, head
 from functrain.objectives.head import Head
 from functrain.objectives.language import LanguageModeling
@@ -108,8 +108,9 @@ STAGES = ["pretrain", "sft", "dpo", "dpo mix", "bco", "kto"]
 
 @pytest.fixture(autouse=True)
 def _always_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget that nothing fits into: 16 rows at a time, of every batch."""
+    """A budget that nothing fits into: 16 rows at a time, of every batch; every table is large."""
     monkeypatch.setattr(chunks, "BUDGET", 0)
+    monkeypatch.setattr(accumulators, "TABLE", 0)
 
 
 def _batch(stage: str, seed: int = 0, examples: int = 4) -> dict[str, Any]:

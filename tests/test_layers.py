@@ -15,6 +15,7 @@ PACKAGE = Path(functrain.__file__).parent
 LAYERS = [
     "errors",
     "memory",
+    "accumulators",
     "trees",
     "keys",
     "architecture",

@@ -34,7 +34,7 @@ from functrain.schedules import Plateau
 from functrain.stages import dpo_step, kto_step, pretrain_step, sft_step
 from functrain.state import TrainState
 from functrain.steps import Step
-from functrain.trees import Tensors
+from functrain.trees import Tensors, clone
 
 Source = data.MapSource
 _HASHED = 1 << 22
@@ -108,8 +108,8 @@ def _cache(
     layout: Any = config.preference.layout
     attach = attach_reference(
         architecture,
-        params,
-        buffers,
+        clone(params),  # the training donates its own, and an example may be missing in the cache
+        clone(buffers),
         precision=config.train.precision,
         by_token=config.preference.ld_alpha is not None,
         layout=layout,

@@ -89,6 +89,21 @@ class Coupled(Protocol):
 
 
 @runtime_checkable
+class Direct(Protocol):
+    """An objective whose loss the gradient function differentiates once, and nobody else.
+
+    Where `direct` is true, it takes no gradient itself, and a summed cross entropy by chunks, if it
+    has one, is its loss as it is. Then gradients of large tables are summed where they are made
+    (`functrain.accumulators`): less time, less memory, the same to rounding.
+    """
+
+    @property
+    def direct(self) -> bool:
+        """Whether that is so."""
+        ...
+
+
+@runtime_checkable
 class Carrying(Protocol):
     """An objective with tensors of its own in the state: running means, a moving reference.
 

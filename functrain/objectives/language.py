@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import attrs
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ class LanguageModeling:
     mode: Mode = "train"
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     batch_coupled: bool = attrs.field(default=False, init=False)
+    direct: ClassVar[bool] = True
 
     def check(self, batch: Batch, vocabulary: int | None) -> None:
         """Raise `BatchError` unless the batch has well-formed input_ids and labels."""

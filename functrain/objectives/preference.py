@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -146,6 +146,7 @@ class PreferenceOptimization:
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     layout: LayoutName = attrs.field(default="padded", validator=layout_name)
     name: str = "dpo"
+    direct: ClassVar[bool] = True
     # What a state carries for it, and no option: `carrying` puts it here.
     _running: Tensors | None = attrs.field(default=None, alias="_running", repr=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -45,6 +46,7 @@ class UnpairedOptimization:
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     name: str = "kto"
     batch_coupled: bool = attrs.field(default=True, init=False)
+    direct: ClassVar[bool] = True
 
     @property
     def mode(self) -> Mode:

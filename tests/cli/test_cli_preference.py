@@ -112,6 +112,16 @@ def test_a_cache_filled_ahead_changes_no_bit(
     assert "of another reference" in capsys.readouterr().err
 
 
+def test_a_cache_that_nobody_has_filled_is_filled_while_it_trains(start: Path) -> None:
+    """The training overwrites its params, and the reference stays what they were."""
+    options = ("--train.microbatches", "2")
+    code, filling = _dpo(start, "filling", "--preference.cache", f"{start}/late.jsonl", *options)
+    assert code == 0
+    code, online = _dpo(start, "beside", *options)
+    assert code == 0
+    assert _newest(filling) == _newest(online)
+
+
 def test_a_cache_for_ld_alpha_is_by_token_and_changes_no_bit(
     start: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

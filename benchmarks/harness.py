@@ -1,0 +1,154 @@
+"""What the benchmarks share: a process for each measurement, taking turns, and a table of ratios.
+
+Every measurement is a process of its own, so that nobody's memory or caches are another's. Rounds
+go through all ways in turn, forwards and backwards, and ratios are of one round, so that what a
+shared machine does in the meantime falls on all alike. Each makes steps before those that count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+"""`wall` and `cpu` seconds of a step, `megabytes` above the loaded model, `losses` by step."""
+
+WARMUP = 1
+
+
+class Clock:
+    """Seconds of wall and CPU of each step, and the peak of memory above that at the start."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+        self._loaded = resident()
+        self.start()
+
+    def start(self) -> None:
+        """The next step begins now."""
+        self._since = time.perf_counter(), time.process_time()
+
+    def step(self) -> None:
+        """A step ends, and the next begins."""
+        now = time.perf_counter(), time.process_time()
+        self.steps.append((now[0] - self._since[0], now[1] - self._since[1]))
+        self._since = now
+
+    def report(self, losses: Sequence[float]) -> Result:
+        """The medians of the steps after those to warm up."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        wall, cpu = (statistics.median(each) for each in zip(*self.steps[WARMUP:], strict=True))
+        megabytes = (peak - self._loaded) / 1e6
+        return {"wall": wall, "cpu": cpu, "megabytes": megabytes, "losses": list(losses)}
+
+
+def resident() -> int:
+    """The bytes of memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def interleaved(
+    script: str, kinds: Sequence[str], rounds: int, arguments: Sequence[str], threads: int
+) -> dict[str, list[Result]]:
+    """The results of each kind, one for each round; the script is called with `--child KIND`."""
+    results: dict[str, list[Result]] = {kind: [] for kind in kinds}
+    for number in range(rounds):
+        for kind in kinds if number % 2 == 0 else reversed(kinds):
+            results[kind].append(_child(script, kind, arguments, threads))
+            print(f"{number + 1}/{rounds} {kind}", file=sys.stderr)
+    return results
+
+
+def _child(script: str, kind: str, arguments: Sequence[str], threads: int) -> Result:
+    command = [sys.executable, script, "--child", kind, *arguments, "--threads", str(threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{kind}:\n{done.stderr[-2000:]}")
+    found: Result = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def check_losses(results: Mapping[str, Sequence[Result]], tolerance: float) -> float:
+    """The largest difference between two losses of one step; a benchmark of unequals is none."""
+    losses = [result["losses"] for each in results.values() for result in each]
+    apart = max(max(each) - min(each) for each in zip(*losses, strict=True))
+    if apart > tolerance:
+        raise SystemExit(f"the losses are not the same, by {apart}: {losses}")
+    return float(apart)
+
+
+def table(results: Mapping[str, Sequence[Result]], base: Callable[[str], str]) -> str:
+    """A Markdown table: medians, and the median ratio to `base(kind)` with its quartiles."""
+    lines = [
+        "| | wall s | CPU s | MB above the model | wall | CPU (quartiles) | memory |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for kind, found in results.items():
+        beside = results[base(kind)]
+        wall, cpu, megabytes = (
+            statistics.median(each[key] for each in found) for key in ("wall", "cpu", "megabytes")
+        )
+        ratios = {
+            key: [a[key] / b[key] for a, b in zip(found, beside, strict=True)]
+            for key in ("wall", "cpu", "megabytes")
+        }
+        low, high = quartiles(ratios["cpu"])
+        middle = {key: statistics.median(values) for key, values in ratios.items()}
+        lines.append(
+            f"| {kind} | {wall:.3f} | {cpu:.3f} | {megabytes:,.0f} | {middle['wall']:.2f} | "
+            f"{middle['cpu']:.2f} ({low:.2f} to {high:.2f}) | {middle['megabytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third; of a single value, the value."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark of steps has."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--steps", type=int, default=4)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--json", type=Path, default=None, help="write all results here")
+    made.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    return made
+
+
+def written(path: Path | None, title: str, results: Mapping[str, Sequence[Result]]) -> None:
+    """All results as JSON, with the machine, where a path is given."""
+    if path is not None:
+        found = {"title": title, "machine": machine(), "results": results}
+        path.write_text(json.dumps(found, indent=1))

@@ -1,0 +1,220 @@
+"""Gradients summed where they are made: the same to rounding, and no dense ones beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import functrain as ft
+from functrain import accumulators
+from functrain.gradients import value_and_grad
+from functrain.metrics import Metrics
+from functrain.objectives import chunks
+from functrain.objectives.language import LanguageModeling
+from functrain.objectives.preference import PreferenceOptimization
+from functrain.objectives.unpaired import UnpairedOptimization
+
+NEVER = 1 << 60
+PADDING = 4
+
+
+@pytest.fixture(autouse=True)
+def _always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table is large, and heads are taken by chunks."""
+    monkeypatch.setattr(chunks, "BUDGET", 0)
+    monkeypatch.setattr(accumulators, "TABLE", 0)
+
+
+class Model(nn.Module):
+    """An embedding of one's choice, and a head that a step finds."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.lm_head = nn.Linear(embedding.embedding_dim, zoo.VOCABULARY, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.embedding(input_ids).cumsum(1))
+        return logits
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a forward of its own, as Gemma has it."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input) * 2
+
+
+@attrs.frozen(kw_only=True)
+class Doubled(LanguageModeling):
+    """An objective whose loss is not the sum as it is."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
+        total, measured = super().__call__(model, batch)
+        return 2 * total, measured
+
+
+def _model(embedding: type[nn.Embedding] = nn.Embedding, **options: Any) -> nn.Module:
+    with ft.keys.seeded(5):
+        return Model(embedding(zoo.VOCABULARY, 8, **options)).double()
+
+
+def _grads(
+    objective: Any, module: nn.Module, batches: list[Any], *, table: int, head: str = "auto"
+) -> dict[str, Tensor]:
+    """The gradients over micro-batches, with tables from so many bytes on summed directly."""
+    if head != "auto":
+        objective = attrs.evolve(objective, head=head)
+    architecture, params, buffers = ft.split(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulators, "TABLE", table)
+        found = value_and_grad(objective, architecture)(params, buffers, batches, key=3)
+    assert accumulators.current() is None
+    assert not any(m._forward_hooks for m in architecture.modules() if type(m) is not nn.Embedding)
+    return dict(found.grads)
+
+
+def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-11, atol=1e-13, msg=name)
+
+
+def _case(stage: str, seed: int, params: Any) -> tuple[Any, list[Any]]:
+    """An objective, and micro-batches of different lengths."""
+    if stage == "pretrain":
+        return LanguageModeling(), [zoo.batch(seed, 3, 9), zoo.batch(seed + 1, 2, 6)]
+    reference = ft.trees.clone(params)
+    if stage == "dpo":
+        objective = PreferenceOptimization(reference=reference, loss={"sigmoid": 1, "sft": 0.3})
+        return objective, [zoo.pairs(seed, 2, 9), zoo.pairs(seed + 2, 3, 7)]
+    batches = []
+    for index, examples in enumerate((4, 2)):
+        sides = {
+            "completion": zoo.batch(seed + index, examples),
+            "mismatched": zoo.batch(seed + index + 5, examples),
+        }
+        batches.append({**sides, "desirable": torch.arange(examples) % 2 == 0})
+    return UnpairedOptimization(reference=reference), batches
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dpo", "kto"])
+@pytest.mark.parametrize("tied", [True, False])
+@given(seed=st.integers(0, 1000))
+def test_the_gradients_are_those_of_dense_ones(stage: str, tied: bool, seed: int) -> None:
+    module = zoo.decoder(tied=tied).double()
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    objective, batches = _case(stage, seed, params)
+    ours = _grads(objective, module, batches, table=0)
+    again = zoo.decoder(tied=tied).double()
+    _same(ours, _grads(objective, again, batches, table=NEVER, head="full"))
+
+
+EMBEDDINGS: dict[str, Any] = {
+    "plain": lambda: _model(),
+    "padded": lambda: _model(padding_idx=PADDING),
+    "by frequency": lambda: _model(scale_grad_by_freq=True),
+    "bounded": lambda: _model(max_norm=1.5),
+    "scaled": lambda: _model(Scaled),
+    "hooked": lambda: _hooked(),
+    "frozen": lambda: _frozen(),
+}
+
+
+def _hooked() -> nn.Module:
+    model = _model()
+    model.embedding.register_forward_hook(lambda _m, _i, output: output * 3)  # type: ignore[union-attr, operator]
+    return model
+
+
+def _frozen() -> nn.Module:
+    model = _model()
+    model.embedding.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(EMBEDDINGS))
+def test_every_kind_of_embedding(name: str) -> None:
+    batches = [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)]
+    batches[0]["input_ids"][:, 0] = PADDING
+    ours = _grads(LanguageModeling(), EMBEDDINGS[name](), batches, table=0)
+    theirs = _grads(LanguageModeling(), EMBEDDINGS[name](), batches, table=NEVER, head="full")
+    _same(ours, theirs)
+    if name == "padded":
+        assert not ours["embedding.weight"][PADDING].any()
+
+
+def test_an_objective_that_changes_its_sum_is_told() -> None:
+    batches = [zoo.batch(1)]
+    with pytest.raises(ft.ConfigError, match=r"multiplied by .* give it direct = False"):
+        _grads(Doubled(), _model(), batches, table=0)
+
+    class Honest(Doubled):
+        direct = False
+
+    plain = _grads(LanguageModeling(), _model(), batches, table=0)
+    ours = _grads(Honest(), _model(), batches, table=0)
+    _same(ours, {name: 2 * grad for name, grad in plain.items()})
+
+
+class Tables(TorchDispatchMode):
+    """Counts the tensors of a shape that operations return in new memory."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.seen = shape, set[int]()
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        if isinstance(found, Tensor) and tuple(found.shape) == self.shape:
+            at = found.untyped_storage().data_ptr()
+            if at not in given and at not in self.seen:
+                self.seen.add(at)
+                self.kept.append(found)  # so that no other has its address
+        return found
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
+def test_one_dense_gradient_for_any_number_of_micro_batches(stage: str) -> None:
+    """With an ordinary backward pass there are two for each: of the embedding, and of the head."""
+    counts = {}
+    for table in (0, NEVER):
+        module = zoo.decoder(tied=True)
+        params = {name: value.detach() for name, value in module.named_parameters()}
+        objective, batches = _case(stage, 3, params)
+        shape = tuple(params["model.embed_tokens.weight"].shape)
+        with pytest.MonkeyPatch.context() as patch, Tables(shape) as tables:
+            patch.setattr(type(objective), "direct", table == 0)
+            _grads(objective, module, batches * 2, table=table)
+        counts[table] = len(tables.seen)
+    assert counts[NEVER] >= counts[0] + 7
+    assert counts[0] <= 2  # the sum, and an architecture's empty slot
+
+
+def test_nothing_is_left_behind_by_an_error() -> None:
+    class Failing(Model):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            if input_ids.shape[0] == 2:
+                raise RuntimeError("on purpose")
+            return super().forward(input_ids)
+
+    module = Failing(nn.Embedding(zoo.VOCABULARY, 8))
+    architecture, params, buffers = ft.split(module)
+    gradient = value_and_grad(LanguageModeling(), architecture)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        gradient(params, buffers, [zoo.batch(1, 3), zoo.batch(2, 2)])
+    assert accumulators.current() is None
+    assert not any(each._forward_hooks for each in architecture.modules())
