@@ -51,13 +51,12 @@ def accumulating(modules: Sequence[nn.Module], given: Accumulating) -> Iterator[
     token = _current.set(given)
     try:
         with ExitStack() as hooks:
-            if not any(_compiled(module) for module in modules):
-                for module in modules:
-                    if isinstance(module, nn.Embedding) and _plain(module):
-                        hook = _looking_up(given)
-                        # Before hooks of the user's own, which see what this one returns.
-                        handle = module.register_forward_hook(hook, prepend=True)
-                        hooks.callback(handle.remove)
+            large = [m for m in modules if isinstance(m, nn.Embedding) and _plain(m)]
+            if large and not any(_compiled(module) for module in modules):
+                for module in large:
+                    # Before hooks of the user's own, which see what this one returns.
+                    handle = module.register_forward_hook(_looking_up(given), prepend=True)
+                    hooks.callback(handle.remove)
             yield
     finally:
         _current.reset(token)

@@ -214,13 +214,19 @@ def bound(
             for name, at in places.buffers.items():
                 _fill(at, buffers[name])
             for module in places.modules:
-                module.training = mode == "train"
+                _set_mode(module, mode == "train")
             yield architecture
         finally:
             for entries, key, tensor in before:
                 entries[key] = tensor
             for module, training in zip(places.modules, modes, strict=True):
-                module.training = training
+                _set_mode(module, training)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    # A module's own setattr looks for parameters first: slow, where most modes stay as they are.
+    if module.training != training:
+        module.training = training
 
 
 def _all_places(places: Slots) -> Iterator[Place]:

@@ -83,6 +83,11 @@ class ValueAndGrad:
     precision: Precision
     places: Slots
     vocabulary: int | None
+    direct: bool = attrs.field(init=False)
+
+    @direct.default
+    def _direct(self) -> bool:
+        return isinstance(self.objective, Direct) and self.objective.direct
 
     def __call__(
         self,
@@ -127,7 +132,6 @@ class ValueAndGrad:
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
         total = _Sum(leaves, params)
         factor = scale_loss(weight.double().reciprocal(), scaler)
-        direct = isinstance(objective, Direct) and objective.direct
         metrics = Metrics({})
         # Clones, because a module may update its buffers in place (BatchNorm does).
         bound_values = self.buffer_values(buffers)
@@ -138,7 +142,7 @@ class ValueAndGrad:
             torch.enable_grad(),
             bound(self.architecture, leaves, bound_values, mode, places=self.places) as model,
             accumulators.accumulating(self.places.modules, Accumulating(total.sum_of, factor))
-            if direct
+            if self.direct
             else nullcontext(),
         ):
             couplings = self.couplings(model, ready, objective, key, device)
@@ -420,7 +424,8 @@ def clip_by_global_norm(
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     leaves = list(grads.values())
     if donate and leaves:
-        torch._foreach_mul_(leaves, factor)
+        if factor.device.type != "cpu" or float(factor) != 1.0:
+            torch._foreach_mul_(leaves, factor)
     elif leaves:
         # A 0-d gradient times the float64 factor would become float64.
         scaled = torch._foreach_mul(leaves, factor)

@@ -95,6 +95,8 @@ class Step:
     donate: bool = False
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
+    # Looked up once: a protocol's isinstance takes longer than a step's smallest kernels.
+    _carrying: Carrying | None = attrs.field(init=False, repr=False)
 
     @value_and_grad.default
     def _value_and_grad(self) -> ValueAndGrad:
@@ -103,6 +105,10 @@ class Step:
     @gradient.default
     def _gradient(self) -> Accumulated:
         return accumulate(self.value_and_grad, self.microbatches)
+
+    @_carrying.default
+    def _found_carrying(self) -> Carrying | None:
+        return self.objective if isinstance(self.objective, Carrying) else None
 
     def __attrs_post_init__(self) -> None:
         norm, decay = self.max_grad_norm, self.ema_decay
@@ -152,22 +158,21 @@ class Step:
         )
 
     def _moving_reference(self, params: Tensors) -> Tensors | None:
-        objective = self.objective
-        if not isinstance(objective, Carrying) or objective.reference_mixup is None:
+        objective = self._carrying
+        if objective is None or objective.reference_mixup is None:
             return None
         assert objective.reference is not None  # the objective has refused it otherwise
         # Its own memory, which no step of another run and no donation writes into.
         return map_leaves(lambda tensor: tensor.detach().clone(), objective.reference)
 
     def _running(self, device: torch.device) -> Tensors | None:
-        objective = self.objective
-        return objective.init_running(device) if isinstance(objective, Carrying) else None
+        return None if self._carrying is None else self._carrying.init_running(device)
 
     def objective_of(self, state: TrainState) -> Objective:
         """The objective with what the state carries for it: a moving reference, running means."""
-        if not isinstance(self.objective, Carrying):
+        if self._carrying is None:
             return self.objective
-        return self.objective.carrying(state.reference, state.running)
+        return self._carrying.carrying(state.reference, state.running)
 
     def adopt(self, state: TrainState) -> TrainState:
         """A state of another stage as this one's start: its params and buffers, the rest fresh.
@@ -290,8 +295,8 @@ class Step:
 
     def _moved_reference(self, successor: TrainState, applied: Tensor) -> Tensors | None:
         """α·π + (1−α)·ref where the step is a multiple of k (TR-DPO, 2404.09656)."""
-        objective, reference = self.objective, successor.reference
-        if not isinstance(objective, Carrying) or reference is None:
+        objective, reference = self._carrying, successor.reference
+        if objective is None or reference is None:
             return reference
         mixup = objective.reference_mixup
         if mixup is None or successor.step % objective.reference_sync:
@@ -303,9 +308,9 @@ class Step:
     def _advanced_running(
         self, running: Tensors | None, metrics: Metrics, applied: Tensor
     ) -> Tensors | None:
-        if not isinstance(self.objective, Carrying) or running is None:
+        if self._carrying is None or running is None:
             return running
-        return _where(applied, self.objective.advance(running, metrics), running)
+        return _where(applied, self._carrying.advance(running, metrics), running)
 
     def learning_rate(self, state: TrainState) -> Tensor:
         """The learning rate of the next update: float64, 0-d."""
@@ -402,8 +407,8 @@ class Step:
                 "guard: this step and this state disagree about a spike guard or its window; carry "
                 "the state over with step.adopt(state)"
             )
-        if isinstance(self.objective, Carrying):
-            self._check_carried(self.objective, state)
+        if self._carrying is not None:
+            self._check_carried(self._carrying, state)
         if (self.ema_decay is not None) != (state.average is not None):
             raise StateError(
                 "average: this step and this state disagree about a moving average; carry the "
