@@ -9,30 +9,32 @@ of its own; ours and theirs take turns, and each makes one step before those tha
 the completions, log rewards, entropy, accuracy and mean logits, and must come to the same losses.
 Time is the median of a process's steps; ratios are of the same round. Memory is the peak of the
 process above what it held when the model had been loaded; a second model, or the reference as a
-value, is above. `precomputed` has the reference's log-probs ahead, in both.
+value, is above. `precomputed` has the reference's log-probs ahead, in both; `shared` computes the
+prompt of a pair once.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
+from harness import Clock, Result
 
 PROMPT, COMPLETION, PAIRS, MICROBATCHES = 64, 192, 4, 4
 RATE, BETA = 1e-5, 0.1
-KINDS = ("functrain", "trl", "functrain precomputed", "trl precomputed")
+BASES = {
+    "functrain": "trl",
+    "functrain shared": "trl",
+    "trl": "trl",
+    "functrain precomputed": "trl precomputed",
+    "trl precomputed": "trl precomputed",
+}
+KINDS = tuple(BASES)
 
 
 def llama(vocabulary: int) -> Any:
@@ -72,41 +74,13 @@ def pairs(vocabulary: int, count: int) -> list[dict[str, list[int]]]:
     ]
 
 
-class Clock:
-    """Seconds of wall and CPU from one call to the next, and memory above that at the start."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[float, float]] = []
-        self._loaded = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
-        self.start()
-
-    def start(self) -> None:
-        self._since = time.perf_counter(), time.process_time()
-
-    def step(self) -> None:
-        now = time.perf_counter(), time.process_time()
-        self.steps.append((now[0] - self._since[0], now[1] - self._since[1]))
-        self._since = now
-
-    def report(self, losses: list[float]) -> dict[str, Any]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        wall, cpu = (statistics.median(each) for each in zip(*self.steps[1:], strict=True))
-        return {
-            "wall": wall,
-            "cpu": cpu,
-            "megabytes": (peak - self._loaded) / 1e6,
-            "losses": losses,
-        }
-
-
-def ours(vocabulary: int, steps: int, precomputed: bool) -> dict[str, Any]:
-    """Steps of `functrain.dpo_step`, donated."""
+def ours(vocabulary: int, steps: int, more: str) -> Result:
+    """Steps of `functrain.dpo_step`, donated; `shared`: with the prompt of a pair computed once."""
     import functrain as ft
 
     model = llama(vocabulary)
     model.generate  # noqa: B018  (loads what transformers loads late, before memory is counted)
+    precomputed = more == "precomputed"
     clock = Clock()
     architecture, params, buffers = ft.split(model)
     reference = None if precomputed else ft.trees.clone(params)
@@ -117,9 +91,11 @@ def ours(vocabulary: int, steps: int, precomputed: bool) -> dict[str, Any]:
         beta=BETA,
         microbatches=MICROBATCHES,
         max_grad_norm=1.0,
+        layout="shared_prompt" if more == "shared" else "padded",
         donate=True,
     )
     state = step.init(params, buffers)
+    del params
     batches = [batch(pairs(vocabulary, PAIRS * steps)[n * PAIRS :][:PAIRS]) for n in range(steps)]
     if precomputed:
         attach = ft.attach_reference(architecture, state.params, buffers)
@@ -145,7 +121,7 @@ def batch(records: list[dict[str, list[int]]]) -> dict[str, Any]:
     return {"chosen": side("chosen_ids"), "rejected": side("rejected_ids")}
 
 
-def theirs(vocabulary: int, steps: int, precomputed: bool) -> dict[str, Any]:
+def theirs(vocabulary: int, steps: int, more: str) -> Result:
     """Steps of `trl.DPOTrainer`, over the same token ids in the same order."""
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -175,6 +151,7 @@ def theirs(vocabulary: int, steps: int, precomputed: bool) -> dict[str, Any]:
         def on_step_end(self, *_args: Any, **_options: Any) -> None:
             clock.step()
 
+    precomputed = more == "precomputed"
     model = llama(vocabulary)
     data = Dataset.from_list(pairs(vocabulary, PAIRS * steps))
     clock = Clock()
@@ -212,77 +189,27 @@ def theirs(vocabulary: int, steps: int, precomputed: bool) -> dict[str, Any]:
     return clock.report([each["loss"] for each in trainer.state.log_history if "loss" in each])
 
 
-def child(kind: str, vocabulary: int, steps: int, threads: int) -> None:
-    """One measurement; its result is the last line of what it prints."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
-    name, _, more = kind.partition(" ")
-    run: Callable[..., dict[str, Any]] = ours if name == "functrain" else theirs
-    print(json.dumps(run(vocabulary, steps, more == "precomputed")))
-
-
-def measured(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """`child` in a process of its own."""
-    command = [sys.executable, __file__, "--child", kind]
-    command += ["--vocabulary", str(options.vocabulary), "--steps", str(options.steps)]
-    command += ["--threads", str(options.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{kind}:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def check(results: dict[str, list[dict[str, Any]]]) -> float:
-    """The largest difference between two losses of one step; a benchmark of unequals is none."""
-    losses = [result["losses"] for each in results.values() for result in each]
-    apart = max(max(each) - min(each) for each in zip(*losses, strict=True))
-    if apart > 2e-4:  # the trainer logs its losses rounded to four digits
-        raise SystemExit(f"the losses are not the same, by {apart}: {losses}")
-    return apart
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--vocabulary", type=int, default=50_257)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--child", choices=KINDS, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", default=",".join(KINDS))
     options = parser.parse_args()
     if options.child is not None:
-        child(options.child, options.vocabulary, options.steps, options.threads)
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(options.threads)
+        name, _, more = options.child.partition(" ")
+        run: Callable[..., Result] = ours if name == "functrain" else theirs
+        print(json.dumps(run(options.vocabulary, options.steps, more)))
         return
-    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for number in range(options.rounds):
-        order = KINDS if number % 2 == 0 else KINDS[::-1]
-        for kind in order:
-            results[kind].append(measured(kind, options))
-    apart = check(results)
-    print(
-        f"vocabulary {options.vocabulary:,}, {options.threads} thread(s), "
-        f"{options.rounds} rounds; losses equal within {apart:.1e}"
-    )
-    print("| | wall s | CPU s | MB above the model | wall | CPU | memory |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
-    for kind, found in results.items():
-        base = results["trl" + kind.removeprefix("functrain").removeprefix("trl")]
-        row = [statistics.median(each[key] for each in found) for key in ("wall", "cpu")]
-        memory = statistics.median(each["megabytes"] for each in found)
-        ratios = [
-            statistics.median(a[key] / b[key] for a, b in zip(found, base, strict=True))
-            for key in ("wall", "cpu", "megabytes")
-        ]
-        shown = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"| {kind} | {row[0]:.2f} | {row[1]:.2f} | {memory:,.0f} | {shown} |")
-    if options.json is not None:
-        options.json.write_text(
-            json.dumps({"options": vars(options) | {"json": None}, "results": results}, default=str)
-        )
+    arguments = ["--vocabulary", str(options.vocabulary), "--steps", str(options.steps)]
+    kinds = options.kinds.split(",")
+    results = harness.interleaved(__file__, kinds, options.rounds, arguments, options.threads)
+    # The trainer logs its losses rounded to four digits.
+    apart = harness.check_losses(results, 2e-4)
+    title = f"DPO, vocabulary {options.vocabulary:,}, {options.threads} thread(s)"
+    print(f"{title}, {options.rounds} rounds; losses equal within {apart:.1e}; ratios to TRL")
+    print(harness.table(results, lambda kind: BASES[kind]))
+    harness.written(options.json, title, results)
 
 
 if __name__ == "__main__":

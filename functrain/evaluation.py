@@ -37,9 +37,10 @@ def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
 def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics:
     """The step's objective over `batches`, in eval mode and without gradients.
 
-    `eval_loss`, `eval_perplexity` and the stage's other metrics, each divided once by the weight
-    of all batches, so that neither batch size nor order matters (but to a model that draws in eval
-    mode). Changes nothing: no state is returned, and the global random generators are as before.
+    `eval_loss`, `eval_perplexity` and the stage's other metrics but `padding`, each divided once by
+    the weight of all batches, so that neither batch size nor order matters (but to a model that
+    draws in eval mode). Changes nothing: no state is returned, and the global random generators are
+    as before.
     Raises `BatchError` where there is nothing to evaluate.
     """
     step.check(state)
@@ -71,4 +72,5 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     if not measured:
         raise BatchError("batches: none, so there is nothing to evaluate")
     step.objective.check_weight(weight)
-    return measured.prefixed("eval_")
+    # How much is padding depends on how the batches were cut.
+    return Metrics({n: measured.metric(n) for n in measured if n != "padding"}).prefixed("eval_")

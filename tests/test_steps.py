@@ -33,6 +33,7 @@ def test_the_metrics_have_the_names_that_dashboards_know() -> None:
         "perplexity",
         "mean_token_accuracy",
         "num_tokens",
+        "padding",
         "grad_norm",
         "learning_rate",
         "loss_scale",

@@ -243,7 +243,17 @@ def schedule(config: Schedule) -> schedules.Schedule | Plateau:
 
 
 def sources(config: Config, tokenizer: ByteTokenizer | None) -> tuple[Source, Source | None]:
-    """What is trained on and, where there is some, what is held out."""
+    """What is trained on and, where there is some, what is held out.
+
+    Held-out examples are never packed: they are scored the same, and a limit counts examples.
+    """
+    train, held_out = _sources(config, tokenizer)
+    if config.data.packing and isinstance(train, data.Chats):
+        return data.packed(train, time=config.data.time), held_out
+    return train, held_out
+
+
+def _sources(config: Config, tokenizer: ByteTokenizer | None) -> tuple[Source, Source | None]:
     given = config.data
     if given.train == EMBEDDED:
         train, held_out = _embedded(config.stage, given.limit)
@@ -282,6 +292,9 @@ def digest(source: Source) -> str:
         ids = source.ids
         parts = [str((len(ids), ids.dtype)).encode(), ids[:_HASHED].tobytes()]
         parts.append(ids[-_HASHED:].tobytes() if len(ids) > _HASHED else b"")
+    elif isinstance(source, data.Packed):
+        arrays = (source.ids, source.labels, source.begins, source.lengths)
+        parts = [*(each.tobytes() for each in arrays), repr(source.packs).encode()]
     else:
         parts = [repr(getattr(source, "examples", None)).encode()]
     return hashlib.sha256(b"".join(parts)).hexdigest()
@@ -308,12 +321,15 @@ def _source(config: Config, found: Sequence[Any], tokenizer: ByteTokenizer | Non
     if tokenizer is None:
         raise ConfigError("data: text needs a tokenizer; pretrain on text, or on ids throughout")
     make: Any = {"pretrain": data.text, "sft": data.chat, "dpo": data.preference}[config.stage]
+    if isinstance(config, Pretrain) and config.data.packing:
+        make = data.packed_text
     if isinstance(config, DPO) and config.preference.unpaired:
         make = data.unpaired
-    cut: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if not isinstance(config, Pretrain):
-        cut = {"truncation": config.data.truncation, "min_prompt": config.data.min_prompt}
-    made: Source = make(found, tokenizer, **_rows(config), **cut)
+        names = ("truncation", "min_prompt", "group_by_length")
+        options = {name: getattr(config.data, name) for name in names}
+    made: Source = make(found, tokenizer, **_rows(config), **options)
     return made
 
 
@@ -323,13 +339,20 @@ def _batches(held_out: Source | None, config: Config) -> list[Batch]:
     size = config.evaluation.batch_size
     if config.evaluation.limit is None:
         return data.all_batches(held_out, size)
-    ordered = attrs.evolve(held_out, shuffle=False)
+    ordered = held_out.ordered()
     total = min(len(held_out), config.evaluation.limit)
     return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]
 
 
 def _notes(source: Source, held_out: Source | None) -> list[str]:
     notes = []
+    if isinstance(source, data.Packed):
+        notes.append(f"training data: {source.packing}")
+    if isinstance(source, data.Padded):
+        notes.append(
+            f"training data: {len(source):,} examples; in batches of {source.batch_size}, "
+            f"{source.padding():.1%} of the tokens are padding"
+        )
     for name, each in (("training", source), ("held-out", held_out)):
         counts = getattr(each, "counts", None)
         if counts is not None and (counts.truncated or counts.dropped):

@@ -109,8 +109,18 @@ class Data:
     """What of a longer example stays: keep_start, keep_end, or prompt_first (the prompt is cut)."""
     min_prompt: int = attrs.field(default=1, validator=at_least(0))
     """Tokens that prompt_first leaves of a prompt before it cuts the completion."""
+    packing: bool = False
+    """Several documents in a row of data.time tokens, none of which sees another."""
+    group_by_length: bool = False
+    """Batches of examples of similar lengths: less padding, and a little less random an order."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The hash of what is trained on; written when the run begins."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.packing and self.group_by_length:
+            raise ConfigError(
+                "data.group_by_length: with data.packing all rows are of one length; leave it out"
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -121,6 +131,12 @@ class Text(Data):
     """The type of the ids in a .bin file."""
     vocabulary: int | None = attrs.field(default=None, validator=at_least(2))
     """Token ids in all, where the data are ids of a tokenizer of your own."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.group_by_length:
+            raise ConfigError(
+                "data.group_by_length: rows of text are all of one length; leave it out"
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -432,6 +448,13 @@ class DPO:
     schedule: Schedule = attrs.field(factory=lambda: Schedule(peak=1e-4))
     train: Train = attrs.field(factory=Train)
     evaluation: Evaluation = attrs.field(factory=Evaluation)
+
+    def __attrs_post_init__(self) -> None:
+        if self.data.packing:
+            instead = "preference.layout='padding_free', which computes no padding"
+            if self.preference.unpaired:
+                instead = "data.group_by_length, which pads less"
+            raise ConfigError(f"data.packing: preference data are not packed; use {instead}")
 
 
 Config = Pretrain | SFT | DPO

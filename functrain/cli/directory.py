@@ -90,6 +90,11 @@ def check_files(config: Config) -> None:
             f"data.vocabulary: {data.train} is text, whose tokenizer is the built-in one; give "
             "vocabulary with token ids (.bin, .npy) only"
         )
+    if data.packing and is_tokens(data.train):
+        raise ConfigError(
+            f"data.packing: {data.train} is one stream of ids, whose rows are full, and says "
+            "nothing of documents; leave it out"
+        )
     if not isinstance(config, Pretrain):
         origin(config.model.from_)
 

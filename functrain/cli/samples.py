@@ -18,9 +18,13 @@ def prompts(batches: Sequence[Batch], tokenizer: ByteTokenizer | None, count: in
     sides = (batches[0].get(side) for side in ("chosen", "completion"))
     batch = next((side for side in sides if side is not None), batches[0])
     found = []
-    for ids, labels in zip(batch["input_ids"][:count], batch["labels"][:count], strict=True):
+    for row in range(min(count, len(batch["input_ids"]))):
+        ids, labels = batch["input_ids"][row], batch["labels"][row]
         targets = (labels != IGNORE_INDEX).nonzero()
         first = int(targets[0]) if len(targets) else 0
+        if "position_ids" in batch:  # packed text: the beginning of the first document
+            begins = (batch["position_ids"][row] == 0).nonzero()[1:2]
+            ids, first = ids[: int(begins[0]) if len(begins) else None], 0
         found.append(tokenizer.decode(ids[: first or min(64, len(ids) // 2)].tolist()))
     return found
 

@@ -56,6 +56,7 @@ def conclude(outcome: Outcome) -> str:
         [
             f"{run.path}: finished, {outcome.state.step:,} of {outcome.config.train.steps:,} steps",
             *([table(HEAD, rows), ""] if rows else []),
+            *padding(outcome.records),
             f"fingerprint  {fingerprint(outcome.state)}",
             f"report       {run.report}",
             f"next         {commands[0]}",
@@ -78,6 +79,14 @@ def measured(outcome: Outcome) -> list[Row]:
         first, last = (f"{bits_per_byte(each, batches):.3f}" for each in (before, after))
         rows.append((f"{what} bits per byte", first, last))
     return [(outcome.config.stage, *row) for row in rows]
+
+
+def padding(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much of what was computed was padding, as a line; none where nothing says so."""
+    seen = [float(each["padding"]) for each in records if "padding" in each]
+    if not seen:
+        return []
+    return [f"padding      {sum(seen) / len(seen):.1%} of a step's tokens, on average"]
 
 
 def _preferences(outcome: Outcome) -> list[Row]:

@@ -5,7 +5,9 @@ epoch, and nothing that moves: to resume is to ask again.
 """
 
 from functrain.data import embedded
+from functrain.data.grouping import Padded
 from functrain.data.order import permuted
+from functrain.data.packing import Packed, Packing, pack, packed, packed_text
 from functrain.data.pairs import Pairs, preference
 from functrain.data.records import documents, records
 from functrain.data.sequences import Chats, chat
@@ -20,6 +22,9 @@ __all__ = [
     "Chats",
     "Counts",
     "MapSource",
+    "Packed",
+    "Packing",
+    "Padded",
     "Pairs",
     "Source",
     "TextRows",
@@ -30,6 +35,9 @@ __all__ = [
     "documents",
     "embedded",
     "from_json",
+    "pack",
+    "packed",
+    "packed_text",
     "permuted",
     "preference",
     "records",

@@ -7,15 +7,16 @@ from collections.abc import Iterable
 import attrs
 
 from functrain.data.examples import Example, Prompted, Record, check_given, read_pair
+from functrain.data.grouping import Padded
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
 from functrain.data.tokenizers import Tokenizer
-from functrain.data.truncation import Counted, Truncation, fitted
+from functrain.data.truncation import Truncation, fitted
 from functrain.errors import DataError
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Pairs(Counted):
+class Pairs(Padded):
     """Two completions of one prompt, the chosen and the rejected; else as `Chats`.
 
     Both sides of a pair have the same prompt, cut or not, and each has a target.
@@ -26,6 +27,10 @@ class Pairs(Counted):
     def __len__(self) -> int:
         """The number of pairs."""
         return len(self.examples)
+
+    def sequences(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """The lengths of both sides, which a step pads to one width."""
+        return (tuple(len(ids) for ids, _ in self.examples[index]),)
 
     def collate(self, indices: list[int]) -> Batch:
         """`chosen` and `rejected`, each as `Chats` gives it."""
@@ -47,15 +52,16 @@ def preference(
     truncation: str = "keep_start",
     min_prompt: int = 1,
     drop_identical: bool = False,
+    group_by_length: bool = False,
 ) -> Pairs:
     """`{"prompt", "chosen", "rejected"}`, texts or lists of messages, as `chat` reads them.
 
     Without "prompt" it is what chosen and rejected both begin with: of messages, whole ones; of
     texts, as far as its tokens are the same when it is tokenised alone.
 
-    `truncation` and `min_prompt` are those of `chat`; the prompt is cut alike for both sides, by
-    what the longer completion needs. A pair is dropped, and counted, when one side has no
-    completion token left, or when the sides differ only in what was cut.
+    `truncation`, `min_prompt` and `group_by_length` are those of `chat`; the prompt is cut alike
+    for both sides, by what the longer completion needs. A pair is dropped, and counted, when one
+    side has no completion token left, or when the sides differ only in what was cut.
 
     Raises `DataError` as `chat` does; for a record without a prompt in which chosen and rejected
     share none; and for chosen and rejected that are the same, unless `drop_identical` drops and
@@ -72,6 +78,7 @@ def preference(
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
+        group_by_length=group_by_length,
     )
 
 

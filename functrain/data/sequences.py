@@ -8,14 +8,15 @@ import attrs
 import torch
 
 from functrain.data.examples import Example, Record, check_given, read_chat
+from functrain.data.grouping import Padded, width
 from functrain.data.source import Batch
 from functrain.data.text import IGNORE_INDEX
 from functrain.data.tokenizers import Tokenizer
-from functrain.data.truncation import Counted, Truncation, fitted
+from functrain.data.truncation import Truncation, fitted
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Chats(Counted):
+class Chats(Padded):
     """Completions to be learnt: labels on what the assistant says, −100 elsewhere.
 
     Rows are padded at the end to the batch's longest, rounded up to a multiple of 8. `counts` says
@@ -28,6 +29,10 @@ class Chats(Counted):
         """The number of examples."""
         return len(self.examples)
 
+    def sequences(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """The length of an example."""
+        return ((len(self.examples[index][0]),),)
+
     def collate(self, indices: list[int]) -> Batch:
         """`input_ids`, `labels`, `attention_mask`: int64 [n, time]."""
         return padded([self.examples[index] for index in indices])
@@ -35,7 +40,7 @@ class Chats(Counted):
 
 def padded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """Examples as one batch, padded at the end."""
-    time = -(-max(len(ids) for ids, _ in examples) // 8) * 8
+    time = width(len(ids) for ids, _ in examples)
     input_ids = torch.zeros(len(examples), time, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     mask = torch.zeros_like(input_ids)
@@ -56,6 +61,7 @@ def chat(
     shuffle: bool = True,
     truncation: str = "keep_start",
     min_prompt: int = 1,
+    group_by_length: bool = False,
 ) -> Chats:
     """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}]}` for fine-tuning.
 
@@ -67,6 +73,8 @@ def chat(
     An example of more than `time` tokens loses its end (`truncation="keep_start"`), its start
     (`"keep_end"`), or of its prompt the start down to `min_prompt` tokens and only then its end
     (`"prompt_first"`); the prompt of a dialogue is what comes before the first assistant's message.
+
+    `group_by_length`: batches of similar lengths, see `functrain.data.grouping.Padded`.
 
     Raises `DataError`, naming the record, for missing keys, both forms in one record, unknown
     roles, content that is not text, an empty completion; and for options that cannot be, and where
@@ -82,4 +90,5 @@ def chat(
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
+        group_by_length=group_by_length,
     )

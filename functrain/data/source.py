@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import attrs
 
@@ -73,6 +73,14 @@ class MapSource:
             return offset
         return permuted(offset, len(self), keys.derive(self.seed, "epoch", epoch))
 
+    def indices(self, position: int, n: int) -> list[int]:
+        """The samples at `n` positions from `position` on."""
+        return [self.index(p) for p in range(position, position + n)]
+
+    def ordered(self) -> Self:
+        """The same source in the given order."""
+        return attrs.evolve(self, shuffle=False)
+
     def at(self, position: int, n: int) -> Batch:
         """The batch of `n` samples from `position` on; see `Source`.
 
@@ -84,13 +92,13 @@ class MapSource:
             raise DataError(f"at({position}, {n}): expected a position >= 0 and n >= 1")
         if not len(self):
             raise DataError("source: empty; give it at least one sample")
-        return self.collate([self.index(p) for p in range(position, position + n)])
+        return self.collate(self.indices(position, n))
 
 
 def all_batches(source: MapSource, batch_size: int | None = None) -> list[Batch]:
     """The whole source once, in the given order; the last batch may be shorter. For evaluation."""
     size = source.batch_size if batch_size is None else batch_size
     at_least_one("batch_size", size)
-    ordered = attrs.evolve(source, shuffle=False)
+    ordered = source.ordered()
     total = len(source)
     return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]

@@ -33,10 +33,7 @@ class TextRows(MapSource):
     time: int
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.time, bool) or not isinstance(self.time, int) or self.time < 2:
-            raise DataError(
-                f"time: {self.time!r}, expected an integer of at least 2 (a token and its target)"
-            )
+        check_time(self.time)
         if len(self.ids) < 2:
             raise DataError(f"tokens: {len(self.ids)} in all, expected at least 2")
 
@@ -50,10 +47,18 @@ class TextRows(MapSource):
         labels = torch.full_like(ids, IGNORE_INDEX)
         for row, index in enumerate(indices):
             begin = index * (self.time - 1)
-            piece = torch.from_numpy(_signed(self.ids[begin : begin + self.time], begin))
+            piece = torch.from_numpy(checked_ids(self.ids[begin : begin + self.time], begin))
             ids[row, : len(piece)] = piece
             labels[row, : len(piece)] = piece
         return {"input_ids": ids, "labels": labels}
+
+
+def check_time(time: object) -> None:
+    """Raise `DataError` unless rows of `time` tokens have a token and its target."""
+    if isinstance(time, bool) or not isinstance(time, int) or time < 2:
+        raise DataError(
+            f"time: {time!r}, expected an integer of at least 2 (a token and its target)"
+        )
 
 
 def text(
@@ -66,11 +71,18 @@ def text(
     shuffle: bool = True,
 ) -> TextRows:
     """Documents as one stream, each closed by the tokenizer's `end`, in rows of `time` tokens."""
+    ids, _ = encoded(documents, tokenizer)
+    return TextRows(ids=ids, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.NDArray[np.int64]]:
+    """Documents one after the other, each closed by `end`: their ids, and where each one ends."""
     if isinstance(documents, str):
         raise DataError("documents: one string; expected several: [text]")
     if not isinstance(documents, Iterable):
         raise DataError(f"documents: expected a list of texts, got {type(documents).__name__}")
     stream: list[int] = []
+    ends: list[int] = []
     for number, document in enumerate(documents):
         if not isinstance(document, str):
             raise DataError(
@@ -79,8 +91,9 @@ def text(
             )
         stream += tokenizer.encode(document)
         stream.append(tokenizer.end)
+        ends.append(len(stream))
     ids = np.array(stream, dtype=np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
-    return TextRows(ids=ids, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    return ids, np.array(ends, dtype=np.int64)
 
 
 def tokens(
@@ -99,7 +112,7 @@ def tokens(
     return TextRows(ids=array, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
-def _signed(ids: Ids, begin: int) -> npt.NDArray[np.int64]:
+def checked_ids(ids: Ids, begin: int) -> npt.NDArray[np.int64]:
     """Ids as int64, looked at where they are read: a mapped file may be larger than memory."""
     signed = ids.astype(np.int64)
     if signed.min() < 0:  # an id beyond int64 has become negative too

@@ -17,16 +17,17 @@ from functrain.data.examples import (
     read_pair,
     read_unpaired,
 )
+from functrain.data.grouping import Padded
 from functrain.data.pairs import differ
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
 from functrain.data.tokenizers import Tokenizer
-from functrain.data.truncation import Counted, Truncation, fitted, has_targets
+from functrain.data.truncation import Truncation, fitted, has_targets
 from functrain.errors import DataError
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Unpaired(Counted):
+class Unpaired(Padded):
     """Completions judged one by one, each with a mismatched one; else as `Chats`.
 
     An example is its sequence, its prompt with another example's completion, and whether its own
@@ -38,6 +39,11 @@ class Unpaired(Counted):
     def __len__(self) -> int:
         """The number of examples."""
         return len(self.examples)
+
+    def sequences(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """The lengths of the completion and of the mismatched one."""
+        completion, mismatched, _ = self.examples[index]
+        return (len(completion[0]),), (len(mismatched[0]),)
 
     def collate(self, indices: list[int]) -> Batch:
         """`completion` and `mismatched`, each as `Chats` gives it, and `desirable`: bool [n]."""
@@ -60,6 +66,7 @@ def unpaired(
     truncation: str = "keep_start",
     min_prompt: int = 1,
     drop_identical: bool = False,
+    group_by_length: bool = False,
 ) -> Unpaired:
     """`{"prompt", "completion", "label"}`, with a label that is true where this is desirable.
 
@@ -108,6 +115,7 @@ def unpaired(
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
+        group_by_length=group_by_length,
     )
 
 

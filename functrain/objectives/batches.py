@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from functrain.errors import BatchError, did_you_mean
@@ -123,6 +124,57 @@ def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
         if isinstance(value, Mapping) and "labels" in value and key != "mismatched"
     ]
     return torch.stack([count_targets(each) for each in nested]).sum()
+
+
+def beginnings(position_ids: Tensor) -> Tensor:
+    """Where positions do not go up by one, so that a sequence begins: bool [batch, time]."""
+    return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+
+
+def are_packed(batch: Batch) -> bool:
+    """Whether rows hold several sequences, told apart by positions; no mask is beside them.
+
+    On an accelerator this waits for it.
+    """
+    if "position_ids" not in batch or "attention_mask" in batch:
+        return False
+    return bool(beginnings(batch["position_ids"])[:, 1:].any())
+
+
+def check_packed(batch: Batch) -> None:
+    """Raise `BatchError` for a target that would be predicted from another sequence of its row.
+
+    Checked on the CPU.
+    """
+    if batch["labels"].device.type != "cpu" or not are_packed(batch):
+        return
+    begins = beginnings(batch["position_ids"])
+    begins[:, 0] = False  # never a target
+    found = (begins & (batch["labels"] != IGNORE_INDEX)).nonzero()
+    if len(found):
+        row, place = found[0].tolist()
+        raise BatchError(
+            f"labels: {int(batch['labels'][row, place])} at {[row, place]}, where position_ids "
+            "begin anew: it would be predicted from the last token of another document; make the "
+            "first label of each document -100"
+        )
+
+
+def count_padding(batch: Batch) -> tuple[Tensor, int]:
+    """How many tokens of [batch, time] are padding (int64, 0-d), and how many there are.
+
+    Padding is what `attention_mask` hides. Without one it is, where there are `position_ids`, what
+    is alone in its sequence, and otherwise what no target of its row comes at or after.
+    """
+    outside = batch["labels"] == IGNORE_INDEX
+    if "attention_mask" in batch:
+        padding = batch["attention_mask"] == 0
+    elif "position_ids" in batch:
+        begins = beginnings(batch["position_ids"])
+        padding = begins & F.pad(begins[:, 1:], (0, 1), value=True) & outside
+    else:
+        padding = outside.flip(1).cumprod(1)
+    return padding.sum(), padding.numel()
 
 
 def check_targets(count: Tensor, where: str) -> None:

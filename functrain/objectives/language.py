@@ -16,12 +16,15 @@ from functrain.objectives.base import logits_of
 from functrain.objectives.batches import (
     IGNORE_INDEX,
     Batch,
+    check_packed,
     check_sequences,
     check_targets,
+    count_padding,
     count_targets,
 )
 from functrain.objectives.chunks import summed_cross_entropy
 from functrain.objectives.logprobs import HeadMode, head_mode, hidden_rows
+from functrain.objectives.packed import check_separated
 
 
 @attrs.frozen(kw_only=True)
@@ -32,6 +35,9 @@ class LanguageModeling:
     t + 1, and −100 is no target. The weight is the number of target tokens. Pretraining and SFT
     differ only in which labels the data leaves. `head`: `auto` makes the logits a few rows at a
     time where that saves memory, `full` never; the same to rounding.
+
+    A batch without `attention_mask` in which `position_ids` begin anew within rows is packed: each
+    document is predicted as if it were alone. A model whose documents see each other is refused.
     """
 
     name: str = "pretrain"
@@ -41,8 +47,12 @@ class LanguageModeling:
     direct: ClassVar[bool] = True
 
     def check(self, batch: Batch, vocabulary: int | None) -> None:
-        """Raise `BatchError` unless the batch has well-formed input_ids and labels."""
+        """Raise `BatchError` unless the batch has well-formed input_ids and labels.
+
+        In a packed one the first label of each document is −100.
+        """
         check_sequences(batch, vocabulary)
+        check_packed(batch)
 
     def weight(self, batch: Batch) -> Tensor:
         """The number of target tokens; int64, 0-d."""
@@ -53,7 +63,12 @@ class LanguageModeling:
         check_targets(weight, "labels")
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The summed cross entropy, with loss, perplexity, accuracy and the number of targets."""
+        """The summed cross entropy, with loss, perplexity, accuracy and the number of targets.
+
+        `padding` is the part of the tokens that is padding. Raises `ArchitectureError` where
+        documents of a packed batch would see each other.
+        """
+        check_separated(model, batch)
         total, correct = _summed(model, batch, self.head)
         weight = count_targets(batch)
         return total, Metrics(
@@ -62,6 +77,7 @@ class LanguageModeling:
                 "perplexity": m.exponential(total, weight),
                 "mean_token_accuracy": m.mean(correct, weight),
                 "num_tokens": m.total(weight),
+                "padding": m.mean(*count_padding(batch)),
             }
         )
 

@@ -14,12 +14,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import vocabulary_of
 from functrain.errors import ArchitectureError, BatchError, ConfigError
-from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch
-from functrain.objectives.head import calm
 from functrain.objectives.pairs import SIDES, concatenated, last_target
+from functrain.objectives.support import check_weights, fault
 
 LayoutName = Literal["padded", "padding_free", "shared_prompt"]
 """`padded`: a row for each sequence. `padding_free`: all in one row, and `position_ids` tell them
@@ -40,10 +38,12 @@ class Layout:
 
     `inputs`: the model's keywords; `input_ids` are [rows, width]. `index`: int64 [batch, time],
     where in the flattened [rows · width] each token is; of no meaning for those that are left out.
+    `padding`: int64, 0-d, how many of the tokens in `inputs` are.
     """
 
     inputs: Batch
     index: Tensor
+    padding: Tensor
 
     def gathered(self, outputs: Tensor, places: Tensor) -> Tensor:
         """Of what the model returned, [rows, width, …], the rows for these predictions.
@@ -52,6 +52,10 @@ class Layout:
         """
         predicting = self.index[:, :-1].flatten()[places]
         return outputs.flatten(0, 1).index_select(0, predicting)
+
+    def count_padding(self) -> tuple[Tensor, int]:
+        """How many of the tokens in `inputs` are padding, and how many there are."""
+        return self.padding, self.inputs["input_ids"].numel()
 
 
 def laid_out(layout: LayoutName, model: nn.Module, batch: Batch) -> Layout | None:
@@ -123,7 +127,7 @@ def _ranks(real: Tensor) -> Tensor:
     return (real.cumsum(1) - 1).clamp(min=0)
 
 
-def _padding_free(batch: Batch) -> Layout:
+def padding_free(batch: Batch) -> Layout:
     """One row of all tokens; no mask, as positions that begin anew separate the sequences.
 
     Where attention has no kernel for rows of several sequences, it is computed over the whole row.
@@ -136,6 +140,7 @@ def _padding_free(batch: Batch) -> Layout:
     return Layout(
         inputs={key: value.flatten()[places].unsqueeze(0) for key, value in inputs.items()},
         index=index.clamp(min=0),
+        padding=torch.zeros_like(index[0, 0]),
     )
 
 
@@ -167,6 +172,7 @@ def _shared_prompt(batch: Batch) -> Layout:
             "attention_mask": _branching(shared, chosen, width),
         },
         index=index,
+        padding=(width - (chosen + rejected - shared)).sum(),
     )
 
 
@@ -194,7 +200,7 @@ def _branching(shared: Tensor, chosen: Tensor, width: int) -> Tensor:
 
 
 _MAKERS: dict[str, Callable[[Batch], Layout]] = {
-    "padding_free": _padding_free,
+    "padding_free": padding_free,
     "shared_prompt": _shared_prompt,
 }
 
@@ -238,98 +244,13 @@ def _supported(layout: str, model: nn.Module) -> bool:
 
 
 def _tried(layout: str, model: nn.Module) -> bool:
-    if next(model.parameters()).device.type == "meta":
-        raise ArchitectureError(
-            f"layout: {layout!r}, and the architecture has no weights to try it with; call it "
-            "within functrain.bound, as a step does"
-        )
-    fault = _fault(layout, model, additive=False)
-    if fault is None:
+    check_weights(model, f"layout: {layout!r}")
+    make = _MAKERS[layout]
+    found = fault(model, make)
+    if found is None:
         return False
-    if layout == "shared_prompt" and _fault(layout, model, additive=True) is None:
+    if layout == "shared_prompt" and fault(model, lambda b: _added(make(b), model)) is None:
         return True
-    hint = ""
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        hint = " (under config.use_cache models of transformers do not separate sequences)"
     raise ArchitectureError(
-        f"layout: the model does not support {layout!r}: on a few tokens {fault}{hint}; use "
-        "layout='padded'"
+        f"layout: the model does not support {layout!r}: {found}; use layout='padded'"
     )
-
-
-def _fault(layout: str, model: nn.Module, *, additive: bool) -> str | None:
-    """What is wrong with a model's logits in a layout, tried on two pairs; None: nothing.
-
-    It must also be able to go wrong: with the same tokens in plain rows it has to.
-    """
-    try:
-        with calm(model, _stirred(model)):
-            batch = _trial(model)
-            made = _MAKERS[layout](batch)
-            made = _added(made, model) if additive else made
-            ids = made.inputs["input_ids"]
-            places = _real(batch)[:, :-1].flatten().nonzero().squeeze(1)
-            alone = _alone(model, batch)
-            apart = _apart(made.gathered(logits_of(model, made.inputs), places), alone)
-            leaking = _apart(made.gathered(logits_of(model, {"input_ids": ids}), places), alone)
-            limit = _limit(model)
-    except Exception as error:  # whatever a foreign forward raises, it cannot be called so
-        return f"its forward raised {type(error).__name__}: {str(error)[:200]}"
-    if not apart <= limit:
-        return (
-            f"its logits were {apart:.2g} of the largest away from those of each sequence alone, "
-            f"expected at most {limit:.1g}"
-        )
-    if not leaking > 4 * limit:
-        return f"no sequence has to do with what is before it ({leaking:.1g}), so it cannot be told"
-    return None
-
-
-def _stirred(model: nn.Module) -> dict[str, Tensor]:
-    """Matrices under which tokens have to do with each other, whatever the weights are now.
-
-    Each is one line of random numbers, shifted from row to row, so that it takes no memory.
-    """
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for name, param in model.named_parameters():
-        if param.ndim == 2 and param.is_floating_point():
-            line = torch.randn(sum(param.shape), generator=generator) / param.shape[1] ** 0.5
-            found[name] = line.to(param).as_strided(param.shape, (1, 1))
-    return found
-
-
-def _trial(model: nn.Module) -> dict[str, Any]:
-    """Two pairs of different lengths, the sides of one with three tokens in common."""
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary_of(model) or 2, (4, 6), generator=generator)
-    ids[2, :3] = ids[0, :3]
-    lengths = torch.tensor([[6], [4], [5], [5]])
-    labels = ids.masked_fill(torch.arange(6) >= lengths, IGNORE_INDEX)
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
-
-
-def _alone(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits of each sequence by itself, one after the other."""
-    sequences = zip(batch["input_ids"], _real(batch), strict=True)
-    found = [logits_of(model, {"input_ids": ids[real].unsqueeze(0)}) for ids, real in sequences]
-    return torch.cat([logits.squeeze(0) for logits in found])
-
-
-def _apart(logits: Tensor, alone: Tensor) -> float:
-    finite = alone.isfinite()
-    return float((logits - alone)[finite].abs().max() / alone[finite].abs().max())
-
-
-def _limit(model: nn.Module) -> float:
-    """Far above the rounding of a forward, and far below what another sequence makes of it.
-
-    √ε of the coarsest dtype that it is computed in; norms and rotary angles are float32 at best.
-    """
-    dtypes = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return float(coarsest**0.5)

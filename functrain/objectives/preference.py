@@ -14,7 +14,7 @@ from functrain import metrics as m
 from functrain.architecture import Mode
 from functrain.errors import BatchError
 from functrain.metrics import Metrics
-from functrain.objectives.batches import IGNORE_INDEX, Batch, examples_in
+from functrain.objectives.batches import IGNORE_INDEX, Batch, count_padding, examples_in
 from functrain.objectives.layouts import (
     Layout,
     LayoutName,
@@ -231,7 +231,7 @@ class PreferenceOptimization:
 
         `perplexity` is the policy's, by token of the chosen completions. `nll_loss` is the mean of
         a mix's likelihood term; of one with both kinds, `nll_loss/completion` and
-        `nll_loss/sequence`.
+        `nll_loss/sequence`. `padding` is the part of the tokens that is padding, in the layout.
 
         Policy and reference take one forward each, over chosen and rejected together.
         """
@@ -251,9 +251,11 @@ class PreferenceOptimization:
             terms = [factor * negative[kind] for kind, factor in kinds.items()]
             total = torch.stack([pair_loss, *terms])
         chosen_tokens = scores.lengths.chunk(2)[0].sum()
+        padding = count_padding(joined) if layout is None else layout.count_padding()
         measured = {
             "loss": m.mean(total, weight),
             "perplexity": m.exponential(negative["completion"], chosen_tokens),
+            "padding": m.mean(*padding),
         }
         for kind in kinds:
             name = "nll_loss" if len(kinds) == 1 else f"nll_loss/{kind}"

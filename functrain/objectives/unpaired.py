@@ -13,7 +13,7 @@ from functrain import metrics as m
 from functrain.architecture import Mode
 from functrain.errors import BatchError
 from functrain.metrics import Metrics
-from functrain.objectives.batches import Batch
+from functrain.objectives.batches import Batch, count_padding
 from functrain.objectives.logprobs import HeadMode, head_mode, token_scores
 from functrain.objectives.options import optional_tensors, positive
 from functrain.objectives.pairs import check_completions, check_keys, check_reference_logps
@@ -111,7 +111,10 @@ class UnpairedOptimization:
             self.desirable_weight * (-gain).sigmoid(),
             self.undesirable_weight * gain.sigmoid(),
         ).sum()
-        return total, self._metrics(total, policy, ratio, desirable, coupling, tokens)
+        metrics = self._metrics(total, policy, ratio, desirable, coupling, tokens)
+        counts = [count_padding(batch[side]) for side in _SIDES]
+        padding, made = (sum(each) for each in zip(*counts, strict=True))
+        return total, metrics | Metrics({"padding": m.mean(padding, made)})
 
     def _sums(self, model: nn.Module, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor]:
         scores = token_scores(model, batch[side], head=self.head, detailed=False)

@@ -198,3 +198,86 @@ def test_inspect_finds_an_altered_file(
         (target / path.name).write_bytes(data)
     assert main(["inspect", str(target)]) == 2
     assert "its sha256 does not match the manifest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_packed_runs_train_resume_to_the_bit_and_say_what_was_padding(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    texts: list[dict[str, object]] = [{"text": "one two " * (n % 9)} for n in range(40)]
+    data = _jsonl(tmp_path / "data.jsonl", CHATS if stage == "sft" else texts)  # type: ignore[arg-type]
+    start = ["--model.from", str(runs / "a")]
+    if stage == "pretrain":
+        start = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    common = [stage, *start, "--data.train", data, "--data.held-out", data, *COMMON]
+    common += ["--data.packing", "--data.time", "64", "--schedule.total", "6"]
+    assert main([*common, "--directory", str(tmp_path / "once")]) == 0
+    said = capsys.readouterr()
+    assert "packs of 64 tokens, " in said.err
+    first = [*common, "--directory", str(tmp_path / "twice")]
+    assert main([*first, "--train.steps", "3"]) == 0
+    assert main([*first, "--resume"]) == 0
+    newest = [checkpoint.latest(tmp_path / run / "checkpoints") for run in ("once", "twice")]
+    texts_ = [path / "manifest.json" for path in newest if path is not None]
+    assert texts_[0].read_text() == texts_[1].read_text()
+    records = [json.loads(line) for line in (tmp_path / "once/metrics.jsonl").open()]
+    seen = [record["padding"] for record in records if "padding" in record]
+    assert len(seen) == 6
+    assert all(0 <= each < 0.5 for each in seen)
+    assert f"padding      {sum(seen) / 6:.1%} of a step's tokens, on average" in said.out
+    resumed = [*first, "--resume", "--data.no-packing"]
+    assert main(resumed) == 2
+    assert "data.packing: False, and the run has True" in capsys.readouterr().err
+
+
+def test_the_held_out_examples_are_scored_alike_however_training_is_packed(
+    runs: Path, tmp_path: Path
+) -> None:
+    data = ["--data.train", str(runs / "sft.jsonl"), "--data.held-out", str(runs / "sft.jsonl")]
+    given = ["sft", "--model.from", str(runs / "a"), *data, *COMMON]
+    found = []
+    for options in ([], ["--data.packing"], ["--data.group-by-length"]):
+        run = tmp_path / str(len(found))
+        assert main([*given, *options, "--directory", str(run)]) == 0
+        found.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[0]))
+    assert found[0] == found[1] == found[2]
+
+
+PACKED = [
+    (["sft", "--data.packing", "--data.group-by-length"], "data.group_by_length: with data.pack"),
+    (["pretrain", "--data.group-by-length"], "data.group_by_length: rows of text are all of one"),
+    (["dpo", "--data.packing"], "data.packing: preference data are not packed; use preference.la"),
+    (
+        ["dpo", "--data.packing", "--preference.loss", "kto"],
+        "data.packing: preference data are not packed; use data.group_by_length",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), PACKED)
+def test_packing_that_makes_no_sense_is_refused(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_of_token_ids_are_not_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (np.arange(600, dtype=np.uint16) % 50).tofile(tmp_path / "ids.bin")
+    given = ["--data.train", str(tmp_path / "ids.bin"), "--data.vocabulary", "50"]
+    assert main(["pretrain", *given, "--data.packing"]) == 2
+    assert "is one stream of ids, whose rows are full" in capsys.readouterr().err
+
+
+def test_preference_data_can_be_grouped_by_length(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model.from", str(runs / "b"), "--data.train", str(runs / "pairs.jsonl"), *COMMON]
+    given += ["--data.group-by-length", "--directory", str(tmp_path / "run")]
+    assert main(["dpo", *given]) == 0
+    said = capsys.readouterr()
+    assert "12 examples; in batches of 4, " in said.err
+    assert " of the tokens are padding" in said.err
+    assert "of a step's tokens, on average" in said.out

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import pytest
 import torch
@@ -46,6 +45,22 @@ SOURCES: dict[str, Any] = {
         [{"prompt": f"{n}?", "completion": "x" * (n % 7 + 1)} for n in range(30)],
         BYTES,
         **{"time": 32, "batch_size": 4, **o},
+    ),
+    "grouped": lambda **o: data.chat(
+        [{"prompt": f"{n}?", "completion": "x" * (n % 7 + 1)} for n in range(30)],
+        BYTES,
+        **{"time": 32, "batch_size": 4, "group_by_length": True, **o},
+    ),
+    "packed": lambda **o: data.packed(
+        data.chat(
+            [{"prompt": f"{n}?", "completion": "x" * (n % 7 + 1)} for n in range(90)],
+            BYTES,
+            **{"time": 32, "batch_size": 4, **o},
+        ),
+        time=32,
+    ),
+    "packed_text": lambda **o: data.packed_text(
+        ["x" * (5 * n % 70 + 1) for n in range(30)], BYTES, **{"time": 32, "batch_size": 4, **o}
     ),
     "unpaired": lambda **o: data.unpaired(
         [
@@ -120,7 +135,7 @@ def test_an_epoch_holds_every_sample_once_in_an_order_of_its_own(make: Any) -> N
     assert len({tuple(order) for order in epochs}) == 3
     other = make(seed=2)
     assert [other.index(i) for i in range(length)] != epochs[0]
-    ordered = attrs.evolve(source, shuffle=False)
+    ordered = source.ordered()
     assert [ordered.index(length + i) for i in range(length)] == list(range(length))
 
 

@@ -196,6 +196,8 @@ def _assert_equal(
 ) -> None:
     assert one.keys() == other.keys()
     for name, value in other.items():
+        if name == "padding":  # what a layout is to change
+            continue
         assert one[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
 
 
@@ -412,7 +414,7 @@ def test_logits_are_made_of_rows_that_have_a_target() -> None:
 
 
 def test_a_row_without_padding_by_example() -> None:
-    made = layouts._padding_free(_example())
+    made = layouts.padding_free(_example())
     assert made.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 1, 2, 5]]
     assert made.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert "attention_mask" not in made.inputs
