@@ -218,9 +218,10 @@ def test_packed_runs_train_resume_to_the_bit_and_say_what_was_padding(
     assert main([*first, "--train.steps", "3"]) == 0
     assert main([*first, "--resume"]) == 0
     newest = [checkpoint.latest(tmp_path / run / "checkpoints") for run in ("once", "twice")]
-    texts_ = [path / "manifest.json" for path in newest if path is not None]
-    assert texts_[0].read_text() == texts_[1].read_text()
-    records = [json.loads(line) for line in (tmp_path / "once/metrics.jsonl").open()]
+    manifests = [path / "manifest.json" for path in newest if path is not None]
+    assert manifests[0].read_text() == manifests[1].read_text()
+    lines = (tmp_path / "once/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     seen = [record["padding"] for record in records if "padding" in record]
     assert len(seen) == 6
     assert all(0 <= each < 0.5 for each in seen)
