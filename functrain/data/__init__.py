@@ -9,6 +9,7 @@ from functrain.data.grouping import Padded
 from functrain.data.order import permuted
 from functrain.data.packing import Packed, Packing, pack, packed, packed_text
 from functrain.data.pairs import Pairs, preference
+from functrain.data.prefetch import Prefetched
 from functrain.data.records import documents, records
 from functrain.data.sequences import Chats, chat
 from functrain.data.source import MapSource, Source, all_batches
@@ -26,6 +27,7 @@ __all__ = [
     "Packing",
     "Padded",
     "Pairs",
+    "Prefetched",
     "Source",
     "TextRows",
     "Tokenizer",
