@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         StateError,
     )
     from functrain.evaluation import evaluate
+    from functrain.flops import flops_of
     from functrain.gradients import (
         accumulate,
         adaptive_clip,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     )
     from functrain.guards import SpikeGuard
     from functrain.loop import train
+    from functrain.memory import keep_pages
     from functrain.metrics import Metrics
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
     from functrain.references import ReferenceCache, Referenced, attach_reference
@@ -99,6 +101,8 @@ _NAMES = {
     "functrain.stages": ("dpo_step", "kto_step", "make_step", "pretrain_step", "sft_step"),
     "functrain.steps": ("Step",),
     "functrain.evaluation": ("evaluate",),
+    "functrain.flops": ("flops_of",),
+    "functrain.memory": ("keep_pages",),
 }
 _HOMES = {name: (home, name) for home, names in _NAMES.items() for name in names}
 _HOMES["clone"] = ("functrain.state", "clone_state")
@@ -134,7 +138,9 @@ __all__ = [
     "evaluate",
     "fingerprint",
     "fingerprints",
+    "flops_of",
     "init_loss_scale",
+    "keep_pages",
     "kto_step",
     "latest",
     "load",

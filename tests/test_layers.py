@@ -30,6 +30,7 @@ LAYERS = [
     "steps",
     "stages",
     "evaluation",
+    "flops",
     "distributed",
     "data",
     "references",

@@ -54,7 +54,8 @@ class Prefetched:
 
     def close(self) -> None:
         """End the thread; batches can still be asked for, and are made at once."""
-        self._ahead, self._pending = 0, {}
+        self._ahead = 0
+        self._pending.clear()
         self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
