@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functrain.architecture import bound
 from functrain.checkpoint import load, save
 from functrain.data.source import Source
 from functrain.errors import ConsumedStateError
@@ -29,9 +30,16 @@ from functrain.evaluation import evaluate
 from functrain.gradients import Gradients, clip_by_global_norm
 from functrain.loop import train
 from functrain.metrics import Metrics
-from functrain.objectives.batches import IGNORE_INDEX, Batch
+from functrain.objectives.batches import (
+    IGNORE_INDEX,
+    Batch,
+    are_packed,
+    beginnings,
+    to_device,
+)
+from functrain.objectives.logprobs import token_scores
 from functrain.objectives.preference import PreferenceOptimization
-from functrain.state import TrainState, clone_state, fingerprint, fingerprints
+from functrain.state import TrainState, clone_state, device_of, fingerprint, fingerprints
 from functrain.steps import Step
 from functrain.trees import digest, global_norm
 
@@ -108,6 +116,44 @@ def assert_padding_invariant(step: Step, state: TrainState, batch: Batch, column
     plain = step.value_and_grad(state.params, state.buffers, _padded(batch, 0))
     padded = step.value_and_grad(state.params, state.buffers, _padded(batch, columns))
     _assert_close(plain, padded, f"{columns} columns of padding")
+
+
+def assert_packing_isolated(step: Step, state: TrainState, batch: Batch) -> None:
+    """Other tokens in a document of a packed batch change the log-probs of no other, to rounding.
+
+    A batch as `functrain.data.packed` makes it; a model that does not keep documents apart fails.
+    """
+    step.objective.check(batch, step.value_and_grad.vocabulary)
+    assert are_packed(batch), "not a packed batch: no row holds several documents"
+    ids, labels = batch["input_ids"], batch["labels"]
+    documents = beginnings(batch["position_ids"]).flatten().cumsum(0).view_as(ids)
+    limit = step.value_and_grad.vocabulary or int(ids.max()) + 1
+    before = _logps(step, state, batch)
+    for document in range(1, int(documents.max()) + 1):
+        own = documents == document
+        others = torch.where(own, (ids + 1) % limit, ids)
+        targets = torch.where(labels == IGNORE_INDEX, labels, torch.where(own, others, labels))
+        after = _logps(step, state, {**batch, "input_ids": others, "labels": targets})
+        apart = torch.where(own[:, 1:], 0.0, (after - before).abs())
+        row, place = (int(n) for n in own.nonzero()[0])
+        assert float(apart.max()) <= 10 * _tolerance(state) * max(1.0, float(before.abs().max())), (
+            f"another document sees the one that begins at {[row, place]}: a log-prob is "
+            f"{float(apart.max()):.3g} off"
+        )
+
+
+def _logps(step: Step, state: TrainState, batch: Batch) -> Tensor:
+    """The log-probs of targets in eval mode, [batch, time − 1]; 0 where there is none."""
+    gradient = step.value_and_grad
+    values, buffers = gradient.values(state.params), gradient.buffer_values(state.buffers)
+    device = device_of(state.params)
+    moved = to_device(batch, device)
+    with (
+        torch.no_grad(),
+        bound(step.architecture, values, buffers, "eval", places=gradient.places) as model,
+        step.precision.context(device),
+    ):
+        return token_scores(model, moved, detailed=False).logps.cpu()
 
 
 def assert_clip_laws(grads: Mapping[str, Tensor], max_norm: float) -> None:

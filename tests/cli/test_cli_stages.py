@@ -229,6 +229,9 @@ def test_packed_runs_train_resume_to_the_bit_and_say_what_was_padding(
     resumed = [*first, "--resume", "--data.no-packing"]
     assert main(resumed) == 2
     assert "data.packing: False, and the run has True" in capsys.readouterr().err
+    _jsonl(Path(data), (CHATS if stage == "sft" else texts)[1:])  # type: ignore[arg-type]
+    assert main([*first, "--resume"]) == 2
+    assert "data.jsonl is not what this run was begun with" in capsys.readouterr().err
 
 
 def test_the_held_out_examples_are_scored_alike_however_training_is_packed(

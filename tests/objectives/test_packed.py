@@ -130,6 +130,22 @@ def _logps(name: str, batch: Any) -> Tensor:
         return token_scores(model, batch).logps
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_public_law_of_isolation_holds(name: str) -> None:
+    step, state = _step(name)
+    testing.assert_packing_isolated(step, state, _texts().at(0, 3))
+
+
+def test_the_public_law_finds_documents_that_see_each_other() -> None:
+    architecture, params, buffers = ft.split(Changed(_without("position_ids")))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    with pytest.raises(AssertionError, match="another document sees the one that begins at"):
+        testing.assert_packing_isolated(step, state, _texts().at(0, 3))
+    with pytest.raises(AssertionError, match="not a packed batch"):
+        testing.assert_packing_isolated(step, state, zoo.batch())
+
+
 @given(source=documents(), parts=st.data())
 def test_packed_rows_accumulate_and_evaluate_as_one(source: data.Chats, parts: Any) -> None:
     step, state = _step("tied")
