@@ -269,6 +269,8 @@ class Train:
     """Skip steps whose loss or gradient norm is so many standard deviations above the last 128."""
     log_every: int = attrs.field(default=1, validator=count)
     """Steps between lines of metrics.jsonl."""
+    peak_tflops: float | None = attrs.field(default=None, validator=positive)
+    """The machine's peak in this precision, 10¹² operations a second: metrics then have `mfu`."""
     threads: int | None = attrs.field(default=None, validator=count)
     """CPU threads, which the bits depend on; this machine's default unless given."""
     device: str | None = attrs.field(default=None, validator=one_of(DEVICES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
@@ -19,8 +19,10 @@ from functrain.cli.config import DPO, SFT, Pretrain, Train
 from functrain.cli.directory import RunDirectory
 from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
+from functrain.data import Prefetched, Source
 from functrain.errors import CheckpointError, ConfigError
 from functrain.evaluation import evaluate
+from functrain.flops import flops_of
 from functrain.loop import check_guard, conditions, train
 from functrain.state import TrainState
 from functrain.tracking import jsonl, progress
@@ -161,6 +163,7 @@ def _trained(
     """The loop. Logged first, saved afterwards: no checkpoint is ahead of its metrics."""
     plan = config.train
     with (
+        ExitStack() as stack,
         closing(jsonl.JSONLTracker(run.metrics)) as tracker,
         closing(progress.Progress(plan.steps, config.stage)) as bar,
     ):
@@ -170,21 +173,20 @@ def _trained(
             return state
         under = conditions(built.step, built.source.batch_size)
         beside = models.config_files(built.step.architecture)
-        since = time.perf_counter()
+        source = _ahead(built, stack)
+        clock = _Clock(config, built, state)
         for now, metrics in train(
             built.step,
             state,
-            built.data,
+            source,
             steps=plan.steps,
             evaluation=built.evaluation or None,
             evaluate_every=config.evaluation.every if built.evaluation else None,
         ):
             state = now
             values = metrics.to_dict()
-            elapsed, since = time.perf_counter() - since, time.perf_counter()
+            values |= clock.measured(values, getattr(source, "waited", 0.0))
             values["epoch"] = state.cursor.samples / len(built.source)
-            if "eval_loss" not in values:  # an evaluation's time is not the step's
-                values["tokens_per_second"] = values["num_tokens"] / max(elapsed, 1e-9)
             bar.update(state.step, values)
             last = state.step == plan.steps
             # A stop logs nothing of its own, so that the file is an uninterrupted run's.
@@ -199,6 +201,39 @@ def _trained(
             if stopping:
                 break
     return state
+
+
+def _ahead(built: Built, stack: ExitStack) -> Source:
+    """The data, made by a thread ahead of the steps; but not where it binds the architecture."""
+    source: Source = built.data
+    if built.cache is not None:
+        return source
+    ahead = Prefetched(source)
+    stack.callback(ahead.close)
+    return ahead
+
+
+class _Clock:
+    """What `jsonl.CLOCKS` name, of one step after another."""
+
+    def __init__(self, config: Pretrain | SFT | DPO, built: Built, state: TrainState) -> None:
+        self._peak = config.train.peak_tflops
+        batch = built.data.at(state.cursor.samples, built.source.batch_size)
+        self._flops = None if self._peak is None else flops_of(built.step, state, batch)
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def measured(self, values: Mapping[str, float], waited: float) -> dict[str, float]:
+        """Of the step that has just ended; `waited`: for data, in seconds so far."""
+        now = time.perf_counter()
+        elapsed, self._since = max(now - self._since, 1e-9), now
+        step_waited, self._waited = waited - self._waited, waited
+        found = {"data_seconds": step_waited}
+        if "eval_loss" in values:  # an evaluation's time is not the step's
+            return found
+        found["tokens_per_second"] = values["num_tokens"] / elapsed
+        if self._flops is not None and self._peak is not None:
+            found["mfu"] = self._flops / elapsed / (self._peak * 1e12)
+        return found
 
 
 def _save(

@@ -160,7 +160,7 @@ def _logged(one: Path, other: Path) -> Iterator[str]:
         return
     for step in sorted(records[0].keys() & records[1].keys()):
         first, second = (
-            {n: v for n, v in each[step].items() if n != "tokens_per_second"} for each in records
+            {n: v for n, v in each[step].items() if n not in jsonl.CLOCKS} for each in records
         )
         if first != second:
             yield f"metrics part at step {step}:"

@@ -525,6 +525,7 @@ RESTORING = {"_seeded", "setstate", "_restore", "_restored", "seeded"}
 """The functions that put the generators back: an interrupt within them is the narrowest window."""
 
 
+@pytest.mark.timeout(900)  # thousands of steps under a tracer
 def test_a_pure_step_interrupted_at_any_line_has_changed_nothing() -> None:
     """KeyboardInterrupt at every line event: the input's bits are as they were, the same call
     gives the expected bits, and the global generators are untouched wherever the interrupt did

@@ -18,6 +18,7 @@ import torch
 from functrain import checkpoint
 from functrain.cli import main, toml
 from functrain.errors import CheckpointError
+from functrain.tracking import jsonl
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -73,7 +74,7 @@ def _fingerprint(directory: Path) -> str:
 
 def _records(directory: Path) -> list[dict[str, Any]]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    clocks = ("tokens_per_second", "time")
+    clocks = (*jsonl.CLOCKS, "time")
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
 
@@ -350,3 +351,19 @@ def test_a_run_with_a_guard_is_resumed_with_its_window(tmp_path: Path) -> None:
     assert main(["pretrain", given, *guard, *other, "--train.steps", "6"]) == 0
     assert main(["pretrain", given, *guard, *other, "--resume"]) == 0
     assert _fingerprint(tmp_path / "two") == _fingerprint(run)
+
+
+def test_the_clock_of_a_run(tmp_path: Path) -> None:
+    """Tokens a second, seconds waited for data and, of a known peak, the utilisation."""
+    given, run = _config(tmp_path, steps=3)
+    assert main(["pretrain", given, "--train.peak-tflops", "0.5"]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["step"] and "eval_loss" not in line]
+    assert len(steps) == 2
+    flops = [
+        line["mfu"] * 0.5e12 * line["num_tokens"] / line["tokens_per_second"] for line in steps
+    ]
+    # Of so small a model the head is most: 6 · width · vocabulary for each of 4 · 31 targets.
+    assert flops[0] == pytest.approx(flops[1], rel=1e-9)
+    assert 6 * 16 * 256 * 4 * 31 < flops[0] < 3 * 6 * 16 * 256 * 4 * 31
+    assert all(line["data_seconds"] >= 0 for line in steps)
