@@ -237,10 +237,12 @@ _PIECE = 1 << 18
 def _pieces(leaves: Iterable[Tensor]) -> Iterator[Tensor]:
     """Large leaves in pieces: the CPU's kernel makes a copy of its argument in float64."""
     for leaf in leaves:
-        if leaf.device.type == "cpu" and leaf.numel() > _PIECE:
-            yield from torch.split(leaf.reshape(-1), _PIECE)
-        else:
+        if leaf.device.type != "cpu" or leaf.numel() <= _PIECE:
             yield leaf
+        elif leaf.is_contiguous():
+            yield from torch.split(leaf.view(-1), _PIECE)
+        else:
+            yield from torch.split(leaf, max(1, _PIECE * len(leaf) // leaf.numel()))
 
 
 def digest(tensor: Tensor) -> str:

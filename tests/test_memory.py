@@ -1,0 +1,83 @@
+"""Memory: given as asked for, kept where the user wants it, and none beside for a norm."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functrain import memory, trees
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' glibc")
+
+# Large and small blocks in turn, as a forward pass asks for them.
+FREED = """
+import sys, torch
+from pathlib import Path
+from functrain import keep_pages
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+if sys.argv[1] == "kept":
+    assert keep_pages()
+before = resident()
+blocks = [torch.ones(1 << 20) for _ in range(50)]
+del blocks
+print((resident() - before) >> 20)
+"""
+
+
+@LINUX
+@pytest.mark.parametrize(("how", "least", "most"), [("kept", 150, 260), ("given back", -20, 100)])
+def test_what_is_freed_stays_where_it_is_asked_for(how: str, least: int, most: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True
+    )
+    assert least <= int(done.stdout) <= most
+
+
+@given(
+    shape=st.lists(st.integers(0, 2000), min_size=0, max_size=3).filter(
+        lambda shape: torch.Size(shape).numel() < 1 << 23
+    ),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.bool]),
+)
+def test_shapes_and_values(shape: list[int], dtype: torch.dtype) -> None:
+    made = memory.zeros(shape, dtype, torch.device("cpu"))
+    assert torch.equal(made, torch.zeros(shape, dtype=dtype))
+    assert memory.empty(shape, dtype).shape == made.shape
+
+
+class Normed(TorchDispatchMode):
+    """The most elements that a norm has been taken of at once, and the most bytes copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.copied = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._foreach_norm.Scalar:
+            self.elements = max([self.elements, *(each.numel() for each in args[0])])
+        elif isinstance(found, torch.Tensor) and not func.is_view:
+            self.copied = max(self.copied, found.nbytes)
+        return found
+
+
+@pytest.mark.parametrize("size", [(1, 1), (513, 2049), (1 << 18, 3), (3, 1 << 17), (7,), ()])
+def test_the_norm_of_a_large_leaf_is_taken_in_pieces(size: tuple[int, ...]) -> None:
+    """The CPU's kernel makes a copy in float64 of what it is given: of pieces, a small one."""
+    leaf = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    turned = leaf.t() if leaf.ndim == 2 else leaf
+    with Normed() as normed:
+        norm = trees.global_norm({"leaf": leaf, "turned": turned})
+    assert normed.elements <= trees._PIECE
+    assert normed.copied <= 1024
+    expected = torch.linalg.vector_norm(torch.stack([leaf, leaf]).double())
+    torch.testing.assert_close(norm, expected, rtol=1e-13, atol=0.0)
