@@ -7,13 +7,15 @@ into its parameter slots for as long as a loss *and its gradient* are computed.
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
+import orjson
 import torch
 from torch import Tensor, nn
 
@@ -273,6 +275,47 @@ def vocabulary_of(architecture: nn.Module) -> int | None:
     if len(sizes) > 1:
         sizes &= heads
     return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def description(architecture: nn.Module) -> str:
+    """What an architecture computes, beside its values: its class, and its config if it has one.
+
+    A config is attrs', or transformers', without what says how and by whom it was made. Without
+    one: the classes and the `repr` of the modules; a number that they do not show is not seen.
+    """
+    config = _config(getattr(architecture, "config", None))
+    if config is None:
+        shown = re.sub(r" at 0x[0-9a-f]+", "", repr(architecture))
+        classes = [type(module).__qualname__ for module in architecture.modules()]
+        config = {"modules": classes, "repr": shown}
+    given = {"class": type(architecture).__qualname__, "config": config}
+    options = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
+    return orjson.dumps(given, default=str, option=options).decode()
+
+
+def _config(config: Any) -> dict[str, Any] | None:
+    if attrs.has(type(config)):
+        return _lasting(attrs.asdict(config))
+    found = config.to_diff_dict() if callable(getattr(config, "to_diff_dict", None)) else None
+    return _lasting(found) if isinstance(found, dict) else None
+
+
+# Of how a model is made and run, which changes its logits by no more than rounding.
+_PASSING = frozenset(
+    {
+        *("transformers_version", "_name_or_path", "name_or_path", "architectures"),
+        *("dtype", "torch_dtype", "_attn_implementation", "attn_implementation"),
+        *("_attn_implementation_internal", "_attn_implementation_autoset", "checkpointing"),
+    }
+)
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _lasting(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _PASSING
+    }
 
 
 def _of_positions(name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.architecture import bound, check_fit, slots, vocabulary_of
+from functrain.architecture import bound, check_fit, description, slots, vocabulary_of
 from functrain.data.source import Source
 from functrain.errors import BatchError, DataError
 from functrain.gradients import forward_buffers, forward_values
@@ -103,8 +103,12 @@ class AttachReference:
 
     @property
     def fingerprint(self) -> str:
-        """Of what the log-probs depend on beside the batch: values, precision and form."""
+        """Of what the log-probs depend on beside the batch: architecture, values, precision, form.
+
+        Layout and head are not in it: under another they are the same to rounding.
+        """
         hasher = hashlib.sha256(f"{self.precision.name}\0{self.by_token}\0".encode())
+        hasher.update(f"{description(self.architecture)}\0".encode())
         for kind, items in (("params", self.reference), ("buffers", self.buffers)):
             for name, tensor in items.items():
                 hasher.update(f"{kind}/{name}\0{digest(tensor)}\0".encode())
@@ -171,8 +175,9 @@ class ReferenceCache:
 
     A call reads what is known and computes the rest, which is written at once, so that what was
     interrupted goes on where it was. The file is JSON Lines: a header, then `{"example", "logp"}`;
-    a last line that a kill has torn is taken off. Raises `DataError` for a file of another
-    reference, precision or form, and where another process is writing.
+    a last line that a kill has torn is taken off. A file that is something else is left as it is.
+    Raises `DataError` for it, for a cache of another reference, architecture, precision or form,
+    and where another process is writing; `BatchError` for a log-prob that is not finite.
 
     Of an `attach` with `by_token`, each example's `logp` is a list: of every token after the first,
     up to its last target.
@@ -211,8 +216,10 @@ class ReferenceCache:
         rows = {side: example_keys(batch[side]) for side in sides}
         missing = [key for side in sides for key in rows[side] if key not in self._known]
         if missing:
+            first = 0
             for part in split_batch({side: batch[side] for side in sides}, microbatches):
-                self._compute(part, {side: example_keys(part[side]) for side in sides})
+                self._compute(part, {side: example_keys(part[side]) for side in sides}, first)
+                first += len(part[sides[0]]["labels"])
         logps = {side: self._tensor(rows[side], batch[side]) for side in sides}
         return {**batch, "reference_logps": logps}
 
@@ -229,8 +236,10 @@ class ReferenceCache:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def _compute(self, batch: Batch, rows: Mapping[str, list[str]]) -> None:
+    def _compute(self, batch: Batch, rows: Mapping[str, list[str]], first: int) -> None:
+        """`first`: the place of these examples in the batch that they are a slice of."""
         found = self.attach(batch)["reference_logps"]
+        _check_finite(found, first)
         lines = []
         for side, names in rows.items():
             values = found[side].double().tolist()
@@ -265,34 +274,61 @@ class ReferenceCache:
     def _read(self, file: IO[bytes]) -> None:
         file.seek(0)
         data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            file.truncate(whole)
-        lines = data[:whole].splitlines()
         header = {"format": _FORMAT, "reference": self.attach.fingerprint, "version": 1}
-        if not lines:
-            file.write(orjson.dumps(header) + b"\n")
+        begun = orjson.dumps(header) + b"\n"
+        if data != begun and begun.startswith(data):
+            file.truncate(0)
+            file.write(begun)
             file.flush()
             return
-        if _object(lines[0]) != header:
+        self._check_header(data.partition(b"\n")[0], header)
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines()[1:], start=2):
+            self._take(_object(line), f"{self.path}:{number}")
+        # Only now that this is known to be its cache: another file's end is not ours to cut.
+        if whole < len(data):
+            file.truncate(whole)
+
+    def _check_header(self, line: bytes, header: Mapping[str, Any]) -> None:
+        found = _object(line)
+        if found.get("format") != _FORMAT:
             raise DataError(
-                f"{self.path}: of another reference, precision or form than this one "
+                f"{self.path}: no cache of functrain, and left as it is; expected a new file, or "
+                f"one whose first line says {_FORMAT!r}; give another path"
+            )
+        if found != header:
+            raise DataError(
+                f"{self.path}: of another reference, architecture, precision or form than this one "
                 f"({self.attach.fingerprint[:12]}…); give another path, or remove the file"
             )
-        for number, line in enumerate(lines[1:], start=2):
-            entry = _object(line)
-            name, value = entry.get("example"), entry.get("logp")
-            if entry.keys() != {"example", "logp"} or not isinstance(name, str):
-                raise DataError(f"{self.path}:{number}: expected an example and its logp")
-            if not self._fits(value):
-                expected = "a list of numbers" if self.attach.by_token else "a number"
-                raise DataError(f"{self.path}:{number}: logp is {value!r}, expected {expected}")
-            self._known[name] = value
+
+    def _take(self, entry: Mapping[str, Any], where: str) -> None:
+        name, value = entry.get("example"), entry.get("logp")
+        if entry.keys() != {"example", "logp"} or not isinstance(name, str):
+            raise DataError(f"{where}: expected an example and its logp")
+        if not self._fits(value):
+            expected = "a list of numbers" if self.attach.by_token else "a number"
+            raise DataError(f"{where}: logp is {value!r}, expected {expected}")
+        self._known[name] = value
 
     def _fits(self, value: object) -> TypeGuard[float | list[float]]:
         if not self.attach.by_token:
             return type(value) is float
         return isinstance(value, list) and all(type(each) is float for each in value)
+
+
+def _check_finite(found: Mapping[str, Tensor], first: int) -> None:
+    """JSON has no NaN: a null in its place would be refused whenever the cache is read again."""
+    for side, logps in found.items():
+        bad = ~logps.isfinite()
+        bad = bad.any(-1) if bad.ndim == 2 else bad
+        if bool(bad.any()):
+            example = int(bad.nonzero()[0])
+            raise BatchError(
+                f"{side}: the reference's log-prob of example {first + example} is "
+                f"{float(logps[example].sum())}, expected a finite number; nothing of it is "
+                "written; look at the reference's params, or take a wider precision"
+            )
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -150,10 +150,135 @@ def test_a_cache_of_something_else_is_refused(what: str, tmp_path: Path) -> None
     }[what]
     changed = {"reference": reference, "buffers": buffers, "precision": "fp32", **other}
     given = changed.pop("reference"), changed.pop("buffers")
-    with pytest.raises(ft.DataError, match="of another reference, precision or form"):
+    with pytest.raises(ft.DataError, match="of another reference, architecture"):
         ft.ReferenceCache(
             tmp_path / "c.jsonl", ft.attach_reference(architecture, *given, **changed)
         )
+
+
+FOREIGN = [
+    b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "d"}',
+    b"one line without an end",
+    b"\n",
+    b'{"format": 3}\n{"torn": ',
+    b'{"format":"functrain reference log-probs","reference":"of another, torn',
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_file_that_is_no_cache_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
+    architecture, _, buffers, reference = _parts("tied")
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ft.DataError, match="no cache of functrain, and left as it is") as caught:
+        ft.ReferenceCache(path, ft.attach_reference(architecture, reference, buffers))
+    assert "remove" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_a_cache_of_another_reference_is_left_as_it_is_torn_or_not(tmp_path: Path) -> None:
+    architecture, params, buffers, reference = _parts("tied")
+    path = tmp_path / "c.jsonl"
+    with ft.ReferenceCache(path, ft.attach_reference(architecture, reference, buffers)) as cache:
+        cache(zoo.pairs())
+    torn = path.read_bytes()[:-5]
+    path.write_bytes(torn)
+    with pytest.raises(ft.DataError, match="of another reference, architecture, precision or form"):
+        ft.ReferenceCache(path, ft.attach_reference(architecture, params, buffers))
+    assert path.read_bytes() == torn
+
+
+class _Activated(zoo.Tied):
+    """`Tied` with a module of its own for the nonlinearity, which has no values."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self.activation = activation
+
+
+def _gpt2(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = {"vocab_size": 31, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(**{**config, **options})
+    )
+
+
+def _llama(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "max_position_embeddings": 16, **options}
+    return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (zoo.decoder, lambda: zoo.decoder(eps=1e-2)),
+        (zoo.decoder, lambda: zoo.decoder(theta=99.0)),
+        (_gpt2, lambda: _gpt2(n_head=4)),
+        (_llama, lambda: _llama(hidden_act="gelu")),
+        (lambda: _Activated(torch.nn.SiLU()), lambda: _Activated(torch.nn.GELU())),
+        (lambda: _Activated(torch.nn.Softplus(1.0)), lambda: _Activated(torch.nn.Softplus(2.0))),
+        (zoo.Tied, zoo.Checkpointed),
+    ],
+    ids=["eps", "theta", "n_head", "hidden_act", "modules", "repr", "class"],
+)
+def test_the_same_values_in_another_architecture_are_another_reference(
+    one: Any, other: Any, tmp_path: Path
+) -> None:
+    """Another number of a config changes log-probs, and no value."""
+    first, values, buffers = ft.split(one())
+    second, _, _ = ft.split(other())
+    path = tmp_path / "c.jsonl"
+    ft.ReferenceCache(path, ft.attach_reference(first, values, buffers)).close()
+    with pytest.raises(ft.DataError, match="of another reference, architecture"):
+        ft.ReferenceCache(path, ft.attach_reference(second, values, buffers))
+    again, _, _ = ft.split(one())
+    ft.ReferenceCache(path, ft.attach_reference(again, values, buffers)).close()
+
+
+def test_how_a_model_was_made_is_no_part_of_its_cache() -> None:
+    def fingerprint(model: Any, values: Any) -> str:
+        return ft.attach_reference(model, *values).fingerprint
+
+    model, *values = ft.split(_llama())
+    expected = fingerprint(model, values)
+    model.config._name_or_path = "/elsewhere"
+    model.config.transformers_version = "0"
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config._attn_implementation = "eager"
+    model.config.dtype = torch.bfloat16
+    assert fingerprint(model, values) == expected
+    plain, *values = ft.split(zoo.decoder())
+    recomputing, *_ = ft.split(zoo.decoder(checkpointing=True))
+    assert fingerprint(plain, values) == fingerprint(recomputing, values)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_log_prob_that_is_not_finite_is_named_and_not_written(
+    by_token: bool, microbatches: int, tmp_path: Path
+) -> None:
+    """And what is written can be read again."""
+    architecture, reference, buffers = ft.split(zoo.decoder(tied=False))
+    embedding = "model.embed_tokens.weight"
+    spoiled = {**reference, embedding: reference[embedding].clone()}
+    spoiled[embedding][30] = float("nan")
+    ids = torch.arange(32).view(4, 8) % 29
+    batch = {
+        side: {"input_ids": i, "labels": i}
+        for side, i in (("chosen", ids), ("rejected", ids.flip(1)))
+    }
+    batch["rejected"]["input_ids"][3, 4] = 30
+    attach = ft.attach_reference(architecture, spoiled, buffers, by_token=by_token)
+    path = tmp_path / "c.jsonl"
+    with ft.ReferenceCache(path, attach) as cache:
+        message = "rejected: the reference's log-prob of example 3 is nan, expected a finite"
+        with pytest.raises(ft.BatchError, match=message):
+            cache(batch, microbatches=microbatches)
+    assert b"null" not in path.read_bytes()
+    ft.ReferenceCache(path, attach).close()
 
 
 @pytest.mark.parametrize(

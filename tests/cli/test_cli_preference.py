@@ -137,6 +137,17 @@ def test_a_cache_for_ld_alpha_is_by_token_and_changes_no_bit(
     assert _newest(ahead) == _newest(online)
 
 
+def test_data_named_as_the_cache_are_left_as_they_are(
+    start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their last line has no newline, as a torn one of a cache."""
+    before = (start / "pairs.jsonl").read_bytes()
+    given = ["--preference.cache", str(start / "pairs.jsonl")]
+    assert main(["reference", str(start / "dpo.toml"), *given]) == 2
+    assert "pairs.jsonl: no cache of functrain" in capsys.readouterr().err
+    assert (start / "pairs.jsonl").read_bytes() == before
+
+
 def test_a_reference_without_a_cache_is_answered(
     start: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
