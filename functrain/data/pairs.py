@@ -10,7 +10,7 @@ from functrain.data.examples import Example, Prompted, Record, check_given, read
 from functrain.data.grouping import Padded
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
-from functrain.data.tokenizers import Tokenizer
+from functrain.data.tokenizers import Tokenizer, check_joinable
 from functrain.data.truncation import Truncation, fitted
 from functrain.errors import DataError
 
@@ -68,6 +68,7 @@ def preference(
     counts them.
     """
     check_given(records)
+    check_joinable(tokenizer)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
     read = [read_pair(each, tokenizer, f"record {n}") for n, each in enumerate(records)]
     distinct = [n for n, pair in enumerate(read) if differ(pair, f"record {n}", drop_identical)]

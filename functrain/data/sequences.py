@@ -11,7 +11,7 @@ from functrain.data.examples import Example, Record, check_given, read_chat
 from functrain.data.grouping import Padded, width
 from functrain.data.source import Batch
 from functrain.data.text import IGNORE_INDEX
-from functrain.data.tokenizers import Tokenizer
+from functrain.data.tokenizers import Tokenizer, check_joinable
 from functrain.data.truncation import Truncation, fitted
 
 
@@ -77,10 +77,11 @@ def chat(
     `group_by_length`: batches of similar lengths, see `functrain.data.grouping.Padded`.
 
     Raises `DataError`, naming the record, for missing keys, both forms in one record, unknown
-    roles, content that is not text, an empty completion; and for options that cannot be, and where
-    no example fits in `time` tokens.
+    roles, content that is not text, an empty completion; for options that cannot be, and where no
+    example fits in `time` tokens; and for a tokenizer that adds special tokens to every text.
     """
     check_given(records)
+    check_joinable(tokenizer)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
     read = [read_chat(each, tokenizer, f"record {n}") for n, each in enumerate(records)]
     kept, counts = fitted(read, how)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from functrain.data.source import Batch, MapSource
-from functrain.data.tokenizers import Tokenizer
+from functrain.data.tokenizers import Tokenizer, check_tokenizer
 from functrain.errors import DataError
 
 IGNORE_INDEX = -100
@@ -81,6 +81,7 @@ def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.ND
         raise DataError("documents: one string; expected several: [text]")
     if not isinstance(documents, Iterable):
         raise DataError(f"documents: expected a list of texts, got {type(documents).__name__}")
+    check_tokenizer(tokenizer, "vocabulary")
     stream: list[int] = []
     ends: list[int] = []
     for number, document in enumerate(documents):

@@ -25,12 +25,43 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without `end`."""
+        """The ids of a text, without `end`; of no text, none."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids."""
         ...
+
+
+def check_tokenizer(tokenizer: object, *more: str) -> None:
+    """Raise `DataError` for what lacks a part of `Tokenizer` that data are made with.
+
+    `more`: what is needed beside `encode`, `decode` and `end`.
+    """
+    needed = ("encode", "decode", "end", *more)
+    missing = [name for name in needed if not hasattr(tokenizer, name)]
+    if missing or isinstance(tokenizer, type):
+        name = tokenizer.__name__ if isinstance(tokenizer, type) else type(tokenizer).__name__
+        lack = f"has no {' and no '.join(map(repr, missing))}" if missing else "is a class"
+        raise DataError(
+            f"tokenizer: {name} {lack}; expected an object with {', '.join(needed)} "
+            "(functrain.data.Tokenizer); write a small class around yours that has them"
+        )
+
+
+def check_joinable(tokenizer: Tokenizer) -> None:
+    """Raise `DataError` unless texts that are encoded apart can be put one after the other.
+
+    A token that `encode` puts at the start or end of every text would be a target in the middle.
+    """
+    check_tokenizer(tokenizer)
+    added = list(tokenizer.encode(""))
+    if added:
+        raise DataError(
+            f"tokenizer: encode('') is {added}, expected []: it adds special tokens, which would "
+            "be in the middle of an example and learnt there; let your encode call "
+            "inner.encode(text, add_special_tokens=False)"
+        )
 
 
 @attrs.frozen

@@ -21,7 +21,7 @@ from functrain.data.grouping import Padded
 from functrain.data.pairs import differ
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
-from functrain.data.tokenizers import Tokenizer
+from functrain.data.tokenizers import Tokenizer, check_joinable
 from functrain.data.truncation import Truncation, fitted, has_targets
 from functrain.errors import DataError
 
@@ -85,6 +85,7 @@ def unpaired(
     has another completion.
     """
     check_given(records)
+    check_joinable(tokenizer)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
     read = [_read(each, tokenizer, f"record {n}", drop_identical) for n, each in enumerate(records)]
     given = [each for examples in read for each in examples]

@@ -119,6 +119,54 @@ def test_what_cannot_be_is_refused(make: Callable[[], Any], message: str) -> Non
         make()
 
 
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+JUDGED = [{"prompt": "a", "completion": c, "label": True} for c in "bc"]
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "chat": lambda tokenizer: data.chat([GOOD], tokenizer, **SIZES),
+    "preference": lambda tokenizer: data.preference([PAIR], tokenizer, **SIZES),
+    "unpaired": lambda tokenizer: data.unpaired(JUDGED, tokenizer, **SIZES),
+    "text": lambda tokenizer: data.text(["some text"], tokenizer, **SIZES),
+    "packed_text": lambda tokenizer: data.packed_text(["some text"], tokenizer, **SIZES),
+}
+
+
+class _Special:
+    """As a tokenizer of transformers is by default: a token before every text."""
+
+    vocabulary, end = 257, 256
+
+    def encode(self, text: str) -> list[int]:
+        return [1, *BYTES.encode(text)]
+
+    def decode(self, ids: Any) -> str:
+        return BYTES.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["chat", "preference", "unpaired"])
+def test_a_tokenizer_that_adds_special_tokens_is_refused_where_texts_are_joined(name: str) -> None:
+    """Documents are encoded whole, so that there a token before each is where it should be."""
+    message = r"encode\(''\) is \[1\], expected \[\].*add_special_tokens=False"
+    with pytest.raises(ft.DataError, match=message):
+        MAKERS[name](_Special())
+    assert data.text(["ab"], _Special(), **SIZES).ids.tolist() == [1, 97, 98, 256]
+
+
+class _Endless:
+    def encode(self, text: str) -> list[int]:
+        return [ord(each) for each in text]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_no_tokenizer_is_told_what_it_lacks(name: str) -> None:
+    for given, message in (
+        (_Endless(), "tokenizer: _Endless has no 'decode' and no 'end'"),
+        (None, "tokenizer: NoneType has no 'encode'"),
+        (data.ByteTokenizer, "tokenizer: ByteTokenizer .*expected an object with encode"),
+    ):
+        with pytest.raises(ft.DataError, match=message):
+            MAKERS[name](given)
+
+
 @pytest.mark.parametrize("dtype", ["S0", "S4", "float32", "O", "bool", "unit16", None])
 def test_a_dtype_that_is_none_of_ids_is_refused(dtype: Any, tmp_path: Path) -> None:
     path = tmp_path / "ids.bin"
