@@ -29,6 +29,7 @@ from functrain.cli.known import (
     EMBEDDED,
     KTO,
     LAYOUTS,
+    LIKELIHOODS,
     OPTIMIZERS,
     PRECISIONS,
     REQUIRED,
@@ -347,11 +348,7 @@ class Preference:
 
     def __attrs_post_init__(self) -> None:
         names = (self.loss,) if self.unpaired else tuple(self.mix)
-        if self.label_smoothing and not any(name in SMOOTHED for name in names):
-            raise ConfigError(
-                f"preference.label_smoothing: the {self.loss} loss has none; it has a meaning for "
-                f"{', '.join(SMOOTHED)}"
-            )
+        self._check_smoothing(names)
         if self.unpaired and self.layout != "padded":
             raise ConfigError(
                 f"preference.layout: {self.layout!r} is for pairs, and {self.loss} has none; leave "
@@ -369,6 +366,15 @@ class Preference:
             if self.unpaired:
                 unread = field.name not in ("loss", "beta", "cache", *kto)
             value = getattr(self, field.name)
+    def _check_smoothing(self, names: tuple[str, ...]) -> None:
+        over_pairs = [name for name in names if name not in LIKELIHOODS]
+        for name in over_pairs or names:
+            if self.label_smoothing and name not in SMOOTHED:
+                raise ConfigError(
+                    f"preference.label_smoothing: the {name} loss has none; it has a meaning for "
+                    f"{', '.join(SMOOTHED)}"
+                )
+
             if unread and value != field.default:
                 raise ConfigError(
                     f"preference.{field.name}: {value!r}, and the {self.loss} loss does not read "

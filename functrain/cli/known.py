@@ -39,6 +39,8 @@ SMOOTHED = (
     "simpo",
 )
 """Those for which label smoothing has a meaning."""
+LIKELIHOODS = ("sft",)
+"""Those that are a likelihood alone, which no modifier touches beside others."""
 BARE = ("sft", "cpo", "simpo", "orpo")
 """Those that read no reference."""
 KTO = "kto"

@@ -235,8 +235,9 @@ class PairLoss:
     whether ε has a meaning; `needs_smoothing`: whether it must be above 0. `coupled`: whether a
     pair's value depends on the others of its batch. `on_delta`: whether it is a function of Δ and
     of nothing else, so that length normalisation may take Δ by token; `divergence`: whether an
-    f-divergence may take its place. `likelihood`: the −log-likelihood that is added, of chosen
-    completions or of whole chosen sequences, by token. `number`: the option that it alone reads.
+    f-divergence may take its place. `by_length`: whether it divides by completions' lengths itself.
+    `likelihood`: the −log-likelihood that is added, of chosen completions or of whole chosen
+    sequences, by token. `number`: the option that it alone reads.
     """
 
     value: Value | None
@@ -246,15 +247,16 @@ class PairLoss:
     coupled: bool = False
     on_delta: bool = True
     divergence: bool = True
+    by_length: bool = False
     likelihood: Likelihood | None = None
     number: str | None = None
 
 
 LOSSES: Mapping[str, PairLoss] = {
     "sigmoid": PairLoss(value=sigmoid, smoothing=True),
-    "sigmoid_norm": PairLoss(value=sigmoid_norm, smoothing=True, on_delta=False),
+    "sigmoid_norm": PairLoss(value=sigmoid_norm, smoothing=True, on_delta=False, by_length=True),
     "hinge": PairLoss(value=hinge),
-    "ipo": PairLoss(value=ipo, on_delta=False),
+    "ipo": PairLoss(value=ipo, on_delta=False, by_length=True),
     "ipo_sum": PairLoss(value=ipo_sum, on_delta=False),
     "robust": PairLoss(value=robust, smoothing=True),
     "exo_pair": PairLoss(value=exo_pair, smoothing=True, needs_smoothing=True),
@@ -266,7 +268,9 @@ LOSSES: Mapping[str, PairLoss] = {
     "discopop": PairLoss(value=discopop, number="discopop_tau"),
     "apo_zero": PairLoss(value=apo_zero, divergence=False),
     "apo_down": PairLoss(value=apo_down, divergence=False),
-    "sft": PairLoss(value=None, reference=False, on_delta=False, likelihood="completion"),
+    "sft": PairLoss(
+        value=None, reference=False, on_delta=False, divergence=False, likelihood="completion"
+    ),
     "cpo": PairLoss(
         value=cpo,
         reference=False,
@@ -282,6 +286,7 @@ LOSSES: Mapping[str, PairLoss] = {
         smoothing=True,
         on_delta=False,
         divergence=False,
+        by_length=True,
         number="simpo_gamma",
     ),
     "orpo": PairLoss(
@@ -290,6 +295,7 @@ LOSSES: Mapping[str, PairLoss] = {
         on_delta=False,
         divergence=False,
         likelihood="sequence",
+        by_length=True,
         number="orpo_lambda",
     ),
 }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from torch import Tensor
 
 from functrain.errors import ConfigError, did_you_mean, is_number
-from functrain.objectives.losses import DIVERGENCES, LOSSES
+from functrain.objectives.losses import DIVERGENCES, LOSSES, PairLoss
 from functrain.trees import Tensors, clone
 
 if TYPE_CHECKING:
@@ -67,50 +67,63 @@ positive = within(0, math.inf, "a positive finite number", above=True)
 
 def check_combination(given: PreferenceOptimization) -> None:
     """Raise `ConfigError` for what a loss of the mix has no place for, or nothing would read."""
+    if given.divergence not in DIVERGENCES:
+        near = did_you_mean(str(given.divergence), DIVERGENCES)
+        raise ConfigError(f"divergence: {given.divergence!r} is unknown; {near}")
     names = list(given.loss)
-    if given.label_smoothing and not any(LOSSES[name].smoothing for name in names):
-        have = ", ".join(name for name, each in LOSSES.items() if each.smoothing)
-        raise ConfigError(
-            f"label_smoothing: the {names[0]!r} loss has none; it has a meaning for {have}"
-        )
+    # A likelihood term beside a loss over pairs is not modified; alone it would be read by nothing.
+    over_pairs = [name for name in names if LOSSES[name].value is not None]
+    for name in over_pairs or names:
+        for option, why in _unread(given, name, LOSSES[name]):
+            raise ConfigError(f"{option}: the {name!r} loss {why}")
     for name in names:
-        each = LOSSES[name]
-        if each.needs_smoothing and not given.label_smoothing:
+        if LOSSES[name].needs_smoothing and not given.label_smoothing:
             raise ConfigError(
                 f"label_smoothing: the {name!r} loss takes its logarithm, so it must be above 0; "
                 "the paper's is 1e-3"
             )
-        if given.divergence != "reverse_kl" and each.reference and not each.divergence:
-            raise ConfigError(f"divergence: the {name!r} loss is defined for 'reverse_kl' alone")
-        if given.length_normalized and each.reference and not each.on_delta:
-            raise ConfigError(
-                f"length_normalized: the {name!r} loss is no function of Δ alone; leave it out"
-            )
-        if given.wpo and (name == "aot" or name == "aot_unpaired"):
-            raise ConfigError(f"wpo: the {name!r} loss sorts the batch, so no pair has a weight")
-    if all(LOSSES[name].value is None for name in names):
-        for option, is_given in (("wpo", given.wpo), ("ld_alpha", given.ld_alpha is not None)):
-            if is_given:
-                raise ConfigError(
-                    f"{option}: the {names[0]!r} loss is the likelihood of the chosen alone; "
-                    "leave it out"
-                )
-    if given.divergence not in DIVERGENCES:
-        near = did_you_mean(str(given.divergence), DIVERGENCES)
-        raise ConfigError(f"divergence: {given.divergence!r} is unknown; {near}")
+    if given.ld_alpha is not None and given.length_normalized:
+        raise ConfigError(
+            "ld_alpha: length_normalized would divide by the whole length what it counts only in "
+            "part; leave one of them out"
+        )
     if not given.referred:
         for option in ("reference", "reference_mixup"):
             if getattr(given, option) is not None:
                 raise ConfigError(f"{option}: the {names[0]!r} loss has no reference; leave it out")
-        if given.divergence != "reverse_kl" or given.length_normalized:
-            option = "length_normalized" if given.length_normalized else "divergence"
-            raise ConfigError(f"{option}: the {names[0]!r} loss has no Δ to modify; leave it out")
     if given.reference_mixup is not None and given.reference is None:
         raise ConfigError("reference_mixup: no reference to move; give reference=params")
     sync = given.reference_sync
     if isinstance(sync, bool) or not isinstance(sync, int) or sync < 1:
         raise ConfigError(f"reference_sync: {sync!r}, expected an integer of at least 1")
     _check_read(given)
+
+
+def _unread(given: PreferenceOptimization, name: str, each: PairLoss) -> Iterator[tuple[str, str]]:
+    """The modifiers that were chosen and that a loss does not read, each with the reason."""
+    if given.label_smoothing and not each.smoothing:
+        have = ", ".join(known for known, other in LOSSES.items() if other.smoothing)
+        yield "label_smoothing", f"has none; it has a meaning for {have}"
+    if given.divergence != "reverse_kl" and not each.divergence:
+        alone = "is defined for 'reverse_kl' alone; leave it out"
+        yield "divergence", alone if each.reference else "has no Δ to modify; leave it out"
+    if given.length_normalized and not each.on_delta:
+        yield "length_normalized", _not_normalized(name, each)
+    if given.ld_alpha is not None and each.by_length:
+        yield "ld_alpha", "divides by the whole length what it counts only in part; leave it out"
+    for option, chosen in (("wpo", given.wpo), ("ld_alpha", given.ld_alpha is not None)):
+        if chosen and each.value is None:
+            yield option, "is the likelihood of the chosen alone; leave it out"
+    if given.wpo and name in ("aot", "aot_unpaired"):
+        yield "wpo", "sorts the batch, so no pair has a weight; leave it out"
+
+
+def _not_normalized(name: str, each: PairLoss) -> str:
+    if name == "ipo_sum":
+        return "is 'ipo' where it is by token; use 'ipo'"
+    if not each.reference:
+        return "has no Δ to modify; leave it out"
+    return "is no function of Δ alone; leave it out"
 
 
 def _check_read(given: PreferenceOptimization) -> None:

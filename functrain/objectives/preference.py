@@ -97,8 +97,12 @@ class PreferenceOptimization:
     is its α; `length_normalized` takes Δ by token; `ld_alpha` (LD-DPO, 2409.06411) weighs what a
     completion has beyond the shorter one's length; `wpo` (2406.11827) weighs a pair by how likely
     the policy finds it; `reference_mixup` α and `reference_sync` k (TR-DPO, 2404.09656) move the
-    reference to α·π + (1−α)·ref every k steps: it is then `state.reference`. A modifier that a loss
-    has no place for is refused.
+    reference to α·π + (1−α)·ref every k steps: it is then `state.reference`.
+
+    Of a mix every loss over pairs must read each modifier that is chosen, and `label_smoothing`;
+    otherwise it is refused, naming the loss. The likelihood terms, `sft` and those of `cpo` and
+    `orpo`, read none of them: they are plain −log-likelihoods beside what is modified. `ld_alpha`
+    is refused for losses that divide by lengths (`sigmoid_norm`, `ipo`, `simpo`, `orpo`).
 
     Batch-coupled losses (`aot`, `aot_unpaired`, `bco_pair`) are computed in two passes where there
     are several micro-batches: all log-probs first, then each micro-batch's gradient through the

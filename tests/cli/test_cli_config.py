@@ -182,6 +182,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     assert known.DIVERGENCES == DIVERGENCES
     assert get_args(LayoutName) == known.LAYOUTS
     assert set(known.SMOOTHED) == {name for name, each in LOSSES.items() if each.smoothing}
+    assert set(known.LIKELIHOODS) == {name for name, each in LOSSES.items() if each.value is None}
     assert set(known.BARE) == {name for name, each in LOSSES.items() if not each.reference}
     assert set(known.TRUNCATIONS) == set(MODES)
     assert set(known.SCHEDULES) == set(MADE)

@@ -239,7 +239,8 @@ def test_a_mix_is_its_weighted_sum_whatever_the_micro_batches(
     mix: dict[str, float], data: st.DataObject
 ) -> None:
     """Value and slopes of the whole as each micro-batch is told them; WPO's weights too."""
-    n = data.draw(numbers("exo_pair"))
+    smoothed = all(name in SMOOTHED for name in mix if LOSSES[name].value is not None)
+    n = data.draw(numbers("exo_pair" if smoothed else "hinge"))
     pairs = data.draw(some_pairs)
     seen = data.draw(st.floats(-5, 5)), data.draw(st.integers(0, 10))
     n = dataclasses.replace(n, delta=formulas.running_mean(pairs, n.beta, seen))
@@ -247,7 +248,6 @@ def test_a_mix_is_its_weighted_sum_whatever_the_micro_batches(
     weighed = not mix.keys() & {"aot", "aot_unpaired"} and data.draw(st.booleans())
     weights = [data.draw(st.floats(0.01, 1)) for _ in pairs] if weighed else None
     own = {LOSSES[name].number for name in mix} - {None}
-    # ε of a mix is one number for all of its losses, and means nothing to some.
     objective = PreferenceOptimization(
         loss=mix,
         wpo=weighed,

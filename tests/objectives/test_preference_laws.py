@@ -373,8 +373,28 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         ({"loss": name, "length_normalized": True}, f"length_normalized: the {name!r} loss is no")
-        for name in ("sigmoid_norm", "ipo", "ipo_sum", "aot", "bco_pair")
+        for name in ("sigmoid_norm", "ipo", "aot", "bco_pair")
     ),
+    (
+        {"loss": "ipo_sum", "length_normalized": True},
+        "length_normalized: the 'ipo_sum' loss is 'ipo' where it is by token; use 'ipo'",
+    ),
+    *(
+        ({"loss": {"sigmoid": 1.0, name: 1.0}, **option}, f"{next(iter(option))}: the {name!r} los")
+        for option, names in (
+            ({"label_smoothing": 0.1}, ("hinge", "orpo", "bco_pair")),
+            ({"length_normalized": True}, ("simpo", "cpo", "orpo", "ipo")),
+            ({"divergence": "forward_kl"}, ("simpo", "cpo", "orpo")),
+            ({"wpo": True}, ("aot",)),
+            ({"ld_alpha": 0.5}, ("simpo", "ipo")),
+        )
+        for name in names
+    ),
+    *(
+        ({"loss": name, "ld_alpha": 0.5}, f"ld_alpha: the {name!r} loss divides by the whole len")
+        for name in ("sigmoid_norm", "ipo", "simpo", "orpo")
+    ),
+    ({"length_normalized": True, "ld_alpha": 0.5}, "ld_alpha: length_normalized would divide"),
     *(
         ({"loss": name, **option}, f"{next(iter(option))}: the {name!r} loss has no Δ to modify")
         for name in ("simpo", "cpo", "orpo", "sft")
@@ -429,6 +449,31 @@ def test_an_option_that_makes_no_sense_is_named(options: dict[str, Any], message
     architecture, _, _ = zoo.split("tied")
     with pytest.raises(ft.ConfigError, match=message):
         ft.dpo_step(architecture, ft.optim.adamw(), **options)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"label_smoothing": 0.1},
+        {"length_normalized": True},
+        {"divergence": "forward_kl"},
+        {"wpo": True},
+        {"ld_alpha": 0.5},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_likelihood_term_beside_is_not_modified(option: dict[str, Any]) -> None:
+    """The loss of the mix is that of the modified loss alone and the plain −log-likelihood."""
+    step, state = _started("sigmoid", "decoder")
+
+    def loss(**changes: Any) -> float:
+        changed = attrs.evolve(step, objective=attrs.evolve(step.objective, **changes))
+        return ft.evaluate(changed, state, [formulas.batch_of("sigmoid")]).to_dict()["eval_loss"]
+
+    plain = loss(loss={"sigmoid": 1.0, "sft": 0.5}) - loss()
+    assert loss(**option) != loss()
+    mixed = loss(loss={"sigmoid": 1.0, "sft": 0.5}, **option)
+    assert mixed - loss(**option) == pytest.approx(plain, rel=1e-12)
 
 
 def test_a_side_without_examples_is_not_among_the_metrics_of_kto() -> None:
