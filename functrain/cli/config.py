@@ -358,14 +358,6 @@ class Preference:
         if self.cache is not None:
             self._check_cache(names)
 
-    def _check_read(self) -> None:
-        """An option that was chosen and that the loss does not read would do nothing, silently."""
-        kto = ("desirable_weight", "undesirable_weight")
-        for field in attrs.fields(Preference):
-            unread = field.name in kto
-            if self.unpaired:
-                unread = field.name not in ("loss", "beta", "cache", *kto)
-            value = getattr(self, field.name)
     def _check_smoothing(self, names: tuple[str, ...]) -> None:
         over_pairs = [name for name in names if name not in LIKELIHOODS]
         for name in over_pairs or names:
@@ -375,6 +367,14 @@ class Preference:
                     f"{', '.join(SMOOTHED)}"
                 )
 
+    def _check_read(self) -> None:
+        """An option that was chosen and that the loss does not read would do nothing, silently."""
+        kto = ("desirable_weight", "undesirable_weight")
+        for field in attrs.fields(Preference):
+            unread = field.name in kto
+            if self.unpaired:
+                unread = field.name not in ("loss", "beta", "cache", *kto)
+            value = getattr(self, field.name)
             if unread and value != field.default:
                 raise ConfigError(
                     f"preference.{field.name}: {value!r}, and the {self.loss} loss does not read "
