@@ -161,7 +161,8 @@ def check_names(
 def check_fit(
     values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]], what: str
 ) -> None:
-    """Raise unless `values` have the names and shapes of these places."""
+    """Raise unless `values` are tensors, not on meta, with the names and shapes of these places."""
+    _refuse_tied(values, places, what)
     check_names(values, places, what, "they belong to another architecture")
     for name, ((entries, key), *_) in places.items():
         slot, value = entries[key], values[name]
@@ -172,6 +173,43 @@ def check_fit(
                 f"{what}/{name}: shape {list(value.shape)}, expected {list(slot.shape)}; they "
                 "belong to another architecture"
             )
+        if value.device.type == "meta":
+            raise StateError(
+                f"{what}/{name}: on the meta device, so it has no values; take them with "
+                "functrain.split(model)[1], before anything else is done with the model"
+            )
+
+
+def check_reference(values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]]) -> None:
+    """Raise unless `values` could be params of a reference: as `check_fit`, and numbers of theirs.
+
+    Of another floating dtype they are cast; integers are codes that mean something else.
+    """
+    check_fit(values, places, "reference")
+    for name, ((entries, key), *_) in places.items():
+        slot, value = entries[key], values[name]
+        if slot is not None and slot.is_floating_point() and not value.is_floating_point():
+            raise StateError(
+                f"reference/{name}: dtype {value.dtype}, expected a floating one as {slot.dtype}; "
+                "give params that are not quantised"
+            )
+
+
+def _refuse_tied(
+    values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]], what: str
+) -> None:
+    """A `state_dict` has both names of a tied parameter, where `split` has the first."""
+    if places.keys() - values.keys():
+        return
+    for name in sorted(values.keys() - places.keys()):
+        key, tensor = name.rsplit(".", 1)[-1], values[name]
+        for first, at in places.items():
+            tied = any(key == slot for _, slot in at[1:])
+            if tied and getattr(tensor, "shape", None) == values[first].shape:
+                raise ArchitectureError(
+                    f"{what}: unexpected {name!r}, which is tied to {first!r}; take "
+                    "functrain.split(model)[1], where a tied parameter has one name"
+                )
 
 
 def _some(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from functrain.architecture import (
     Slots,
     bound,
     bound_buffers,
-    check_fit,
+    check_reference,
     kept_buffers,
     slots,
     vocabulary_of,
@@ -347,7 +347,7 @@ def value_and_grad(
     """
     places = slots(architecture)
     if (kept := objective.kept()) is not None:
-        check_fit(kept, places.params, "reference")
+        check_reference(kept, places.params)
     return ValueAndGrad(
         objective=objective,
         architecture=architecture,

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.architecture import bound, check_fit, description, slots, vocabulary_of
+from functrain.architecture import (
+    Slots,
+    bound,
+    check_fit,
+    check_reference,
+    description,
+    slots,
+    vocabulary_of,
+)
 from functrain.data.source import Source
 from functrain.errors import BatchError, DataError
 from functrain.gradients import forward_buffers, forward_values
@@ -48,7 +56,7 @@ class AttachReference:
 
     def __attrs_post_init__(self) -> None:
         places = slots(self.architecture)
-        check_fit(self.reference, places.params, "reference")
+        check_reference(self.reference, places.params)
         check_fit(self.buffers, places.buffers, "buffers")
 
     def __call__(self, batch: Batch) -> Batch:
@@ -70,7 +78,7 @@ class AttachReference:
         device = device_of(self.reference)
         moved = to_device({side: batch[side] for side in sides}, device)
         places = slots(self.architecture)
-        values = forward_values(self.reference, places, self.precision)
+        values = forward_values(_widened(self.reference, places), places, self.precision)
         buffers = forward_buffers(self.buffers, places, self.precision)
         with (
             torch.no_grad(),
@@ -115,6 +123,14 @@ class AttachReference:
         return hasher.hexdigest()
 
 
+def _widened(reference: Tensors, places: Slots) -> Tensors:
+    """In the dtypes of the params that a step would train: of 32 bits at least."""
+    narrow = {n for n in places.trainable if reference[n].dtype.itemsize < 4}
+    if not narrow:
+        return reference
+    return Tensors({n: t.float() if n in narrow else t for n, t in reference.items()})
+
+
 def attach_reference(
     architecture: nn.Module,
     reference: Mapping[str, Tensor],
@@ -129,9 +145,12 @@ def attach_reference(
 
     Of sums over completions, float [examples]; with `by_token`, [examples, time − 1]. Under the
     step's `precision` and `layout` and on the same batch, its bits are those of the online
-    reference, which the step then does not need: `dpo_step(architecture, optimizer)`. Raises
-    `StateError` for params of another architecture; `buffers` are those that `functrain.split`
-    returned.
+    reference, which the step then does not need: `dpo_step(architecture, optimizer)`. `buffers` are
+    those that `functrain.split` returned.
+
+    Raises `ArchitectureError` for params or buffers with other names than the architecture's,
+    `StateError` for other shapes, integers and what is on the meta device, and `ConfigError` for an
+    unknown `precision`, `head` or `layout`.
     """
     return AttachReference(
         architecture, reference, buffers or {}, precision, by_token, head, layout

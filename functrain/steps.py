@@ -41,7 +41,6 @@ from functrain.trees import (
     Tensors,
     clone,
     global_norm,
-    map_leaves,
     owning,
     storages,
     succeeding,
@@ -162,8 +161,14 @@ class Step:
         if objective is None or objective.reference_mixup is None:
             return None
         assert objective.reference is not None  # the objective has refused it otherwise
-        # Its own memory, which no step of another run and no donation writes into.
-        return map_leaves(lambda tensor: tensor.detach().clone(), objective.reference)
+        # Its own memory, which no step of another run and no donation writes into; and the params'
+        # dtype, since in a narrower one what it moves by could be rounded away.
+        return Tensors(
+            {
+                name: tensor.detach().to(params[name].dtype, copy=True)
+                for name, tensor in objective.reference.items()
+            }
+        )
 
     def _running(self, device: torch.device) -> Tensors | None:
         return None if self._carrying is None else self._carrying.init_running(device)

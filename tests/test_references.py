@@ -341,6 +341,49 @@ def test_a_reference_of_another_architecture_is_refused_when_it_is_given() -> No
         attach(zoo.batch())
 
 
+@pytest.mark.parametrize("name", ["dpo_step", "kto_step", "attach_reference"])
+def test_what_cannot_be_a_reference_is_named_when_it_is_given(name: str) -> None:
+    """Values on meta, numbers that are codes, and both names of a tied parameter."""
+    model = zoo.model("tied")
+    both = {n: t for n, t in model.state_dict().items() if n != "scale"}
+    architecture, params, buffers = ft.split(model)
+    meta = dict(architecture.named_parameters())
+    codes = {name: tensor.to(torch.int8) for name, tensor in params.items()}
+    make: Any = {
+        "dpo_step": lambda given: ft.dpo_step(architecture, ft.optim.adamw(), reference=given),
+        "kto_step": lambda given: ft.kto_step(architecture, ft.optim.adamw(), reference=given),
+        "attach_reference": lambda given: ft.attach_reference(architecture, given, buffers),
+    }[name]
+    for given, kind, message in (
+        (meta, ft.StateError, r"reference/embedding.weight: on the meta device.*functrain.split"),
+        (codes, ft.StateError, r"reference/embedding.weight: dtype torch.int8.*not quantised"),
+        (
+            both,
+            ft.ArchitectureError,
+            r"'head.weight', which is tied to 'embedding.weight'; take fu",
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            make(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_reference_of_another_dtype_is_the_same_online_and_attached(
+    dtype: torch.dtype, precision: str
+) -> None:
+    """In that of the params, and not the whole forward in its own."""
+    architecture, params, buffers, reference = _parts()
+    reference = ft.trees.map_leaves(lambda tensor: tensor.to(dtype), reference)
+    options: Any = {"precision": precision}
+    online = ft.dpo_step(architecture, ft.optim.adamw(1e-2), reference=reference, **options)
+    ahead = ft.dpo_step(architecture, ft.optim.adamw(1e-2), **options)
+    attach = ft.attach_reference(architecture, reference, buffers, **options)
+    _, one = online(online.init(params, buffers), zoo.pairs())
+    _, other = ahead(ahead.init(params, buffers), attach(zoo.pairs()))
+    assert one.to_dict() == other.to_dict()
+
+
 def test_a_source_with_its_reference_trains_as_with_the_reference_online() -> None:
     architecture, params, buffers, reference = _parts()
     source = zoo.Batches(zoo.pairs)

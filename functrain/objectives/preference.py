@@ -91,7 +91,8 @@ class PreferenceOptimization:
     `reference`: params of the same architecture, fixed; None where every batch carries
     `reference_logps`, or no loss reads one. With `dropout=False` (the default, as in TRL) the
     policy is in eval mode while it trains, so that it equals the reference at step 0: margin 0,
-    `sigmoid` log 2.
+    `sigmoid` log 2. A reference in another floating dtype is cast to the params'; what was rounded
+    to get there, as in half precision, makes that margin nearly 0.
 
     Modifiers: `divergence` puts an f-divergence (2309.16240) in the place of Δ, `divergence_alpha`
     is its α; `length_normalized` takes Δ by token; `ld_alpha` (LD-DPO, 2409.06411) weighs what a

@@ -129,6 +129,23 @@ def test_the_reference_moves_at_multiples_of_its_interval_and_only_then() -> Non
         before = state
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_reference_in_half_precision_moves_in_the_dtype_of_the_params(dtype: torch.dtype) -> None:
+    """In its own a small mixup would be rounded away, and it would never move."""
+    step, begin = _made("tr_dpo", reference_mixup=1e-4, reference_sync=1)
+    half = ft.trees.map_leaves(lambda tensor: tensor.to(dtype), step.objective.reference)
+    step = attrs.evolve(step, objective=attrs.evolve(step.objective, reference=half))
+    state = begin()
+    first = step.init(state.params, state.buffers)
+    after, _ = step(first, _batch(0))
+    for name, tensor in after.reference.items():
+        assert tensor.dtype == first.reference[name].dtype == torch.float32
+        assert torch.equal(first.reference[name], half[name].float())
+        moved = first.reference[name] + 1e-4 * (after.params[name] - first.reference[name])
+        torch.testing.assert_close(tensor, moved, rtol=1e-6, atol=1e-9)
+        assert not torch.equal(tensor, first.reference[name])
+
+
 @pytest.mark.parametrize("sync", [1, 512])
 def test_a_mixup_of_one_is_the_policy_itself(sync: int) -> None:
     step, begin = _made("tr_dpo", reference_mixup=1.0, reference_sync=sync)
