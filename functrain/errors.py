@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 
 class FunctrainError(Exception):
@@ -56,6 +56,12 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def boolean(_record: object, field: Any, value: Any) -> None:
+    """An attrs validator: raise `ConfigError` for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field.name}: {value!r}, expected True or False")
+
+
 class FunctrainWarning(UserWarning):
     """The base of every warning given by functrain."""
 
@@ -69,9 +75,18 @@ class SaveWarning(FunctrainWarning):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known ones, or all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    """The end of an error message about an unknown name: the nearest known ones, or all of them.
+
+    Those that begin with it come before those that look like it; upper case counts as lower.
+    """
+    names, folded = sorted(known), name.casefold()
+    near = [each for each in names if each.casefold() == folded]
+    if not near and folded:
+        near = [each for each in names if each.casefold().startswith(folded)][:3]
+    if not near:
+        cases = {each.casefold(): each for each in names}
+        close = difflib.get_close_matches(folded, cases, n=3, cutoff=0.5)
+        near = [cases[each] for each in close]
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     return f"known: {', '.join(repr(n) for n in names)}"

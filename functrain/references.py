@@ -26,7 +26,7 @@ from functrain.architecture import (
     vocabulary_of,
 )
 from functrain.data.source import Source
-from functrain.errors import BatchError, DataError
+from functrain.errors import BatchError, DataError, boolean
 from functrain.gradients import forward_buffers, forward_values
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.layouts import LayoutName, check_layout, laid_out, layout_name
@@ -50,7 +50,7 @@ class AttachReference:
     reference: Tensors = attrs.field(repr=False, converter=tensors)
     buffers: Tensors = attrs.field(repr=False, converter=tensors)
     precision: Precision = attrs.field(converter=policy)
-    by_token: bool
+    by_token: bool = attrs.field(validator=boolean)
     head: HeadMode = attrs.field(validator=head_mode)
     layout: LayoutName = attrs.field(default="padded", validator=layout_name)
 
@@ -150,7 +150,7 @@ def attach_reference(
 
     Raises `ArchitectureError` for params or buffers with other names than the architecture's,
     `StateError` for other shapes, integers and what is on the meta device, and `ConfigError` for an
-    unknown `precision`, `head` or `layout`.
+    unknown `precision`, `head` or `layout`, and a `by_token` that is no boolean.
     """
     return AttachReference(
         architecture, reference, buffers or {}, precision, by_token, head, layout

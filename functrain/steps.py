@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from functrain import keys, schedules
 from functrain import metrics as m
 from functrain.architecture import Slots, check_fit
-from functrain.errors import ConfigError, FunctrainError, StateError, is_number
+from functrain.errors import ConfigError, FunctrainError, StateError, boolean, is_number
 from functrain.gradients import (
     Accumulated,
     Batches,
@@ -91,7 +91,7 @@ class Step:
     transform: Transform | None = None
     ema_decay: float | None = None
     guard: SpikeGuard | None = None
-    donate: bool = False
+    donate: bool = attrs.field(default=False, validator=boolean)
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
     # Looked up once: a protocol's isinstance takes longer than a step's smallest kernels.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-from functrain.cli.known import KTO, LOSSES
+from functrain.cli.known import CALLED, KTO, LOSSES
 from functrain.errors import ConfigError, did_you_mean
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -72,7 +73,8 @@ fraction_to_one = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 def mixed(text: str) -> dict[str, float]:
     """The weights of "sigmoid + 0.2*sft" by name; `ConfigError` for what is no mix of losses."""
     found: dict[str, float] = {}
-    for term in text.split("+"):
+    # The sign of an exponent, as in 1e+1, ends no term.
+    for term in re.split(r"(?<![\d.][eE])\+", text):
         factor, star, name = (part.strip() for part in term.rpartition("*"))
         try:
             weight = float(factor) if star else 1.0
@@ -85,8 +87,12 @@ def mixed(text: str) -> dict[str, float]:
         if name not in LOSSES:
             if name == KTO:
                 raise ConfigError(f"{KTO!r} is a loss without pairs, so it stands alone")
-            raise ConfigError(f"{name!r} is unknown; {did_you_mean(name, (*LOSSES, KTO))}")
-        found[name] = found.get(name, 0.0) + weight
+            near = CALLED.get(name.casefold().replace("-", "_"))
+            near = near or did_you_mean(name, (*LOSSES, KTO))
+            raise ConfigError(f"{name!r} is unknown; {near}")
+        if name in found:
+            raise ConfigError(f"{name!r} is there twice; give it once, with one weight")
+        found[name] = weight
     return found
 
 

@@ -108,7 +108,7 @@ class Data:
     """Take only so many documents, records or embedded entries."""
     truncation: str = attrs.field(default="keep_start", validator=one_of(TRUNCATIONS))
     """What of a longer example stays: keep_start, keep_end, or prompt_first (the prompt is cut)."""
-    min_prompt: int = attrs.field(default=1, validator=at_least(0))
+    min_prompt: int = attrs.field(default=1, validator=count)
     """Tokens that prompt_first leaves of a prompt before it cuts the completion."""
     packing: bool = False
     """Several documents in a row of data.time tokens, none of which sees another."""

@@ -45,6 +45,16 @@ BARE = ("sft", "cpo", "simpo", "orpo")
 """Those that read no reference."""
 KTO = "kto"
 """The one over completions without a pair."""
+CALLED = {
+    "dpo": "it is 'sigmoid'",
+    "cdpo": "it is 'sigmoid' with label_smoothing",
+    "rpo": "it is a mix of 'sigmoid' and 'sft'",
+    "slic": "it is 'hinge'",
+    "rso": "it is 'hinge'",
+    "tr_dpo": "it is any loss with a reference, with reference_mixup",
+    "ld_dpo": "it is 'sigmoid' with ld_alpha",
+}
+"""What methods are here that go by another name elsewhere."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 LAYOUTS = ("padded", "padding_free", "shared_prompt")
 TRUNCATIONS = ("keep_start", "keep_end", "prompt_first")

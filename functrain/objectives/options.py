@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 
 Mix = str | Mapping[str, float]
 
+CALLED: Mapping[str, str] = {
+    "dpo": "it is 'sigmoid'",
+    "cdpo": "it is 'sigmoid' with label_smoothing",
+    "rpo": "it is a mix of 'sigmoid' and 'sft'",
+    "slic": "it is 'hinge'",
+    "rso": "it is 'hinge'",
+    "tr_dpo": "it is any loss with a reference, with reference_mixup",
+    "ld_dpo": "it is 'sigmoid' with ld_alpha",
+    "kto": "it is for completions without a pair, and a step of its own: functrain.kto_step",
+}
+"""What methods are here that go by another name elsewhere."""
+
+
+def nearest_loss(name: str) -> str:
+    """The end of an error message about a loss that is unknown."""
+    return CALLED.get(name.casefold().replace("-", "_")) or did_you_mean(name, LOSSES)
+
 
 def optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
     """A plain mapping is copied: a step may donate the memory that it was made of."""
@@ -39,7 +56,7 @@ def mixed(given: Mix) -> Mapping[str, float]:
         raise ConfigError(f"loss: {given!r}, expected a name, or weights by name")
     for name, weight in given.items():
         if name not in LOSSES:
-            near = did_you_mean(str(name), LOSSES)
+            near = nearest_loss(str(name))
             raise ConfigError(f"loss: {name!r} is unknown; {near}")
         if not is_number(weight) or not 0 < weight < math.inf:
             raise ConfigError(

@@ -17,6 +17,11 @@ SIDES = ("chosen", "rejected")
 
 def check_pairs(batch: Batch, vocabulary: int | None) -> None:
     """Raise `BatchError` unless `batch` is a well-formed batch of pairs, each with completions."""
+    if isinstance(batch, Mapping) and "chosen" not in batch and "completion" in batch:
+        raise BatchError(
+            "completion: a batch without pairs, and this loss prefers one of two; give it to "
+            "kto_step, or give chosen and rejected"
+        )
     check_keys(batch, SIDES)
     for side in SIDES:
         if side not in batch:
@@ -97,6 +102,11 @@ def last_target(labels: Tensor) -> Tensor:
 def check_reference_logps(batch: Batch, sides: tuple[str, ...]) -> None:
     """Raise `BatchError` unless `reference_logps` has, of each side, a sum or a row an example."""
     given = batch["reference_logps"]
+    for key in given if isinstance(given, Mapping) else ():
+        if key not in sides:
+            raise BatchError(
+                f"reference_logps.{key}: unknown side; expected {' and '.join(sides)} alone"
+            )
     for side in sides:
         value = given.get(side) if isinstance(given, Mapping) else None
         examples, time = batch[side]["input_ids"].shape

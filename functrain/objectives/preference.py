@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from functrain import metrics as m
 from functrain.architecture import Mode
-from functrain.errors import BatchError
+from functrain.errors import BatchError, boolean
 from functrain.metrics import Metrics
 from functrain.objectives.batches import IGNORE_INDEX, Batch, count_padding, examples_in
 from functrain.objectives.layouts import (
@@ -115,7 +115,7 @@ class PreferenceOptimization:
     as if it stood alone, its positions counted from 0 unless it has its own: the same as padded to
     rounding (with dropout other random bits). A model that does not support it is refused.
 
-    Raises `ConfigError` for a loss, number or combination that makes no sense.
+    Raises `ConfigError` for a loss, number, boolean or combination that makes no sense.
     """
 
     reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
@@ -136,18 +136,18 @@ class PreferenceOptimization:
     divergence_alpha: float = attrs.field(
         default=0.5, validator=within(0, 1, "a number between 0 and 1", above=True)
     )
-    length_normalized: bool = False
+    length_normalized: bool = attrs.field(default=False, validator=boolean)
     ld_alpha: float | None = attrs.field(
         default=None,
         validator=within(0, 1 + 1e-9, "a number in [0, 1], or None", optional=True),
     )
-    wpo: bool = False
+    wpo: bool = attrs.field(default=False, validator=boolean)
     reference_mixup: float | None = attrs.field(
         default=None,
         validator=within(0, 1 + 1e-9, "a number in (0, 1], or None", above=True, optional=True),
     )
     reference_sync: int = 512
-    dropout: bool = False
+    dropout: bool = attrs.field(default=False, validator=boolean)
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     layout: LayoutName = attrs.field(default="padded", validator=layout_name)
     name: str = "dpo"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from functrain import metrics as m
 from functrain.architecture import Mode
-from functrain.errors import BatchError
+from functrain.errors import BatchError, boolean
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, count_padding
 from functrain.objectives.logprobs import HeadMode, head_mode, token_scores
@@ -35,14 +35,14 @@ class UnpairedOptimization:
 
     A batch is `{"completion": …, "mismatched": …, "desirable": bool [examples]}`, the sides as
     sequences with labels (`functrain.data.unpaired` makes them), and optionally `reference_logps`
-    of both sides. Raises `ConfigError` for numbers that are not positive.
+    of both sides. Raises `ConfigError` for numbers that are not positive, and the like.
     """
 
     reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
     beta: float = attrs.field(default=0.1, validator=positive)
     desirable_weight: float = attrs.field(default=1.0, validator=positive)
     undesirable_weight: float = attrs.field(default=1.0, validator=positive)
-    dropout: bool = False
+    dropout: bool = attrs.field(default=False, validator=boolean)
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     name: str = "kto"
     batch_coupled: bool = attrs.field(default=True, init=False)
@@ -55,6 +55,11 @@ class UnpairedOptimization:
 
     def check(self, batch: Batch, vocabulary: int | None) -> None:
         """Raise `BatchError` unless both sides are well formed, and each example has its label."""
+        if isinstance(batch, Mapping) and "completion" not in batch and "chosen" in batch:
+            raise BatchError(
+                "chosen: a batch of pairs, and KTO is for completions without a pair; give it to "
+                "dpo_step, or make it with functrain.data.unpaired, which takes pairs too"
+            )
         check_keys(batch, _SIDES, "desirable")
         for side in _SIDES:
             if side not in batch:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from functrain.cli import checks, known, toml
 from functrain.cli import config as c
-from functrain.cli import known, toml
 from functrain.errors import ConfigError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -132,6 +132,10 @@ BAD = [
     ('[schedule]\nname = "step"', "schedule.every: must be given for step"),
     ("[schedule]\npeak = nan", "schedule.peak: nan, expected a positive finite number"),
     ("[schedule]\nwarmup = 5\ntotal = 4", "schedule.warmup: 5 is more than schedule.total 4"),
+    ("[data]\nmin_prompt = 0", "data.min_prompt: 0, expected an integer of at least 1"),
+    ('[preference]\nloss = "sigmoid+ 2*sigmoid"', "preference.loss: 'sigmoid' is there twice"),
+    ('[preference]\nloss = "APO"', "'APO' is unknown; did you mean 'apo_down' or 'apo_zero'"),
+    ('[preference]\nloss = "TR-DPO"', "'TR-DPO' is unknown; it is any loss with a reference, with"),
     ('[preference]\nloss = "sigmoyd"', "preference.loss: 'sigmoyd' is unknown; did you mean"),
     ("[preference]\nbeta = 0", "preference.beta: 0.0, expected a positive finite number"),
     ('[preference]\nloss = "ipo"\nlabel_smoothing = 0.1', "label_smoothing: the ipo loss has none"),
@@ -168,12 +172,25 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         toml.read(tmp_path / "no.toml", c.Pretrain)
 
 
+@pytest.mark.parametrize(
+    ("text", "mix"),
+    [
+        ("1e+1*sft + sigmoid", {"sft": 10.0, "sigmoid": 1.0}),
+        ("1.E+0*sigmoid+2e-1*sft", {"sigmoid": 1.0, "sft": 0.2}),
+        ("sigmoid+sft", {"sigmoid": 1.0, "sft": 1.0}),
+    ],
+)
+def test_a_mix_is_read_with_any_form_of_number(text: str, mix: dict[str, float]) -> None:
+    assert checks.mixed(text) == mix
+
+
 def test_the_known_names_are_those_of_the_library() -> None:
     """The config has lists of its own, because checking it must not import torch."""
     import functrain as ft
     from functrain.data.truncation import MODES
     from functrain.objectives.layouts import LayoutName
     from functrain.objectives.losses import DIVERGENCES, LOSSES
+    from functrain.objectives.options import CALLED
     from functrain.precision import POLICIES
     from functrain.schedules import SCHEDULES as MADE
 
@@ -184,6 +201,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     assert set(known.SMOOTHED) == {name for name, each in LOSSES.items() if each.smoothing}
     assert set(known.LIKELIHOODS) == {name for name, each in LOSSES.items() if each.value is None}
     assert set(known.BARE) == {name for name, each in LOSSES.items() if not each.reference}
+    assert {name: said for name, said in CALLED.items() if name != known.KTO} == known.CALLED
     assert set(known.TRUNCATIONS) == set(MODES)
     assert set(known.SCHEDULES) == set(MADE)
     assert all(callable(getattr(ft.optim, name)) for name in known.OPTIMIZERS)

@@ -346,7 +346,19 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"loss": "ipo_sums"}, "loss: 'ipo_sums' is unknown; did you mean 'ipo_sum' or 'ipo'"),
     (
         {"loss": {"sigmoid": 1, "bco": 1}},
-        "loss: 'bco' is unknown; did you mean 'cpo' or 'bco_pair'",
+        r"loss: 'bco' is unknown; did you mean 'bco_pair'\?",
+    ),
+    ({"loss": "Sigmoid"}, r"loss: 'Sigmoid' is unknown; did you mean 'sigmoid'\?"),
+    ({"loss": "apo"}, r"loss: 'apo' is unknown; did you mean 'apo_down' or 'apo_zero'\?"),
+    ({"loss": "DPO"}, "loss: 'DPO' is unknown; it is 'sigmoid'"),
+    ({"loss": "rpo"}, "loss: 'rpo' is unknown; it is a mix of 'sigmoid' and 'sft'"),
+    ({"loss": "slic"}, "loss: 'slic' is unknown; it is 'hinge'"),
+    ({"loss": "tr-dpo"}, "loss: 'tr-dpo' is unknown; it is any loss .* with reference_mixup"),
+    ({"loss": {"kto": 1.0, "sft": 1.0}}, "loss: 'kto' is unknown; .* functrain.kto_step"),
+    *(
+        ({option: bad}, f"{option}: {bad!r}, expected True or False")
+        for option in ("wpo", "length_normalized", "dropout", "donate")
+        for bad in ("no", 1, None)
     ),
     ({"loss": {}}, "loss: {}, expected a name, or weights by name"),
     ({"loss": None}, "loss: None, expected a name, or weights by name"),
@@ -509,6 +521,14 @@ def test_a_number_of_kto_that_makes_no_sense_is_named(option: str, bad: Any) -> 
         ft.kto_step(architecture, ft.optim.adamw(), **{option: bad})
 
 
+def test_a_boolean_of_kto_and_of_what_attaches_is_one() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match="dropout: 'no', expected True or False"):
+        ft.kto_step(architecture, ft.optim.adamw(), dropout="no")  # type: ignore[arg-type]
+    with pytest.raises(ft.ConfigError, match="by_token: 'no', expected True or False"):
+        ft.attach_reference(architecture, params, buffers, by_token="no")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("case", ["sigmoid", "kto"])
 def test_a_reference_of_another_architecture_is_named(case: str) -> None:
     architecture, _, _ = zoo.split("tied")
@@ -554,6 +574,18 @@ BATCHES: list[tuple[str, Any, str]] = [
     ("kto", {**EXAMPLES, "desirable": torch.ones(4)}, "desirable: expected a bool tensor"),
     ("kto", {**EXAMPLES, "desirable": EXAMPLES["desirable"][:3]}, r"desirable: shape \[3\], exp"),
     ("kto", {**EXAMPLES, "chosen": PAIRS["chosen"]}, "chosen: unknown key"),
+    ("kto", PAIRS, "chosen: a batch of pairs, and KTO is for .* give it to dpo_step"),
+    ("sigmoid", EXAMPLES, "completion: a batch without pairs, .* give it to kto_step"),
+    (
+        "sigmoid",
+        _ahead(PAIRS, chosen=FOUR, rejected=FOUR, mismatched=FOUR),
+        "reference_logps.mismatched: unknown side; expected chosen and rejected alone",
+    ),
+    (
+        "kto",
+        _ahead(EXAMPLES, completion=FOUR, mismatched=FOUR, chosen=FOUR),
+        "reference_logps.chosen: unknown side; expected completion and mismatched alone",
+    ),
     ("kto", {**EXAMPLES, "mismatched": formulas.side(0, 3, 8)}, "has 4 examples and mismatched 3"),
     ("kto", _ahead(EXAMPLES, completion=FOUR), r"reference_logps.mismatched: expected a floating"),
     ("sigmoid", {**PAIRS, "rejected": formulas.side(0, 3, 8)}, "chosen has 4 examples and rejec"),
