@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from objectives import formulas
 from objectives.formulas import Numbers, Pair
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrain as ft
 from functrain.objectives.losses import LOSSES, Options, PairLogps, divergence_of
@@ -491,24 +493,85 @@ def test_a_step_minimises_the_formula_and_reports_what_it_says(case: str) -> Non
 
 
 class _Copies(TorchFunctionMode):
-    """Counts the tensors that are made of a value of the host for a device."""
+    """Counts the tensors that are made of a value of the host for a device, and `tolist`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.tensor and "device" in (kwargs or {})
+        made = func in (torch.tensor, torch.as_tensor) and "device" in (kwargs or {})
+        self.count += made or func in (Tensor.new_tensor, Tensor.tolist, Tensor.numpy)
         return func(*args, **(kwargs or {}))
 
 
+WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+
+
+class _Waits(TorchDispatchMode):
+    """Where in the package a number is taken to the host by `item`, `bool` or `float`, or a shape
+    depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masked = func.name() == "aten::index.Tensor" and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if masked or func.name() in WAITING:
+            frame: Any = sys._getframe(1)
+            while not frame.f_globals.get("__name__", "").startswith("functrain."):
+                frame = frame.f_back
+            self.places.add(frame.f_code.co_qualname.split(".<locals>")[0].split(".")[-1])
+        return func(*args, **(kwargs or {}))
+
+
+# What looks at numbers where they are on the CPU anyway, and nowhere else.
+ON_THE_CPU = {
+    *("_check_range", "_check_labels", "check_completions", "_check_different"),
+    *("held_back", "rate_of", "_where", "learning_rate"),
+}
+
+
 @pytest.mark.parametrize("case", formulas.CASES)
-def test_a_step_copies_no_number_from_the_host(case: str) -> None:
-    """On an accelerator each copy may be a wait; a fill is none."""
+def test_a_step_copies_no_number_from_the_host_and_takes_none_there(case: str) -> None:
+    """On an accelerator each may be a wait; a fill is none. What the CPU shows of it: a copy of a
+    tensor from device to device is not seen."""
     step, state, *_ = _models(case, microbatches=2)
-    with _Copies() as copies:
+    with _Copies() as copies, _Waits() as waits:
         step(state, formulas.batch_of(case))
     assert copies.count == 0
+    assert waits.places <= ON_THE_CPU
+    assert {"_check_range", "_where"} <= waits.places, "and what is there is seen"
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: t.sum().item(),
+        lambda t: bool((t > 0).any()),
+        lambda t: float(t.mean()),
+        lambda t: t.tolist(),
+        lambda t: t.new_tensor(1.0),
+        lambda t: torch.tensor(1.0, device=t.device),
+        lambda t: t[t > 0],
+        torch.nonzero,
+    ],
+)
+def test_a_wait_in_a_loss_would_be_seen(wait: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, state, *_ = _models("sigmoid")
+    original = PreferenceOptimization._pair_loss
+
+    def waiting(self: Any, observed: Any, coupling: Any) -> Any:
+        wait(observed.logps.chosen.detach())
+        return original(self, observed, coupling)
+
+    monkeypatch.setattr(PreferenceOptimization, "_pair_loss", waiting)
+    with _Copies() as copies, _Waits() as waits:
+        step(state, formulas.batch_of("sigmoid"))
+    assert copies.count or not waits.places <= ON_THE_CPU
 
 
 @pytest.mark.parametrize("nearer", [False, True])
