@@ -80,10 +80,14 @@ def microbatches(size: Size, steps: int) -> Iterator[torch.Tensor]:
         yield from batch.chunk(MICROBATCHES)
 
 
-def functrain(size: Size, steps: int, *, donate: bool = True) -> Result:
-    """`functrain.pretrain_step`."""
+def functrain(
+    size: Size, steps: int, *, donate: bool = True, kept: bool = False, **options: Any
+) -> Result:
+    """`functrain.pretrain_step`; `kept`: in a process that keeps the memory it frees."""
     import functrain as ft
 
+    if kept:
+        ft.keep_pages()
     model = llama(size)
     clock = Clock()
     architecture, params, buffers = ft.split(model)
@@ -93,6 +97,7 @@ def functrain(size: Size, steps: int, *, donate: bool = True) -> Result:
         microbatches=MICROBATCHES,
         max_grad_norm=CLIP,
         donate=donate,
+        **options,
     )
     state = step.init(params, buffers)
     del params
@@ -109,6 +114,16 @@ def functrain(size: Size, steps: int, *, donate: bool = True) -> Result:
 def pure(size: Size, steps: int) -> Result:
     """The same without donation: the old state stays whole."""
     return functrain(size, steps, donate=False)
+
+
+def kept(size: Size, steps: int) -> Result:
+    """The same in a process that keeps its memory (`functrain.keep_pages`)."""
+    return functrain(size, steps, kept=True)
+
+
+def compiled(size: Size, steps: int) -> Result:
+    """The same with `compile=True`."""
+    return functrain(size, steps, compile=True)
 
 
 def _adamw(model: Any) -> torch.optim.Optimizer:
@@ -279,7 +294,8 @@ def _trained(
 
 
 KINDS: dict[str, Callable[[Size, int], Result]] = {
-    each.__name__: each for each in (functrain, pure, loop, fabric, accelerate, trainer, sft)
+    each.__name__: each
+    for each in (functrain, pure, kept, compiled, loop, fabric, accelerate, trainer, sft)
 }
 
 
