@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import accumulators, keys, memory
+from functrain import accumulators, compilation, keys, memory
 from functrain.accumulators import Accumulating
 from functrain.architecture import (
     Slots,
@@ -25,6 +25,7 @@ from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.base import Coupled, Direct, Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
+from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
 from functrain.trees import Tensors, global_norm, map_leaves
 
@@ -83,6 +84,7 @@ class ValueAndGrad:
     precision: Precision
     places: Slots
     vocabulary: int | None
+    compile: bool = False
     direct: bool = attrs.field(init=False)
 
     @direct.default
@@ -141,6 +143,7 @@ class ValueAndGrad:
             torch.inference_mode(False),
             torch.enable_grad(),
             bound(self.architecture, leaves, bound_values, mode, places=self.places) as model,
+            self._compiled(model),
             accumulators.accumulating(self.places.modules, Accumulating(total.sum_of, factor))
             if self.direct
             else nullcontext(),
@@ -157,6 +160,13 @@ class ValueAndGrad:
             after = bound_buffers(self.places)
         left = Tensors({n: self._left(buffers[n], b, written[n]) for n, b in after.items()})
         return Gradients(grads=total.grads(), buffers=left, metrics=metrics)
+
+    def _compiled(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The bound model with its body compiled, where that was asked for."""
+        if not self.compile:
+            return nullcontext()
+        head = find_head(model)
+        return compilation.compiled(model, head.projection if isinstance(head, Head) else None)
 
     @staticmethod
     def _left(given: Tensor, after: Tensor, before: tuple[int, int]) -> Tensor:
@@ -338,13 +348,22 @@ class _Sum:
 
 
 def value_and_grad(
-    objective: Objective, architecture: nn.Module, *, precision: str | Precision = "fp32"
+    objective: Objective,
+    architecture: nn.Module,
+    *,
+    precision: str | Precision = "fp32",
+    compile: bool = False,  # noqa: A002
 ) -> ValueAndGrad:
     """The gradient function of `objective` on `architecture`.
 
     Pure: params and buffers are not changed, the global random generators are as before, and the
     same arguments give the same bits. `torch.autograd` on private leaves, inside the binding.
+    `compile`: with the body compiled (`functrain.compilation`): other bits, the same to rounding.
     """
+    if not isinstance(compile, bool):
+        raise ConfigError(f"compile: {compile!r}, expected True or False")
+    if compile:
+        compilation.check_uncompiled(architecture)
     places = slots(architecture)
     if (kept := objective.kept()) is not None:
         check_reference(kept, places.params)
@@ -354,6 +373,7 @@ def value_and_grad(
         precision=policy(precision),
         places=places,
         vocabulary=vocabulary_of(architecture),
+        compile=compile,
     )
 
 

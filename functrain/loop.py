@@ -271,4 +271,5 @@ def conditions(step: Step, batch_size: int) -> dict[str, Any]:
         "batch_size": batch_size,
         "microbatches": step.microbatches,
         "precision": step.precision.name,
+        "compile": step.compile,
     }

@@ -145,8 +145,8 @@ def attach_reference(
 
     Of sums over completions, float [examples]; with `by_token`, [examples, time − 1]. Under the
     step's `precision` and `layout` and on the same batch, its bits are those of the online
-    reference, which the step then does not need: `dpo_step(architecture, optimizer)`. `buffers` are
-    those that `functrain.split` returned.
+    reference (of a step that does not compile), which the step then does not need:
+    `dpo_step(architecture, optimizer)`. `buffers` are those that `functrain.split` returned.
 
     Raises `ArchitectureError` for params or buffers with other names than the architecture's,
     `StateError` for other shapes, integers and what is on the meta device, and `ConfigError` for an

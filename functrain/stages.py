@@ -33,6 +33,7 @@ class StepOptions(TypedDict, total=False):
     ema_decay: float | None
     guard: SpikeGuard | None
     donate: bool
+    compile: bool
 
 
 def make_step(

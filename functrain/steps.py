@@ -74,7 +74,8 @@ class Step:
     each batch. `max_grad_norm`: global-norm clipping, or None. `transform`: a pure function of
     (grads, params) before that clipping, `functrain.adaptive_clip` for one. `ema_decay`: keeps
     `state.average`. `guard`: skips steps whose loss or norm is a spike. `donate`: reuse the old
-    state's memory, which is then consumed.
+    state's memory, which is then consumed. `compile`: the model's body, once for each shape of its
+    inputs (`functrain.compilation`); other bits than without, the same to rounding.
 
     Change any of it with `attrs.evolve(step, max_grad_norm=0.5)`. The bits of the result depend
     on the arguments alone: the same (state, batch) gives the same (state, metrics), and nothing
@@ -92,6 +93,7 @@ class Step:
     ema_decay: float | None = None
     guard: SpikeGuard | None = None
     donate: bool = attrs.field(default=False, validator=boolean)
+    compile: bool = False
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
     # Looked up once: a protocol's isinstance takes longer than a step's smallest kernels.
@@ -99,7 +101,9 @@ class Step:
 
     @value_and_grad.default
     def _value_and_grad(self) -> ValueAndGrad:
-        return value_and_grad(self.objective, self.architecture, precision=self.precision)
+        return value_and_grad(
+            self.objective, self.architecture, precision=self.precision, compile=self.compile
+        )
 
     @gradient.default
     def _gradient(self) -> Accumulated:

@@ -19,6 +19,7 @@ LAYERS = [
     "trees",
     "keys",
     "architecture",
+    "compilation",
     "metrics",
     "precision",
     "schedules",

@@ -190,6 +190,7 @@ def _step(config: Config, architecture: nn.Module, params: Tensors) -> Step:
         "ema_decay": train.ema_decay,
         "guard": None if deviations is None else SpikeGuard(deviations=deviations),
         "donate": True,
+        "compile": train.compile,
     }
     made = optimizer(config.optimizer, config.schedule.peak, architecture)
     if isinstance(config, DPO):

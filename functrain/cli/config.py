@@ -252,6 +252,10 @@ class Train:
     """Gradients are clipped to this global norm; inf for no clipping."""
     precision: str = attrs.field(default="fp32", validator=one_of(PRECISIONS))
     """fp32, bf16, fp16 or bf16_params."""
+    compile: bool = False
+    """Compile the model, once for each shape of a batch: faster steps after a slow first one."""
+    compile_cache: str | None = attrs.field(default=None, validator=given)
+    """A directory for what is compiled, so that another start is warm."""
     ema_decay: float | None = attrs.field(default=None, validator=fraction)
     """Keep a moving average of the params."""
     seed: int = attrs.field(default=0, validator=at_least(0))
@@ -282,6 +286,10 @@ class Train:
             raise ConfigError(
                 f"train.microbatches: {self.microbatches} does not divide train.batch_size "
                 f"{self.batch_size}"
+            )
+        if self.compile_cache is not None and not self.compile:
+            raise ConfigError(
+                "train.compile_cache: nothing is compiled; give train.compile, or leave it out"
             )
 
 

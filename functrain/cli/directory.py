@@ -35,6 +35,7 @@ FREE = (
     "train.keep_best",
     "train.on_save_error",
     "train.log_every",
+    "train.compile_cache",
 )
 FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.limit")
 

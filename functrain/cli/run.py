@@ -19,6 +19,7 @@ from functrain.cli.config import DPO, SFT, Pretrain, Train
 from functrain.cli.directory import RunDirectory
 from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
+from functrain.compilation import cache_directory
 from functrain.data import Prefetched, Source
 from functrain.errors import CheckpointError, ConfigError
 from functrain.evaluation import evaluate
@@ -70,7 +71,11 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
     directories.check_files(config)
     config = _settled(config, resume)
     run = RunDirectory(config.directory)
-    with threads(config.train.threads or 1), ExitStack() as stack:
+    with (
+        threads(config.train.threads or 1),
+        cache_directory(config.train.compile_cache),
+        ExitStack() as stack,
+    ):
         built = build(config)
         stack.callback(built.close)
         for note in built.notes:
@@ -143,12 +148,13 @@ def _state(built: Built, run: RunDirectory, steps: int) -> TrainState:
 
 def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, say: Say) -> None:
     count = sum(p.numel() for p in built.state.params.values())
+    slow = ", compiled (the first step of each shape takes long)" if config.train.compile else ""
     where = f"from step {state.step} on" if state.step else "from the beginning"
     say(
         f"{config.stage}: {count:,} parameters, {len(built.source):,} samples, "
         f"{config.train.steps:,} steps {where}, {config.train.threads} "
         f"thread{'s' if config.train.threads != 1 else ''}, "
-        f"{config.train.precision} on {config.train.device}, in {config.directory}"
+        f"{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
     )
 
 

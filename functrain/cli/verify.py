@@ -17,6 +17,7 @@ from functrain.cli import toml
 from functrain.cli.build import build
 from functrain.cli.directory import STAGE_ORDER, RunDirectory, stage_directory
 from functrain.cli.run import threads
+from functrain.compilation import cache_directory
 from functrain.errors import CheckpointError, ConfigError
 from functrain.loop import train
 from functrain.state import leaves
@@ -67,7 +68,11 @@ def _replayed(path: Path, replay: str) -> str:
     run = RunDirectory(stage_directory(path))
     begin, end = (_at(run, int(step)) for step in match.groups())
     config: Any = toml.read_any(run.config)
-    with threads(config.train.threads or 1), ExitStack() as stack:
+    with (
+        threads(config.train.threads or 1),
+        cache_directory(config.train.compile_cache),
+        ExitStack() as stack,
+    ):
         built = build(config)
         stack.callback(built.close)
         state = built.state

@@ -16,7 +16,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import keys
+from functrain import compilation, keys
 from functrain.architecture import bound
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
@@ -183,11 +183,16 @@ def _hands_out(architecture: nn.Module, head: Head) -> bool:
 
 @contextmanager
 def calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Eval mode, and no history; neither buffers nor random generators are moved."""
+    """Eval mode, no history, not compiled; neither buffers nor random generators are moved."""
     params = {**dict(architecture.named_parameters()), **params}
     buffers = {name: buffer.clone() for name, buffer in architecture.named_buffers()}
     device = next(iter(params.values())).device
-    with torch.no_grad(), bound(architecture, params, buffers, "eval"), keys.seeded(0, device):
+    with (
+        torch.no_grad(),
+        bound(architecture, params, buffers, "eval"),
+        keys.seeded(0, device),
+        compilation.paused(architecture),
+    ):
         yield
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from functrain import checkpoint
+from functrain import checkpoint, compilation
 from functrain.cli import main, toml
 from functrain.errors import CheckpointError
 from functrain.tracking import jsonl
@@ -161,6 +161,7 @@ def test_a_longer_total_goes_on_to_the_bit_of_the_longer_run(tmp_path: Path) -> 
         (["--model.width", "32"], "model.width: 32, and the run has 16"),
         (["--data.time", "16"], "data.time: 16, and the run has 32"),
         (["--train.max-grad-norm", "inf"], "train.max_grad_norm: inf, and the run has 1.0"),
+        (["--train.compile"], "train.compile: True, and the run has False"),
     ],
 )
 def test_a_config_that_changes_the_bits_is_refused_by_the_name_of_the_key(
@@ -367,3 +368,19 @@ def test_the_clock_of_a_run(tmp_path: Path) -> None:
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)
     assert 6 * 16 * 256 * 4 * 31 < flops[0] < 3 * 6 * 16 * 256 * 4 * 31
     assert all(line["data_seconds"] >= 0 for line in steps)
+
+
+def test_a_compiled_run_is_resumed_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    given, run = _config(tmp_path, steps=4)
+    options = ["--train.compile", "--train.compile-cache", str(tmp_path / "cache")]
+    assert main(["pretrain", given, *options]) == 0
+    assert "compiled (the first step of each shape takes long)" in capsys.readouterr().err
+    assert checkpoint.inspect(run / "checkpoints")["numerics"]["compile"] is True
+    elsewhere = ["--train.compile-cache", str(tmp_path / "elsewhere"), "--train.steps", "8"]
+    assert main(["pretrain", str(run / "config.toml"), *elsewhere, "--resume"]) == 0
+    assert main(["verify", str(run), "--replay", "4..8"]) == 0
+    assert main(["pretrain", given, "--train.compile-cache", "x"]) == 2
+    assert "train.compile_cache: nothing is compiled" in capsys.readouterr().err

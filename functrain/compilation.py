@@ -1,0 +1,290 @@
+"""The body of an architecture, compiled for the length of a step.
+
+Within `compiled` its units are called through `torch.compile`; outside of a step the architecture
+stays as it is, so that evaluation, generation and whatever looks for a head see no compiled module.
+
+Shapes are static: a new shape of the inputs is compiled anew, and logged (logger `functrain`, level
+INFO). Shapes that became dynamic after the second would have other bits, and a run that is resumed
+begins with another first one. Dropout stays a function of the step's key; it drops what it drops
+uncompiled, unless the compiler lays out tensors in another order.
+
+The first step of a shape takes many seconds. What was compiled is kept in the directory that the
+environment's TORCHINDUCTOR_CACHE_DIR names (by default one below the system's temporary directory,
+which a restart may empty): from there a second process is warm in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain.errors import ArchitectureError, ConfigError
+
+LIMIT = 16
+"""Shapes that a unit is compiled for; with more, compiling takes longer than it saves."""
+
+BACKEND = "inductor"
+_VARIANTS = 4  # of each shape: with gradients and without, in train and eval mode
+_SETTINGS: dict[str, Any] = {
+    # By default dynamo goes on uncompiled where it has compiled too often, and says so in a log.
+    "fail_on_recompile_limit_hit": True,
+    "suppress_errors": False,
+    "accumulated_recompile_limit": 1 << 20,  # counted over all models of a process
+}
+_log = logging.getLogger("functrain")
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@attrs.frozen(eq=False)
+class _Unit:
+    """What is known of a unit: its compiled call, and for what it was compiled.
+
+    `seen`: the shapes of its inputs, with whether gradients were kept and the mode.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    seen: dict[tuple[Shapes, bool, bool], None] = attrs.field(factory=dict)
+
+
+@attrs.frozen(eq=False)
+class _Call:
+    """A unit's call in the place of the module's own."""
+
+    unit: _Unit
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo import config
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        unit = self.unit
+        shapes = tuple(tuple(each.shape) for each in _tensors((args, kwargs)))
+        key = (shapes, torch.is_grad_enabled(), self.module.training)
+        first = not unit.seen
+        if key not in unit.seen:
+            _announce(unit, *key)
+        graphs = _graphs()
+        try:
+            with config.patch(_SETTINGS):
+                returned = unit.run(self.module, *args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            raise _said(unit, error) from error
+        if first and _graphs() == graphs:
+            raise ArchitectureError(
+                f"compile: nothing of {unit.name} could be compiled: {_reasons()}; leave compile "
+                "out for this model"
+            )
+        unit.seen[key] = None
+        return returned
+
+
+# Of each unit, as long as it lives: values must not refer to their module.
+_units: weakref.WeakKeyDictionary[nn.Module, _Unit] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def compiled(architecture: nn.Module, projection: nn.Module | None) -> Iterator[None]:
+    """Within it, the units of an architecture are compiled where they are called.
+
+    `projection`: the head's, which stays outside, so that logits can be made of a few rows at a
+    time; None: the architecture is one unit. Enter it inside `functrain.bound`.
+
+    Raises `ConfigError` where no C++ compiler is found, and, when a unit is called, for more than
+    `LIMIT` shapes; `ArchitectureError` for what cannot be compiled, with torch's reason.
+    """
+    found = units(architecture, projection)
+    try:
+        for name, module in found.items():
+            unit = _units.get(module)
+            if unit is None:
+                _check_compiler(module)
+                unit = _units[module] = _Unit(name, _compile())
+            # A module's own setattr would look for parameters first.
+            vars(module)["_compiled_call_impl"] = _Call(unit, module)
+        yield
+    finally:
+        for module in found.values():
+            vars(module).pop("_compiled_call_impl", None)
+
+
+@contextmanager
+def paused(architecture: nn.Module) -> Iterator[None]:
+    """Within it, what `compiled` has set is not used."""
+    own = [vars(module) for module in architecture.modules()]
+    calls = [(each, each.get("_compiled_call_impl")) for each in own]
+    calls = [(each, call) for each, call in calls if isinstance(call, _Call)]
+    try:
+        for each, _ in calls:
+            del each["_compiled_call_impl"]
+        yield
+    finally:
+        for each, call in calls:
+            each["_compiled_call_impl"] = call
+
+
+@contextmanager
+def cache_directory(path: str | None) -> Iterator[None]:
+    """Within it, what is compiled is kept at `path`, and found there; None: as it was."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    try:
+        if path is not None:
+            os.environ[name] = os.path.abspath(path)  # noqa: PTH100
+        yield
+    finally:
+        if path is not None:
+            os.environ.pop(name, None)
+            if before is not None:
+                os.environ[name] = before
+
+
+def units(architecture: nn.Module, projection: nn.Module | None) -> dict[str, nn.Module]:
+    """What is compiled, by name: the largest modules that have parameters and no `projection`.
+
+    Containers that are not called (`nn.ModuleList`, `nn.ModuleDict`) are looked into; a module of
+    torch's own that is alone, an embedding or a norm, would gain nothing.
+
+    Raises `ArchitectureError` where nothing is left.
+    """
+    if projection is None:
+        return {type(architecture).__name__: architecture}
+    found = dict(_beside(architecture, projection, ""))
+    if not found:
+        raise ArchitectureError(
+            f"compile: {type(architecture).__name__} has no modules beside its head that could be "
+            "compiled; leave compile out for this model"
+        )
+    return found
+
+
+def _beside(
+    module: nn.Module, projection: nn.Module, prefix: str
+) -> Iterator[tuple[str, nn.Module]]:
+    for key, child in module.named_children():
+        name = f"{prefix}{key}"
+        if child is projection or _alone(child):
+            continue
+        inside = any(each is projection for each in child.modules())
+        if inside or type(child).forward is nn.Module.forward:
+            yield from _beside(child, projection, f"{name}.")
+        elif next(child.parameters(), None) is not None:
+            yield name, child
+
+
+def _alone(module: nn.Module) -> bool:
+    return not module._modules and type(module).__module__.startswith("torch.nn.")
+
+
+def check_uncompiled(architecture: nn.Module) -> None:
+    """Raise `ConfigError` for an architecture that is compiled already."""
+    for name, module in architecture.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise ConfigError(
+                f"compile: {name or type(module).__name__} is compiled already; split the module "
+                "as it was before torch.compile, or leave compile out"
+            )
+
+
+def _check_compiler(module: nn.Module) -> None:
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    if BACKEND != "inductor" or device != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"compile: on the CPU it needs a C++ compiler ({error}); install one (apt install "
+            "g++), name it in the environment's CXX, or leave compile out"
+        ) from error
+
+
+def _compile() -> Callable[..., Any]:
+    """A call whose compiled code is its own: dynamo keeps it, and counts, by code object."""
+    own = types.FunctionType(_run.__code__.replace(), _run.__globals__)
+    options: dict[str, Any] = {
+        "dynamic": False,
+        "backend": BACKEND,
+        # Torch's own generators: otherwise dropout would drop other elements than uncompiled.
+        "options": {"fallback_random": True} if BACKEND == "inductor" else None,
+        "recompile_limit": LIMIT * _VARIANTS,
+        "isolate_recompiles": True,
+    }
+    compiled: Callable[..., Any] = torch.compile(own, **options)
+    return compiled
+
+
+def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _announce(unit: _Unit, shapes: Shapes, graded: bool, training: bool) -> None:
+    """Log a new shape; `ConfigError` where there are too many."""
+    before = dict.fromkeys(each for each, *_ in unit.seen)
+    if shapes not in before and len(before) >= LIMIT:
+        raise ConfigError(
+            f"compile: {unit.name} was compiled for {LIMIT} shapes, "
+            f"{'; '.join(map(_shown, before))}, and now comes {_shown(shapes)}; have fewer: pack "
+            "documents into rows of one length, pad to one length or to a multiple of 64, say, "
+            "and let microbatches divide the batch; or leave compile out"
+        )
+    kind = "with gradients" if graded else "without gradients"
+    mode = "train" if training else "eval"
+    _log.info("compile: %s for %s, %s, in %s mode", unit.name, _shown(shapes), kind, mode)
+
+
+def _shown(shapes: Shapes) -> str:
+    return " and ".join(dict.fromkeys(str(list(shape)) for shape in shapes)) or "no tensors"
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, Sequence) and not isinstance(values, str | bytes):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _reasons() -> str:
+    from torch._dynamo.utils import counters
+
+    found = list(counters["graph_break"])
+    return found[-1].strip()[:500] if found else "torch gives no reason"
+
+
+def _said(unit: _Unit, error: Exception) -> ArchitectureError | ConfigError:
+    """Of an error of torch's, what the user can mend."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    if isinstance(error, FailOnRecompileLimitHit):
+        return ConfigError(
+            f"compile: {unit.name} is compiled again and again, for reasons beside the shapes of "
+            "its inputs (TORCH_LOGS=recompiles names them); leave compile out for this model"
+        )
+    reason = str(error).strip()
+    if len(reason) > 2000:  # of a failed C++ compiler: a long command, and then what it said
+        reason = f"{reason[:500]} … {reason[-1500:]}"
+    return ArchitectureError(
+        f"compile: {unit.name} cannot be compiled; leave compile out for this model: {reason}"
+    )
