@@ -13,7 +13,7 @@ import attrs
 import pytest
 import torch
 import zoo
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from objectives import formulas
 from objectives.formulas import Numbers, Pair
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import functrain as ft
 from functrain.objectives.losses import LOSSES, Options, PairLogps, divergence_of
 from functrain.objectives.preference import Observed, PreferenceOptimization
+from functrain.objectives.unpaired import UnpairedOptimization
 
 VALUED = [name for name, each in LOSSES.items() if each.value is not None]
 SMOOTHED = {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo"}
@@ -174,6 +175,24 @@ SURE = (-1e4, -90.0, -1.0, -(2.0**-10))
 
 
 @pytest.mark.parametrize("name", VALUED)
+@given(data=st.data())
+def test_far_out_on_either_side_each_loss_is_its_formula(name: str, data: st.DataObject) -> None:
+    """Policy and reference each up to ±10,000 nats, beside pairs that are not; by token too."""
+    policy = st.one_of(logps, st.sampled_from(SURE if name == "orpo" else FAR))
+    reference = st.one_of(logps, st.sampled_from(FAR))
+    sizes = st.sampled_from([1, 2, 4, 16])  # so that a mean of large numbers is exact
+    far = st.builds(Pair, policy, policy, reference, reference, sizes, sizes)
+    pairs = data.draw(st.lists(far, min_size=1, max_size=3))
+    n = dataclasses.replace(
+        data.draw(numbers(name)), normalized=name in NORMALIZABLE and data.draw(st.booleans())
+    )
+    if name == "bco_pair":
+        n = dataclasses.replace(n, delta=float(formulas.running_mean(pairs, n.beta)))
+    assume(_is_smooth(name, pairs, n))
+    _compare(name, pairs, n)
+
+
+@pytest.mark.parametrize("name", VALUED)
 @pytest.mark.parametrize("beta", [0.125, 2.0])
 def test_far_out_nothing_is_nan_and_what_is_finite_is_right(name: str, beta: float) -> None:
     """At ±10,000 nats, in float64 and float32; log-odds are of probabilities, so below 0."""
@@ -285,6 +304,184 @@ def test_a_mix_is_its_weighted_sum_whatever_the_micro_batches(
     assert [float(each.value) for each in couplings] == pytest.approx(
         [float(expected) * part / len(pairs) for part in parts], rel=1e-9, abs=1e-9
     ), "each micro-batch's share is by its pairs"
+
+
+# The same through an objective, whatever is combined, of tokens as unlikely as they can be.
+
+
+class Table(torch.nn.Module):
+    """A model over two tokens: the row of logits that the first token of a sequence names."""
+
+    def __init__(self, rows: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        first = torch.full((len(rows), WIDE, 2), math.log(0.5), dtype=torch.float64)
+        for row, tokens in zip(first, rows, strict=True):
+            for place, logp in enumerate(tokens):
+                logits = [logp, math.log(-math.expm1(logp))]
+                row[place] = torch.tensor(logits, dtype=torch.float64)
+        self.logits = torch.nn.Parameter(first)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.logits[input_ids[:, 0]]
+
+
+WIDE = 5
+tokens = st.lists(
+    st.one_of(logps, st.sampled_from(SURE)), min_size=1, max_size=WIDE - 1
+)  # the log-probs of a completion
+beside = st.lists(st.one_of(logps, st.sampled_from(FAR)), min_size=WIDE - 1, max_size=WIDE - 1)
+
+
+def _table_batch(rows: Sequence[Sequence[float]], first: int) -> dict[str, Tensor]:
+    """Sequences whose completions are all of token 0, from `first` on in the table."""
+    labels = torch.full((len(rows), WIDE), -100)
+    for row, each in zip(labels, rows, strict=True):
+        row[1 : len(each) + 1] = 0
+    ids = torch.zeros_like(labels)
+    ids[:, 0] = torch.arange(first, first + len(rows))
+    return {"input_ids": ids, "labels": labels}
+
+
+@st.composite
+def combined(draw: st.DrawFn) -> dict[str, Any]:
+    """A mix of losses, and the modifiers that all of them read."""
+    names = draw(st.lists(st.sampled_from(VALUED), min_size=1, max_size=3, unique=True))
+    smoothed = all(name in SMOOTHED for name in names)
+    names = [name for name in names if smoothed or name != "exo_pair"] or ["hinge"]
+    found: dict[str, Any] = {"beta": draw(betas)}
+    if smoothed:
+        low = 1e-3 if "exo_pair" in names else 0.0
+        found["label_smoothing"] = draw(st.floats(low, 0.45))
+    if not any(LOSSES[name].by_length for name in names):
+        found["ld_alpha"] = draw(st.sampled_from([None, 0.0, 0.25, 1.0]))
+    if all(name in NORMALIZABLE for name in names) and found["ld_alpha"] is None:
+        found["length_normalized"] = draw(st.booleans())
+    if not {"aot", "aot_unpaired"} & set(names):
+        found["wpo"] = draw(st.booleans())
+    found["loss"] = {name: draw(st.sampled_from([0.2, 1.0, 3.0])) for name in names}
+    if draw(st.booleans()):
+        found["loss"]["sft"] = 0.5
+    return found
+
+
+def _likely(rows: Sequence[float]) -> Any:
+    """exp of the mean of log p − log Σ p² over tokens: WPO's of one side."""
+    exact = formulas.EXACT
+    found = []
+    for logp in rows:
+        p = exact.exp(logp)
+        found.append(exact.mpf(logp) - exact.log(p**2 + (1 - p) ** 2))
+    return exact.exp(sum(found) / len(found))
+
+
+@given(data=st.data(), options=combined())
+@settings(max_examples=6 * settings().max_examples)
+def test_whatever_is_combined_is_its_formula_far_out_too(
+    data: st.DataObject, options: dict[str, Any]
+) -> None:
+    """Value and slope by token, of LD-DPO's weighed sums, means over tokens and WPO's weights."""
+    drawn = data.draw(st.lists(st.tuples(tokens, tokens, beside, beside), min_size=1, max_size=3))
+    policy = [[each[side] for each in drawn] for side in (0, 1)]
+    alpha = options.get("ld_alpha")
+    alpha = 1.0 if alpha is None else alpha
+
+    def summed(row: Sequence[float], shorter: int) -> Any:
+        parts = [formulas.EXACT.mpf(x) * (1 if t < shorter else alpha) for t, x in enumerate(row)]
+        return sum(parts)
+
+    pairs = []
+    for w, r, below_w, below_r in drawn:
+        least = min(len(w), len(r))
+        below = below_w[: len(w)], below_r[: len(r)]
+        sums = [summed(row, least) for row in (w, r, *below)]
+        pairs.append(Pair(*sums, len(w), len(r)))
+    n = Numbers(
+        beta=options["beta"],
+        epsilon=options.get("label_smoothing", 0.0),
+        normalized=options.get("length_normalized", False),
+        delta=formulas.running_mean(pairs, options["beta"]),
+    )
+    mix = options["loss"]
+    # Losses without a reference read the policy alone.
+    bare = [dataclasses.replace(p, reference_chosen=0, reference_rejected=0) for p in pairs]
+    assume(all(_is_smooth(name, pairs, n) for name in mix))
+    weights = [_likely(w) * _likely(r) for w, r, *_ in drawn] if options.get("wpo") else None
+    plain = dataclasses.replace(n, normalized=False)
+    parts = [
+        ({name: x}, *((pairs, n) if LOSSES[name].reference else (bare, plain)))
+        for name, x in mix.items()
+    ]
+    expected = [formulas.total(*part, weights) for part in parts]
+    steep = [formulas.slopes(*part, weights) for part in parts]
+
+    model = Table([*policy[0], *policy[1]])
+    batch = {
+        side: _table_batch(rows, at * len(drawn))
+        for at, (side, rows) in enumerate(zip(SIDES, policy, strict=True))
+    }
+    batch["reference_logps"] = {
+        side: torch.tensor([each[2 + at] for each in drawn], dtype=torch.float64)
+        for at, side in enumerate(SIDES)
+    }
+    objective = PreferenceOptimization(**options)
+    total, _ = objective(model, batch)
+    value = total[0] if total.ndim else total
+    scale = 1.0 + sum(abs(float(each)) for each in expected)
+    assert float(value.detach()) == pytest.approx(float(sum(expected)), rel=0, abs=1e-10 * scale)
+    (found,) = torch.autograd.grad(value, model.logits)
+    assert not found.isnan().any()
+    steepest = 1.0 + sum(abs(slope) for each in steep for both in each for slope in both)
+    for at, (w, r, *_) in enumerate(drawn):
+        least = min(len(w), len(r))
+        for side, row in enumerate((w, r)):
+            slope = sum(each[at][side] for each in steep)
+            for t, logp in enumerate(row):
+                wanted = slope * (1 if t < least else alpha) * -math.expm1(logp)
+                mine = float(found[side * len(drawn) + at, t, 0])
+                assert mine == pytest.approx(wanted, rel=0, abs=1e-9 * steepest)
+
+
+@given(data=st.data(), beta=betas)
+def test_kto_is_its_formula_far_out_too(data: st.DataObject, beta: float) -> None:
+    """z₀ and the examples of both kinds, from ±10,000 nats on."""
+    drawn = data.draw(
+        st.lists(st.tuples(tokens, tokens, beside, beside, st.booleans()), min_size=1, max_size=3)
+    )
+    sides = {
+        side: _table_batch([each[at] for each in drawn], at * len(drawn))
+        for at, side in enumerate(("completion", "mismatched"))
+    }
+    model = Table([each[at] for at in (0, 1) for each in drawn])
+    below = {
+        side: torch.tensor([each[2 + at] for each in drawn], dtype=torch.float64)
+        for at, side in enumerate(sides)
+    }
+    desirable = [each[4] for each in drawn]
+    batch = {**sides, "reference_logps": below, "desirable": torch.tensor(desirable)}
+    ratios, mismatched = (
+        [
+            sum(map(formulas.EXACT.mpf, each[at])) - sum(each[2 + at][: len(each[at])])
+            for each in drawn
+        ]
+        for at in (0, 1)
+    )
+    factors = (1.5, 0.7)
+    objective = UnpairedOptimization(
+        beta=beta, desirable_weight=factors[0], undesirable_weight=factors[1]
+    )
+    total, _ = objective(model, batch)
+    expected = sum(formulas.kto_values(ratios, mismatched, desirable, beta, factors))
+    assert float(total.detach()) == pytest.approx(float(expected), rel=1e-10, abs=1e-10)
+    (found,) = torch.autograd.grad(total, model.logits)
+    assert not found.isnan().any()
+    reference_point = max(0.0, float(sum(mismatched) / len(mismatched)))
+    for at, (own, *_, good) in enumerate(drawn):
+        gain = beta * (float(ratios[at]) - reference_point)
+        gate = formulas.sigma(formulas.EXACT.mpf(gain))
+        slope = (-factors[0] if good else factors[1]) * beta * float(gate * (1 - gate))
+        for t, logp in enumerate(own):
+            wanted = slope * -math.expm1(logp)
+            assert float(found[at, t, 0]) == pytest.approx(wanted, rel=1e-9, abs=1e-10)
 
 
 # The same through a step: log-probs by hand, one example at a time and without its padding.
