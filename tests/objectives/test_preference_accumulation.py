@@ -95,6 +95,23 @@ def test_twenty_steps_are_the_same_whatever_the_micro_batches(case: str) -> None
             _assert_close(whole, _trained(step, state, case, cut), f"cut in {cut}")
 
 
+@functools.cache
+def _whole(case: str) -> tuple[ft.Step, ft.TrainState, Any]:
+    step, state = _started(case)
+    return step, state, _trained(step, state, case, 1)
+
+
+@pytest.mark.long
+@EVERY
+@pytest.mark.parametrize("cut", [*CUTS, [1, 7], [5, 2, 1]], ids=str)
+def test_twenty_steps_of_every_loss_are_the_same_in_every_cut(
+    case: str, cut: int | list[int]
+) -> None:
+    """The whole grid: each loss and modifier with each partition for all of the steps."""
+    step, state, whole = _whole(case)
+    _assert_close(whole, _trained(step, state, case, cut), f"cut in {cut}")
+
+
 @pytest.mark.parametrize("case", ["sigmoid", "bco_pair", "mpo"])
 def test_twenty_steps_against_a_moving_reference_are_too(case: str) -> None:
     step, state = _started(case, **MOVING)
