@@ -21,6 +21,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -135,15 +136,24 @@ def paused(architecture: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cache_directory(path: str | None) -> Iterator[None]:
-    """Within it, what is compiled is kept at `path`, and found there; None: as it was."""
+    """Within it, what is compiled is kept at `path`, and found there; None: as it was.
+
+    Raises `ConfigError` for a path with a space.
+    """
+    whole = None if path is None else str(Path(path).absolute())
+    if whole is not None and len(whole.split()) > 1:
+        raise ConfigError(
+            f"compile_cache: {whole!r} has a space, at which torch cuts it in the command line of "
+            "the compiler; give a path without"
+        )
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     try:
-        if path is not None:
-            os.environ[name] = os.path.abspath(path)  # noqa: PTH100
+        if whole is not None:
+            os.environ[name] = whole
         yield
     finally:
-        if path is not None:
+        if whole is not None:
             os.environ.pop(name, None)
             if before is not None:
                 os.environ[name] = before

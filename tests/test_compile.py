@@ -329,6 +329,8 @@ def test_the_directory_of_the_cache_is_set_and_put_back(tmp_path: Path) -> None:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with compilation.cache_directory(str(tmp_path)):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    with pytest.raises(ft.ConfigError, match="has a space"), compilation.cache_directory("a b"):
+        pass
     with compilation.cache_directory(None):
         assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
@@ -393,4 +395,4 @@ def test_a_resumed_run_in_a_new_process_is_warm_and_has_the_same_bits(tmp_path: 
     assert (resumed, hits > 0) == (whole, True)
     shutil.rmtree(tmp_path / "cut")
     run("cut", 2, "another")
-    assert run("cut", 4, "a third") == (whole, 0)
+    assert run("cut", 4, "third") == (whole, 0)
