@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import accumulators, compilation, keys, memory
+from functrain import accumulators, activations, compilation, keys, memory
 from functrain.accumulators import Accumulating
 from functrain.architecture import (
     Slots,
@@ -85,6 +85,7 @@ class ValueAndGrad:
     places: Slots
     vocabulary: int | None
     compile: bool = False
+    checkpointed: Mapping[str, nn.Module] = attrs.field(factory=dict)
     direct: bool = attrs.field(init=False)
 
     @direct.default
@@ -143,6 +144,7 @@ class ValueAndGrad:
             torch.inference_mode(False),
             torch.enable_grad(),
             bound(self.architecture, leaves, bound_values, mode, places=self.places) as model,
+            activations.checkpointed(model, self.checkpointed),
             self._compiled(model),
             accumulators.accumulating(self.places.modules, Accumulating(total.sum_of, factor))
             if self.direct
@@ -353,12 +355,14 @@ def value_and_grad(
     *,
     precision: str | Precision = "fp32",
     compile: bool = False,  # noqa: A002
+    checkpoint: str | Sequence[str] | None = None,
 ) -> ValueAndGrad:
     """The gradient function of `objective` on `architecture`.
 
     Pure: params and buffers are not changed, the global random generators are as before, and the
     same arguments give the same bits. `torch.autograd` on private leaves, inside the binding.
     `compile`: with the body compiled (`functrain.compilation`): other bits, the same to rounding.
+    `checkpoint`: a pattern of modules whose activations are recomputed (`functrain.activations`).
     """
     if not isinstance(compile, bool):
         raise ConfigError(f"compile: {compile!r}, expected True or False")
@@ -374,6 +378,7 @@ def value_and_grad(
         places=places,
         vocabulary=vocabulary_of(architecture),
         compile=compile,
+        checkpointed=activations.matching(architecture, activations.patterns(checkpoint)),
     )
 
 

@@ -272,4 +272,6 @@ def conditions(step: Step, batch_size: int) -> dict[str, Any]:
         "microbatches": step.microbatches,
         "precision": step.precision.name,
         "compile": step.compile,
+        # Uncompiled, what is recomputed has the same bits.
+        "checkpoint": list(step.checkpoint) if step.compile else [],
     }

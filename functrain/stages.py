@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import attrs
@@ -34,6 +34,7 @@ class StepOptions(TypedDict, total=False):
     guard: SpikeGuard | None
     donate: bool
     compile: bool
+    checkpoint: str | Sequence[str] | None
 
 
 def make_step(

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import keys, schedules
+from functrain import activations, keys, schedules
 from functrain import metrics as m
 from functrain.architecture import Slots, check_fit
 from functrain.errors import ConfigError, FunctrainError, StateError, boolean, is_number
@@ -76,6 +76,9 @@ class Step:
     `state.average`. `guard`: skips steps whose loss or norm is a spike. `donate`: reuse the old
     state's memory, which is then consumed. `compile`: the model's body, once for each shape of its
     inputs (`functrain.compilation`); other bits than without, the same to rounding.
+    `checkpoint`: a pattern of modules' names, `"model.layers.*"`, or several: their activations are
+    not kept but computed again in the backward pass, for less memory and the same bits
+    (`functrain.activations`).
 
     Change any of it with `attrs.evolve(step, max_grad_norm=0.5)`. The bits of the result depend
     on the arguments alone: the same (state, batch) gives the same (state, metrics), and nothing
@@ -94,6 +97,7 @@ class Step:
     guard: SpikeGuard | None = None
     donate: bool = attrs.field(default=False, validator=boolean)
     compile: bool = False
+    checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
     # Looked up once: a protocol's isinstance takes longer than a step's smallest kernels.
@@ -102,7 +106,11 @@ class Step:
     @value_and_grad.default
     def _value_and_grad(self) -> ValueAndGrad:
         return value_and_grad(
-            self.objective, self.architecture, precision=self.precision, compile=self.compile
+            self.objective,
+            self.architecture,
+            precision=self.precision,
+            compile=self.compile,
+            checkpoint=self.checkpoint,
         )
 
     @gradient.default

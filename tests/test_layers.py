@@ -19,6 +19,7 @@ LAYERS = [
     "trees",
     "keys",
     "architecture",
+    "activations",
     "compilation",
     "metrics",
     "precision",

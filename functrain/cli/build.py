@@ -191,6 +191,7 @@ def _step(config: Config, architecture: nn.Module, params: Tensors) -> Step:
         "guard": None if deviations is None else SpikeGuard(deviations=deviations),
         "donate": True,
         "compile": train.compile,
+        "checkpoint": train.checkpoint,
     }
     made = optimizer(config.optimizer, config.schedule.peak, architecture)
     if isinstance(config, DPO):

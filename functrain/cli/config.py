@@ -252,6 +252,8 @@ class Train:
     """Gradients are clipped to this global norm; inf for no clipping."""
     precision: str = attrs.field(default="fp32", validator=one_of(PRECISIONS))
     """fp32, bf16, fp16 or bf16_params."""
+    checkpoint: str | None = attrs.field(default=None, validator=given)
+    """Modules that are recomputed in the backward pass, by name: `model.layers.*`; less memory."""
     compile: bool = False
     """Compile the model, once for each shape of a batch: faster steps after a slow first one."""
     compile_cache: str | None = attrs.field(default=None, validator=given)

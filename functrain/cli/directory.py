@@ -222,7 +222,9 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     merged = resolved(_inherited(config, before), threads=threads, device=device)
     old, new = toml.flat(before), toml.flat(merged)
     plateau = before.schedule.name == "reduce_on_plateau"
-    free = FREE if plateau else (*FREE, *FREE_UNLESS_PLATEAU)
+    free = {*FREE} if plateau else {*FREE, *FREE_UNLESS_PLATEAU}
+    if not before.train.compile:
+        free.add("train.checkpoint")  # what is recomputed has the same bits
     changed = [key for key in old if old[key] != new.get(key) and key not in free]
     if changed:
         lines = [f"  {key}: {new.get(key)!r}, and the run has {old[key]!r}" for key in changed]

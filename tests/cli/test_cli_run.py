@@ -384,3 +384,15 @@ def test_a_compiled_run_is_resumed_and_made_again(
     assert main(["verify", str(run), "--replay", "4..8"]) == 0
     assert main(["pretrain", given, "--train.compile-cache", "x"]) == 2
     assert "train.compile_cache: nothing is compiled" in capsys.readouterr().err
+
+
+def test_a_run_that_recomputes_is_the_same_run(tmp_path: Path) -> None:
+    given, run = _config(tmp_path, steps=4)
+    assert main(["pretrain", given]) == 0
+    whole = _fingerprint(run)
+    given, run = _config(tmp_path, "other", steps=4)
+    options = ["--train.checkpoint", "model.layers.*"]
+    assert main(["pretrain", given, *options]) == 0
+    assert _fingerprint(run) == whole
+    options = ["--train.checkpoint", "model.layers.*.mlp", "--train.steps", "6"]
+    assert main(["pretrain", given, *options, "--resume"]) == 0

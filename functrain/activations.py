@@ -1,0 +1,139 @@
+"""Activation checkpointing by module, chosen by name (Chen et al., 1604.06174).
+
+Within `checkpointed` the activations inside of the chosen modules are not kept for the backward
+pass, which computes them again: less memory, up to a third more compute, and the same bits, since
+dropout drops the same the second time.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from functrain.errors import ConfigError, did_you_mean
+
+
+def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One pattern of names, several or none, as a tuple; `ConfigError` for anything else."""
+    found = (given,) if isinstance(given, str) else () if given is None else given
+    if not isinstance(found, Sequence) or not all(isinstance(each, str) for each in found):
+        raise ConfigError(
+            f"checkpoint: {given!r}, expected a pattern of module names, such as 'model.layers.*', "
+            "or several"
+        )
+    return tuple(found)
+
+
+def matching(architecture: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that these patterns match, by name; `*` is within a part between two dots.
+
+    Raises `ConfigError` for a pattern that matches nothing, and for modules that are inside of one
+    another, that are not called or whose second forward would not be the same.
+    """
+    modules = dict(architecture.named_modules())
+    del modules[""]
+    found: dict[str, nn.Module] = {}
+    for pattern in names:
+        some = {name: each for name, each in modules.items() if _matches(name, pattern)}
+        if not some:
+            known = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in modules}
+            raise ConfigError(
+                f"checkpoint: no module's name matches {pattern!r}; {did_you_mean(pattern, known)}"
+            )
+        found |= some
+    if found:
+        _check_own(architecture)
+    for name, module in found.items():
+        _check(name, module, architecture)
+        inside = next((other for other in found if other.startswith(f"{name}.")), None)
+        if inside is not None:
+            raise ConfigError(
+                f"checkpoint: {inside} is inside of {name}, which is recomputed whole; choose one "
+                "of them"
+            )
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, expected = name.split("."), pattern.split(".")
+    return len(parts) == len(expected) and all(map(fnmatchcase, parts, expected))
+
+
+def _check_own(architecture: nn.Module) -> None:
+    for name, module in architecture.named_modules():
+        own = getattr(module, "gradient_checkpointing", False)
+        if own or getattr(getattr(module, "config", None), "checkpointing", False) is True:
+            raise ConfigError(
+                f"checkpoint: {name or type(module).__name__} has its own turned on; turn that off "
+                "(gradient_checkpointing_disable(), DecoderConfig(checkpointing=False)), or leave "
+                "checkpoint out"
+            )
+
+
+def _check(name: str, module: nn.Module, architecture: nn.Module) -> None:
+    if type(module).forward is nn.Module.forward:
+        raise ConfigError(
+            f"checkpoint: {name} is a container, which is never called; write {name + '.*'!r}"
+        )
+    if "forward" in vars(module):
+        raise ConfigError(
+            f"checkpoint: {name} has a forward of its own in the place of its class's; take that "
+            "away, or name other modules"
+        )
+    if any("running_mean" in each._buffers for each in module.modules()):
+        raise ConfigError(
+            f"checkpoint: {name} keeps running statistics (BatchNorm), which a second forward "
+            "would move again; name other modules"
+        )
+    shown: Any = getattr(architecture, "get_output_embeddings", None)
+    if callable(shown) and module is shown():
+        raise ConfigError(
+            f"checkpoint: {name} is the head, whose logits are made a few rows at a time where "
+            "they are many; name blocks: 'model.layers.*'"
+        )
+
+
+@contextmanager
+def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it, the activations of `modules`, found by `matching`, are recomputed.
+
+    Enter it inside `functrain.bound`, and take the gradient inside. A model's cache of keys and
+    values is off (`config.use_cache`): it would be added to a second time.
+    """
+    caching = _caching(architecture) if modules else []
+    try:
+        for config in caching:
+            config.use_cache = False
+        for module in modules.values():
+            # A module's own setattr would look for parameters first.
+            vars(module)["forward"] = types.MethodType(_recomputed, module)
+        yield
+    finally:
+        for module in modules.values():
+            vars(module).pop("forward", None)
+        for config in caching:
+            config.use_cache = True
+
+
+def _caching(architecture: nn.Module) -> list[Any]:
+    configs = [getattr(module, "config", None) for module in architecture.modules()]
+    by_id = {id(each): each for each in configs if getattr(each, "use_cache", None) is True}
+    return list(by_id.values())
+
+
+def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # A function, not a bound method, which dynamo does not take.
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs)
+
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

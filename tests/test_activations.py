@@ -1,0 +1,203 @@
+"""Checkpointed by name: the same bits, less that is saved, and nothing left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import functrain as ft
+from functrain import activations, compilation, keys
+from functrain.loop import conditions
+
+# Of torch's own, when its code generator is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+BLOCKS = "model.layers.*"
+
+
+def _theirs(config: str) -> nn.Module:
+    """With the cache of keys and values on, as it is unless it is turned off."""
+    transformers = pytest.importorskip("transformers")
+    made = getattr(transformers, config)(
+        vocab_size=zoo.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        attention_dropout=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with keys.seeded(3):
+        built: nn.Module = transformers.AutoModelForCausalLM.from_config(made)
+    assert built.config.use_cache  # type: ignore[union-attr]
+    return built
+
+
+MODELS: dict[str, tuple[Any, str]] = {
+    "decoder": (lambda: zoo.decoder(dropout=0.2), BLOCKS),
+    "llama": (lambda: _theirs("LlamaConfig"), BLOCKS),
+    "gpt2": (lambda: _theirs("GPT2Config"), "transformer.h.*"),
+    "tied": (lambda: zoo.model("tied"), "mix"),
+}
+
+
+def _begun(name: str = "decoder", stage: str = "pretrain", **options: Any) -> tuple[Any, Any]:
+    build, pattern = MODELS[name]
+    architecture, params, buffers = ft.split(build())
+    options = {"checkpoint": pattern, **options}
+    optimizer = ft.optim.adamw(1e-2)
+    if stage == "pretrain":
+        step = ft.pretrain_step(architecture, optimizer, **options)
+    else:
+        options = {"loss": stage, "dropout": True, **options}
+        step = ft.dpo_step(architecture, optimizer, reference=ft.trees.clone(params), **options)
+    return step, step.init(params, buffers, seed=5)
+
+
+def _batch(step: Any, seed: int) -> Any:
+    return zoo.batch(seed) if step.objective.name == "pretrain" else zoo.pairs(seed)
+
+
+def _trained(step: Any, state: Any) -> Any:
+    for seed in range(2):
+        state, _ = step(state, _batch(step, seed))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [(name, "pretrain") for name in MODELS] + [("decoder", "sigmoid"), ("llama", "bco_pair")],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_have_the_bits_of_those_that_keep_everything(
+    name: str, stage: str, precision: str
+) -> None:
+    """Gradients, and whole steps of two micro-batches, dropout among them."""
+    ours, state = _begun(name, stage, microbatches=2, precision=precision)
+    theirs, _ = _begun(name, stage, microbatches=2, precision=precision, checkpoint=None)
+    batch = _batch(ours, 0)
+    grads, expected = (
+        step.gradient(state.params, state.buffers, batch, key=3).grads for step in (ours, theirs)
+    )
+    assert grads.keys() == expected.keys()
+    assert all(torch.equal(grads[name], expected[name]) for name in expected)
+    assert ft.fingerprint(_trained(ours, state)) == ft.fingerprint(_trained(theirs, state))
+
+
+def _saved(step: Any, state: Any) -> int:
+    """Elements that autograd keeps from the forward pass to the backward."""
+    counts: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        counts.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step(state, zoo.batch(time=24))
+    return sum(counts)
+
+
+@pytest.mark.parametrize("name", ["decoder", "llama", "gpt2"])
+def test_less_is_saved(name: str) -> None:
+    ours, state = _begun(name)
+    theirs, _ = _begun(name, checkpoint=None)
+    assert _saved(ours, state) < 0.35 * _saved(theirs, state)
+
+
+def test_a_part_of_the_blocks_and_several_patterns() -> None:
+    ours, state = _begun(checkpoint=["model.layers.1.mlp", "model.layers.0"])
+    assert list(ours.value_and_grad.checkpointed) == ["model.layers.1.mlp", "model.layers.0"]
+    theirs, _ = _begun(checkpoint=None)
+    assert ft.fingerprint(_trained(ours, state)) == ft.fingerprint(_trained(theirs, state))
+    assert _saved(*_begun()) < _saved(ours, state) < _saved(theirs, state)
+
+
+@pytest.mark.parametrize("name", ["decoder", "llama", "tied"])
+def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled once, and saves less there too."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    from torch._dynamo.utils import counters
+
+    ours, state = _begun(name, compile=True)
+    plain, _ = _begun(name, checkpoint=None)
+    before = counters["stats"]["unique_graphs"]
+    trained = _trained(ours, state)
+    assert counters["stats"]["unique_graphs"] == before + 1
+    expected = _trained(plain, state)
+    for parameter, value in trained.params.items():
+        torch.testing.assert_close(value, expected.params[parameter], rtol=1e-3, atol=1e-5)
+    if name != "tied":  # one matrix is little
+        keeping, _ = _begun(name, compile=True, checkpoint=None)
+        for each in (ours, keeping):
+            each(state, zoo.batch(time=24))
+        assert _saved(ours, state) < 0.8 * _saved(keeping, state)
+    assert conditions(ours, 4)["checkpoint"] == [MODELS[name][1]]
+    assert conditions(attrs.evolve(ours, compile=False), 4)["checkpoint"] == []
+
+
+def test_nothing_is_left_behind() -> None:
+    """After a step and after an error; the cache is as it was, and evaluation is plain."""
+    step, state = _begun("llama")
+    before = ft.evaluate(step, state, [zoo.batch()]).to_dict()
+    step(state, zoo.batch())
+    with activations.checkpointed(step.architecture, step.value_and_grad.checkpointed):
+        # A second forward would find its own keys and values in it.
+        assert not step.architecture.config.use_cache
+    block = type(step.architecture.model.layers[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "forward", lambda *_args, **_kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(state, zoo.batch())
+    assert not any("forward" in vars(module) for module in step.architecture.modules())
+    assert step.architecture.config.use_cache
+    assert ft.evaluate(step, state, [zoo.batch()]).to_dict() == before
+
+
+class Twice(zoo.Tied):
+    """With blocks that are not for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.Sequential(nn.BatchNorm1d(4)), nn.Linear(4, 4)])
+        self.norms[1].forward = self.mix.forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("model.layer.*", r"matches 'model.layer.\*'; did you mean 'model.layers.\*'"),
+        ("layers.*", r"no module's name matches"),
+        ("*layers*", r"no module's name matches"),  # a star is within one part
+        ("model.layers", r"a container, which is never called; write 'model.layers.\*'"),
+        (["model.layers.*", "model.layers.*.mlp"], r"layers.0.mlp is inside of model.layers.0"),
+        ("lm_head", r"lm_head is the head"),
+        (3, r"checkpoint: 3, expected a pattern of module names"),
+        ([3], r"checkpoint: \[3\], expected a pattern of module names"),
+    ],
+)  # fmt: skip
+def test_patterns_that_cannot_be_are_refused(pattern: Any, message: str) -> None:
+    with pytest.raises(ft.ConfigError, match=message):
+        _begun(checkpoint=pattern)
+
+
+def test_modules_that_cannot_be_are_refused() -> None:
+    for pattern, message in (
+        ("norms.0", "running statistics"),
+        ("norms.1", "a forward of its own"),
+    ):
+        with pytest.raises(ft.ConfigError, match=message):
+            activations.matching(Twice(), [pattern])
+    theirs = _theirs("LlamaConfig")
+    theirs.model.layers[0].gradient_checkpointing = True  # type: ignore[union-attr, index]
+    with pytest.raises(ft.ConfigError, match=r"model.layers.0 has its own turned on"):
+        activations.matching(theirs, [BLOCKS])
+    with pytest.raises(ft.ConfigError, match=r"Decoder has its own turned on"):
+        activations.matching(zoo.decoder(checkpointing=True), [BLOCKS])
