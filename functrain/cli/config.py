@@ -147,7 +147,7 @@ class Optimizer:
     SECTION: ClassVar[str] = "optimizer"
 
     name: str = attrs.field(default="adamw", validator=one_of(tuple(OPTIMIZERS)))
-    """adamw, adam, sgd, adafactor or muon."""
+    """adamw, adam, adamw_8bit (bitsandbytes), sgd, adafactor or muon."""
     weight_decay: float | None = attrs.field(default=None, validator=not_negative)
     """Not applied to norms, biases and embeddings."""
     betas: tuple[float, float] | None = None

@@ -61,6 +61,7 @@ TRUNCATIONS = ("keep_start", "keep_end", "prompt_first")
 OPTIMIZERS = {
     "adamw": ("weight_decay", "betas", "eps"),
     "adam": ("weight_decay", "betas", "eps"),
+    "adamw_8bit": ("weight_decay", "betas", "eps"),
     "sgd": ("weight_decay", "momentum"),
     "adafactor": ("weight_decay",),
     "muon": ("weight_decay", "momentum"),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import attrs
 import torch
 
-from functrain import checkpoint, models
+from functrain import checkpoint, models, objectives
 from functrain.cli import directory as directories
 from functrain.cli import toml
 from functrain.cli.build import Built, build, digest
@@ -90,6 +90,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
         state = _state(built, run, config.train.steps)
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
+            _say_head(built, state, say)
             state = _trained(config, built, state, run, stop, say)
     return Outcome(
         config=config,
@@ -156,6 +157,16 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
         f"thread{'s' if config.train.threads != 1 else ''}, "
         f"{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
     )
+
+
+def _say_head(built: Built, state: TrainState, say: Say) -> None:
+    """Where logits are made whole a run may need far more memory than its user expects."""
+    objective = built.step.objective
+    if getattr(objective, "head", "auto") == "full":
+        return
+    how = objectives.describe_head(built.step.architecture, state.params, state.buffers)
+    if how.startswith("whole"):
+        say(f"{how}; their memory is batch x time x vocabulary")
 
 
 def _trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,38 @@ def described(given: str, *, tensors: bool = False) -> str:
     path = Path(given)
     if (RunDirectory(path).config).is_file() or (path / "pretrain").is_dir():
         path = origin(given, "checkpoint").checkpoint
-    return "\n".join(_description(checkpoint.inspect(path), tensors))
+    found = checkpoint.inspect(path)
+    run = RunDirectory(path.parent.parent)
+    about = _of_the_run(run, found["leaves"]["step"]) if run.config.is_file() else {}
+    return "\n".join(_description(found, tensors, about))
 
 
-def _description(found: Mapping[str, Any], tensors: bool) -> Iterator[str]:
+def _of_the_run(run: Any, step: int) -> dict[str, str]:
+    """What of a run is in no checkpoint: how logits are made, and what its metrics say."""
+    from functrain import objectives
+    from functrain.cli.build import trained
+    from functrain.tracking import jsonl
+
+    model = trained(str(run.path))
+    how = objectives.describe_head(model.architecture, model.params, model.buffers)
+    records = jsonl.read(run.metrics) if run.metrics.is_file() else []
+    records = [each for each in records if each["step"] <= step]
+    rates = [each["tokens_per_second"] for each in records if "tokens_per_second" in each]
+    padding = [each["padding"] for each in records if "padding" in each]
+    waited = [each["data_seconds"] for each in records if "data_seconds" in each]
+    found = {"head": how}
+    if padding:
+        found["padding"] = f"{statistics.fmean(padding):.1%} of the tokens of the logged steps"
+    if waited:
+        found["waiting"] = f"{statistics.fmean(waited):.4f} s a step for data"
+    if rates:
+        found["speed"] = f"{statistics.median(rates):,.0f} target tokens per second"
+    return found
+
+
+def _description(
+    found: Mapping[str, Any], tensors: bool, about: Mapping[str, str]
+) -> Iterator[str]:
     leaves, files = found["leaves"], found["files"]
     yield f"checkpoint {found['path']}"
     model = files["model.safetensors"]["tensors"]
@@ -34,6 +63,8 @@ def _description(found: Mapping[str, Any], tensors: bool) -> Iterator[str]:
     yield f"  parameters  {count:,} in {len(model)} tensors ({dtypes})"
     yield f"  optimizer   {leaves['optimizer/kind']}"
     yield f"  key         {leaves['key']}"
+    for name, text in about.items():
+        yield f"  {name:<11} {text}"
     yield ""
     yield f"  {'file':<24}{'bytes':>14}  {'tensors':>7}  sha256"
     for name, entry in files.items():

@@ -2,6 +2,7 @@
 
 from functrain.objectives.base import Carrying, Coupled, Objective, logits_of
 from functrain.objectives.head import Head, find_head
+from functrain.objectives.head import described as describe_head
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.logprobs import TokenScores, sequence_logps, token_scores
 from functrain.objectives.losses import DIVERGENCES, LOSSES, PairLogps, PairLoss
@@ -22,6 +23,7 @@ __all__ = [
     "PreferenceOptimization",
     "TokenScores",
     "UnpairedOptimization",
+    "describe_head",
     "find_head",
     "logits_of",
     "reference_logps",

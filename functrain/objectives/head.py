@@ -90,6 +90,22 @@ def find_head(architecture: nn.Module) -> Head | str:
     return found
 
 
+def described(
+    architecture: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> str:
+    """How the logits of an architecture are made: by chunks of which head, or whole and why.
+
+    The params are bound for it, and the model is called on one token; nothing is changed.
+    """
+    values = dict(architecture.named_buffers()) | dict(buffers)
+    with bound(architecture, params, values, "eval"):
+        found = find_head(architecture)
+    if isinstance(found, str):
+        return f"whole logits: {found}"
+    rest = "" if found.trunk is None else f", then what the model makes of them after {found.trunk}"
+    return f"logits by chunks of {found.weight}{rest}"
+
+
 def _shown(architecture: nn.Module) -> nn.Linear | None:
     shown = getattr(architecture, "get_output_embeddings", None)
     projection = shown() if callable(shown) else None

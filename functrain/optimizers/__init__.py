@@ -7,7 +7,7 @@ functional kernels directly (fused where there is one); every other class of the
 """
 
 from functrain.optimizers.adam import Adam, adam, adamw
-from functrain.optimizers.adapter import Adapter, adafactor, from_torch, sgd
+from functrain.optimizers.adapter import Adapter, adafactor, adamw_8bit, from_torch, sgd
 from functrain.optimizers.base import Group, Optimizer, OptimizerState, group, no_decay
 from functrain.optimizers.partition import (
     Partition,
@@ -28,6 +28,7 @@ __all__ = [
     "adafactor",
     "adam",
     "adamw",
+    "adamw_8bit",
     "from_torch",
     "group",
     "hidden_matrices",

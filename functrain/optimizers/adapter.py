@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, StateError
 from functrain.optimizers.base import (
     Group,
     OptimizerState,
@@ -24,6 +25,7 @@ from functrain.optimizers.base import (
     rate_of,
     zero_count,
 )
+from functrain.optimizers.composite import Form, form, has_parts, is_composite, parts, put_together
 from functrain.trees import Tensors, tensors
 
 
@@ -51,6 +53,21 @@ def adafactor(lr: float = 1e-2, *, groups: Iterable[Group] = (), **options: Any)
     return from_torch(torch.optim.Adafactor, lr=lr, groups=groups, **options)
 
 
+def adamw_8bit(lr: float = 1e-3, *, groups: Iterable[Group] = (), **options: Any) -> Adapter:
+    """AdamW with moments in 8 bits by blocks (Dettmers et al., 2110.02861), by bitsandbytes.
+
+    A quarter of the moments' memory, on the CPU and on CUDA; tensors of fewer than 4,096 values
+    keep theirs in float32. Raises `ConfigError` where bitsandbytes is not installed.
+    """
+    try:
+        found = importlib.import_module("bitsandbytes.optim")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "adamw_8bit: bitsandbytes is missing; pip install 'functrain[optimizers]'"
+        ) from error
+    return from_torch(found.AdamW8bit, lr=lr, groups=groups, **options)
+
+
 def from_torch(
     cls: Callable[..., torch.optim.Optimizer],
     *,
@@ -72,13 +89,18 @@ class Adapter:
 
     The class creates its per-parameter state at its first update, so `slots` is empty before. A
     Python number in that state is kept as a 0-d tensor under `slot.number`, which is how it is
-    known again: a tensor may be 0-d as well.
+    known again: a tensor may be 0-d as well. A tensor of the class's that wraps others (8-bit
+    moments) is kept as its parts; see `functrain.optimizers.composite`.
     """
 
     cls: Callable[..., torch.optim.Optimizer]
     lr: float
     options: Mapping[str, Any]
     groups: tuple[Group, ...] = attrs.field(default=(), converter=as_groups)
+    # Of the class's own tensors; a function of this record and of what a parameter is.
+    _forms: dict[Any, Mapping[str, Form | None]] = attrs.field(
+        factory=dict, init=False, eq=False, repr=False
+    )
 
     def __attrs_post_init__(self) -> None:
         every: list[Mapping[str, Any]] = [{}, *(g.options for g in self.groups)]
@@ -134,15 +156,36 @@ class Adapter:
         optimizer = self._optimizer(leaves, learning_rate)
         for name, leaf in leaves.items():
             own = dict(_entry(slot, t[name]) for slot, t in slots.items() if name in t)
+            if has_parts(own):
+                own = self._put_together(name, own, leaf)
             if own:
                 optimizer.state[leaf] = own
         before = [dict(g) for g in optimizer.param_groups]
         optimizer.step()
         _refuse_group_state(self.kind, before, optimizer.param_groups)
         _refuse_common_state(self.kind, optimizer, leaves)
-        new_slots = _slots({name: optimizer.state[leaf] for name, leaf in leaves.items()}, slots)
+        new_slots = _slots({n: _plain(optimizer.state[p], p) for n, p in leaves.items()}, slots)
         new_params = Tensors({**new_params, **{n: leaf.detach() for n, leaf in leaves.items()}})
         return new_params, attrs.evolve(state, count=count, slots=new_slots)
+
+    def _put_together(self, name: str, own: Mapping[str, Any], leaf: Tensor) -> dict[str, Any]:
+        """A parameter's state in the class's own tensors."""
+        kind = (name, leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+        if kind not in self._forms:
+            # An update of nothing, after which the class shows what it keeps.
+            like = torch.zeros_like(leaf)
+            like.grad = torch.zeros_like(leaf)
+            optimizer = self._optimizer({name: like}, self.lr)
+            optimizer.step()
+            self._forms[kind] = {slot: form(v) for slot, v in optimizer.state[like].items()}
+        try:
+            return put_together(own, self._forms[kind])
+        except (KeyError, TypeError, AssertionError, RuntimeError) as error:
+            raise StateError(
+                f"optimizer: {self.kind} has no place for {sorted(own)} of {name} ({error!r}); the "
+                "state was made by another version of the class, or with other options: begin "
+                "anew with init(params)"
+            ) from error
 
     @property
     def _leaves_gradients(self) -> bool:
@@ -171,11 +214,23 @@ class Adapter:
             **self.options,
         )
         for param_group, (options, _) in zip(optimizer.param_groups, groups, strict=True):
-            param_group["lr"] = float(rate_of(learning_rate, options))
+            rate = float(rate_of(learning_rate, options))
+            if isinstance(param_group["lr"], Tensor):  # the class's own choice, and it insists
+                param_group["lr"].fill_(rate)
+            else:
+                param_group["lr"] = rate
         return optimizer
 
 
 _NUMBER = ".number"
+
+
+def _plain(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """A parameter's state in plain tensors and numbers."""
+    found: dict[str, Any] = {}
+    for slot, value in state.items():
+        found.update(parts(slot, value) if is_composite(value, param) else [(slot, value)])
+    return found
 
 
 def _entry(slot: str, value: Tensor) -> tuple[str, Tensor | float]:

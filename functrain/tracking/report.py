@@ -38,13 +38,29 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
     ("Gradient norm", (("before clipping", "grad_norm", False),)),
     ("Learning rate", (("of the update", "learning_rate", False),)),
     ("Throughput, target tokens per second", (("train", "tokens_per_second", False),)),
+    (
+        "Padding, part of the tokens",
+        (("train", "padding", False), ("held out", "eval_padding", True)),
+    ),
+    ("Waiting for data, seconds a step", (("train", "data_seconds", False),)),
+    ("Model FLOPs utilisation", (("train", "mfu", False),)),
     ("Loss scale", (("of the step", "loss_scale", False),)),
     ("Skipped steps", (("skipped", "skipped", False),)),
 )
 LOGARITHMIC = ("perplexity", "grad_norm", "loss_scale")
-FROM_ZERO = ("tokens_per_second", "learning_rate", "rewards/accuracies", "mean_token_accuracy")
+FROM_ZERO = (
+    "tokens_per_second",
+    "learning_rate",
+    "rewards/accuracies",
+    "mean_token_accuracy",
+    "padding",
+    "data_seconds",
+    "mfu",
+)
 # What says nothing while it stands still.
 QUIET = ("loss_scale", "skipped")
+# What says nothing while it is 0, to the digits that are shown.
+NOTHING = ("padding", "eval_padding", "data_seconds")
 
 
 class Sample(Protocol):
@@ -85,6 +101,8 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
 def _says(each: Curve, key: str) -> bool:
     if key in QUIET:
         return len({value for _, value in each.points}) > 1
+    if key in NOTHING:
+        return any(value >= 1e-3 for _, value in each.points)
     return bool(each.points)
 
 

@@ -18,6 +18,7 @@ import torch
 from functrain import checkpoint, compilation
 from functrain.cli import main, toml
 from functrain.errors import CheckpointError
+from functrain.objectives import head
 from functrain.tracking import jsonl
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -107,6 +108,18 @@ def test_a_run_leaves_what_is_needed_to_go_on_and_to_read(
     assert resolved.train.threads == 1
     assert main(["pretrain", str(run / "config.toml"), "--directory", str(tmp_path / "two")]) == 0
     assert _fingerprint(tmp_path / "two") == _fingerprint(run)
+
+
+def test_a_run_says_that_its_logits_are_made_whole_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = _config(tmp_path, "chunks", steps=1)
+    assert main(["pretrain", config]) == 0
+    assert "whole logits" not in capsys.readouterr().out
+    monkeypatch.setattr(head, "find_head", lambda _architecture: "it has hooks")
+    config, _ = _config(tmp_path, "whole", steps=1)
+    assert main(["pretrain", config]) == 0
+    assert "whole logits: it has hooks; their memory is" in capsys.readouterr().out
 
 
 def test_a_run_sets_the_threads_and_puts_them_back(tmp_path: Path) -> None:

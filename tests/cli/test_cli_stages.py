@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -181,6 +182,10 @@ def test_inspect_shows_what_a_checkpoint_holds(
     assert "step        6" in of_run
     assert "samples     24" in of_run
     assert "optimizer   adamw" in of_run
+    assert "head        logits by chunks of model.embed_tokens.weight" in of_run
+    assert re.search(r"padding     \d+\.\d% of the tokens of the logged steps", of_run)
+    assert re.search(r"waiting     0\.\d{4} s a step for data", of_run)
+    assert re.search(r"speed       [\d,]+ target tokens per second", of_run)
     assert "every size and sha256 is as the manifest says" in of_run
     assert main(["inspect", str(runs / "a"), "--tensors"]) == 0
     assert "model.embed_tokens.weight" in capsys.readouterr().out

@@ -343,6 +343,16 @@ def test_some_have_no_head_and_say_why(name: str) -> None:
         assert hidden_rows(model, _batch()) is None
 
 
+def test_the_way_of_the_logits_is_described_without_the_architecture_having_its_weights() -> None:
+    architecture, params, buffers = ft.split(_decoder(tied=False))
+    with _left_alone(architecture):
+        said = head.described(architecture, params, buffers)
+    assert said == "logits by chunks of lm_head.weight"
+    name = sorted(HEADLESS)[0]
+    architecture, params, buffers = ft.split(_model(name))
+    assert head.described(architecture, params, buffers).startswith("whole logits: ")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_built_in_decoder_shows_its_head(tied: bool) -> None:
     model = _decoder(tied=tied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -180,6 +181,12 @@ def test_a_class_that_refuses_a_learning_rate_of_0_takes_a_warmup_from_0() -> No
             leaf.grad = grads["a"]
             theirs.step()
         assert torch.equal(params["a"], leaf)
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match=r"pip install 'functrain\[optimizers\]'"):
+        optim.adamw_8bit(1e-3)
 
 
 def test_an_assertion_of_the_class_is_a_config_error() -> None:

@@ -200,6 +200,14 @@ def test_the_charts_are_those_of_the_stage() -> None:
     assert [c.title for c in report.charts(records)] == ["Loss, nats", "Gradient norm"]
     moving = [{**r, "loss_scale": 2.0**n} for n, r in enumerate(records)]
     assert "Loss scale" in [c.title for c in report.charts(moving)]
+    still = [{**r, "padding": 0.0, "data_seconds": 1e-5} for r in records]
+    assert report.charts(still) == report.charts(records)
+    padded = [{**r, "padding": 0.25, "data_seconds": 0.5, "mfu": 0.3} for r in records]
+    assert [c.title for c in report.charts(padded)][2:] == [
+        "Padding, part of the tokens",
+        "Waiting for data, seconds a step",
+        "Model FLOPs utilisation",
+    ]
     preferred = [{**r, "rewards/margins": 1.0, "eval_rewards/margins": 1.0} for r in records]
     assert "Reward margin, nats" in [c.title for c in report.charts(preferred)]
 
