@@ -121,6 +121,11 @@ def kept(size: Size, steps: int) -> Result:
     return functrain(size, steps, kept=True)
 
 
+def lean(size: Size, steps: int) -> Result:
+    """The same, and the activations of the MLPs computed again in the backward pass."""
+    return functrain(size, steps, kept=True, checkpoint="model.layers.*.mlp")
+
+
 def compiled(size: Size, steps: int) -> Result:
     """The same with `compile=True`."""
     return functrain(size, steps, compile=True)
@@ -295,7 +300,7 @@ def _trained(
 
 KINDS: dict[str, Callable[[Size, int], Result]] = {
     each.__name__: each
-    for each in (functrain, pure, kept, compiled, loop, fabric, accelerate, trainer, sft)
+    for each in (functrain, pure, kept, lean, compiled, loop, fabric, accelerate, trainer, sft)
 }
 
 

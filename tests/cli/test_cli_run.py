@@ -115,11 +115,11 @@ def test_a_run_says_that_its_logits_are_made_whole_and_why(
 ) -> None:
     config, _ = _config(tmp_path, "chunks", steps=1)
     assert main(["pretrain", config]) == 0
-    assert "whole logits" not in capsys.readouterr().out
+    assert "whole logits" not in capsys.readouterr().err
     monkeypatch.setattr(head, "find_head", lambda _architecture: "it has hooks")
     config, _ = _config(tmp_path, "whole", steps=1)
     assert main(["pretrain", config]) == 0
-    assert "whole logits: it has hooks; their memory is" in capsys.readouterr().out
+    assert "whole logits: it has hooks; their memory is" in capsys.readouterr().err
 
 
 def test_a_run_sets_the_threads_and_puts_them_back(tmp_path: Path) -> None:
