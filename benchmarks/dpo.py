@@ -209,7 +209,7 @@ def main() -> None:
     title = f"DPO, vocabulary {options.vocabulary:,}, {options.threads} thread(s)"
     print(f"{title}, {options.rounds} rounds; losses equal within {apart:.1e}; ratios to TRL")
     print(harness.table(results, lambda kind: BASES[kind]))
-    harness.written(options.json, title, results)
+    harness.written(options, title, results)
 
 
 if __name__ == "__main__":

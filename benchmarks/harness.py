@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from picture import bars
+
 Result = dict[str, Any]
 """`wall` and `cpu` seconds of a step, `megabytes` above the loaded model, `losses` by step."""
 
@@ -143,12 +145,17 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=4)
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--json", type=Path, default=None, help="write all results here")
+    made.add_argument("--picture", type=Path, default=None, help="draw the medians here, as SVG")
     made.add_argument("--child", default=None, help=argparse.SUPPRESS)
     return made
 
 
-def written(path: Path | None, title: str, results: Mapping[str, Sequence[Result]]) -> None:
-    """All results as JSON, with the machine, where a path is given."""
-    if path is not None:
+def written(
+    options: argparse.Namespace, title: str, results: Mapping[str, Sequence[Result]]
+) -> None:
+    """All results as JSON, with the machine, and a picture of the medians, where asked for."""
+    if options.json is not None:
         found = {"title": title, "machine": machine(), "results": results}
-        path.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(found, indent=1))
+    if options.picture is not None:
+        options.picture.write_text(bars(title, results, "functrain"))

@@ -193,7 +193,7 @@ def main() -> None:
     title = f"SFT, {options.model}, {options.threads} thread(s), {options.rounds} rounds"
     print(f"{title}; seconds for 1,000 targets, ratios to functrain")
     print(harness.table(results, lambda _kind: "functrain packed"))
-    harness.written(options.json, title, results)
+    harness.written(options, title, results)
 
 
 if __name__ == "__main__":

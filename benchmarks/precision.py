@@ -37,7 +37,7 @@ def main() -> None:
     losses = {kind: statistics.median(r["losses"][-1] for r in results[kind]) for kind in KINDS}
     print(f"{title}; ratios to fp32; the last loss: {losses}")
     print(harness.table(results, lambda _kind: "fp32"))
-    harness.written(options.json, title, results)
+    harness.written(options, title, results)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def main() -> None:
             f"{exponent(sizes, memory):.2f} |",
             flush=True,
         )
-    harness.written(options.json, "scaling", every)
+    harness.written(options, "scaling", every)
 
 
 if __name__ == "__main__":

@@ -299,8 +299,9 @@ def _trained(
 
 
 KINDS: dict[str, Callable[[Size, int], Result]] = {
-    each.__name__: each
-    for each in (functrain, pure, kept, lean, compiled, loop, fabric, accelerate, trainer, sft)
+    "functrain": functrain,
+    **{f"functrain {each.__name__}": each for each in (pure, kept, lean, compiled)},
+    **{each.__name__: each for each in (loop, fabric, accelerate, trainer, sft)},
 }
 
 
@@ -324,7 +325,7 @@ def main() -> None:
     title = f"{options.model}, {options.threads} thread(s), {options.rounds} rounds"
     print(f"{title}; losses equal within {apart:.1e}; ratios to {base}")
     print(harness.table(results, lambda _kind: base))
-    harness.written(options.json, title, results)
+    harness.written(options, title, results)
 
 
 if __name__ == "__main__":

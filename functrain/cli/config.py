@@ -36,9 +36,10 @@ from functrain.cli.known import (
     SCHEDULES,
     SMOOTHED,
     TOKEN_TYPES,
+    TRACKERS,
     TRUNCATIONS,
 )
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, did_you_mean
 
 
 @attrs.frozen(kw_only=True)
@@ -309,6 +310,30 @@ class Evaluation:
     """Evaluate on so many rows, examples or pairs at most."""
 
 
+def _services(_record: Any, _field: Any, given: Any) -> None:
+    for each in given:
+        if each not in TRACKERS:
+            raise ConfigError(
+                f"tracking.services: {each!r} is unknown; {did_you_mean(str(each), TRACKERS)}"
+            )
+    if len({*given}) < len(given):
+        raise ConfigError(f"tracking.services: {list(given)!r} names one twice")
+
+
+@attrs.frozen(kw_only=True)
+class Tracking:
+    """Services that are told the metrics, beside metrics.jsonl; none of them can stop a run."""
+
+    SECTION: ClassVar[str] = "tracking"
+
+    services: tuple[str, ...] = attrs.field(default=(), validator=_services)
+    """tensorboard, wandb, mlflow, trackio."""
+    project: str = attrs.field(default="functrain", validator=given)
+    """The project, or MLflow's experiment."""
+    name: str | None = attrs.field(default=None, validator=given)
+    """What the run is called there; its directory's name unless given."""
+
+
 @attrs.frozen(kw_only=True)
 class Preference:
     """The preference loss against the starting params."""
@@ -435,6 +460,7 @@ class Pretrain:
     schedule: Schedule = attrs.field(factory=Schedule)
     train: Train = attrs.field(factory=Train)
     evaluation: Evaluation = attrs.field(factory=Evaluation)
+    tracking: Tracking = attrs.field(factory=Tracking)
 
 
 @attrs.frozen(kw_only=True)
@@ -450,6 +476,7 @@ class SFT:
     schedule: Schedule = attrs.field(factory=Schedule)
     train: Train = attrs.field(factory=Train)
     evaluation: Evaluation = attrs.field(factory=Evaluation)
+    tracking: Tracking = attrs.field(factory=Tracking)
 
 
 @attrs.frozen(kw_only=True)
@@ -466,6 +493,7 @@ class DPO:
     schedule: Schedule = attrs.field(factory=lambda: Schedule(peak=1e-4))
     train: Train = attrs.field(factory=Train)
     evaluation: Evaluation = attrs.field(factory=Evaluation)
+    tracking: Tracking = attrs.field(factory=Tracking)
 
     def __attrs_post_init__(self) -> None:
         if self.data.packing:

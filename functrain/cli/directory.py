@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,9 @@ FREE = (
     "train.on_save_error",
     "train.log_every",
     "train.compile_cache",
+    "tracking.services",
+    "tracking.project",
+    "tracking.name",
 )
 FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.limit")
 
@@ -96,6 +100,11 @@ def check_files(config: Config) -> None:
             f"data.packing: {data.train} is one stream of ids, whose rows are full, and says "
             "nothing of documents; leave it out"
         )
+    for service in config.tracking.services:
+        if importlib.util.find_spec(service) is None:
+            raise ConfigError(
+                f"tracking.services: the package {service} is not installed; pip install {service}"
+            )
     if not isinstance(config, Pretrain):
         origin(config.model.from_)
 

@@ -93,5 +93,6 @@ REQUIRED = {
 }
 """The options without a default; `total` has one here, which is train.steps."""
 DEVICES = ("cpu", "cuda")
+TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 EMBEDDED = "embedded"

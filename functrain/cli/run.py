@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import attrs
@@ -27,6 +28,9 @@ from functrain.flops import flops_of
 from functrain.loop import check_guard, conditions, train
 from functrain.state import TrainState
 from functrain.tracking import jsonl, progress
+from functrain.tracking.beside import Beside
+from functrain.tracking.jsonl import Several
+from functrain.tracking.services import TrackedRun, opened
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 Say = Callable[[str], None]
@@ -181,9 +185,10 @@ def _trained(
     plan = config.train
     with (
         ExitStack() as stack,
-        closing(jsonl.JSONLTracker(run.metrics)) as tracker,
+        closing(jsonl.JSONLTracker(run.metrics)) as own,
         closing(progress.Progress(plan.steps, config.stage)) as bar,
     ):
+        tracker = Several([own, *_services(config, run, state, stack, say)])
         if state.step == 0 and built.evaluation:
             tracker.log(0, evaluate(built.step, state, built.evaluation).to_dict())
         if stop:
@@ -218,6 +223,27 @@ def _trained(
             if stopping:
                 break
     return state
+
+
+def _services(
+    config: Pretrain | SFT | DPO, run: RunDirectory, state: TrainState, stack: ExitStack, say: Say
+) -> list[Beside]:
+    """The trackers that the config names, open; they are closed with the stack."""
+    told = TrackedRun(
+        directory=run.path,
+        project=config.tracking.project,
+        name=config.tracking.name or run.path.absolute().name,
+        config={key: value for key, value in toml.flat(config).items() if value is not None},
+        step=state.step,
+    )
+    found = []
+    for service in config.tracking.services:
+        made = Beside(service, partial(opened, service, told), say)
+        stack.callback(made.close)
+        found.append(made)
+    for each in found:
+        each.ready()
+    return found
 
 
 def _ahead(built: Built, stack: ExitStack) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,23 @@ class JSONLTracker:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class Several:
+    """Trackers that are told the same, in their order."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell each."""
+        for each in self._trackers:
+            each.log(step, metrics)
+
+    def close(self) -> None:
+        """Close each."""
+        for each in self._trackers:
+            each.close()
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from functrain.cli import checks, known, toml
 from functrain.cli import config as c
 from functrain.errors import ConfigError
+from functrain.tracking import services
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 COUNTS = st.integers(1, 2**40)
@@ -205,6 +206,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     assert set(known.TRUNCATIONS) == set(MODES)
     assert set(known.SCHEDULES) == set(MADE)
     assert all(callable(getattr(ft.optim, name)) for name in known.OPTIMIZERS)
+    assert set(known.TRACKERS) == set(services.SERVICES)
     for name, options in known.SCHEDULES.items():
         fields = {field.name: field for field in attrs.fields(MADE[name])}
         assert set(options) <= set(fields), name

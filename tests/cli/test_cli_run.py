@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -108,6 +109,34 @@ def test_a_run_leaves_what_is_needed_to_go_on_and_to_read(
     assert resolved.train.threads == 1
     assert main(["pretrain", str(run / "config.toml"), "--directory", str(tmp_path / "two")]) == 0
     assert _fingerprint(tmp_path / "two") == _fingerprint(run)
+
+
+def test_a_run_tells_its_trackers_and_goes_on_under_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, directory = _config(tmp_path, steps=4)
+    pytest.importorskip("tensorboard")
+    assert main(["pretrain", config, "--tracking.services", "tensorboard"]) == 0
+    assert len(list((directory / "tensorboard").glob("events.*"))) == 1
+    again = [str(directory / "config.toml"), "--resume", "--train.steps", "6"]
+    assert main(["pretrain", *again]) == 0
+    assert len(list((directory / "tensorboard").glob("events.*"))) == 2
+    assert len(_records(directory)) == 7  # one of the evaluation before the first step
+    capsys.readouterr()
+    other = ["--directory", str(tmp_path / "other"), "--tracking.services"]
+    assert main(["pretrain", config, *other, "wandbb"]) == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "tracking.services: 'wandbb' is unknown; did you mean 'wandb'" in error
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_a_directory_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, directory = _config(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert main(["pretrain", config, "--tracking.services", "trackio"]) == 2
+    assert "the package trackio is not installed; pip install trackio" in capsys.readouterr().err
+    assert not directory.exists()
 
 
 def test_a_run_says_that_its_logits_are_made_whole_and_why(
