@@ -13,12 +13,15 @@ from functrain.errors import FunctrainError, did_you_mean
 
 _EXTRA = ("tyro", "cattrs", "rich", "jinja2")
 _COMMANDS = {
+    "init": "write a config with every key:        functrain init pretrain run.toml",
     "demo": "pretrain, fine-tune and align a small model on Python's own documentation",
     "pretrain": "train a model from nothing:           functrain pretrain run.toml",
     "sft": "fine-tune it on prompts and answers:  functrain sft run.toml",
     "dpo": "align it with preferences:            functrain dpo run.toml",
     "reference": "score its pairs ahead of that:        functrain reference run.toml",
     "generate": 'let it speak:                         functrain generate RUN "prompt"',
+    "evaluate": "measure it on files:                  functrain evaluate RUN held_out.txt",
+    "report": "see several runs in one page:         functrain report RUN OTHER --to runs.html",
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
     "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",
     "diff": "see where two runs part:              functrain diff RUN OTHER",

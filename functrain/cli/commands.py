@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import attrs
+import orjson
 import tyro
 
 from functrain.cli import toml
@@ -109,6 +110,50 @@ class Diff:
     """A checkpoint or a run."""
     other: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OTHER")]
     """Another; of two runs the first step is shown at which kept checkpoints differ."""
+
+
+@attrs.frozen(kw_only=True)
+class Init:
+    """Write a config of a stage: every key, what it means, its default."""
+
+    stage: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="pretrain|sft|dpo")]
+    """Of which stage."""
+    path: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="FILE")] = None
+    """Where to; STAGE.toml unless given."""
+
+
+@attrs.frozen(kw_only=True)
+class Evaluate:
+    """A model over files: perplexity of text and completions, and which of a pair it likes."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run directory, or a checkpoint in one."""
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")]
+    """Text, token ids, or JSON Lines of text, completions or pairs; `embedded` is the default's."""
+    time: int | None = None
+    """Tokens of a row or an example at most; the run's own unless given."""
+    batch_size: int = 32
+    """Rows, examples or pairs at once; the result does not depend on it."""
+    limit: int | None = None
+    """Rows, examples or pairs of each file at most."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A line of JSON for each file, in the place of the table."""
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("time", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value}, expected an integer of at least 1")
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """One page over several runs, their curves in the same charts."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN")]
+    """Run directories."""
+    to: str = "report.html"
+    """The page; one that is there is replaced."""
 
 
 def say(line: str) -> None:
@@ -216,6 +261,48 @@ def generate(command: str, rest: Sequence[str]) -> int:
 
     options = attrs.asdict(arguments)
     print(generated(options.pop("run"), options.pop("prompt"), **options))
+    return 0
+
+
+def init(command: str, rest: Sequence[str]) -> int:
+    """`functrain init STAGE [FILE]`."""
+    arguments = _parsed(Init, command, rest)
+    from functrain.cli.template import written
+
+    print(written(arguments.stage, Path(arguments.path or f"{arguments.stage}.toml")))
+    return 0
+
+
+def evaluate(command: str, rest: Sequence[str]) -> int:
+    """`functrain evaluate RUN FILE …`."""
+    arguments = _parsed(Evaluate, command, rest)
+    if not arguments.files:
+        raise ConfigError("evaluate: no file; give some after the run, or embedded")
+    from functrain.cli.evaluate import HEAD, evaluated
+    from functrain.cli.summary import table
+
+    found = evaluated(
+        arguments.run,
+        arguments.files,
+        time=arguments.time,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+    )
+    if arguments.json:
+        for each in found:
+            print(orjson.dumps(attrs.asdict(each)).decode())
+    else:
+        print(table(HEAD, [each.row() for each in found]))
+    return 0
+
+
+def report(command: str, rest: Sequence[str]) -> int:
+    """`functrain report RUN … [--to FILE]`."""
+    arguments = _parsed(Report, command, rest)
+    check_extras()
+    from functrain.cli.reports import compared
+
+    print(compared(arguments.runs, Path(arguments.to)))
     return 0
 
 

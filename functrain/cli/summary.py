@@ -159,7 +159,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for column in made.columns[2:]:
         column.justify = "right"
     out = io.StringIO()
-    Console(file=out, width=100, color_system=None, highlight=False).print(made)
+    Console(file=out, width=400, color_system=None, highlight=False).print(made)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 

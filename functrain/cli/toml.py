@@ -154,13 +154,14 @@ def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
         yield f"\n[{'.'.join(path)}]"
     for name, value in table.items():
         if value is not None and not isinstance(value, Mapping):
-            yield f"{name} = {_literal(value)}"
+            yield f"{name} = {literal(value)}"
     for name, value in table.items():
         if isinstance(value, Mapping):
             yield from _lines(value, (*path, name))
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -170,4 +171,4 @@ def _literal(value: Any) -> str:
         return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, int):
         return str(value)
-    return f"[{', '.join(_literal(each) for each in value)}]"
+    return f"[{', '.join(literal(each) for each in value)}]"

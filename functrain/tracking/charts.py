@@ -14,6 +14,8 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
 MOST_POINTS = 400
+COLOURS = 6
+"""Of curves; a seventh has the first's."""
 LOG_FROM = 30.0
 """A range of positive values wider than this factor is drawn on a logarithmic scale."""
 
@@ -156,6 +158,7 @@ def _axes(across: Scale, up: Scale) -> Iterator[str]:
 
 
 def _lines(each: Curve, across: Scale, up: Scale, number: int) -> Iterator[str]:
+    number %= COLOURS
     for stretch in _unbroken(thinned(each.points), up.logarithmic):
         path = " ".join(f"{across(s):.1f},{up(v):.1f}" for s, v in stretch)
         if len(stretch) > 1:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import attrs
 
 from functrain.errors import ConfigError
-from functrain.tracking.charts import Chart, Curve, curve, drawn
+from functrain.tracking.charts import COLOURS, Chart, Curve, curve, drawn
 
 # Title, and for each curve its name, metric, and whether it is drawn as dots.
 CHARTS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
@@ -98,6 +98,27 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return found
 
 
+def overlaid(stages: Sequence[StageRecord]) -> list[Chart]:
+    """The charts of several runs in one: of each metric, a curve for each run that has it."""
+    found = []
+    for title, curves in CHARTS:
+        for name, key, dots in curves:
+            made = [curve(stage.name, stage.metrics, key, dots=dots) for stage in stages]
+            shown = tuple(each for each in made if _says(each, key))
+            if shown:
+                whole = title if len(curves) == 1 else f"{title}: {name}"
+                found.append(Chart(whole, shown, key in LOGARITHMIC, key in FROM_ZERO))
+    return found
+
+
+def _drawn(made: Sequence[Chart]) -> list[dict[str, Any]]:
+    return [
+        {"title": chart.title, "names": [each.name for each in chart.curves], "svg": svg}
+        for chart in made
+        if (svg := drawn(chart))
+    ]
+
+
 def _says(each: Curve, key: str) -> bool:
     if key in QUIET:
         return len({value for _, value in each.points}) > 1
@@ -114,10 +135,12 @@ def render_report(
     samples: Sequence[Sample] = (),
     fingerprint: str = "",
     commands: Sequence[str] = (),
+    together: bool = False,
 ) -> str:
     """The report as HTML: no script, nothing fetched, every text escaped.
 
-    `table`: rows of stage, measure, before, after. `commands`: what to type next. Raises
+    `table`: rows of stage, measure, before, after. `commands`: what to type next.
+    `together`: the stages are runs that are compared, in charts of all of them first. Raises
     `ConfigError` where jinja2 is not installed.
     """
     try:
@@ -133,18 +156,12 @@ def render_report(
                 "name": stage.name,
                 "steps": int(stage.metrics[-1]["step"]) if stage.metrics else 0,
                 "config": stage.config,
-                "charts": [
-                    {
-                        "title": chart.title,
-                        "names": [each.name for each in chart.curves],
-                        "svg": svg,
-                    }
-                    for chart in charts(stage.metrics)
-                    if (svg := drawn(chart))
-                ],
+                "charts": _drawn(charts(stage.metrics)),
             }
             for stage in stages
         ],
+        together=_drawn(overlaid(stages)) if together else [],
+        colours=COLOURS,
         table=[tuple(row) for row in table],
         samples=samples,
         fingerprint=fingerprint,
@@ -160,7 +177,17 @@ def write_report(path: str | os.PathLike[str], **contents: Any) -> None:
     temporary.replace(target)
 
 
-_TEMPLATE = """<!doctype html>
+_TEMPLATE = """{% macro figures(charts, always=false) %}
+{% for chart in charts %}
+<figure class="card"><div class="head"><h3>{{ chart.title }}</h3>
+{% if always or chart.names | length > 1 %}<span class="key">
+{% for name in chart.names %}<i class="c{{ loop.index0 % colours }}"></i>{{ name }}{% endfor %}
+</span>{% endif %}
+</div>{{ chart.svg | safe }}</figure>
+{% else %}
+<p>No metrics were logged.</p>
+{% endfor %}
+{% endmacro %}<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -168,9 +195,11 @@ _TEMPLATE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; --ground: #fbfaf7; --card: #ffffff; --ink: #22211e;
-  --soft: #6d6a62; --line: #e4e1d8; --c0: #2f6db5; --c1: #d1651f; }
+  --soft: #6d6a62; --line: #e4e1d8; --c0: #2f6db5; --c1: #d1651f; --c2: #2e8b57;
+  --c3: #9b4fb0; --c4: #b8901a; --c5: #c23b5a; }
 @media (prefers-color-scheme: dark) { :root { --ground: #171716; --card: #20201e; --ink: #e9e6dd;
-  --soft: #a09b8f; --line: #35342f; --c0: #7db1ee; --c1: #f0a062; } }
+  --soft: #a09b8f; --line: #35342f; --c0: #7db1ee; --c1: #f0a062; --c2: #74c99a;
+  --c3: #cf95e0; --c4: #e3c25c; --c5: #f0879f; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 28px 18px 60px; background: var(--ground);
   color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
@@ -185,13 +214,14 @@ h3 { font-size: 13px; font-weight: 600; margin: 0; }
   margin-bottom: 4px; }
 .key { color: var(--soft); font-size: 12px; } .key i { display: inline-block; width: 10px;
   height: 3px; border-radius: 2px; margin: 0 4px 3px 8px; }
-i.c0 { background: var(--c0); } i.c1 { background: var(--c1); }
+{% for n in range(colours) %}
+i.c{{ n }} { background: var(--c{{ n }}); } .curve.c{{ n }} { stroke: var(--c{{ n }}); }
+.dot.c{{ n }} { fill: var(--c{{ n }}); }
+{% endfor %}
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 10.5px; font-family: inherit; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .curve { fill: none; stroke-width: 1.5; stroke-linejoin: round; } .dot { stroke: none; }
-.curve.c0 { stroke: var(--c0); } .curve.c1 { stroke: var(--c1); }
-.dot.c0 { fill: var(--c0); } .dot.c1 { fill: var(--c1); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); }
@@ -216,19 +246,13 @@ details { margin-top: 14px; }
 {% endfor %}
 </table></div>
 {% endif %}
+{% if together %}
+<h2>All runs</h2>
+<div class="charts">{{ figures(together, always=true) }}</div>
+{% endif %}
 {% for stage in stages %}
 <h2>{{ stage.name }} <small>{{ "{:,}".format(stage.steps) }} steps</small></h2>
-<div class="charts">
-{% for chart in stage.charts %}
-<figure class="card"><div class="head"><h3>{{ chart.title }}</h3>
-{% if chart.names | length > 1 %}<span class="key">
-{% for name in chart.names %}<i class="c{{ loop.index0 }}"></i>{{ name }}{% endfor %}</span>
-{% endif %}
-</div>{{ chart.svg | safe }}</figure>
-{% else %}
-<p>No metrics were logged.</p>
-{% endfor %}
-</div>
+<div class="charts">{{ figures(stage.charts) }}</div>
 {% if stage.config %}
 <details><summary>config</summary><pre class="card">{{ stage.config }}</pre></details>
 {% endif %}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from functrain.cli import checks, known, toml
+from functrain.cli import checks, known, main, toml
 from functrain.cli import config as c
 from functrain.errors import ConfigError
 from functrain.tracking import services
@@ -183,6 +184,25 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 )
 def test_a_mix_is_read_with_any_form_of_number(text: str, mix: dict[str, float]) -> None:
     assert checks.mixed(text) == mix
+
+
+@pytest.mark.parametrize("stage", sorted(c.STAGES))
+def test_a_written_config_is_the_default_with_a_word_on_every_key(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / f"{stage}.toml"
+    assert main(["init", stage, str(path)]) == 0
+    assert f"functrain {stage} {path}" in capsys.readouterr().out
+    assert toml.read_any(path) == c.STAGES[stage]()
+    lines = path.read_text().splitlines()
+    keys = [n for n, line in enumerate(lines) if re.match(r"(# )?[a-z_]+ =", line)]
+    bare = [lines[n] for n in keys if not lines[n - 1].startswith("# ")]
+    assert [line for line in bare if not line.startswith("stage =")] == []
+    known = {key.rpartition(".")[2] for key in toml.flat(c.STAGES[stage]())}
+    shown = {re.sub(r"(# )?([a-z_]+) =.*", r"\2", lines[n]) for n in keys}
+    assert known - shown <= {"sha256", "shape"}
+    assert main(["init", stage, str(path)]) == 2
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_the_known_names_are_those_of_the_library() -> None:

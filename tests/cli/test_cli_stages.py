@@ -191,6 +191,67 @@ def test_inspect_shows_what_a_checkpoint_holds(
     assert "model.embed_tokens.weight" in capsys.readouterr().out
 
 
+def test_a_model_is_measured_on_files_of_every_kind(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the figures of the run's own evaluation, whatever the stage that made the model."""
+    files = [str(runs / name) for name in ("text.txt", "sft.jsonl", "pairs.jsonl")]
+    capsys.readouterr()
+    assert main(["evaluate", str(runs / "c"), *files, "--json"]) == 0
+    text, completions, pairs = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [each["kind"] for each in (text, completions, pairs)] == ["text", "completions", "pairs"]
+    assert completions["examples"] == pairs["examples"] == 12
+    assert pairs["loss"] == pytest.approx(completions["loss"], rel=1e-6)  # the same completions
+    assert 0 <= pairs["likelier"] <= 1
+    assert text["likelier"] is None
+    for run, kind in (("a", "text.txt"), ("b", "sft.jsonl")):
+        assert main(["evaluate", str(runs / run), str(runs / kind), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        records = [json.loads(x) for x in (runs / run / "metrics.jsonl").read_text().splitlines()]
+        assert found["loss"] == pytest.approx(records[-1]["eval_loss"], rel=1e-6)
+        assert found["tokens"] == records[-1]["eval_num_tokens"]
+    table = ["--batch-size", "5", "--limit", "7"]
+    assert main(["evaluate", str(runs / "c"), files[1], *table]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "completions" in x]
+    assert line.split()[1:3] == ["completions", "7"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["no.txt"], "no.txt: is not there"),
+        (["{runs}/bad.jsonl"], "bad.jsonl:2: not JSON"),
+        (["{runs}/text.txt", "--limit", "0"], "limit: 0, expected an integer of at least 1"),
+        ([], "no file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    runs: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{\n')
+    assert main(["evaluate", str(runs / "a"), *(x.format(runs=runs) for x in given)]) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_page_shows_several_runs_in_the_same_charts(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "runs.html"
+    assert main(["report", str(runs / "a"), str(runs / "b"), "--to", str(page)]) == 0
+    assert "2 runs" in capsys.readouterr().out
+    text = page.read_text()
+    whole = text[text.index("All runs") : text.index("<h2>a ")]
+    loss = whole[whole.index("Loss, nats: train") : whole.index("Loss, nats: held out")]
+    assert loss.count("<polyline") == 2
+    assert re.search(r'c0"></i>a\s*<i class="c1"></i>b', loss)
+    assert main(["report", str(runs / "a"), "--to", str(page)]) == 0
+    assert "All runs" not in page.read_text()
+    assert main(["report", str(runs / "a"), str(runs / "a"), "--to", str(page)]) == 2
+    assert "is given twice" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--to", str(page)]) == 2
+    assert "expected a run" in capsys.readouterr().err
+
+
 def test_inspect_finds_an_altered_file(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

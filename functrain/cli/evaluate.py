@@ -1,0 +1,168 @@
+"""`functrain evaluate`: a model over files, whatever stage it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from functrain import data, optimizers
+from functrain.cli.build import Trained, trained
+from functrain.cli.directory import is_tokens
+from functrain.cli.known import EMBEDDED
+from functrain.cli.summary import SIDES, bits_per_byte
+from functrain.data.source import Source
+from functrain.errors import ConfigError, DataError
+from functrain.evaluation import evaluate
+from functrain.keys import derive
+from functrain.objectives.base import Objective
+from functrain.objectives.batches import Batch
+from functrain.objectives.language import LanguageModeling
+from functrain.objectives.preference import PreferenceOptimization
+from functrain.stages import make_step
+
+KINDS = ("text", "completions", "pairs")
+
+
+@attrs.frozen(kw_only=True)
+class Measured:
+    """What a model makes of a file; losses in nats for each target token.
+
+    `likelier`: the fraction of pairs whose chosen completion has the higher log-prob.
+    """
+
+    file: str
+    kind: str
+    examples: int
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None = None
+    accuracy: float | None = None
+    likelier: float | None = None
+
+    def row(self) -> tuple[str, ...]:
+        """As a row of a table."""
+        figures = (self.bits_per_byte, self.accuracy, self.likelier)
+        return (
+            self.file,
+            self.kind,
+            f"{self.examples:,}",
+            f"{self.tokens:,}",
+            f"{self.loss:.4f}",
+            f"{self.perplexity:.2f}",
+            *("" if each is None else f"{each:.3f}" for each in figures),
+        )
+
+
+HEAD = (
+    "file",
+    "holds",
+    "examples",
+    "tokens",
+    "loss",
+    "perplexity",
+    "bits/byte",
+    "accuracy",
+    "chosen likelier",
+)
+
+
+def evaluated(
+    given: str, files: Sequence[str], *, time: int | None, batch_size: int, limit: int | None
+) -> list[Measured]:
+    """The model of a run or checkpoint over each file, on the CPU.
+
+    `time`: tokens of a row or example at most, the run's own unless given. `limit`: rows, examples
+    or pairs. Raises `ConfigError` for a model of foreign token ids and a file of text, `DataError`
+    for files that cannot be read.
+    """
+    model = trained(given)
+    time = model.config.data.time if time is None else time
+    return [measured(model, file, time=time, batch_size=batch_size, limit=limit) for file in files]
+
+
+def measured(
+    model: Trained, file: str, *, time: int, batch_size: int, limit: int | None
+) -> Measured:
+    """A model over one file."""
+    kind, source = _source(model, file, time=time, batch_size=batch_size)
+    ordered: Any = source.ordered()  # type: ignore[attr-defined]
+    total = len(source) if limit is None else min(limit, len(source))
+    batches = [
+        ordered.at(begin, min(batch_size, total - begin)) for begin in range(0, total, batch_size)
+    ]
+    found = dict.fromkeys(("bits_per_byte", "accuracy", "likelier"))
+    if kind == "pairs":
+        found["likelier"] = _likelier(model, batches)
+        batches = [dict(batch["chosen"]) for batch in batches]
+    record = _evaluated(model, LanguageModeling(), batches)
+    if model.tokenizer is not None:
+        found["bits_per_byte"] = bits_per_byte(record, batches)
+    found["accuracy"] = record["eval_mean_token_accuracy"]
+    return Measured(
+        file=file,
+        kind=kind,
+        examples=total,
+        tokens=int(record["eval_num_tokens"]),
+        loss=record["eval_loss"],
+        perplexity=record["eval_perplexity"],
+        **found,
+    )
+
+
+def _likelier(model: Trained, batches: Sequence[Batch]) -> float:
+    """The accuracy of DPO's rewards against a reference that knows nothing."""
+    nothing = [
+        {**b, "reference_logps": {s: torch.zeros(len(b[s]["labels"])) for s in SIDES}}
+        for b in batches
+    ]
+    found = _evaluated(model, PreferenceOptimization(), nothing)
+    return float(found["eval_rewards/accuracies"])
+
+
+def _evaluated(model: Trained, objective: Objective, batches: Sequence[Batch]) -> dict[str, float]:
+    keeps_nothing = optimizers.sgd()
+    step = make_step(objective, architecture=model.architecture, optimizer=keeps_nothing)
+    state = step.init(model.params, model.buffers)
+    return evaluate(step, state, batches).to_dict()
+
+
+def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[str, Source]:
+    options: dict[str, Any] = {"time": time, "batch_size": batch_size, "seed": derive(0, "data")}
+    if file != EMBEDDED and not Path(file).is_file():
+        raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")
+    if is_tokens(file):
+        dtype = getattr(model.config.data, "dtype", "uint16")
+        return "text", data.tokens(file, dtype=dtype, **options)
+    if model.tokenizer is None:
+        raise ConfigError(
+            f"{file}: text, and the model was trained on ids of a tokenizer of your own; give a "
+            ".bin or .npy file of ids"
+        )
+    try:
+        kind, found = _read(model, file)
+        make: Any = {"text": data.text, "completions": data.chat, "pairs": data.preference}[kind]
+        return kind, make(found, model.tokenizer, **options)
+    except DataError as error:
+        raise error if file in str(error) else DataError(f"{file}: {error}") from error
+
+
+def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:
+    if file == EMBEDDED:
+        held_out = data.embedded.load(limit=model.config.data.limit)
+        return {
+            "pretrain": ("text", held_out.held_out),
+            "sft": ("completions", held_out.sft_held_out),
+            "dpo": ("pairs", held_out.preference_held_out),
+        }[model.config.stage]
+    if not file.endswith(".jsonl"):
+        return "text", data.documents(file)
+    records = data.records(file)
+    keys = records[0].keys()
+    if "text" in keys:
+        return "text", data.documents(file)
+    return ("pairs" if "chosen" in keys else "completions"), records

@@ -1,0 +1,45 @@
+"""`functrain report`: several runs in one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from functrain.cli import toml
+from functrain.cli.directory import RunDirectory, stage_directory
+from functrain.errors import ConfigError
+from functrain.tracking import jsonl, report
+
+
+def compared(given: Sequence[str], to: Path) -> str:
+    """Write a page over runs: the same metric of all in one chart, then each by itself.
+
+    What was written. Raises `ConfigError` for what is no run.
+    """
+    if not given:
+        raise ConfigError("report: no run; give run directories")
+    runs = [RunDirectory(stage_directory(Path(each))) for each in given]
+    names = _names([run.path for run in runs])
+    stages = [
+        report.StageRecord(
+            name=name,
+            metrics=jsonl.read(run.metrics),
+            config=toml.dumps(toml.read_any(run.config)),
+        )
+        for name, run in zip(names, runs, strict=True)
+    ]
+    try:
+        report.write_report(to, title=", ".join(names), stages=stages, together=len(stages) > 1)
+    except OSError as error:
+        raise ConfigError(f"{to}: cannot be written ({error.strerror})") from error
+    return f"{to}: {len(runs)} run{'s' if len(runs) > 1 else ''}"
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """As short as tells them apart."""
+    whole = [path.absolute().parts for path in paths]
+    for length in range(1, max(len(parts) for parts in whole) + 1):
+        names = ["/".join(parts[-length:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"report: {paths[0]} is given twice")
