@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from functrain.loop import train
     from functrain.memory import keep_pages
     from functrain.metrics import Metrics
+    from functrain.models.exporting import export
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
     from functrain.references import ReferenceCache, Referenced, attach_reference
     from functrain.stages import dpo_step, kto_step, make_step, pretrain_step, sft_step
@@ -96,6 +97,7 @@ _NAMES = {
     "functrain.loop": ("train",),
     "functrain.metrics": ("Metrics",),
     "functrain.precision": ("init_loss_scale", "scale_loss", "unscale", "update_loss_scale"),
+    "functrain.models.exporting": ("export",),
     "functrain.references": ("ReferenceCache", "Referenced", "attach_reference"),
     "functrain.state": ("Cursor", "TrainState", "fingerprint", "fingerprints"),
     "functrain.stages": ("dpo_step", "kto_step", "make_step", "pretrain_step", "sft_step"),
@@ -136,6 +138,7 @@ __all__ = [
     "data",
     "dpo_step",
     "evaluate",
+    "export",
     "fingerprint",
     "fingerprints",
     "flops_of",

@@ -51,7 +51,7 @@ EXTRAS = {
     "tracking": {"rich", "jinja2"},
     "testing": {"hypothesis"},
     "models": {"transformers"},
-    "data": {"transformers"},
+    "data": {"transformers", "jinja2"},
 }
 
 
