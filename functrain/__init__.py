@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from functrain import (
         checkpoint,
         data,
+        lora,
         models,
         objectives,
         precision,
@@ -63,6 +64,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "checkpoint": "functrain.checkpoint",
     "data": "functrain.data",
+    "lora": "functrain.lora",
     "models": "functrain.models",
     "objectives": "functrain.objectives",
     "optim": "functrain.optimizers",
@@ -147,6 +149,7 @@ __all__ = [
     "kto_step",
     "latest",
     "load",
+    "lora",
     "make_step",
     "models",
     "objectives",

@@ -21,6 +21,7 @@ LAYERS = [
     "architecture",
     "activations",
     "compilation",
+    "lora",
     "metrics",
     "precision",
     "schedules",

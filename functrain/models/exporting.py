@@ -15,6 +15,7 @@ import orjson
 import torch
 from torch import Tensor, nn
 
+from functrain import lora
 from functrain.architecture import check_fit, slots
 from functrain.checkpoint import format as safetensors
 from functrain.errors import CheckpointError, ConfigError
@@ -119,7 +120,11 @@ def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
 def _merged(
     architecture: nn.Module, params: Mapping[str, Tensor]
 ) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    return architecture, params
+    return (
+        lora.merged(architecture, params)
+        if lora.is_adapted(architecture)
+        else (architecture, params)
+    )
 
 
 def _weights(

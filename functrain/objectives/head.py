@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import compilation, keys
-from functrain.architecture import bound
+from functrain.architecture import bound, slots
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
 
@@ -85,9 +85,14 @@ def find_head(architecture: nn.Module) -> Head | str:
     found = _found.get(architecture)
     if found is None or (isinstance(found, Head) and found.projection is not projection):
         found = _search(architecture, projection)
-        if isinstance(found, Head) or projection.weight.device.type != "meta":
+        if isinstance(found, Head) or has_weights(architecture):
             _found[architecture] = found
     return found
+
+
+def has_weights(architecture: nn.Module) -> bool:
+    """Whether every parameter is there: unbound, an architecture may hold some of them."""
+    return all(parameter.device.type != "meta" for parameter in architecture.parameters())
 
 
 def _shown(architecture: nn.Module) -> nn.Linear | None:
@@ -189,7 +194,7 @@ def calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None
     device = next(iter(params.values())).device
     with (
         torch.no_grad(),
-        bound(architecture, params, buffers, "eval"),
+        bound(architecture, params, buffers, "eval", places=slots(architecture, held=True)),
         keys.seeded(0, device),
         compilation.paused(architecture),
     ):
