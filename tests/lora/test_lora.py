@@ -242,6 +242,9 @@ def test_a_target_is_found_by_name_or_by_its_end() -> None:
     }
     assert not any("lm_head" in name for name in layers("all-linear"))
     assert len(layers("all-linear")) == 14
+    architecture, params, _ = ft.split(zoo.decoder(tied=False))
+    untied, _ = ft.lora.attach(architecture, params)
+    assert len(ft.lora.adapter_of(untied).layers) == 14
 
 
 @pytest.mark.parametrize(
@@ -296,11 +299,15 @@ def test_a_base_of_half_precision_stays_as_it_is() -> None:
         assert float(metrics["skipped"]) == 0
         assert {t.dtype for t in held_values(adapted).values()} == {torch.bfloat16}
         assert {t.dtype for t in state.params.values()} == {torch.float32}
+        assert {t.dtype for t in ft.lora.merged(adapted, state.params)[1].values()} == {
+            torch.bfloat16
+        }
 
 
 def test_the_head_is_found_over_a_frozen_base(monkeypatch: Any) -> None:
     """The frozen head's rows are made a few at a time, for the policy and the reference alike."""
     adapted, adapters, buffers = attached()
+    assert isinstance(find_head(adapted), str)  # without its adapters; asked again when it has them
     found = []
     for budget in (1 << 30, 256):
         monkeypatch.setattr("functrain.objectives.chunks.BUDGET", budget)

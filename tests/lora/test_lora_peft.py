@@ -73,7 +73,11 @@ def theirs(name: str, form: str, **options: Any) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        return peft.get_peft_model(based(name)[0], config)
+        model = peft.get_peft_model(based(name)[0], config)
+    for parameter, value in model.named_parameters():
+        if "magnitude" in parameter:  # at the norm of W + sBA it would hide what it multiplies
+            value.data.mul_(1.5)
+    return model
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -163,6 +167,24 @@ def test_a_step_is_that_of_an_ordinary_loop_over_peft(name: str, form: str, tmp_
             torch.testing.assert_close(state.params[parameter], value, rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(state.params[parameter], value), parameter
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@FORM
+def test_dropout_drops_what_it_does_in_peft(name: str, form: str, tmp_path: Path) -> None:
+    """In train mode, from the same draws; DoRA's plain output is then of what is left."""
+    model = theirs(name, form, lora_dropout=0.4).train()
+    model.save_pretrained(tmp_path)
+    _, architecture, params, buffers = based(name)
+    adapted, adapters = ft.lora.load_adapter(tmp_path, architecture, params)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        expected = logits(model)
+        torch.manual_seed(9)
+        with ft.bound(adapted, adapters, buffers, "train") as bound:
+            found = logits(bound)
+    assert_outputs(found, expected, form)
+    assert not torch.allclose(found, bound_logits(adapted, adapters, buffers))
 
 
 @given(rank=st.integers(1, 5), alpha=st.floats(0.5, 40), rslora=st.booleans(), dora=st.booleans())
