@@ -20,6 +20,7 @@ _COMMANDS = {
     "reference": "score its pairs ahead of that:        functrain reference run.toml",
     "generate": 'let it speak:                         functrain generate RUN "prompt"',
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
+    "export": "write it for transformers:         functrain export RUN DIR",
     "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",
     "diff": "see where two runs part:              functrain diff RUN OTHER",
 }

@@ -32,6 +32,8 @@ def _description(found: Mapping[str, Any], tensors: bool) -> Iterator[str]:
     yield f"  samples     {leaves['cursor/samples']:,}"
     yield f"  tokens      {leaves['cursor/tokens']:,}"
     yield f"  parameters  {count:,} in {len(model)} tensors ({dtypes})"
+    if leaves["base"] is not None:
+        yield f"  base        {leaves['base'][:16]}…, frozen params that are not here"
     yield f"  optimizer   {leaves['optimizer/kind']}"
     yield f"  key         {leaves['key']}"
     yield ""
