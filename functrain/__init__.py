@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from functrain import (
         checkpoint,
         data,
+        lora,
         models,
         objectives,
         precision,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from functrain.loop import train
     from functrain.memory import keep_pages
     from functrain.metrics import Metrics
+    from functrain.models.exporting import export
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
     from functrain.references import ReferenceCache, Referenced, attach_reference
     from functrain.stages import dpo_step, kto_step, make_step, pretrain_step, sft_step
@@ -62,6 +64,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "checkpoint": "functrain.checkpoint",
     "data": "functrain.data",
+    "lora": "functrain.lora",
     "models": "functrain.models",
     "objectives": "functrain.objectives",
     "optim": "functrain.optimizers",
@@ -96,6 +99,7 @@ _NAMES = {
     "functrain.loop": ("train",),
     "functrain.metrics": ("Metrics",),
     "functrain.precision": ("init_loss_scale", "scale_loss", "unscale", "update_loss_scale"),
+    "functrain.models.exporting": ("export",),
     "functrain.references": ("ReferenceCache", "Referenced", "attach_reference"),
     "functrain.state": ("Cursor", "TrainState", "fingerprint", "fingerprints"),
     "functrain.stages": ("dpo_step", "kto_step", "make_step", "pretrain_step", "sft_step"),
@@ -136,6 +140,7 @@ __all__ = [
     "data",
     "dpo_step",
     "evaluate",
+    "export",
     "fingerprint",
     "fingerprints",
     "flops_of",
@@ -144,6 +149,7 @@ __all__ = [
     "kto_step",
     "latest",
     "load",
+    "lora",
     "make_step",
     "models",
     "objectives",

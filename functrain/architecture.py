@@ -7,6 +7,7 @@ into its parameter slots for as long as a loss *and its gradient* are computed.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import weakref
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.errors import ArchitectureError, StateError, did_you_mean
-from functrain.trees import Tensors, owning
+from functrain.trees import Tensors, digest, owning
 
 Mode = Literal["train", "eval"]
 Place = tuple[dict[str, Tensor | None], str]
@@ -41,6 +42,22 @@ class Slots:
     trainable: frozenset[str]
     statistical: frozenset[str]
     uncast: frozenset[str]
+    base: str | None = None
+
+
+@attrs.frozen
+class Held:
+    """The parameters that an architecture holds itself, as constants, and their fingerprint.
+
+    They are no part of a state, which stays small: a frozen base under adapters. See
+    `functrain.lora`.
+    """
+
+    names: frozenset[str]
+    fingerprint: str
+
+
+_HELD = "functrain_held"
 
 
 # The slots are shared by all users of an architecture: one binding at a time, others wait.
@@ -75,9 +92,43 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     return module, owning(detached), Tensors({n: t.detach() for n, t in buffers.items()})
 
 
-def slots(architecture: nn.Module) -> Slots:
-    """Find every slot of every parameter and buffer; names are those of `named_parameters()`."""
+def held_by(architecture: nn.Module) -> Held | None:
+    """What an architecture holds itself."""
+    found: Held | None = vars(architecture).get(_HELD)
+    return found
+
+
+def held_values(architecture: nn.Module) -> Tensors:
+    """The parameters that an architecture holds, by name; nobody may write into them."""
+    held = held_by(architecture)
+    if held is None:
+        return Tensors()
+    places = _places(architecture, "_parameters")
+    return Tensors({name: _tensor_at(places[name]).detach() for name in held.names})
+
+
+def hold(architecture: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Have an architecture hold these values of its parameters, whose memory is not copied."""
+    places = _places(architecture, "_parameters")
+    for name, value in values.items():
+        _fill(places[name], nn.Parameter(value.detach(), requires_grad=False))
+    held = held_by(architecture)
+    names = frozenset(values) | (frozenset() if held is None else held.names)
+    hasher = hashlib.sha256()
+    for name in sorted(names):
+        hasher.update(f"{name}\0{digest(_tensor_at(places[name]))}\0".encode())
+    object.__setattr__(architecture, _HELD, Held(names, hasher.hexdigest()))
+
+
+def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
+    """Find every slot of every parameter and buffer; names are those of `named_parameters()`.
+
+    Without the parameters that the architecture holds itself, unless `held`.
+    """
     params = _places(architecture, "_parameters")
+    own = held_by(architecture)
+    if own is not None and not held:
+        params = {name: at for name, at in params.items() if name not in own.names}
     buffers = _places(architecture, "_buffers")
     trainable = frozenset(n for n, at in params.items() if _tensor_at(at).requires_grad)
     modules = tuple(architecture.modules())
@@ -91,7 +142,8 @@ def slots(architecture: nn.Module) -> Slots:
     uncast = frozenset(
         name for name, at in buffers.items() if any((id(e), key) in passing for e, key in at)
     )
-    return Slots(params, buffers, modules, trainable, statistical, uncast)
+    base = None if own is None else own.fingerprint
+    return Slots(params, buffers, modules, trainable, statistical, uncast, base)
 
 
 def _places(architecture: nn.Module, table: str) -> dict[str, tuple[Place, ...]]:
@@ -326,7 +378,13 @@ def description(architecture: nn.Module) -> str:
         shown = re.sub(r" at 0x[0-9a-f]+", "", repr(architecture))
         classes = [type(module).__qualname__ for module in architecture.modules()]
         config = {"modules": classes, "repr": shown}
-    given = {"class": type(architecture).__qualname__, "config": config}
+    given: dict[str, Any] = {"class": type(architecture).__qualname__, "config": config}
+    held, adapter = held_by(architecture), vars(architecture).get("functrain_adapter")
+    if held is not None:
+        given |= {
+            "base": held.fingerprint,
+            "adapter": attrs.asdict(adapter.lora) if adapter else None,
+        }
     options = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
     return orjson.dumps(given, default=str, option=options).decode()
 

@@ -70,6 +70,10 @@ class NumericsWarning(FunctrainWarning):
     """A run goes on where its bits will not be those of the run left alone."""
 
 
+class WeightsWarning(FunctrainWarning):
+    """Weights of a file have no place in the model, and are left out."""
+
+
 class SaveWarning(FunctrainWarning):
     """A checkpoint could not be written or removed, and training goes on."""
 

@@ -51,7 +51,8 @@ class TrainState:
     map the module's own names to tensors, sorted. `key` is the root of all randomness. `average`
     is the moving average of the params where a step keeps one, `guard` what a spike guard has seen;
     `reference` is that of a method that moves it (TR-DPO), `running` what else an objective carries
-    (the running mean of `bco_pair`).
+    (the running mean of `bco_pair`). `base` is the fingerprint of what the architecture holds
+    itself, the frozen params under adapters, which are no part of the state.
 
     Change a field with `attrs.evolve(state, ...)`; branch with `functrain.clone(state)` where a
     donating step follows.
@@ -69,6 +70,7 @@ class TrainState:
     reference: Tensors | None = None
     guard: GuardState | None = None
     running: Tensors | None = None
+    base: str | None = None
 
 
 class _ConsumedState(TrainState):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from functrain import activations, keys, schedules
 from functrain import metrics as m
-from functrain.architecture import Slots, check_fit
+from functrain.architecture import Slots, check_fit, held_values
 from functrain.errors import ConfigError, FunctrainError, StateError, boolean, is_number
 from functrain.gradients import (
     Accumulated,
@@ -132,6 +132,13 @@ class Step:
                 "architecture: every parameter is frozen (requires_grad is False), so there is "
                 "nothing to train; unfreeze some before functrain.split"
             )
+        for name, held in held_values(self.architecture).items():
+            if self.precision.cast not in (None, held.dtype) and held.is_floating_point():
+                raise ConfigError(
+                    f"precision: {self.precision.name!r} computes in {self.precision.cast}, and "
+                    f"the base that the architecture holds is {held.dtype} ({name}); read the base "
+                    "in that dtype before functrain.lora.attach"
+                )
         coupled = self.objective.batch_coupled and not isinstance(self.objective, Coupled)
         if coupled and self.microbatches > 1:
             raise ConfigError(
@@ -166,6 +173,7 @@ class Step:
             guard=None if self.guard is None else self.guard.init(device),
             reference=self._moving_reference(params),
             running=self._running(device),
+            base=self._places.base,
         )
 
     def _moving_reference(self, params: Tensors) -> Tensors | None:
@@ -405,6 +413,12 @@ class Step:
         """Raise `StateError` for what is no state, or one of another step."""
         check_state(state)
         check_fit(state.params, self._places.params, "params")
+        if state.base != self._places.base:
+            raise StateError(
+                f"base: this state was trained over {_base(state.base)}, and this step's "
+                f"architecture holds {_base(self._places.base)}; attach the adapters to the params "
+                "that they were made for"
+            )
         if state.optimizer.kind != self.optimizer.kind:
             raise StateError(
                 f"optimizer: this state is {state.optimizer.kind}'s and this step's optimizer is "
@@ -509,6 +523,10 @@ class Step:
                 "skipped": m.total(~applied),
             }
         )
+
+
+def _base(fingerprint: str | None) -> str:
+    return "no frozen params" if fingerprint is None else f"params {fingerprint[:16]}…"
 
 
 def _where(applied: Tensor, new: Tensors, old: Tensors) -> Tensors:

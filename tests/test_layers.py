@@ -21,6 +21,7 @@ LAYERS = [
     "architecture",
     "activations",
     "compilation",
+    "lora",
     "metrics",
     "precision",
     "schedules",
@@ -51,7 +52,7 @@ EXTRAS = {
     "tracking": {"rich", "jinja2"},
     "testing": {"hypothesis"},
     "models": {"transformers"},
-    "data": {"transformers"},
+    "data": {"transformers", "jinja2"},
 }
 
 

@@ -118,6 +118,12 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
             f"{where}: the checkpoint was made with the optimizer {kind!r}, and `like` has "
             f"{like.optimizer.kind!r}; build `like` with the step that made the checkpoint"
         )
+    if "base" in stored and stored["base"] != like.base:
+        raise CheckpointError(
+            f"{where}: base is {stored['base']!r}, expected {like.base!r}: the frozen params that "
+            "this was trained over are not in the checkpoint, and those of `like` are others; "
+            "attach the adapters to the params that they were made for"
+        )
     template = attrs.evolve(
         like, optimizer=attrs.evolve(like.optimizer, slots=_slots(stored, like, where))
     )

@@ -140,16 +140,24 @@ def load_model(
     params: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     *,
+    base: str | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> tuple[Tensors, Tensors]:
     """The params and buffers of a checkpoint, whatever optimizer and stage made it.
 
     `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them: the
-    values are converted to those.
+    values are converted to those. `base`: the fingerprint of the frozen params under adapters, as
+    a state of theirs has it; adapters that were trained over another are refused.
     """
 
     def read(path: Path) -> tuple[Tensors, Tensors]:
         entries = read_manifest(filesystem, path).files
+        made = read_file(filesystem, path / STATE, entries[STATE], numbers).get("base")
+        if made != base:
+            raise CheckpointError(
+                f"{path}: base is {made!r}, expected {base!r}; its params were trained over other "
+                "frozen ones than these"
+            )
         model, other = path / "model.safetensors", path / "buffers.safetensors"
         return (
             _read_as(filesystem, model, entries[model.name], params),

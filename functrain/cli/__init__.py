@@ -23,6 +23,7 @@ _COMMANDS = {
     "evaluate": "measure it on files:                  functrain evaluate RUN held_out.txt",
     "report": "see several runs in one page:         functrain report RUN OTHER --to runs.html",
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
+    "export": "write it for transformers:         functrain export RUN DIR",
     "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",
     "diff": "see where two runs part:              functrain diff RUN OTHER",
 }

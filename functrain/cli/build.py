@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ import attrs
 import torch
 from torch import nn
 
-from functrain import checkpoint, data, keys, models, objectives, optimizers, schedules
-from functrain.architecture import split
+from functrain import checkpoint, data, keys, lora, models, objectives, optimizers, schedules
+from functrain.architecture import slots, split
 from functrain.cli.config import (
     DPO,
     SFT,
@@ -26,7 +27,7 @@ from functrain.cli.config import (
 from functrain.cli.directory import Origin, is_tokens, origin
 from functrain.cli.known import EMBEDDED
 from functrain.data import ByteTokenizer
-from functrain.errors import ConfigError, DataError
+from functrain.errors import ConfigError, DataError, NumericsWarning
 from functrain.guards import SpikeGuard
 from functrain.objectives.batches import Batch
 from functrain.references import ReferenceCache, Referenced, attach_reference
@@ -77,6 +78,15 @@ class Trained:
     config: Config
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Restored:
+    """A checkpoint as it was trained: where it is, the architecture, and the state."""
+
+    origin: Origin
+    architecture: nn.Module
+    state: TrainState
+
+
 def build(config: Config) -> Built:
     """The parts of a run; everything is checked that can be before the first step."""
     if config.train.device == "cuda" and not torch.cuda.is_available():
@@ -85,6 +95,7 @@ def build(config: Config) -> Built:
     tokenizer = _tokenizer(config, start)
     source, held_out = sources(config, tokenizer)
     architecture, params, buffers = _model(config, start, tokenizer)
+    architecture, params = _adapted(config, architecture, params)
     step = _step(config, architecture, params)
     cache = _cache(config, architecture, params, buffers)
     batches = _batches(held_out, config)
@@ -138,14 +149,21 @@ def cached(config: DPO, say: Callable[[str], None]) -> str:
 
 def _tokenizer(config: Config, start: Origin | None) -> ByteTokenizer | None:
     if start is not None:
-        if not start.tokenizer.is_file():
+        found = _tokenizer_of(start)
+        if found is None:
             raise ConfigError(
                 f"{start.tokenizer} is missing: {start.checkpoint} was trained on ids of a "
                 "tokenizer of your own, which prompts and completions would need"
             )
-        return data.from_json(start.tokenizer.read_text(encoding="utf-8"))
+        return found
     assert isinstance(config, Pretrain)  # the other stages have a start
     return None if is_tokens(config.data.train) else ByteTokenizer()
+
+
+def _tokenizer_of(found: Origin) -> ByteTokenizer | None:
+    if not found.tokenizer.is_file():
+        return None
+    return data.from_json(found.tokenizer.read_text(encoding="utf-8"))
 
 
 def _vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> int:
@@ -163,15 +181,64 @@ def _vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> int:
 def _model(
     config: Config, start: Origin | None, tokenizer: ByteTokenizer | None
 ) -> tuple[nn.Module, Tensors, Tensors]:
-    shape = config.model if isinstance(config.model, Model) else config.model.shape
-    if shape is None:
-        shape = start.shape if start is not None else Model()
-    seed = keys.derive(config.train.seed, "model")
-    module = decoder(shape, _vocabulary(config, tokenizer), seed=seed)
-    architecture, params, buffers = split(module.to(config.train.device or "cpu"))
+    device = config.train.device or "cpu"
     if start is not None:
-        params, buffers = checkpoint.load_model(start.checkpoint, params, buffers)
+        return started(start, device)
+    assert isinstance(config.model, Model)  # the other stages have a start
+    seed = keys.derive(config.train.seed, "model")
+    return split(decoder(config.model, _vocabulary(config, tokenizer), seed=seed).to(device))
+
+
+def started(found: Origin, device: str) -> tuple[nn.Module, Tensors, Tensors]:
+    """The model of a checkpoint; adapters are merged into the base that they were trained over."""
+    architecture, params, buffers = _restored(found, device)
+    if lora.is_adapted(architecture):
+        architecture, params = lora.merged(architecture, params)
     return architecture, params, buffers
+
+
+def _restored(found: Origin, device: str) -> tuple[nn.Module, Tensors, Tensors]:
+    """The model of a checkpoint as it was trained: adapters stay adapters."""
+    config = found.config
+    if isinstance(config, Pretrain) or not config.lora.options():
+        module = decoder(found.shape, _vocabulary(config, _tokenizer_of(found)))
+        architecture, params, buffers = split(module.to(device))
+    else:
+        below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
+        if config.model.sha256 not in (None, below.sha256):
+            raise ConfigError(
+                f"{found.checkpoint}: its adapters were trained over {below.checkpoint}, which is "
+                "another checkpoint now (another hash); put the old one back"
+            )
+        architecture, params, buffers = started(below, device)
+        architecture, params = _adapted(config, architecture, params)
+    base = slots(architecture).base
+    params, buffers = checkpoint.load_model(found.checkpoint, params, buffers, base=base)
+    return architecture, params, buffers
+
+
+def _adapted(config: Config, architecture: nn.Module, params: Tensors) -> tuple[nn.Module, Tensors]:
+    """With the adapters that a config asks for; as it is where it asks for none."""
+    if isinstance(config, Pretrain):
+        return architecture, params
+    options = config.lora.options()
+    if not options:
+        return architecture, params
+    seed = keys.derive(config.train.seed, "lora")
+    return lora.attach(architecture, params, lora.LoRA(**options), seed=seed)
+
+
+def restored(given: str, *, device: str = "cpu") -> Restored:
+    """The state of a run's newest checkpoint, or of a checkpoint, and what it is a state of."""
+    found = origin(given, "run")
+    architecture, params, buffers = _restored(found, device)
+    step = _step(found.config, architecture, params)
+    like = step.init(params, buffers, seed=found.config.train.seed)
+    with warnings.catch_warnings():
+        # Nothing is computed with it, so what its bits would depend on does not matter.
+        warnings.simplefilter("ignore", NumericsWarning)
+        state = checkpoint.load(found.checkpoint, like=like)
+    return Restored(origin=found, architecture=architecture, state=state)
 
 
 def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:
@@ -367,16 +434,11 @@ def _notes(source: Source, held_out: Source | None) -> list[str]:
 def trained(given: str, *, device: str = "cpu") -> Trained:
     """The model of a run (its newest checkpoint), or of a checkpoint in one."""
     found = origin(given, "run")
-    tokenizer = None
-    if found.tokenizer.is_file():
-        tokenizer = data.from_json(found.tokenizer.read_text(encoding="utf-8"))
-    module = decoder(found.shape, _vocabulary(found.config, tokenizer))
-    architecture, params, buffers = split(module.to(device))
-    params, buffers = checkpoint.load_model(found.checkpoint, params, buffers)
+    architecture, params, buffers = started(found, device)
     return Trained(
         architecture=architecture,
         params=params,
         buffers=buffers,
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer_of(found),
         config=found.config,
     )

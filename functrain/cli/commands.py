@@ -156,6 +156,20 @@ class Report:
     """The page; one that is there is replaced."""
 
 
+@attrs.frozen(kw_only=True)
+class Export:
+    """The model of a run as transformers loads it, or its adapters as peft does."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run directory, or a checkpoint in one."""
+    directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    """Where it goes; an earlier export there is replaced."""
+    merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of a run with lora.rank: the whole model, with the adapters in its weights."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16; as it was trained unless given."""
+
+
 def say(line: str) -> None:
     """A line for the reader, beside the results on stdout."""
     print(line, file=sys.stderr, flush=True)
@@ -312,6 +326,17 @@ def inspect(command: str, rest: Sequence[str]) -> int:
     from functrain.cli.show import described
 
     print(described(arguments.checkpoint, tensors=arguments.tensors))
+    return 0
+
+
+def export(command: str, rest: Sequence[str]) -> int:
+    """`functrain export RUN DIR [--merge] [--dtype …]`."""
+    arguments = _parsed(Export, command, rest)
+    from functrain.cli.export import exported
+
+    print(
+        exported(arguments.run, arguments.directory, merge=arguments.merge, dtype=arguments.dtype)
+    )
     return 0
 
 

@@ -94,6 +94,46 @@ class Start:
 
 
 @attrs.frozen(kw_only=True)
+class Adapters:
+    """LoRA: adapters are trained, over the model that training starts from."""
+
+    SECTION: ClassVar[str] = "lora"
+
+    rank: int | None = attrs.field(default=None, validator=count)
+    """The rank of the adapters; the model itself is trained unless it is given."""
+    alpha: float | None = attrs.field(default=None, validator=positive)
+    """Their scale, over the rank; 16 unless given."""
+    targets: str | None = attrs.field(default=None, validator=given)
+    """Layers by name, "q_proj, v_proj"; every linear one but the head unless given."""
+    dropout: float | None = attrs.field(default=None, validator=fraction)
+    """Dropout before the adapters."""
+    rslora: bool = False
+    """The scale over the root of the rank."""
+    dora: bool = False
+    """Train the magnitude of each output as well."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, value in attrs.asdict(self).items():
+            if self.rank is None and value not in (None, False):
+                raise ConfigError(
+                    f"lora.{name}: {value!r}, and nothing has adapters without lora.rank; give "
+                    "lora.rank, or leave it out"
+                )
+        if self.targets is not None and not all(part.strip() for part in self.targets.split(",")):
+            raise ConfigError(
+                f"lora.targets: {self.targets!r}, expected names with commas between them: "
+                '"q_proj, v_proj"'
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The options of `functrain.lora.LoRA` that are given; empty: no adapters."""
+        found = {n: v for n, v in attrs.asdict(self).items() if v not in (None, False)}
+        if self.targets is not None:
+            found["targets"] = tuple(part.strip() for part in self.targets.split(","))
+        return found
+
+
+@attrs.frozen(kw_only=True)
 class Data:
     """What is trained on, and what is held out."""
 
@@ -471,6 +511,7 @@ class SFT:
     directory: str = attrs.field(default="runs/sft", validator=given)
     """The run directory."""
     model: Start = attrs.field(factory=Start)
+    lora: Adapters = attrs.field(factory=Adapters)
     data: Data = attrs.field(factory=Data)
     optimizer: Optimizer = attrs.field(factory=Optimizer)
     schedule: Schedule = attrs.field(factory=Schedule)
@@ -487,6 +528,7 @@ class DPO:
     directory: str = attrs.field(default="runs/dpo", validator=given)
     """The run directory."""
     model: Start = attrs.field(factory=lambda: Start(from_="runs/sft"))
+    lora: Adapters = attrs.field(factory=Adapters)
     preference: Preference = attrs.field(factory=Preference)
     data: Data = attrs.field(factory=Data)
     optimizer: Optimizer = attrs.field(factory=Optimizer)

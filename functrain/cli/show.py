@@ -61,6 +61,8 @@ def _description(
     yield f"  samples     {leaves['cursor/samples']:,}"
     yield f"  tokens      {leaves['cursor/tokens']:,}"
     yield f"  parameters  {count:,} in {len(model)} tensors ({dtypes})"
+    if leaves["base"] is not None:
+        yield f"  base        {leaves['base'][:16]}…, frozen params that are not here"
     yield f"  optimizer   {leaves['optimizer/kind']}"
     yield f"  key         {leaves['key']}"
     for name, text in about.items():

@@ -10,6 +10,7 @@ from functrain.data.order import permuted
 from functrain.data.packing import Packed, Packing, pack, packed, packed_text
 from functrain.data.pairs import Pairs, preference
 from functrain.data.prefetch import Prefetched
+from functrain.data.pretrained import PretrainedTokenizer
 from functrain.data.records import documents, records
 from functrain.data.sequences import Chats, chat
 from functrain.data.source import MapSource, Source, all_batches
@@ -28,6 +29,7 @@ __all__ = [
     "Padded",
     "Pairs",
     "Prefetched",
+    "PretrainedTokenizer",
     "Source",
     "TextRows",
     "Tokenizer",

@@ -1,7 +1,18 @@
-"""A small decoder to train with, and sampling from any model."""
+"""A small decoder to train with, models of transformers, exports, and sampling from any model."""
 
 from functrain.models.config import config_files
 from functrain.models.decoder import Decoder, DecoderConfig, decoder
+from functrain.models.exporting import export
 from functrain.models.generate import generate
+from functrain.models.pretrained import Pretrained, from_pretrained
 
-__all__ = ["Decoder", "DecoderConfig", "config_files", "decoder", "generate"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Pretrained",
+    "config_files",
+    "decoder",
+    "export",
+    "from_pretrained",
+    "generate",
+]

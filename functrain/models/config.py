@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from functrain import lora
 from functrain.models.decoder import Decoder, DecoderConfig
 
 # The rotary embedding of the built-in decoder has no last position; transformers wants a number.
@@ -18,8 +19,11 @@ def config_files(architecture: nn.Module) -> dict[str, str]:
 
     For a model of transformers its own; for the built-in decoder a Llama's, which it is; for any
     other module nothing. Given to `functrain.save(…, beside=…)`, they make each checkpoint a
-    directory that `AutoModelForCausalLM.from_pretrained` reads.
+    directory that `AutoModelForCausalLM.from_pretrained` reads. For adapters nothing: their
+    checkpoints hold no model, and one that looked like it would be read as random weights.
     """
+    if lora.is_adapted(architecture):
+        return {}
     if isinstance(architecture, Decoder):
         return {"config.json": json.dumps(_llama(architecture.config), indent=2) + "\n"}
     found: dict[str, str] = {}

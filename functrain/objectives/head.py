@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import compilation, keys
-from functrain.architecture import bound
+from functrain.architecture import bound, slots
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
 
@@ -85,7 +85,7 @@ def find_head(architecture: nn.Module) -> Head | str:
     found = _found.get(architecture)
     if found is None or (isinstance(found, Head) and found.projection is not projection):
         found = _search(architecture, projection)
-        if isinstance(found, Head) or projection.weight.device.type != "meta":
+        if isinstance(found, Head) or has_weights(architecture):
             _found[architecture] = found
     return found
 
@@ -104,6 +104,11 @@ def described(
         return f"whole logits: {found}"
     rest = "" if found.trunk is None else f", then what the model makes of them after {found.trunk}"
     return f"logits by chunks of {found.weight}{rest}"
+
+
+def has_weights(architecture: nn.Module) -> bool:
+    """Whether every parameter is there: unbound, an architecture may hold some of them."""
+    return all(parameter.device.type != "meta" for parameter in architecture.parameters())
 
 
 def _shown(architecture: nn.Module) -> nn.Linear | None:
@@ -205,7 +210,7 @@ def calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None
     device = next(iter(params.values())).device
     with (
         torch.no_grad(),
-        bound(architecture, params, buffers, "eval"),
+        bound(architecture, params, buffers, "eval", places=slots(architecture, held=True)),
         keys.seeded(0, device),
         compilation.paused(architecture),
     ):

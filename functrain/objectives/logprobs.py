@@ -136,8 +136,9 @@ def _projection(
     weight: Tensor = head.projection.weight
     bias: Tensor | None = head.projection.bias
     if values is not None:
-        weight = values[head.weight]
-        bias = None if head.bias is None else values[head.bias]
+        # What an architecture holds itself has no other value.
+        weight = values.get(head.weight, weight)
+        bias = None if head.bias is None else values.get(head.bias, bias)
     return Projection(weight=weight, bias=bias, finish=head.finish(model), budget=budget)
 
 

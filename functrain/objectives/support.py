@@ -12,7 +12,7 @@ from functrain.architecture import vocabulary_of
 from functrain.errors import ArchitectureError
 from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch
-from functrain.objectives.head import calm
+from functrain.objectives.head import calm, has_weights
 
 if TYPE_CHECKING:
     from functrain.objectives.layouts import Layout
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def check_weights(model: nn.Module, what: str) -> None:
     """Raise `ArchitectureError`, beginning with `what`, for a model that cannot be tried."""
-    if next(model.parameters()).device.type == "meta":
+    if not has_weights(model):
         raise ArchitectureError(
             f"{what}, and the architecture has no weights to try it with; call it within "
             "functrain.bound, as a step does"

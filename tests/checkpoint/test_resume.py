@@ -319,7 +319,8 @@ def test_every_field_of_the_state_matters(tmp_path: Path) -> None:
     schedule is felt by one that counts, so there is a run with a cosine too.
     """
     plateau, cosine = Ablation(), Ablation(ft.schedules.cosine(2e-2, total=60))
-    fields = list(_fields(plateau.first))
+    # A state over another base is refused, whatever its bits (tests/lora/test_lora_state.py).
+    fields = [field for field in _fields(plateau.first) if field != "base"]
     assert len(fields) == 27, fields
     felt = set()
     for run in (plateau, cosine):

@@ -1,0 +1,48 @@
+"""`functrain export`: a run as a directory of Hugging Face's, or its adapters as peft's."""
+
+from __future__ import annotations
+
+from functrain import lora
+from functrain.cli import toml
+from functrain.cli.build import restored
+from functrain.cli.directory import RunDirectory
+from functrain.errors import ConfigError
+from functrain.models import export
+from functrain.tracking import jsonl
+
+
+def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> str:
+    """Write the model of a run or checkpoint; what was done."""
+    found = restored(given)
+    run = RunDirectory(found.origin.checkpoint.parent.parent)
+    adapted = lora.is_adapted(found.architecture)
+    if merge and not adapted:
+        raise ConfigError(f"merge: {given} has no adapters, its model is whole; leave out --merge")
+    if adapted and not merge:
+        if dtype is not None:
+            raise ConfigError("dtype: adapters are written as they are; give it with --merge")
+        path = lora.save_adapter(directory, found.architecture, found.state.params)
+        below = getattr(found.origin.config.model, "from_", None)
+        return (
+            f"{path}: the adapters of step {found.state.step:,}, as peft reads them; their base is "
+            f"{below}, which `functrain export` writes as well"
+        )
+    path = export(
+        found.state,
+        found.architecture,
+        directory,
+        dtype=dtype,
+        name=run.path.name,
+        data=found.origin.config.data.train,
+        config=toml.dumps(found.origin.config),
+        metrics=_measured(run, found.state.step),
+    )
+    return f"{path}: the model of step {found.state.step:,}, as transformers reads it"
+
+
+def _measured(run: RunDirectory, step: int) -> dict[str, float]:
+    """What was logged of a step: its loss, and the evaluation if there was one."""
+    records = [each for each in jsonl.read(run.metrics) if each["step"] == step]
+    last = records[-1] if records else {}
+    kept = ("loss", "perplexity", "mean_token_accuracy")
+    return {n: v for n, v in last.items() if n in kept or n.startswith(("eval_", "rewards/"))}

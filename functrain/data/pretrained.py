@@ -1,0 +1,115 @@
+"""A tokenizer of transformers as `functrain.data` asks for one, with its chat template."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from functrain.errors import DataError
+
+_TEXTS = (".json", ".jinja", ".txt", ".model")
+
+
+@attrs.frozen
+class PretrainedTokenizer:
+    """`inner`, a tokenizer of transformers, without special tokens around every text.
+
+    `directory`: where it came from, for messages.
+    """
+
+    inner: Any = attrs.field(repr=False)
+    directory: str = ""
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids, those that were added among them."""
+        return len(self.inner)
+
+    @property
+    def end(self) -> int:
+        """The id of its `eos_token`; `DataError` where it has none."""
+        found = self.inner.eos_token_id
+        if found is None:
+            raise DataError(
+                f"tokenizer: {self.directory or type(self.inner).__name__} has no eos_token, which "
+                "ends a document or a completion; set tokenizer.inner.eos_token"
+            )
+        return int(found)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; a special token that is written in it is that token."""
+        return list(self.inner.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without special tokens."""
+        return str(self.inner.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def template(self) -> str | None:
+        """Its chat template (Jinja), the default one where it has several."""
+        found = self.inner.chat_template
+        if isinstance(found, Mapping):
+            found = found.get("default")
+        return found if isinstance(found, str) else None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        prompt: bool = False,
+    ) -> str:
+        """The messages in the chat template; with `prompt` up to where the assistant would speak.
+
+        Raises `DataError` where there is no template, and with what a template itself refuses.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if self.template is None:
+            raise DataError(
+                f"tokenizer: {self.directory or type(self.inner).__name__} has no chat template; "
+                "set tokenizer.inner.chat_template, or give prompts and completions as texts"
+            )
+        options = {"tokenize": False, "add_generation_prompt": prompt}
+        try:
+            return str(self.inner.apply_chat_template(list(messages), tools=tools, **options))
+        except TemplateError as error:
+            raise DataError(f"chat template: refuses the messages: {error}") from error
+
+    def files(self) -> dict[str, str]:
+        """Its files by name, to lie beside a checkpoint; what is no UTF-8 text is left out."""
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(Path(directory))
+            paths = [p for p in sorted(Path(directory).iterdir()) if p.suffix in _TEXTS]
+            found = {path.name: path.read_bytes() for path in paths if path.suffix != ".model"}
+        return {name: data.decode() for name, data in found.items()}
+
+    def save(self, directory: Path) -> None:
+        """Write its files into a directory, as transformers reads them."""
+        self.inner.save_pretrained(str(directory))
+
+
+def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
+    """The tokenizer in a local directory of Hugging Face's, or in a GGUF file.
+
+    Raises `DataError` where there is none that transformers reads. Nothing is fetched.
+    """
+    from transformers import AutoTokenizer
+
+    given = Path(path)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if given.suffix == ".gguf":
+        options["gguf_file"], given = given.name, given.parent
+    try:
+        inner: Any = AutoTokenizer.from_pretrained(str(given), **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise DataError(
+            f"{path}: no tokenizer that transformers reads ({reason[0][:200]}); expected "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    return PretrainedTokenizer(inner, str(path))

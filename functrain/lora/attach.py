@@ -1,0 +1,211 @@
+"""Adapters over a frozen base: the architecture holds the base, and the params are the adapters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain import keys
+from functrain.architecture import check_fit, held_by, hold, slots
+from functrain.errors import ArchitectureError, ConfigError, did_you_mean
+from functrain.lora.config import ALL_LINEAR, LoRA
+from functrain.lora.layers import Adapted, adapted, row_norms
+from functrain.trees import Tensors, owning
+
+_ADAPTER = "functrain_adapter"
+
+
+@attrs.frozen(eq=False)
+class Adapter:
+    """What an architecture was adapted with: the layers by name, and the architecture before."""
+
+    lora: LoRA
+    layers: tuple[str, ...]
+    base: nn.Module = attrs.field(repr=False)
+
+
+def attach(
+    architecture: nn.Module,
+    params: Mapping[str, Tensor],
+    lora: LoRA | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[nn.Module, Tensors]:
+    """Adapters for an architecture: `(adapted architecture, params of the adapters)`.
+
+    The adapted one is a copy that holds `params`, the frozen base, as they are (they are not copied
+    and nobody may write into them); the given one stays as it was. What is trained, checkpointed
+    and moved is the adapters alone, `….lora_A` and `….lora_B`, float32: a state knows its base by
+    a fingerprint, and is refused over another. At the beginning B is 0, so the model is the base.
+
+    The base computes in its own dtype, which a step's precision does not change: read it as
+    bfloat16 where that is wanted. Several states of one adapted architecture share its base.
+
+    Raises `ConfigError` for a pattern that matches no linear layer, and for a layer whose weight is
+    tied to another parameter or that has an adapter already.
+    """
+    lora = LoRA() if lora is None else lora
+    if not isinstance(lora, LoRA):
+        raise ConfigError(f"lora: {lora!r}, expected functrain.lora.LoRA(rank=8, …)")
+    if not isinstance(architecture, nn.Module):
+        raise ArchitectureError(
+            f"architecture: expected the nn.Module that functrain.split returns first, got "
+            f"{type(architecture).__name__}"
+        )
+    if held_by(architecture) is not None:
+        raise ConfigError(
+            "lora: the architecture has adapters already; merge them first: "
+            "functrain.lora.merged(architecture, params)"
+        )
+    check_fit(params, slots(architecture).params, "params")
+    made = copy.deepcopy(architecture)
+    layers = _adapt(made, lora)
+    trained = _trained(lora, params)
+    if isinstance(params, Tensors):
+        owning(params, ())  # a step that donates them works on copies from now on
+    hold(made, {name: value for name, value in params.items() if name not in trained})
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name in trained or name.rsplit(".", 1)[-1].startswith("lora_"))
+    object.__setattr__(made, _ADAPTER, Adapter(lora, tuple(layers), architecture))
+    first = {**_initial(layers, params, seed), **{n: params[n].detach().clone() for n in trained}}
+    return made, owning(Tensors(first))
+
+
+def adapter_of(architecture: nn.Module) -> Adapter:
+    """What an architecture was adapted with; `ConfigError` where it was not."""
+    found = vars(architecture).get(_ADAPTER)
+    if not isinstance(found, Adapter):
+        raise ConfigError(
+            "lora: the architecture has no adapters; functrain.lora.attach(architecture, params) "
+            "makes one that has"
+        )
+    return found
+
+
+def is_adapted(architecture: nn.Module) -> bool:
+    """Whether an architecture has adapters."""
+    return isinstance(vars(architecture).get(_ADAPTER), Adapter)
+
+
+def layers_of(architecture: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers of an architecture by name."""
+    found = dict(architecture.named_modules())
+    layers = {name: found[name] for name in adapter_of(architecture).layers}
+    return {name: each for name, each in layers.items() if isinstance(each, Adapted)}
+
+
+def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """The names of the linear layers that the patterns match, in the architecture's order."""
+    trial = LoRA(rank=1)
+    linear = {
+        name: module
+        for name, module in architecture.named_modules()
+        if name and adapted(module, trial) is not None
+    }
+    tied = _tied_weights(architecture)
+    shown = getattr(architecture, "get_output_embeddings", None)
+    head = shown() if callable(shown) else None
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern == ALL_LINEAR:
+            found = [
+                name
+                for name, each in linear.items()
+                if each is not head and _weight(each) not in tied
+            ]
+        else:
+            found = [name for name in linear if matches(name, pattern)]
+        if not found:
+            missed = _missed(architecture, pattern, linear)
+            raise ConfigError(f"lora targets: no linear layer's name {missed}")
+        chosen.update(found)
+    return [name for name in linear if name in chosen]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern is that of a name, or of its end after a dot."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _missed(architecture: nn.Module, pattern: str, linear: Mapping[str, object]) -> str:
+    others = [n for n, _ in architecture.named_modules() if n and matches(n, pattern)]
+    if others:
+        kind = type(architecture.get_submodule(others[0])).__name__
+        return f"matches {pattern!r}: {others[0]} is {kind}"
+    ends = {name.rsplit(".", 1)[-1] for name in linear}
+    return f"matches {pattern!r}; {did_you_mean(pattern.rsplit('.', 1)[-1], ends)}"
+
+
+def _adapt(architecture: nn.Module, lora: LoRA) -> dict[str, Adapted]:
+    """Put adapted layers in the place of those that are targets, wherever they are."""
+    names = matching(architecture, lora.targets)
+    modules = dict(architecture.named_modules())
+    tied = _tied_weights(architecture)
+    made: dict[int, Adapted] = {}
+    for name in names:
+        layer = modules[name]
+        if _weight(layer) in tied:
+            raise ConfigError(
+                f"lora targets: {name}'s weight is tied to another parameter, which merging would "
+                "change too; leave it out"
+            )
+        replaced = adapted(layer, lora)
+        assert replaced is not None  # `matching` has found it linear
+        made[id(layer)] = replaced
+    for module in list(architecture.modules()):
+        for key, child in module._modules.items():
+            if id(child) in made:
+                module._modules[key] = made[id(child)]
+    return {name: made[id(modules[name])] for name in names}
+
+
+def _tied_weights(architecture: nn.Module) -> set[int]:
+    """The parameters that are in several places: of one module on several paths there is one."""
+    places = slots(architecture).params.values()
+    return {id(at[0][0][at[0][1]]) for at in places if len(at) > 1}
+
+
+def _weight(layer: nn.Module) -> int:
+    return id(layer._parameters["weight"])
+
+
+def _trained(lora: LoRA, params: Mapping[str, Tensor]) -> set[str]:
+    found: set[str] = set()
+    for pattern in lora.train:
+        names = {name for name in params if matches(name, pattern)}
+        if not names:
+            raise ConfigError(
+                f"lora train: no parameter's name matches {pattern!r}; "
+                f"{did_you_mean(pattern, params)}"
+            )
+        found |= names
+    return found
+
+
+def _initial(
+    layers: Mapping[str, Adapted], params: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """A uniform as `nn.Linear`'s weight is at its start, B zero; DoRA's magnitudes those of W.
+
+    Each A by a key of its own name, so that it does not depend on which others there are.
+    """
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        weight = params[f"{name}.weight"]
+        device = weight.device
+        generator = torch.Generator().manual_seed(keys.derive(seed, "lora", name))
+        rank, inputs = layer.lora_A.shape
+        limit = 1 / math.sqrt(inputs)
+        first = torch.empty(rank, inputs).uniform_(-limit, limit, generator=generator)
+        found[f"{name}.lora_A"] = first.to(device)
+        found[f"{name}.lora_B"] = torch.zeros(layer.lora_B.shape, device=device)
+        if layer.lora_magnitude is not None:
+            zero = torch.zeros((), device=device)
+            found[f"{name}.lora_magnitude"] = row_norms(layer.oriented(weight), zero)
+    return found

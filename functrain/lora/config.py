@@ -1,0 +1,58 @@
+"""What adapters are: their rank and scale, and which layers have one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from functrain.errors import ConfigError, boolean, is_number
+
+ALL_LINEAR = "all-linear"
+
+
+def _patterns(given: Any) -> tuple[str, ...]:
+    found = (given,) if isinstance(given, str) else given
+    if not isinstance(found, Sequence) or not all(isinstance(e, str) and e for e in found):
+        raise ConfigError(
+            f"lora: {given!r}, expected patterns of names such as 'q_proj' or 'model.layers.*'"
+        )
+    return tuple(found)
+
+
+@attrs.frozen(kw_only=True)
+class LoRA:
+    """Low-rank adapters: W becomes W + (alpha / rank) · B·A, of which A and B are trained.
+
+    `rank`: rows of A and columns of B. `alpha`: the scale, over the rank, or with `rslora` over its
+    square root (2312.03732). `targets`: shell patterns of the names of linear layers, each also as
+    the end of a name after a dot, `q_proj`; or `all-linear`, all but the head and what is tied.
+    `dropout`: on what goes into A, in train mode. `dora`: a magnitude for each output is trained as
+    well (2402.09353). `train`: patterns of parameters that are trained beside the adapters.
+
+    Hu et al., 2106.09685.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = attrs.field(default=(ALL_LINEAR,), converter=_patterns)
+    dropout: float = 0.0
+    rslora: bool = attrs.field(default=False, validator=boolean)
+    dora: bool = attrs.field(default=False, validator=boolean)
+    train: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
+
+    def __attrs_post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"lora rank: {self.rank!r}, expected an integer of at least 1")
+        if not is_number(self.alpha) or not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"lora alpha: {self.alpha!r}, expected a positive finite number")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora dropout: {self.dropout!r}, expected a number in [0, 1)")
+        if not self.targets:
+            raise ConfigError("lora targets: none; name layers such as 'q_proj', or 'all-linear'")
+
+    @property
+    def scaling(self) -> float:
+        """What B·A is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

@@ -1,0 +1,134 @@
+"""A linear layer with an adapter beside its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from functrain.lora.config import LoRA
+
+
+class Adapted(nn.Module):
+    """What an adapted layer has beside the weight and bias of the layer that it stands for.
+
+    `lora_A` [rank, inputs] and `lora_B` [outputs, rank], and with DoRA `lora_magnitude` [outputs].
+    The arithmetic, and its order, is peft's, so that an adapter has the same outputs in both.
+    """
+
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
+    lora_magnitude: Tensor | None
+    weight: Tensor
+    bias: nn.Parameter  # or None, as nn.Linear annotates it
+
+    def adapt(self, layer: nn.Module, lora: LoRA) -> None:
+        """Take the layer's parameters, and room for an adapter, on the meta device."""
+        nn.Module.__init__(self)
+        self.__dict__.update({k: v for k, v in vars(layer).items() if not k.startswith("_")})
+        self.training = layer.training
+        self.scaling, self.dropout = lora.scaling, lora.dropout
+        for name, parameter in layer._parameters.items():
+            self.register_parameter(name, parameter)
+        outputs, inputs = self.oriented(self.weight).shape
+
+        def room(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device="meta"))
+
+        self.lora_A, self.lora_B = room(lora.rank, inputs), room(outputs, lora.rank)
+        self.register_parameter("lora_magnitude", room(outputs) if lora.dora else None)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The weight as [outputs, inputs]."""
+        raise NotImplementedError
+
+    def plain(self, x: Tensor) -> Tensor:
+        """What the layer without an adapter makes of `x`."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight as [outputs, inputs], DoRA's magnitudes apart."""
+        return (self.lora_B @ self.lora_A) * self.scaling
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The layer's output with the adapter's; in the dtype of the layer's."""
+        result = self.plain(input)
+        dropping = self.training and self.dropout > 0
+        dropped = input.to(self.lora_A.dtype)
+        if dropping:
+            dropped = F.dropout(dropped, self.dropout)
+        if self.lora_magnitude is None:
+            update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scaling
+        else:
+            update = self._directed(dropped, None if dropping else result)
+        return (result + update).to(result.dtype)
+
+    def _directed(self, x: Tensor, result: Tensor | None) -> Tensor:
+        """DoRA's update: (m / ‖W + sBA‖ − 1) · Wx + (m / ‖W + sBA‖) · sBAx; the norm is a constant.
+
+        `result`: the plain output of this `x`, where it is at hand.
+        """
+        assert self.lora_magnitude is not None
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            norm = row_norms(self.oriented(self.weight), self.delta())
+        ratio = (self.lora_magnitude / norm).view(1, -1)
+        if result is None:
+            base = F.linear(x, self.oriented(self.weight).to(x.dtype))
+        else:
+            base = result if self.bias is None else result - self.bias
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return (ratio - 1) * base + ratio * update * self.scaling
+
+
+def row_norms(weight: Tensor, delta: Tensor) -> Tensor:
+    """The Euclidean norm of each row of the sum, in the dtype of `delta`."""
+    norm: Tensor = torch.linalg.norm(weight.to(delta.dtype) + delta, dim=1)
+    return norm
+
+
+class LoRALinear(Adapted, nn.Linear):
+    """`nn.Linear` with an adapter."""
+
+    def __init__(self, layer: nn.Linear, lora: LoRA) -> None:
+        self.adapt(layer, lora)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The weight as it is."""
+        return weight
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`nn.Linear`'s output."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """As `nn.Linear`'s, and the rank."""
+        return f"{nn.Linear.extra_repr(self)}, rank={self.lora_A.shape[0]}"
+
+
+class LoRAConv1D(Adapted):
+    """GPT-2's `Conv1D`, a linear layer whose weight is [inputs, outputs], with an adapter."""
+
+    def __init__(self, layer: Any, lora: LoRA) -> None:
+        self.adapt(layer, lora)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The weight's transpose."""
+        return weight.T
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`Conv1D`'s output."""
+        assert self.bias is not None
+        shape = (*x.shape[:-1], self.weight.shape[1])
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(shape)
+
+
+def adapted(layer: nn.Module, lora: LoRA) -> Adapted | None:
+    """The layer with an adapter; None for one that is not linear, or has a forward of its own."""
+    if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
+        assert isinstance(layer, nn.Linear)
+        return LoRALinear(layer, lora)
+    if type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers."):
+        return LoRAConv1D(layer, lora)
+    return None

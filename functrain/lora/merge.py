@@ -1,0 +1,57 @@
+"""Adapters in the weights of their base, and without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from functrain.architecture import check_fit, held_values, slots
+from functrain.lora.attach import adapter_of, layers_of
+from functrain.lora.layers import Adapted, row_norms
+from functrain.trees import Tensors
+
+
+def merged(architecture: nn.Module, params: Mapping[str, Tensor]) -> tuple[nn.Module, Tensors]:
+    """The model with its adapters in its weights: `(architecture before attach, its params)`.
+
+    W + s·B·A, with DoRA in rows of the trained magnitudes, computed in float32 at least and rounded
+    to the base's dtype. Other params are the base's own tensors; nothing is written, so that the
+    unmerged model is where it was.
+    """
+    adapter = adapter_of(architecture)
+    check_fit(params, slots(architecture).params, "params")
+    values = dict(held_values(architecture))
+    values |= {name: tensor for name, tensor in params.items() if ".lora_" not in name}
+    for name, layer in layers_of(architecture).items():
+        weight = values[f"{name}.weight"]
+        values[f"{name}.weight"] = _merged(layer, weight, name, params)
+    return adapter.base, Tensors(values)
+
+
+def _merged(layer: Adapted, weight: Tensor, name: str, params: Mapping[str, Tensor]) -> Tensor:
+    a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
+    delta = (b @ a) * layer.scaling
+    whole = layer.oriented(weight).to(delta.dtype) + delta
+    if layer.lora_magnitude is not None:
+        ratio = params[f"{name}.lora_magnitude"] / row_norms(layer.oriented(weight), delta)
+        whole = ratio.unsqueeze(1) * whole
+    return layer.oriented(whole).to(weight.dtype).contiguous()
+
+
+def reference(architecture: nn.Module, params: Mapping[str, Tensor]) -> Tensors:
+    """The params under which the adapted model is its base: what `dpo_step` takes as reference.
+
+    B is 0; DoRA's magnitudes are those of the base. What is trained beside the adapters is as it
+    is in `params`, so take it before training.
+    """
+    base = held_values(architecture)
+    values = dict(params)
+    for name, layer in layers_of(architecture).items():
+        values[f"{name}.lora_B"] = torch.zeros_like(params[f"{name}.lora_B"])
+        if layer.lora_magnitude is not None:
+            weight = base.get(f"{name}.weight", params.get(f"{name}.weight"))
+            zero = torch.zeros((), device=weight.device)
+            values[f"{name}.lora_magnitude"] = row_norms(layer.oriented(weight), zero)
+    return Tensors(values)

@@ -1,0 +1,206 @@
+"""Adapters in peft's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Read and written without peft; the outputs of both are the same (tests/lora/test_lora_peft.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from torch import Tensor, nn
+
+from functrain.architecture import check_fit, slots
+from functrain.errors import CheckpointError, ConfigError
+from functrain.lora.attach import adapter_of, attach, layers_of
+from functrain.lora.config import LoRA
+from functrain.lora.layers import LoRAConv1D
+from functrain.trees import Tensors, owning
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SUFFIXES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude": "lora_magnitude_vector",
+}
+# What of peft's options changes the arithmetic, each with the value that is this arithmetic.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "lora_bias": (None, False),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "use_qalora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "megatron_config": (None,),
+}
+_MOVING = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal")
+
+
+def save_adapter(
+    directory: str | os.PathLike[str],
+    architecture: nn.Module,
+    params: Mapping[str, Tensor],
+    *,
+    base: str | None = None,
+) -> Path:
+    """Write the adapters as peft reads them, with `base` as the name or path of their model.
+
+    The two files are written whole or not at all. Raises `ConfigError` where params are trained
+    beside the adapters, which peft keeps by whole modules: merge and export those.
+    """
+    from safetensors.torch import save
+
+    adapter = adapter_of(architecture)
+    check_fit(params, slots(architecture).params, "params")
+    if adapter.lora.train:
+        raise ConfigError(
+            f"lora train: {', '.join(adapter.lora.train)} are trained beside the adapters, which "
+            "peft's format has no place for; write the merged model: functrain.export"
+        )
+    weights = {_name(name): tensor.detach().cpu().contiguous() for name, tensor in params.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.lora.rank,
+        "lora_alpha": adapter.lora.alpha,
+        "lora_dropout": adapter.lora.dropout,
+        "use_rslora": adapter.lora.rslora,
+        "use_dora": adapter.lora.dora,
+        "target_modules": sorted(adapter.layers),
+        "fan_in_fan_out": any(isinstance(e, LoRAConv1D) for e in layers_of(architecture).values()),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    target = Path(directory)
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _write(target / WEIGHTS, save(weights, {"format": "pt"}))
+        _write(target / CONFIG, orjson.dumps(config, option=options))
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: the adapter could not be written ({error.strerror or error})"
+        ) from error
+    return target
+
+
+def _name(name: str) -> str:
+    layer, _, part = name.rpartition(".")
+    return f"{_PREFIX}{layer}.{_SUFFIXES[part]}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_adapter(
+    directory: str | os.PathLike[str], architecture: nn.Module, params: Mapping[str, Tensor]
+) -> tuple[nn.Module, Tensors]:
+    """`attach` with the adapters that peft, or `save_adapter`, has written into `directory`.
+
+    `architecture` and `params` are those of the base, which a peft adapter does not identify: that
+    names and shapes fit is all that can be seen. Adapters become float32.
+
+    Raises `CheckpointError` for files that are missing or are none of LoRA's, options that are not
+    this arithmetic (each is named), and adapters that do not fit.
+    """
+    where = Path(directory)
+    config = _config(where / CONFIG)
+    weights = _weights(where / WEIGHTS)
+    layers = tuple(sorted({name.rpartition(".")[0] for name in weights}))
+    try:
+        lora = LoRA(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout") or 0.0,
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
+            targets=layers,
+        )
+        adapted, first = attach(architecture, params, lora)
+    except KeyError as error:
+        raise CheckpointError(f"{where / CONFIG}: no {error}, which LoRA's config has") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: does not fit this model: {error}") from error
+    if weights.keys() != first.keys():
+        odd = sorted(weights.keys() ^ first.keys())
+        raise CheckpointError(
+            f"{where / WEIGHTS}: {odd[0]} is {'missing' if odd[0] in first else 'without a place'}"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != first[name].shape:
+            raise CheckpointError(
+                f"{where / WEIGHTS}: {name} has shape {list(tensor.shape)}, expected "
+                f"{list(first[name].shape)}; the adapter is of another model"
+            )
+    found = {name: weights[name].to(first[name]) for name in first}
+    return adapted, owning(Tensors(found))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except orjson.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(config).__name__}")
+    for key, allowed in _PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise CheckpointError(
+                f"{path}: {key} is {str(config[key])[:80]}, which is not supported; expected "
+                f"{allowed[0]!r}"
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_MOVING):
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {start!r}, which moves the base too; save it with "
+            "peft's path_initial_model_for_weight_conversion first"
+        )
+    return config
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        given = load(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+    parts = {suffix: part for part, suffix in _SUFFIXES.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in given.items():
+        suffix = next((each for each in parts if name.endswith(f".{each}")), None)
+        if suffix is None or not name.startswith(_PREFIX):
+            raise CheckpointError(
+                f"{path}: {name} is no adapter of a linear layer (….lora_A.weight, ….lora_B.weight)"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected a floating dtype")
+        layer = name.removeprefix(_PREFIX).removesuffix(f".{suffix}")
+        found[f"{layer}.{parts[suffix]}"] = tensor.to(torch.float32)
+    if not found:
+        raise CheckpointError(f"{path}: holds no adapters")
+    return found

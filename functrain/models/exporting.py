@@ -1,0 +1,242 @@
+"""A trained model as a directory of Hugging Face's: weights, config, tokenizer and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from torch import Tensor, nn
+
+from functrain import lora
+from functrain.architecture import check_fit, slots
+from functrain.checkpoint import format as safetensors
+from functrain.errors import CheckpointError, ConfigError
+from functrain.models.card import card
+from functrain.models.config import config_files
+from functrain.models.decoder import Decoder
+from functrain.state import TrainState, check_state, fingerprint
+
+MARK = "functrain.json"
+"""Beside the model: what it is of, with the size and hash of each file. Only such is replaced."""
+
+
+def export(
+    state: TrainState,
+    architecture: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype | None = None,
+    name: str | None = None,
+    data: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    max_shard_size: str | int = "5GB",
+) -> Path:
+    """Write the model of `state` to `directory`, where `AutoModelForCausalLM` reads it.
+
+    `config.json`, `generation_config.json`, safetensors in the layout of the hub (whatever
+    transformers has put together in memory is taken apart again), the tokenizer's files with its
+    chat template, and a `README.md` with `data`, `config`, `metrics`, step and fingerprint.
+    `tokenizer`: one of `functrain.models.from_pretrained`, or of transformers. `dtype`: what the
+    floating params are written as, their own unless given. Adapters are merged into the weights.
+
+    The directory appears whole, under its name, after everything is on the disk; an export that is
+    there already is replaced. Returns its path.
+
+    Raises `CheckpointError` for a directory that holds something else, and where the disk refuses;
+    `ConfigError` for an architecture that is neither of transformers nor the built-in decoder.
+    """
+    check_state(state)
+    target = Path(directory)
+    _check_target(target)
+    kind = _dtype(dtype)
+    architecture, params = _merged(architecture, state.params)
+    if not isinstance(architecture, Decoder) and not hasattr(architecture, "save_pretrained"):
+        raise ConfigError(
+            f"export: {type(architecture).__name__} is no model of transformers and not the "
+            "built-in decoder, so nothing would load it; save its params with functrain.save"
+        )
+    check_fit(params, slots(architecture).params, "params")
+    weights = _weights(architecture, {**state.buffers, **params}, kind)
+    text = card(
+        name=name or target.name,
+        architecture=architecture,
+        params=params,
+        state=state,
+        data=data,
+        config=config,
+        metrics=metrics,
+        chat=getattr(getattr(tokenizer, "inner", tokenizer), "chat_template", None) is not None,
+    )
+    try:
+        with _placed(target) as temporary:
+            if isinstance(architecture, Decoder):
+                _write_decoder(architecture, weights, temporary)
+            else:
+                _write_transformers(architecture, weights, kind, temporary, max_shard_size)
+            if tokenizer is not None:
+                _write_tokenizer(tokenizer, temporary)
+            (temporary / "README.md").write_text(text, encoding="utf-8")
+            _mark(state, temporary)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: could not be written ({error.strerror or error}); what was there is as it "
+            "was"
+        ) from error
+    return target
+
+
+def _check_target(target: Path) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise CheckpointError(f"{target}: is there and no directory; export to a fresh one")
+    names = sorted(path.name for path in target.iterdir())
+    if names and MARK not in names:
+        raise CheckpointError(
+            f"{target}: holds {names[0]!r} and is no export of functrain's (it has no {MARK}); "
+            "export to a fresh directory, or empty it"
+        )
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if found is not None and (not isinstance(found, torch.dtype) or not found.is_floating_point):
+        raise ConfigError(f"dtype: {given!r}, expected a floating one such as 'bfloat16', or None")
+    if isinstance(given, str) and found is None:
+        raise ConfigError(f"dtype: {given!r} is unknown; expected 'float32', 'bfloat16', 'float16'")
+    return found
+
+
+def _merged(
+    architecture: nn.Module, params: Mapping[str, Tensor]
+) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    return (
+        lora.merged(architecture, params)
+        if lora.is_adapted(architecture)
+        else (architecture, params)
+    )
+
+
+def _weights(
+    architecture: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """What a file holds: params, and the buffers that are persistent; cast where that is asked."""
+    held = {name: values[name] for name in architecture.state_dict() if name in values}
+    if dtype is None:
+        return held
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in held.items()}
+
+
+def _write_decoder(architecture: Decoder, weights: Mapping[str, Tensor], directory: Path) -> None:
+    for name, text in config_files(architecture).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    with (directory / "model.safetensors").open("xb") as file:
+        for piece in safetensors.contents(weights):
+            file.write(piece)
+
+
+def _write_transformers(
+    architecture: Any,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    directory: Path,
+    max_shard_size: str | int,
+) -> None:
+    from functrain.models.pretrained import quiet
+
+    config = architecture.config
+    before = {name: getattr(config, name, None) for name in ("dtype", "architectures")}
+    floating = {
+        str(t.dtype).removeprefix("torch.") for t in weights.values() if t.is_floating_point()
+    }
+    try:
+        with quiet():
+            architecture.save_pretrained(
+                str(directory), state_dict=weights, max_shard_size=max_shard_size
+            )
+    except ValueError as error:
+        raise ConfigError(f"export: transformers refuses to save it: {error}") from error
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+    path = directory / "config.json"
+    values = orjson.loads(path.read_bytes())
+    # Training turns the cache off; who loads the model generates with it.
+    values.pop("use_cache", None)
+    values["dtype"] = str(dtype).removeprefix("torch.") if dtype else sorted(floating)[0]
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    path.write_bytes(orjson.dumps(values, option=options))
+
+
+def _write_tokenizer(tokenizer: Any, directory: Path) -> None:
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(directory)
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(directory))
+    else:
+        raise ConfigError(
+            f"tokenizer: {type(tokenizer).__name__} cannot be saved as transformers reads it; give "
+            "one of functrain.models.from_pretrained or of transformers, or leave it out"
+        )
+
+
+def _mark(state: TrainState, directory: Path) -> None:
+    files = {}
+    for path in sorted(directory.iterdir()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.name] = {"size": path.stat().st_size, "sha256": digest}
+    body = {
+        "format": "functrain export",
+        "step": state.step,
+        "fingerprint": fingerprint(state),
+        "files": files,
+    }
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    (directory / MARK).write_bytes(orjson.dumps(body, option=options))
+
+
+@contextmanager
+def _placed(target: Path) -> Iterator[Path]:
+    """A directory to write into, which at the end, durable, takes the place of `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _fresh(target, "tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if target.exists() and any(target.iterdir()):
+            old = _fresh(target, "old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _fresh(target: Path, what: str) -> Path:
+    names = (target.with_name(f".{target.name}.{what}-{n}") for n in itertools.count(os.getpid()))
+    return next(path for path in names if not path.exists())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

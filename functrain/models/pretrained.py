@@ -1,0 +1,243 @@
+"""Models of transformers from a local directory or a GGUF file, as values.
+
+    architecture, params, buffers, tokenizer = functrain.models.from_pretrained("models/smollm2")
+
+transformers makes the skeleton, finds the weights of whatever layout and computes the buffers that
+no file holds (rotary frequencies); each tensor then moves into memory of its own, one at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+import torch
+from torch import Tensor, nn
+
+from functrain import memory
+from functrain.architecture import split
+from functrain.checkpoint.format import DTYPES as _DTYPES
+from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
+from functrain.errors import ArchitectureError, WeightsWarning
+from functrain.trees import Tensors, owning
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+class Pretrained(NamedTuple):
+    """A model as values: structure without weights, its weights, and its tokenizer if it has one.
+
+    `params` and `buffers`: by the module's own names, on one device, nobody else's memory.
+    """
+
+    architecture: nn.Module
+    params: Tensors
+    buffers: Tensors
+    tokenizer: PretrainedTokenizer | None
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> Pretrained:
+    """The causal language model in `path`: `(architecture, params, buffers, tokenizer)`.
+
+    `path`: a local directory with `config.json` and safetensors (one file, or shards with an
+    index), as transformers writes it and as a checkpoint or an export of functrain's is; or a GGUF
+    file. `dtype`: what floating params become; float32 is what steps train in, narrower ones serve
+    as a frozen base. `attention`: transformers' `attn_implementation`, `"sdpa"` or `"eager"`, say.
+    Nothing is fetched, no code of the directory is run, nothing is unpickled.
+
+    In memory there is one copy of the weights, and at most one tensor twice; the pages of the files
+    are the system's to drop. Weights that no part of the model takes give a `WeightsWarning`.
+
+    Raises `ArchitectureError` for a path without such a model, for quantised weights, and where
+    weights are missing or of other shapes, since those would be random.
+    """
+    kind = _dtype(dtype)
+    given = Path(path)
+    where, options = _located(given)
+    if attention is not None:
+        options["attn_implementation"] = attention
+    module = _loaded(given, where, kind, options)
+    if getattr(module.config, "use_cache", False):
+        module.config.use_cache = False  # training asks for no next token
+    architecture, params, buffers = split(module.to(device))
+    if _lies_as(kind, where, given):
+        # Handed over, not lent: a tensor that is named here as well would be held twice.
+        handed = dict(params)
+        del params
+        params = _moved(handed)
+    return Pretrained(architecture, params, _moved(dict(buffers)), _tokenizer(given, where))
+
+
+def _lies_as(dtype: torch.dtype, where: Path, given: Path) -> bool:
+    """Whether a file has tensors of the very dtype, which are then its pages and no casts."""
+    if given.suffix == ".gguf":
+        return False  # its blocks are taken apart into memory of their own
+    from safetensors import safe_open
+
+    for path in sorted(where.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            if any(_DTYPES.get(file.get_slice(name).get_dtype()) == dtype for name in file.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
+def _dtype(given: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArchitectureError(
+            f"dtype: {given!r}, expected a floating one: 'float32', 'bfloat16' or 'float16'"
+        )
+    return found
+
+
+def _located(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory of a model, and what transformers must be told beside it."""
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, {"gguf_file": path.name}
+    if not path.is_dir():
+        what = (
+            "expected a directory, or a file that ends in .gguf"
+            if path.exists()
+            else (
+                f"not there (looked from {Path.cwd()}); models are read from the disk, so fetch it "
+                "first: hf download NAME --local-dir DIR"
+            )
+        )
+        raise ArchitectureError(f"{path}: {what}")
+    if not (path / "config.json").is_file():
+        found = sorted(each.name for each in path.glob("*.gguf"))
+        hint = f"; give the file: {path / found[0]}" if found else ""
+        raise ArchitectureError(
+            f"{path}: no config.json; expected a model as save_pretrained writes it{hint}"
+        )
+    if not any((path / name).is_file() for name in WEIGHTS):
+        raise ArchitectureError(
+            f"{path}: neither {' nor '.join(WEIGHTS)}; weights in another format (pickled .bin "
+            "files, say) are not read: load them with transformers, and save_pretrained them"
+        )
+    _check_config(path / "config.json")
+    return path, {"use_safetensors": True}
+
+
+def _check_config(path: Path) -> None:
+    try:
+        config = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ArchitectureError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ArchitectureError(f"{path}: expected an object, got {type(config).__name__}")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ArchitectureError(
+            f"{path}: its weights are quantised ({method}), which cannot be trained; take the "
+            "model that it was made of, or one in a GGUF file"
+        )
+
+
+def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise ArchitectureError(
+            f"{given}: models are read with {error.name}, which is not installed: "
+            "pip install 'functrain[hf]'"
+        ) from error
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(where),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise ArchitectureError(f"{given}: transformers cannot load it: {reason[:500]}") from error
+    module, report = loaded
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise ArchitectureError(
+            f"{given}: lacks {_some(missing)}, which would be random; the files are of another "
+            "model than config.json says, or incomplete"
+        )
+    unknown = sorted(report["unexpected_keys"])
+    if unknown:
+        warnings.warn(
+            f"{given}: {type(module).__name__} has no place for {_some(unknown)}; they are left "
+            "out, and an export will not have them",
+            WeightsWarning,
+            stacklevel=3,
+        )
+    return _unquantised(module)
+
+
+def _unquantised(module: Any) -> Any:
+    """A model of a GGUF file counts as quantised still, which its weights are no longer."""
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(module):
+            delattr(module, name)
+    return module
+
+
+def _moved(given: dict[str, Tensor]) -> Tensors:
+    """Every tensor of `given`, which is emptied, in memory of its own.
+
+    What was loaded as it is lies in the pages of its file: it would change with the file and vanish
+    with it, and its alignment, on which the bits of a kernel may depend, would be the file's.
+    The old tensor is let go before the next one is made.
+    """
+    moved: dict[str, Tensor] = {}
+    for name in sorted(given):
+        tensor = given.pop(name)
+        if tensor.device.type == "cpu":
+            tensor = memory.empty(tensor.shape, tensor.dtype).copy_(tensor)
+        moved[name] = tensor
+    return owning(Tensors(moved))
+
+
+def _tokenizer(given: Path, where: Path) -> PretrainedTokenizer | None:
+    if given.suffix == ".gguf":
+        return pretrained_tokenizer(given)
+    if not any((where / name).is_file() for name in _TOKENIZERS):
+        return None
+    return pretrained_tokenizer(where)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice; what matters of it is raised here."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

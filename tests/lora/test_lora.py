@@ -1,0 +1,366 @@
+"""Adapters: at the start the base, in every law, small in a state, never a writer of the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import functional_call, vmap
+
+import functrain as ft
+from functrain import testing
+from functrain.architecture import held_values, slots
+from functrain.lora import LoRA
+from functrain.objectives.head import Head, find_head
+
+EVERY = pytest.mark.parametrize("name", ["decoder", "tied"])
+FORMS = {
+    "plain": LoRA(rank=2),
+    "dropout": LoRA(rank=3, dropout=0.3, rslora=True),
+    "dora": LoRA(rank=2, dora=True, dropout=0.2),
+    "beside": LoRA(rank=2, train=("*norm*.weight",)),
+}
+FORM = pytest.mark.parametrize("form", sorted(FORMS))
+
+
+def attached(name: str = "decoder", lora: LoRA | None = None) -> tuple[Any, Any, Any]:
+    """An adapted model of the zoo: architecture, adapters, buffers."""
+    architecture, params, buffers = zoo.split(name)
+    adapted, adapters = ft.lora.attach(architecture, params, lora or LoRA(rank=2), seed=3)
+    return adapted, adapters, buffers
+
+
+def stirred(adapters: Any, scale: float = 0.3) -> Any:
+    """Adapters as they may be after training: B is not 0."""
+    generator = torch.Generator().manual_seed(0)
+    return ft.trees.Tensors(
+        {n: t + scale * torch.randn(t.shape, generator=generator) for n, t in adapters.items()}
+    )
+
+
+def logits(architecture: Any, params: Any, buffers: Any, mode: str = "eval") -> torch.Tensor:
+    ids = zoo.batch()["input_ids"]
+    with torch.no_grad(), ft.bound(architecture, params, buffers, mode) as model:
+        out = model(ids)
+    return out["logits"] if isinstance(out, dict) else out
+
+
+def started(name: str, form: str, stage: str = "sft", **options: Any) -> tuple[Any, Any]:
+    """A step over adapters, and a state two steps on."""
+    adapted, adapters, buffers = attached(name, FORMS[form])
+    if stage == "dpo":
+        reference = ft.lora.reference(adapted, adapters)
+        step = ft.dpo_step(
+            adapted, ft.optim.adamw(1e-2), reference=reference, dropout=True, **options
+        )
+    else:
+        step = ft.sft_step(adapted, ft.optim.adamw(1e-2), **options)
+    state = step.init(adapters, buffers, seed=5)
+    for seed in (1, 2):
+        batch = zoo.pairs(seed) if stage == "dpo" else zoo.batch(seed)
+        state, _ = step(state, batch, donate=False)
+    return step, state
+
+
+@EVERY
+@FORM
+def test_at_the_start_it_is_its_base_to_the_bit(name: str, form: str) -> None:
+    architecture, params, buffers = zoo.split(name)
+    adapted, adapters = ft.lora.attach(architecture, params, FORMS[form])
+    assert torch.equal(logits(adapted, adapters, buffers), logits(architecture, params, buffers))
+    reference = ft.lora.reference(
+        adapted, stirred(ft.trees.select(adapters, "*.lora_*")) | adapters
+    )
+    assert torch.equal(logits(adapted, reference, buffers), logits(architecture, params, buffers))
+
+
+@EVERY
+@FORM
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_its_steps_obey_the_laws(name: str, form: str, stage: str, tmp_path: Path) -> None:
+    step, state = started(name, form, stage, microbatches=2, max_grad_norm=0.5, ema_decay=0.9)
+    batch = zoo.pairs() if stage == "dpo" else zoo.batch()
+    base = {n: t.clone() for n, t in held_values(step.architecture).items()}
+    testing.assert_pure(step, state, batch)
+    testing.assert_donation_equal(step, state, batch)
+    testing.assert_evaluation_invariant(step, state, batch, [1, 3])
+    source = zoo.Batches(zoo.pairs if stage == "dpo" else zoo.batch)
+    testing.assert_resumable(step, state, source, state.step + 2, tmp_path)
+    assert all(torch.equal(t, base[n]) for n, t in held_values(step.architecture).items())
+
+
+@EVERY
+@given(data=st.data())
+def test_any_partition_gives_the_same_gradient(name: str, data: st.DataObject) -> None:
+    batch = data.draw(testing.batches(zoo.VOCABULARY))
+    parts = data.draw(testing.partitions(len(batch["input_ids"])))
+    step, state = started(name, "plain")
+    testing.assert_accumulation_invariant(step, state, batch, parts)
+    testing.assert_padding_invariant(step, state, batch)
+
+
+def test_with_the_adapter_zeroed_preferences_begin_at_no_margin() -> None:
+    """The reference has the adapters' size: there is no second copy of the base."""
+    adapted, adapters, buffers = attached()
+    reference = ft.trees.zero(adapters, "*lora_B*")
+    step = ft.dpo_step(adapted, ft.optim.adamw(1e-2), reference=reference)
+    state, metrics = step(step.init(adapters, buffers), zoo.pairs())
+    assert float(metrics["rewards/margins"]) == 0.0
+    assert float(metrics["loss"]) == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-7)
+    _, metrics = step(state, zoo.pairs())
+    assert float(metrics["rewards/margins"]) > 0.0
+    first = step.init(adapters, buffers)
+    testing.assert_preference_laws(step, first, zoo.pairs())
+    assert reference.keys() == adapters.keys()
+
+
+@given(
+    rank=st.integers(1, 6),
+    alpha=st.floats(0.5, 64),
+    rslora=st.booleans(),
+    dora=st.booleans(),
+    targets=st.sampled_from([("all-linear",), ("q_proj", "v_proj"), ("*.mlp.*",), ("model.*",)]),
+)
+def test_merged_it_computes_the_same(
+    rank: int, alpha: float, rslora: bool, dora: bool, targets: tuple[str, ...]
+) -> None:
+    architecture, params, buffers = zoo.split("decoder")
+    lora = LoRA(rank=rank, alpha=alpha, rslora=rslora, dora=dora, targets=targets)
+    adapted, adapters = ft.lora.attach(architecture, params, lora)
+    adapters = stirred(adapters, 0.1)
+    before = {n: t.clone() for n, t in params.items()}
+    base, merged = ft.lora.merged(adapted, adapters)
+    assert base is architecture
+    expected = logits(adapted, adapters, buffers)
+    torch.testing.assert_close(logits(base, merged, buffers), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(logits(base, params, buffers), expected, atol=1e-3)
+    assert all(torch.equal(params[n], before[n]) for n in before)  # and so it can be unmerged
+
+
+def test_a_state_and_its_checkpoint_hold_adapters_only(tmp_path: Path) -> None:
+    adapted, adapters, buffers = attached(lora=LoRA(rank=1, targets=("q_proj",)))
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(adapters, buffers), zoo.batch())
+    assert set(state.params) == {
+        f"model.layers.{n}.self_attn.q_proj.lora_{m}" for n in (0, 1) for m in "AB"
+    }
+    path = ft.save(tmp_path, state, beside=ft.models.config_files(adapted))
+    assert not (path / "config.json").exists()  # nobody takes it for a whole model
+    assert state.base == slots(adapted).base
+    elements = sum(t.numel() for t in state.params.values())
+    assert (path / "model.safetensors").stat().st_size < elements * 4 + 1000
+    assert ft.fingerprint(ft.load(tmp_path, like=state)) == ft.fingerprint(state)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    """By one bit of one weight: in a step, and when a checkpoint is loaded."""
+    architecture, params, buffers = zoo.split("decoder")
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(adapters, buffers), zoo.batch())
+    ft.save(tmp_path, state)
+    moved = {n: t.clone() for n, t in params.items()}
+    name = sorted(moved)[0]
+    moved[name].view(torch.int32).flatten()[0] ^= 1
+    other, theirs = ft.lora.attach(architecture, moved, LoRA(rank=2))
+    over = ft.sft_step(other, ft.optim.adamw(1e-2))
+    with pytest.raises(ft.StateError, match="was trained over params"):
+        over(state, zoo.batch())
+    with pytest.raises(ft.CheckpointError, match="frozen params that this was trained over"):
+        ft.load(tmp_path, like=over.init(theirs, buffers))
+    plain = ft.sft_step(architecture, ft.optim.adamw(1e-2))
+    strange = attrs.evolve(plain.init(params, buffers), base=state.base)
+    with pytest.raises(ft.StateError, match="holds no frozen params"):
+        plain(strange, zoo.batch())
+    same, _ = ft.lora.attach(architecture, {n: t.clone() for n, t in params.items()}, LoRA(rank=2))
+    ft.sft_step(same, ft.optim.adamw(1e-2))(state, zoo.batch())  # other memory, the same bits
+
+
+def test_a_donating_step_never_writes_into_the_base() -> None:
+    architecture, params, buffers = zoo.split("decoder")
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    before = logits(adapted, adapters, buffers)
+    full = ft.sft_step(architecture, ft.optim.adamw(1e-2), donate=True)
+    full(full.init(params, buffers), zoo.batch())
+    assert torch.equal(logits(adapted, adapters, buffers), before)
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2), donate=True)
+    state, _ = step(step.init(adapters, buffers), zoo.batch())
+    _, merged = ft.lora.merged(adapted, state.params)
+    full(full.init(merged, buffers), zoo.batch())
+    assert torch.equal(logits(adapted, attached()[1], buffers), before)
+
+
+def test_several_adapters_train_in_turns_over_one_base() -> None:
+    """Each ends with the bits that it has alone; the base is in memory once."""
+    adapted, adapters, buffers = attached(lora=FORMS["dropout"])
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    states = [step.init(adapters, buffers, seed=seed) for seed in range(3)]
+    alone = []
+    for number, state in enumerate(states):
+        for at in range(3):
+            state, _ = step(state, zoo.batch(10 * number + at))
+        alone.append(ft.fingerprint(state))
+    for at in range(3):
+        states = [step(s, zoo.batch(10 * n + at))[0] for n, s in enumerate(states)]
+    assert [ft.fingerprint(state) for state in states] == alone
+    assert len(set(alone)) == 3
+
+
+def test_stacked_adapters_are_one_forward_of_vmap() -> None:
+    adapted, adapters, buffers = attached("tied")
+    several = [stirred(adapters, scale) for scale in (0.1, 0.2, 0.3)]
+    stacked = {n: torch.stack([each[n] for each in several]) for n in adapters}
+    ids = zoo.batch()["input_ids"]
+
+    def forward(values: Any) -> torch.Tensor:
+        out: torch.Tensor = functional_call(adapted, {**values, **buffers}, (ids,))["logits"]
+        return out
+
+    adapted.eval()
+    found = vmap(forward)(stacked)
+    for number, each in enumerate(several):
+        torch.testing.assert_close(found[number], logits(adapted, each, buffers))
+
+
+def test_a_target_is_found_by_name_or_by_its_end() -> None:
+    def layers(*targets: str) -> set[str]:
+        adapted, _, _ = attached(lora=LoRA(rank=1, targets=targets))
+        return set(ft.lora.adapter_of(adapted).layers)
+
+    assert layers("q_proj") == {f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)}
+    assert layers("model.layers.0.self_attn.[qv]_proj") == {
+        f"model.layers.0.self_attn.{m}_proj" for m in "qv"
+    }
+    assert layers("layers.1.mlp.*") == {
+        f"model.layers.1.mlp.{m}_proj" for m in ("gate", "up", "down")
+    }
+    assert not any("lm_head" in name for name in layers("all-linear"))
+    assert len(layers("all-linear")) == 14
+    architecture, params, _ = ft.split(zoo.decoder(tied=False))
+    untied, _ = ft.lora.attach(architecture, params)
+    assert len(ft.lora.adapter_of(untied).layers) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("q_porj",)}, r"matches 'q_porj'; did you mean 'q_proj'"),
+        (
+            {"targets": ("embed_tokens",)},
+            r"matches 'embed_tokens': .*tokens is Embedding",
+        ),
+        ({"targets": ()}, "targets: none"),
+        ({"targets": 3}, "lora: 3, expected patterns"),
+        ({"train": ("nrom",)}, "no parameter's name matches 'nrom'"),
+        ({"rank": 0}, "rank: 0, expected an integer of at least 1"),
+        ({"rank": True}, "rank: True"),
+        ({"alpha": 0}, "alpha: 0, expected a positive"),
+        ({"alpha": float("nan")}, "alpha: nan"),
+        ({"dropout": 1.0}, r"dropout: 1.0, expected a number in \[0, 1\)"),
+        ({"dora": 1}, "dora: 1, expected True or False"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(ft.ConfigError, match=message):
+        attached(lora=LoRA(**options))
+
+
+def test_a_tied_head_is_refused_and_a_second_adapter_too() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match="head's weight is tied to another parameter"):
+        ft.lora.attach(architecture, params, LoRA(targets=("head",)))
+    adapted, adapters = ft.lora.attach(architecture, params)
+    with pytest.raises(ft.ConfigError, match="has adapters already"):
+        ft.lora.attach(adapted, adapters)
+    with pytest.raises(ft.ConfigError, match="the architecture has no adapters"):
+        ft.lora.merged(architecture, params)
+    with pytest.raises(ft.ArchitectureError, match="params: missing"):
+        ft.lora.attach(architecture, {})
+    with pytest.raises(ft.ConfigError, match=r"expected functrain\.lora\.LoRA"):
+        ft.lora.attach(architecture, params, {"rank": 2})  # type: ignore[arg-type]
+    with pytest.raises(ft.ConfigError, match=r"'bf16_params' computes in torch\.bfloat16"):
+        ft.sft_step(adapted, ft.optim.adamw(), precision="bf16_params")
+    del buffers
+
+
+def test_a_base_of_half_precision_stays_as_it_is() -> None:
+    architecture, params, buffers = zoo.split("decoder", torch.bfloat16)
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    assert {t.dtype for t in adapters.values()} == {torch.float32}
+    for precision in ("fp32", "bf16", "bf16_params"):
+        step = ft.sft_step(adapted, ft.optim.adamw(1e-2), precision=precision)
+        state, metrics = step(step.init(adapters, buffers), zoo.batch())
+        assert float(metrics["skipped"]) == 0
+        assert {t.dtype for t in held_values(adapted).values()} == {torch.bfloat16}
+        assert {t.dtype for t in state.params.values()} == {torch.float32}
+        assert {t.dtype for t in ft.lora.merged(adapted, state.params)[1].values()} == {
+            torch.bfloat16
+        }
+
+
+def test_the_head_is_found_over_a_frozen_base(monkeypatch: Any) -> None:
+    """The frozen head's rows are made a few at a time, for the policy and the reference alike."""
+    adapted, adapters, buffers = attached()
+    assert isinstance(find_head(adapted), str)  # without its adapters; asked again when it has them
+    found = []
+    for budget in (1 << 30, 256):
+        monkeypatch.setattr("functrain.objectives.chunks.BUDGET", budget)
+        reference = ft.lora.reference(adapted, adapters)
+        step = ft.dpo_step(adapted, ft.optim.adamw(1e-2), reference=reference)
+        state, _ = step(step.init(adapters, buffers), zoo.pairs())
+        _, metrics = step(state, zoo.pairs(1))
+        found.append(float(metrics["loss"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert isinstance(find_head(adapted), Head)
+    untied = zoo.decoder(tied=False)
+    architecture, params, _ = ft.split(untied)
+    other, _ = ft.lora.attach(architecture, params, LoRA(targets=("lm_head",)))
+    assert find_head(other) == "its projection has a forward of its own"
+
+
+def test_recomputed_activations_drop_the_same() -> None:
+    """The dropout of adapters is drawn from the step's key, also where it is drawn again."""
+    prints = []
+    for pattern in (None, "model.layers.*"):
+        step, state = started("decoder", "dora", checkpoint=pattern)
+        prints.append(ft.fingerprint(step(state, zoo.batch())[0]))
+    assert prints[0] == prints[1]
+    _, other = started("decoder", "beside")
+    assert ft.fingerprint(other) != prints[0]
+
+
+def test_what_is_trained_beside_is_trained() -> None:
+    adapted, adapters, buffers = attached(lora=FORMS["beside"])
+    norms = [n for n in adapters if "norm" in n]
+    assert norms
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(adapters, buffers), zoo.batch())
+    assert not any(torch.equal(state.params[n], adapters[n]) for n in norms)
+    base, merged = ft.lora.merged(adapted, state.params)
+    assert all(torch.equal(merged[n], state.params[n]) for n in norms)
+    expected = logits(adapted, state.params, buffers)
+    torch.testing.assert_close(logits(base, merged, buffers), expected)
+
+
+def test_a_cached_reference_knows_its_base(tmp_path: Path) -> None:
+    """The same adapters over another base are another reference."""
+
+    def cached(scale: float, lora: LoRA) -> Any:
+        architecture, params, buffers = zoo.split("decoder")
+        params = ft.trees.map_leaves(lambda t: t * scale, params)
+        adapted, adapters = ft.lora.attach(architecture, params, lora, seed=1)
+        attach = ft.attach_reference(adapted, ft.trees.zero(adapters, "*lora_B*"), buffers)
+        with ft.ReferenceCache(tmp_path / "cache", attach) as cache:
+            return cache(zoo.pairs())["reference_logps"]["chosen"]
+
+    found = cached(1.0, LoRA(rank=2))
+    assert torch.equal(cached(1.0, LoRA(rank=2)), found)
+    for scale, lora in ((1.1, LoRA(rank=2)), (1.0, LoRA(rank=2, alpha=3))):
+        with pytest.raises(ft.DataError, match="of another reference"):
+            cached(scale, lora)

@@ -1,0 +1,87 @@
+"""Every family of causal models: read, trained, and written as the ordinary library would."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+import zoo
+from models import families
+
+import functrain as ft
+from functrain.objectives.head import Head, find_head
+
+EVERY = pytest.mark.parametrize("name", sorted(families.CONFIGS))
+# Those that do more with the logits than their projection: it is done to a few rows at a time.
+FINISHED = {"cohere", "gemma2", "granite", "recurrent_gemma"}
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids).logits
+    return logits
+
+
+@EVERY
+def test_it_is_read_exported_and_read_again_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    """transformers -> file -> functrain -> file -> transformers: no bit changes on the way."""
+    # Torch chooses other kernels for weights that ask for gradients, even where none are taken.
+    ordinary = families.made(name).requires_grad_(False)
+    ordinary.save_pretrained(tmp_path / "theirs", max_shard_size="6KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()  # sharded
+    ids = zoo.batch()["input_ids"]
+    expected = _logits(ordinary, ids)
+
+    architecture, params, buffers, tokenizer = ft.models.from_pretrained(tmp_path / "theirs")
+    assert tokenizer is None
+    assert {p.device.type for p in architecture.parameters()} == {"meta"}
+    given = dict(ordinary.named_parameters())
+    assert params.keys() == given.keys()
+    assert all(torch.equal(params[n], given[n]) for n in given)
+    assert all(torch.equal(buffers[n], b) for n, b in ordinary.named_buffers())
+    with ft.bound(architecture, params, buffers, "eval") as model:
+        assert torch.equal(_logits(model, ids), expected)
+
+    step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2))
+    state = step.init(params, buffers)
+    ft.export(state, architecture, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert type(again) is type(ordinary)
+    assert torch.equal(_logits(again.eval().requires_grad_(False), ids), expected)
+
+
+@EVERY
+def test_a_step_is_that_of_an_ordinary_loop(name: str) -> None:
+    ordinary = families.without_dropout(families.made(name)).train()
+    architecture, params, buffers = ft.split(copy.deepcopy(ordinary))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state, batch = step.init(params, buffers), zoo.batch()
+    state, metrics = step(state, batch)
+    optimizer = torch.optim.AdamW(ordinary.parameters(), lr=1e-2, fused=True)
+    logits = ordinary(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    (F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum()).backward()
+    optimizer.step()
+    assert float(metrics["skipped"]) == 0
+    for parameter, value in ordinary.named_parameters():
+        assert torch.equal(state.params[parameter], value), parameter
+
+
+@EVERY
+def test_its_head_is_found_and_gives_the_same_loss(name: str, monkeypatch: Any) -> None:
+    architecture, params, buffers = ft.split(families.made(name))
+    with ft.bound(architecture, params, buffers, "eval") as model:
+        head = find_head(model)
+    assert isinstance(head, Head), head
+    assert (head.trunk is not None) == (name in FINISHED)
+    losses = []
+    for budget in (1 << 30, 256):  # bytes of logits: whole, then a few rows at a time
+        monkeypatch.setattr("functrain.objectives.chunks.BUDGET", budget)
+        step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2))
+        losses.append(ft.evaluate(step, step.init(params, buffers), [zoo.batch()])["eval_loss"])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)

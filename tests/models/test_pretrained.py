@@ -1,0 +1,249 @@
+"""Models read from disk and written to it: what is refused, whose memory it is, what is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+from huggingface_hub import ModelCard
+from models import families
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import functrain as ft
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """A tokenizer of transformers over single characters, with a chat template."""
+    letters = {c: n for n, c in enumerate(["</s>", *"abcdefghijklmnopqrstuvwxyz <>"])}
+    inner = Tokenizer(models.WordLevel(letters, unk_token=" "))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def saved(directory: Path, name: str = "llama", **options: Any) -> Any:
+    """A model of transformers on disk."""
+    model = families.made(name)
+    model.save_pretrained(directory, **options)
+    return model
+
+
+def trained(directory: Path) -> tuple[Any, Any]:
+    architecture, params, buffers, _ = ft.models.from_pretrained(directory)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    return architecture, state
+
+
+def test_its_weights_are_nobody_elses(tmp_path: Path) -> None:
+    """Neither pages of the file, which change with it, nor at the file's odd addresses."""
+    saved(tmp_path)
+    params = ft.models.from_pretrained(tmp_path).params
+    before = {name: tensor.clone() for name, tensor in params.items()}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert all(torch.equal(params[name], tensor) for name, tensor in before.items())
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in params.values())
+    assert params.own == params.keys()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64"])
+def test_its_params_have_the_dtype_that_was_asked_for(dtype: Any, tmp_path: Path) -> None:
+    ordinary = saved(tmp_path)
+    params = ft.models.from_pretrained(tmp_path, dtype=dtype).params
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    for name, tensor in ordinary.named_parameters():
+        assert torch.equal(params[name], tensor.to(kind))
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    found = ft.models.from_pretrained(tmp_path).tokenizer
+    assert found is not None
+    assert found.decode(found.encode("abc")) == "abc"
+    assert (found.end, found.vocabulary) == (0, 30)
+    assert found.render([{"role": "user", "content": "a"}], prompt=True) == "<user>a</s><assistant>"
+    assert {"tokenizer.json", "tokenizer_config.json"} <= found.files().keys()
+
+
+def _edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _without_a_weight(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "no config.json; expected a model"),
+        (lambda d: (d / "config.json").write_text("{"), "not JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "expected an object, got list"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "neither model.safe"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"123"), "cannot load it"),
+        (lambda d: _edited(d / "config.json", model_type="lama"), "cannot load it"),
+        (lambda d: _edited(d / "config.json", hidden_size=32), "cannot load it"),
+        (lambda d: _edited(d / "config.json", num_hidden_layers=3), "lacks model.layers.2"),
+        (
+            lambda d: _edited(d / "config.json", quantization_config={"quant_method": "gptq"}),
+            "gptq",
+        ),
+        (_without_a_weight, "lacks model.norm.weight, which would be random"),
+    ],
+)
+def test_what_is_no_whole_model_is_refused(spoil: Any, message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ft.ArchitectureError, match=message):
+        ft.models.from_pretrained(tmp_path)
+
+
+def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ft.ArchitectureError, match=r"not there .*fetch it first"):
+        ft.models.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ft.ArchitectureError, match=r"expected a directory, or a file that ends"):
+        ft.models.from_pretrained(tmp_path / "file")
+    (tmp_path / "model.gguf").write_bytes(b"no")
+    with pytest.raises(ft.ArchitectureError, match=r"give the file: .*model\.gguf"):
+        ft.models.from_pretrained(tmp_path)
+    with pytest.raises(ft.ArchitectureError, match="cannot load it"):
+        ft.models.from_pretrained(tmp_path / "model.gguf")
+    with pytest.raises(ft.ArchitectureError, match="dtype: 'int8', expected a floating one"):
+        ft.models.from_pretrained(tmp_path, dtype="int8")
+
+
+def test_weights_without_a_place_are_said(tmp_path: Path) -> None:
+    saved(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "extra.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.warns(ft.errors.WeightsWarning, match=r"no place for extra\.weight"):
+        ft.models.from_pretrained(tmp_path)
+
+
+def test_an_export_is_what_transformers_loads(tmp_path: Path) -> None:
+    saved(tmp_path / "theirs", "qwen2")
+    tokenizer().save_pretrained(tmp_path / "theirs")
+    architecture, params, buffers, found = ft.models.from_pretrained(tmp_path / "theirs")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state, metrics = step(step.init(params, buffers), zoo.batch())
+    out = ft.export(
+        state,
+        architecture,
+        tmp_path / "ours",
+        tokenizer=found,
+        data="letters",
+        config={"lr": 0.01},
+        metrics=metrics.to_dict(),
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(state.params[n], p) for n, p in model.named_parameters())
+    assert model.config.use_cache
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.chat_template == TEMPLATE
+    ids = theirs.apply_chat_template([{"role": "user", "content": "a"}], return_tensors="pt")
+    ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    for text in (ft.fingerprint(state), "letters", '"lr": 0.01', "mean_token_accuracy"):
+        assert text in card.content
+    again = ft.models.from_pretrained(out)
+    assert all(torch.equal(state.params[n], p) for n, p in again.params.items())
+
+
+def test_an_export_is_written_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    saved(tmp_path / "theirs")
+    architecture, state = trained(tmp_path / "theirs")
+    out = ft.export(state, architecture, tmp_path / "ours", dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    for name, param in model.named_parameters():
+        assert torch.equal(param, state.params[name].bfloat16())
+    assert architecture.config.dtype != torch.bfloat16  # the architecture is as it was
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_built_in_decoder_is_exported_as_a_llama(tied: bool, tmp_path: Path) -> None:
+    architecture, params, buffers = ft.split(zoo.decoder(tied=tied))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    out = ft.export(state, architecture, tmp_path / "ours")
+    again, params, buffers, _ = ft.models.from_pretrained(out)
+    ids = zoo.batch()["input_ids"]
+    with torch.no_grad(), ft.bound(again, params, buffers, "eval") as model:
+        theirs = model(input_ids=ids).logits
+    with torch.no_grad(), ft.bound(architecture, state.params, state.buffers, "eval") as model:
+        torch.testing.assert_close(theirs, model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
+    saved(tmp_path / "theirs")
+    architecture, state = trained(tmp_path / "theirs")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    ft.export(state, architecture, mine)  # an empty one is fine
+    (mine / "left over").write_text("")
+    ft.export(state, architecture, mine)
+    assert not (mine / "left over").exists()
+    with pytest.raises(ft.CheckpointError, match=r"is no export of functrain's"):
+        ft.export(state, architecture, tmp_path / "theirs")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ft.CheckpointError, match="is there and no directory"):
+        ft.export(state, architecture, tmp_path / "file")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "theirs"]
+
+
+def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
+    saved(tmp_path / "theirs")
+    architecture, state = trained(tmp_path / "theirs")
+    out = ft.export(state, architecture, tmp_path / "ours")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ft.CheckpointError, match="No space left"):
+        ft.export(state, architecture, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_what_nothing_would_load_is_not_exported(tmp_path: Path) -> None:
+    architecture, params, buffers = zoo.split("tied")
+    state = ft.pretrain_step(architecture, ft.optim.sgd()).init(params, buffers)
+    with pytest.raises(ft.ConfigError, match="Tied is no model of transformers"):
+        ft.export(state, architecture, tmp_path / "out")
+    with pytest.raises(ft.ConfigError, match="dtype: 'int8', expected a floating one"):
+        ft.export(state, architecture, tmp_path / "out", dtype="int8")
+    with pytest.raises(ft.ConfigError, match="dtype: 'half4' is unknown"):
+        ft.export(state, architecture, tmp_path / "out", dtype="half4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_an_end_or_a_template_says_so() -> None:
+    inner = tokenizer()
+    inner.eos_token = inner.chat_template = None
+    bare = ft.data.PretrainedTokenizer(inner)
+    with pytest.raises(ft.DataError, match="has no eos_token"):
+        _ = bare.end
+    with pytest.raises(ft.DataError, match="has no chat template"):
+        bare.render([{"role": "user", "content": "a"}])
