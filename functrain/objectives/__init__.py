@@ -7,6 +7,7 @@ from functrain.objectives.logprobs import TokenScores, sequence_logps, token_sco
 from functrain.objectives.losses import DIVERGENCES, LOSSES, PairLogps, PairLoss
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.objectives.reference import reference_logps
+from functrain.objectives.routing import RoutedLanguageModeling
 from functrain.objectives.unpaired import UnpairedOptimization
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PairLogps",
     "PairLoss",
     "PreferenceOptimization",
+    "RoutedLanguageModeling",
     "TokenScores",
     "UnpairedOptimization",
     "find_head",
