@@ -122,7 +122,9 @@ def _routed(
     top = next((getattr(config, name) for name in _TOP if hasattr(config, name)), 1)
     mask: Tensor | None = batch.get("attention_mask")
     real = None if mask is None else (mask != 0).flatten()
-    sums, counts, rows = [], [], []
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    rows: list[Tensor] = []
     for logits in recorded[-1]:
         found = logits.flatten(0, -2).float().softmax(-1)
         if real is not None:
