@@ -19,6 +19,7 @@ _COMMANDS = {
     "dpo": "align it with preferences:            functrain dpo run.toml",
     "reference": "score its pairs ahead of that:        functrain reference run.toml",
     "generate": 'let it speak:                         functrain generate RUN "prompt"',
+    "data": "see what of a record is trained:      functrain data show FILE",
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
     "export": "write it for transformers:         functrain export RUN DIR",
     "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",
