@@ -16,6 +16,7 @@ from functrain.objectives.layouts import LayoutName
 from functrain.objectives.logprobs import HeadMode
 from functrain.objectives.options import Mix
 from functrain.objectives.preference import PreferenceOptimization
+from functrain.objectives.routing import RoutedLanguageModeling
 from functrain.objectives.unpaired import UnpairedOptimization
 from functrain.optimizers import Optimizer
 from functrain.precision import Precision
@@ -81,19 +82,28 @@ def _check_known(objective: Objective, options: Iterable[str]) -> None:
             raise ConfigError(f"{name}: unknown option; {did_you_mean(name, known | own)}")
 
 
+def _language_modeling(name: str, head: HeadMode, router: float) -> LanguageModeling:
+    if router == 0 and not isinstance(router, bool):
+        return LanguageModeling(name=name, head=head)
+    return RoutedLanguageModeling(name=name, head=head, router=router)
+
+
 def pretrain_step(
     architecture: nn.Module,
     optimizer: Optimizer,
     *,
     head: HeadMode = "auto",
+    router: float = 0.0,
     schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
     """Next-token cross entropy over every labelled token; options as for `make_step`.
 
     `head`: `auto` makes logits a few rows at a time where that saves memory, `full` never.
+    `router`: for a mixture of experts, the weight of the loss that balances its routers, its
+    config's `router_aux_loss_coef`, say (`functrain.objectives.RoutedLanguageModeling`).
     """
-    objective = LanguageModeling(name="pretrain", head=head)
+    objective = _language_modeling("pretrain", head, router)
     return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
 
 
@@ -102,11 +112,15 @@ def sft_step(
     optimizer: Optimizer,
     *,
     head: HeadMode = "auto",
+    router: float = 0.0,
     schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
-    """Cross entropy over the completion's tokens, which the labels single out."""
-    objective = LanguageModeling(name="sft", head=head)
+    """Cross entropy over the completion's tokens, which the labels single out.
+
+    Options as for `pretrain_step`.
+    """
+    objective = _language_modeling("sft", head, router)
     return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
 
 

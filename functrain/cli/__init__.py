@@ -22,8 +22,9 @@ _COMMANDS = {
     "generate": 'let it speak:                         functrain generate RUN "prompt"',
     "evaluate": "measure it on files:                  functrain evaluate RUN held_out.txt",
     "report": "see several runs in one page:         functrain report RUN OTHER --to runs.html",
+    "data": "see what of a record is trained:      functrain data show FILE",
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",
-    "export": "write it for transformers:         functrain export RUN DIR",
+    "export": "write it for transformers:            functrain export RUN DIR",
     "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",
     "diff": "see where two runs part:              functrain diff RUN OTHER",
 }

@@ -340,10 +340,10 @@ def _file(
         if isinstance(config, Pretrain) and is_tokens(path):
             ids = data.tokens(path, dtype=config.data.dtype, **_rows(config))
             return ids if limit is None else attrs.evolve(ids, ids=ids.ids[:limit])
-        found: Sequence[Any] = (
-            data.documents(path) if config.stage == "pretrain" else data.records(path)
-        )
-        return _source(config, found[:limit], tokenizer)
+        if config.stage == "pretrain":
+            return _source(config, data.documents(path)[:limit], tokenizer)
+        found = data.records(path, on_bad_record=config.data.on_bad_record)
+        return _source(config, found.first(limit), tokenizer)
     except DataError as error:
         # Errors of a file's content do not all name the file.
         raise error if path in str(error) else DataError(f"{path}: {error}") from error
@@ -396,7 +396,7 @@ def _source(config: Config, found: Sequence[Any], tokenizer: ByteTokenizer | Non
         make = data.unpaired
     options: dict[str, Any] = {}
     if not isinstance(config, Pretrain):
-        names = ("truncation", "min_prompt", "group_by_length")
+        names = ("truncation", "min_prompt", "group_by_length", "on_bad_record")
         options = {name: getattr(config.data, name) for name in names}
     made: Source = make(found, tokenizer, **_rows(config), **options)
     return made
@@ -426,6 +426,7 @@ def _notes(source: Source, held_out: Source | None) -> list[str]:
         counts = getattr(each, "counts", None)
         if counts is not None and (counts.truncated or counts.dropped):
             notes.append(f"{name} examples at data.time: {counts}")
+            notes += [f"malformed: {complaint}" for complaint in counts.complaints]
     if held_out is None:
         notes.append("no data.held_out, so nothing is evaluated")
     return notes

@@ -170,6 +170,22 @@ class Export:
     """float32, bfloat16 or float16; as it was trained unless given."""
 
 
+@attrs.frozen(kw_only=True)
+class Data:
+    """An example of a file of records, with the tokens that are trained marked."""
+
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="show")]
+    """show"""
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """A .jsonl or .json file of dialogues, prompts with completions, or preferences."""
+    model: str | None = None
+    """A directory of Hugging Face's, or a GGUF file, whose tokenizer reads it; else bytes."""
+    index: int = 0
+    """Which record, from 0 on."""
+    color: str = "auto"
+    """always, never, or auto: where the output is a terminal."""
+
+
 def say(line: str) -> None:
     """A line for the reader, beside the results on stdout."""
     print(line, file=sys.stderr, flush=True)
@@ -336,6 +352,27 @@ def export(command: str, rest: Sequence[str]) -> int:
 
     print(
         exported(arguments.run, arguments.directory, merge=arguments.merge, dtype=arguments.dtype)
+    )
+    return 0
+
+
+def data(command: str, rest: Sequence[str]) -> int:
+    """`functrain data show FILE [--model DIR] [--index N]`."""
+    arguments = _parsed(Data, command, rest)
+    if arguments.what != "show":
+        raise ConfigError(f"data: {arguments.what!r} is unknown; known: 'show'")
+    from functrain.cli.data import shown
+
+    colored = {"always": True, "never": False, "auto": None}
+    if arguments.color not in colored:
+        raise ConfigError(f"color: {arguments.color!r}, expected auto, always or never")
+    print(
+        shown(
+            arguments.file,
+            model=arguments.model,
+            index=arguments.index,
+            color=colored[arguments.color],
+        )
     )
     return 0
 

@@ -153,6 +153,8 @@ class Data:
     """Tokens that prompt_first leaves of a prompt before it cuts the completion."""
     packing: bool = False
     """Several documents in a row of data.time tokens, none of which sees another."""
+    on_bad_record: str = attrs.field(default="stop", validator=one_of(("stop", "skip")))
+    """What a malformed record does: stop, or be skipped and counted."""
     group_by_length: bool = False
     """Batches of examples of similar lengths: less padding, and a little less random an order."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
@@ -175,6 +177,8 @@ class Text(Data):
     """Token ids in all, where the data are ids of a tokenizer of your own."""
 
     def __attrs_post_init__(self) -> None:
+        if self.on_bad_record != "stop":
+            raise ConfigError("data.on_bad_record: text has no records; leave it out")
         if self.group_by_length:
             raise ConfigError(
                 "data.group_by_length: rows of text are all of one length; leave it out"

@@ -25,7 +25,11 @@ from functrain.errors import ConfigError
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 STAGE_ORDER = ("dpo", "sft", "pretrain")
-SUFFIXES = {"pretrain": (".txt", ".jsonl", ".bin", ".npy"), "sft": (".jsonl",), "dpo": (".jsonl",)}
+SUFFIXES = {
+    "pretrain": (".txt", ".jsonl", ".bin", ".npy"),
+    "sft": (".jsonl", ".json"),
+    "dpo": (".jsonl", ".json"),
+}
 # What may change between two sittings of a run, because no bit of the params depends on it.
 FREE = (
     "directory",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
 
+from functrain.data import dialogues
+from functrain.data.dialogues import Dialogue
+from functrain.data.records import Records, check_on_bad_record
+from functrain.data.templates import Templated, has_template, laid_out
 from functrain.data.text import IGNORE_INDEX
 from functrain.data.tokenizers import Tokenizer
 from functrain.errors import DataError, did_you_mean
@@ -18,6 +22,8 @@ Example = tuple[TokenIds, TokenIds]
 """Token ids, and labels aligned with them."""
 Message = tuple[str, str]
 """Role and content."""
+
+Read = TypeVar("Read")
 
 ROLES = ("system", "user", "assistant")
 SIDES = ("chosen", "rejected")
@@ -39,22 +45,103 @@ def check_given(records: object) -> None:
         raise DataError(f"records: expected a list of objects, got {type(records).__name__}")
 
 
-def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
-    """`{"messages"}`, of which those before the first assistant's are the prompt, or a completion.
+def read_each(
+    records: Iterable[Record], read: Callable[[Record, str], Read], on_bad_record: str
+) -> tuple[list[tuple[str, Read]], tuple[str, ...]]:
+    """What `read` makes of each record, with where it was; and what was wrong with the others.
 
-    `where` names the record in errors, as in all of these functions.
+    Those of a file are known by its lines, `functrain.data.records.Records`. With "stop" the first
+    malformed one raises its `DataError`.
     """
-    if not isinstance(record, Mapping) or "messages" not in record:
+    check_on_bad_record(on_bad_record)
+    file = records if isinstance(records, Records) else None
+    found: list[tuple[str, Read]] = []
+    malformed = [] if file is None else list(file.malformed)
+    for number, record in enumerate(records):
+        where = f"record {number}" if file is None else file.where(number)
+        try:
+            found.append((where, read(record, where)))
+        except DataError as error:
+            if on_bad_record == "stop":
+                raise
+            malformed.append(str(error))
+    if malformed and not found:
+        raise DataError(f"records: all {len(malformed)} are malformed; the first: {malformed[0]}")
+    return found, tuple(malformed)
+
+
+def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
+    """A dialogue of one of `functrain.data.dialogues.SHAPES`, or a prompt with its completion.
+
+    What comes before the first message that is learnt is the prompt. `where` names the record in
+    errors, as in all of these functions.
+    """
+    if not isinstance(record, Mapping):
+        return read_completions(record, ("completion",), tokenizer, where)
+    others = "conversations" in record or {"instruction", "output"} <= record.keys()
+    if others or ("messages" in record and has_template(tokenizer)):
+        return _read_dialogue(dialogues.dialogue(record, where), tokenizer, where)
+    if "messages" not in record:
         return read_completions(record, ("completion",), tokenizer, where)
     for other in ("prompt", "completion"):
         if other in record:
             raise DataError(f"{where}: messages and {other}; give one form or the other")
+    _refuse_tools(record, where)
     messages = _content(record["messages"], f"{where}.messages")
     if isinstance(messages, str) or not messages:
         raise DataError(f"{where}.messages: expected a list of messages with role and content")
-    first = next((n for n, (role, _) in enumerate(messages) if role == "assistant"), 0)
-    prompt, _ = _laid_out(messages[:first], tokenizer)
-    return Prompted(prompt, (_completion(messages[first:], tokenizer, f"{where}.messages"),))
+    if not _speaks(messages):
+        raise DataError(f"{where}.messages: no assistant speaks, so there is nothing to learn")
+    return _read_dialogue(dialogues.dialogue(record, where), tokenizer, where)
+
+
+def _read_dialogue(given: Dialogue, tokenizer: Tokenizer, where: str) -> Prompted:
+    """A dialogue in the tokenizer's template; as lines where it has none."""
+    if isinstance(tokenizer, Templated) and has_template(tokenizer):
+        ids, labels = laid_out(given, tokenizer, where)
+        first = next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
+        return Prompted(ids[:first], ((ids[first:], labels[first:]),))
+    first = given.learnt.index(True)
+    said = [(str(m["role"]), str(m["content"])) for m in given.messages]
+    prompt, _ = _laid_out(said[:first], tokenizer)
+    return Prompted(prompt, (_laid_out(said[first:], tokenizer, given.learnt[first:]),))
+
+
+def _refuse_tools(record: Record, where: str) -> None:
+    given = record["messages"]
+    messages = given if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    named = [m for m in messages if isinstance(m, Mapping)]
+    if record.get("tools") or any(m.get("role") == "tool" or m.get("tool_calls") for m in named):
+        raise DataError(
+            f"{where}: tools, and the tokenizer has no chat template, which would say how they look"
+        )
+
+
+def _templated(
+    record: Record,
+    prompt: Sequence[Any],
+    sides: Mapping[str, Sequence[Any]],
+    tokenizer: Templated,
+    where: str,
+) -> Prompted:
+    """A prompt of messages with completions of messages, in the tokenizer's template."""
+    asked = [dialogues.message(m, f"{where}.prompt[{n}]") for n, m in enumerate(prompt)]
+    tools = dialogues.tools(record.get("tools"), f"{where}.tools")
+    found: list[Example] = []
+    for side, given in sides.items():
+        said = [dialogues.message(m, f"{where}.{side}[{n}]") for n, m in enumerate(given)]
+        if not any(m["role"] == "assistant" for m in said):
+            raise DataError(f"{where}.{side}: no assistant speaks, so there is nothing to learn")
+        learnt = [False] * len(asked) + [m["role"] == "assistant" for m in said]
+        whole = Dialogue((*asked, *said), tuple(learnt), tools)
+        found.append(laid_out(whole, tokenizer, f"{where}.{side}"))
+    firsts = [next(n for n, i in enumerate(labels) if i != IGNORE_INDEX) for _, labels in found]
+    begin = min(firsts)
+    if any(ids[:begin] != found[0][0][:begin] for ids, _ in found):
+        raise DataError(f"{where}: the chat template renders the prompt otherwise on each side")
+    return Prompted(
+        found[0][0][:begin], tuple((ids[begin:], labels[begin:]) for ids, labels in found)
+    )
 
 
 def read_completions(
@@ -72,6 +159,9 @@ def read_completions(
             )
     if isinstance(prompt, str):
         asked = tuple(tokenizer.encode(prompt))
+    elif isinstance(tokenizer, Templated) and has_template(tokenizer):
+        rest = {side: record[side] for side in sides}
+        return _templated(record, record["prompt"], rest, tokenizer, where)
     else:
         asked, _ = _laid_out(prompt, tokenizer)
     completions = (_completion(given[side], tokenizer, f"{where}.{side}") for side in sides)
@@ -108,8 +198,15 @@ def read_unpaired(record: Record, tokenizer: Tokenizer, where: str) -> tuple[Pro
 
 def _read_implicit(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
     given = _contents(record, SIDES, where)
-    wholes = tuple(_completion(given[side], tokenizer, f"{where}.{side}") for side in SIDES)
     chosen, rejected = (given[side] for side in SIDES)
+    if isinstance(chosen, list) and isinstance(tokenizer, Templated) and has_template(tokenizer):
+        assert isinstance(rejected, list)  # `_contents` refuses a text beside messages
+        end = 0 if chosen == rejected else len(_shared_messages(chosen, rejected))
+        if not end and chosen != rejected:
+            raise _no_prompt(where)
+        rest = {side: record[side][end:] for side in SIDES}
+        return _templated(record, record["chosen"][:end], rest, tokenizer, where)
+    wholes = tuple(_completion(given[side], tokenizer, f"{where}.{side}") for side in SIDES)
     if chosen == rejected:
         return Prompted((), wholes)
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -119,12 +216,16 @@ def _read_implicit(record: Record, tokenizer: Tokenizer, where: str) -> Prompted
         assert isinstance(rejected, list)  # `_contents` refuses a text beside messages
         prompt, _ = _laid_out(_shared_messages(chosen, rejected), tokenizer)
     if not prompt:
-        raise DataError(
-            f"{where}: no 'prompt', and chosen and rejected share no beginning that could be it "
-            "and leaves a completion of both; give 'prompt' (empty for none)"
-        )
+        raise _no_prompt(where)
     begin = len(prompt)
     return Prompted(prompt, tuple((ids[begin:], labels[begin:]) for ids, labels in wholes))
+
+
+def _no_prompt(where: str) -> DataError:
+    return DataError(
+        f"{where}: no 'prompt', and chosen and rejected share no beginning that could be it and "
+        "leaves a completion of both; give 'prompt' (empty for none)"
+    )
 
 
 def _contents(record: Record, names: Sequence[str], where: str) -> dict[str, str | list[Message]]:
@@ -175,16 +276,20 @@ def _speaks(messages: Sequence[Message]) -> bool:
     return any(role == "assistant" for role, _ in messages)
 
 
-def _laid_out(messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
+def _laid_out(
+    messages: Sequence[Message], tokenizer: Tokenizer, learnt: Sequence[bool] | None = None
+) -> Example:
+    """Lines `role: content`; the labels are what the assistant says, or what is `learnt` of it."""
     ids: list[int] = []
     labels: list[int] = []
-    for role, content in messages:
+    for number, (role, content) in enumerate(messages):
         head, said = tokenizer.encode(f"{role}: "), tokenizer.encode(content)
         if role == "assistant":
             said = [*said, tokenizer.end]
         tail = tokenizer.encode("\n")
         ids += [*head, *said, *tail]
-        spoken = said if role == "assistant" else [IGNORE_INDEX] * len(said)
+        counts = role == "assistant" if learnt is None else learnt[number]
+        spoken = said if counts else [IGNORE_INDEX] * len(said)
         labels += [*([IGNORE_INDEX] * len(head)), *spoken, *([IGNORE_INDEX] * len(tail))]
     return tuple(ids), tuple(labels)
 

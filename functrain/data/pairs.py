@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from functrain.data.examples import Example, Prompted, Record, check_given, read_pair
+from functrain.data.examples import Example, Prompted, Record, check_given, read_each, read_pair
 from functrain.data.grouping import Padded
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
@@ -53,15 +53,17 @@ def preference(
     min_prompt: int = 1,
     drop_identical: bool = False,
     group_by_length: bool = False,
+    on_bad_record: str = "stop",
 ) -> Pairs:
     """`{"prompt", "chosen", "rejected"}`, texts or lists of messages, as `chat` reads them.
 
     Without "prompt" it is what chosen and rejected both begin with: of messages, whole ones; of
     texts, as far as its tokens are the same when it is tokenised alone.
 
-    `truncation`, `min_prompt` and `group_by_length` are those of `chat`; the prompt is cut alike
-    for both sides, by what the longer completion needs. A pair is dropped, and counted, when one
-    side has no completion token left, or when the sides differ only in what was cut.
+    `truncation`, `min_prompt`, `group_by_length` and `on_bad_record` are those of `chat`; the
+    prompt is cut alike for both sides, by what the longer completion needs. A pair is dropped, and
+    counted, when one side has no completion token left, or when the sides differ only in what was
+    cut.
 
     Raises `DataError` as `chat` does; for a record without a prompt in which chosen and rejected
     share none; and for chosen and rejected that are the same, unless `drop_identical` drops and
@@ -70,12 +72,14 @@ def preference(
     check_given(records)
     check_joinable(tokenizer)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
-    read = [read_pair(each, tokenizer, f"record {n}") for n, each in enumerate(records)]
-    distinct = [n for n, pair in enumerate(read) if differ(pair, f"record {n}", drop_identical)]
-    kept, counts = fitted([read[n] for n in distinct], how, identical=len(read) - len(distinct))
+    read, malformed = read_each(
+        records, lambda record, where: read_pair(record, tokenizer, where), on_bad_record
+    )
+    distinct = [pair for where, pair in read if differ(pair, where, drop_identical)]
+    kept, counts = fitted(distinct, how, identical=len(read) - len(distinct))
     return Pairs(
         examples=tuple((chosen, rejected) for chosen, rejected in kept.values()),
-        counts=counts,
+        counts=counts.with_malformed(malformed),
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,

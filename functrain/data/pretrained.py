@@ -80,6 +80,24 @@ class PretrainedTokenizer:
         except TemplateError as error:
             raise DataError(f"chat template: refuses the messages: {error}") from error
 
+    def generated(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None
+    ) -> tuple[list[int], list[int]]:
+        """The ids of messages in the template, and for each whether `{% generation %}` marks it."""
+        found: Any = self.inner.apply_chat_template(
+            list(messages),
+            tools=tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return list(found["input_ids"]), list(found["assistant_masks"])
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens as they are written."""
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self.inner.decode(list(ids), **options))
+
     def files(self) -> dict[str, str]:
         """Its files by name, to lie beside a checkpoint; what is no UTF-8 text is left out."""
         with tempfile.TemporaryDirectory() as directory:

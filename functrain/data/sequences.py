@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 import torch
 
-from functrain.data.examples import Example, Record, check_given, read_chat
+from functrain.data.examples import Example, Record, check_given, read_chat, read_each
 from functrain.data.grouping import Padded, width
 from functrain.data.source import Batch
 from functrain.data.text import IGNORE_INDEX
@@ -62,18 +62,23 @@ def chat(
     truncation: str = "keep_start",
     min_prompt: int = 1,
     group_by_length: bool = False,
+    on_bad_record: str = "stop",
 ) -> Chats:
     """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}]}` for fine-tuning.
 
-    A completion follows its prompt as it is, and the tokenizer's `end` closes it. Messages, which
-    prompt and completion may be too, are laid out as lines `role: content`; what an assistant says,
-    with its end, is a target unless it is in the prompt. Prompt and completion are tokenised apart,
-    so that the boundary is a boundary between tokens. Other keys of a record are ignored.
+    And `{"conversations": [{"from", "value"}]}` (ShareGPT's), `{"instruction", "input", "output"}`
+    (Alpaca's). A completion follows its prompt as it is, and the tokenizer's `end` closes it.
+    Messages, which prompt and completion may be too, are laid out by the tokenizer's chat
+    template (`functrain.data.templates`), tools too, or as lines `role: content` where it has none;
+    what an assistant says, with its end, is a target unless it is in the prompt or the message's
+    `weight` is 0. Prompt and completion are tokenised apart, so that the boundary is a boundary
+    between tokens. Other keys of a record are ignored.
 
     An example of more than `time` tokens loses its end (`truncation="keep_start"`), its start
     (`"keep_end"`), or of its prompt the start down to `min_prompt` tokens and only then its end
     (`"prompt_first"`); the prompt of a dialogue is what comes before the first assistant's message.
 
+    `on_bad_record`: "skip" passes over malformed records, which `counts` counts.
     `group_by_length`: batches of similar lengths, see `functrain.data.grouping.Padded`.
 
     Raises `DataError`, naming the record, for missing keys, both forms in one record, unknown
@@ -83,11 +88,13 @@ def chat(
     check_given(records)
     check_joinable(tokenizer)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
-    read = [read_chat(each, tokenizer, f"record {n}") for n, each in enumerate(records)]
-    kept, counts = fitted(read, how)
+    read, malformed = read_each(
+        records, lambda record, where: read_chat(record, tokenizer, where), on_bad_record
+    )
+    kept, counts = fitted([each for _, each in read], how)
     return Chats(
         examples=tuple(example for (example,) in kept.values()),
-        counts=counts,
+        counts=counts.with_malformed(malformed),
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
@@ -99,6 +99,7 @@ class Counts:
     those with `no_completion_left` after the cut on some side; pairs of which both sides were
     `identical` (where that is no error); pairs `identical_when_cut`, which differ only in what was
     cut and would teach nothing; and unpaired examples with `no_other_completion` beside theirs.
+    `malformed` records were passed over, where that was asked for; `complaints` are the first.
     """
 
     kept: int = 0
@@ -108,6 +109,12 @@ class Counts:
     identical: int = 0
     identical_when_cut: int = 0
     no_other_completion: int = 0
+    malformed: int = 0
+    complaints: tuple[str, ...] = ()
+
+    def with_malformed(self, malformed: Sequence[str]) -> Counts:
+        """With what was wrong with the records that could not be read."""
+        return attrs.evolve(self, malformed=len(malformed), complaints=tuple(malformed[:3]))
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -117,6 +124,7 @@ class Counts:
             "identical": self.identical,
             "identical when cut": self.identical_when_cut,
             "no other completion": self.no_other_completion,
+            "malformed": self.malformed,
         }
         return {reason: count for reason, count in counts.items() if count}
 
@@ -173,8 +181,9 @@ def fitted(
         truncated=sum(tokens > 0 for tokens in cut),
         tokens_cut=sum(cut),
         identical=identical,
-        **Counter(reason for reason in reasons if reason is not None),
     )
+    dropped: dict[str, Any] = Counter(reason for reason in reasons if reason is not None)
+    counts = attrs.evolve(counts, **dropped)
     _check_some_left(counts, how)
     return {n: sides[n] for n in kept}, counts
 

@@ -14,6 +14,7 @@ from functrain.data.examples import (
     Prompted,
     Record,
     check_given,
+    read_each,
     read_pair,
     read_unpaired,
 )
@@ -67,6 +68,7 @@ def unpaired(
     min_prompt: int = 1,
     drop_identical: bool = False,
     group_by_length: bool = False,
+    on_bad_record: str = "stop",
 ) -> Unpaired:
     """`{"prompt", "completion", "label"}`, with a label that is true where this is desirable.
 
@@ -87,9 +89,11 @@ def unpaired(
     check_given(records)
     check_joinable(tokenizer)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
-    read = [_read(each, tokenizer, f"record {n}", drop_identical) for n, each in enumerate(records)]
-    given = [each for examples in read for each in examples]
-    identical = 2 * sum(not examples for examples in read)
+    read, malformed = read_each(
+        records, lambda each, where: _read(each, tokenizer, where, drop_identical), on_bad_record
+    )
+    given = [each for _, examples in read for each in examples]
+    identical = 2 * sum(not examples for _, examples in read)
     kept, counts = fitted([each.prompted for each in given], how, identical=identical)
     judged = [given[n] for n in kept]
     own = [example for (example,) in kept.values()]
@@ -112,7 +116,7 @@ def unpaired(
             of_left,
             no_completion_left=counts.no_completion_left,
             no_other_completion=len(judged) - len(left),
-        ),
+        ).with_malformed(malformed),
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,

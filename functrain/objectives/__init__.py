@@ -8,6 +8,7 @@ from functrain.objectives.logprobs import TokenScores, sequence_logps, token_sco
 from functrain.objectives.losses import DIVERGENCES, LOSSES, PairLogps, PairLoss
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.objectives.reference import reference_logps
+from functrain.objectives.routing import RoutedLanguageModeling
 from functrain.objectives.unpaired import UnpairedOptimization
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PairLogps",
     "PairLoss",
     "PreferenceOptimization",
+    "RoutedLanguageModeling",
     "TokenScores",
     "UnpairedOptimization",
     "describe_head",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import attrs
@@ -68,8 +68,14 @@ class LanguageModeling:
         `padding` is the part of the tokens that is padding. Raises `ArchitectureError` where
         documents of a packed batch would see each other.
         """
+        return self.summed(model, batch, model)
+
+    def summed(
+        self, model: nn.Module, batch: Batch, call: Callable[..., object]
+    ) -> tuple[Tensor, Metrics]:
+        """The same by another call of the model than its own."""
         check_separated(model, batch)
-        total, correct = _summed(model, batch, self.head)
+        total, correct = _summed(model, batch, self.head, call)
         weight = count_targets(batch)
         return total, Metrics(
             {
@@ -86,12 +92,14 @@ class LanguageModeling:
         return None
 
 
-def _summed(model: nn.Module, batch: Batch, head: HeadMode) -> tuple[Tensor, Tensor]:
+def _summed(
+    model: nn.Module, batch: Batch, head: HeadMode, call: Callable[..., object]
+) -> tuple[Tensor, Tensor]:
     """The summed cross entropy, and how many targets are the mode."""
-    rows = hidden_rows(model, batch, head=head)
+    rows = hidden_rows(model, batch, call=call, head=head)
     if rows is not None:
         return summed_cross_entropy(rows.hidden, rows.targets, rows.projection)
-    logits = logits_of(model, batch)[:, :-1].flatten(0, 1)
+    logits = logits_of(call, batch)[:, :-1].flatten(0, 1)
     targets = batch["labels"][:, 1:].flatten()
     total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     # A label of -100 is no token id, so what is ignored never counts as right.

@@ -1,0 +1,78 @@
+"""`functrain data show`: an example as a model sees it, what is trained of it in colour."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from functrain import data
+from functrain.data.dialogues import SHAPES
+from functrain.data.examples import Prompted, read_chat, read_pair, read_unpaired
+from functrain.data.text import IGNORE_INDEX
+from functrain.errors import ConfigError
+
+_TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
+_BEGIN, _END = "⟦", "⟧"
+
+
+def shown(path: str, *, model: str | None, index: int, color: bool | None) -> str:
+    """An example of a file of records as text: what is trained is green, or between ⟦ and ⟧."""
+    records = data.records(path)
+    if not 0 <= index < len(records):
+        raise ConfigError(f"index: {index}, and {path} has records 0 to {len(records) - 1}")
+    tokenizer: Any = data.ByteTokenizer() if model is None else _tokenizer(Path(model))
+    record, where = records[index], records.where(index)
+    shape, read = _read(record, tokenizer, where)
+    colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ if color is None else color
+    return "\n".join(_lines(where, shape, read, tokenizer, colored))
+
+
+def _tokenizer(path: Path) -> Any:
+    from functrain.data.pretrained import pretrained_tokenizer
+
+    return pretrained_tokenizer(path)
+
+
+def _read(record: Any, tokenizer: Any, where: str) -> tuple[str, Prompted]:
+    if {"chosen", "rejected"} <= record.keys():
+        return "preference", read_pair(record, tokenizer, where)
+    if {"prompt", "completion", "label"} <= record.keys():
+        return "unpaired", read_unpaired(record, tokenizer, where)[0]
+    found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
+    return next(iter(found), "unknown"), read_chat(record, tokenizer, where)
+
+
+def _lines(where: str, shape: str, read: Prompted, tokenizer: Any, colored: bool) -> Iterator[str]:
+    sides = ("chosen", "rejected") if len(read.completions) == 2 else ("",)
+    yield f"{where}: {shape}"
+    for side, (ids, labels) in zip(sides, read.completions, strict=True):
+        whole = (*read.prompt, *ids)
+        targets = (*([IGNORE_INDEX] * len(read.prompt)), *labels)
+        trained = sum(label != IGNORE_INDEX for label in targets)
+        name = f"{side}: " if side else ""
+        yield f"{name}{len(whole)} tokens, {trained} of them trained"
+        yield "".join(_marked(whole, targets, tokenizer, colored))
+
+
+def _marked(
+    ids: Sequence[int], labels: Sequence[int], tokenizer: Any, colored: bool
+) -> Iterator[str]:
+    """The text, stretch by stretch; an end that has no text of its own is written ¶."""
+    spell = getattr(tokenizer, "spell", None)
+    begin = 0
+    for at in range(1, len(ids) + 1):
+        trained = labels[begin] != IGNORE_INDEX
+        if at < len(ids) and (labels[at] != IGNORE_INDEX) == trained:
+            continue
+        stretch = list(ids[begin:at])
+        if spell is not None:
+            text = spell(stretch)
+        else:
+            ended = stretch[-1] == tokenizer.end
+            text = tokenizer.decode(stretch) + ("¶" if ended else "")
+        marks = (_TRAINED, _PLAIN) if colored else (_BEGIN, _END)
+        yield f"{marks[0]}{text}{marks[1]}" if trained else text
+        begin = at

@@ -1,0 +1,163 @@
+"""Records as dialogues: the shapes that are common on disk, told apart and brought into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import orjson
+
+from functrain.errors import DataError, did_you_mean
+
+Message = Mapping[str, Any]
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+}
+"""Each shape with the keys that it is known by."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+
+@attrs.frozen
+class Dialogue:
+    """Messages as a chat template takes them, the tools that may be called, and what is learnt.
+
+    `learnt`: for each message whether its tokens are targets; of the assistant's alone they are.
+    """
+
+    messages: tuple[Message, ...]
+    learnt: tuple[bool, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+def shape_of(record: object, where: str) -> str:
+    """The name of a record's shape; `DataError` for one of none, or of two."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+    found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        keys = " and ".join(SHAPES[name][0] for name in found)
+        raise DataError(f"{where}: {keys}; give one form or the other")
+    known = {key for keys in SHAPES.values() for key in keys}
+    near = did_you_mean(str(next(iter(record), "")), known) if record else "it is empty"
+    listed = "; ".join(f"{' and '.join(keys)} ({name})" for name, keys in SHAPES.items())
+    raise DataError(f"{where}: of no known shape; {near} expected {listed}")
+
+
+def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
+    """A record of messages, of ShareGPT's or of Alpaca's shape as a dialogue.
+
+    A message's `weight` is 0 or 1: what has 0 is not learnt. `tools` may be JSON as text. Raises
+    `DataError` with the field and what was expected there.
+    """
+    shape = shape_of(record, where)
+    if shape == "Alpaca":
+        return _alpaca(record, where)
+    key = "conversations" if shape == "ShareGPT" else "messages"
+    given = record[key]
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
+        raise DataError(f"{where}.{key}: expected a list of messages with role and content")
+    read = _turn if shape == "ShareGPT" else message
+    messages = [read(each, f"{where}.{key}[{n}]") for n, each in enumerate(given)]
+    if shape == "ShareGPT" and isinstance(record.get("system"), str) and record["system"]:
+        messages.insert(0, {"role": "system", "content": record["system"]})
+    weights = [1 if shape == "ShareGPT" else each.get("weight", 1) for each in given]
+    if len(messages) > len(weights):
+        weights.insert(0, 1)
+    for number, weight in enumerate(weights):
+        if isinstance(weight, str) or weight not in (0, 1):
+            raise DataError(
+                f"{where}.{key}[{number}].weight: {weight!r}, expected 0 (not learnt) or 1"
+            )
+    spoken = [each["role"] == "assistant" for each in messages]
+    learnt = tuple(s and bool(w) for s, w in zip(spoken, weights, strict=True))
+    if not any(learnt):
+        why = "of weight 0" if any(spoken) else "of an assistant"
+        what = "every assistant's message is" if any(spoken) else "no message is"
+        raise DataError(f"{where}.{key}: {what} {why}, so there is nothing to learn")
+    return Dialogue(tuple(messages), learnt, tools(record.get("tools"), f"{where}.tools"))
+
+
+def message(given: object, where: str) -> Message:
+    """A message with a known role, and with content, or tool calls in its place."""
+    if not isinstance(given, Mapping):
+        raise DataError(f"{where}: expected role and content, got {type(given).__name__}")
+    if "role" not in given:
+        near = did_you_mean("role", map(str, given)) if given else "it is empty"
+        raise DataError(f"{where}: no 'role'; {near}")
+    role = given["role"]
+    if not isinstance(role, str):
+        raise DataError(f"{where}.role: expected text, got {type(role).__name__}")
+    if role not in ROLES:
+        raise DataError(f"{where}.role: {role!r} is unknown; {did_you_mean(role, ROLES)}")
+    content, calls = given.get("content"), given.get("tool_calls")
+    if "content" not in given and not calls:
+        near = did_you_mean("content", map(str, given))
+        raise DataError(f"{where}: no 'content'; {near}")
+    if not (isinstance(content, str) or (content is None and calls)):
+        raise DataError(f"{where}.content: expected text, got {type(content).__name__}")
+    if role == "assistant" and not content and not calls:
+        raise DataError(f"{where}.content: empty; an assistant's turn needs text to learn from")
+    if calls is not None and not isinstance(calls, Sequence):
+        raise DataError(f"{where}.tool_calls: expected a list, got {type(calls).__name__}")
+    kept = {k: v for k, v in given.items() if k != "weight" and v is not None}
+    return {**kept, "content": content or ""}
+
+
+def _turn(given: object, where: str) -> Message:
+    """A message of ShareGPT's: who it is from, and its value."""
+    if not isinstance(given, Mapping) or not {"from", "value"} <= given.keys():
+        raise DataError(f"{where}: expected an object with 'from' and 'value'")
+    speaker = given["from"]
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        near = did_you_mean(str(speaker), _SPEAKERS)
+        raise DataError(f"{where}.from: {speaker!r} is unknown; {near}")
+    return message({"role": _SPEAKERS[speaker], "content": given["value"]}, where)
+
+
+def _alpaca(record: Mapping[str, Any], where: str) -> Dialogue:
+    """The instruction, with its input two lines below, is asked; the output is said."""
+    texts = {key: record.get(key) or "" for key in ("instruction", "input", "output", "system")}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise DataError(f"{where}.{key}: expected text, got {type(text).__name__}")
+    for key in ("instruction", "output"):
+        if not texts[key]:
+            raise DataError(f"{where}.{key}: empty, expected text")
+    asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
+    said = [("user", asked), ("assistant", texts["output"])]
+    if texts["system"]:
+        said.insert(0, ("system", texts["system"]))
+    messages = tuple({"role": role, "content": text} for role, text in said)
+    return Dialogue(messages, tuple(role == "assistant" for role, _ in said))
+
+
+def tools(given: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Descriptions of functions, or none; JSON as text is read."""
+    if isinstance(given, str) and given.strip():
+        try:
+            given = orjson.loads(given)
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"{where}: text that is not JSON ({error})") from error
+    if not given:
+        return ()
+    if not isinstance(given, Sequence) or not all(isinstance(tool, Mapping) for tool in given):
+        raise DataError(f"{where}: expected a list of objects that describe functions")
+    return tuple(given)

@@ -1,0 +1,154 @@
+"""Dialogues in a tokenizer's own chat template, and which of their tokens the assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from functrain.data.dialogues import Dialogue, Message
+from functrain.data.text import IGNORE_INDEX
+from functrain.errors import DataError
+
+Spans = list[tuple[int, int]]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@runtime_checkable
+class Templated(Protocol):
+    """A tokenizer with a chat template: `functrain.data.PretrainedTokenizer` is one."""
+
+    @property
+    def template(self) -> str | None:
+        """The template, or None."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens as they are written."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        prompt: bool = False,
+    ) -> str:
+        """Messages as text."""
+        ...
+
+    def generated(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids, and for each whether it is within `{% generation %}`."""
+        ...
+
+
+def has_template(tokenizer: object) -> bool:
+    """Whether a tokenizer says how dialogues look."""
+    return isinstance(tokenizer, Templated) and tokenizer.template is not None
+
+
+def laid_out(
+    given: Dialogue, tokenizer: Templated, where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of a dialogue in the template, and labels: −100 but on what is learnt.
+
+    By `{% generation %}` where the template marks what the assistant says. Otherwise by prefix
+    difference: what a message adds to the text up to where the assistant would begin is its own,
+    its end among it; that is exact where each beginning of the dialogue is rendered as the
+    beginning of the whole, and refused where not. The pieces are tokenised apart, as a model that
+    is asked with the one goes on with the other.
+
+    Raises `DataError` where a template leaves out a message or the tools, and where nothing is
+    marked.
+    """
+    tools = list(given.tools) or None
+    whole = tokenizer.render(given.messages, tools=tools)
+    _check_whole(given, whole, tokenizer, where)
+    if _GENERATION.search(tokenizer.template or ""):
+        ids, labels = _by_generation(given, tokenizer, tools, where)
+    else:
+        spans = _spans(given, whole, tokenizer, tools, where)
+        ids, labels = _by_spans(whole, spans, tokenizer, where)
+    if all(label == IGNORE_INDEX for label in labels):
+        raise DataError(
+            f"{where}: the chat template marks no token as the assistant's, so there is nothing to "
+            "learn; check where it has {% generation %}"
+        )
+    return tuple(ids), tuple(labels)
+
+
+def _check_whole(given: Dialogue, whole: str, tokenizer: Templated, where: str) -> None:
+    for number, each in enumerate(given.messages):
+        content = str(each["content"]).strip()
+        if content not in whole:
+            raise DataError(
+                f"{where}.messages[{number}].content: the chat template leaves it out, or changes "
+                f"it ({each['role']}); take it out, or give the tokenizer a template that has it"
+            )
+    if given.tools and whole == tokenizer.render(given.messages):
+        raise DataError(f"{where}.tools: the chat template has no place for them")
+
+
+def _by_generation(
+    given: Dialogue, tokenizer: Templated, tools: Any, where: str
+) -> tuple[list[int], list[int]]:
+    ids, mask = tokenizer.generated(given.messages, tools=tools)
+    starts = [n for n, said in enumerate(mask) if said and not (n and mask[n - 1])]
+    spoken = [n for n, each in enumerate(given.messages) if each["role"] == "assistant"]
+    learnt = [given.learnt[n] for n in spoken]
+    if all(learnt):
+        return ids, [i if said else IGNORE_INDEX for i, said in zip(ids, mask, strict=True)]
+    if len(starts) != len(spoken):
+        raise DataError(
+            f"{where}.messages: weights, and the chat template marks {len(starts)} stretches for "
+            f"{len(spoken)} messages of the assistant; leave the weights out"
+        )
+    labels, turn = [], -1
+    for n, (i, said) in enumerate(zip(ids, mask, strict=True)):
+        turn += n in starts
+        labels.append(i if said and learnt[turn] else IGNORE_INDEX)
+    return ids, labels
+
+
+def _spans(given: Dialogue, whole: str, tokenizer: Templated, tools: Any, where: str) -> Spans:
+    """Where in the text what is learnt begins and ends."""
+    found: Spans = []
+    for number, learnt in enumerate(given.learnt):
+        if not learnt:
+            continue
+        before = tokenizer.render(given.messages[:number], tools=tools, prompt=True)
+        after = tokenizer.render(given.messages[: number + 1], tools=tools)
+        if not (whole.startswith(after) and after.startswith(before) and len(after) > len(before)):
+            raise DataError(
+                f"{where}.messages[{number}]: the chat template renders the beginning of the "
+                "dialogue otherwise when more follows, so what the assistant says cannot be told "
+                "exactly; give the tokenizer a template with {% generation %}"
+            )
+        found.append((len(before), len(before) + len(after[len(before) :].rstrip())))
+    return found
+
+
+def _by_spans(
+    whole: str, spans: Spans, tokenizer: Templated, where: str
+) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    labels: list[int] = []
+    at = 0
+    for begin, end in [*spans, (len(whole), len(whole))]:
+        between, said = tokenizer.encode(whole[at:begin]), tokenizer.encode(whole[begin:end])
+        ids += [*between, *said]
+        labels += [*([IGNORE_INDEX] * len(between)), *said]
+        at = end
+    if ids != tokenizer.encode(whole) and tokenizer.spell(ids) != whole:
+        raise DataError(
+            f"{where}: the tokenizer gives pieces of a text other tokens than the text (it adds "
+            "spaces, say), so the assistant's cannot be told; give a template with "
+            "{% generation %}"
+        )
+    return ids, labels

@@ -1,0 +1,342 @@
+"""Dialogues in a tokenizer's template: exactly what the assistant says is learnt, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import functrain as ft
+from functrain.cli import main
+from functrain.data import PretrainedTokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLED = (
+    "{% if tools %}<|im_start|>tools\n{% for t in tools %}{{ t['name'] }} {% endfor %}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.get('tool_calls') or [] %}CALL {{ c['name'] }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As some families do: what the assistant thought is left out of all but the last turn.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}(thinking){% endif %}{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = CHATML.replace(
+    "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"
+)
+
+
+def tokenizer(template: str | None = CHATML) -> PretrainedTokenizer:
+    """A byte-level BPE of transformers with merges across words, and ChatML's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {each: n for n, each in enumerate(alphabet)}
+    merges = [("Ċ", "Ċ"), ("h", "e"), ("he", "l"), ("Ġ", "t")]
+    for one, other in merges:
+        vocabulary[one + other] = len(vocabulary)
+    inner = Tokenizer(models.BPE(vocabulary, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(t) for t in ("<|im_start|>", "<|im_end|>")])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    fast.chat_template = template
+    return PretrainedTokenizer(fast)
+
+
+def said(*turns: str, **more: Any) -> dict[str, Any]:
+    """A record of messages whose speakers take turns, the user first."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
+    return {"messages": messages, **more}
+
+
+def read(record: Any, template: str | None = CHATML, **options: Any) -> Any:
+    given = tokenizer(template)
+    return ft.data.chat([record], given, time=512, batch_size=1, **options).examples[0]
+
+
+def trained(record: Any, template: str | None = CHATML) -> list[str]:
+    """Each stretch that is learnt, as text."""
+    spell = tokenizer(template).spell
+    ids, labels = read(record, template)
+    found: list[list[int]] = []
+    for n, (i, label) in enumerate(zip(ids, labels, strict=True)):
+        if label == -100:
+            continue
+        assert label == i
+        if n and labels[n - 1] != -100:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return [spell(each) for each in found]
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1).filter(
+    lambda text: text.strip() == text and "<" not in text
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@given(turns=st.lists(TEXTS, min_size=2, max_size=7))
+def test_what_the_assistant_says_is_learnt_and_nothing_else(
+    template: str, turns: list[str]
+) -> None:
+    """By prefix difference and by `{% generation %}` alike; the ids are those of the whole text."""
+    record = said(*turns)
+    given = tokenizer(template)
+    ids, _ = read(record, template)
+    assert given.spell(ids) == given.render(record["messages"])
+    assert list(ids) == given.encode(given.render(record["messages"]))
+    assert trained(record, template) == [f"{text}<|im_end|>" for text in turns[1::2]]
+
+
+def test_a_completion_begins_where_a_model_would_go_on() -> None:
+    """A line break at its start is not one token with the line break before it."""
+    given = tokenizer()
+    ids, labels = read(said("a", "\nb"))
+    begin = next(n for n, label in enumerate(labels) if label != -100)
+    asked = given.render([{"role": "user", "content": "a"}], prompt=True)
+    assert list(ids[:begin]) == given.encode(asked)
+    assert given.spell(ids[begin:]) == "\nb<|im_end|>\n"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, None])
+def test_a_message_of_weight_0_is_not_learnt(template: str | None) -> None:
+    record = said("a", "b", "c", "d")
+    record["messages"][1]["weight"] = 0
+    record["messages"][3]["weight"] = 1
+    if template is None:
+        ids, labels = ft.data.chat(
+            [record], ft.data.ByteTokenizer(), time=99, batch_size=1
+        ).examples[0]
+        assert [i for i in labels if i != -100] == [ord("d"), 256]
+        assert bytes(i for i in ids if i < 256) == b"user: a\nassistant: b\nuser: c\nassistant: d\n"
+    else:
+        assert trained(record, template) == ["d<|im_end|>"]
+
+
+def test_the_shapes_are_one_dialogue() -> None:
+    expected = read(said("Add\n\n1 2", "3"))
+    turns = [{"from": "human", "value": "Add\n\n1 2"}, {"from": "gpt", "value": "3"}]
+    assert read({"conversations": turns}) == expected
+    assert read({"instruction": "Add", "input": "1 2", "output": "3"}) == expected
+    assert read({"instruction": "Add\n\n1 2", "input": "", "output": "3"}) == expected
+    messages = said("Add\n\n1 2", "3")["messages"]
+    assert read({"prompt": messages[:1], "completion": messages[1:]}) == expected
+    system = {"role": "system", "content": "Short."}
+    whole = {"messages": [system, *messages]}
+    assert read({"conversations": turns, "system": "Short."}) == read(whole)
+    assert read({"instruction": "Add\n\n1 2", "output": "3", "system": "Short."}) == read(whole)
+
+
+def test_preferences_are_laid_out_by_the_template() -> None:
+    given = tokenizer()
+    turns = said("a", "b", "c", "good")["messages"]
+    bad = [*turns[:3], {"role": "assistant", "content": "bad"}]
+    explicit = {"prompt": turns[:3], "chosen": turns[3:], "rejected": bad[3:]}
+    implicit = {"chosen": turns, "rejected": bad}
+    found = [
+        ft.data.preference([each], given, time=99, batch_size=1).examples[0]
+        for each in (explicit, implicit)
+    ]
+    assert found[0] == found[1]
+    for (ids, labels), text in zip(found[0], ("good", "bad"), strict=True):
+        begin = next(n for n, label in enumerate(labels) if label != -100)
+        assert given.spell(ids[:begin]) == given.render(turns[:3], prompt=True)
+        assert given.spell([i for i in labels if i != -100]) == f"{text}<|im_end|>"
+    other = said("z", "b", "c", "bad")["messages"]
+    with pytest.raises(ft.DataError, match="share no beginning that could be it"):
+        ft.data.preference([{"chosen": turns, "rejected": other}], given, time=99, batch_size=1)
+
+
+def test_tools_and_their_calls_are_in_the_template() -> None:
+    tools = [{"name": "clock"}]
+    messages = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "tool_calls": [{"name": "clock"}]},
+        {"role": "tool", "content": "9:00"},
+        {"role": "assistant", "content": "Nine."},
+    ]
+    record = {"messages": messages, "tools": tools}
+    assert trained(record, TOOLED) == ["CALL clock<|im_end|>", "Nine.<|im_end|>"]
+    assert read({**record, "tools": json.dumps(tools)}, TOOLED) == read(record, TOOLED)
+    with pytest.raises(ft.DataError, match=r"tools: the chat template has no place for them"):
+        read(said("a", "b", tools=tools))
+    with pytest.raises(ft.DataError, match="the tokenizer has no chat template"):
+        ft.data.chat([record], ft.data.ByteTokenizer(), time=99, batch_size=1)
+
+
+def _changed(number: int, **changes: Any) -> dict[str, Any]:
+    record = said("a", "b", "c", "d")
+    record["messages"][number] = {**record["messages"][number], **changes}
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "message"),
+    [
+        (said("a", "b", "c", "d"), FORGETFUL, r"messages\[1\]: .* otherwise when more follow"),
+        (
+            {"messages": [{"role": "system", "content": "Be good"}, *said("a", "b")["messages"]]},
+            NO_SYSTEM,
+            r"messages\[0\]\.content: the chat template leaves it out",
+        ),
+        (
+            said("a", "b"),
+            MARKED.replace("generation %}{{", "generation %}{# {{").replace(
+                "<|im_end|>{% end", "#}{% end"
+            ),
+            "messages.*leaves it out|marks no token",
+        ),
+        (
+            said("a", "b"),
+            CHATML.replace("{{ m['role'] }}", "{{ raise_exception('no') }}"),
+            "refuses",
+        ),
+        (said("a"), CHATML, "no message is of an assistant"),
+        (_changed(1, weight=0.5), CHATML, r"messages\[1\]\.weight: 0.5, expected 0"),
+        (_changed(1, weight="1"), CHATML, r"weight: '1', expected 0"),
+        (_changed(1, role="asistant"), CHATML, r"role: 'asistant' is unknown; did you mean 'ass"),
+        (_changed(1, content=3), CHATML, r"messages\[1\]\.content: expected text, got int"),
+        (_changed(1, content=""), CHATML, r"messages\[1\]\.content: empty"),
+        (_changed(1, tool_calls=3), CHATML, r"tool_calls: expected a list, got int"),
+        ({"messages": [3]}, CHATML, r"messages\[0\]: expected role and content, got int"),
+        ({"messages": [{"content": "a"}]}, CHATML, r"messages\[0\]: no 'role'"),
+        ({"messages": [{"role": "user"}]}, CHATML, r"messages\[0\]: no 'content'"),
+        ({"messages": "a"}, CHATML, "messages: expected a list"),
+        ({"messages": []}, CHATML, "messages: expected a list"),
+        (said("a", "b", conversations=[]), CHATML, "messages and conversations; give one form"),
+        (said("a", "b", tools="{"), CHATML, "tools: text that is not JSON"),
+        (said("a", "b", tools=[3]), CHATML, "tools: expected a list of objects"),
+        ({"conversations": [{"from": "humna", "value": "a"}]}, CHATML, "did you mean 'human'"),
+        ({"conversations": [{"value": "a"}]}, CHATML, "expected an object with 'from' and 'value'"),
+        ({"instruction": "", "output": "b"}, CHATML, "instruction: empty, expected text"),
+        ({"instruction": "a", "output": 3}, CHATML, "output: expected text, got int"),
+        (
+            {"prompt": said("a")["messages"], "completion": said("a")["messages"]},
+            CHATML,
+            r"completion: begins with the prompt's messages again",
+        ),
+    ],
+)
+def test_what_cannot_be_told_is_refused(record: Any, template: str, message: str) -> None:
+    with pytest.raises(ft.DataError, match=message) as caught:
+        read(record, template)
+    assert "record 0" in str(caught.value) or "chat template" in str(caught.value)
+
+
+def test_an_all_zero_mask_is_refused() -> None:
+    empty = MARKED.replace(
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}",
+        "{{ m['content'] }}<|im_end|>{% generation %}{% endgeneration %}",
+    )
+    with pytest.raises(ft.DataError, match="marks no token as the assistant's"):
+        read(said("a", "b"), empty)
+
+
+def test_weights_need_a_stretch_for_each_message() -> None:
+    joined = MARKED.replace("\n{% else %}", "{% else %}").replace(
+        "<|im_start|>assistant\n{% gen", "{% gen"
+    )
+    record = said("a", "b", "c", "d")
+    twice = [*record["messages"][:2], *record["messages"][1:2], *record["messages"][2:]]
+    assert trained({"messages": twice}, joined) == ["b<|im_end|>b<|im_end|>", "d<|im_end|>"]
+    twice[1] = {**twice[1], "weight": 0}
+    with pytest.raises(ft.DataError, match="marks 2 stretches for 3 messages"):
+        read({"messages": twice}, joined)
+
+
+LINES = [
+    json.dumps(said("a", "b")),
+    "{not json",
+    json.dumps(said("a")),
+    "",
+    json.dumps({"instruction": "a", "output": "b"}),
+    "[1]",
+    json.dumps({"conversations": [{"from": "nobody", "value": "x"}]}),
+]
+
+
+def test_malformed_records_stop_or_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(LINES))
+    options: dict[str, Any] = {"time": 99, "batch_size": 1}
+    with pytest.raises(ft.DataError, match=r"data\.jsonl:2: not JSON"):
+        ft.data.records(path)
+    found = ft.data.records(path, on_bad_record="skip")
+    assert (len(found), found.where(1), len(found.malformed)) == (4, f"{path}:3", 2)
+    with pytest.raises(ft.DataError, match=r"data\.jsonl:3\.messages: no assistant speaks"):
+        ft.data.chat(found, ft.data.ByteTokenizer(), **options)
+    chats = ft.data.chat(found, ft.data.ByteTokenizer(), on_bad_record="skip", **options)
+    assert (chats.counts.kept, chats.counts.malformed, chats.counts.read) == (2, 4, 6)
+    assert "4 malformed" in str(chats.counts)
+    assert chats.counts.complaints[0].startswith(f"{path}:2: not JSON")
+    with pytest.raises(ft.DataError, match=r"all 1 are malformed; the first: record 0"):
+        ft.data.chat([{"x": 1}], ft.data.ByteTokenizer(), on_bad_record="skip", **options)
+    with pytest.raises(ft.DataError, match="on_bad_record: 'ignore', expected 'stop' or 'skip'"):
+        ft.data.chat([said("a", "b")], ft.data.ByteTokenizer(), on_bad_record="ignore", **options)
+
+
+def test_malformed_preferences_are_counted_too() -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    options: dict[str, Any] = {"time": 9, "batch_size": 1, "on_bad_record": "skip"}
+    found = ft.data.preference([pair, {"prompt": 3}], ft.data.ByteTokenizer(), **options)
+    assert (found.counts.kept, found.counts.malformed) == (1, 1)
+    judged = {"prompt": "p", "completion": "a", "label": True}
+    others = [judged, {**judged, "completion": "b", "label": 1}, {**judged, "completion": "c"}]
+    kto = ft.data.unpaired(others, ft.data.ByteTokenizer(), **options)
+    assert (kto.counts.kept, kto.counts.malformed) == (2, 1)
+
+
+def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([said("a", "b"), {"instruction": "a", "output": "b"}]))
+    assert len(ft.data.records(path)) == 2
+    for text, message in (
+        ("{}", "expected a list of objects, got dict"),
+        ("[]", "expected a list of objects"),
+        ("[1]", r"data\.json:0: expected an object, got int"),
+        ('{"a": 1}\n{"a": 2}', r"one object in each line is a \.jsonl file"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ft.DataError, match=message):
+            ft.data.records(path)
+
+
+def test_data_show_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "data.jsonl"
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    path.write_text(json.dumps(said("a", "b", "c", "d")) + "\n" + json.dumps(pair) + "\n")
+    tokenizer().inner.save_pretrained(tmp_path / "model")
+    assert main(["data", "show", str(path), "--model", str(tmp_path / "model")]) == 0
+    out = capsys.readouterr().out
+    assert f"{path}:1: messages" in out
+    assert "<|im_start|>assistant\n⟦b<|im_end|>⟧\n<|im_start|>user\nc" in out
+    assert main(["data", "show", str(path), "--color", "always", "--index", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "p\x1b[1;32mgood¶\x1b[0m" in out
+    assert "rejected: 5 tokens, 4 of them trained" in out
+    for wrong, message in (
+        (["data", "show", str(path), "--index", "2"], "index: 2, and"),
+        (["data", "sow", str(path)], "'sow' is unknown"),
+        (["data", "show", str(path), "--color", "red"], "color: 'red'"),
+        (["data", "show", str(path), "--model", str(tmp_path)], "no tokenizer that transformers"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""The loss that balances the routers of a mixture of experts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+from models import families
+
+import functrain as ft
+from functrain import testing
+
+MIXTURES = ("gpt_oss", "mixtral", "olmoe", "qwen3_moe")
+EVERY = pytest.mark.parametrize("name", MIXTURES)
+
+
+def masked(seed: int = 0, examples: int = 4) -> dict[str, Any]:
+    """A batch whose rows have ends of padding, of other lengths."""
+    batch = zoo.batch(seed, examples)
+    mask = (torch.arange(8) < torch.tensor([8, 5, 7, 3])[:examples].unsqueeze(1)).long()
+    return {**batch, "labels": batch["labels"].masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+def started(name: str, **options: Any) -> tuple[Any, Any]:
+    architecture, params, buffers = ft.split(families.made(name))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), router=0.1, **options)
+    return step, step.init(params, buffers)
+
+
+@EVERY
+@pytest.mark.parametrize("make", [zoo.batch, masked])
+def test_a_step_is_that_of_an_ordinary_loop(name: str, make: Any) -> None:
+    ordinary = families.made(name).train()
+    step, state = started(name)
+    batch = make()
+    state, metrics = step(state, batch)
+    optimizer = torch.optim.AdamW(ordinary.parameters(), lr=1e-2, fused=True)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+    outputs = ordinary(**inputs, output_router_logits=True)
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    loss = F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum()
+    (loss + 0.1 * outputs.aux_loss).backward()
+    optimizer.step()
+    assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-6)
+    assert float(metrics["aux_loss"]) == pytest.approx(outputs.aux_loss.item(), rel=1e-6)
+    for parameter, value in ordinary.named_parameters():
+        torch.testing.assert_close(state.params[parameter], value.detach(), rtol=1e-3, atol=2e-5)
+
+
+@given(data=st.data())
+def test_micro_batches_balance_as_the_whole_batch(data: st.DataObject) -> None:
+    """The counts are of the whole, so that the gradient is; each its own would not be."""
+    step, state = started("mixtral")
+    batch = masked(data.draw(st.integers(0, 99)))
+    parts = data.draw(testing.partitions(4))
+    testing.assert_accumulation_invariant(step, state, batch, parts)
+    testing.assert_evaluation_invariant(step, state, batch, parts)
+
+
+def test_it_moves_the_routers_and_obeys_the_laws() -> None:
+    step, state = started("mixtral", microbatches=2)
+    testing.assert_pure(step, state, masked())
+    testing.assert_donation_equal(step, state, masked())
+    plain = ft.pretrain_step(step.architecture, ft.optim.adamw(1e-2))
+    router = "model.layers.0.mlp.gate.weight"
+    ours, theirs = (
+        each.value_and_grad(state.params, state.buffers, masked()).grads[router]
+        for each in (step, plain)
+    )
+    assert not torch.allclose(ours, theirs, rtol=1e-2)
+
+
+def test_the_head_by_chunks_gives_the_same(monkeypatch: Any) -> None:
+    found = []
+    for budget in (1 << 30, 256):
+        monkeypatch.setattr("functrain.objectives.chunks.BUDGET", budget)
+        step, state = started("mixtral")
+        found.append(step.value_and_grad(state.params, state.buffers, masked()))
+    for name, grad in found[0].grads.items():
+        torch.testing.assert_close(found[1].grads[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_has_no_routers_is_refused() -> None:
+    for architecture, params, buffers in (zoo.split("tied"), ft.split(families.made("llama"))):
+        step = ft.sft_step(architecture, ft.optim.sgd(), router=0.1)
+        with pytest.raises(ft.ArchitectureError, match="has no routers to balance"):
+            step(step.init(params, buffers), zoo.batch())
+    architecture, _, _ = zoo.split("tied")
+    for wrong in (-1.0, float("inf"), True):
+        with pytest.raises(ft.ConfigError, match=r"router: .*, expected a positive finite number"):
+            ft.sft_step(architecture, ft.optim.sgd(), router=wrong)
+    step = ft.pretrain_step(copy.deepcopy(architecture), ft.optim.sgd(), router=0.0)
+    assert type(step.objective) is ft.objectives.LanguageModeling
