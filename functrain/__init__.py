@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from functrain import (
         checkpoint,
         data,
+        distributed,
         models,
         objectives,
         precision,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         DivergedError,
         FunctrainError,
         StateError,
+        WorkerError,
     )
     from functrain.evaluation import evaluate
     from functrain.flops import flops_of
@@ -62,6 +64,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "checkpoint": "functrain.checkpoint",
     "data": "functrain.data",
+    "distributed": "functrain.distributed",
     "models": "functrain.models",
     "objectives": "functrain.objectives",
     "optim": "functrain.optimizers",
@@ -84,6 +87,7 @@ _NAMES = {
         "DivergedError",
         "FunctrainError",
         "StateError",
+        "WorkerError",
     ),
     "functrain.gradients": (
         "accumulate",
@@ -125,6 +129,7 @@ __all__ = [
     "StateError",
     "Step",
     "TrainState",
+    "WorkerError",
     "accumulate",
     "adaptive_clip",
     "attach_reference",
@@ -134,6 +139,7 @@ __all__ = [
     "clip_by_value",
     "clone",
     "data",
+    "distributed",
     "dpo_step",
     "evaluate",
     "fingerprint",
