@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def _leaves(record: Any, name: str) -> Iterator[tuple[str, str]]:
         for field in attrs.fields(type(record)):
             if field.name not in _ELSEWHERE and not (not field.init and field.name[0] == "_"):
                 yield from _leaves(getattr(record, field.name), f"{name}.{field.name}")
-    elif isinstance(record, tuple | list):
+    elif isinstance(record, Sequence) and not isinstance(record, str | bytes):
         yield name, str([dict(_leaves(each, "")) for each in record])
-    elif isinstance(record, set | frozenset):
+    elif isinstance(record, Set):
         yield name, str(sorted(map(str, record)))
     else:
         text = repr(record)

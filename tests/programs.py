@@ -11,6 +11,7 @@ import zoo
 from torch import nn
 
 import functrain as ft
+from functrain.loop import conditions
 from functrain.precision import Precision
 
 EXAMPLES, TIME = 16, 6
@@ -126,3 +127,60 @@ def moving(options: Any) -> None:
         architecture, params, buffers = ft.split(module)
         step = ft.pretrain_step(architecture, ft.optim.adamw(1e-3), microbatches=2, world=world)
         step(step.init(params, buffers), part(zoo.batch(), world.rank, world.size))
+
+
+def training(options: Any) -> dict[str, Any]:
+    """`train` over a source of padded examples, from the newest checkpoint on if any."""
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made(options, world)
+        source = Ragged(options.get("data", 0) if world.rank else 0)
+        directory = options.get("directory")
+        newest = ft.latest(directory) if directory is not None else None
+        if newest is not None:
+            under = conditions(step, source.batch_size)
+            state = ft.load(newest, like=state, conditions=under, strict=True)
+        records: list[Any] = []
+        run = ft.train(
+            step,
+            state,
+            source,
+            steps=options.get("steps", 4),
+            evaluation=[zoo.batch(n, 3 + n % 2) for n in range(90, 95)],
+            evaluate_every=2,
+            directory=directory,
+            save_every=2 if directory is not None else None,
+            background=options.get("background", False),
+        )
+        for state, metrics in run:
+            records.append({name: value.hex() for name, value in metrics.to_dict().items()})
+            if options.get("dies") == [world.rank, state.step]:
+                os._exit(9)
+        return {"fingerprint": ft.fingerprint(state), "records": records}
+
+
+class Ragged:
+    """Batches whose length is that of their longest example, as padded data are."""
+
+    batch_size = EXAMPLES
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return 40
+
+    def at(self, position: int, n: int) -> dict[str, Any]:
+        samples = [self._sample(place) for place in range(position, position + n)]
+        longest = max(len(each) for each in samples)
+        ids = torch.stack([nn.functional.pad(each, (0, longest - len(each))) for each in samples])
+        mask = torch.stack([torch.arange(longest) < len(each) for each in samples])
+        return {
+            "input_ids": ids,
+            "labels": ids.masked_fill(~mask, -100),
+            "attention_mask": mask.long(),
+        }
+
+    def _sample(self, place: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._seed * 1000 + place % 40)
+        length = int(torch.randint(3, 9, (), generator=generator))
+        return torch.randint(1, zoo.VOCABULARY, (length,), generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import orjson
 import torch
@@ -128,3 +129,48 @@ def metrics_of(values: Tensor, like: Metrics) -> Metrics:
         )
         begin = stop
     return Metrics({name: found[name] for name in like})
+
+
+class _Speaking(Protocol):
+    @property
+    def size(self) -> int: ...
+
+    def payloads(self, given: bytes, what: str = ...) -> list[bytes]: ...
+
+
+def gathered_metrics(world: _Speaking, own: Sequence[Metrics]) -> list[Metrics]:
+    """The metrics of every worker's turns: of turn i from worker i modulo their number.
+
+    They may have other names from turn to turn. On an accelerator this waits for it.
+    """
+    if world.size == 1:
+        return list(own)
+    told = [orjson.loads(each) for each in world.payloads(orjson.dumps([_plain(m) for m in own]))]
+    turns = max(map(len, told))
+    return [_parsed(each[turn]) for turn in range(turns) for each in told if turn < len(each)]
+
+
+def _plain(metrics: Metrics) -> dict[str, list[object]]:
+    """As JSON; floats as text, since JSON has neither infinities nor NaN."""
+    return {
+        name: [
+            metrics.metric(name).reading,
+            [value.hex() for value in metrics.metric(name).sum.reshape(-1).tolist()],
+            [value.hex() for value in metrics.metric(name).weight.reshape(-1).tolist()],
+            metrics.metric(name).sum.ndim,
+        ]
+        for name in metrics
+    }
+
+
+def _parsed(given: dict[str, list[Any]]) -> Metrics:
+    def tensor(values: list[str], ndim: int) -> Tensor:
+        found = torch.tensor([float.fromhex(value) for value in values], dtype=torch.float64)
+        return found if ndim else found.reshape(())
+
+    return Metrics(
+        {
+            name: Metric(tensor(total, ndim), tensor(weight, ndim), reading)
+            for name, (reading, total, weight, ndim) in given.items()
+        }
+    )

@@ -26,6 +26,7 @@ from functrain.errors import (
     BatchError,
     ConfigError,
     FunctrainError,
+    RelayedError,
     WorkerError,
     is_number,
 )
@@ -154,6 +155,8 @@ class World:
 
     def total(self, number: int) -> int:
         """The sum of an integer over the workers."""
+        if self.size == 1:
+            return number
         return int(self.numbers([number]).sum())
 
     def any(self, flag: bool) -> bool:
@@ -381,7 +384,7 @@ def _versions(values: Sequence[str | None]) -> str:
     return "; ".join(parts)
 
 
-def relayed(text: str, rank: int) -> WorkerError:
+def relayed(text: str, rank: int) -> RelayedError:
     """Another worker's error, told here."""
     kind, _, message = text.partition("\0")
-    return WorkerError(f"worker {rank} has refused ({kind}): {message}")
+    return RelayedError(f"worker {rank} has refused ({kind}): {message}")

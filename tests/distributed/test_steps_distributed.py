@@ -113,7 +113,7 @@ def test_a_tree_keeps_a_logarithm_of_its_leaves(count: int) -> None:
 def test_what_one_worker_refuses_every_worker_refuses(group: Group) -> None:
     ranks = {"1": {"label": 77}}
     first, second = group.run("parts", 2, {"ranks": ranks})
-    assert first["error"][0] == "WorkerError"
+    assert first["error"][0] == "RelayedError"
     assert first["error"][1].startswith("worker 1 has refused (BatchError): labels: 77 at [0, 1]")
     assert second["error"][0] == "BatchError"
 
