@@ -36,6 +36,7 @@ FREE = (
     "train.on_save_error",
     "train.log_every",
     "train.compile_cache",
+    "train.timeout",
 )
 FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.limit")
 

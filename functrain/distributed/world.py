@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import attrs
 import numpy as np
@@ -33,6 +33,7 @@ from functrain.errors import (
 from functrain.metrics import Metrics
 from functrain.reductions import Part, tree_sum
 
+T = TypeVar("T")
 TIMEOUT = 600.0
 
 
@@ -152,6 +153,20 @@ class World:
         if said.startswith("-"):
             raise relayed(said[1:], 0)
         return said[1:]
+
+    def for_all(self, make: Callable[[], T]) -> T:
+        """What each worker makes; where one raises, so does every worker."""
+        if self.size == 1:
+            return make()
+        made: list[T] = []
+        failure: FunctrainError | None = None
+        try:
+            made.append(make())
+        except FunctrainError as error:
+            failure = error
+        if self.any(failure is not None):
+            self._refused(failure)
+        return made[0]
 
     def total(self, number: int) -> int:
         """The sum of an integer over the workers."""
@@ -323,7 +338,9 @@ def world(*, device: str | None = None, timeout: float = TIMEOUT) -> World:
         raise ConfigError(f"timeout: {timeout!r}, expected a positive number of seconds")
     size = _number("WORLD_SIZE", 1)
     rank = _number("RANK", 0)
-    where = torch.device(_device() if device is None else device)
+    where = torch.device(_device() if device in (None, "cuda") else device or "cpu")
+    if device == "cuda" and where.type == "cpu":
+        raise ConfigError("device: 'cuda', and this machine has none; use 'cpu'")
     if size == 1:
         return World(device=where, timeout=timeout)
     if not 0 <= rank < size:
