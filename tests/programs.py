@@ -112,6 +112,12 @@ def parts(options: Any) -> str:
         return ft.fingerprint(state)
 
 
+def restarting(_options: Any) -> None:
+    """A world of torchrun --max-restarts."""
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "3"
+    ft.distributed.world(timeout=10).close()
+
+
 class Moving(zoo.Tied):
     """Counts its calls in a buffer."""
 

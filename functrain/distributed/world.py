@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from functrain.errors import (
     BatchError,
     ConfigError,
     FunctrainError,
+    FunctrainWarning,
     RelayedError,
     WorkerError,
     is_number,
@@ -93,7 +95,9 @@ class World:
             ) from error
 
     def _whereabouts(self) -> str:
-        """Where the others were last heard of."""
+        """Where the others were last heard of; nothing before they have met."""
+        if not dist.is_initialized():
+            return ""
         heard: dict[str, list[int]] = {}
         try:
             store = _store()
@@ -302,8 +306,7 @@ class World:
     def close(self) -> None:
         """Wait for the others and end the process group; nothing where there is none."""
         if self.size > 1 and dist.is_initialized():
-            with self.meeting("the end"):
-                dist.barrier()
+            self.numbers([0])
             _end()
 
     def __enter__(self) -> Self:
@@ -352,6 +355,7 @@ def world(*, device: str | None = None, timeout: float = TIMEOUT) -> World:
         backend = "gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl"
         with made.meeting("the meeting of all workers (one may be missing)"):
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _warn_of_stale_addresses(backend)
         # Gloo may abort a process that ends with its threads alive.
         atexit.register(_end)
     elif (dist.get_rank(), dist.get_world_size()) != (rank, size):
@@ -360,6 +364,18 @@ def world(*, device: str | None = None, timeout: float = TIMEOUT) -> World:
             f"and the environment says {rank} of {size}"
         )
     return made
+
+
+def _warn_of_stale_addresses(backend: str) -> None:
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    shared = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1"
+    if restarts != "0" and shared and os.environ.get("RANK") == "0" and backend == "gloo":
+        warnings.warn(
+            "torchrun --max-restarts: restarted workers would look for those before them and wait "
+            "for minutes; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            FunctrainWarning,
+            stacklevel=3,
+        )
 
 
 def _device() -> str:

@@ -101,14 +101,19 @@ def _workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in path.read_text().split()]
 
 
-def _killed(process: subprocess.Popen[str], directory: Path, step: int, rank: int) -> None:
-    """Kill a worker when the run has a checkpoint of that step or a later one."""
+def _reached(process: subprocess.Popen[str], directory: Path, step: int) -> None:
+    """Wait until the run has a checkpoint of that step or a later one."""
     for _ in range(2000):
         newest = checkpoint.latest(directory / "checkpoints")
         if newest is not None and int(newest.name[5:]) >= step:
             break
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
+
+
+def _killed(process: subprocess.Popen[str], directory: Path, step: int, rank: int) -> None:
+    """Kill a worker when the run has come to that step."""
+    _reached(process, directory, step)
     os.kill(_workers(process)[rank], signal.SIGKILL)
 
 
@@ -130,6 +135,18 @@ def test_a_killed_worker_restarts_the_group_and_the_end_is_the_same(
     _killed(process, directory, 6, rank=1)
     out = _done(process)
     assert out.count("finished, 30 of 30 steps") == 1, "rank 0 alone speaks"
+    assert _last(directory) == alone
+
+
+def test_a_signal_stops_all_workers_at_one_step_and_they_go_on(tmp_path: Path, alone: Any) -> None:
+    config, directory = _config(tmp_path, "run", 30)
+    process = _torchrun(config, 2)
+    _reached(process, directory, 4)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert err.count("functrain: ") == 0
+    assert err.count("stopped at step") == 1
+    _done(_torchrun(config, 2, "--resume"))
     assert _last(directory) == alone
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from workers import Group
+from workers import Group, free_port
 
 import functrain as ft
 from functrain.reductions import Tree, tree_sum
@@ -176,3 +176,34 @@ def test_buffers_that_the_forward_writes_are_refused(group: Group) -> None:
     for each in group.run("moving", 2, {"normed": True}):
         assert each["error"][0] == "ConfigError"
         assert "BatchNorm" in each["error"][1]
+
+
+def test_a_worker_that_is_missing_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**environment, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ft.errors.WorkerError, match=r"worker 0 of 2: the meeting of all workers"):
+        ft.distributed.world(timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("WORLD_SIZE", "two", "WORLD_SIZE: 'two'"), ("RANK", "2", "RANK: 2 of WORLD_SIZE 2")],
+)
+def test_an_environment_that_makes_no_sense_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ft.errors.ConfigError, match=text):
+        ft.distributed.world()
+
+
+def test_a_timeout_is_a_number_of_seconds() -> None:
+    with pytest.raises(ft.errors.ConfigError, match="timeout: 0"):
+        ft.distributed.world(timeout=0)
+
+
+def test_restarts_with_shared_addresses_are_warned_of(group: Group) -> None:
+    first, _ = group.run("restarting", 2)
+    assert first["error"][0] == "FunctrainWarning"
