@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from functrain import (
         checkpoint,
         data,
+        distributed,
         lora,
         models,
         objectives,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         DivergedError,
         FunctrainError,
         StateError,
+        WorkerError,
     )
     from functrain.evaluation import evaluate
     from functrain.flops import flops_of
@@ -64,6 +66,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "checkpoint": "functrain.checkpoint",
     "data": "functrain.data",
+    "distributed": "functrain.distributed",
     "lora": "functrain.lora",
     "models": "functrain.models",
     "objectives": "functrain.objectives",
@@ -87,6 +90,7 @@ _NAMES = {
         "DivergedError",
         "FunctrainError",
         "StateError",
+        "WorkerError",
     ),
     "functrain.gradients": (
         "accumulate",
@@ -129,6 +133,7 @@ __all__ = [
     "StateError",
     "Step",
     "TrainState",
+    "WorkerError",
     "accumulate",
     "adaptive_clip",
     "attach_reference",
@@ -138,6 +143,7 @@ __all__ = [
     "clip_by_value",
     "clone",
     "data",
+    "distributed",
     "dpo_step",
     "evaluate",
     "export",

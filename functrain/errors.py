@@ -51,6 +51,14 @@ class CheckpointError(FunctrainError, ValueError):
     """A checkpoint that is missing, incomplete, altered, or of another architecture."""
 
 
+class WorkerError(FunctrainError):
+    """Workers of one run that disagree, or one of which refuses or does not answer."""
+
+
+class RelayedError(WorkerError):
+    """What another worker has refused, and has said there."""
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is an int or a float; True and False are neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)

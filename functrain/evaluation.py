@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from functrain import keys
 from functrain.architecture import bound
+from functrain.distributed import ALONE, gathered_metrics
 from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, to_device
@@ -40,19 +42,21 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     `eval_loss`, `eval_perplexity` and the stage's other metrics but `padding`, each divided once by
     the weight of all batches, so that neither batch size nor order matters (but to a model that
     draws in eval mode). Changes nothing: no state is returned, and the global random generators are
-    as before.
+    as before. The workers of the step's world are each given all batches and share them out, unless
+    the loss couples them; the result is that of one worker alone, to the bit.
     Raises `BatchError` where there is nothing to evaluate.
     """
     step.check(state)
     gradient = step.value_and_grad
     device = device_of(state.params)
-    measured = Metrics({})
+    measured: list[Metrics] = []
     weight = torch.zeros((), dtype=torch.int64)
     values = gradient.values(state.params)
     buffers = gradient.buffer_values(state.buffers)
     seed = keys.derive(state.key, "evaluate")
     objective = step.objective_of(state)
     checked: Iterable[Batch] = checked_batches(step, batches)
+    world = ALONE if step.world is None or objective.batch_coupled else step.world
     with (
         torch.no_grad(),
         bound(step.architecture, values, buffers, "eval", places=gradient.places) as model,
@@ -63,14 +67,19 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
             # Of all batches together: the result must not depend on how they were cut.
             checked = [to_device(batch, device) for batch in checked]
             couplings = gradient.couplings(model, checked, objective, seed, device)
-        for batch, coupling in zip(checked, couplings, strict=False):
+        for index, (batch, coupling) in enumerate(zip(checked, couplings, strict=False)):
             weight = weight + objective.weight(batch).to(weight.device)
+            if index % world.size != world.rank:
+                continue
             with step.precision.context(device):
                 moved = to_device(batch, device)
                 _, metrics = gradient.measured(model, moved, objective, coupling)
-            measured = measured.merge(metrics)
-    if not measured:
+            measured.append(metrics)
+    every = gathered_metrics(world, measured)
+    if not every:
         raise BatchError("batches: none, so there is nothing to evaluate")
     step.objective.check_weight(weight)
+    # In the order of the batches, whoever has scored which.
+    whole = functools.reduce(Metrics.merge, every)
     # How much is padding depends on how the batches were cut.
-    return Metrics({n: measured.metric(n) for n in measured if n != "padding"}).prefixed("eval_")
+    return Metrics({n: whole.metric(n) for n in whole if n != "padding"}).prefixed("eval_")

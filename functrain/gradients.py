@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
@@ -27,6 +28,7 @@ from functrain.objectives.base import Coupled, Direct, Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
+from functrain.reductions import Part, Tree, Workers, added, tree_sum
 from functrain.trees import Tensors, global_norm, map_leaves
 
 Batches = Batch | Sequence[Batch]
@@ -125,17 +127,23 @@ class ValueAndGrad:
         weight: Tensor | None,
         scaler: LossScale | None,
         objective: Objective | None = None,
+        part: Part | None = None,
     ) -> Gradients:
-        """The same of micro-batches that `checked` has seen, or that are slices of what it saw."""
+        """The same of micro-batches that `checked` has seen, or that are slices of what it saw.
+
+        They are `part` of a logical batch, or by default the whole.
+        """
         objective = self.objective if objective is None else objective
         device = next((p.device for p in params.values()), torch.device("cpu"))
         ready = [to_device(each, device) for each in micro_batches]
-        weight = self.weight(ready) if weight is None else weight
+        if part is None:
+            part = Part(first=0, total=len(ready), weight=self.weight(ready))
+        weight = part.weight.to(device) if weight is None else weight
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
-        total = _Sum(leaves, params)
+        total = _Sum(leaves, params, tree=part.tree)
         factor = scale_loss(weight.double().reciprocal(), scaler)
-        metrics = Metrics({})
+        measured_all: list[Metrics] = []
         # Clones, because a module may update its buffers in place (BatchNorm does).
         bound_values = self.buffer_values(buffers)
         written = {name: (id(value), value._version) for name, value in bound_values.items()}
@@ -150,18 +158,46 @@ class ValueAndGrad:
             if self.direct
             else nullcontext(),
         ):
-            couplings = self.couplings(model, ready, objective, key, device)
+            couplings = self.couplings(model, ready, objective, key, device, part)
             for index, each in enumerate(ready):
-                with keys.seeded(keys.derive(key, "micro-batch", index), device):
+                seed = keys.derive(key, "micro-batch", part.first + index)
+                with keys.seeded(seed, device):
                     with self.precision.context(device):
                         loss, measured = self.measured(model, each, objective, couplings[index])
                     mean = (loss / weight).sum()
                     torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
                 total.add()
-                metrics = metrics.merge(measured)
+                measured_all.append(measured)
             after = bound_buffers(self.places)
+        grads = total.grads()
+        if part.tree:
+            metrics = tree_sum(measured_all, Metrics.merge)
+        else:
+            metrics = functools.reduce(Metrics.merge, measured_all)
         left = Tensors({n: self._left(buffers[n], b, written[n]) for n, b in after.items()})
-        return Gradients(grads=total.grads(), buffers=left, metrics=metrics)
+        if part.workers is not None:
+            moved = self._moved(buffers, after, written)
+            trained = {n: params[n] for n in self.places.trainable}
+            found, metrics = part.workers.reduced(
+                dict(grads), metrics, trained, moved, tree=part.tree
+            )
+            grads = Tensors(found)
+        return Gradients(grads=grads, buffers=left, metrics=metrics)
+
+    def _moved(
+        self,
+        given: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        written: Mapping[str, tuple[int, int]],
+    ) -> list[str]:
+        """The buffers that the forward has written to."""
+        return [
+            name
+            for name, buffer in after.items()
+            if (id(buffer), buffer._version) != written[name]
+            # BatchNorm's kernel writes without moving the version.
+            or (buffer.device.type == "cpu" and not buffer.to(given[name]).equal(given[name]))
+        ]
 
     def _compiled(self, model: nn.Module) -> AbstractContextManager[None]:
         """The bound model with its body compiled, where that was asked for."""
@@ -188,16 +224,18 @@ class ValueAndGrad:
         objective: Objective,
         key: int,
         device: torch.device,
+        part: Part | None = None,
     ) -> Sequence[Any]:
         """What each micro-batch must know of the others, where the objective couples them.
 
         With the randomness of the second pass, so that dropout drops the same.
         """
-        if len(micro_batches) == 1 or not objective.batch_coupled:
+        first, total = (0, len(micro_batches)) if part is None else (part.first, part.total)
+        if total == 1 or not objective.batch_coupled:
             return [None] * len(micro_batches)
         if not isinstance(objective, Coupled):
             raise ConfigError(
-                f"{len(micro_batches)} micro-batches: the {objective.name!r} loss couples the "
+                f"{total} micro-batches: the {objective.name!r} loss couples the "
                 "examples of a batch, so they would be another loss; give one batch, or give the "
                 "objective observe and couple (functrain.objectives.Coupled)"
             )
@@ -206,12 +244,14 @@ class ValueAndGrad:
         with torch.no_grad(), kept_buffers(self.places):
             for index, each in enumerate(micro_batches):
                 with (
-                    keys.seeded(keys.derive(key, "micro-batch", index), device),
+                    keys.seeded(keys.derive(key, "micro-batch", first + index), device),
                     self.precision.context(device),
                     _indexing(),
                 ):
                     observed.append(objective.observe(model, each))
-        return objective.couple(observed)
+        if part is not None and part.workers is not None:
+            observed = part.workers.observations(observed)
+        return objective.couple(observed)[first : first + len(micro_batches)]
 
     def measured(
         self,
@@ -235,8 +275,11 @@ class ValueAndGrad:
         """What the forward sees of the buffers; see `forward_buffers`."""
         return forward_buffers(buffers, self.places, self.precision)
 
-    def checked(self, batch: Batches) -> list[Batch]:
-        """The micro-batches, each checked; `BatchError` names what is wrong in which."""
+    def checked(self, batch: Batches, *, whole: bool = True) -> list[Batch]:
+        """The micro-batches, each checked; `BatchError` names what is wrong in which.
+
+        Their weight only where they are the `whole` of a batch: a part may be without a target.
+        """
         if isinstance(batch, Mapping):
             micro_batches: list[Batch] = [batch]
         elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
@@ -255,7 +298,8 @@ class ValueAndGrad:
                 if len(micro_batches) == 1:
                     raise
                 raise BatchError(f"micro-batch {index}: {error}") from error
-        self.objective.check_weight(self.weight(micro_batches))
+        if whole:
+            self.objective.check_weight(self.weight(micro_batches))
         return micro_batches
 
     def weight(self, micro_batches: Sequence[Batch]) -> Tensor:
@@ -311,10 +355,14 @@ class _Sum:
 
     Autograd adds into the leaves' own `.grad`, as in an ordinary loop; where the leaves are of a
     narrower dtype than the params, the sum is kept in the params' dtype. What is summed where it is
-    made (`functrain.accumulators`) is added at the end.
+    made (`functrain.accumulators`) is added at the end. As a `tree` each micro-batch's gradients
+    are a leaf of it.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, leaves: Mapping[str, Tensor], params: Mapping[str, Tensor], *, tree: bool = False
+    ) -> None:
+        self._tree = Tree(added) if tree else None
         self._leaves = leaves
         self._dtypes = {name: param.dtype for name, param in params.items()}
         self._wide: dict[str, Tensor] = {}
@@ -340,8 +388,20 @@ class _Sum:
             wide = leaf.grad.to(self._dtypes[name])
             self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
             leaf.grad = None
+        if self._tree is not None:
+            self._tree.push(dict(self._summed()))
+            self._wide.clear()
+            self._direct.clear()
+            for leaf in self._leaves.values():
+                leaf.grad = None
 
     def grads(self) -> Tensors:
+        """The sum over all micro-batches."""
+        if self._tree is not None:
+            return Tensors(self._tree.total() or {})
+        return self._summed()
+
+    def _summed(self) -> Tensors:
         own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}
         own |= self._wide
         for name, grad in self._direct.items():
@@ -388,6 +448,8 @@ class Accumulated:
 
     gradient: GradientFunction
     microbatches: int
+    tree: bool = False
+    workers: Workers | None = None
 
     def __call__(
         self,
@@ -407,6 +469,8 @@ class Accumulated:
             "scaler": scaler,
             "objective": objective,
         }
+        if isinstance(self.gradient, ValueAndGrad) and (self.tree or self.workers is not None):
+            return self._shared(self.gradient, params, buffers, batch, options)
         if not isinstance(batch, Mapping):
             return self.gradient(params, buffers, batch, **options)  # pyrefly: ignore[open-unpacking]
         if not isinstance(self.gradient, ValueAndGrad):
@@ -417,17 +481,55 @@ class Accumulated:
         parts = split_batch(whole, self.microbatches)
         return self.gradient.of_checked(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
 
+    def _shared(
+        self,
+        gradient: ValueAndGrad,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Batches,
+        options: _Options,
+    ) -> Gradients:
+        """Of a batch that is a part of a logical one, or is summed as a tree."""
+        size = 1 if self.workers is None else self.workers.size
+        ready: list[Batch] = []
 
-def accumulate(gradient: GradientFunction, microbatches: int) -> Accumulated:
+        def prepared() -> tuple[int, Tensor]:
+            given = gradient.checked(batch, whole=False)
+            parts = self.microbatches // size if isinstance(batch, Mapping) else 1
+            ready.extend(cut for each in given for cut in split_batch(each, parts))
+            return len(ready), gradient.weight(ready)
+
+        if self.workers is None:
+            count, weight = prepared()
+            part = Part(first=0, total=count, weight=weight, tree=self.tree)
+        else:
+            part = self.workers.part(prepared, tree=self.tree)
+        gradient.objective.check_weight(part.weight)
+        return gradient.of_checked(params, buffers, ready, part=part, **options)  # pyrefly: ignore[open-unpacking]
+
+
+def accumulate(
+    gradient: GradientFunction,
+    microbatches: int,
+    *,
+    tree: bool = False,
+    workers: Workers | None = None,
+) -> Accumulated:
     """`gradient` with each batch taken in `microbatches` equal slices.
 
     The summed losses are divided by the weight of the whole batch, so any partition gives the
     same gradient to rounding. A sequence of ready micro-batches, of whatever lengths, is taken
-    as it is.
+    as it is. `tree`: summed as `functrain.reductions.Tree`. `workers` share the micro-batches of
+    the batch out among them (`functrain.distributed`); each is given its own part of it.
     """
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise ConfigError(f"microbatches: {microbatches!r}, expected an integer of at least 1")
-    return Accumulated(gradient=gradient, microbatches=microbatches)
+    if workers is not None and microbatches % workers.size:
+        raise ConfigError(
+            f"microbatches: {microbatches} cannot be shared out to {workers.size} workers; it "
+            f"counts those of the whole batch, so give a multiple of {workers.size}"
+        )
+    return Accumulated(gradient=gradient, microbatches=microbatches, tree=tree, workers=workers)
 
 
 def clip_by_global_norm(

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from functrain.agreement import described
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
 from functrain.data.source import Source
-from functrain.errors import CheckpointError, ConfigError, DivergedError, SaveWarning, is_number
+from functrain.distributed import ALONE, World
+from functrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    RelayedError,
+    SaveWarning,
+    is_number,
+)
 from functrain.evaluation import checked_batches, evaluate
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
@@ -60,6 +69,10 @@ def train(
     disk) into a `SaveWarning` where `"stop"` raises; a failure in the background is found at the
     next step.
 
+    Under the step's `world` every worker makes this same call, on data that are the same: each
+    reads its own part of a batch, the position counts the samples of all, and worker 0 saves, for
+    all or for none. Ranks that are to do different things are refused before the first step.
+
     `run.send(other)` goes on from another state; the generator yields that state back at once.
     Where the step donates, a yielded state is consumed by the next iteration.
 
@@ -88,7 +101,39 @@ def train(
         beside=beside,
         on_save_error=on_save_error,
     )
+    _check_world(step)
     return _run(step, state, source, checked)
+
+
+def _check_world(step: Step) -> None:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if step.world is None and size.isdecimal() and int(size) > 1:
+        raise ConfigError(
+            f"world: WORLD_SIZE is {size}, and the step has no world, so each process would train "
+            "by itself; give the step world=functrain.distributed.world(), or "
+            "world=functrain.distributed.ALONE where that is meant"
+        )
+
+
+def world_of(step: Step) -> World:
+    """The world of a step."""
+    return ALONE if step.world is None else step.world
+
+
+def read(step: Step, source: Source, position: int, n: int) -> Any:
+    """What this worker reads of the `n` samples at a position; see `World.read`."""
+    tree = step.reduction == "canonical"
+    return world_of(step).read(source, position, n, microbatches=step.microbatches, tree=tree)
+
+
+def agree_on(step: Step, state: TrainState, source: Source, facts: Mapping[str, str]) -> None:
+    """Raise `WorkerError` where the workers were not given the same data, or the same `facts`."""
+    world = world_of(step)
+    if world.size == 1:
+        return
+    sample = source.at(state.cursor.samples, 1)
+    texts = {"samples": str(len(source)), **described(sample, f"sample {state.cursor.samples}")}
+    world.agree({**texts, **facts})
 
 
 def _samples(epochs: float, source: Source) -> int:
@@ -138,6 +183,13 @@ class _Plan:
                 f"on_save_error: {self.on_save_error!r}, expected 'stop' or 'continue'"
             )
 
+    def facts(self) -> dict[str, Any]:
+        """What every worker must have been given; where to save, worker 0 alone knows."""
+        elsewhere = ("directory", "keep", "beside")
+        given = attrs.asdict(self, recurse=False)
+        facts = {name: value for name, value in given.items() if name not in elsewhere}
+        return {**facts, "saves": self.directory is not None}
+
     def done(self, state: TrainState) -> bool:
         """Whether a total has been reached."""
         cursor = state.cursor
@@ -170,6 +222,7 @@ def _batches(step: Step, evaluation: Iterable[Batch] | None) -> list[Batch] | No
 def _run(
     step: Step, state: TrainState, source: Source, plan: _Plan
 ) -> Generator[tuple[TrainState, Metrics], TrainState | None, None]:
+    agree_on(step, state, source, described(plan.facts(), "train"))
     with _saving(step, plan) as saver:
         while not plan.done(state):
             state, metrics = _advanced(step, state, source, plan)
@@ -202,10 +255,10 @@ def _advanced(
     step: Step, state: TrainState, source: Source, plan: _Plan
 ) -> tuple[TrainState, Metrics]:
     cursor = state.cursor
-    batch = source.at(cursor.samples, plan.batch_size)
+    batch = read(step, source, cursor.samples, plan.batch_size)
     state, metrics = step(state, batch)
     # Counted here, where the batch still is on the CPU: the step's own count is on its device.
-    tokens = cursor.tokens + int(targets_in(batch))
+    tokens = cursor.tokens + world_of(step).total(int(targets_in(batch)))
     moved = attrs.evolve(cursor, samples=cursor.samples + plan.batch_size, tokens=tokens)
     state = attrs.evolve(state, cursor=moved)
     if plan.evaluates(state) and plan.evaluation is not None:
@@ -219,14 +272,14 @@ class _Saver:
     """Saves as a plan says, at once or beside the steps."""
 
     def __init__(self, step: Step, plan: _Plan, writer: BackgroundWriter | None) -> None:
-        self._plan, self._writer = plan, writer
+        self._plan, self._writer, self._world = plan, writer, world_of(step)
         self._conditions = conditions(step, plan.batch_size)
 
     def check(self) -> None:
         """Meet a failure of the save in the background."""
-        if self._writer is not None:
+        if self._plan.background and self._plan.directory is not None:
             with self._failing():
-                self._writer.check()
+                self._for_all(lambda writer: writer.check())
 
     def save(self, state: TrainState, metrics: Metrics) -> None:
         """Save a state, with what its evaluation has measured."""
@@ -236,18 +289,37 @@ class _Saver:
             "beside": self._plan.beside,
         }
         with self._failing():
-            if self._writer is not None:
-                self._writer.save(state, **options)
-            elif self._plan.directory is not None:
-                save(self._plan.directory, state, **options)
-                if self._plan.keep is not None:
-                    prune(self._plan.directory, self._plan.keep)
+            self._for_all(lambda writer: self._save(writer, state, options))
+
+    def _save(
+        self, writer: BackgroundWriter | None, state: TrainState, options: dict[str, Any]
+    ) -> None:
+        if writer is not None:
+            writer.save(state, **options)
+        elif self._plan.directory is not None:
+            save(self._plan.directory, state, **options)
+            if self._plan.keep is not None:
+                prune(self._plan.directory, self._plan.keep)
+
+    def wait(self) -> None:
+        """Wait for the save in the background."""
+        with self._failing():
+            self._for_all(lambda writer: writer and writer.wait())
+
+    def _for_all(self, act: Callable[[Any], object]) -> None:
+        """Worker 0 acts; what it fails with, every worker fails with."""
+
+        def acted() -> str:
+            act(self._writer)
+            return ""
+
+        self._world.from_first(acted, "a save of worker 0")
 
     @contextmanager
     def _failing(self) -> Generator[None, None, None]:
         try:
             yield
-        except CheckpointError as error:
+        except (CheckpointError, RelayedError) as error:
             if self._plan.on_save_error == "stop":
                 raise
             warnings.warn(str(error), SaveWarning, stacklevel=4)
@@ -258,16 +330,25 @@ def _saving(step: Step, plan: _Plan) -> Generator[_Saver, None, None]:
     if plan.directory is None or not plan.background:
         yield _Saver(step, plan, None)
         return
+    if not world_of(step).speaks:
+        saver = _Saver(step, plan, None)
+        yield saver
+        saver.wait()
+        return
     with BackgroundWriter(plan.directory, keep=plan.keep) as writer:
         saver = _Saver(step, plan, writer)
         yield saver
-        with saver._failing():
-            writer.wait()
+        saver.wait()
 
 
 def conditions(step: Step, batch_size: int) -> dict[str, Any]:
     """What the bits of a run depend on that neither its state nor its numerics say."""
+    size = world_of(step).size
     return {
+        # Null is what checkpoints of before have.
+        "reduction": None if step.reduction == "fast" else step.reduction,
+        # The order of a fast sum is another with another number of workers.
+        "workers": size if step.reduction == "fast" and size > 1 else None,
         "batch_size": batch_size,
         "microbatches": step.microbatches,
         "precision": step.precision.name,

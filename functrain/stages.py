@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 import attrs
 from torch import Tensor, nn
 
+from functrain.distributed import World
 from functrain.errors import ConfigError, did_you_mean
 from functrain.guards import SpikeGuard
 from functrain.objectives.base import Objective
@@ -20,6 +21,7 @@ from functrain.objectives.routing import RoutedLanguageModeling
 from functrain.objectives.unpaired import UnpairedOptimization
 from functrain.optimizers import Optimizer
 from functrain.precision import Precision
+from functrain.reductions import Reduction
 from functrain.schedules import Plateau, Schedule
 from functrain.steps import Step, Transform, is_optimizer
 
@@ -36,6 +38,8 @@ class StepOptions(TypedDict, total=False):
     donate: bool
     compile: bool
     checkpoint: str | Sequence[str] | None
+    reduction: Reduction
+    world: World | None
 
 
 def make_step(

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from functrain import activations, keys, schedules
 from functrain import metrics as m
+from functrain.agreement import agree
 from functrain.architecture import Slots, check_fit, held_values
+from functrain.distributed import World
 from functrain.errors import ConfigError, FunctrainError, StateError, boolean, is_number
 from functrain.gradients import (
     Accumulated,
@@ -26,6 +28,7 @@ from functrain.metrics import Metrics
 from functrain.objectives.base import Carrying, Coupled, Objective
 from functrain.optimizers import Optimizer, OptimizerState
 from functrain.precision import POLICIES, LossScale, Precision, policy, unscale, update_loss_scale
+from functrain.reductions import Reduction, reduction_name
 from functrain.schedules import Plateau, Schedule
 from functrain.state import (
     SchedulerState,
@@ -79,6 +82,10 @@ class Step:
     `checkpoint`: a pattern of modules' names, `"model.layers.*"`, or several: their activations are
     not kept but computed again in the backward pass, for less memory and the same bits
     (`functrain.activations`).
+    `world`: the workers that share each batch (`functrain.distributed.world()`); each calls the
+    step with its own part, and `microbatches` counts those of the whole. `reduction`: `"fast"`, or
+    `"canonical"`, a fixed binary tree over the micro-batches, which gives the same bits on any
+    number of workers that each have a power of two of them.
 
     Change any of it with `attrs.evolve(step, max_grad_norm=0.5)`. The bits of the result depend
     on the arguments alone: the same (state, batch) gives the same (state, metrics), and nothing
@@ -98,6 +105,8 @@ class Step:
     donate: bool = attrs.field(default=False, validator=boolean)
     compile: bool = False
     checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
+    reduction: Reduction = attrs.field(default="fast", validator=reduction_name)
+    world: World | None = None
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
     # Looked up once: a protocol's isinstance takes longer than a step's smallest kernels.
@@ -115,7 +124,13 @@ class Step:
 
     @gradient.default
     def _gradient(self) -> Accumulated:
-        return accumulate(self.value_and_grad, self.microbatches)
+        several = self.world is not None and self.world.size > 1
+        return accumulate(
+            self.value_and_grad,
+            self.microbatches,
+            tree=self.reduction == "canonical",
+            workers=self.world if several else None,
+        )
 
     @_carrying.default
     def _found_carrying(self) -> Carrying | None:
@@ -139,12 +154,30 @@ class Step:
                     f"the base that the architecture holds is {held.dtype} ({name}); read the base "
                     "in that dtype before functrain.lora.attach"
                 )
+        self._check_world()
         coupled = self.objective.batch_coupled and not isinstance(self.objective, Coupled)
         if coupled and self.microbatches > 1:
             raise ConfigError(
                 f"microbatches={self.microbatches}: the {self.objective.name!r} loss couples the "
                 "examples of a batch, so its micro-batches would be another loss; use 1, or give "
                 "the objective observe and couple (functrain.objectives.Coupled)"
+            )
+
+    def _check_world(self) -> None:
+        size = 1 if self.world is None else self.world.size
+        own = self.microbatches // size
+        if self.reduction == "canonical" and size > 1 and own & (own - 1):
+            raise ConfigError(
+                f"microbatches: {self.microbatches} are {own} for each of {size} workers, and "
+                "reduction='canonical' needs a power of two on each, so that its sum is a branch "
+                f"of one binary tree; give {size * 2 ** (own.bit_length() - 1)} or "
+                f"{size * 2 ** own.bit_length()}"
+            )
+        if size > 1 and self._places.statistical and self.objective.mode == "train":
+            raise ConfigError(
+                "architecture: a module keeps running statistics (BatchNorm), and each worker "
+                "would keep those of its own part of the batch; use LayerNorm, RMSNorm or "
+                "GroupNorm, or one worker"
             )
 
     def init(
@@ -233,6 +266,10 @@ class Step:
     def _advanced(
         self, state: TrainState, batch: Batches, donate: bool
     ) -> tuple[TrainState, Metrics]:
+        if self.world is not None and self.world.size > 1:
+            self.world.begin(state.step)
+            if self.world.first_time(self):
+                agree(self.world, self, state)
         if donate:
             refuse_aliases(state, self._places.trainable, self.objective.kept())
         rate = self.learning_rate(state)

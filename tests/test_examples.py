@@ -12,6 +12,7 @@ PROMISES = {
     "loop.py": "the ready-made step gives the same bits: True",
     "mixed_stages.py": "accuracy 1.00",
     "equivalence.py": "with BatchNorm it has not",
+    "torchrun.py": "workers 1, fingerprint ",
 }
 
 

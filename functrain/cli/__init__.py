@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from functrain.errors import FunctrainError, did_you_mean
+from functrain.errors import FunctrainError, RelayedError, did_you_mean
 
 _EXTRA = ("tyro", "cattrs", "rich", "jinja2")
 _COMMANDS = {
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
+    except RelayedError:
+        return 2  # the worker that has refused says why
     except FunctrainError as error:
         print(f"functrain: {error}", file=sys.stderr)
         return 2

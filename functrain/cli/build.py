@@ -27,6 +27,7 @@ from functrain.cli.config import (
 from functrain.cli.directory import Origin, is_tokens, origin
 from functrain.cli.known import EMBEDDED
 from functrain.data import ByteTokenizer
+from functrain.distributed import ALONE, World
 from functrain.errors import ConfigError, DataError, NumericsWarning
 from functrain.guards import SpikeGuard
 from functrain.objectives.batches import Batch
@@ -58,7 +59,9 @@ class Built:
         """What a step reads: the source, with the reference's log-probs where they are cached."""
         if self.cache is None:
             return self.source
-        attach = functools.partial(self.cache, microbatches=self.step.microbatches)
+        # As a tree they are read one by one, and each is scored as it is read.
+        parts = 1 if self.step.reduction == "canonical" else self.step.microbatches
+        attach = functools.partial(self.cache, microbatches=parts)
         return Referenced(self.source, attach)
 
     def close(self) -> None:
@@ -87,8 +90,13 @@ class Restored:
     state: TrainState
 
 
-def build(config: Config) -> Built:
+def build(config: Config, world: World = ALONE) -> Built:
     """The parts of a run; everything is checked that can be before the first step."""
+    if world.size > 1 and isinstance(config, DPO) and config.preference.cache is not None:
+        raise ConfigError(
+            f"preference.cache: one process writes it, and there are {world.size} workers; leave "
+            "it out, or use one worker"
+        )
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: 'cuda', and this machine has none; use 'cpu'")
     start = None if isinstance(config, Pretrain) else origin(config.model.from_)
@@ -96,7 +104,7 @@ def build(config: Config) -> Built:
     source, held_out = sources(config, tokenizer)
     architecture, params, buffers = _model(config, start, tokenizer)
     architecture, params = _adapted(config, architecture, params)
-    step = _step(config, architecture, params)
+    step = _step(config, architecture, params, world)
     cache = _cache(config, architecture, params, buffers)
     batches = _batches(held_out, config)
     state = step.init(params, buffers, seed=config.train.seed)
@@ -232,7 +240,7 @@ def restored(given: str, *, device: str = "cpu") -> Restored:
     """The state of a run's newest checkpoint, or of a checkpoint, and what it is a state of."""
     found = origin(given, "run")
     architecture, params, buffers = _restored(found, device)
-    step = _step(found.config, architecture, params)
+    step = _step(found.config, architecture, params, ALONE)
     like = step.init(params, buffers, seed=found.config.train.seed)
     with warnings.catch_warnings():
         # Nothing is computed with it, so what its bits would depend on does not matter.
@@ -247,7 +255,7 @@ def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:
     return models.decoder(models.DecoderConfig(vocabulary=vocabulary, **options), seed=seed)
 
 
-def _step(config: Config, architecture: nn.Module, params: Tensors) -> Step:
+def _step(config: Config, architecture: nn.Module, params: Tensors, world: World) -> Step:
     train, deviations = config.train, config.train.spike_deviations
     options: dict[str, Any] = {
         "schedule": schedule(config.schedule),
@@ -259,6 +267,8 @@ def _step(config: Config, architecture: nn.Module, params: Tensors) -> Step:
         "donate": True,
         "compile": train.compile,
         "checkpoint": train.checkpoint,
+        "reduction": train.reduction,
+        "world": world,
     }
     made = optimizer(config.optimizer, config.schedule.peak, architecture)
     if isinstance(config, DPO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,19 +212,38 @@ def stage(command: str, rest: Sequence[str]) -> int:
     arguments = stage_arguments(command, rest)
     from functrain.cli.directory import check_files
 
-    check_files(arguments.config)
+    if not _several():  # else it is said once, when all have met
+        check_files(arguments.config)
     check_extras()
     from functrain.cli.run import how_to_go_on, run_stage
     from functrain.cli.signals import stopping
     from functrain.cli.summary import conclude
+    from functrain.distributed import world
 
-    with stopping() as stop:
-        outcome = run_stage(arguments.config, resume=arguments.resume, stop=stop, say=say)
+    train, resume = arguments.config.train, arguments.resume or _restarted()
+    with stopping() as stop, world(device=train.device, timeout=train.timeout) as workers:
+        own = say if workers.speaks else _silent
+        outcome = run_stage(arguments.config, resume=resume, stop=stop, say=own, world=workers)
         if outcome.finished:
-            print(conclude(outcome))
+            if workers.speaks:
+                print(conclude(outcome))
             return 0
-        say(f"stopped at step {outcome.state.step}; go on with: {how_to_go_on(outcome.config)}")
+        own(f"stopped at step {outcome.state.step}; go on with: {how_to_go_on(outcome.config)}")
         return stop.exit_code
+
+
+def _several() -> bool:
+    """Whether this process is one of several workers, as torchrun starts them."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started the workers again after one of them had failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _silent(_line: str) -> None:
+    """What a worker says that is not rank 0."""
 
 
 def stage_arguments(command: str, rest: Sequence[str]) -> Any:

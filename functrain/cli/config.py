@@ -305,6 +305,10 @@ class Train:
     """A directory for what is compiled, so that another start is warm."""
     ema_decay: float | None = attrs.field(default=None, validator=fraction)
     """Keep a moving average of the params."""
+    reduction: str = attrs.field(default="fast", validator=one_of(("fast", "canonical")))
+    """How gradients are summed: fast, or canonical, with the same bits on any number of workers."""
+    timeout: float = attrs.field(default=600.0, validator=positive)
+    """Seconds that a worker waits for another."""
     seed: int = attrs.field(default=0, validator=at_least(0))
     """The root of all randomness: weights, order of the data, dropout."""
     save_every: int = attrs.field(default=200, validator=count)

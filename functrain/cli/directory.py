@@ -44,6 +44,7 @@ FREE = (
     "tracking.services",
     "tracking.project",
     "tracking.name",
+    "train.timeout",
 )
 FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.limit")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import attrs
 import torch
@@ -22,10 +25,11 @@ from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.compilation import cache_directory
 from functrain.data import Prefetched, Source
-from functrain.errors import CheckpointError, ConfigError
+from functrain.distributed import ALONE, World
+from functrain.errors import CheckpointError, ConfigError, RelayedError
 from functrain.evaluation import evaluate
 from functrain.flops import flops_of
-from functrain.loop import check_guard, conditions, train
+from functrain.loop import check_guard, conditions, train, world_of
 from functrain.state import TrainState
 from functrain.tracking import jsonl, progress
 from functrain.tracking.beside import Beside
@@ -66,32 +70,37 @@ class Outcome:
         return next((r for r in reversed(self.records) if "eval_loss" in r), {})
 
 
-def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
+def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = ALONE) -> Outcome:
     """Train one stage in its run directory, until it is finished or `stop` is set.
+
+    Of several workers each calls this; rank 0 decides, writes and speaks.
 
     Law: whatever stopped a run (a signal, kill -9, a power cut), going on with `resume` ends with
     the state, to the bit, that it would have had. Raises `FunctrainError` for what cannot be run.
     """
-    directories.check_files(config)
-    config = _settled(config, resume)
+    world.for_all(lambda: directories.check_files(config))
+    world.agree({"config": toml.dumps(config)})
+    settled = world.from_first(lambda: toml.dumps(_settled(config, resume)), "the config")
+    config = toml.loads(settled, type(config))
     run = RunDirectory(config.directory)
     with (
         threads(config.train.threads or 1),
         cache_directory(config.train.compile_cache),
         ExitStack() as stack,
     ):
-        built = build(config)
+        built = world.for_all(lambda: build(config, world))
         stack.callback(built.close)
         for note in built.notes:
             say(f"{config.stage}: {note}")
-        config = _same_data(config, digest(built.source))
-        directories.write(run.config, toml.dumps(config))
-        if built.tokenizer is not None:
-            directories.write(run.tokenizer, built.tokenizer.to_json())
+        found = digest(built.source)
+        world.agree({"data.train": found})
+        config = _same_data(config, found)
+        world.from_first(lambda: _written(run, config, built), "the run directory")
         given = prompts(built.evaluation, built.tokenizer)
         # Now, because the first step reuses the memory of the first state.
-        first_words = spoken(built, built.state, given)
-        state = _state(built, run, config.train.steps)
+        first_words = spoken(built, built.state, given) if world.speaks else []
+        newest = world.from_first(lambda: _newest(run), "the newest checkpoint")
+        state = world.for_all(lambda: _state(built, run, newest, config.train.steps, world))
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
             _say_head(built, state, say)
@@ -100,7 +109,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say) -> Outcome:
         config=config,
         built=built,
         state=state,
-        records=jsonl.read(run.metrics),
+        records=jsonl.read(run.metrics) if world.speaks else [],
         prompts=given,
         first_words=first_words,
     )
@@ -134,10 +143,22 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _state(built: Built, run: RunDirectory, steps: int) -> TrainState:
+def _written(run: RunDirectory, config: Pretrain | SFT | DPO, built: Built) -> str:
+    directories.write(run.config, toml.dumps(config))
+    if built.tokenizer is not None:
+        directories.write(run.tokenizer, built.tokenizer.to_json())
+    return ""
+
+
+def _newest(run: RunDirectory) -> str:
     newest = checkpoint.latest(run.checkpoints)
     if newest is None:
         run.metrics.unlink(missing_ok=True)
+    return "" if newest is None else str(newest)
+
+
+def _state(built: Built, run: RunDirectory, newest: str, steps: int, world: World) -> TrainState:
+    if not newest:
         return built.state
     try:
         under = conditions(built.step, built.source.batch_size)
@@ -146,7 +167,7 @@ def _state(built: Built, run: RunDirectory, steps: int) -> TrainState:
         raise CheckpointError(
             f"{error}\nto go on from the one before, remove {newest} and resume again"
         ) from error
-    if state.step < steps:
+    if state.step < steps and world.speaks:
         jsonl.truncate_after(run.metrics, state.step)
     return state
 
@@ -154,12 +175,14 @@ def _state(built: Built, run: RunDirectory, steps: int) -> TrainState:
 def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, say: Say) -> None:
     count = sum(p.numel() for p in built.state.params.values())
     slow = ", compiled (the first step of each shape takes long)" if config.train.compile else ""
+    size = world_of(built.step).size
+    several = f"{size} workers, " if size > 1 else ""
     where = f"from step {state.step} on" if state.step else "from the beginning"
     say(
         f"{config.stage}: {count:,} parameters, {len(built.source):,} samples, "
         f"{config.train.steps:,} steps {where}, {config.train.threads} "
         f"thread{'s' if config.train.threads != 1 else ''}, "
-        f"{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
+        f"{several}{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
     )
 
 
@@ -182,16 +205,16 @@ def _trained(
     say: Say,
 ) -> TrainState:
     """The loop. Logged first, saved afterwards: no checkpoint is ahead of its metrics."""
-    plan = config.train
+    plan, world = config.train, world_of(built.step)
     with (
         ExitStack() as stack,
-        closing(jsonl.JSONLTracker(run.metrics)) as own,
-        closing(progress.Progress(plan.steps, config.stage)) as bar,
+        closing(jsonl.JSONLTracker(run.metrics if world.speaks else os.devnull)) as own,
+        closing(progress.Progress(plan.steps, config.stage, stream=_stream(world))) as bar,
     ):
-        tracker = Several([own, *_services(config, run, state, stack, say)])
+        tracker = Several([own, *_services(config, run, state, stack, say, world)])
         if state.step == 0 and built.evaluation:
             tracker.log(0, evaluate(built.step, state, built.evaluation).to_dict())
-        if stop:
+        if world.any(bool(stop)):
             return state
         under = conditions(built.step, built.source.batch_size)
         beside = models.config_files(built.step.architecture)
@@ -215,10 +238,10 @@ def _trained(
             if last or state.step % plan.log_every == 0 or "eval_loss" in values:
                 tracker.log(state.step, values)
             # Looked at once: between two looks a signal would end the run with this step unsaved.
-            stopping = bool(stop)
+            stopping = world.any(bool(stop))
             if last or stopping or state.step % plan.save_every == 0:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
-                _save(plan, run, state, measured, under, beside, say)
+                _save(world, plan, run, state, measured, under, beside, say)
             check_guard(built.step, state)
             if stopping:
                 break
@@ -226,9 +249,17 @@ def _trained(
 
 
 def _services(
-    config: Pretrain | SFT | DPO, run: RunDirectory, state: TrainState, stack: ExitStack, say: Say
+    config: Pretrain | SFT | DPO,
+    run: RunDirectory,
+    state: TrainState,
+    stack: ExitStack,
+    say: Say,
+    world: World,
 ) -> list[Beside]:
-    """The trackers that the config names, open; they are closed with the stack."""
+    """The trackers that the config names, open; they are closed with the stack.
+
+    Of several workers the first tells them.
+    """
     told = TrackedRun(
         directory=run.path,
         project=config.tracking.project,
@@ -237,7 +268,7 @@ def _services(
         step=state.step,
     )
     found = []
-    for service in config.tracking.services:
+    for service in config.tracking.services if world.speaks else ():
         made = Beside(service, partial(opened, service, told), say)
         stack.callback(made.close)
         found.append(made)
@@ -246,10 +277,15 @@ def _services(
     return found
 
 
+def _stream(world: World) -> TextIO:
+    return sys.stderr if world.speaks else io.StringIO()
+
+
 def _ahead(built: Built, stack: ExitStack) -> Source:
     """The data, made by a thread ahead of the steps; but not where it binds the architecture."""
     source: Source = built.data
-    if built.cache is not None:
+    several = built.step.reduction == "canonical" or world_of(built.step).size > 1
+    if built.cache is not None or several:  # then a step does not read one stretch after another
         return source
     ahead = Prefetched(source)
     stack.callback(ahead.close)
@@ -260,7 +296,8 @@ class _Clock:
     """What `jsonl.CLOCKS` name, of one step after another."""
 
     def __init__(self, config: Pretrain | SFT | DPO, built: Built, state: TrainState) -> None:
-        self._peak = config.train.peak_tflops
+        size = world_of(built.step).size
+        self._peak = None if config.train.peak_tflops is None else config.train.peak_tflops * size
         batch = built.data.at(state.cursor.samples, built.source.batch_size)
         self._flops = None if self._peak is None else flops_of(built.step, state, batch)
         self._since, self._waited = time.perf_counter(), 0.0
@@ -280,6 +317,7 @@ class _Clock:
 
 
 def _save(
+    world: World,
     plan: Train,
     run: RunDirectory,
     state: TrainState,
@@ -288,12 +326,18 @@ def _save(
     beside: dict[str, str],
     say: Say,
 ) -> None:
+    def saved() -> str:
+        given: Any = {"metrics": measured, "conditions": under, "beside": beside}
+        return str(checkpoint.save(run.checkpoints, state, **given))
+
     try:
-        checkpoint.save(run.checkpoints, state, metrics=measured, conditions=under, beside=beside)
-    except CheckpointError as error:
+        world.from_first(saved, "a save")
+    except (CheckpointError, RelayedError) as error:
         if plan.on_save_error == "stop":
             raise
         say(f"{error}\ngoing on without it, as train.on_save_error says")
+        return
+    if not world.speaks:
         return
     keep = checkpoint.Keep(last=plan.keep, every=plan.keep_every, best=plan.keep_best)
     checkpoint.prune(run.checkpoints, keep)

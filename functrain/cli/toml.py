@@ -57,6 +57,11 @@ def read(path: Path, cls: type[C]) -> C:
     return structured(_tables(path), cls, str(path))
 
 
+def loads(text: str, cls: type[C]) -> C:
+    """The config that `dumps` has written."""
+    return structured(tomllib.loads(text), cls, "config")
+
+
 def read_any(path: Path) -> Config:
     """The config that a run has written; its `stage` says which it is."""
     stage = _tables(path).get("stage")

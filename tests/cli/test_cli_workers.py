@@ -1,0 +1,180 @@
+"""Runs under torchrun: the bits of one process, whoever is killed, on however many workers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from functrain import checkpoint
+from functrain.cli import main
+from functrain.tracking import jsonl
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
+TOML = """
+directory = {directory}
+[model]
+width = 16
+layers = 1
+heads = 2
+dropout = 0.1
+[data]
+train = {train}
+held_out = {held_out}
+time = 32
+[schedule]
+name = "constant_with_warmup"
+peak = 1e-2
+warmup = 3
+[train]
+steps = {steps}
+batch_size = 8
+microbatches = 4
+save_every = 2
+threads = 1
+device = "cpu"
+reduction = "canonical"
+timeout = 30.0
+[evaluation]
+every = 5
+limit = 4
+"""
+
+
+def _config(tmp_path: Path, name: str, steps: int) -> tuple[Path, Path]:
+    train, held_out = tmp_path / "train.txt", tmp_path / "held_out.txt"
+    train.write_text(TEXT)
+    held_out.write_text(TEXT[::-1])
+    directory, path = tmp_path / name, tmp_path / f"{name}.toml"
+    paths = {"directory": directory, "train": train, "held_out": held_out}
+    quoted: dict[str, Any] = {key: f'"{value}"' for key, value in paths.items()}
+    path.write_text(TOML.format(**quoted, steps=steps))
+    return path, directory
+
+
+def _torchrun(config: Path, size: int, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
+    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    environment = {
+        **os.environ,
+        # Restarted workers would take the addresses of those before them.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", *command, "-m", "functrain", "pretrain", str(config), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+
+
+def _done(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def _last(directory: Path) -> tuple[str, bytes, list[Any]]:
+    """The newest checkpoint's name, its params, and the metrics without clocks."""
+    newest = checkpoint.latest(directory / "checkpoints")
+    assert newest is not None
+    records = [
+        {name: value for name, value in record.items() if name not in jsonl.CLOCKS}
+        for record in jsonl.read(directory / "metrics.jsonl")
+    ]
+    return newest.name, (newest / "optimizer.safetensors").read_bytes(), records
+
+
+def _workers(process: subprocess.Popen[str]) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def _reached(process: subprocess.Popen[str], directory: Path, step: int) -> None:
+    """Wait until the run has a checkpoint of that step or a later one."""
+    for _ in range(2000):
+        newest = checkpoint.latest(directory / "checkpoints")
+        if newest is not None and int(newest.name[5:]) >= step:
+            break
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+def _killed(process: subprocess.Popen[str], directory: Path, step: int, rank: int) -> None:
+    """Kill a worker when the run has come to that step."""
+    _reached(process, directory, step)
+    os.kill(_workers(process)[rank], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes, list[Any]]:
+    """What the run of `_config` comes to in one process."""
+    config, directory = _config(tmp_path_factory.mktemp("alone"), "run", 30)
+    before = torch.get_num_threads()
+    assert main(["pretrain", str(config)]) == 0
+    assert torch.get_num_threads() == before
+    return _last(directory)
+
+
+def test_a_killed_worker_restarts_the_group_and_the_end_is_the_same(
+    tmp_path: Path, alone: Any
+) -> None:
+    config, directory = _config(tmp_path, "run", 30)
+    process = _torchrun(config, 2, restarts=1)
+    _killed(process, directory, 6, rank=1)
+    out = _done(process)
+    assert out.count("finished, 30 of 30 steps") == 1, "rank 0 alone speaks"
+    assert _last(directory) == alone
+
+
+def test_a_signal_stops_all_workers_at_one_step_and_they_go_on(tmp_path: Path, alone: Any) -> None:
+    config, directory = _config(tmp_path, "run", 30)
+    process = _torchrun(config, 2)
+    _reached(process, directory, 4)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert err.count("functrain: ") == 0
+    assert err.count("stopped at step") == 1
+    _done(_torchrun(config, 2, "--resume"))
+    assert _last(directory) == alone
+
+
+@pytest.mark.long
+def test_stopped_on_four_workers_it_goes_on_with_two_and_then_one(
+    tmp_path: Path, alone: Any
+) -> None:
+    config, directory = _config(tmp_path, "run", 30)
+    _done(_torchrun(config, 4, "--train.steps", "10"))
+    _done(_torchrun(config, 2, "--train.steps", "20", "--resume"))
+    assert main(["pretrain", str(config), "--resume"]) == 0
+    assert _last(directory) == alone
+
+
+@pytest.mark.long
+def test_a_hundred_kills_of_any_worker_at_any_moment(tmp_path: Path, alone: Any) -> None:
+    chosen = random.Random(0)
+    kills = run = 0
+    while kills < 100:
+        run += 1
+        config, directory = _config(tmp_path, f"run{run}", 30)
+        process = _torchrun(config, 2, restarts=1000)
+        for _ in range(chosen.randrange(1, 8)):
+            time.sleep(chosen.uniform(0, 6))
+            if process.poll() is not None or not (workers := _workers(process)):
+                break
+            os.kill(chosen.choice(workers), signal.SIGKILL)
+            kills += 1
+        _done(process)
+        assert _last(directory) == alone, f"after {kills} kills"
+    print(f"{kills} kills in {run} runs, the same end each time")

@@ -1,0 +1,86 @@
+"""`train` and `evaluate` on several workers: data by a global position, saves for all or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workers import Group
+
+import functrain as ft
+
+
+def _leaves(directory: Path) -> dict[str, bytes]:
+    newest = ft.latest(directory)
+    assert newest is not None
+    return {path.name: path.read_bytes() for path in newest.iterdir()}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_state_metrics_and_checkpoint_are_those_of_one_worker(
+    group: Group, tmp_path: Path, background: bool
+) -> None:
+    options = {"background": background}
+    (alone,) = group.values("training", 1, {**options, "directory": str(tmp_path / "1")})
+    assert any("eval_loss" in record for record in alone["records"])
+    for each in group.values("training", 2, {**options, "directory": str(tmp_path / "2")}):
+        assert each == alone
+    assert _leaves(tmp_path / "1") == _leaves(tmp_path / "2")
+    assert len(list((tmp_path / "2").glob("step-*"))) == 2
+
+
+def test_the_number_of_workers_may_change_between_sittings(group: Group, tmp_path: Path) -> None:
+    (whole,) = group.values("training", 1, {"steps": 6})
+    for steps, size in ((2, 4), (4, 2), (6, 1)):
+        options = {"steps": steps, "directory": str(tmp_path)}
+        last = group.values("training", size, options)[0]
+    assert last["fingerprint"] == whole["fingerprint"]
+
+
+def test_with_fast_another_number_of_workers_is_named_on_resuming(
+    group: Group, tmp_path: Path
+) -> None:
+    options = {"directory": str(tmp_path), "steps": 2, "step": {"reduction": "fast"}}
+    group.values("training", 2, options)
+    (found,) = group.run("training", 1, {**options, "steps": 4})
+    assert found["error"][0] == "CheckpointError"
+    assert "workers 2 then, None now" in found["error"][1]
+
+
+def test_a_worker_killed_in_a_run_loses_nothing(group: Group, tmp_path: Path) -> None:
+    (whole,) = group.values("training", 1, {"steps": 6})
+    options = {"steps": 6, "directory": str(tmp_path)}
+    first, second = group.run("training", 2, {**options, "dies": [1, 3]})
+    assert first["error"][0] == "WorkerError"
+    assert second == {"exit": 9}
+    for each in group.values("training", 2, options):
+        assert each["fingerprint"] == whole["fingerprint"]
+        assert each["records"] == whole["records"][2:]
+
+
+def test_a_save_that_fails_fails_on_every_worker(group: Group, tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("")
+    first, second = group.run("training", 2, {"directory": str(taken / "run")})
+    assert first["error"][0] == "CheckpointError"
+    assert second["error"][0] == "RelayedError"
+    assert first["error"][1] in second["error"][1]
+
+
+@pytest.mark.parametrize(("options", "named"), [({"data": 1}, "sample 0.input_ids: ")])
+def test_other_data_on_a_worker_are_refused(group: Group, options: Any, named: str) -> None:
+    for each in group.run("training", 2, options):
+        assert each["error"][0] == "WorkerError"
+        assert named in each["error"][1]
+
+
+def test_workers_without_a_world_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import zoo
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ft.errors.ConfigError, match="WORLD_SIZE is 2, and the step has no world"):
+        ft.train(step, state, zoo.Batches(), steps=1)

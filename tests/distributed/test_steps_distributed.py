@@ -1,0 +1,209 @@
+"""The step on several workers: the same state and metrics on each, and on any number of them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from workers import Group, free_port
+
+import functrain as ft
+from functrain.reductions import Tree, tree_sum
+
+STAGES: dict[str, Any] = {
+    "pretrain": {},
+    "overflow": {"overflow": True, "steps": 8},
+    "dpo": {"stage": "dpo"},
+    "coupled": {"stage": "dpo", "step": {"loss": "aot"}},
+    "running": {"stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
+    "kto": {"stage": "kto"},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_canonical_bits_do_not_depend_on_the_number_of_workers(group: Group, name: str) -> None:
+    (alone,) = group.values("steps", 1, STAGES[name])
+    for size in (2, 4):
+        for each in group.values("steps", size, STAGES[name]):
+            assert each == alone, f"{size} workers"
+
+
+def test_of_eight_workers_too(group: Group) -> None:
+    options = {"stage": "sft", "overflow": True}
+    (alone,) = group.values("steps", 1, options)
+    assert all(each == alone for each in group.values("steps", 8, options))
+
+
+def test_the_steps_of_that_test_clip_skip_and_apply(group: Group) -> None:
+    (alone,) = group.values("steps", 1, STAGES["overflow"])
+    values = [{n: float.fromhex(v) for n, v in step.items()} for step in alone["metrics"]]
+    assert {step["skipped"] for step in values} == {0.0, 1.0}
+    assert any(step["grad_norm"] > 0.05 for step in values if not step["skipped"])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_fast_agrees_on_every_worker_and_with_one_to_rounding(group: Group, size: int) -> None:
+    options = {"step": {"reduction": "fast"}}
+    (alone,) = group.values("steps", 1, options)
+    first, *others = group.values("steps", size, options)
+    assert all(each == first for each in others)
+    assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+    for ours, theirs in zip(first["metrics"], alone["metrics"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            expected = float.fromhex(theirs[name])
+            assert float.fromhex(value) == pytest.approx(expected, rel=1e-4), name
+
+
+def test_a_world_of_one_is_no_world(group: Group) -> None:
+    step, state = _alone("fast")
+    plain, _ = step(state, _batch())
+    for reduction in ("fast", "canonical"):
+        step, state = _alone(reduction, world=ft.distributed.world())
+        assert ft.fingerprint(step(state, _batch())[0]) == ft.fingerprint(plain)
+    assert not torch.distributed.is_initialized()
+
+
+def _batch() -> Any:
+    import zoo
+
+    return zoo.batch(0, 2)
+
+
+def _alone(reduction: Any, **options: Any) -> tuple[Any, Any]:
+    import zoo
+
+    architecture, params, buffers = zoo.split("decoder")
+    step = ft.pretrain_step(
+        architecture, ft.optim.adamw(1e-2), reduction=reduction, microbatches=2, **options
+    )
+    return step, step.init(params, buffers, seed=1)
+
+
+@given(branches=st.integers(2, 9), level=st.integers(1, 4))
+def test_a_branch_of_the_tree_is_the_tree_of_its_leaves(branches: int, level: int) -> None:
+    def joined(one: str, other: str) -> str:
+        return f"({one}+{other})"
+
+    width = 2**level
+    leaves = [str(leaf) for leaf in range(branches * width)]
+    parts = [leaves[begin : begin + width] for begin in range(0, len(leaves), width)]
+    assert tree_sum([tree_sum(p, joined) for p in parts], joined) == tree_sum(leaves, joined)
+
+
+@given(st.integers(1, 300))
+def test_a_tree_keeps_a_logarithm_of_its_leaves(count: int) -> None:
+    tree = Tree[int](operator.add)
+    for value in range(count):
+        tree.push(value)
+        assert len(tree._waiting) <= (value + 1).bit_length()
+    assert tree.total() == count * (count - 1) // 2
+
+
+def test_what_one_worker_refuses_every_worker_refuses(group: Group) -> None:
+    ranks = {"1": {"label": 77}}
+    first, second = group.run("parts", 2, {"ranks": ranks})
+    assert first["error"][0] == "RelayedError"
+    assert first["error"][1].startswith("worker 1 has refused (BatchError): labels: 77 at [0, 1]")
+    assert second["error"][0] == "BatchError"
+
+
+def test_a_part_without_a_target_is_fine_and_a_whole_without_is_not(group: Group) -> None:
+    assert len(set(group.values("parts", 2, {"ranks": {"1": {"hidden": True}}}))) == 1
+    ranks = {"0": {"hidden": True}, "1": {"hidden": True}}
+    for each in group.run("parts", 2, {"ranks": ranks}):
+        assert each["error"][0] == "BatchError"
+        assert "no target token" in each["error"][1]
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ({"step": {"max_grad_norm": 0.25}}, "step.max_grad_norm: 0.05 on worker 0; 0.25 on w"),
+        ({"step": {"ema_decay": 0.8}}, "step.ema_decay: 0.9 on worker 0; 0.8 on worker 1"),
+        ({"shift": 1}, "state: "),
+    ],
+)
+def test_workers_that_disagree_are_refused_before_the_first_step(
+    group: Group, own: Any, named: str
+) -> None:
+    for each in group.run("parts", 2, {"ranks": {"1": own}}):
+        kind, text = each["error"]
+        assert kind == "WorkerError"
+        assert named in text
+        assert len(text.splitlines()) == 3
+
+
+def test_a_worker_that_hangs_is_named_with_its_step(group: Group) -> None:
+    ranks = {"1": {"sleeps": 6}}
+    first, _ = group.run("parts", 2, {"ranks": ranks, "timeout": 2})
+    assert first["error"][0] == "WorkerError"
+    assert "worker 0 of 2, step 1: " in first["error"][1]
+    assert "after at most 2 s" in first["error"][1]
+    assert "worker 1 in step 0" in first["error"][1]
+
+
+def test_a_worker_that_dies_is_an_error_of_the_others(group: Group) -> None:
+    first, second = group.run("parts", 2, {"ranks": {"1": {"dies": True}}, "timeout": 5})
+    assert first["error"][0] == "WorkerError"
+    assert second == {"exit": 7}
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "text"),
+    [
+        (2, {"microbatches": 3, "reduction": "fast"}, "microbatches: 3 cannot be shared out to 2"),
+        (2, {"microbatches": 6}, "microbatches: 6 are 3 for each of 2 workers"),
+        (4, {"microbatches": 2}, "microbatches: 2 cannot be shared out to 4"),
+    ],
+)
+def test_a_world_that_does_not_divide_the_micro_batches_is_refused(
+    group: Group, size: int, options: Any, text: str
+) -> None:
+    for each in group.run("steps", size, {"step": options}):
+        assert each["error"][0] == "ConfigError"
+        assert each["error"][1].startswith(text)
+
+
+def test_buffers_that_the_forward_writes_are_refused(group: Group) -> None:
+    for each in group.run("moving", 2):
+        assert each["error"][0] == "ArchitectureError"
+        assert each["error"][1].startswith("buffers/scale: the forward writes to it")
+    for each in group.run("moving", 2, {"normed": True}):
+        assert each["error"][0] == "ConfigError"
+        assert "BatchNorm" in each["error"][1]
+
+
+def test_a_worker_that_is_missing_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**environment, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ft.errors.WorkerError, match=r"worker 0 of 2: the meeting of all workers"):
+        ft.distributed.world(timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("WORLD_SIZE", "two", "WORLD_SIZE: 'two'"), ("RANK", "2", "RANK: 2 of WORLD_SIZE 2")],
+)
+def test_an_environment_that_makes_no_sense_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ft.errors.ConfigError, match=text):
+        ft.distributed.world()
+
+
+def test_a_timeout_is_a_number_of_seconds() -> None:
+    with pytest.raises(ft.errors.ConfigError, match="timeout: 0"):
+        ft.distributed.world(timeout=0)
+
+
+def test_restarts_with_shared_addresses_are_warned_of(group: Group) -> None:
+    first, _ = group.run("restarting", 2)
+    assert first["error"][0] == "FunctrainWarning"

@@ -1,0 +1,192 @@
+"""What the workers of the tests do; each function takes options that JSON can hold."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import zoo
+from torch import nn
+
+import functrain as ft
+from functrain.loop import conditions
+from functrain.precision import Precision
+
+EXAMPLES, TIME = 16, 6
+OVERFLOWING = Precision(
+    name="fp16", autocast=torch.float16, loss_scale=True, initial_scale=2.0**24, growth_interval=3
+)
+
+
+def uneven(seed: int, examples: int = EXAMPLES) -> dict[str, Any]:
+    """A batch whose first quarter has no target at all, and whose rest has few or many."""
+    made = zoo.batch(seed, examples, TIME)
+    labels = made["labels"].clone()
+    labels[: examples // 4] = -100
+    labels[-1, 2:] = -100
+    return {**made, "labels": labels}
+
+
+def completions(seed: int, examples: int = EXAMPLES) -> dict[str, Any]:
+    """Pairs."""
+    return zoo.pairs(seed, examples, TIME)
+
+
+def unpaired(seed: int, examples: int = EXAMPLES) -> dict[str, Any]:
+    """Completions that are desirable or not."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "completion": zoo.batch(seed, examples, TIME),
+        "mismatched": zoo.batch(seed + 100, examples, TIME),
+        "desirable": torch.rand(examples, generator=generator) < 0.5,
+    }
+
+
+def batches(stage: str, seed: int) -> dict[str, Any]:
+    """The logical batch of a stage."""
+    return {"kto": unpaired, "dpo": completions}.get(stage, uneven)(seed)
+
+
+def part(batch: Any, rank: int, size: int) -> Any:
+    """The rows of one worker."""
+    if isinstance(batch, dict):
+        return {key: part(value, rank, size) for key, value in batch.items()}
+    own = len(batch) // size
+    return batch[rank * own : (rank + 1) * own]
+
+
+def made(options: Any, world: Any) -> tuple[Any, Any]:
+    """A step and its first state, of the options of a test."""
+    architecture, params, buffers = ft.split(zoo.decoder(dropout=0.1))
+    given = {
+        "microbatches": 8,
+        "max_grad_norm": 0.05,
+        "reduction": "canonical",
+        "ema_decay": 0.9,
+        "schedule": 3e-3,
+        **options.get("step", {}),
+    }
+    if options.get("overflow"):
+        given["precision"] = OVERFLOWING
+    stage = options.get("stage", "pretrain")
+    if stage in ("dpo", "kto"):
+        given |= {"reference": params, "dropout": True}
+    make = getattr(ft, f"{stage}_step")
+    step = make(architecture, ft.optim.adamw(weight_decay=0.1), world=world, **given)
+    return step, step.init(ft.trees.clone(params), buffers, seed=5)
+
+
+def steps(options: Any) -> dict[str, Any]:
+    """A few steps on parts of batches; the state's fingerprint and the metrics of each step."""
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made(options, world)
+        seen = []
+        for number in range(options.get("steps", 3)):
+            batch = batches(options.get("stage", "pretrain"), number)
+            state, metrics = step(state, part(batch, world.rank, world.size))
+            seen.append({name: value.hex() for name, value in metrics.to_dict().items()})
+        norm = float(ft.trees.global_norm(state.params))
+        return {"fingerprint": ft.fingerprint(state), "metrics": seen, "norm": norm}
+
+
+def parts(options: Any) -> str:
+    """One step on a batch of this worker's own making: `options` say what for each rank."""
+    with ft.distributed.world(timeout=options.get("timeout", 60)) as world:
+        own = options.get("ranks", {}).get(str(world.rank), {})
+        step, state = made({**options, **own}, world)
+        batch = part(batches("pretrain", 0), world.rank, world.size)
+        if own.get("label") is not None:
+            batch["labels"][0, 1] = own["label"]
+        if own.get("hidden"):
+            batch["labels"][:] = -100
+        if own.get("shift"):
+            state = ft.state.map_tensors(state, lambda _, t: t + own["shift"])
+        if own.get("dies"):
+            os._exit(7)
+        if own.get("sleeps"):
+            time.sleep(own["sleeps"])
+        for _ in range(options.get("steps", 1)):
+            state, _ = step(state, batch)
+        return ft.fingerprint(state)
+
+
+def restarting(_options: Any) -> None:
+    """A world of torchrun --max-restarts."""
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "3"
+    ft.distributed.world(timeout=10).close()
+
+
+class Moving(zoo.Tied):
+    """Counts its calls in a buffer."""
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        self.scale += 1
+        return super().forward(**inputs)
+
+
+def moving(options: Any) -> None:
+    """A step of a model whose forward writes to a buffer."""
+    with ft.distributed.world(timeout=60) as world:
+        module: nn.Module = zoo.model("normed") if options.get("normed") else Moving()
+        architecture, params, buffers = ft.split(module)
+        step = ft.pretrain_step(architecture, ft.optim.adamw(1e-3), microbatches=2, world=world)
+        step(step.init(params, buffers), part(zoo.batch(), world.rank, world.size))
+
+
+def training(options: Any) -> dict[str, Any]:
+    """`train` over a source of padded examples, from the newest checkpoint on if any."""
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made(options, world)
+        source = Ragged(options.get("data", 0) if world.rank else 0)
+        directory = options.get("directory")
+        newest = ft.latest(directory) if directory is not None else None
+        if newest is not None:
+            under = conditions(step, source.batch_size)
+            state = ft.load(newest, like=state, conditions=under, strict=True)
+        records: list[Any] = []
+        run = ft.train(
+            step,
+            state,
+            source,
+            steps=options.get("steps", 4),
+            evaluation=[zoo.batch(n, 3 + n % 2) for n in range(90, 95)],
+            evaluate_every=2,
+            directory=directory,
+            save_every=2 if directory is not None else None,
+            background=options.get("background", False),
+        )
+        for state, metrics in run:
+            records.append({name: value.hex() for name, value in metrics.to_dict().items()})
+            if options.get("dies") == [world.rank, state.step]:
+                os._exit(9)
+        return {"fingerprint": ft.fingerprint(state), "records": records}
+
+
+class Ragged:
+    """Batches whose length is that of their longest example, as padded data are."""
+
+    batch_size = EXAMPLES
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return 40
+
+    def at(self, position: int, n: int) -> dict[str, Any]:
+        samples = [self._sample(place) for place in range(position, position + n)]
+        longest = max(len(each) for each in samples)
+        ids = torch.stack([nn.functional.pad(each, (0, longest - len(each))) for each in samples])
+        mask = torch.stack([torch.arange(longest) < len(each) for each in samples])
+        return {
+            "input_ids": ids,
+            "labels": ids.masked_fill(~mask, -100),
+            "attention_mask": mask.long(),
+        }
+
+    def _sample(self, place: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._seed * 1000 + place % 40)
+        length = int(torch.randint(3, 9, (), generator=generator))
+        return torch.randint(1, zoo.VOCABULARY, (length,), generator=generator)
