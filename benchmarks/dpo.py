@@ -1,16 +1,16 @@
 """A DPO step beside TRL's DPOTrainer: time and peak memory, on the same model, pairs and options.
 
     pip install -e '.[dev,bench]'
-    python benchmarks/dpo.py [--vocabulary 50257] [--rounds 5] [--steps 4] [--threads 1]
+    python benchmarks/dpo.py [--vocabulary 50257] [--microbatches 4] [--rounds 5] [--steps 4]
 
 A Llama of random weights, pairs of random tokens (prompts of 64, completions of 192), AdamW by the
-fused kernel, four micro-batches of a pair, clipping at 1, fp32. Every measurement is a process
-of its own; ours and theirs take turns, and each makes one step before those that count. Both score
-the completions, log rewards, entropy, accuracy and mean logits, and must come to the same losses.
-Time is the median of a process's steps; ratios are of the same round. Memory is the peak of the
-process above what it held when the model had been loaded; a second model, or the reference as a
-value, is above. `precomputed` has the reference's log-probs ahead, in both; `shared` computes the
-prompt of a pair once.
+fused kernel, four pairs to a step in four micro-batches or fewer, clipping at 1, fp32. Every
+measurement is a process of its own; ours and theirs take turns, and each makes one step before
+those that count. Both score the completions, log rewards, entropy, accuracy and mean logits, and
+must come to the same losses. Time is the median of a process's steps; ratios are of the same round.
+Memory is the peak of the process above what it held when the model had been loaded; a second model,
+or the reference as a value, is above. `precomputed` has the reference's log-probs ahead, in both;
+`shared` computes the prompt of a pair once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import harness
 import torch
 from harness import Clock, Result
 
-PROMPT, COMPLETION, PAIRS, MICROBATCHES = 64, 192, 4, 4
+PROMPT, COMPLETION, PAIRS = 64, 192, 4
 RATE, BETA = 1e-5, 0.1
 BASES = {
     "functrain": "trl",
@@ -74,7 +74,7 @@ def pairs(vocabulary: int, count: int) -> list[dict[str, list[int]]]:
     ]
 
 
-def ours(vocabulary: int, steps: int, more: str) -> Result:
+def ours(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
     """Steps of `functrain.dpo_step`, donated; `shared`: with the prompt of a pair computed once."""
     import functrain as ft
 
@@ -89,7 +89,7 @@ def ours(vocabulary: int, steps: int, more: str) -> Result:
         ft.optim.adamw(RATE, weight_decay=0.0),
         reference=reference,
         beta=BETA,
-        microbatches=MICROBATCHES,
+        microbatches=microbatches,
         max_grad_norm=1.0,
         layout="shared_prompt" if more == "shared" else "padded",
         donate=True,
@@ -121,7 +121,7 @@ def batch(records: list[dict[str, list[int]]]) -> dict[str, Any]:
     return {"chosen": side("chosen_ids"), "rejected": side("rejected_ids")}
 
 
-def theirs(vocabulary: int, steps: int, more: str) -> Result:
+def theirs(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
     """Steps of `trl.DPOTrainer`, over the same token ids in the same order."""
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -161,8 +161,8 @@ def theirs(vocabulary: int, steps: int, more: str) -> Result:
             ref_model=None if precomputed else llama(vocabulary),
             args=DPOConfig(
                 output_dir=directory,
-                per_device_train_batch_size=PAIRS // MICROBATCHES,
-                gradient_accumulation_steps=MICROBATCHES,
+                per_device_train_batch_size=PAIRS // microbatches,
+                gradient_accumulation_steps=microbatches,
                 max_steps=steps,
                 learning_rate=RATE,
                 lr_scheduler_type="constant",
@@ -192,6 +192,7 @@ def theirs(vocabulary: int, steps: int, more: str) -> Result:
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--vocabulary", type=int, default=50_257)
+    parser.add_argument("--microbatches", type=int, choices=(1, 2, 4), default=4)
     parser.add_argument("--kinds", default=",".join(KINDS))
     options = parser.parse_args()
     if options.child is not None:
@@ -199,14 +200,16 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         name, _, more = options.child.partition(" ")
         run: Callable[..., Result] = ours if name == "functrain" else theirs
-        print(json.dumps(run(options.vocabulary, options.steps, more)))
+        print(json.dumps(run(options.vocabulary, options.steps, options.microbatches, more)))
         return
     arguments = ["--vocabulary", str(options.vocabulary), "--steps", str(options.steps)]
+    arguments += ["--microbatches", str(options.microbatches)]
     kinds = options.kinds.split(",")
     results = harness.interleaved(__file__, kinds, options.rounds, arguments, options.threads)
     # The trainer logs its losses rounded to four digits.
     apart = harness.check_losses(results, 2e-4)
-    title = f"DPO, vocabulary {options.vocabulary:,}, {options.threads} thread(s)"
+    pairs_each = PAIRS // options.microbatches
+    title = f"DPO, vocabulary {options.vocabulary:,}, {pairs_each} pair(s) a micro-batch"
     print(f"{title}, {options.rounds} rounds; losses equal within {apart:.1e}; ratios to TRL")
     print(harness.table(results, lambda kind: BASES[kind]))
     harness.written(options, title, results)
