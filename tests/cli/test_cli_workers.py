@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tally
 import torch
 
 from functrain import checkpoint
@@ -164,17 +165,33 @@ def test_stopped_on_four_workers_it_goes_on_with_two_and_then_one(
 @pytest.mark.long
 def test_a_hundred_kills_of_any_worker_at_any_moment(tmp_path: Path, alone: Any) -> None:
     chosen = random.Random(0)
-    kills = run = 0
-    while kills < 100:
+    counts = {"at any moment": 0, "while training": 0}
+    run = 0
+    while sum(counts.values()) < 100:
         run += 1
         config, directory = _config(tmp_path, f"run{run}", 30)
         process = _torchrun(config, 2, restarts=1000)
-        for _ in range(chosen.randrange(1, 8)):
-            time.sleep(chosen.uniform(0, 6))
-            if process.poll() is not None or not (workers := _workers(process)):
-                break
-            os.kill(chosen.choice(workers), signal.SIGKILL)
-            kills += 1
+        while process.poll() is None and sum(counts.values()) < 100:
+            # Most of a restart is imports: every other kill waits for steps to be made.
+            moment = chosen.choice(sorted(counts))
+            if moment == "while training":
+                _grown(process, directory)
+            time.sleep(chosen.uniform(0, 0.3 if moment == "while training" else 4))
+            if process.poll() is None and (workers := _workers(process)):
+                os.kill(chosen.choice(workers), signal.SIGKILL)
+                counts[moment] += 1
         _done(process)
-        assert _last(directory) == alone, f"after {kills} kills"
-    print(f"{kills} kills in {run} runs, the same end each time")
+        assert _last(directory) == alone, f"run {run}, after {counts} kills"
+    print(f"kills: {counts}, in {run} runs; the same end each time")
+    for moment, count in counts.items():
+        tally.add(f"kills of a worker {moment}", count)
+
+
+def _grown(process: subprocess.Popen[str], directory: Path) -> None:
+    """Wait until the run has made steps since now."""
+    metrics = directory / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while process.poll() is None:
+        if metrics.exists() and metrics.stat().st_mtime_ns != before:
+            return
+        time.sleep(0.01)
