@@ -141,6 +141,7 @@ def test_a_killed_worker_restarts_the_group_and_the_end_is_the_same(
     assert _last(directory) == alone
 
 
+@pytest.mark.long
 def test_a_signal_stops_all_workers_at_one_step_and_they_go_on(tmp_path: Path, alone: Any) -> None:
     config, directory = _config(tmp_path, "run", 30)
     process = _torchrun(config, 2)
