@@ -11,6 +11,8 @@ import zoo
 from torch import nn
 
 import functrain as ft
+from functrain import keys
+from functrain.distributed import exchange
 from functrain.loop import conditions
 from functrain.precision import Precision
 
@@ -57,9 +59,25 @@ def part(batch: Any, rank: int, size: int) -> Any:
     return batch[rank * own : (rank + 1) * own]
 
 
+class Partial(zoo.Tied):
+    """A parameter that only what begins with an even token reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rare = nn.Parameter(torch.ones(1))
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        out = super().forward(**inputs)
+        even = bool((inputs["input_ids"][:, 0] % 2 == 0).all())
+        return {"logits": out["logits"] * self.rare} if even else out
+
+
 def made(options: Any, world: Any) -> tuple[Any, Any]:
     """A step and its first state, of the options of a test."""
-    architecture, params, buffers = ft.split(zoo.decoder(dropout=0.1))
+    exchange.BUCKET = options.get("bucket", exchange.BUCKET)
+    with keys.seeded(3):
+        module = Partial() if options.get("partial") else zoo.decoder(dropout=0.1)
+    architecture, params, buffers = ft.split(module)
     given = {
         "microbatches": 8,
         "max_grad_norm": 0.05,

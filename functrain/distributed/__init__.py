@@ -10,7 +10,8 @@ same on every worker: params, metrics, gradient norm, and whether the step was a
 `reduction="canonical"` it is also the same, to the bit, on any number of workers.
 """
 
+from functrain.distributed.environment import world
 from functrain.distributed.exchange import gathered_metrics
-from functrain.distributed.world import ALONE, World, world
+from functrain.distributed.world import ALONE, World
 
 __all__ = ["ALONE", "World", "gathered_metrics", "world"]

@@ -1,0 +1,211 @@
+"""How workers speak with each other: small exchanges, what worker 0 decides, shared refusals."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import attrs
+import numpy as np
+import orjson
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from functrain.errors import FunctrainError, RelayedError, WorkerError
+
+T = TypeVar("T")
+TIMEOUT = 600.0
+
+
+class Diary:
+    """What this worker is at, for the errors of the others; it reaches no value."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.agreed: weakref.WeakSet[Any] = weakref.WeakSet[Any]()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Speaking:
+    """One of `size` workers that can exchange texts, numbers and errors; see `World`."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
+    timeout: float = TIMEOUT
+    _diary: Diary = attrs.field(factory=Diary, repr=False, init=False)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the worker that writes, saves and speaks: rank 0."""
+        return self.rank == 0
+
+    def begin(self, step: int) -> None:
+        """Note the step that this worker is about to make."""
+        self._diary.step = step
+        if self.size > 1:
+            with self.meeting("the beginning of a step"):
+                _store().set(_place(self.rank), str(step))
+
+    def first_time(self, thing: object) -> bool:
+        """Whether this is the first call with `thing`, the same on every worker."""
+        new = thing not in self._diary.agreed
+        self._diary.agreed.add(thing)
+        return new
+
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """An exchange with the others; one that fails is a `WorkerError` that says who is where."""
+        try:
+            yield
+        except FunctrainError:
+            raise
+        except RuntimeError as error:  # how gloo, NCCL and the store report a lost peer
+            step = "" if self._diary.step is None else f", step {self._diary.step + 1}"
+            raise WorkerError(
+                f"worker {self.rank} of {self.size}{step}: {what} failed, after at most "
+                f"{self.timeout:g} s: {str(error).splitlines()[0]}. {self._whereabouts()}Start all "
+                "workers again, from the newest checkpoint"
+            ) from error
+
+    def _whereabouts(self) -> str:
+        """Where the others were last heard of; nothing before they have met."""
+        if not dist.is_initialized():
+            return ""
+        heard: dict[str, list[int]] = {}
+        try:
+            store = _store()
+            store.set_timeout(timedelta(seconds=2))
+            for rank in range(self.size):
+                place = _place(rank)
+                at = store.get(place).decode() if store.check([place]) else "-1"
+                heard.setdefault(f"step {int(at) + 1}", []).append(rank)
+        except RuntimeError:
+            return "The store that knows where the others are (worker 0's) does not answer. "
+        parts = [
+            f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} in {at}"
+            for at, ranks in sorted(heard.items())
+        ]
+        return f"Last heard of: {'; '.join(parts)}. "
+
+    def numbers(self, given: Sequence[int]) -> Tensor:
+        """The same count of integers of every worker: int64 [size, n], on the CPU."""
+        row = torch.tensor(list(given), dtype=torch.int64)
+        return self.gathered(row, "the exchange of counts")
+
+    def gathered(self, tensor: Tensor, what: str) -> Tensor:
+        """A tensor of one shape of every worker: [size, …]."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        with self.meeting(what):
+            flat = tensor.contiguous().view(-1)
+            found = flat.new_empty(self.size * flat.numel())
+            dist.all_gather_single(found, flat)
+        return found.view(self.size, *tensor.shape)
+
+    def payloads(self, given: bytes, what: str = "an exchange") -> list[bytes]:
+        """Bytes of any length of every worker."""
+        sizes = self.numbers([len(given)])[:, 0].tolist()
+        padded = np.zeros(max(1, *sizes), np.uint8)
+        padded[: len(given)] = np.frombuffer(given, np.uint8)
+        rows = self.gathered(torch.from_numpy(padded), what)
+        return [rows[rank, :size].contiguous().numpy().tobytes() for rank, size in enumerate(sizes)]
+
+    def texts(self, given: str, what: str = "an exchange") -> list[str]:
+        """A text of every worker."""
+        return [each.decode() for each in self.payloads(given.encode(), what)]
+
+    def from_first(self, make: Callable[[], str], what: str) -> str:
+        """What worker 0 makes; where it raises, so does every worker."""
+        if self.size == 1:
+            return make()
+        outcome, failure = "", None
+        if self.speaks:
+            try:
+                outcome = f"+{make()}"
+            except FunctrainError as error:
+                outcome, failure = f"-{type(error).__name__}\0{error}", error
+        said = self.texts(outcome, what)[0]
+        if failure is not None:
+            raise failure
+        if said.startswith("-"):
+            raise _relayed(said[1:], 0)
+        return said[1:]
+
+    def for_all(self, make: Callable[[], T]) -> T:
+        """What each worker makes; where one raises, so does every worker."""
+        if self.size == 1:
+            return make()
+        made: list[T] = []
+        failure: FunctrainError | None = None
+        try:
+            made.append(make())
+        except FunctrainError as error:
+            failure = error
+        if self.any(failure is not None):
+            self._refused(failure)
+        return made[0]
+
+    def total(self, number: int) -> int:
+        """The sum of an integer over the workers."""
+        if self.size == 1:
+            return number
+        return int(self.numbers([number]).sum())
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any worker."""
+        return bool(self.total(int(flag)))
+
+    def agree(self, facts: Mapping[str, str], what: str = "before the first step") -> None:
+        """Raise `WorkerError`, on every worker, where they do not hold the same facts."""
+        if self.size == 1:
+            return
+        told = [orjson.loads(text) for text in self.payloads(orjson.dumps(dict(facts)), what)]
+        names = sorted({name for each in told for name in each})
+        lines = [
+            f"  {name}: {_versions([each.get(name) for each in told])}"
+            for name in names
+            if len({each.get(name) for each in told}) > 1
+        ]
+        if lines:
+            raise WorkerError(
+                f"the workers disagree {what}:\n" + "\n".join(lines) + "\nstart all of them with "
+                "the same program, options, data and checkpoint"
+            )
+
+    def _refused(self, failure: FunctrainError | None) -> None:
+        said = "" if failure is None else f"{type(failure).__name__}\0{failure}"
+        told = self.texts(said, "the exchange of an error")
+        if failure is not None:
+            raise failure
+        rank = next(rank for rank, text in enumerate(told) if text)
+        raise _relayed(told[rank], rank)
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _place(rank: int) -> str:
+    return f"functrain/step/{rank}"
+
+
+def _versions(values: Sequence[str | None]) -> str:
+    ranks: dict[str | None, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    parts = [
+        f"{value if value is not None else 'nothing'} on worker {', '.join(map(str, which))}"
+        for value, which in ranks.items()
+    ]
+    return "; ".join(parts)
+
+
+def _relayed(text: str, rank: int) -> RelayedError:
+    """Another worker's error, told here."""
+    kind, _, message = text.partition("\0")
+    return RelayedError(f"worker {rank} has refused ({kind}): {message}")
