@@ -109,7 +109,8 @@ def _by_generation(
             f"{where}.messages: weights, and the chat template marks {len(starts)} stretches for "
             f"{len(spoken)} messages of the assistant; leave the weights out"
         )
-    labels, turn = [], -1
+    labels: list[int] = []
+    turn = -1
     for n, (i, said) in enumerate(zip(ids, mask, strict=True)):
         turn += n in starts
         labels.append(i if said and learnt[turn] else IGNORE_INDEX)

@@ -131,6 +131,16 @@ def test_a_message_of_weight_0_is_not_learnt(template: str | None) -> None:
         assert trained(record, template) == ["d<|im_end|>"]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED, None])
+def test_a_last_message_of_weight_0_is_not_learnt(template: str | None) -> None:
+    """Also what comes after the first message that is."""
+    record = said("a", "b", "c", "d")
+    record["messages"][3]["weight"] = 0
+    given: Any = ft.data.ByteTokenizer() if template is None else tokenizer(template)
+    _, labels = ft.data.chat([record], given, time=512, batch_size=1).examples[0]
+    assert given.decode([i for i in labels if i != -100]) == "b"
+
+
 def test_the_shapes_are_one_dialogue() -> None:
     expected = read(said("Add\n\n1 2", "3"))
     turns = [{"from": "human", "value": "Add\n\n1 2"}, {"from": "gpt", "value": "3"}]

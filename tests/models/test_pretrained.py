@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -129,6 +130,64 @@ def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
         ft.models.from_pretrained(tmp_path / "model.gguf")
     with pytest.raises(ft.ArchitectureError, match="dtype: 'int8', expected a floating one"):
         ft.models.from_pretrained(tmp_path, dtype="int8")
+
+
+def gguf_file(path: Path) -> None:
+    """A tiny Llama with a byte-level tokenizer, as llama.cpp's files have it."""
+    gguf = pytest.importorskip("gguf")
+    rng = np.random.default_rng(0)
+    tokens = ["<|end|>", *map(chr, range(33, 94)), "Ġ", "Ċ", "AB"]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["A B"])
+    writer.add_eos_token_id(0)
+    square, up, down = (32, 32), (48, 32), (32, 48)
+    shapes = {
+        "token_embd": (len(tokens), 32),
+        "output_norm": (32,),
+        "output": (len(tokens), 32),
+        **{f"blk.0.{n}": square for n in ("attn_q", "attn_output")},
+        **{f"blk.0.{n}": (16, 32) for n in ("attn_k", "attn_v")},
+        **{f"blk.0.{n}": up for n in ("ffn_gate", "ffn_up")},
+        "blk.0.ffn_down": down,
+        **{f"blk.0.{n}": (32,) for n in ("attn_norm", "ffn_norm")},
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32) * 0.1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_read_and_exported(tmp_path: Path) -> None:
+    gguf_file(tmp_path / "tiny.gguf")
+    architecture, params, buffers, found = ft.models.from_pretrained(tmp_path / "tiny.gguf")
+    assert found is not None
+    assert found.decode(found.encode("AB C")) == "AB C"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    given = dict(theirs.named_parameters())
+    assert params.keys() == given.keys()
+    assert all(torch.equal(params[n], given[n]) for n in given)
+    state = ft.pretrain_step(architecture, ft.optim.sgd()).init(params, buffers)
+    out = ft.export(state, architecture, tmp_path / "out", tokenizer=found)
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ids = zoo.batch()["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert transformers.AutoTokenizer.from_pretrained(out).encode("AB") == found.encode("AB")
 
 
 def test_weights_without_a_place_are_said(tmp_path: Path) -> None:
