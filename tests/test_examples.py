@@ -16,7 +16,7 @@ PROMISES = {
 }
 
 
-ELSEWHERE = {"smollm2_dpo.py"}
+ELSEWHERE = {"smollm2_lora.py", "smollm2_dpo.py"}
 """What fetches a model, and has a test of its own."""
 
 
