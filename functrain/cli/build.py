@@ -415,11 +415,15 @@ def _source(config: Config, found: Sequence[Any], tokenizer: ByteTokenizer | Non
 def _batches(held_out: Source | None, config: Config) -> list[Batch]:
     if held_out is None:
         return []
-    size = config.evaluation.batch_size
-    if config.evaluation.limit is None:
-        return data.all_batches(held_out, size)
-    ordered = held_out.ordered()
-    total = min(len(held_out), config.evaluation.limit)
+    return batches_of(held_out, config.evaluation.batch_size, config.evaluation.limit)
+
+
+def batches_of(source: Source, size: int, limit: int | None) -> list[Batch]:
+    """The first samples of a source in their order, `limit` at most, in batches of `size`."""
+    if limit is None:
+        return data.all_batches(source, size)
+    ordered = source.ordered()
+    total = min(len(source), limit)
     return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
 from functrain import data, optimizers
-from functrain.cli.build import Trained, trained
+from functrain.cli.build import Trained, batches_of, trained
 from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
-from functrain.cli.summary import SIDES, bits_per_byte
-from functrain.data.source import Source
+from functrain.cli.summary import bits_per_byte, unreferenced
+from functrain.data.source import MapSource
 from functrain.errors import ConfigError, DataError
 from functrain.evaluation import evaluate
 from functrain.keys import derive
@@ -90,11 +89,8 @@ def measured(
 ) -> Measured:
     """A model over one file."""
     kind, source = _source(model, file, time=time, batch_size=batch_size)
-    ordered: Any = source.ordered()  # type: ignore[attr-defined]
     total = len(source) if limit is None else min(limit, len(source))
-    batches = [
-        ordered.at(begin, min(batch_size, total - begin)) for begin in range(0, total, batch_size)
-    ]
+    batches = batches_of(source, batch_size, limit)
     found = dict.fromkeys(("bits_per_byte", "accuracy", "likelier"))
     if kind == "pairs":
         found["likelier"] = _likelier(model, batches)
@@ -116,11 +112,7 @@ def measured(
 
 def _likelier(model: Trained, batches: Sequence[Batch]) -> float:
     """The accuracy of DPO's rewards against a reference that knows nothing."""
-    nothing = [
-        {**b, "reference_logps": {s: torch.zeros(len(b[s]["labels"])) for s in SIDES}}
-        for b in batches
-    ]
-    found = _evaluated(model, PreferenceOptimization(), nothing)
+    found = _evaluated(model, PreferenceOptimization(), unreferenced(batches))
     return float(found["eval_rewards/accuracies"])
 
 
@@ -131,7 +123,7 @@ def _evaluated(model: Trained, objective: Objective, batches: Sequence[Batch]) -
     return evaluate(step, state, batches).to_dict()
 
 
-def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[str, Source]:
+def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[str, MapSource]:
     options: dict[str, Any] = {"time": time, "batch_size": batch_size, "seed": derive(0, "data")}
     if file != EMBEDDED and not Path(file).is_file():
         raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")

@@ -34,7 +34,7 @@ def _of_the_run(run: Any, step: int) -> dict[str, str]:
 
     model = trained(str(run.path))
     how = objectives.describe_head(model.architecture, model.params, model.buffers)
-    records = jsonl.read(run.metrics) if run.metrics.is_file() else []
+    records = jsonl.read(run.metrics)
     records = [each for each in records if each["step"] <= step]
     rates = [each["tokens_per_second"] for each in records if "tokens_per_second" in each]
     padding = [each["padding"] for each in records if "padding" in each]

@@ -119,15 +119,20 @@ def _likelier(outcome: Outcome, params: Tensors) -> float:
 
     The accuracy of DPO's rewards against a reference that knows nothing.
     """
-    nothing: list[Batch] = []
-    for batch in outcome.built.evaluation:
-        zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}
-        nothing.append({**batch, "reference_logps": zeros})
     # Plain DPO carries nothing and weighs no token, whatever the run's own loss does.
     step = attrs.evolve(outcome.built.step, objective=PreferenceOptimization())
     state = attrs.evolve(outcome.state, params=params, reference=None, running=None)
-    found = evaluate(step, state, nothing)
+    found = evaluate(step, state, unreferenced(outcome.built.evaluation))
     return float(found["eval_rewards/accuracies"])
+
+
+def unreferenced(batches: Sequence[Batch]) -> list[Batch]:
+    """Batches of pairs with a reference that knows nothing: every log-prob is 0."""
+    found: list[Batch] = []
+    for batch in batches:
+        zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}
+        found.append({**batch, "reference_logps": zeros})
+    return found
 
 
 def bits_per_byte(record: Mapping[str, Any], batches: Sequence[Batch]) -> float:
