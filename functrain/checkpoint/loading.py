@@ -30,7 +30,8 @@ from functrain.state import Leaf, TrainState, check_state, device_of
 from functrain.trees import Tensors, select
 
 Found = TypeVar("Found")
-_ATTEMPTS = 10
+_ATTEMPTS = 100
+"""Each finds a newer checkpoint; a fast writer on a busy machine wins ten times in a row."""
 
 
 def load(

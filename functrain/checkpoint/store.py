@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from functrain.checkpoint.environment import numerics
 from functrain.checkpoint.files import (
@@ -37,9 +37,6 @@ from functrain.checkpoint.manifest import (
 from functrain.checkpoint.retention import Keep
 from functrain.errors import CheckpointError, SaveWarning
 from functrain.state import TrainState, check_state, device_of
-
-Found = TypeVar("Found")
-_ATTEMPTS = 10
 
 
 def save(

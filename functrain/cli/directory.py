@@ -153,7 +153,7 @@ class Origin:
         return RunDirectory(self.checkpoint.parent.parent).tokenizer
 
 
-_ATTEMPTS = 10
+_ATTEMPTS = 100
 
 
 def origin(given: str, key: str = "model.from") -> Origin:
