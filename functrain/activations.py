@@ -7,9 +7,10 @@ dropout drops the same the second time.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -109,16 +110,24 @@ def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> I
     values is off (`config.use_cache`): it would be added to a second time.
     """
     caching = _caching(architecture) if modules else []
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
         for config in caching:
             config.use_cache = False
-        for module in modules.values():
+        for name, module in modules.items():
+            own = before[name]
             # A module's own setattr would look for parameters first.
-            vars(module)["forward"] = types.MethodType(_recomputed, module)
+            vars(module)["forward"] = (
+                types.MethodType(_recomputed, module)
+                if own is None
+                else functools.partial(_checkpointed, own)
+            )
         yield
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             vars(module).pop("forward", None)
+            if before[name] is not None:
+                vars(module)["forward"] = before[name]
         for config in caching:
             config.use_cache = True
 
@@ -134,6 +143,10 @@ def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
 
+    return _checkpointed(forward, *args, **kwargs)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

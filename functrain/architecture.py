@@ -11,8 +11,9 @@ import hashlib
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import attrs
@@ -313,6 +314,30 @@ def bound(
                 entries[key] = tensor
             for module, training in zip(places.modules, modes, strict=True):
                 _set_mode(module, training)
+
+
+Substitution = Callable[[Mapping[str, Tensor]], AbstractContextManager[Mapping[str, Tensor]]]
+_substitution: ContextVar[Substitution | None] = ContextVar("substitution", default=None)
+
+
+@contextmanager
+def substitution(given: Substitution) -> Iterator[None]:
+    """Within it, `given` is how a bound model comes to compute with other params.
+
+    Where its own are in shards, `torch.func.functional_call` cannot do that. `given` makes a
+    context of params: within it the model, called, computes with those; what it yields are the
+    params that are whole in there.
+    """
+    token = _substitution.set(given)
+    try:
+        yield
+    finally:
+        _substitution.reset(token)
+
+
+def current_substitution() -> Substitution | None:
+    """How a bound model comes to compute with other params, where that is not by a call."""
+    return _substitution.get()
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from functrain import keys
-from functrain.architecture import bound
 from functrain.distributed import ALONE, gathered_metrics
 from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, to_device
 from functrain.state import TrainState, device_of
 from functrain.steps import Step
+from functrain.trees import map_leaves, rows_here
 
 
 def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -51,7 +51,7 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     device = device_of(state.params)
     measured: list[Metrics] = []
     weight = torch.zeros((), dtype=torch.int64)
-    values = gradient.values(state.params)
+    values = gradient.values(map_leaves(rows_here, state.params))
     buffers = gradient.buffer_values(state.buffers)
     seed = keys.derive(state.key, "evaluate")
     objective = step.objective_of(state)
@@ -59,10 +59,17 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     world = ALONE if step.world is None or objective.batch_coupled else step.world
     with (
         torch.no_grad(),
-        bound(step.architecture, values, buffers, "eval", places=gradient.places) as model,
+        gradient.bound(values, buffers, "eval") as model,
         keys.seeded(seed, device),
     ):
+
+        def measure(batch: Batch, coupling: Any) -> Metrics:
+            with step.precision.context(device):
+                moved = to_device(batch, device)
+                return gradient.measured(model, moved, objective, coupling)[1]
+
         couplings: Iterable[Any] = itertools.repeat(None)
+        index = -1
         if objective.batch_coupled:
             # Of all batches together: the result must not depend on how they were cut.
             checked = [to_device(batch, device) for batch in checked]
@@ -71,10 +78,10 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
             weight = weight + objective.weight(batch).to(weight.device)
             if index % world.size != world.rank:
                 continue
-            with step.precision.context(device):
-                moved = to_device(batch, device)
-                _, metrics = gradient.measured(model, moved, objective, coupling)
-            measured.append(metrics)
+            measured.append(measure(batch, coupling))
+        if gradient.shards is not None and index >= 0 and world.rank > index % world.size:
+            # For the others' sake, who gather the params of blocks from here in their last turn.
+            measure(batch, coupling)
     every = gathered_metrics(world, measured)
     if not every:
         raise BatchError("batches: none, so there is nothing to evaluate")

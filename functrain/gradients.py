@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from functrain import accumulators, activations, compilation, keys, memory
 from functrain.accumulators import Accumulating
 from functrain.architecture import (
+    Mode,
     Slots,
     bound,
     bound_buffers,
@@ -28,7 +28,7 @@ from functrain.objectives.base import Coupled, Direct, Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
-from functrain.reductions import Part, Tree, Workers, added, tree_sum
+from functrain.reductions import Part, Tree, Workers, added, merged
 from functrain.trees import Tensors, global_norm, map_leaves
 
 Batches = Batch | Sequence[Batch]
@@ -77,9 +77,31 @@ class GradientFunction(Protocol):
         ...
 
 
+class Shards(Protocol):
+    """How an architecture computes with params of which each worker has some rows."""
+
+    def bound(
+        self,
+        architecture: nn.Module,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        mode: Mode,
+        *,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        receive: Callable[[str, Tensor, bool], None] | None = None,
+        recomputed: Iterable[nn.Module] = (),
+    ) -> AbstractContextManager[nn.Module]:
+        """As `functrain.bound`; `receive` takes this worker's rows of the gradients' sums."""
+        ...
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class ValueAndGrad:
-    """The gradient function of an objective on an architecture; see `value_and_grad`."""
+    """The gradient function of an objective on an architecture; see `value_and_grad`.
+
+    `shards`: how the params, which are then rows of the whole ones, become whole where they are
+    needed (`functrain.distributed.sharding`).
+    """
 
     objective: Objective
     architecture: nn.Module
@@ -88,11 +110,38 @@ class ValueAndGrad:
     vocabulary: int | None
     compile: bool = False
     checkpointed: Mapping[str, nn.Module] = attrs.field(factory=dict)
+    shards: Shards | None = None
     direct: bool = attrs.field(init=False)
 
     @direct.default
     def _direct(self) -> bool:
-        return isinstance(self.objective, Direct) and self.objective.direct
+        direct = isinstance(self.objective, Direct) and self.objective.direct
+        return direct and self.shards is None
+
+    def bound(
+        self, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], mode: Mode
+    ) -> AbstractContextManager[nn.Module]:
+        """The architecture with these values, as `functrain.bound`; no gradient is taken inside."""
+        if self.shards is not None:
+            return self.shards.bound(self.architecture, values, buffers, mode)
+        return bound(self.architecture, values, buffers, mode, places=self.places)
+
+    def _bound(
+        self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor], total: _Sum
+    ) -> AbstractContextManager[nn.Module]:
+        """The architecture with these leaves, whose gradients are summed in `total`."""
+        mode = self.objective.mode
+        if self.shards is None:
+            return bound(self.architecture, leaves, buffers, mode, places=self.places)
+        return self.shards.bound(
+            self.architecture,
+            leaves,
+            buffers,
+            mode,
+            dtypes=total.dtypes,
+            receive=total.receive,
+            recomputed=self.checkpointed.values(),
+        )
 
     def __call__(
         self,
@@ -147,11 +196,10 @@ class ValueAndGrad:
         # Clones, because a module may update its buffers in place (BatchNorm does).
         bound_values = self.buffer_values(buffers)
         written = {name: (id(value), value._version) for name, value in bound_values.items()}
-        mode = self.objective.mode
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            bound(self.architecture, leaves, bound_values, mode, places=self.places) as model,
+            self._bound(leaves, bound_values, total) as model,
             activations.checkpointed(model, self.checkpointed),
             self._compiled(model),
             accumulators.accumulating(self.places.modules, Accumulating(total.sum_of, factor))
@@ -160,7 +208,7 @@ class ValueAndGrad:
         ):
             couplings = self.couplings(model, ready, objective, key, device, part)
             for index, each in enumerate(ready):
-                seed = keys.derive(key, "micro-batch", part.first + index)
+                seed = keys.derive(key, "micro-batch", part.place(index))
                 with keys.seeded(seed, device):
                     with self.precision.context(device):
                         loss, measured = self.measured(model, each, objective, couplings[index])
@@ -170,19 +218,16 @@ class ValueAndGrad:
                 measured_all.append(measured)
             after = bound_buffers(self.places)
         grads = total.grads()
-        if part.tree:
-            metrics = tree_sum(measured_all, Metrics.merge)
-        else:
-            metrics = functools.reduce(Metrics.merge, measured_all)
         left = Tensors({n: self._left(buffers[n], b, written[n]) for n, b in after.items()})
-        if part.workers is not None:
-            moved = self._moved(buffers, after, written)
-            trained = {n: params[n] for n in self.places.trainable}
-            found, metrics = part.workers.reduced(
-                dict(grads), metrics, trained, moved, tree=part.tree
-            )
-            grads = Tensors(found)
-        return Gradients(grads=grads, buffers=left, metrics=metrics)
+        if part.workers is None:
+            metrics = merged(measured_all, tree=part.tree)
+            return Gradients(grads=grads, buffers=left, metrics=metrics)
+        moved = self._moved(buffers, after, written)
+        trained = {n: params[n] for n in self.places.trainable}
+        found, metrics = part.workers.reduced(
+            dict(grads), total.reached(grads), measured_all, trained, moved, tree=part.tree
+        )
+        return Gradients(grads=Tensors(found), buffers=left, metrics=metrics)
 
     def _moved(
         self,
@@ -230,7 +275,9 @@ class ValueAndGrad:
 
         With the randomness of the second pass, so that dropout drops the same.
         """
-        first, total = (0, len(micro_batches)) if part is None else (part.first, part.total)
+        if part is None:
+            part = Part(first=0, total=len(micro_batches), weight=torch.zeros(()))
+        total = part.total
         if total == 1 or not objective.batch_coupled:
             return [None] * len(micro_batches)
         if not isinstance(objective, Coupled):
@@ -244,14 +291,15 @@ class ValueAndGrad:
         with torch.no_grad(), kept_buffers(self.places):
             for index, each in enumerate(micro_batches):
                 with (
-                    keys.seeded(keys.derive(key, "micro-batch", first + index), device),
+                    keys.seeded(keys.derive(key, "micro-batch", part.place(index)), device),
                     self.precision.context(device),
                     _indexing(),
                 ):
                     observed.append(objective.observe(model, each))
-        if part is not None and part.workers is not None:
+        if part.workers is not None:
             observed = part.workers.observations(observed)
-        return objective.couple(observed)[first : first + len(micro_batches)]
+        couplings = objective.couple(observed)
+        return [couplings[part.place(index)] for index in range(len(micro_batches))]
 
     def measured(
         self,
@@ -364,8 +412,10 @@ class _Sum:
     ) -> None:
         self._tree = Tree(added) if tree else None
         self._leaves = leaves
-        self._dtypes = {name: param.dtype for name, param in params.items()}
+        self.dtypes = {name: param.dtype for name, param in params.items()}
         self._wide: dict[str, Tensor] = {}
+        self._reached: set[str] = set()
+        self._received = False
         self._names = {id(leaf): name for name, leaf in leaves.items() if leaf.requires_grad}
         self._direct: dict[str, Tensor] = {}
 
@@ -373,8 +423,19 @@ class _Sum:
         """Where gradients of a leaf that trains may be summed as they are made."""
         name = self._names.get(id(leaf))
         if name is not None and name not in self._direct:
-            self._direct[name] = memory.zeros(leaf.shape, self._dtypes[name], leaf.device)
+            self._direct[name] = memory.zeros(leaf.shape, self.dtypes[name], leaf.device)
         return None if name is None else self._direct[name]
+
+    def receive(self, name: str, rows: Tensor, reached: bool) -> None:
+        """Take the rows of a gradient of one micro-batch, summed over the workers already."""
+        self._received = True
+        if reached:
+            self._reached.add(name)
+        self._wide[name] = self._wide[name].add_(rows) if name in self._wide else rows
+
+    def reached(self, grads: Mapping[str, Tensor]) -> frozenset[str]:
+        """What of the sums has had a gradient here."""
+        return frozenset(self._reached if self._received else grads)
 
     def add(self) -> None:
         for name, leaf in self._leaves.items():
@@ -383,9 +444,9 @@ class _Sum:
                     f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
                     "take; build its nn.Embedding with sparse=False"
                 )
-            if leaf.grad is None or leaf.dtype == self._dtypes[name]:
+            if leaf.grad is None or leaf.dtype == self.dtypes[name]:
                 continue
-            wide = leaf.grad.to(self._dtypes[name])
+            wide = leaf.grad.to(self.dtypes[name])
             self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
             leaf.grad = None
         if self._tree is not None:
@@ -416,6 +477,7 @@ def value_and_grad(
     precision: str | Precision = "fp32",
     compile: bool = False,  # noqa: A002
     checkpoint: str | Sequence[str] | None = None,
+    shards: Shards | None = None,
 ) -> ValueAndGrad:
     """The gradient function of `objective` on `architecture`.
 
@@ -423,6 +485,7 @@ def value_and_grad(
     same arguments give the same bits. `torch.autograd` on private leaves, inside the binding.
     `compile`: with the body compiled (`functrain.compilation`): other bits, the same to rounding.
     `checkpoint`: a pattern of modules whose activations are recomputed (`functrain.activations`).
+    `shards`: how the model computes with params of which each worker has some rows.
     """
     if not isinstance(compile, bool):
         raise ConfigError(f"compile: {compile!r}, expected True or False")
@@ -439,6 +502,7 @@ def value_and_grad(
         vocabulary=vocabulary_of(architecture),
         compile=compile,
         checkpointed=activations.matching(architecture, activations.patterns(checkpoint)),
+        shards=shards,
     )
 
 

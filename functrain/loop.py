@@ -123,7 +123,9 @@ def world_of(step: Step) -> World:
 def read(step: Step, source: Source, position: int, n: int) -> Any:
     """What this worker reads of the `n` samples at a position; see `World.read`."""
     tree = step.reduction == "canonical"
-    return world_of(step).read(source, position, n, microbatches=step.microbatches, tree=tree)
+    return world_of(step).read(
+        source, position, n, microbatches=step.microbatches, tree=tree, strided=step.sharded
+    )
 
 
 def agree_on(step: Step, state: TrainState, source: Source, facts: Mapping[str, str]) -> None:

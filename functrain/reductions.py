@@ -7,6 +7,7 @@ micro-batches of the logical batch is the same tree however its leaves are share
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -75,6 +76,13 @@ def added(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]
     return {**other, **one}
 
 
+def merged(measured: Sequence[Metrics], *, tree: bool) -> Metrics:
+    """The metrics of several micro-batches as one."""
+    if tree:
+        return tree_sum(measured, Metrics.merge)
+    return functools.reduce(Metrics.merge, measured)
+
+
 class Workers(Protocol):
     """The workers that a logical batch is shared out to, as a gradient function sees them."""
 
@@ -98,7 +106,8 @@ class Workers(Protocol):
     def reduced(
         self,
         grads: dict[str, Tensor],
-        metrics: Metrics,
+        reached: frozenset[str],
+        measured: Sequence[Metrics],
         like: Mapping[str, Tensor],
         moved: Sequence[str],
         *,
@@ -106,8 +115,9 @@ class Workers(Protocol):
     ) -> tuple[dict[str, Tensor], Metrics]:
         """The sums over all workers, on each of them; in the memory of `grads`.
 
-        `like`: a tensor for each name that may have a gradient. `moved`: the buffers that the
-        forward has written to, which is refused.
+        `reached`: what has a gradient here. `measured`: the metrics of each micro-batch. `like`: a
+        tensor for each name that may have a gradient. `moved`: the buffers that the forward has
+        written to, which is refused.
         """
         ...
 
@@ -116,8 +126,8 @@ class Workers(Protocol):
 class Part:
     """The micro-batches of a logical batch that are computed here.
 
-    They are the `first` and those after it, of `total`; `weight` is that of all of them. `tree`:
-    whether they are summed as a `Tree`. `workers`: who has the others, if anybody.
+    They are the `first` and each `stride`-th after it, of `total`; `weight` is that of all of them.
+    `tree`: whether they are summed as a `Tree`. `workers`: who has the others, if anybody.
     """
 
     first: int
@@ -125,3 +135,8 @@ class Part:
     weight: Tensor
     tree: bool = False
     workers: Workers | None = None
+    stride: int = 1
+
+    def place(self, index: int) -> int:
+        """Which micro-batch of the whole one of those here is."""
+        return self.first + index * self.stride

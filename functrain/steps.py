@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import activations, keys, schedules
+from functrain import activations, keys, optimizers, schedules
 from functrain import metrics as m
 from functrain.agreement import agree
 from functrain.architecture import Slots, check_fit, held_values
@@ -44,11 +44,15 @@ from functrain.trees import (
     Tensors,
     clone,
     global_norm,
+    is_sharded,
     owning,
     storages,
     succeeding,
     tensors,
 )
+
+if TYPE_CHECKING:
+    from functrain.distributed.sharding import Sharding
 
 Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -85,7 +89,9 @@ class Step:
     `world`: the workers that share each batch (`functrain.distributed.world()`); each calls the
     step with its own part, and `microbatches` counts those of the whole. `reduction`: `"fast"`, or
     `"canonical"`, a fixed binary tree over the micro-batches, which gives the same bits on any
-    number of workers that each have a power of two of them.
+    number of workers that each have a power of two of them. `sharded`: each worker keeps some rows
+    of the params, the moments, the average and the reference, as DTensors, and gathers the params
+    of a block while it computes: a fraction of the memory, and with `"canonical"` the same bits.
 
     Change any of it with `attrs.evolve(step, max_grad_norm=0.5)`. The bits of the result depend
     on the arguments alone: the same (state, batch) gives the same (state, metrics), and nothing
@@ -107,10 +113,43 @@ class Step:
     checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
     reduction: Reduction = attrs.field(default="fast", validator=reduction_name)
     world: World | None = None
+    sharded: bool = attrs.field(default=False, validator=boolean)
+    _sharding: Sharding | None = attrs.field(init=False, repr=False)
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
     # Looked up once: a protocol's isinstance takes longer than a step's smallest kernels.
     _carrying: Carrying | None = attrs.field(init=False, repr=False)
+
+    @_sharding.default
+    def _found_sharding(self) -> Sharding | None:
+        if not self.sharded:
+            return None
+        if self.world is None:
+            raise ConfigError(
+                "sharded: True, and the step has no world to share with; give it "
+                "world=functrain.distributed.world()"
+            )
+        if self.world.size == 1:
+            return None
+        self._check_sharded()
+        # Here, since DTensor takes a second to import.
+        from functrain.distributed.sharding import sharding
+
+        return sharding(self.architecture, self.world, tree=self.reduction == "canonical")
+
+    def _check_sharded(self) -> None:
+        if self.compile:
+            raise ConfigError("sharded: not with compile=True, which sees no gathering of blocks")
+        if self.transform is not None:
+            raise ConfigError(
+                "sharded: not with a transform, which would be given a worker's rows of the "
+                "gradients as if they were the whole; leave transform out"
+            )
+        if not optimizers.is_elementwise(self.optimizer):
+            raise ConfigError(
+                f"sharded: {self.optimizer.kind} is not known to update element by element, and "
+                "each worker has some rows alone; take adamw, adam, sgd or another such"
+            )
 
     @value_and_grad.default
     def _value_and_grad(self) -> ValueAndGrad:
@@ -120,6 +159,7 @@ class Step:
             precision=self.precision,
             compile=self.compile,
             checkpoint=self.checkpoint,
+            shards=self._sharding,
         )
 
     @gradient.default
@@ -129,7 +169,7 @@ class Step:
             self.value_and_grad,
             self.microbatches,
             tree=self.reduction == "canonical",
-            workers=self.world if several else None,
+            workers=(self._sharding or self.world) if several else None,
         )
 
     @_carrying.default
@@ -185,10 +225,20 @@ class Step:
     ) -> TrainState:
         """The state before the first step.
 
-        Nothing is copied, but where the step donates and the params are not the state's own to
-        overwrite (a plain mapping, or storage that the reference uses): then they are cloned.
+        Where it is `sharded`, `params` are whole and the same on every worker, or in shards already
+        (`functrain.distributed.shard`). Nothing is copied, but where the step donates and the
+        params are not the state's own to overwrite (a plain mapping, or storage that the reference
+        uses): then they are cloned.
         """
         self._check_values(params, buffers)
+        if self._sharding is None:
+            return self._initial(params, buffers, seed)
+        rows = self._sharding.local(params)
+        return self._sharding.whole_state(self._initial(rows, buffers, seed))
+
+    def _initial(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], seed: int
+    ) -> TrainState:
         params = self._masters(self._own(params))
         device = device_of(params)
         trained = Tensors({n: p for n, p in params.items() if n in self._places.trainable})
@@ -216,10 +266,13 @@ class Step:
         assert objective.reference is not None  # the objective has refused it otherwise
         # Its own memory, which no step of another run and no donation writes into; and the params'
         # dtype, since in a narrower one what it moves by could be rounded away.
+        reference = objective.reference
+        if self._sharding is not None:
+            reference = self._sharding.local(reference)
         return Tensors(
             {
                 name: tensor.detach().to(params[name].dtype, copy=True)
-                for name, tensor in objective.reference.items()
+                for name, tensor in reference.items()
             }
         )
 
@@ -260,16 +313,22 @@ class Step:
         # The bits are a function of the arguments, whatever contexts the caller is in.
         self.check(state)
         device = device_of(state.params)
+        donate = self.donate if donate is None else donate
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-            return self._advanced(state, batch, self.donate if donate is None else donate)
+            if self.world is not None and self.world.size > 1:
+                self.world.begin(state.step)
+                if self.world.first_time(self):
+                    agree(self.world, self, state)
+            objective = self.objective_of(state)
+            if self._sharding is None:
+                return self._advanced(state, batch, objective, donate)
+            with self._sharding.rows_of_state(state) as rows:
+                successor, metrics = self._advanced(rows, batch, objective, donate)
+            return self._sharding.whole_state(successor), metrics
 
     def _advanced(
-        self, state: TrainState, batch: Batches, donate: bool
+        self, state: TrainState, batch: Batches, objective: Objective, donate: bool
     ) -> tuple[TrainState, Metrics]:
-        if self.world is not None and self.world.size > 1:
-            self.world.begin(state.step)
-            if self.world.first_time(self):
-                agree(self.world, self, state)
         if donate:
             refuse_aliases(state, self._places.trainable, self.objective.kept())
         rate = self.learning_rate(state)
@@ -279,7 +338,7 @@ class Step:
             batch,
             key=keys.derive(state.key, "step", state.step),
             scaler=state.scaler,
-            objective=self.objective_of(state),
+            objective=objective,
         )
         if "loss" not in result.metrics:
             raise ConfigError(
@@ -287,7 +346,7 @@ class Step:
                 "that is not finite is known; add metrics.mean(total, weight)"
             )
         unscaled = unscale(result.grads, state.scaler)
-        norm = global_norm(unscaled)
+        norm = self._norm(unscaled)
         applied = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
         grads, transformed = self._clipped(unscaled, state.params, norm)
         finite = applied & torch.isfinite(transformed)
@@ -394,6 +453,11 @@ class Step:
         seen = self.schedule.observe(plateau, float(value))
         return attrs.evolve(state, scheduler=attrs.evolve(state.scheduler, plateau=seen))
 
+    def _norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        if self._sharding is None:
+            return global_norm(grads)
+        return self._sharding.global_norm(grads)
+
     @property
     def _places(self) -> Slots:
         return self.value_and_grad.places
@@ -450,6 +514,14 @@ class Step:
         """Raise `StateError` for what is no state, or one of another step."""
         check_state(state)
         check_fit(state.params, self._places.params, "params")
+        if is_sharded(state.params) != (self._sharding is not None):
+            raise StateError(
+                "params: this step is sharded and this state is not; make it "
+                "functrain.distributed.shard(state, world)"
+                if self._sharding is not None
+                else "params: this state is in shards and this step is not sharded; give the step "
+                "sharded=True, or take functrain.distributed.gathered(state)"
+            )
         if state.base != self._places.base:
             raise StateError(
                 f"base: this state was trained over {_base(state.base)}, and this step's "
@@ -508,7 +580,10 @@ class Step:
         given = writable_state(state, self._places.trainable) if donate else state
         own = {slot: items.own for slot, items in given.optimizer.slots.items()}
         kept = given.params.own
-        params, optimizer = self.optimizer.update(
+        update = self.optimizer.update
+        if self._sharding is not None:
+            update = self._sharding.placed(update)
+        params, optimizer = update(
             grads, given.optimizer, given.params, rate, applied=applied, donate=donate
         )
         if donate:

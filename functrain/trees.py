@@ -220,33 +220,63 @@ def _matching(items: Mapping[str, Tensor], patterns: Iterable[str]) -> list[str]
 def global_norm(items: Mapping[str, Tensor]) -> Tensor:
     """The Euclidean norm over all leaves: a 0-d float64 tensor, without host synchronisation.
 
-    Accumulated in float64: in float32, runs that shard the same leaves differently part as soon
-    as clipping acts, and an fp32 sum of squares overflows long before a gradient does.
+    Accumulated in float64: an fp32 sum of squares overflows long before a gradient does. Row by
+    row, and then over the rows in order: leaves that are sharded by rows have the same norm, to the
+    bit.
     """
-    leaves = list(items.values())
-    if not leaves:
+    norms = [row_norms(whole(leaf)) for leaf in items.values()]
+    if not norms:
         return torch.zeros((), dtype=torch.float64)
-    norms = torch._foreach_norm(list(_pieces(leaves)), 2, dtype=torch.float64)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms))
     return norm
 
 
 _PIECE = 1 << 18
 
 
-def _pieces(leaves: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Large leaves in pieces: the CPU's kernel makes a copy of its argument in float64."""
-    for leaf in leaves:
-        if leaf.device.type != "cpu" or leaf.numel() <= _PIECE:
-            yield leaf
-        elif leaf.is_contiguous():
-            yield from torch.split(leaf.view(-1), _PIECE)
-        else:
-            yield from torch.split(leaf, max(1, _PIECE * len(leaf) // leaf.numel()))
+def row_norms(leaf: Tensor) -> Tensor:
+    """The Euclidean norm of each row of a tensor, float64 [rows]; of a vector, each magnitude."""
+    leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    if leaf.ndim < 2:
+        return leaf.reshape(-1).to(torch.float64).abs()
+    rows = leaf.flatten(1)
+    if leaf.device.type != "cpu":
+        return _norms(rows)
+    # In pieces: the CPU's kernel makes a copy of its argument in float64.
+    count = max(2, _PIECE // max(1, rows.shape[1]))
+    if len(rows) <= count:
+        return _norms(rows)
+    return torch.cat([_norms(piece) for piece in torch.split(rows, count)])
+
+
+def _norms(rows: Tensor) -> Tensor:
+    if len(rows) == 1:
+        # A single row would be shared out to the threads, and summed in another order.
+        return _norms(rows.expand(2, -1))[:1]
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms
+
+
+def is_sharded(items: Mapping[str, Tensor]) -> bool:
+    """Whether any tensor is a DTensor; without importing that, which takes a second."""
+    return any(hasattr(tensor, "full_tensor") for tensor in items.values())
+
+
+def rows_here(tensor: Tensor) -> Tensor:
+    """What this worker has of a tensor in shards; any other tensor itself."""
+    found: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in shards as a whole one, for which every worker must ask; any other itself."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
 
 
 def digest(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and the very bytes, in hexadecimal."""
+    """sha256 over dtype, shape and the very bytes, in hexadecimal; of shards, of the whole."""
+    tensor = whole(tensor)
     hasher = hashlib.sha256(_kind(tensor).encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     hasher.update(flat.view(torch.uint8).numpy().data)
@@ -255,4 +285,4 @@ def digest(tensor: Tensor) -> str:
 
 def storages(items: Mapping[str, Tensor]) -> dict[int, str]:
     """The address of each leaf's storage, with the leaf's name."""
-    return {tensor.untyped_storage().data_ptr(): name for name, tensor in items.items()}
+    return {rows_here(t).untyped_storage().data_ptr(): name for name, t in items.items()}

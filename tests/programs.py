@@ -46,15 +46,17 @@ def unpaired(seed: int, examples: int = EXAMPLES) -> dict[str, Any]:
     }
 
 
-def batches(stage: str, seed: int) -> dict[str, Any]:
+def batches(stage: str, seed: int, examples: int = EXAMPLES) -> dict[str, Any]:
     """The logical batch of a stage."""
-    return {"kto": unpaired, "dpo": completions}.get(stage, uneven)(seed)
+    return {"kto": unpaired, "dpo": completions}.get(stage, uneven)(seed, examples)
 
 
-def part(batch: Any, rank: int, size: int) -> Any:
-    """The rows of one worker."""
+def part(batch: Any, rank: int, size: int, microbatches: int = 0) -> Any:
+    """The rows of one worker; of a sharded tree of `microbatches`, those of each `size`-th."""
     if isinstance(batch, dict):
-        return {key: part(value, rank, size) for key, value in batch.items()}
+        return {key: part(value, rank, size, microbatches) for key, value in batch.items()}
+    if microbatches:
+        return torch.cat(batch.chunk(microbatches)[rank::size])
     own = len(batch) // size
     return batch[rank * own : (rank + 1) * own]
 
@@ -72,11 +74,17 @@ class Partial(zoo.Tied):
         return {"logits": out["logits"] * self.rare} if even else out
 
 
+def decoder(options: Any) -> dict[str, Any]:
+    """The shape of the model; `odd` shapes leave some workers with fewer rows or none."""
+    odd = {"width": 18, "heads": 3, "kv_heads": 1, "hidden": 29, "layers": 3}
+    return {"dropout": 0.1, **(odd if options.get("odd") else {})}
+
+
 def made(options: Any, world: Any) -> tuple[Any, Any]:
     """A step and its first state, of the options of a test."""
     exchange.BUCKET = options.get("bucket", exchange.BUCKET)
     with keys.seeded(3):
-        module = Partial() if options.get("partial") else zoo.decoder(dropout=0.1)
+        module = Partial() if options.get("partial") else zoo.decoder(**decoder(options))
     architecture, params, buffers = ft.split(module)
     given = {
         "microbatches": 8,
@@ -90,7 +98,10 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
         given["precision"] = OVERFLOWING
     stage = options.get("stage", "pretrain")
     if stage in ("dpo", "kto"):
-        given |= {"reference": params, "dropout": True}
+        reference = params
+        if options.get("reference") == "sharded" and given.get("sharded"):
+            reference = ft.distributed.shard(params, world)
+        given = {"reference": reference, "dropout": True, **given}
     make = getattr(ft, f"{stage}_step")
     step = make(architecture, ft.optim.adamw(weight_decay=0.1), world=world, **given)
     return step, step.init(ft.trees.clone(params), buffers, seed=5)
@@ -102,8 +113,9 @@ def steps(options: Any) -> dict[str, Any]:
         step, state = made(options, world)
         seen = []
         for number in range(options.get("steps", 3)):
-            batch = batches(options.get("stage", "pretrain"), number)
-            state, metrics = step(state, part(batch, world.rank, world.size))
+            batch = batches(options.get("stage", "pretrain"), number, options.get("examples", 16))
+            strided = step.microbatches if step.sharded and step.reduction == "canonical" else 0
+            state, metrics = step(state, part(batch, world.rank, world.size, strided))
             seen.append({name: value.hex() for name, value in metrics.to_dict().items()})
         norm = float(ft.trees.global_norm(state.params))
         return {"fingerprint": ft.fingerprint(state), "metrics": seen, "norm": norm}

@@ -8,10 +8,50 @@
 Every worker has the whole state and computes its part of the micro-batches; what it returns is the
 same on every worker: params, metrics, gradient norm, and whether the step was applied. With
 `reduction="canonical"` it is also the same, to the bit, on any number of workers.
+
+Or, with `sharded=True`, each worker keeps some rows of the state: the same step, and the same bits.
+`shard` makes such a state of a whole one, `gathered` a whole one of it.
 """
+
+from __future__ import annotations
+
+from typing import overload
 
 from functrain.distributed.environment import world
 from functrain.distributed.exchange import gathered_metrics
 from functrain.distributed.world import ALONE, World
+from functrain.state import TrainState
+from functrain.trees import Tensors
 
-__all__ = ["ALONE", "World", "gathered_metrics", "world"]
+__all__ = ["ALONE", "World", "gathered", "gathered_metrics", "shard", "world"]
+
+
+@overload
+def shard(whole: TrainState, world: World) -> TrainState: ...
+@overload
+def shard(whole: Tensors, world: World) -> Tensors: ...
+def shard(whole: TrainState | Tensors, world: World) -> TrainState | Tensors:
+    """A state, or a mapping of tensors, that is whole on every worker, in shards.
+
+    Each worker keeps its rows of every tensor, in memory of their own, as DTensors; in a world of 1
+    everything stays as it is. Raises `StateError` for a tensor without rows.
+    """
+    # Here, since DTensor takes a second to import.
+    from functrain.distributed import shards
+
+    if isinstance(whole, TrainState):
+        return shards.shard_state(whole, world)
+    return shards.shard(whole, world)
+
+
+@overload
+def gathered(sharded: TrainState) -> TrainState: ...
+@overload
+def gathered(sharded: Tensors) -> Tensors: ...
+def gathered(sharded: TrainState | Tensors) -> TrainState | Tensors:
+    """A state, or a mapping of tensors, whole on every worker, which all must ask for."""
+    from functrain.distributed import shards
+
+    if isinstance(sharded, TrainState):
+        return shards.gathered_state(sharded)
+    return shards.gathered(sharded)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from functrain.errors import ArchitectureError
 from functrain.metrics import Metric, Metrics
 from functrain.reductions import tree_sum
 
@@ -91,6 +92,22 @@ def _flat(grad: Tensor) -> Tensor:
         return grad.view(-1)
     # Dense in another order of its dimensions; the same on every worker, as the params are.
     return torch.as_strided(grad, (grad.numel(),), (1,))
+
+
+OTHER_METRICS = (
+    "metrics: the objective's have other names or shapes on one worker than on another; give every "
+    "batch the same metrics, of weight 0 where there is nothing"
+)
+
+
+def refuse_moved(counts: Tensor, moved: Sequence[str]) -> None:
+    """Raise where the forward writes to a buffer: `counts` of them on each worker."""
+    if bool(counts.any()):
+        raise ArchitectureError(
+            f"buffers/{moved[0] if moved else '…'}: the forward writes to it, and each worker "
+            "would keep what its own part of the batch made of it; use layers without running "
+            "statistics (LayerNorm, RMSNorm, GroupNorm), or one worker"
+        )
 
 
 def form_of(metrics: Metrics) -> bytes:

@@ -15,9 +15,9 @@ from torch import Tensor
 from functrain.distributed import exchange
 from functrain.distributed.observations import gathered_observations
 from functrain.distributed.speaking import Speaking
-from functrain.errors import ArchitectureError, BatchError, ConfigError, FunctrainError
+from functrain.errors import BatchError, ConfigError, FunctrainError
 from functrain.metrics import Metrics
-from functrain.reductions import Part, tree_sum
+from functrain.reductions import Part, merged, tree_sum
 
 _WEIGHTS = 4
 
@@ -30,8 +30,13 @@ class World(Speaking):
     raises `WorkerError`. Use it as a context manager: leaving it ends the process group.
     """
 
-    def part(self, prepared: Callable[[], tuple[int, Tensor]], *, tree: bool) -> Part:
-        """See `functrain.reductions.Workers`; also refuses what cannot be a tree."""
+    def part(
+        self, prepared: Callable[[], tuple[int, Tensor]], *, tree: bool, even: str | None = None
+    ) -> Part:
+        """See `functrain.reductions.Workers`; also refuses what cannot be a tree.
+
+        `even`: why each worker must have as many micro-batches as every other, if so.
+        """
         failure: FunctrainError | None = None
         count, weight = 0, torch.zeros(0, dtype=torch.int64)
         try:
@@ -54,6 +59,11 @@ class World(Speaking):
                 f"reduction='canonical': the workers have {counts} micro-batches, expected the "
                 "same power of two on each; then a worker's sum is a branch of one binary tree"
             )
+        if even is not None and len(set(counts)) > 1:
+            raise ConfigError(
+                f"{even} by all workers together, and they have {counts} micro-batches; expected "
+                "the same number on each"
+            )
         whole = rows[:, 2:].sum(0)[: len(row)].view(weight.shape).to(weight.device)
         return Part(
             first=sum(counts[: self.rank]),
@@ -70,28 +80,21 @@ class World(Speaking):
     def reduced(
         self,
         grads: dict[str, Tensor],
-        metrics: Metrics,
+        reached: frozenset[str],
+        measured: Sequence[Metrics],
         like: Mapping[str, Tensor],
         moved: Sequence[str],
         *,
         tree: bool,
     ) -> tuple[dict[str, Tensor], Metrics]:
         """See `functrain.reductions.Workers`."""
+        metrics = merged(measured, tree=tree)
         names = sorted(like)
-        has = [int(name in grads) for name in names]
         form = exchange.hashed(exchange.form_of(metrics))
-        rows = self.numbers([len(moved), form, *has])
-        if bool(rows[:, 0].any()):
-            raise ArchitectureError(
-                f"buffers/{moved[0] if moved else '…'}: the forward writes to it, and each worker "
-                "would keep what its own part of the batch made of it; use layers without running "
-                "statistics (LayerNorm, RMSNorm, GroupNorm), or one worker"
-            )
+        rows = self.numbers([len(moved), form, *(int(name in reached) for name in names)])
+        exchange.refuse_moved(rows[:, 0], moved)
         if len(set(rows[:, 1].tolist())) > 1:
-            raise BatchError(
-                "metrics: the objective's have other names or shapes on one worker than on "
-                "another; give every batch the same metrics, of weight 0 where there is nothing"
-            )
+            raise BatchError(exchange.OTHER_METRICS)
         anywhere = rows[:, 2:].any(0).tolist()
         present = {
             name: grads[name] if name in grads else exchange.nothing(like[name])
@@ -109,12 +112,20 @@ class World(Speaking):
         return exchange.metrics_of(tree_sum(list(rows), lambda a, b: a + b), metrics)
 
     def read(
-        self, source: Any, position: int, n: int, *, microbatches: int, tree: bool = False
+        self,
+        source: Any,
+        position: int,
+        n: int,
+        *,
+        microbatches: int,
+        tree: bool = False,
+        strided: bool = False,
     ) -> Any:
         """This worker's part of the `n` samples at a position of a source.
 
         As one batch; for a `tree`, whose bits the padding of a batch would reach, as ready
-        micro-batches, each read by itself, so that they are the same on any number of workers.
+        micro-batches, each read by itself, so that they are the same on any number of workers:
+        those one after another, or each `size`-th, `strided`, as a sharded tree takes them.
         """
         if n % (microbatches if tree else self.size):
             what = f"{microbatches} micro-batches" if tree else f"{self.size} workers"
@@ -124,6 +135,9 @@ class World(Speaking):
         if not tree:
             return source.at(first, own)
         each = n // microbatches
+        if strided:
+            first = position + self.rank * each
+            return [source.at(at, each) for at in range(first, position + n, each * self.size)]
         return [source.at(at, each) for at in range(first, first + own, each)]
 
     def close(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from functrain.architecture import current_substitution
 from functrain.objectives.batches import Batch
 from functrain.objectives.layouts import Layout
 from functrain.objectives.logprobs import HeadMode, TokenScores, token_scores
@@ -27,20 +29,14 @@ def reference_scores(
     no second module, no switch on the model, and never a gradient. The same code path and dtypes
     as the policy's, so that equal params give equal bits.
     """
-    bound = dict(model.named_parameters())
-    values = {name: tensor.to(bound[name].dtype) for name, tensor in reference.items()}
-
-    def with_reference(**inputs: Tensor) -> object:
-        return functional_call(model, values, (), inputs)
-
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _with(model, reference) as (call, values):
             return token_scores(
                 model,
                 batch,
-                call=with_reference,
+                call=call,
                 values=values,
                 head=head,
                 detailed=False,
@@ -49,6 +45,25 @@ def reference_scores(
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _with(
+    model: nn.Module, reference: Mapping[str, Tensor]
+) -> Iterator[tuple[Callable[..., object], Mapping[str, Tensor]]]:
+    """A forward of the model with these params, and those that a head may be among."""
+    bound = dict(model.named_parameters())
+    values = {name: tensor.to(bound[name].dtype) for name, tensor in reference.items()}
+    substitute = current_substitution()
+    if substitute is not None:
+        with substitute(values) as whole:
+            yield model, whole
+        return
+
+    def with_reference(**inputs: Tensor) -> object:
+        return functional_call(model, values, (), inputs)
+
+    yield with_reference, values
 
 
 def reference_logps(

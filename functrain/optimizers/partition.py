@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from functrain.errors import ConfigError
-from functrain.optimizers.adam import adamw
-from functrain.optimizers.adapter import from_torch
+from functrain.optimizers.adam import Adam, adamw
+from functrain.optimizers.adapter import Adapter, from_torch
 from functrain.optimizers.base import (
     Optimizer,
     OptimizerState,
@@ -246,3 +246,31 @@ def _check_part(where: str, part: Any) -> None:
     check_predicate(where, predicate)
     if isinstance(optimizer, type) or not all(hasattr(optimizer, n) for n in ("init", "kind")):
         raise ConfigError(f"{where}: {optimizer!r}, expected an optimizer such as optim.adamw()")
+
+
+_ELEMENTWISE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether an update is known to treat each element of a parameter by itself.
+
+    So that it can be made of some rows alone. Muon and Adafactor do not; of a class that is not
+    torch's own nothing is known.
+    """
+    if isinstance(optimizer, Partition):
+        return all(is_elementwise(part) for _, _, part in optimizer.parts)
+    if isinstance(optimizer, Adapter):
+        return optimizer.cls in _ELEMENTWISE
+    return isinstance(optimizer, Adam)

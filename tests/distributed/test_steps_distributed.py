@@ -34,10 +34,54 @@ def test_canonical_bits_do_not_depend_on_the_number_of_workers(group: Group, nam
             assert each == alone, f"{size} workers"
 
 
+SHARDED: dict[str, Any] = {
+    "pretrain": {},
+    "overflow": {"overflow": True, "steps": 6},
+    "shapes that leave workers without rows": {"odd": True},
+    "bf16 params": {"step": {"precision": "bf16_params"}},
+    "donated": {"step": {"donate": True}, "odd": True},
+    "recomputed blocks": {"step": {"checkpoint": "model.layers.*"}},
+    "recomputed inside of blocks": {"step": {"checkpoint": "model.layers.*.mlp"}},
+    "a reference in shards": {"stage": "dpo", "reference": "sharded"},
+    "a whole reference": {"stage": "dpo", "odd": True},
+    "a reference that moves": {"stage": "dpo", "step": {"reference_mixup": 0.5}},
+    "coupled": {"stage": "dpo", "step": {"loss": "aot"}},
+    "running": {"stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
+    "kto": {"stage": "kto"},
+    "a parameter that some parts do not reach": {"partial": True},
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_is_canonical_to_the_bit(group: Group, name: str) -> None:
+    options = SHARDED[name]
+    (alone,) = group.values("steps", 1, options)
+    step = {**options.get("step", {}), "sharded": True}
+    size = 4 if options.get("odd") else 2
+    assert all(each == alone for each in group.values("steps", size, {**options, "step": step}))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sharded_and_fast_agrees_with_one_to_rounding(group: Group, size: int) -> None:
+    options = {"step": {"reduction": "fast", "microbatches": 4 * size}, "odd": True, "examples": 24}
+    (alone,) = group.values("steps", 1, options)
+    step = {**options["step"], "sharded": True}
+    first, *others = group.values("steps", size, {**options, "step": step})
+    assert all(each == first for each in others)
+    assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+    for ours, theirs in zip(first["metrics"], alone["metrics"], strict=True):
+        for name, value in ours.items():
+            expected = float.fromhex(theirs[name])
+            assert float.fromhex(value) == pytest.approx(expected, rel=1e-4), name
+
+
 def test_of_eight_workers_too(group: Group) -> None:
     options = {"stage": "sft", "overflow": True}
     (alone,) = group.values("steps", 1, options)
     assert all(each == alone for each in group.values("steps", 8, options))
+    sharded = {**options, "odd": True, "step": {"sharded": True}}
+    (alone,) = group.values("steps", 1, {**options, "odd": True})
+    assert all(each == alone for each in group.values("steps", 8, sharded))
 
 
 @pytest.mark.long
@@ -47,8 +91,11 @@ def test_twenty_steps_have_one_fingerprint_on_1_2_4_and_8_workers(group: Group, 
     (alone,) = group.values("steps", 1, options)
     for size in (2, 4, 8):
         assert all(each == alone for each in group.values("steps", size, options)), size
+        sharded = {**options, "step": {"sharded": True}}
+        assert all(each == alone for each in group.values("steps", size, sharded)), size
     skipped = [float.fromhex(step["skipped"]) for step in alone["metrics"]]
-    print(f"{stage}: {alone['fingerprint']} on 1, 2, 4, 8; {sum(skipped):.0f} of 20 steps skipped")
+    print(f"{stage}: {alone['fingerprint']} on 1, 2, 4, 8, replicated and sharded")
+    print(f"{sum(skipped):.0f} of 20 steps skipped")
     assert 0 < sum(skipped) < 20
 
 
