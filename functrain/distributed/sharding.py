@@ -1,0 +1,370 @@
+"""A step over sharded values: who gathers what, who sums what, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from functrain.architecture import Mode, Slots, bound, slots, substitution
+from functrain.distributed import exchange
+from functrain.distributed.shards import (
+    Rows,
+    local,
+    local_state,
+    padded,
+    padding,
+    rows_of,
+    shard,
+    whole_state,
+)
+from functrain.distributed.units import Binding, Unit, Values, Whole, find_units
+from functrain.distributed.world import World
+from functrain.errors import BatchError, ConfigError
+from functrain.metrics import Metrics
+from functrain.optimizers import OptimizerState
+from functrain.reductions import Part, tree_sum
+from functrain.state import TrainState, consume
+from functrain.trees import Tensors, is_sharded, owning, row_norms
+
+Update = Callable[..., tuple[Tensors, OptimizerState]]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Sharding:
+    """How the workers of a world share the params of an architecture: `Workers`, and a binding.
+
+    `tree`: gradients are summed as one binary tree over the micro-batches. Micro-batch j of worker
+    r is then leaf j·W + r of it, so that the lowest branches are sums over the workers, one for
+    each of a worker's micro-batches, and each worker keeps only its rows of them.
+    """
+
+    world: World
+    places: Slots
+    units: tuple[Unit, ...]
+    shapes: Mapping[str, torch.Size]
+    tree: bool
+
+    @property
+    def size(self) -> int:
+        """The number of workers."""
+        return self.world.size
+
+    def rows(self, name: str) -> Rows:
+        """This worker's rows of a parameter."""
+        return rows_of(self.shapes[name][0], self.world.rank, self.world.size)
+
+    def local(self, params: Mapping[str, Tensor]) -> Tensors:
+        """This worker's rows of params that are whole or in shards."""
+        return local(shard(params, self.world))
+
+    def whole_state(self, rows: TrainState) -> TrainState:
+        """The state in shards that these rows are of."""
+        return whole_state(rows, self.shapes, self.world)
+
+    @contextmanager
+    def rows_of_state(self, state: TrainState) -> Iterator[TrainState]:
+        """This worker's rows of a state; what becomes of them within becomes of the state.
+
+        A step that has donated them, or failed in the middle of its update, has consumed it; a pure
+        one may have left tensors to its successor, which are nobody's own then.
+        """
+        rows = local_state(state)
+        before = [state.params, *state.optimizer.slots.values()]
+        after = [rows.params, *rows.optimizer.slots.values()]
+        try:
+            yield rows
+        finally:
+            if type(rows) is not TrainState:
+                consume(state, None)
+            else:
+                for items, now in zip(before, after, strict=True):
+                    owning(items, now.own)
+
+    def placed(self, update: Update) -> Update:
+        """An optimizer's update in which each element has the place that it has in the whole.
+
+        See `functrain.distributed.shards.padding`: where the rows of a worker begin or end within
+        a vector of the kernel's, rows of zeros are added for the update.
+        """
+
+        def placed(
+            grads: Mapping[str, Tensor],
+            state: OptimizerState,
+            params: Mapping[str, Tensor],
+            learning_rate: Tensor | float,
+            *,
+            applied: Tensor | None = None,
+            donate: bool = False,
+        ) -> tuple[Tensors, OptimizerState]:
+            added = self._added(params)
+
+            def wide(items: Mapping[str, Tensor]) -> Tensors:
+                found = {n: padded(t, *added[n]) if _fits(n, t) else t for n, t in items.items()}
+                return owning(Tensors(found), items.own if isinstance(items, Tensors) else ())
+
+            def narrow(items: Tensors) -> Tensors:
+                found = {n: _cut_out(t, *added[n]) if _wide(n, t) else t for n, t in items.items()}
+                return owning(Tensors(found), items.own)
+
+            def _fits(name: str, tensor: Tensor) -> bool:
+                return name in added and tensor.shape == params[name].shape
+
+            def _wide(name: str, tensor: Tensor) -> bool:
+                return name in added and tensor.ndim > 0
+
+            if not added:
+                return update(grads, state, params, learning_rate, applied=applied, donate=donate)
+            slots = {slot: wide(items) for slot, items in state.slots.items()}
+            updated, found = update(
+                wide(grads),
+                attrs.evolve(state, slots=slots),
+                wide(params),
+                learning_rate,
+                applied=applied,
+                donate=donate,
+            )
+            slots = {slot: narrow(items) for slot, items in found.slots.items()}
+            return narrow(updated), attrs.evolve(found, slots=slots)
+
+        return placed
+
+    def _added(self, params: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+        if not self.tree or self.world.device.type != "cpu":
+            return {}
+        found = {
+            name: padding(self.shapes[name], tensor.dtype, self.rows(name))
+            for name, tensor in params.items()
+        }
+        return {name: rows for name, rows in found.items() if any(rows)}
+
+    def part(self, prepared: Callable[[], tuple[int, Tensor]], *, tree: bool) -> Part:
+        """See `functrain.reductions.Workers`; the workers have equally many micro-batches."""
+        found = self.world.part(prepared, tree=tree, even="sharded=True: its blocks are gathered")
+        if not tree:
+            return attrs.evolve(found, workers=self)
+        return attrs.evolve(found, workers=self, first=self.world.rank, stride=self.size)
+
+    def observations(self, observed: Sequence[Any]) -> list[Any]:
+        """See `functrain.reductions.Workers`."""
+        found = self.world.observations(observed)
+        if not self.tree:
+            return found
+        own = len(observed)
+        return [found[rank * own + turn] for turn in range(own) for rank in range(self.size)]
+
+    def reduced(
+        self,
+        grads: dict[str, Tensor],
+        reached: frozenset[str],
+        measured: Sequence[Metrics],
+        like: Mapping[str, Tensor],
+        moved: Sequence[str],
+        *,
+        tree: bool,
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """See `functrain.reductions.Workers`; the gradients have been summed by now."""
+        names = sorted(like)
+        forms = {exchange.form_of(each) for each in measured}
+        form = exchange.hashed(b"\0".join(sorted(forms)))
+        rows = self.world.numbers([len(moved), form, *(int(name in reached) for name in names)])
+        exchange.refuse_moved(rows[:, 0], moved)
+        if len(forms) > 1 or len(set(rows[:, 1].tolist())) > 1:
+            raise BatchError(exchange.OTHER_METRICS)
+        anywhere = dict(zip(names, rows[:, 2:].any(0).tolist(), strict=True))
+        kept = {name: grads[name] for name in names if anywhere[name]}
+        every = self.world.gathered(
+            torch.stack([exchange.values_of(each) for each in measured]), "the exchange of metrics"
+        )
+        leaves = every.transpose(0, 1) if tree else every
+        values = tree_sum(list(leaves.flatten(0, 1)), lambda a, b: a + b)
+        return kept, exchange.metrics_of(values, measured[0])
+
+    def global_norm(self, items: Mapping[str, Tensor]) -> Tensor:
+        """`functrain.trees.global_norm` of the whole tensors, of these rows: the same bits.
+
+        Each worker tells the norms of its rows, eight bytes for each.
+        """
+        names = sorted(items)
+        if not names:
+            return torch.zeros((), dtype=torch.float64)
+        most = {name: -(-self.shapes[name][0] // self.size) for name in names}
+        parts = []
+        for name in names:
+            norms = row_norms(items[name])
+            parts.append(torch.nn.functional.pad(norms, (0, most[name] - len(norms))))
+        every = self.world.gathered(torch.cat(parts), "the exchange of gradient norms")
+        begin = 0
+        found: list[Tensor] = []
+        for name in names:
+            whole = every[:, begin : begin + most[name]].flatten()
+            found.append(whole[: self.shapes[name][0]])
+            begin += most[name]
+        norm: Tensor = torch.linalg.vector_norm(torch.cat(found))
+        return norm
+
+    @contextmanager
+    def bound(
+        self,
+        architecture: nn.Module,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        mode: Mode,
+        *,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        receive: Callable[[str, Tensor, bool], None] | None = None,
+        recomputed: Iterable[nn.Module] = (),
+    ) -> Iterator[nn.Module]:
+        """`functrain.bound` with this worker's rows of the params, as plain tensors.
+
+        `receive` takes the sums of gradients over the workers, in these `dtypes`: the name, this
+        worker's rows, and whether there was a gradient here.
+        """
+
+        def summed(names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
+            assert receive is not None  # the gradients are somebody's
+            assert dtypes is not None
+            for group in _by_dtype({name: dtypes[name] for name in names}):
+                some = [(name, grads[names.index(name)]) for name in group]
+                for (name, own), rows in zip(some, self._scattered(some, dtypes), strict=True):
+                    receive(name, rows, own is not None)
+
+        values = Values(params, self, summed)
+        binding = Binding(self.units, self.places, values)
+        empty = binding.empty(params, self.shapes)
+        with (
+            bound(architecture, empty, buffers, mode, places=self.places) as model,
+            binding.bound(recomputed),
+            substitution(lambda other: self._other(binding, other)),
+        ):
+            yield model
+
+    @contextmanager
+    def _other(self, binding: Binding, values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        given = Values(local(values), self, None) if is_sharded(values) else Whole(values)
+        with binding.other(given) as found:
+            yield found
+
+    def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> list[Tensor]:
+        """The whole tensors of these rows, in one exchange for each dtype."""
+        whole: dict[str, Tensor] = {}
+        given = dict(zip(names, shards, strict=True))
+        for some in _by_dtype({name: tensor.dtype for name, tensor in given.items()}):
+            sizes = [self._most(name) for name in some]
+            sent = given[some[0]].new_empty(sum(sizes))
+            _pack(sent, sizes, [given[name].detach() for name in some])
+            received = torch.empty(self.size, len(sent), dtype=sent.dtype, device=sent.device)
+            with self.world.meeting("the gathering of params"):
+                dist.all_gather_single(received.view(-1), sent)
+            begin = 0
+            for name, size in zip(some, sizes, strict=True):
+                whole[name] = self._joined(name, received[:, begin : begin + size])
+                begin += size
+        return [whole[name] for name in names]
+
+    def _most(self, name: str) -> int:
+        """Elements of the most rows that a worker has."""
+        shape = self.shapes[name]
+        return -(-shape[0] // self.size) * shape[1:].numel()
+
+    def _joined(self, name: str, received: Tensor) -> Tensor:
+        # In memory of its own, aligned as a tensor is that was never sharded.
+        whole = torch.empty(self.shapes[name], dtype=received.dtype, device=received.device)
+        flat, size = whole.view(-1), received.shape[1]
+        if len(flat) == received.numel():
+            flat.view(self.size, size).copy_(received)
+            return whole
+        for rank in range(self.size):
+            piece = flat[rank * size : (rank + 1) * size]
+            piece.copy_(received[rank, : len(piece)])
+        return whole
+
+    def _scattered(
+        self, grads: Sequence[tuple[str, Tensor | None]], dtypes: Mapping[str, torch.dtype]
+    ) -> Iterator[Tensor]:
+        """This worker's rows of the sums over all workers, of gradients of one dtype.
+
+        One sum for each call: the gradients are of one micro-batch of every worker.
+        """
+        sizes = [self._most(name) for name, _ in grads]
+        dtype = dtypes[grads[0][0]]
+        sent = torch.empty(self.size, sum(sizes), dtype=dtype, device=self.world.device)
+        begin = 0
+        for (name, grad), size in zip(grads, sizes, strict=True):
+            self._cut(sent[:, begin : begin + size], name, grad)
+            begin += size
+        with self.world.meeting("the reduction of the gradients"):
+            total = self._summed(sent)
+        begin = 0
+        for (name, _), size in zip(grads, sizes, strict=True):
+            shape = torch.Size([len(self.rows(name)), *self.shapes[name][1:]])
+            yield total[begin : begin + shape.numel()].view(shape)
+            begin += size
+
+    def _cut(self, into: Tensor, name: str, grad: Tensor | None) -> None:
+        """A whole gradient as the parts of the workers: [workers, elements]."""
+        if grad is None:
+            into.fill_(-0.0)  # what adds nothing, see `exchange.nothing`
+            return
+        flat, size = grad.reshape(-1), into.shape[1]
+        if len(flat) == into.numel():
+            into.copy_(flat.view(self.size, size))
+            return
+        for rank in range(self.size):
+            piece = flat[rank * size : (rank + 1) * size]
+            into[rank, : len(piece)] = piece
+            into[rank, len(piece) :] = 0.0
+
+    def _summed(self, sent: Tensor) -> Tensor:
+        """Row r of the sum over the workers, on worker r."""
+        if not self.tree:
+            own = torch.empty_like(sent[0])
+            dist.reduce_scatter_single(own, sent.view(-1))
+            return own
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        total: Tensor = tree_sum(list(received), torch.Tensor.add_)
+        return total
+
+
+def _cut_out(tensor: Tensor, before: int, after: int) -> Tensor:
+    return tensor[before : len(tensor) - after].clone()
+
+
+def _pack(into: Tensor, sizes: Sequence[int], rows: Sequence[Tensor]) -> None:
+    begin = 0
+    for size, tensor in zip(sizes, rows, strict=True):
+        into[begin : begin + tensor.numel()] = tensor.reshape(-1)
+        into[begin + tensor.numel() : begin + size] = 0
+        begin += size
+
+
+def _by_dtype(dtypes: Mapping[str, torch.dtype]) -> list[list[str]]:
+    """The names of each dtype."""
+    kinds = sorted(set(dtypes.values()), key=str)
+    return [[name for name in dtypes if dtypes[name] == kind] for kind in kinds]
+
+
+def sharding(architecture: nn.Module, world: World, *, tree: bool) -> Sharding:
+    """How these workers share an architecture's params."""
+    places = slots(architecture)
+    shapes = {n: t.shape for n, t in architecture.named_parameters() if n in places.params}
+    if tree and world.size & (world.size - 1):
+        raise ConfigError(
+            f"sharded: {world.size} workers, and with reduction='canonical' the lowest branches of "
+            "the binary tree are sums over the workers; take a power of two of them, or "
+            "reduction='fast'"
+        )
+    for name, shape in shapes.items():
+        if not shape:
+            raise ConfigError(
+                f"sharded: {name} is a number without a dimension, which has no rows to share; "
+                "give it the shape [1] in the module, or train with sharded=False"
+            )
+    units = find_units(architecture, places)
+    return Sharding(world=world, places=places, units=units, shapes=shapes, tree=tree)

@@ -1,0 +1,270 @@
+"""Units: blocks of a model whose shards are gathered for as long as they compute, and no longer."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from functrain.architecture import Place, Slots
+
+Receive = Callable[[Sequence[str], Sequence[Tensor | None]], None]
+_KEPT = 2
+"""Units that are gathered again in a backward pass at once: the one that computes, and the last."""
+
+
+@attrs.frozen(eq=False)
+class Unit:
+    """Parameters that are gathered together: those of a module, or what belongs to none (None)."""
+
+    module: nn.Module | None
+    names: tuple[str, ...]
+
+
+def find_units(architecture: nn.Module, places: Slots) -> tuple[Unit, ...]:
+    """What belongs to no block, then the blocks: the members of the outermost lists of modules.
+
+    A parameter that has places in two blocks (tied) belongs to none.
+    """
+    blocks = list(_blocks(architecture))
+    owner = {
+        id(module._parameters): number
+        for number, block in enumerate(blocks)
+        for module in block.modules()
+    }
+    members: dict[int, list[str]] = {}
+    for name, at in places.params.items():
+        owners = {owner.get(id(entries), -1) for entries, _ in at}
+        members.setdefault(owners.pop() if len(owners) == 1 else -1, []).append(name)
+    root = Unit(None, tuple(members.pop(-1, ())))
+    return root, *(Unit(blocks[number], tuple(members[number])) for number in sorted(members))
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks(child)
+
+
+class Exchange(Protocol):
+    """How shards become whole."""
+
+    def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> list[Tensor]:
+        """The whole tensors."""
+        ...
+
+
+class _Gather(torch.autograd.Function):
+    """Shards to whole tensors; backward, the gradients of those to sums of shards.
+
+    The sums go to `receive`, in the dtype of the params, and not to the shards' own `grad`, which
+    may be of a narrower one.
+    """
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, values: Values, unit: Unit, *shards: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.values, ctx.unit = values, unit
+        ctx.set_materialize_grads(False)
+        whole = values.exchange.gather(unit.names, shards)
+        frozen = [w for w, s in zip(whole, shards, strict=True) if not s.requires_grad]
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(whole)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:  # pyrefly: ignore[bad-override]
+        values, unit = ctx.values, ctx.unit
+        values.forget(unit)
+        values.receive(unit.names, grads)
+        return (None,) * (2 + len(grads))
+
+
+class Values:
+    """Values of all params in shards, to compute with; `receive` takes the gradients' sums."""
+
+    def __init__(
+        self, shards: Mapping[str, Tensor], exchange: Exchange, receive: Receive | None
+    ) -> None:
+        self._shards, self.exchange = shards, exchange
+        self._receive = receive
+        self._again: dict[int, list[Tensor]] = {}
+
+    def receive(self, names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
+        """Take gradients of whole tensors."""
+        assert self._receive is not None  # without it nothing has a history
+        trained = [n for n in names if self._shards[n].requires_grad]
+        own = [g for n, g in zip(names, grads, strict=True) if self._shards[n].requires_grad]
+        self._receive(trained, own)
+
+    def gather(self, unit: Unit) -> Sequence[Tensor]:
+        """A unit's whole tensors, with a history where they train."""
+        shards = [self._shards[name] for name in unit.names]
+        if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
+            found: Sequence[Tensor] = _Gather.apply(self, unit, *shards)  # type: ignore[no-untyped-call]
+            return found
+        return self.exchange.gather(unit.names, shards)
+
+    def again(self, unit: Unit) -> list[Tensor]:
+        """A unit's whole tensors once more, for a backward pass."""
+        if id(unit) not in self._again:
+            shards = [self._shards[name] for name in unit.names]
+            while len(self._again) >= _KEPT:
+                del self._again[next(iter(self._again))]
+            with torch.no_grad():
+                whole = self.exchange.gather(unit.names, shards)
+            self._again[id(unit)] = [
+                tensor.requires_grad_(shard.requires_grad)
+                for tensor, shard in zip(whole, shards, strict=True)
+            ]
+        return self._again[id(unit)]
+
+    def forget(self, unit: Unit) -> None:
+        """A unit's backward pass is over."""
+        self._again.pop(id(unit), None)
+
+
+class Whole:
+    """Values of all params that are whole already, with no history: a reference's."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def gather(self, unit: Unit) -> Sequence[Tensor]:
+        """A unit's tensors."""
+        return [self._values[name] for name in unit.names]
+
+
+class Binding:
+    """While it lasts, the blocks of a bound model gather their shards when they are called.
+
+    Outside of a call the slots of a block hold tensors of the right shape that are NaN, so that
+    what reads a weight behind the block's back is seen at once. What a block keeps of its whole
+    weights for the backward pass is not kept, but gathered once more there; where its activations
+    are recomputed, so is the gather.
+    """
+
+    def __init__(self, units: Sequence[Unit], places: Slots, values: Values) -> None:
+        self._root, *self._blocks = units
+        self._params = places.params
+        self._values: Values | Whole = values
+        self._own = values
+        self._filled: set[int] = set()
+
+    @contextmanager
+    def bound(self, recomputed: Iterable[nn.Module]) -> Iterator[None]:
+        """Enter the binding; `recomputed`: the modules whose forward is run again backward."""
+        again = [*recomputed]
+        with ExitStack() as stack:
+            stack.enter_context(self._filling(self._root, self._own.gather(self._root)))
+            for unit in self._blocks:
+                module = unit.module
+                assert module is not None  # all but the root are modules
+                _install(stack, module, functools.partial(self._called, unit))
+                inside = [each for each in module.modules() if each is not module]
+                for each in again:
+                    if any(each is other for other in inside):
+                        _install(stack, each, functools.partial(self._ensured, unit))
+            yield
+
+    @contextmanager
+    def other(self, values: Values | Whole) -> Iterator[dict[str, Tensor]]:
+        """Within it the model computes with other values; those that belong to no block, whole."""
+        before, self._values = self._values, values
+        root = values.gather(self._root)
+        try:
+            with self._filling(self._root, root):
+                yield dict(zip(self._root.names, root, strict=True))
+        finally:
+            self._values = before
+
+    def empty(self, shards: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Any:
+        """What is in the slots while nothing is gathered."""
+        return {name: _poison(shards[name], shapes[name]) for name in shards}
+
+    @contextmanager
+    def _filling(self, unit: Unit, whole: Sequence[Tensor]) -> Iterator[None]:
+        places = [(entries, key) for name in unit.names for entries, key in self._params[name]]
+        before = [entries[key] for entries, key in places]
+        try:
+            for name, tensor in zip(unit.names, whole, strict=True):
+                _fill(self._params[name], tensor)
+            self._filled.add(id(unit))
+            yield
+        finally:
+            self._filled.discard(id(unit))
+            for (entries, key), held in zip(places, before, strict=True):
+                entries[key] = held
+
+    def _called(self, unit: Unit, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A block's forward: gathered, computed, and let go."""
+        whole = self._values.gather(unit)
+        with ExitStack() as stack:
+            stack.enter_context(self._filling(unit, whole))
+            # Within a checkpoint nothing is kept anyway, and hooks of ours would be in its way.
+            free = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+            if free and torch.is_grad_enabled() and self._values is self._own:
+                stack.enter_context(self._let_go(unit, whole))
+            return type(module).forward(module, *args, **kwargs)
+
+    def _ensured(self, unit: Unit, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a module inside of a block, which may be run again behind the block."""
+        if id(unit) in self._filled:
+            return type(module).forward(module, *args, **kwargs)
+        with self._filling(unit, self._own.again(unit)):
+            return type(module).forward(module, *args, **kwargs)
+
+    def _let_go(self, unit: Unit, whole: Sequence[Tensor]) -> Any:
+        known = {tensor.untyped_storage()._cdata: n for n, tensor in enumerate(whole)}
+        own = self._own
+
+        def pack(tensor: Tensor) -> Any:
+            number = known.get(tensor.untyped_storage()._cdata)
+            if number is None:
+                return tensor
+            return number, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            number, size, stride, offset = packed
+            found: Tensor = own.again(unit)[number].detach().as_strided(size, stride, offset)
+            return found
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _install(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    own = vars(module)
+    before = own.get("forward")
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs)
+
+    def restore() -> None:
+        if before is None:
+            own.pop("forward", None)
+        else:
+            own["forward"] = before
+
+    own["forward"] = types.MethodType(called, module)
+    stack.callback(restore)
+
+
+def _fill(places: Sequence[Place], tensor: Tensor) -> None:
+    for entries, key in places:
+        entries[key] = tensor
+
+
+def _poison(like: Tensor, shape: torch.Size) -> Tensor:
+    wrong = torch.nan if like.is_floating_point() or like.is_complex() else 0
+    return torch.full((), wrong, dtype=like.dtype, device=like.device).expand(shape)
