@@ -90,7 +90,9 @@ def check_files(config: Config) -> None:
         known = SUFFIXES[config.stage]
         if Path(given).is_dir() or (not Path(given).exists() and glob.has_magic(given)):
             continue  # what is in it is looked at where it is read
-        if Path(given.removesuffix(".gz")).suffix not in known:
+        plain = given.removesuffix(".gz")
+        # Ids are mapped, so they cannot be compressed; as text they would be nonsense.
+        if Path(plain).suffix not in known or (plain != given and is_tokens(plain)):
             raise ConfigError(
                 f"{key}: {given!r}, expected a file that ends in {' or '.join(known)}, or "
                 f"{EMBEDDED!r} as data.train"
