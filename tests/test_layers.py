@@ -54,7 +54,7 @@ EXTRAS = {
     "tracking": {"rich", "jinja2"},
     "testing": {"hypothesis"},
     "models": {"transformers"},
-    "data": {"transformers", "jinja2"},
+    "data": {"transformers", "jinja2", "pyarrow"},
 }
 
 
@@ -135,7 +135,7 @@ def _run(code: str) -> None:
 
 
 def test_the_core_trains_where_no_extra_is_installed() -> None:
-    extras = {"tyro", "cattrs", "rich", "jinja2", "hypothesis", "transformers"}
+    extras = {"tyro", "cattrs", "rich", "jinja2", "hypothesis", "transformers", "pyarrow"}
     _run(
         BLOCKED.format(blocked=extras)
         + """

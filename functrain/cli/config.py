@@ -140,7 +140,8 @@ class Data:
     SECTION: ClassVar[str] = "data"
 
     train: str = attrs.field(default=EMBEDDED, validator=given)
-    """A file (.jsonl; for pretraining also .txt, .bin, .npy), or `embedded`."""
+    """A file (.jsonl, .json, .parquet; for pretraining also .txt, .md, .bin, .npy), a directory or
+    a pattern of such, or `embedded`."""
     held_out: str | None = attrs.field(default=None, validator=given)
     """A file to evaluate on; the embedded data has its own."""
     time: int = attrs.field(default=256, validator=at_least(2))

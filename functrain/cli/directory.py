@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import os
@@ -26,9 +27,9 @@ from functrain.errors import ConfigError
 C = TypeVar("C", Pretrain, SFT, DPO)
 STAGE_ORDER = ("dpo", "sft", "pretrain")
 SUFFIXES = {
-    "pretrain": (".txt", ".jsonl", ".bin", ".npy"),
-    "sft": (".jsonl", ".json"),
-    "dpo": (".jsonl", ".json"),
+    "pretrain": (".txt", ".md", ".jsonl", ".json", ".parquet", ".bin", ".npy"),
+    "sft": (".jsonl", ".json", ".parquet"),
+    "dpo": (".jsonl", ".json", ".parquet"),
 }
 # What may change between two sittings of a run, because no bit of the params depends on it.
 FREE = (
@@ -87,7 +88,11 @@ def check_files(config: Config) -> None:
         if given is None or (given == EMBEDDED and key == "data.train"):
             continue
         known = SUFFIXES[config.stage]
-        if Path(given).suffix not in known:
+        if Path(given).is_dir() or (not Path(given).exists() and glob.has_magic(given)):
+            continue  # what is in it is looked at where it is read
+        plain = given.removesuffix(".gz")
+        # Ids are mapped, so they cannot be compressed; as text they would be nonsense.
+        if Path(plain).suffix not in known or (plain != given and is_tokens(plain)):
             raise ConfigError(
                 f"{key}: {given!r}, expected a file that ends in {' or '.join(known)}, or "
                 f"{EMBEDDED!r} as data.train"

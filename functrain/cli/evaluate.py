@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from functrain.cli.build import Trained, batches_of, trained
 from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
 from functrain.cli.summary import bits_per_byte, unreferenced
+from functrain.data.files import RECORDS, TEXTS, files_of, suffix_of
 from functrain.data.source import MapSource
 from functrain.errors import ConfigError, DataError
 from functrain.evaluation import evaluate
@@ -125,7 +127,7 @@ def _evaluated(model: Trained, objective: Objective, batches: Sequence[Batch]) -
 
 def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[str, MapSource]:
     options: dict[str, Any] = {"time": time, "batch_size": batch_size, "seed": derive(0, "data")}
-    if file != EMBEDDED and not Path(file).is_file():
+    if file != EMBEDDED and not Path(file).exists() and not glob.has_magic(file):
         raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")
     if is_tokens(file):
         dtype = getattr(model.config.data, "dtype", "uint16")
@@ -151,7 +153,8 @@ def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:
             "sft": ("completions", held_out.sft_held_out),
             "dpo": ("pairs", held_out.preference_held_out),
         }[model.config.stage]
-    if not file.endswith(".jsonl"):
+    suffixes = {suffix_of(each) for each in files_of(file, (*TEXTS, *RECORDS))}
+    if not suffixes <= {*RECORDS}:
         return "text", data.documents(file)
     records = data.records(file)
     keys = records[0].keys()

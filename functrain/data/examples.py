@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-from functrain.data import dialogues
+from functrain.data import columns, dialogues
 from functrain.data.dialogues import Dialogue
 from functrain.data.records import Records, check_on_bad_record
 from functrain.data.templates import Templated, has_template, laid_out
@@ -50,17 +50,19 @@ def read_each(
 ) -> tuple[list[tuple[str, Read]], tuple[str, ...]]:
     """What `read` makes of each record, with where it was; and what was wrong with the others.
 
-    Those of a file are known by its lines, `functrain.data.records.Records`. With "stop" the first
+    Those of files are known by their lines, `functrain.data.records.Records`; rows of a
+    `datasets.Dataset` are read as `functrain.data.columns.record` has them. With "stop" the first
     malformed one raises its `DataError`.
     """
     check_on_bad_record(on_bad_record)
     file = records if isinstance(records, Records) else None
     found: list[tuple[str, Read]] = []
     malformed = [] if file is None else list(file.malformed)
+    tabular = columns.are_columns(records)
     for number, record in enumerate(records):
         where = f"record {number}" if file is None else file.where(number)
         try:
-            found.append((where, read(record, where)))
+            found.append((where, read(columns.record(record) if tabular else record, where)))
         except DataError as error:
             if on_bad_record == "stop":
                 raise

@@ -1,69 +1,96 @@
-"""Records on disk: JSON Lines, JSON, and plain text."""
+"""Records on disk: JSON Lines, JSON, Parquet and plain text; a file, a directory, a pattern."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from functrain.data import columns
+from functrain.data.files import RECORDS, TEXTS, PathLike, contents, files_of, suffix_of
 from functrain.errors import DataError
+
+Place = tuple[str, int]
+"""A file, and the line or the row of a record in it."""
 
 
 class Records(list[dict[str, Any]]):
-    """The objects of a file; `where(n)` is the file and line of one, for messages.
+    """The objects of files; `where(n)` is the file and line of one, for messages.
 
-    `malformed`: what was wrong with each line that was passed over.
+    `malformed`: what was wrong with each line that was passed over. `files`: how many were read.
     """
 
     def __init__(
         self,
         items: Iterable[dict[str, Any]],
-        path: str,
-        lines: Sequence[int],
+        places: Sequence[Place],
         malformed: Sequence[str] = (),
+        files: int = 1,
     ) -> None:
         super().__init__(items)
-        self.path, self.lines, self.malformed = path, tuple(lines), tuple(malformed)
+        self.places, self.malformed, self.files = tuple(places), tuple(malformed), files
 
     def where(self, index: int) -> str:
         """The file and the line of a record."""
-        return f"{self.path}:{self.lines[index]}"
+        path, line = self.places[index]
+        return f"{path}:{line}"
 
     def first(self, count: int | None) -> Records:
         """So many of them, the first; all where it is None."""
-        return Records(self[:count], self.path, self.lines[:count], self.malformed)
+        return Records(self[:count], self.places[:count], self.malformed, self.files)
 
 
-def records(path: str | os.PathLike[str], *, on_bad_record: str = "stop") -> Records:
-    """The objects of a JSON Lines file, or of a list in a .json file; errors name file and line.
+def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:
+    """The objects of a JSON Lines file, a list in a .json file, or rows of a .parquet file.
 
-    Empty lines are skipped. With `on_bad_record="skip"` so are lines that are no object, which are
-    then `malformed`; what the objects hold is checked by who reads them.
+    Of a directory those of all its files, sorted by name, or of those that a pattern
+    (`data/*.jsonl.gz`) matches; see `functrain.data.files.files_of`. `.gz` is uncompressed. Of
+    Parquet (with pyarrow, `functrain[data]`) nulls are left out: they are what a row does not have.
+
+    Errors name file and line. Empty lines are skipped. With `on_bad_record="skip"` so are lines
+    that are no object, which are then `malformed`; what the objects hold is checked by who reads
+    them.
     """
     check_on_bad_record(on_bad_record)
-    data = _read(path)
-    if str(path).endswith(".json"):
-        return Records(*_listed(data, str(path)))
+    paths = files_of(path, RECORDS)
+    read = [_records(each, on_bad_record) for each in paths]
+    malformed = [each for one in read for each in one.malformed]
+    found = [each for one in read for each in one]
+    if not found:
+        hint = f" ({malformed[0]})" if malformed else ""
+        raise DataError(f"{path}: no records; expected one JSON object in each line{hint}")
+    return Records(found, [place for one in read for place in one.places], malformed, len(paths))
+
+
+def _records(path: Path, on_bad_record: str) -> Records:
+    if suffix_of(path) == ".parquet":
+        found = list(columns.rows(path))
+        return Records(found, [(str(path), row) for row in range(len(found))])
+    data = contents(path)
+    return (
+        _listed(data, str(path))
+        if suffix_of(path) == ".json"
+        else _lines(data, str(path), on_bad_record)
+    )
+
+
+def _lines(data: bytes, path: str, on_bad_record: str) -> Records:
     found: list[dict[str, Any]] = []
-    lines: list[int] = []
+    places: list[Place] = []
     malformed: list[str] = []
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             found.append(_object(line, f"{path}:{number}"))
-            lines.append(number)
+            places.append((path, number))
         except DataError as error:
             if on_bad_record == "stop":
                 raise
             malformed.append(str(error))
-    if not found:
-        hint = f" ({malformed[0]})" if malformed else ""
-        raise DataError(f"{path}: no records; expected one JSON object in each line{hint}")
-    return Records(found, str(path), lines, malformed)
+    return Records(found, places, malformed)
 
 
 def check_on_bad_record(given: object) -> None:
@@ -82,7 +109,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _listed(data: bytes, path: str) -> tuple[list[dict[str, Any]], str, list[int]]:
+def _listed(data: bytes, path: str) -> Records:
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -93,27 +120,27 @@ def _listed(data: bytes, path: str) -> tuple[list[dict[str, Any]], str, list[int
     for number, each in enumerate(value):
         if not isinstance(each, dict):
             raise DataError(f"{path}:{number}: expected an object, got {type(each).__name__}")
-    return value, path, list(range(len(value)))
+    return Records(value, [(path, number) for number in range(len(value))])
 
 
-def documents(path: str | os.PathLike[str]) -> list[str]:
-    """The texts of a .jsonl file (`{"text": …}`), or a .txt file as one document."""
-    if not str(path).endswith(".jsonl"):
+def documents(path: PathLike) -> list[str]:
+    """The texts of records (`{"text": …}` in .jsonl, .json, .parquet), or a file as one document.
+
+    A directory or a pattern is read as by `records`, .txt and .md files among the others.
+    """
+    return [each for file in files_of(path, (*TEXTS, *RECORDS)) for each in _documents(file)]
+
+
+def _documents(path: Path) -> list[str]:
+    if suffix_of(path) not in RECORDS:
         try:
-            return [_read(path).decode()]
+            return [contents(path).decode()]
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
     found = records(path)
-    for number, record in enumerate(found, start=1):
+    for number, record in enumerate(found):
         if not isinstance(record.get("text"), str):
-            raise DataError(f"{path}: record {number} has no text under 'text'")
+            raise DataError(
+                f"{path}: record {number + 1} has no text under 'text' ({found.where(number)})"
+            )
     return [record["text"] for record in found]
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    if not (isinstance(path, str) or hasattr(path, "__fspath__")):
-        raise DataError(f"path: expected a path, got {type(path).__name__}")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error

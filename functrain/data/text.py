@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.ND
     check_tokenizer(tokenizer, "vocabulary")
     stream: list[int] = []
     ends: list[int] = []
-    for number, document in enumerate(documents):
+    for number, given in enumerate(documents):
+        # A dataset of texts gives records.
+        document = given.get("text", given) if isinstance(given, Mapping) else given
         if not isinstance(document, str):
             raise DataError(
                 f"document {number}: expected text, got {type(document).__name__}; give the "

@@ -62,6 +62,7 @@ def test_the_file_comes_first(run_toml: Path) -> None:
         (["pretrain", "--train.precision", "fp17"], 2, "did you mean 'fp16'"),
         (["pretrain", "--data.train", "no.txt"], 2, "data.train: no.txt is not there"),
         (["pretrain", "--data.train", "no.csv"], 2, "expected a file that ends in .txt"),
+        (["pretrain", "--data.train", "no.bin.gz"], 2, "expected a file that ends in .txt"),
         (["sft", "--data.train", "no.txt"], 2, "expected a file that ends in .jsonl"),
         (["sft", "--model.from", "no/run"], 2, "model.from: no/run is not there"),
         (["dpo", "--preference.loss", "sigmoyd"], 2, "did you mean 'sigmoid'"),

@@ -351,3 +351,24 @@ def test_preference_data_can_be_grouped_by_length(
     assert "12 examples; in batches of 4, " in said.err
     assert " of the tokens are padding" in said.err
     assert "of a step's tokens, on average" in said.out
+
+
+def test_directories_and_patterns_are_data_too(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records of two files, in the order of names, are those of one file: the same hash."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    _jsonl(parts / "a.jsonl", CHATS[:5])  # type: ignore[arg-type]
+    _jsonl(parts / "b.jsonl", CHATS[5:])  # type: ignore[arg-type]
+    start = ["sft", "--model.from", str(runs / "a"), *COMMON]
+    for name, train in (("d", str(parts)), ("e", str(parts / "*.jsonl"))):
+        given = ["--directory", str(tmp_path / name), "--data.train", train]
+        assert main([*start, *given]) == 0
+        found = toml.read(tmp_path / name / "config.toml", SFT)
+        assert found.data.sha256 == toml.read(runs / "b/config.toml", SFT).data.sha256
+    assert main(["evaluate", str(tmp_path / "d"), str(parts)]) == 0
+    (parts / "c.csv").write_text("x")
+    capsys.readouterr()
+    assert main([*start, "--directory", str(tmp_path / "f"), "--data.train", str(parts)]) == 2
+    assert "c.csv: expected a file that ends in .jsonl" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""Records that were columns (Parquet, `datasets`): an absent field is a null there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from functrain.errors import DataError
+
+_DIALOGUES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+
+
+def rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file as records, read a group at a time.
+
+    Raises `DataError` where pyarrow is not installed, or does not read the file.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: Parquet is read with pyarrow; pip install 'functrain[data]'"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(os.fspath(path)) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from (record(row) for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise DataError(f"{path}: no Parquet file that can be read ({reason})") from error
+
+
+def are_columns(records: object) -> bool:
+    """Whether records are a dataset of Hugging Face's, whose rows are those of columns."""
+    home = type(records).__module__.partition(".")[0]
+    return home == "datasets" and hasattr(records, "features")
+
+
+def record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as a record: without nulls at any depth, and messages as a list of objects.
+
+    A column has a field for whatever any row has, so null is how an absent one is written.
+    """
+    found: dict[str, Any] = _present(row)
+    for name in _DIALOGUES:
+        if isinstance(found.get(name), dict):
+            found[name] = _listed(found[name])
+    return found
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _present(each) for name, each in value.items() if each is not None}
+    return [_present(each) for each in value] if isinstance(value, list) else value
+
+
+def _listed(columns: dict[str, Any]) -> Any:
+    """Lists of roles and contents as messages; what is no such thing stays as it is."""
+    sizes = {len(each) if isinstance(each, list) else -1 for each in columns.values()}
+    if len(sizes) != 1 or sizes == {-1}:
+        return columns
+    parts = (zip(columns, each, strict=True) for each in zip(*columns.values(), strict=True))
+    return [{name: each for name, each in part if each is not None} for part in parts]
