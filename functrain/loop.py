@@ -28,6 +28,7 @@ from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
 from functrain.state import TrainState, check_state
 from functrain.steps import Step
+from functrain.trees import is_sharded
 
 
 def train(
@@ -64,10 +65,10 @@ def train(
 
     `beside` are texts to lie with each checkpoint, as for `functrain.save`.
 
-    With `background` a save costs the step only a copy of the state, and is durable when the
-    next one begins or the generator ends. `on_save_error="continue"` turns a failed save (a full
-    disk) into a `SaveWarning` where `"stop"` raises; a failure in the background is found at the
-    next step.
+    A state in shards is saved by all workers, each its rows. With `background` a save costs the
+    step only a copy of the state, and is durable when the next one begins or the generator ends.
+    `on_save_error="continue"` turns a failed save (a full disk) into a `SaveWarning` where `"stop"`
+    raises; a failure in the background is found at the next step.
 
     Under the step's `world` every worker makes this same call, on data that are the same: each
     reads its own part of a batch, the position counts the samples of all, and worker 0 saves, for
@@ -102,6 +103,11 @@ def train(
         on_save_error=on_save_error,
     )
     _check_world(step)
+    if background and step.sharded and world_of(step).size > 1:
+        raise ConfigError(
+            "background: a state in shards is written by all workers at once, while none of them "
+            "trains; leave background out"
+        )
     return _run(step, state, source, checked)
 
 
@@ -291,7 +297,18 @@ class _Saver:
             "beside": self._plan.beside,
         }
         with self._failing():
-            self._for_all(lambda writer: self._save(writer, state, options))
+            if is_sharded(state.params):
+                self._save_shards(state, options)
+            else:
+                self._for_all(lambda writer: self._save(writer, state, options))
+
+    def _save_shards(self, state: TrainState, options: dict[str, Any]) -> None:
+        """Every worker saves its rows; where, worker 0 knows."""
+        directory = self._world.from_first(lambda: str(self._plan.directory), "a save")
+        save(directory, state, world=self._world, **options)
+        keep = self._plan.keep
+        if keep is not None:
+            self._for_all(lambda _: prune(directory, keep))
 
     def _save(
         self, writer: BackgroundWriter | None, state: TrainState, options: dict[str, Any]

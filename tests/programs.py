@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 import functrain as ft
 from functrain import keys
+from functrain.checkpoint.filesystem import FileSystem
 from functrain.distributed import exchange
 from functrain.loop import conditions
 from functrain.precision import Precision
@@ -174,7 +176,7 @@ def training(options: Any) -> dict[str, Any]:
         newest = ft.latest(directory) if directory is not None else None
         if newest is not None:
             under = conditions(step, source.batch_size)
-            state = ft.load(newest, like=state, conditions=under, strict=True)
+            state = ft.load(newest, like=state, conditions=under, strict=True, world=world)
         records: list[Any] = []
         run = ft.train(
             step,
@@ -192,6 +194,50 @@ def training(options: Any) -> dict[str, Any]:
             if options.get("dies") == [world.rank, state.step]:
                 os._exit(9)
         return {"fingerprint": ft.fingerprint(state), "records": records}
+
+
+class Broken(FileSystem):
+    """One worker's disk, which is full, or stops it for good, at some operation of a save."""
+
+    def __init__(self, operation: str, after: int, action: str) -> None:
+        self._left = {operation: after}
+        self._action = action
+
+    def __getattribute__(self, name: str) -> Any:
+        left = object.__getattribute__(self, "__dict__").get("_left", {})
+        if left.get(name) == 0:
+            if self._action == "kill":
+                os._exit(9)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if name in left:
+            left[name] -= 1
+        return object.__getattribute__(self, name)
+
+
+def saving(options: Any) -> dict[str, Any]:
+    """Two saves of a state in shards, the second with a disk that breaks on one worker."""
+    with ft.distributed.world(timeout=20) as world:
+        step, state = made({**options, "step": {"sharded": True}}, world)
+        first = ft.save(options["directory"], state, world=world)
+        batch = part(batches("pretrain", 0), world.rank, world.size, step.microbatches)
+        later, _ = step(state, batch)
+        rank, operation, after, action = options["breaks"]
+        files = Broken(operation, after, action) if world.rank == rank else FileSystem()
+        error = ""
+        try:
+            ft.save(options["directory"], later, world=world, filesystem=files)
+        except ft.FunctrainError as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        back = ft.load(first, like=later, world=world)
+        return {"error": error, "same": ft.fingerprint(back) == ft.fingerprint(state)}
+
+
+def loading(options: Any) -> str:
+    """Load into a state in shards; the fingerprint."""
+    with ft.distributed.world(timeout=20) as world:
+        _, state = made({**options, "step": {"sharded": True}}, world)
+        known = {} if options.get("no world") else {"world": world}
+        return ft.fingerprint(ft.load(options["directory"], like=state, **known))
 
 
 class Ragged:

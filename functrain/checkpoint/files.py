@@ -181,18 +181,25 @@ def _altered(filesystem: FileSystem, path: Path, entry: File) -> CheckpointError
 
 def verify_file(filesystem: FileSystem, path: Path, entry: File) -> bool:
     """Whether a file has the size and the hash of its entry."""
-    hasher = hashlib.sha256()
     with regular(filesystem, path) as (descriptor, size):
-        if size != entry.size:
-            return False
-        buffer = memoryview(bytearray(min(size, 1 << 22)))
-        left = size
-        while left:
-            piece = buffer[: min(left, len(buffer))]
-            read_exactly(filesystem, descriptor, piece, path)
-            hasher.update(piece)
-            left -= len(piece)
-    return hasher.hexdigest() == entry.sha256
+        return size == entry.size and _hash(filesystem, descriptor, size, path) == entry.sha256
+
+
+def hash_file(filesystem: FileSystem, path: Path) -> File:
+    """The size and hash of a file that is there."""
+    with regular(filesystem, path) as (descriptor, size):
+        return File(size, _hash(filesystem, descriptor, size, path))
+
+
+def _hash(filesystem: FileSystem, descriptor: int, size: int, path: Path) -> str:
+    hasher = hashlib.sha256()
+    buffer = memoryview(bytearray(min(size, 1 << 22)))
+    while size:
+        piece = buffer[: min(size, len(buffer))]
+        read_exactly(filesystem, descriptor, piece, path)
+        hasher.update(piece)
+        size -= len(piece)
+    return hasher.hexdigest()
 
 
 def _mismatch(path: Path) -> CheckpointError:

@@ -37,6 +37,14 @@ class FileSystem:
         """Write what can be written at once: how many bytes that was."""
         return os.write(descriptor, data)
 
+    def open_to_write(self, path: Path) -> int:
+        """A descriptor to write into a file that is there."""
+        return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def write_at(self, descriptor: int, data: memoryview, offset: int) -> int:
+        """Write at a place in the file what can be written at once: how many bytes that was."""
+        return os.pwrite(descriptor, data, offset)
+
     def sync(self, descriptor: int) -> None:
         """Make a file's data, or a directory's entries, durable."""
         os.fsync(descriptor)
@@ -137,6 +145,15 @@ def write_all(files: FileSystem, descriptor: int, data: memoryview) -> None:
         if written <= 0:
             raise OSError(errno.EIO, "nothing could be written")
         data = data[written:]
+
+
+def write_all_at(files: FileSystem, descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at a place in the file."""
+    while data:
+        written = files.write_at(descriptor, data, offset)
+        if written <= 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        data, offset = data[written:], offset + written
 
 
 @contextmanager

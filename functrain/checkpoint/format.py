@@ -68,20 +68,26 @@ def contents(items: Mapping[str, Tensor]) -> list[memoryview]:
 
     Nothing is copied but what is not contiguous or not on the CPU.
     """
-    ordered = _ordered(items)
-    pieces: list[memoryview] = []
+    text, begins = laid_out(items)
+    return [text, *(data_of(items[name]) for name in begins)]
+
+
+def laid_out(items: Mapping[str, Tensor]) -> tuple[memoryview, dict[str, int]]:
+    """The header of a safetensors file, and where in the file each tensor begins, in order."""
     header: dict[str, Any] = {_METADATA: _FORMAT}
+    begins: dict[str, int] = {}
     position = 0
-    for name in ordered:
-        data = data_of(items[name])
-        pieces.append(data)
+    for name in _ordered(items):
+        size = items[name].numel() * items[name].dtype.itemsize
         header[name] = {
             "dtype": _NAMES[items[name].dtype],
             "shape": list(items[name].shape),
-            "data_offsets": [position, position + len(data)],
+            "data_offsets": [position, position + size],
         }
-        position += len(data)
-    return [memoryview(_prefixed(header)), *pieces]
+        begins[name] = position
+        position += size
+    text = memoryview(_prefixed(header))
+    return text, {name: len(text) + begin for name, begin in begins.items()}
 
 
 def _ordered(items: Mapping[str, Tensor]) -> list[str]:
@@ -112,13 +118,44 @@ def _prefixed(header: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read(fill: Callable[[memoryview], None], size: int, path: Path) -> Tensors:
+def read(
+    fill: Callable[[memoryview], None],
+    size: int,
+    path: Path,
+    rows: Callable[[Entry], tuple[int, int] | None] = lambda _: None,
+) -> Tensors:
     """The tensors of a file of `size` bytes; `fill` reads the next bytes of it.
 
-    Anything that is not exactly what `contents` writes raises `CheckpointError`.
+    `rows`: which rows of a tensor are kept, from where to where; all where it is None. Anything
+    that is not exactly what `contents` writes raises `CheckpointError`.
     """
     entries = header(fill, size, path)
-    return Tensors({entry.name: _filled(entry, fill, path) for entry in entries})
+    return Tensors({entry.name: _kept(entry, rows(entry), fill, path) for entry in entries})
+
+
+_SKIPPED = 1 << 20
+
+
+def _kept(
+    entry: Entry, rows: tuple[int, int] | None, fill: Callable[[memoryview], None], path: Path
+) -> Tensor:
+    if rows is None:
+        return _filled(entry, fill, path)
+    begin, end = rows
+    each = (entry.end - entry.begin) // max(1, entry.shape[0])
+    _skip(begin * each, fill)
+    cut = attrs.evolve(entry, shape=(end - begin, *entry.shape[1:]))
+    found = _filled(cut, fill, path)
+    _skip((entry.shape[0] - end) * each, fill)
+    return found
+
+
+def _skip(size: int, fill: Callable[[memoryview], None]) -> None:
+    """Read, for the hash, what is not kept."""
+    buffer = memoryview(bytearray(min(size, _SKIPPED)))
+    while size:
+        fill(buffer[: min(size, _SKIPPED)])
+        size -= min(size, _SKIPPED)
 
 
 def mapped(pages: mmap.mmap, path: Path) -> Tensors:

@@ -52,19 +52,28 @@ _HINTS = {
 
 def encode(state: TrainState) -> dict[str, Contents]:
     """The contents of every file but the manifest, over the state's own memory."""
+    files: dict[str, Contents] = {
+        f"{name}.safetensors": safetensors.contents(items)
+        for name, items in tensors_of(state).items()
+    }
+    return {**files, STATE: numbers_of(state)}
+
+
+def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """What is in each file of tensors, by the names there."""
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in FILES}
-    numbers: dict[str, Any] = {}
     for path, leaf in leaves(state):
         if isinstance(leaf, Tensor):
             file, name = file_of(path)
             tensors[file][name] = leaf
-        else:
-            numbers[path] = encoded(leaf)
+    return tensors
+
+
+def numbers_of(state: TrainState) -> Contents:
+    """The file of everything that is no tensor."""
+    numbers = {path: encoded(leaf) for path, leaf in leaves(state) if not isinstance(leaf, Tensor)}
     body = {"leaves": numbers, "slots": sorted(state.optimizer.slots), "version": FORMAT}
-    files: dict[str, Contents] = {
-        f"{name}.safetensors": safetensors.contents(items) for name, items in tensors.items()
-    }
-    return {**files, STATE: [memoryview(as_json(body))]}
+    return [memoryview(as_json(body))]
 
 
 def file_of(path: str) -> tuple[str, str]:
@@ -94,16 +103,20 @@ def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
 
 def placed(file: str, items: Mapping[str, Tensor]) -> dict[str, Leaf]:
     """The tensors of a file under their paths in the state."""
-    prefixes = {file: prefix for prefix, file in _PREFIXES.items()}
     found: dict[str, Leaf] = {}
     for name, tensor in items.items():
-        path = prefixes.get(file, "") + name
+        path = path_of(file, name)
         if file_of(path)[0] != file:
             raise CheckpointError(
                 f"{file}.safetensors: {name} belongs into {file_of(path)[0]}.safetensors"
             )
         found[path] = tensor
     return found
+
+
+def path_of(file: str, name: str) -> str:
+    """The path in the state of what has this name in a file; the way back from `file_of`."""
+    return next((prefix for prefix, own in _PREFIXES.items() if own == file), "") + name
 
 
 def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainState:

@@ -12,9 +12,9 @@ from torch import Tensor
 from functrain.architecture import check_names
 from functrain.checkpoint import format as safetensors
 from functrain.checkpoint.environment import compare, numerics
-from functrain.checkpoint.files import map_file, read_file, side_by_side, whole
+from functrain.checkpoint.files import Fill, map_file, read_file, side_by_side, whole
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem, reading
-from functrain.checkpoint.layout import decode, numbers, placed
+from functrain.checkpoint.layout import decode, numbers, path_of, placed
 from functrain.checkpoint.manifest import (
     STATE,
     File,
@@ -25,9 +25,11 @@ from functrain.checkpoint.manifest import (
     located,
     read_manifest,
 )
-from functrain.errors import ArchitectureError, CheckpointError, SaveWarning
+from functrain.checkpoint.store import world_for
+from functrain.distributed import World
+from functrain.errors import ArchitectureError, CheckpointError, ConfigError, SaveWarning
 from functrain.state import Leaf, TrainState, check_state, device_of
-from functrain.trees import Tensors, select
+from functrain.trees import Tensors, is_sharded, select
 
 Found = TypeVar("Found")
 _ATTEMPTS = 100
@@ -41,6 +43,7 @@ def load(
     strict: bool = False,
     conditions: Mapping[str, Any] | None = None,
     older: bool = False,
+    world: World | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> TrainState:
     """The state in `directory`, a checkpoint or a directory of them (then the newest).
@@ -53,12 +56,37 @@ def load(
     Where the numerics or the `conditions` are not those of the save, so that the bits will part,
     `NumericsWarning` says what differs; with `strict` it is an error. The newest checkpoint being
     invalid is an error too, unless `older` allows the newest valid one, with a warning.
+
+    Where `like` is in shards every worker of its `world` calls this: each keeps its rows alone, of
+    the checkpoint that worker 0 has found, whatever number of workers has saved it.
     """
     check_state(like, "like")
+    if is_sharded(like.params):
+        own = world_for(world, "load")
+        options: dict[str, Any] = {"strict": strict, "conditions": conditions, "older": older}
+        return _load_rows(directory, like, own, filesystem, options)
+    return _load(
+        directory, like, strict=strict, conditions=conditions, older=older, filesystem=filesystem
+    )
+
+
+Rows = Callable[[str, safetensors.Entry, Path], tuple[int, int] | None]
+
+
+def _load(
+    directory: PathLike,
+    like: TrainState,
+    *,
+    strict: bool,
+    conditions: Mapping[str, Any] | None,
+    older: bool,
+    filesystem: FileSystem,
+    rows: Rows = lambda *_: None,
+) -> TrainState:
     expected = {**numerics(device_of(like.params)), **(conditions or {})}
 
     def read(path: Path) -> TrainState:
-        manifest, stored = read_leaves(filesystem, path)
+        manifest, stored = read_leaves(filesystem, path, rows=rows)
         state = decode(stored, like, path)
         if state.step != manifest.step:
             raise CheckpointError(
@@ -74,6 +102,34 @@ def load(
     for reason in refused:
         warnings.warn(f"passed over: {reason}", SaveWarning, stacklevel=2)
     return state
+
+
+def _load_rows(
+    directory: PathLike,
+    like: TrainState,
+    world: World,
+    filesystem: FileSystem,
+    options: Mapping[str, Any],
+) -> TrainState:
+    """The state in shards of a checkpoint, by all workers, or an error on each of them."""
+    # Here, since DTensor takes a second to import.
+    from functrain.checkpoint.sharded import rows_in
+    from functrain.distributed.shards import local_state, whole_state
+
+    if options["older"]:
+        raise ConfigError("load: older=True is not for a state in shards; name the checkpoint")
+    path = world.from_first(lambda: str(located(directory)), "the choice of a checkpoint")
+    rows = world.for_all(
+        lambda: _load(
+            path,
+            local_state(like),
+            filesystem=filesystem,
+            rows=rows_in(like, world),
+            **options,
+        )
+    )
+    shapes = {name: tensor.shape for name, tensor in like.params.items()}
+    return whole_state(rows, shapes, world)
 
 
 def newest(directory: PathLike, read: Callable[[Path], Found]) -> Found:
@@ -110,9 +166,16 @@ def _newest_valid(root: Path, path: Path, read: Callable[[Path], Found]) -> tupl
 
 
 def read_leaves(
-    filesystem: FileSystem, path: Path, *, mapped: bool = False
+    filesystem: FileSystem,
+    path: Path,
+    *,
+    mapped: bool = False,
+    rows: Rows = lambda *_: None,
 ) -> tuple[Manifest, dict[str, Leaf]]:
-    """A checkpoint's manifest and every leaf by its path, verified; `mapped` as `load_tensors`."""
+    """A checkpoint's manifest and every leaf by its path, verified; `mapped` as `load_tensors`.
+
+    `rows`: which rows are kept of the tensor with this path.
+    """
     manifest = read_manifest(filesystem, path)
     names = [name for name in manifest.files if name != STATE]
 
@@ -123,7 +186,7 @@ def read_leaves(
         if mapped:
             items = map_file(filesystem, path / name, manifest.files[name])
         else:
-            items = read_file(filesystem, path / name, manifest.files[name], safetensors.read)
+            items = read_file(filesystem, path / name, manifest.files[name], _reading(name, rows))
         return placed(name.removesuffix(".safetensors"), items)
 
     size = sum(entry.size for entry in manifest.files.values())
@@ -134,6 +197,18 @@ def read_leaves(
             raise CheckpointError(f"{path / STATE}: {twice[0]} is a tensor of another file already")
         stored |= leaves
     return manifest, stored
+
+
+def _reading(name: str, rows: Rows) -> Callable[[Fill, int, Path], Tensors]:
+    """A parser of a file of tensors that keeps these rows."""
+    file = name.removesuffix(".safetensors")
+
+    def read(fill: Fill, size: int, path: Path) -> Tensors:
+        return safetensors.read(
+            fill, size, path, lambda entry: rows(path_of(file, entry.name), entry, path)
+        )
+
+    return read
 
 
 def load_model(

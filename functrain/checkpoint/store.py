@@ -35,8 +35,10 @@ from functrain.checkpoint.manifest import (
     to_bytes,
 )
 from functrain.checkpoint.retention import Keep
-from functrain.errors import CheckpointError, SaveWarning
+from functrain.distributed import World
+from functrain.errors import CheckpointError, ConfigError, SaveWarning
 from functrain.state import TrainState, check_state, device_of
+from functrain.trees import is_sharded
 
 
 def save(
@@ -46,6 +48,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     conditions: Mapping[str, Any] | None = None,
     beside: Mapping[str, str] | None = None,
+    world: World | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> Path:
     """Write `state` to `directory/step-…`, durable when this returns; the path of it.
@@ -60,11 +63,14 @@ def save(
     micro-batches, say). `beside` are texts to lie with them, by their file names: with a
     `config.json` (`functrain.models.config_files`) transformers reads the directory as it is. Peak
     memory is the state's own: nothing is copied from the CPU.
+
+    A state in shards is saved by every worker of its `world`, in a directory that all of them see:
+    each writes its rows, into the very files that one process would have written.
     """
     check_state(state)
     under = {**numerics(device_of(state.params)), **(conditions or {})}
     return save_under(
-        under, directory, state, metrics=metrics, beside=beside, filesystem=filesystem
+        under, directory, state, metrics=metrics, beside=beside, world=world, filesystem=filesystem
     )
 
 
@@ -75,6 +81,7 @@ def save_under(
     *,
     metrics: Mapping[str, float] | None = None,
     beside: Mapping[str, str] | None = None,
+    world: World | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> Path:
     """`save` with numerics that were found before: another thread has its own number of threads."""
@@ -83,9 +90,22 @@ def save_under(
     texts: dict[str, Contents] = {
         checked_name(name): [memoryview(text.encode())] for name, text in (beside or {}).items()
     }
+    if is_sharded(state.params):
+        # Here, since it stands on this module.
+        from functrain.checkpoint.sharded import save_shards
+
+        return save_shards(
+            root,
+            state,
+            world_for(world, "save"),
+            metrics=found,
+            under=under,
+            texts=texts,
+            filesystem=filesystem,
+        )
     try:
-        _make_root(filesystem, root)
-        with _locked(filesystem, root):
+        make_root(filesystem, root)
+        with locked(filesystem, root):
             sweep(filesystem, root)
             return _placed(filesystem, root, state, found, under, texts)
     except OSError as error:
@@ -95,7 +115,17 @@ def save_under(
         ) from error
 
 
-def _make_root(filesystem: FileSystem, root: Path) -> None:
+def world_for(world: World | None, what: str) -> World:
+    """The workers that have a state's shards; `ConfigError` where they are not given."""
+    if world is None or world.size == 1:
+        raise ConfigError(
+            f"{what}: the state is in shards, and its world is not given; every worker calls "
+            f"functrain.{what}(…, world=world)"
+        )
+    return world
+
+
+def make_root(filesystem: FileSystem, root: Path) -> None:
     """Make the directory and those above it, all durable before a save is acknowledged."""
     missing = [directory for directory in (root, *root.parents) if not directory.is_dir()]
     for directory in reversed(missing):
@@ -126,8 +156,8 @@ def _placed(
     name, files = directory_name(state.step), {**encode(state), **texts}
     target = root / name
     if target.exists():
-        if not _whole(filesystem, target):
-            _put_aside(filesystem, target)
+        if not whole(filesystem, target):
+            put_aside(filesystem, target)
         elif _same(filesystem, target, files):
             # The save that put it there may have been killed before its rename was durable.
             sync_directory(filesystem, root)
@@ -147,18 +177,23 @@ def _placed(
     except BaseException:
         _discard(filesystem, temporary)
         raise
+    durable(filesystem, target)
+    return target
+
+
+def durable(filesystem: FileSystem, target: Path) -> None:
+    """Make the rename that has put a checkpoint in place durable."""
     try:
-        sync_directory(filesystem, root)
+        sync_directory(filesystem, target.parent)
     except OSError as error:
         # Not tried again: after a failed fsync a second one may succeed without having written.
         raise CheckpointError(
             f"{target}: written and in place, but whether it would survive a power cut is unknown "
             f"({error.strerror or error}); check the disk, and save the next step"
         ) from error
-    return target
 
 
-def _whole(filesystem: FileSystem, target: Path) -> bool:
+def whole(filesystem: FileSystem, target: Path) -> bool:
     """Whether a checkpoint can be read: every file is there and has its hash."""
     try:
         entries = read_manifest(filesystem, target).files
@@ -167,7 +202,7 @@ def _whole(filesystem: FileSystem, target: Path) -> bool:
         return False
 
 
-def _put_aside(filesystem: FileSystem, target: Path) -> None:
+def put_aside(filesystem: FileSystem, target: Path) -> None:
     """Give the name of a damaged checkpoint free; what is left of it is kept, and said."""
     taken = {path.name for path in target.parent.iterdir()}
     names = (f".damaged-{target.name}-{number}" for number in itertools.count(1))
@@ -198,7 +233,7 @@ def _discard(filesystem: FileSystem, temporary: Path) -> None:
 
 
 @contextmanager
-def _locked(filesystem: FileSystem, root: Path) -> Iterator[None]:
+def locked(filesystem: FileSystem, root: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             held.enter_context(filesystem.locked(root / ".lock"))
@@ -232,7 +267,7 @@ def prune(
     root = Path(directory)
     policy = keep if isinstance(keep, Keep) else Keep(last=keep)
     try:
-        with _locked(filesystem, root):
+        with locked(filesystem, root):
             expendable = policy.expendable(filesystem, root)
             if expendable:
                 # The newest may be of a save that was killed before its rename was durable.

@@ -30,6 +30,76 @@ def test_state_metrics_and_checkpoint_are_those_of_one_worker(
     assert len(list((tmp_path / "2").glob("step-*"))) == 2
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_checkpoint_of_shards_is_that_of_one_worker_to_the_byte(
+    group: Group, tmp_path: Path, size: int
+) -> None:
+    options = {"odd": True, "directory": str(tmp_path / "1")}
+    (alone,) = group.values("training", 1, options)
+    options = {**options, "step": {"sharded": True}, "directory": str(tmp_path / "2")}
+    for each in group.values("training", size, options):
+        assert each == alone
+    assert _leaves(tmp_path / "1") == _leaves(tmp_path / "2")
+
+
+def test_shards_go_on_as_other_shards_and_whole(group: Group, tmp_path: Path) -> None:
+    (whole,) = group.values("training", 1, {"steps": 8})
+    for steps, size, sharded in ((2, 1, False), (4, 4, True), (6, 2, True), (8, 1, False)):
+        step = {"sharded": sharded}
+        options = {"steps": steps, "directory": str(tmp_path), "step": step}
+        last = group.values("training", size, options)[0]
+    assert last["fingerprint"] == whole["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "operation"), [(0, "create"), (0, "sync"), (0, "rename"), (1, "write_at"), (1, "sync")]
+)
+def test_a_save_of_shards_that_fails_on_one_worker_fails_on_all(
+    group: Group, tmp_path: Path, rank: int, operation: str
+) -> None:
+    options = {"directory": str(tmp_path), "breaks": [rank, operation, 0, "fail"]}
+    found = group.values("saving", 2, options)
+    assert all("No space left on device" in each["error"] and each["same"] for each in found)
+    assert [path.name for path in tmp_path.glob("*step*")] == ["step-000000000000"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "operation"), [(0, "rename"), (0, "mkdir"), (1, "write_at"), (1, "sync")]
+)
+def test_a_worker_killed_in_a_save_of_shards_loses_nothing(
+    group: Group, tmp_path: Path, rank: int, operation: str
+) -> None:
+    options = {"directory": str(tmp_path), "breaks": [rank, operation, 0, "kill"]}
+    found = group.run("saving", 2, options)
+    assert found[rank] == {"exit": 9}
+    assert ft.latest(tmp_path) == tmp_path / "step-000000000000"
+    # Every worker loads what is there, and the next save sweeps away what is left.
+    assert len(set(group.values("loading", 4, {"directory": str(tmp_path)}))) == 1
+    group.values("saving", 4, {"directory": str(tmp_path), "breaks": [9, "sync", 9, "fail"]})
+    names = [path.name for path in sorted(tmp_path.glob("*step*"))]
+    assert names == ["step-000000000000", "step-000000000001"]
+
+
+def test_shards_are_not_loaded_from_what_is_damaged_or_of_another_shape(
+    group: Group, tmp_path: Path
+) -> None:
+    options = {"directory": str(tmp_path), "breaks": [9, "sync", 9, "fail"]}
+    group.values("saving", 2, options)
+    for each in group.run("loading", 2, {**options, "odd": True}):
+        assert each["error"][0] == "CheckpointError"
+        assert "the checkpoint is of another architecture" in each["error"][1]
+    for each in group.run("loading", 2, {**options, "no world": True}):
+        assert "its world is not given" in each["error"][1]
+    newest = ft.latest(tmp_path)
+    assert newest is not None
+    file = newest / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for each in group.run("loading", 2, options):
+        assert "optimizer.safetensors: its sha256 does not match" in each["error"][1]
+
+
 def test_the_number_of_workers_may_change_between_sittings(group: Group, tmp_path: Path) -> None:
     (whole,) = group.values("training", 1, {"steps": 6})
     for steps, size in ((2, 4), (4, 2), (6, 1)):

@@ -1,0 +1,247 @@
+"""Checkpoints of states in shards: every worker writes and reads its own rows of the same files.
+
+The rows of a worker are a stretch of each tensor's bytes, so the workers write into one file, each
+at its places, and the file is the very one that a single process writes: there is one format, and
+any number of workers, or one, or transformers, reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import orjson
+from torch import Tensor
+
+from functrain.checkpoint import format as safetensors
+from functrain.checkpoint.files import Contents, hash_file, write_file
+from functrain.checkpoint.filesystem import (
+    FileSystem,
+    pieces,
+    remove_directory,
+    sync_directory,
+    write_all,
+    write_all_at,
+)
+from functrain.checkpoint.layout import numbers_of, tensors_of
+from functrain.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    File,
+    Manifest,
+    directory_name,
+    read_manifest,
+    to_bytes,
+)
+from functrain.checkpoint.store import (
+    durable,
+    locked,
+    make_root,
+    put_aside,
+    sweep,
+    whole,
+)
+from functrain.distributed import World
+from functrain.errors import CheckpointError
+from functrain.state import TrainState
+from functrain.trees import rows_here
+
+
+@attrs.frozen(kw_only=True)
+class _Written:
+    """What one worker has to write into a file of tensors: its header, and stretches of bytes."""
+
+    header: memoryview
+    size: int
+    own: list[tuple[int, memoryview]]
+
+
+def save_shards(
+    root: Path,
+    state: TrainState,
+    world: World,
+    *,
+    metrics: Mapping[str, float],
+    under: Mapping[str, Any],
+    texts: Mapping[str, Contents],
+    filesystem: FileSystem,
+) -> Path:
+    """`functrain.save` of a state in shards, by all workers: the path, or an error on each of them.
+
+    Worker 0 makes the directory and the files, everyone writes, fsyncs and hashes its share, and
+    worker 0 puts the manifest and the directory in place when all have done so.
+    """
+    name = directory_name(state.step)
+    temporary, target = root / f".tmp-{name}", root / name
+    files = {f"{n}.safetensors": _written(items, world) for n, items in tensors_of(state).items()}
+    plain = {**texts, STATE: numbers_of(state)}
+    with ExitStack() as held:
+
+        def begun() -> str:
+            with _saving(root, state.step):
+                make_root(filesystem, root)
+                held.enter_context(locked(filesystem, root))
+                sweep(filesystem, root)
+                filesystem.mkdir(temporary)
+                held.callback(_gone, filesystem, temporary)
+                for file, written in files.items():
+                    _make(filesystem, temporary / file, written)
+                entries = {n: write_file(filesystem, temporary / n, c) for n, c in plain.items()}
+            return orjson.dumps({n: attrs.astuple(e) for n, e in entries.items()}).decode()
+
+        entries = orjson.loads(world.from_first(begun, "the beginning of a save"))
+
+        def wrote() -> None:
+            with _saving(root, state.step):
+                for file, written in files.items():
+                    _write(filesystem, temporary / file, written)
+
+        world.for_all(wrote)
+        entries |= _hashed(filesystem, temporary, files, world)
+
+        def ended() -> str:
+            found = {file: File(*entry) for file, entry in entries.items()}
+            manifest = Manifest(step=state.step, files=found, metrics=metrics, numerics=under)
+            with _saving(root, state.step):
+                _place(filesystem, temporary, target, manifest)
+            return ""
+
+        world.from_first(ended, "the end of a save")
+    return target
+
+
+def _written(items: Mapping[str, Tensor], world: World) -> _Written:
+    header, begins = safetensors.laid_out(items)
+    size, own = len(header), list[tuple[int, memoryview]]()
+    for name, begin in begins.items():
+        tensor = items[name]
+        size = begin + tensor.numel() * tensor.dtype.itemsize
+        data = safetensors.data_of(rows_here(tensor))
+        if rows_here(tensor) is tensor:
+            own += [(begin, data)] if world.speaks else []
+            continue
+        most = -(-len(tensor) // world.size) * (tensor.numel() // max(1, len(tensor)))
+        own.append((begin + world.rank * most * tensor.dtype.itemsize, data))
+    return _Written(header=header, size=size, own=own)
+
+
+@contextmanager
+def _saving(root: Path, step: int) -> Iterator[None]:
+    """What the system refuses, as a `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{root}: step {step} could not be saved ({error.strerror or error}); earlier "
+            "checkpoints are as they were"
+        ) from error
+
+
+def _make(filesystem: FileSystem, path: Path, written: _Written) -> None:
+    descriptor = filesystem.create(path)
+    try:
+        write_all(filesystem, descriptor, written.header)
+        filesystem.sync(descriptor)
+    finally:
+        filesystem.close(descriptor)
+
+
+def _write(filesystem: FileSystem, path: Path, written: _Written) -> None:
+    if not any(len(data) for _, data in written.own):
+        return
+    descriptor = filesystem.open_to_write(path)
+    try:
+        for begin, data in written.own:
+            for piece in pieces(data):
+                write_all_at(filesystem, descriptor, piece, begin)
+                begin += len(piece)
+        filesystem.sync(descriptor)
+    finally:
+        filesystem.close(descriptor)
+
+
+def _hashed(
+    filesystem: FileSystem, directory: Path, files: Mapping[str, _Written], world: World
+) -> dict[str, Any]:
+    """The size and hash of every file, each read by one of the workers."""
+    largest = sorted(files, key=lambda file: -files[file].size)
+    mine = [file for turn, file in enumerate(largest) if turn % world.size == world.rank]
+
+    def hashes() -> dict[str, Any]:
+        found = {}
+        for file in mine:
+            entry = hash_file(filesystem, directory / file)
+            if entry.size != files[file].size:
+                raise CheckpointError(
+                    f"{directory / file}: {entry.size} bytes, expected {files[file].size}; do all "
+                    "workers see the same directory? A checkpoint in shards needs a shared one"
+                )
+            found[file] = attrs.astuple(entry)
+        return found
+
+    own = orjson.dumps(world.for_all(hashes))
+    every: dict[str, Any] = {}
+    for told in world.payloads(own, "the exchange of hashes"):
+        every |= orjson.loads(told)
+    return every
+
+
+def _place(filesystem: FileSystem, temporary: Path, target: Path, manifest: Manifest) -> None:
+    """The manifest, and the directory under its name; what is there already may stay if the same.
+
+    As for `functrain.save`: damaged, it is put aside, and another state is an error.
+    """
+    if target.exists():
+        if not whole(filesystem, target):
+            put_aside(filesystem, target)
+        elif read_manifest(filesystem, target).files == manifest.files:
+            sync_directory(filesystem, target.parent)
+            return
+        else:
+            raise CheckpointError(
+                f"{target}: exists and holds another state; save to a fresh directory, or remove it"
+            )
+    write_file(filesystem, temporary / MANIFEST, [memoryview(to_bytes(manifest))])
+    sync_directory(filesystem, temporary)
+    filesystem.rename(temporary, target)
+    durable(filesystem, target)
+
+
+def _gone(filesystem: FileSystem, temporary: Path) -> None:
+    """Give the space of a save that has not come to its end back now."""
+    try:
+        if temporary.exists():
+            remove_directory(filesystem, temporary)
+    except OSError:
+        return
+
+
+def rows_in(like: TrainState, world: World) -> Callable[[str, safetensors.Entry, Path], Any]:
+    """Which rows of a tensor, by its path in the state, a worker keeps: begin and end, or None."""
+    params = like.params
+    each = {name: -(-len(tensor) // world.size) for name, tensor in params.items()}
+
+    def rows(place: str, entry: safetensors.Entry, where: Path) -> tuple[int, int] | None:
+        name = _parameter(place)
+        if name not in params or (place.startswith("optimizer/") and not entry.shape):
+            return None
+        if entry.shape != tuple(params[name].shape):
+            raise CheckpointError(
+                f"{where}: {place} has shape {list(entry.shape)}, expected "
+                f"{list(params[name].shape)}; the checkpoint is of another architecture"
+            )
+        count, most = entry.shape[0], each[name]
+        return min(count, world.rank * most), min(count, (world.rank + 1) * most)
+
+    return rows
+
+
+def _parameter(place: str) -> str:
+    """The parameter that a tensor of this path is of, or a name that none has."""
+    prefix, _, name = place.partition("/")
+    if prefix == "optimizer":
+        return name.removeprefix("slots/").partition("/")[2]
+    return name if prefix in ("params", "average", "reference") else ""
