@@ -76,6 +76,21 @@ class Partial(zoo.Tied):
         return {"logits": out["logits"] * self.rare} if even else out
 
 
+class Never(zoo.Tied):
+    """A parameter that no batch reaches, and that must stay as it is, without any decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rare = nn.Parameter(torch.ones(4, 3))
+
+
+def model(options: Any) -> nn.Module:
+    """The model of a test."""
+    kinds = {"never": Never, True: Partial}
+    partial = options.get("partial")
+    return kinds[partial]() if partial else zoo.decoder(**decoder(options))
+
+
 def decoder(options: Any) -> dict[str, Any]:
     """The shape of the model; `odd` shapes leave some workers with fewer rows or none."""
     odd = {"width": 18, "heads": 3, "kv_heads": 1, "hidden": 29, "layers": 3}
@@ -86,7 +101,7 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
     """A step and its first state, of the options of a test."""
     exchange.BUCKET = options.get("bucket", exchange.BUCKET)
     with keys.seeded(3):
-        module = Partial() if options.get("partial") else zoo.decoder(**decoder(options))
+        module = model(options)
     architecture, params, buffers = ft.split(module)
     given = {
         "microbatches": 8,

@@ -954,14 +954,14 @@ def _read(data: bytes, files: dict[str, bytes]) -> Any:
     }
 
 
-def test_three_thousand_forgeries_are_refused_or_valid(
+def test_a_thousand_forgeries_are_refused_or_valid(
     originals: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Only CheckpointError, within a moment; or a state that is written back the same."""
-    refused, valid, longest = _survive(originals, tmp_path / "x", range(3_000))
-    assert refused + valid == 3_000
-    assert refused > 2_000
-    assert valid > 100
+    refused, valid, longest = _survive(originals, tmp_path / "x", range(1_000))
+    assert refused + valid == 1_000
+    assert refused > 600
+    assert valid > 30
     assert longest < 1.0
     tally.add("mutated checkpoints", refused + valid)
 

@@ -32,7 +32,7 @@ EVERY = 3
 KEEP = 2
 REACH = 12
 """Steps and beginnings of saves that a process comes to at most, but for those of the while."""
-KILLS = 125
+KILLS, MANY_KILLS = 50, 125
 """Of each kind of run; there are four."""
 
 
@@ -213,27 +213,43 @@ class Killed:
         return {name.split("-")[0] for name in names}
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["saving", "saving beside"])
-@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+BACKGROUND = pytest.mark.parametrize("background", [False, True], ids=["saving", "saving beside"])
+DONATE = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+
+
+@BACKGROUND
+@DONATE
 def test_random_kills_of_training_runs_lose_nothing(donate: bool, background: bool) -> None:
     """From the newest save that was acknowledged, or a later one, to the same bits at the end."""
+    kill_at_random(donate, background, KILLS)
+
+
+@pytest.mark.long
+@BACKGROUND
+@DONATE
+def test_many_random_kills_of_training_runs_lose_nothing(donate: bool, background: bool) -> None:
+    kill_at_random(donate, background, MANY_KILLS)
+
+
+def kill_at_random(donate: bool, background: bool, most: int) -> None:
+    """Launch runs that are killed at random moments until so many were, and check their ends."""
     kind, dice = Kind(donate, background), random.Random(2 * donate + background)
     alone()  # once, before the forks
     quarters: Counter[int] = Counter()
     left: Counter[str] = Counter()
     unsaved = kills = 0
-    while kills < KILLS:
+    while kills < most:
         with faults.scratch() as base:
             run = Killed(kind, base / "run", dice)
-            while run.launch(kill=kills < KILLS):
+            while run.launch(kill=kills < most):
                 kills += 1
                 quarters[run.step * 4 // (STEPS + 1)] += 1
                 left.update(run.left())
                 unsaved += run.step > run.acknowledged
             check_the_end(run.directory)
-    assert min(quarters[each] for each in range(4)) >= KILLS // 20, "the kills are spread"
-    assert left[".tmp"] >= KILLS // 25, "some kills fall into a save"
-    assert unsaved >= KILLS // 4, "and many where steps are not saved yet"
+    assert min(quarters[each] for each in range(4)) >= most // 20, "the kills are spread"
+    assert left[".tmp"] >= most // 25, "some kills fall into a save"
+    assert unsaved >= most // 4, "and many where steps are not saved yet"
     tally.add("random kills of training runs", kills)
 
 
