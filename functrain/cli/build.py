@@ -55,6 +55,11 @@ class Built:
     cache: ReferenceCache | None = None
 
     @property
+    def sharded(self) -> bool:
+        """Whether each worker has some rows of the state alone."""
+        return self.step.value_and_grad.shards is not None
+
+    @property
     def data(self) -> Any:
         """What a step reads: the source, with the reference's log-probs where they are cached."""
         if self.cache is None:
@@ -96,6 +101,11 @@ def build(config: Config, world: World = ALONE) -> Built:
         raise ConfigError(
             f"preference.cache: one process writes it, and there are {world.size} workers; leave "
             "it out, or use one worker"
+        )
+    if world.size > 1 and config.train.sharded and config.train.peak_tflops is not None:
+        raise ConfigError(
+            "train.peak_tflops: the operations of a step are counted on a whole model, and "
+            "train.sharded has none; leave one of them out"
         )
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: 'cuda', and this machine has none; use 'cpu'")
@@ -268,6 +278,7 @@ def _step(config: Config, architecture: nn.Module, params: Tensors, world: World
         "compile": train.compile,
         "checkpoint": train.checkpoint,
         "reduction": train.reduction,
+        "sharded": train.sharded,
         "world": world,
     }
     made = optimizer(config.optimizer, config.schedule.peak, architecture)

@@ -308,6 +308,8 @@ class Train:
     """Keep a moving average of the params."""
     reduction: str = attrs.field(default="fast", validator=one_of(("fast", "canonical")))
     """How gradients are summed: fast, or canonical, with the same bits on any number of workers."""
+    sharded: bool = False
+    """Each worker keeps some rows of params and moments alone: a fraction of the memory."""
     timeout: float = attrs.field(default=600.0, validator=positive)
     """Seconds that a worker waits for another."""
     seed: int = attrs.field(default=0, validator=at_least(0))

@@ -244,6 +244,8 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     free = {*FREE} if plateau else {*FREE, *FREE_UNLESS_PLATEAU}
     if not before.train.compile:
         free.add("train.checkpoint")  # what is recomputed has the same bits
+    if before.train.reduction == "canonical":
+        free.add("train.sharded")  # the same bits
     changed = [key for key in old if old[key] != new.get(key) and key not in free]
     if changed:
         lines = [f"  {key}: {new.get(key)!r}, and the run has {old[key]!r}" for key in changed]

@@ -25,7 +25,7 @@ from functrain.cli.samples import prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.compilation import cache_directory
 from functrain.data import Prefetched, Source
-from functrain.distributed import ALONE, World
+from functrain.distributed import ALONE, World, gathered
 from functrain.errors import CheckpointError, ConfigError, RelayedError
 from functrain.evaluation import evaluate
 from functrain.flops import flops_of
@@ -35,6 +35,7 @@ from functrain.tracking import jsonl, progress
 from functrain.tracking.beside import Beside
 from functrain.tracking.jsonl import Several
 from functrain.tracking.services import TrackedRun, opened
+from functrain.trees import is_sharded
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 Say = Callable[[str], None]
@@ -98,13 +99,17 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         world.from_first(lambda: _written(run, config, built), "the run directory")
         given = prompts(built.evaluation, built.tokenizer)
         # Now, because the first step reuses the memory of the first state.
-        first_words = spoken(built, built.state, given) if world.speaks else []
+        first_words = _first_words(built, given, world)
         newest = world.from_first(lambda: _newest(run), "the newest checkpoint")
         state = world.for_all(lambda: _state(built, run, newest, config.train.steps, world))
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
             _say_head(built, state, say)
             state = _trained(config, built, state, run, stop, say)
+        if built.sharded:
+            # Whole, for what one worker says of it at the end.
+            alone = attrs.evolve(built.step, sharded=False, world=ALONE, microbatches=1)
+            built, state = attrs.evolve(built, step=alone), gathered(state)
     return Outcome(
         config=config,
         built=built,
@@ -113,6 +118,13 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         prompts=given,
         first_words=first_words,
     )
+
+
+def _first_words(built: Built, given: list[str], world: World) -> list[str]:
+    if not built.sharded:
+        return spoken(built, built.state, given) if world.speaks else []
+    whole = attrs.evolve(built.state, params=gathered(built.state.params))
+    return spoken(built, whole, given) if world.speaks else []
 
 
 def _settled(config: C, resume: bool) -> C:
@@ -162,7 +174,7 @@ def _state(built: Built, run: RunDirectory, newest: str, steps: int, world: Worl
         return built.state
     try:
         under = conditions(built.step, built.source.batch_size)
-        state = checkpoint.load(newest, like=built.state, conditions=under)
+        state = checkpoint.load(newest, like=built.state, conditions=under, world=world)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\nto go on from the one before, remove {newest} and resume again"
@@ -189,8 +201,8 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
 def _say_head(built: Built, state: TrainState, say: Say) -> None:
     """Where logits are made whole a run may need far more memory than its user expects."""
     objective = built.step.objective
-    if getattr(objective, "head", "auto") == "full":
-        return
+    if getattr(objective, "head", "auto") == "full" or built.sharded:
+        return  # of shards alone it cannot be told
     how = objectives.describe_head(built.step.architecture, state.params, state.buffers)
     if how.startswith("whole"):
         say(f"{how}; their memory is batch x time x vocabulary")
@@ -326,12 +338,16 @@ def _save(
     beside: dict[str, str],
     say: Say,
 ) -> None:
+    given: Any = {"metrics": measured, "conditions": under, "beside": beside}
+
     def saved() -> str:
-        given: Any = {"metrics": measured, "conditions": under, "beside": beside}
         return str(checkpoint.save(run.checkpoints, state, **given))
 
     try:
-        world.from_first(saved, "a save")
+        if is_sharded(state.params):
+            checkpoint.save(run.checkpoints, state, world=world, **given)
+        else:
+            world.from_first(saved, "a save")
     except (CheckpointError, RelayedError) as error:
         if plan.on_save_error == "stop":
             raise

@@ -130,11 +130,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes, list[An
     return _last(directory)
 
 
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.long), ("--train.sharded",)], ids=" ".join
+)
 def test_a_killed_worker_restarts_the_group_and_the_end_is_the_same(
-    tmp_path: Path, alone: Any
+    tmp_path: Path, alone: Any, options: tuple[str, ...]
 ) -> None:
     config, directory = _config(tmp_path, "run", 30)
-    process = _torchrun(config, 2, restarts=1)
+    process = _torchrun(config, 2, *options, restarts=1)
     _killed(process, directory, 6, rank=1)
     out = _done(process, config)
     assert out.count("finished, 30 of 30 steps") == 1, "rank 0 alone speaks"
@@ -160,7 +163,7 @@ def test_stopped_on_four_workers_it_goes_on_with_two_and_then_one(
     tmp_path: Path, alone: Any
 ) -> None:
     config, directory = _config(tmp_path, "run", 30)
-    _done(_torchrun(config, 4, "--train.steps", "10"), config)
+    _done(_torchrun(config, 4, "--train.steps", "10", "--train.sharded"), config)
     _done(_torchrun(config, 2, "--train.steps", "20", "--resume"), config)
     assert main(["pretrain", str(config), "--resume"]) == 0
     assert _last(directory) == alone
