@@ -18,6 +18,7 @@ from functrain.data.sequences import Chats, chat
 from functrain.data.source import MapSource, Source, all_batches
 from functrain.data.streams import Stream, Taken
 from functrain.data.text import TextRows, text, tokens
+from functrain.data.token_cache import Tokenized, TokenizedFile, tokenized
 from functrain.data.tokenizers import ByteTokenizer, Tokenizer, from_json
 from functrain.data.truncation import Counts
 from functrain.data.unpaired import Unpaired, unpaired
@@ -37,6 +38,8 @@ __all__ = [
     "Stream",
     "Taken",
     "TextRows",
+    "Tokenized",
+    "TokenizedFile",
     "Tokenizer",
     "Unpaired",
     "all_batches",
@@ -53,6 +56,7 @@ __all__ = [
     "preference",
     "records",
     "text",
+    "tokenized",
     "tokens",
     "torchdata_stream",
     "unpaired",
