@@ -14,6 +14,7 @@ import attrs
 from functrain.agreement import described
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
 from functrain.data.source import Source
+from functrain.data.streams import Stream
 from functrain.distributed import ALONE, World
 from functrain.errors import (
     CheckpointError,
@@ -26,7 +27,7 @@ from functrain.errors import (
 from functrain.evaluation import checked_batches, evaluate
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
-from functrain.state import TrainState, check_state
+from functrain.state import Cursor, TrainState, check_state
 from functrain.steps import Step
 from functrain.trees import is_sharded
 
@@ -34,7 +35,7 @@ from functrain.trees import is_sharded
 def train(
     step: Step,
     state: TrainState,
-    source: Source,
+    source: Source | Stream,
     *,
     steps: int | None = None,
     tokens: int | None = None,
@@ -57,7 +58,8 @@ def train(
 
     `steps` (calls), `tokens` (targets trained on) and `epochs` are totals since the stage began,
     as the state counts them, so that a resumed run is the same call; the first to be reached ends
-    it. The batch is `source.at(state.cursor.samples, batch_size)`. With `evaluation`, the metrics
+    it. The batch is `source.at(state.cursor.samples, batch_size)`, or that of a stream after
+    `state.cursor.loader`, where its state after the batch then is. With `evaluation`, the metrics
     of every `evaluate_every`-th step and of the last hold `eval_…` too, and a `reduce_on_plateau`
     schedule sees `eval_loss`. With `directory`, every `save_every`-th state and the last are
     saved before they are yielded, and those kept that `keep` names: the newest few, or a `Keep`
@@ -83,16 +85,19 @@ def train(
     if not isinstance(step, Step) or not isinstance(state, TrainState):
         given = ", ".join(type(each).__name__ for each in (step, state))
         raise ConfigError(f"train: expected (step, state, source), got {given} first")
-    if not hasattr(source, "at"):
+    if isinstance(source, Stream):
+        _check_stream(step, state, epochs, batch_size)
+    elif not hasattr(source, "at"):
         raise ConfigError(
             f"train: a source of the type {type(source).__name__} has no at(position, n); "
-            "functrain.data makes sources, and batches of your own go into a loop of your own"
+            "functrain.data makes sources, and streams of the loaders that keep a state; batches "
+            "of your own go into a loop of your own"
         )
     checked = _Plan(
         steps=steps,
         tokens=tokens,
-        samples=None if epochs is None else _samples(epochs, source),
-        batch_size=source.batch_size if batch_size is None else batch_size,
+        samples=_samples(epochs, source),
+        batch_size=_batch_size(batch_size, source),
         evaluation=_batches(step, evaluation),
         evaluate_every=evaluate_every,
         directory=None if directory is None else Path(directory),
@@ -144,7 +149,36 @@ def agree_on(step: Step, state: TrainState, source: Source, facts: Mapping[str, 
     world.agree({**texts, **facts})
 
 
-def _samples(epochs: float, source: Source) -> int:
+def _check_stream(
+    step: Step, state: TrainState, epochs: float | None, batch_size: int | None
+) -> None:
+    for name, given in (("epochs", epochs), ("batch_size", batch_size)):
+        if given is not None:
+            raise ConfigError(
+                f"{name}: {given!r}, and the data are a stream, whose loader alone knows it; give "
+                "steps or tokens, and the batch size where the loader is made"
+            )
+    size = world_of(step).size
+    if size > 1:
+        raise ConfigError(
+            f"world: a stream is read by one worker, and there are {size}; for several, use a "
+            "source of functrain.data, of which each reads its own part"
+        )
+    if state.cursor.samples and state.cursor.loader is None:
+        raise ConfigError(
+            f"train: the state has consumed {state.cursor.samples:,} samples of a source, so where "
+            "to go on in a stream is unknown; to begin it, "
+            "attrs.evolve(state, cursor=functrain.Cursor())"
+        )
+
+
+def _batch_size(given: int | None, source: Source | Stream) -> int | None:
+    return source.batch_size if given is None and not isinstance(source, Stream) else given
+
+
+def _samples(epochs: float | None, source: Source | Stream) -> int | None:
+    if epochs is None or isinstance(source, Stream):
+        return None
     if not is_number(epochs) or not 0 < epochs < float("inf") or round(epochs * len(source)) < 1:
         raise ConfigError(
             f"epochs: {epochs!r}, expected a positive number, of at least one of the source's "
@@ -169,7 +203,7 @@ class _Plan:
     steps: int | None = attrs.field(validator=_positive)
     tokens: int | None = attrs.field(validator=_positive)
     samples: int | None = attrs.field(validator=_positive)
-    batch_size: int = attrs.field(validator=_positive)
+    batch_size: int | None = attrs.field(validator=_positive)
     evaluation: list[Batch] | None
     evaluate_every: int | None = attrs.field(validator=_positive)
     directory: Path | None
@@ -228,9 +262,10 @@ def _batches(step: Step, evaluation: Iterable[Batch] | None) -> list[Batch] | No
 
 
 def _run(
-    step: Step, state: TrainState, source: Source, plan: _Plan
+    step: Step, state: TrainState, source: Source | Stream, plan: _Plan
 ) -> Generator[tuple[TrainState, Metrics], TrainState | None, None]:
-    agree_on(step, state, source, described(plan.facts(), "train"))
+    if not isinstance(source, Stream):
+        agree_on(step, state, source, described(plan.facts(), "train"))
     with _saving(step, plan) as saver:
         while not plan.done(state):
             state, metrics = _advanced(step, state, source, plan)
@@ -260,20 +295,29 @@ def check_guard(step: Step, state: TrainState) -> None:
 
 
 def _advanced(
-    step: Step, state: TrainState, source: Source, plan: _Plan
+    step: Step, state: TrainState, source: Source | Stream, plan: _Plan
 ) -> tuple[TrainState, Metrics]:
-    cursor = state.cursor
-    batch = read(step, source, cursor.samples, plan.batch_size)
+    batch, moved = _read(step, state.cursor, source, plan)
     state, metrics = step(state, batch)
     # Counted here, where the batch still is on the CPU: the step's own count is on its device.
-    tokens = cursor.tokens + world_of(step).total(int(targets_in(batch)))
-    moved = attrs.evolve(cursor, samples=cursor.samples + plan.batch_size, tokens=tokens)
-    state = attrs.evolve(state, cursor=moved)
+    tokens = moved.tokens + world_of(step).total(int(targets_in(batch)))
+    state = attrs.evolve(state, cursor=attrs.evolve(moved, tokens=tokens))
     if plan.evaluates(state) and plan.evaluation is not None:
         measured = evaluate(step, state, plan.evaluation)
         state = step.observe(state, float(measured["eval_loss"]))
         metrics = metrics | measured
     return state, metrics
+
+
+def _read(step: Step, cursor: Cursor, source: Source | Stream, plan: _Plan) -> tuple[Any, Cursor]:
+    """A batch, and the cursor after it but for its tokens."""
+    if isinstance(source, Stream):
+        taken = source.after(cursor.loader)
+        samples = cursor.samples + taken.samples
+        return taken.batch, attrs.evolve(cursor, samples=samples, loader=taken.loader)
+    assert plan.batch_size is not None  # sources have one
+    batch = read(step, source, cursor.samples, plan.batch_size)
+    return batch, attrs.evolve(cursor, samples=cursor.samples + plan.batch_size)
 
 
 class _Saver:
@@ -360,7 +404,7 @@ def _saving(step: Step, plan: _Plan) -> Generator[_Saver, None, None]:
         saver.wait()
 
 
-def conditions(step: Step, batch_size: int) -> dict[str, Any]:
+def conditions(step: Step, batch_size: int | None) -> dict[str, Any]:
     """What the bits of a run depend on that neither its state nor its numerics say."""
     size = world_of(step).size
     return {

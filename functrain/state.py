@@ -25,8 +25,8 @@ Leaf = Tensor | int | float | str | None
 class Cursor:
     """How much data has been consumed: samples and tokens trained on since the stage began.
 
-    `loader` is for the JSON state of a loader that keeps one, as it was after the consumed batch;
-    a loop of your own puts it there.
+    `loader` is the JSON state of a loader that keeps one, as it was after the consumed batch: of a
+    `functrain.data.Stream`, or what a loop of your own puts there.
     """
 
     samples: int = 0

@@ -25,6 +25,7 @@ from torch import Tensor
 from functrain.architecture import bound
 from functrain.checkpoint import load, save
 from functrain.data.source import Source
+from functrain.data.streams import Stream
 from functrain.errors import ConsumedStateError
 from functrain.evaluation import evaluate
 from functrain.gradients import Gradients, clip_by_global_norm
@@ -192,7 +193,7 @@ def assert_evaluation_invariant(
 
 
 def assert_resumable(
-    step: Step, state: TrainState, source: Source, steps: int, directory: Path
+    step: Step, state: TrainState, source: Source | Stream, steps: int, directory: Path
 ) -> None:
     """A run saved and loaded at every split point ends with the bits of one left alone."""
     states = [state]

@@ -358,6 +358,8 @@ def _file(
     config: Config, path: str, tokenizer: ByteTokenizer | None, limit: int | None = None
 ) -> Source:
     try:
+        if isinstance(config, Pretrain) and config.data.cache is not None:
+            return _cached(config, config.data.cache, path, tokenizer, limit)
         if isinstance(config, Pretrain) and is_tokens(path):
             ids = data.tokens(path, dtype=config.data.dtype, **_rows(config))
             return ids if limit is None else attrs.evolve(ids, ids=ids.ids[:limit])
@@ -368,6 +370,17 @@ def _file(
     except DataError as error:
         # Errors of a file's content do not all name the file.
         raise error if path in str(error) else DataError(f"{path}: {error}") from error
+
+
+def _cached(
+    config: Config, cache: str, path: str, tokenizer: ByteTokenizer | None, limit: int | None
+) -> Source:
+    if is_tokens(path) or tokenizer is None:
+        raise ConfigError(f"data.cache: {path} holds token ids, which are mapped as they are")
+    found = data.tokenized(path, tokenizer, cache).first(limit)
+    make: Any = found.packed_text if config.data.packing else found.text
+    made: Source = make(**_rows(config))
+    return made
 
 
 @functools.lru_cache(maxsize=1)

@@ -176,8 +176,12 @@ class Text(Data):
     """The type of the ids in a .bin file."""
     vocabulary: int | None = attrs.field(default=None, validator=at_least(2))
     """Token ids in all, where the data are ids of a tokenizer of your own."""
+    cache: str | None = attrs.field(default=None, validator=given)
+    """A directory in which text is kept tokenised, by its content; else it is in memory."""
 
     def __attrs_post_init__(self) -> None:
+        if self.cache is not None and self.train == EMBEDDED:
+            raise ConfigError("data.cache: the embedded data are in memory anyway; leave it out")
         if self.on_bad_record != "stop":
             raise ConfigError("data.on_bad_record: text has no records; leave it out")
         if self.group_by_length:

@@ -34,6 +34,7 @@ SUFFIXES = {
 # What may change between two sittings of a run, because no bit of the params depends on it.
 FREE = (
     "directory",
+    "data.cache",
     "train.steps",
     "train.save_every",
     "train.keep",

@@ -1,11 +1,13 @@
 """Data as a function of position: sources made from text, token files, chats, pairs, judgements.
 
 A source has `at(position, n)`, the batch of `n` samples from a position on, shuffled anew each
-epoch, and nothing that moves: to resume is to ask again.
+epoch, and nothing that moves: to resume is to ask again. A stream has `after(state)` instead, where
+a loader of another library keeps the position.
 """
 
 from functrain.data import embedded
 from functrain.data.grouping import Padded
+from functrain.data.loaders import grain_stream, iterable_stream, torchdata_stream
 from functrain.data.order import permuted
 from functrain.data.packing import Packed, Packing, pack, packed, packed_text
 from functrain.data.pairs import Pairs, preference
@@ -14,7 +16,9 @@ from functrain.data.pretrained import PretrainedTokenizer
 from functrain.data.records import documents, records
 from functrain.data.sequences import Chats, chat
 from functrain.data.source import MapSource, Source, all_batches
+from functrain.data.streams import Stream, Taken
 from functrain.data.text import TextRows, text, tokens
+from functrain.data.token_cache import Tokenized, TokenizedFile, tokenized
 from functrain.data.tokenizers import ByteTokenizer, Tokenizer, from_json
 from functrain.data.truncation import Counts
 from functrain.data.unpaired import Unpaired, unpaired
@@ -31,7 +35,11 @@ __all__ = [
     "Prefetched",
     "PretrainedTokenizer",
     "Source",
+    "Stream",
+    "Taken",
     "TextRows",
+    "Tokenized",
+    "TokenizedFile",
     "Tokenizer",
     "Unpaired",
     "all_batches",
@@ -39,6 +47,8 @@ __all__ = [
     "documents",
     "embedded",
     "from_json",
+    "grain_stream",
+    "iterable_stream",
     "pack",
     "packed",
     "packed_text",
@@ -46,6 +56,8 @@ __all__ = [
     "preference",
     "records",
     "text",
+    "tokenized",
     "tokens",
+    "torchdata_stream",
     "unpaired",
 ]

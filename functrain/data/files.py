@@ -5,6 +5,9 @@ from __future__ import annotations
 import glob
 import gzip
 import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from functrain.errors import DataError
@@ -66,10 +69,24 @@ def _inside(directory: Path) -> list[Path]:
 
 def contents(path: PathLike) -> bytes:
     """All of a file, uncompressed where its name ends in `.gz`."""
-    try:
+    with _reading(path):
         read = Path(path).read_bytes()
         return gzip.decompress(read) if str(path).endswith(".gz") else read
-    except (EOFError, gzip.BadGzipFile) as error:
+
+
+def lines(path: PathLike) -> Iterator[bytes]:
+    """The lines of a file as `contents(path).splitlines()` has them, one in memory at a time."""
+    compressed = str(path).endswith(".gz")
+    with _reading(path), gzip.open(path) if compressed else Path(path).open("rb") as file:
+        for line in file:
+            yield from line.splitlines()
+
+
+@contextmanager
+def _reading(path: PathLike) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: no whole gzip file ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error

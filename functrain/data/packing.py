@@ -236,6 +236,14 @@ def packed_text(
     """
     check_time(time)
     ids, ends = encoded(documents, tokenizer)
+    return packed_ids(ids, ends, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+
+def packed_ids(
+    ids: Ids, ends: Lengths, *, time: int, batch_size: int, seed: int = 0, shuffle: bool = True
+) -> Packed:
+    """Documents that are encoded: `ids`, integers [tokens], and the place where each one ends."""
+    check_time(time)
     sizes = np.diff(ends, prepend=0)
     kept = np.flatnonzero(sizes > 1)
     if not len(kept):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -105,6 +106,18 @@ class PretrainedTokenizer:
             paths = [p for p in sorted(Path(directory).iterdir()) if p.suffix in _TEXTS]
             found = {path.name: path.read_bytes() for path in paths if path.suffix != ".model"}
         return {name: data.decode() for name, data in found.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all its files: another where ids are."""
+        hasher = hashlib.sha256()
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(Path(directory))
+            for path in sorted(Path(directory).rglob("*")):
+                if path.is_file():
+                    content = hashlib.sha256(path.read_bytes()).hexdigest()
+                    hasher.update(f"{path.relative_to(directory)}\0{content}\0".encode())
+        return hasher.hexdigest()
 
     def save(self, directory: Path) -> None:
         """Write its files into a directory, as transformers reads them."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from functrain.data import columns
-from functrain.data.files import RECORDS, TEXTS, PathLike, contents, files_of, suffix_of
+from functrain.data.files import RECORDS, TEXTS, PathLike, contents, files_of, lines, suffix_of
 from functrain.errors import DataError
 
 Place = tuple[str, int]
@@ -128,19 +128,43 @@ def documents(path: PathLike) -> list[str]:
 
     A directory or a pattern is read as by `records`, .txt and .md files among the others.
     """
-    return [each for file in files_of(path, (*TEXTS, *RECORDS)) for each in _documents(file)]
+    return [text for file in document_files(path) for text in texts(file)]
 
 
-def _documents(path: Path) -> list[str]:
+def document_files(path: PathLike) -> list[Path]:
+    """The files that `documents` reads."""
+    return files_of(path, (*TEXTS, *RECORDS))
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The documents of one file as it is read: .jsonl by the line, .parquet by the row group.
+
+    .json, .txt and .md files are read whole.
+    """
     if suffix_of(path) not in RECORDS:
         try:
-            return [contents(path).decode()]
+            yield contents(path).decode()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
-    found = records(path)
-    for number, record in enumerate(found):
+        return
+    count = 0
+    for record, where in _each(path):
+        count += 1
         if not isinstance(record.get("text"), str):
-            raise DataError(
-                f"{path}: record {number + 1} has no text under 'text' ({found.where(number)})"
-            )
-    return [record["text"] for record in found]
+            raise DataError(f"{path}: record {count} has no text under 'text' ({where})")
+        yield record["text"]
+    if not count:
+        raise DataError(f"{path}: no records; expected one JSON object in each line")
+
+
+def _each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The records of one file with their places, one in memory at a time where the file allows."""
+    if suffix_of(path) == ".jsonl":
+        for number, line in enumerate(lines(path), start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield _object(line, where), where
+        return
+    found = columns.rows(path) if suffix_of(path) == ".parquet" else _records(path, "stop")
+    for number, record in enumerate(found):
+        yield record, f"{path}:{number}"

@@ -95,8 +95,12 @@ def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.ND
         stream += tokenizer.encode(document)
         stream.append(tokenizer.end)
         ends.append(len(stream))
-    ids = np.array(stream, dtype=np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
-    return ids, np.array(ends, dtype=np.int64)
+    return np.array(stream, dtype=id_type(tokenizer)), np.array(ends, dtype=np.int64)
+
+
+def id_type(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The narrowest dtype that holds the ids of a tokenizer."""
+    return np.dtype(np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
 
 
 def tokens(

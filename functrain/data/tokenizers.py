@@ -91,6 +91,11 @@ class ByteTokenizer:
                 )
         return bytes(i for i in given if i != self.end).decode(errors="replace")
 
+    @property
+    def fingerprint(self) -> str:
+        """A text that is another where ids are."""
+        return self.to_json()
+
     def to_json(self) -> str:
         """What `from_json` reads."""
         return orjson.dumps({"type": "bytes"}).decode()

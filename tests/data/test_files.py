@@ -153,3 +153,12 @@ def test_a_dataset_is_read_as_its_records_are() -> None:
     texts = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
     source = data.text(texts, BYTES, time=4, batch_size=1)
     assert source.ids.tolist() == [*b"one", 256, *b"two", 256]
+
+
+def test_a_gzip_file_with_a_damaged_body_is_named(tmp_path: Path) -> None:
+    raw = bytearray(gzip.compress(_jsonl([{"text": "one"}] * 9)))
+    raw[12:16] = b"\xff\xff\xff\xff"
+    (tmp_path / "a.jsonl.gz").write_bytes(raw)
+    for read in (data.records, data.documents):
+        with pytest.raises(ft.DataError, match=r"a\.jsonl\.gz: no whole gzip file"):
+            read(tmp_path / "a.jsonl.gz")

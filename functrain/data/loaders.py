@@ -1,0 +1,198 @@
+"""Loaders of others as streams: torchdata, grain, and iterable datasets of Hugging Face.
+
+None of them is imported here: a loader is known by the methods that take and give its state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+from functrain.data.source import Batch, at_least_one
+from functrain.data.streams import Door, LoaderStream
+from functrain.errors import DataError, NumericsWarning
+
+Collate = Callable[[Any], Batch]
+
+
+@attrs.frozen(eq=False)
+class _Torchdata(Door):
+    loader: Any
+    collate: Collate
+    kind = "torchdata"
+    endless = "an epoch of it has no batch: give it more samples than batch_size"
+    restarts = True
+
+    def first(self) -> Any:
+        return self.loader.state_dict()
+
+    def opened(self, state: Any) -> Iterator[Any]:
+        self.loader.load_state_dict(state)
+        return iter(self.loader)
+
+    def again(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def state(self, batches: Any) -> Any:
+        return self.loader.state_dict()
+
+    def batch(self, found: Any) -> Batch:
+        return self.collate(found)
+
+
+@attrs.frozen(eq=False)
+class _Grain(Door):
+    dataset: Any
+    collate: Collate
+    kind = "grain"
+    endless = "let it go on for ever with .repeat()"
+
+    def first(self) -> Any:
+        return None
+
+    def opened(self, state: Any) -> Iterator[Any]:
+        batches: Any = iter(self.dataset)
+        _check_methods(batches, ("get_state", "set_state"), "grain's DataLoader or IterDataset")
+        if state is not None:
+            batches.set_state(state)
+        return iter(batches)
+
+    def state(self, batches: Any) -> Any:
+        return batches.get_state()
+
+    def batch(self, found: Any) -> Batch:
+        return self.collate(found)
+
+
+@attrs.define(eq=False)
+class _Iterable(Door):
+    dataset: Any
+    collate: Collate
+    batch_size: int
+    left: int = 0
+    kind = "iterable"
+    endless = "let it go on for ever with .repeat(None)"
+
+    def first(self) -> Any:
+        return self.dataset.state_dict()
+
+    def opened(self, state: Any) -> Iterator[Any]:
+        self.dataset.load_state_dict(state)
+        return self._groups(iter(self.dataset))
+
+    def _groups(self, examples: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            group = list(itertools.islice(examples, self.batch_size))
+            if len(group) < self.batch_size:
+                self.left = len(group)
+                return
+            yield group
+
+    def state(self, batches: Any) -> Any:
+        return self.dataset.state_dict()
+
+    def batch(self, found: Any) -> Batch:
+        return self.collate(found)
+
+    def left_over(self) -> str:
+        return f" and {self.left} that fill no batch of {self.batch_size}" if self.left else ""
+
+
+def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStream:
+    """A `StatefulDataLoader` of torchdata: its batches, in the processes that it has.
+
+    A batch is what its `collate_fn` makes, or what `collate` makes of that. At the end of its data
+    the loader begins its next epoch, in the next order, its processes anew. Exact on resume if what
+    it iterates is: a dataset with an index, or an iterable one with a `state_dict` that is.
+
+    Raises `DataError` for a loader without state, as torch's own `DataLoader` is.
+    """
+    _check_methods(
+        loader, ("state_dict", "load_state_dict", "__iter__"), "torchdata's StatefulDataLoader"
+    )
+    _warn_of_buffers(getattr(loader, "dataset", None))
+    return LoaderStream(_Torchdata(loader, _as_tensors if collate is None else collate))
+
+
+def grain_stream(dataset: Any, collate: Collate | None = None) -> LoaderStream:
+    """A `DataLoader` or an `IterDataset` of grain, whose elements are batches (`.batch(n)`).
+
+    A batch is an element with its arrays as tensors, or what `collate` makes of it. The state is
+    grain's own, for the version that wrote it. Exact on resume.
+
+    Raises `DataError` for what is not iterated anew each time.
+    """
+    if hasattr(dataset, "__next__") or not hasattr(dataset, "__iter__"):
+        raise DataError(
+            f"loader: a {type(dataset).__name__}, expected grain's DataLoader or IterDataset "
+            "(dataset.to_iter_dataset().batch(n)), not an iterator of one"
+        )
+    return LoaderStream(_Grain(dataset, _as_tensors if collate is None else collate))
+
+
+def iterable_stream(
+    dataset: Any, collate: Callable[[Sequence[Any]], Batch], *, batch_size: int
+) -> LoaderStream:
+    """An iterable dataset with `state_dict` and `load_state_dict`: `datasets.IterableDataset`.
+
+    `collate` makes a batch of `batch_size` examples. Exact on resume (the state may be spelt
+    otherwise than that of a run left alone: `datasets` counts from where it began), but for a
+    shuffle buffer (`dataset.shuffle(buffer_size=…)`): it is no part of the dataset's state, so a
+    resumed run never sees what was in it, or sees some of it twice, which `NumericsWarning` says.
+    Shuffled by shards alone (`dataset.shuffle(buffer_size=1)`), or ahead on disk, nothing is lost.
+
+    Raises `DataError` for a dataset without state.
+    """
+    at_least_one("batch_size", batch_size)
+    _check_methods(
+        dataset, ("state_dict", "load_state_dict", "__iter__"), "datasets.IterableDataset"
+    )
+    _warn_of_buffers(dataset)
+    return LoaderStream(_Iterable(dataset, collate, batch_size))
+
+
+def _check_methods(loader: Any, needed: Sequence[str], expected: str) -> None:
+    missing = [name for name in needed if not hasattr(loader, name)]
+    if missing:
+        raise DataError(
+            f"loader: a {type(loader).__name__} has no {' and no '.join(missing)}, so a run could "
+            f"not be resumed where it was; expected {expected}"
+        )
+
+
+def _warn_of_buffers(dataset: Any) -> None:
+    sizes = list(_buffers(getattr(dataset, "_ex_iterable", None)))
+    if sizes:
+        warnings.warn(
+            f"loader: the dataset's shuffle buffer ({max(sizes):,} examples) is no part of its "
+            "state: each time the run is resumed, examples that were in it are lost, or come "
+            "twice. Shuffle on disk ahead, or by shards alone (buffer_size=1)",
+            NumericsWarning,
+            stacklevel=3,
+        )
+
+
+def _buffers(examples: Any) -> Iterator[int]:
+    """The sizes of the shuffle buffers that a dataset of Hugging Face's is made with."""
+    if examples is None:
+        return
+    size = getattr(examples, "buffer_size", None)
+    if isinstance(size, int) and size > 1:
+        yield size
+    yield from _buffers(getattr(examples, "ex_iterable", None))
+    for each in getattr(examples, "ex_iterables", None) or ():
+        yield from _buffers(each)
+
+
+def _as_tensors(found: Any) -> Any:
+    if isinstance(found, np.ndarray):
+        return torch.from_numpy(np.array(found))
+    if isinstance(found, Mapping):
+        return {name: _as_tensors(each) for name, each in found.items()}
+    return found

@@ -1,0 +1,251 @@
+"""Pretraining text tokenised once, into files that are memory-mapped from then on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from functrain.data.files import PathLike, suffix_of
+from functrain.data.packing import Packed, packed_ids
+from functrain.data.records import document_files, texts
+from functrain.data.text import Ids, TextRows, id_type
+from functrain.data.token_parts import (
+    END_TYPE,
+    ENDS,
+    IDS,
+    MANIFEST,
+    Parts,
+    parts_of,
+    read,
+    sync_directory,
+    whole,
+)
+from functrain.data.tokenizers import Tokenizer, check_tokenizer
+from functrain.errors import DataError
+
+_FORMAT = "functrain tokens 1"
+PART_TOKENS = 1 << 20
+"""Tokens after which a part is made durable: what a kill can lose."""
+
+
+@attrs.frozen(kw_only=True)
+class TokenizedFile:
+    """How much was read of a file: `size` in bytes as it lies on disk."""
+
+    path: Path
+    size: int
+    documents: int
+    tokens: int
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Tokenized:
+    """Documents as ids, memory-mapped: document d is `ids[ends[d - 1] : ends[d]]`, its end too.
+
+    `files` says what was read of which; `made`, whether it was tokenised just now, in part at
+    least. `str()` is that in words.
+    """
+
+    directory: Path
+    ids: Ids = attrs.field(repr=False)
+    ends: npt.NDArray[np.int64] = attrs.field(repr=False)
+    files: tuple[TokenizedFile, ...]
+    made: bool
+
+    def text(self, *, time: int, batch_size: int, seed: int = 0, shuffle: bool = True) -> TextRows:
+        """The source that `functrain.data.text` makes of the same documents, bit for bit."""
+        return TextRows(ids=self.ids, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+
+    def packed_text(
+        self, *, time: int, batch_size: int, seed: int = 0, shuffle: bool = True
+    ) -> Packed:
+        """The source that `functrain.data.packed_text` makes of the same documents."""
+        return packed_ids(
+            self.ids, self.ends, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle
+        )
+
+    def first(self, count: int | None) -> Tokenized:
+        """So many documents, the first; all where it is None. `files` are still all."""
+        ends = self.ends[:count]
+        return attrs.evolve(self, ids=self.ids[: ends[-1] if len(ends) else 0], ends=ends)
+
+    def __str__(self) -> str:
+        size = sum(each.size for each in self.files)
+        return (
+            f"{len(self.ends):,} documents, {len(self.ids):,} tokens of {len(self.files):,} files, "
+            f"{size:,} bytes; {'tokenised into' if self.made else 'read from'} {self.directory}"
+        )
+
+
+@attrs.frozen
+class _Content:
+    """A file as it was when its content was hashed."""
+
+    path: Path
+    digest: str
+    stat: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        """How it is read; its name is no part of the key."""
+        return suffix_of(self.path) + (".gz" if self.path.name.endswith(".gz") else "")
+
+    def check(self) -> None:
+        """Raise `DataError` where the file has changed since: its tokens would be another's."""
+        if _stat(self.path) != self.stat:
+            raise DataError(
+                f"{self.path}: changed while it was tokenised; run again when it is done"
+            )
+
+
+def tokenized(path: PathLike, tokenizer: Tokenizer, directory: PathLike) -> Tokenized:
+    """The documents of files, tokenised once: the next call for the same content maps the result.
+
+    `path` is read as by `functrain.data.documents`. What is kept lies in `directory` under a key:
+    the hash of the files' contents in their order, and of the tokenizer, which needs a
+    `fingerprint`, a text that is another where its ids are. A call that is killed loses at most the
+    last million tokens; the next one goes on after what is whole. Of several calls at once one
+    works and the others wait for it. Of .jsonl a line is in memory at a time, of .parquet a row
+    group; .txt, .md and .json files are there whole, since the ids of a text are not, for every
+    tokenizer, those of its pieces.
+
+    Raises `DataError` for what cannot be read, for a file that changes meanwhile, and for a
+    finished cache that is not as it was written: it is never mended in place, as others may have
+    it mapped.
+    """
+    check_tokenizer(tokenizer, "vocabulary", "fingerprint")
+    contents = [_content(file) for file in document_files(path)]
+    home = Path(directory) / _key(contents, tokenizer)
+    made = False
+    if not (home / MANIFEST).exists():
+        with _locked(home):
+            if not (home / MANIFEST).exists():
+                _make(home, contents, tokenizer)
+                made = True
+    return _opened(home, contents, made)
+
+
+def _content(path: Path) -> _Content:
+    try:
+        stat = _stat(path)
+        with path.open("rb") as file:
+            return _Content(path, hashlib.file_digest(file, "sha256").hexdigest(), stat)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _key(contents: Sequence[_Content], tokenizer: Any) -> str:
+    told = [_FORMAT, tokenizer.fingerprint, str(tokenizer.end), str(tokenizer.vocabulary)]
+    told += [f"{each.kind} {each.digest}" for each in contents]
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """Held while the files are made; who comes later waits here."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with (home / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            sync_directory(home.parent)
+            yield
+    except OSError as error:
+        raise DataError(f"{home}: cannot be written ({error})") from error
+
+
+def _make(home: Path, contents: Sequence[_Content], tokenizer: Tokenizer) -> None:
+    with Parts(home, id_type(tokenizer)) as parts:
+        documents = ((n, text) for n, each in enumerate(contents) for text in texts(each.path))
+        pending = _Pending()
+        for number, text in itertools.islice(documents, parts.documents, None):
+            pending.add(number, _ids(text, tokenizer, contents[number].path))
+            if pending.tokens >= PART_TOKENS:
+                pending = pending.into(parts, contents)
+        if pending.tokens:
+            pending.into(parts, contents)
+        parts.seal({"format": _FORMAT, "dtype": parts.dtype.str})
+
+
+def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
+    ids = [*tokenizer.encode(text), tokenizer.end]
+    try:
+        return np.array(ids, dtype=id_type(tokenizer))
+    except OverflowError as error:
+        raise DataError(
+            f"{path}: the tokenizer gives ids up to {max(ids)} and down to {min(ids)}, and says "
+            f"that its vocabulary is {tokenizer.vocabulary}"
+        ) from error
+
+
+class _Pending:
+    """Documents that are to be the next part."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._ids: list[Ids] = []
+        self._files: list[int] = []
+
+    def add(self, number: int, ids: Ids) -> None:
+        self.tokens += len(ids)
+        self._ids.append(ids)
+        self._files.append(number)
+
+    def into(self, parts: Parts, contents: Sequence[_Content]) -> _Pending:
+        """What is to come after they have been appended."""
+        documents, tokens = Counter(self._files), Counter[int]()
+        for number, ids in zip(self._files, self._ids, strict=True):
+            tokens[number] += len(ids)
+        for number in documents:
+            contents[number].check()
+        lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
+        files = tuple((n, documents[n], tokens[n]) for n in sorted(documents))
+        parts.append(np.concatenate(self._ids), lengths, files)
+        return _Pending()
+
+
+def _opened(home: Path, contents: Sequence[_Content], made: bool) -> Tokenized:
+    manifest = read((home / MANIFEST).read_bytes())
+    if manifest is None:
+        raise _damaged(home, "its manifest")
+    parts, dtype = parts_of(manifest), np.dtype(manifest["dtype"])
+    good = whole(home, parts, dtype)
+    if good < len(parts):
+        raise _damaged(home, f"part {good + 1} of {len(parts)}")
+    documents, tokens = Counter[int](), Counter[int]()
+    for number, some, many in (each for part in parts for each in part.files):
+        documents[number] += some
+        tokens[number] += many
+    return Tokenized(
+        directory=home,
+        ids=np.memmap(home / IDS, dtype=dtype, mode="r", shape=(tokens.total(),)),
+        ends=np.memmap(home / ENDS, dtype=END_TYPE, mode="r", shape=(documents.total(),)),
+        files=tuple(
+            TokenizedFile(
+                path=each.path, size=each.stat[0], documents=documents[n], tokens=tokens[n]
+            )
+            for n, each in enumerate(contents)
+        ),
+        made=made,
+    )
+
+
+def _damaged(home: Path, what: str) -> DataError:
+    return DataError(
+        f"{home}: {what} is not as it was written, so the disk or somebody has altered it; remove "
+        "the directory, once nothing reads it, and it is made anew"
+    )

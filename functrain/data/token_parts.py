@@ -1,0 +1,190 @@
+"""Token ids appended to files part by part, so that a kill at any moment loses one part at most.
+
+`ids.bin` and `ends.bin` only grow. A part is there once its line is in the journal, which is
+written when its bytes are durable; the manifest, put in place last by a rename, says that the
+files are whole, and from then on none of them is written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from functrain.data.text import Ids
+
+IDS, ENDS, JOURNAL, MANIFEST = "ids.bin", "ends.bin", "journal", "manifest"
+END_TYPE = np.dtype("<i8")
+
+
+@attrs.frozen(kw_only=True)
+class Part:
+    """What a line of the journal says: how much was appended, its hashes, and of which files.
+
+    `files`: the number of a file, and the documents and the tokens that the part has of it.
+    """
+
+    documents: int
+    tokens: int
+    ids: str
+    ends: str
+    files: tuple[tuple[int, int, int], ...]
+
+
+class Parts:
+    """Files in the making, opened where the last whole part ends; what follows it is cut off.
+
+    Only for who holds the lock. Nobody else has the files mapped: there is no manifest yet.
+    """
+
+    def __init__(self, directory: Path, dtype: npt.DTypeLike) -> None:
+        self.directory, self.dtype = directory, np.dtype(dtype)
+        self.parts = self._recovered()
+        self._files = [self._opened(name) for name in (IDS, ENDS, JOURNAL)]
+        sync_directory(directory)
+
+    @property
+    def documents(self) -> int:
+        """How many documents are there."""
+        return sum(part.documents for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are there."""
+        return sum(part.tokens for part in self.parts)
+
+    def append(
+        self, ids: Ids, lengths: npt.NDArray[np.int64], files: tuple[tuple[int, int, int], ...]
+    ) -> None:
+        """A part, durable when this returns: ids, and the length of each document in them."""
+        raw = ids.astype(self.dtype).tobytes()
+        ends = (self.tokens + lengths.cumsum()).astype(END_TYPE).tobytes()
+        part = Part(
+            documents=len(lengths), tokens=len(ids), ids=_hash(raw), ends=_hash(ends), files=files
+        )
+        # Each durable before the next: a line in the journal is a promise about the other two.
+        for file, data in zip(self._files, (raw, ends, line(attrs.asdict(part))), strict=True):
+            _append(file, data)
+        self.parts.append(part)
+
+    def seal(self, record: Mapping[str, Any]) -> None:
+        """Say that the files are whole: `record`, and the parts, under the manifest's name."""
+        aside = self.directory / f"{MANIFEST}.part"
+        with aside.open("wb") as file:
+            _append(file, line({**record, "parts": [attrs.asdict(part) for part in self.parts]}))
+        _rename(aside, self.directory / MANIFEST)
+        sync_directory(self.directory)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _opened(self, name: str) -> IO[bytes]:
+        file = (self.directory / name).open("ab")
+        file.truncate(self._size(name))
+        return file
+
+    def _size(self, name: str) -> int:
+        sizes = {
+            IDS: self.tokens * self.dtype.itemsize,
+            ENDS: self.documents * END_TYPE.itemsize,
+            JOURNAL: sum(len(line(attrs.asdict(part))) for part in self.parts),
+        }
+        return sizes[name]
+
+    def _recovered(self) -> list[Part]:
+        """The parts of the journal up to the first that is torn, or is not what it says."""
+        journal = self.directory / JOURNAL
+        lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+        listed = [_part(read(each)) for each in lines]
+        known = listed[: listed.index(None)] if None in listed else listed
+        parts = [part for part in known if part is not None]
+        return parts[: whole(self.directory, parts, self.dtype)]
+
+
+def whole(directory: Path, parts: list[Part], dtype: npt.DTypeLike) -> int:
+    """How many parts are in the files as their hashes say, up to the first that is not."""
+    size = np.dtype(dtype).itemsize
+    if not parts or not all((directory / name).is_file() for name in (IDS, ENDS)):
+        return 0
+    with (directory / IDS).open("rb") as ids, (directory / ENDS).open("rb") as ends:
+        for number, part in enumerate(parts):
+            found = _hash(ids.read(part.tokens * size)), _hash(ends.read(part.documents * 8))
+            if found != (part.ids, part.ends):
+                return number
+    return len(parts)
+
+
+def _part(record: Mapping[str, Any] | None) -> Part | None:
+    if record is None:
+        return None
+    return Part(
+        documents=record["documents"],
+        tokens=record["tokens"],
+        ids=record["ids"],
+        ends=record["ends"],
+        files=tuple((n, documents, tokens) for n, documents, tokens in record["files"]),
+    )
+
+
+def parts_of(manifest: Mapping[str, Any]) -> list[Part]:
+    """The parts that a manifest lists."""
+    return [part for part in map(_part, manifest["parts"]) if part is not None]
+
+
+def line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line that begins with its own hash."""
+    text = orjson.dumps(record)
+    return _hash(text).encode() + b" " + text + b"\n"
+
+
+def read(given: bytes) -> dict[str, Any] | None:
+    """The record of a line, or None where the line is torn."""
+    said, _, text = given.removesuffix(b"\n").partition(b" ")
+    if not given.endswith(b"\n") or said.decode(errors="replace") != _hash(text):
+        return None
+    found = orjson.loads(text)
+    return found if isinstance(found, dict) else None
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _rename(old: Path, new: Path) -> None:
+    old.replace(new)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,84 @@
+"""`data.cache`: the text of a run tokenised once, and the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+
+from functrain import checkpoint
+from functrain.cli import build, main, toml
+from functrain.cli.config import Pretrain
+from functrain.data import ByteTokenizer, Packed, TextRows
+
+CONFIG = """
+directory = {directory}
+[model]
+width = 8
+layers = 1
+heads = 1
+[data]
+train = {train}
+held_out = {train}
+time = 16
+limit = 30
+[schedule]
+name = "constant_with_warmup"
+warmup = 1
+[train]
+steps = 4
+batch_size = 2
+save_every = 2
+threads = 1
+device = "cpu"
+"""
+
+
+def _config(tmp_path: Path, name: str) -> str:
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"text": f"text {n * n}"}) + "\n" for n in range(40)))
+    values = {"directory": tmp_path / name, "train": train}
+    path = tmp_path / f"{name}.toml"
+    path.write_text(CONFIG.format(**{key: json.dumps(str(v)) for key, v in values.items()}))
+    return str(path)
+
+
+def _fingerprint(directory: Path) -> str:
+    newest = checkpoint.latest(directory / "checkpoints")
+    assert newest is not None
+    return (newest / "manifest.json").read_text()
+
+
+def test_a_cache_may_come_on_resume_and_changes_no_bit(tmp_path: Path) -> None:
+    cache = ["--data.cache", str(tmp_path / "cache")]
+    assert main(["pretrain", _config(tmp_path, "one")]) == 0
+    two = _config(tmp_path, "two")
+    assert main(["pretrain", two, "--train.steps", "2"]) == 0
+    assert main(["pretrain", two, *cache, "--resume"]) == 0
+    assert _fingerprint(tmp_path / "two") == _fingerprint(tmp_path / "one")
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # what is held out is the same file
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_data_are_the_same_with_a_cache(tmp_path: Path, packing: bool) -> None:
+    config = toml.read(Path(_config(tmp_path, "run")), Pretrain)
+    plain = attrs.evolve(config.data, packing=packing)
+    kept = attrs.evolve(plain, cache=str(tmp_path / "cache"))
+    one, other = (
+        build.sources(attrs.evolve(config, data=each), ByteTokenizer())[0] for each in (plain, kept)
+    )
+    assert type(one) is type(other) is (Packed if packing else TextRows)
+    assert build.digest(one) == build.digest(other)
+
+
+def test_what_needs_no_cache_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, cache = _config(tmp_path, "run"), ["--data.cache", str(tmp_path / "cache")]
+    assert main(["pretrain", given, *cache, "--data.train", "embedded"]) == 2
+    assert "data.cache: the embedded data are in memory anyway" in capsys.readouterr().err
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    ids = ["--data.train", str(tmp_path / "ids.bin"), "--data.vocabulary", "100"]
+    assert main(["pretrain", given, *cache, *ids]) == 2
+    assert "holds token ids, which are mapped as they are" in capsys.readouterr().err

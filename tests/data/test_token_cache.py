@@ -1,0 +1,373 @@
+"""Text tokenised once: the batches of the text itself, whatever was killed, torn or at once."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import functrain as ft
+from functrain import data
+from functrain.data import token_cache, token_parts
+
+BYTES = data.ByteTokenizer()
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXTS = [f"document no {n:02}" for n in range(12)]
+
+
+@attrs.frozen
+class _Counting:
+    """A tokenizer that notes each text, in a file since several processes do, and may fail."""
+
+    notes: Path
+    fail_at: int = 10**9
+    fingerprint: str = "counting"
+    vocabulary: int = 257
+    end: int = 256
+
+    def encode(self, text: str) -> list[int]:
+        with self.notes.open("a") as file:
+            file.write("x\n")
+        if self.count() > self.fail_at:
+            raise RuntimeError("interrupted")
+        return list(text.encode())
+
+    def decode(self, ids: Any) -> str:
+        return bytes(ids).decode()
+
+    def count(self) -> int:
+        return len(self.notes.read_text().split()) if self.notes.exists() else 0
+
+
+def _write(path: Path, texts: Sequence[str]) -> None:
+    """As many documents in a file of the kind that its name says."""
+    records = [{"text": each} for each in texts]
+    lines = b"".join(json.dumps(each).encode() + b"\n" for each in records)
+    if path.suffix == ".txt":
+        path.write_bytes("".join(texts).encode())
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=2)
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    _write(tmp_path / "a.jsonl", TEXTS)
+    return tmp_path / "a.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "PART_TOKENS", 40)  # three documents
+
+
+def _check(found: Any, texts: Sequence[str]) -> None:
+    wanted = data.text(texts, BYTES, time=9, batch_size=2)
+    assert np.array_equal(found.ids, wanted.ids)
+    assert found.ids.dtype == wanted.ids.dtype
+    lengths = [len(each.encode()) + 1 for each in texts]
+    assert found.ends.tolist() == np.cumsum(lengths).tolist()
+
+
+def _digests(batch: Any) -> dict[str, str]:
+    return {name: ft.trees.digest(each) for name, each in batch.items()}
+
+
+@given(
+    files=st.lists(
+        st.tuples(
+            st.sampled_from(["txt", "jsonl", "jsonl.gz", "json", "parquet"]),
+            st.lists(TEXT, min_size=1, max_size=4),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    part=st.integers(1, 60),
+    position=st.integers(0, 100),
+    width=st.integers(2, 12),
+    seed=st.integers(0, 9),
+)
+def test_the_batches_are_those_of_the_text_itself(
+    tmp_path_factory: pytest.TempPathFactory,
+    files: Any,
+    part: int,
+    position: int,
+    width: int,
+    seed: int,
+) -> None:
+    path = tmp_path_factory.mktemp("files")
+    for number, (kind, texts) in enumerate([("txt", ["ab"]), *files]):
+        _write(path / f"{number}.{kind}", texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_cache, "PART_TOKENS", part)
+        made, found = (data.tokenized(path, BYTES, path.parent / f"{path.name}-c") for _ in "12")
+    assert (made.made, found.made) == (True, False)
+    texts = data.documents(path)
+    _check(found, texts)
+    options: Any = {"time": width, "batch_size": 2, "seed": seed}
+    for own, of in ((found.text, data.text), (found.packed_text, data.packed_text)):
+        one, other = own(**options), of(texts, BYTES, **options)
+        assert len(one) == len(other)
+        assert _digests(one.at(position, 3)) == _digests(other.at(position, 3))
+    assert sum(each.documents for each in found.files) == len(texts)
+    assert sum(each.tokens for each in found.files) == len(found.ids)
+
+
+def _started(act: Callable[[], object]) -> int:
+    """A child that acts; its process id."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def _forked(act: Callable[[], object]) -> int:
+    """The wait status of a child that has acted."""
+    return os.waitpid(_started(act), 0)[1]
+
+
+def _killed_at(operation: int, torn: bool) -> None:
+    """This process, from now on: killed before an operation on files, or in the middle of it."""
+    left = [operation]
+    append, rename = token_parts._append, token_parts._rename
+
+    def _append(file: Any, given: bytes) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            if torn:
+                file.write(given[: len(given) // 2])
+                file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(file, given)
+
+    def _rename(old: Path, new: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            if torn:
+                rename(old, new)
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(old, new)
+
+    token_parts._append, token_parts._rename = _append, _rename
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_kill_at_any_operation_loses_one_part_at_most(
+    source: Path, tmp_path: Path, torn: bool
+) -> None:
+    operation = 0
+    while True:
+        cache, notes = tmp_path / f"cache-{operation}", tmp_path / f"notes-{operation}"
+
+        def act(cache: Path = cache, operation: int = operation) -> None:
+            _killed_at(operation, torn)
+            data.tokenized(source, _Counting(tmp_path / "first"), cache)
+
+        status = _forked(act)
+        found = data.tokenized(source, _Counting(notes), cache)
+        _check(found, TEXTS)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        whole = operation // 3  # parts: each is three appends, to ids, ends and journal
+        assert _Counting(notes).count() == max(0, len(TEXTS) - 3 * whole)
+        operation += 1
+    assert operation == 3 * 4 + 2
+
+
+def test_kills_one_after_another_come_to_an_end(source: Path, tmp_path: Path) -> None:
+    """Each in its second part, or as it puts the manifest in place, and the next goes on."""
+    cache = tmp_path / "cache"
+
+    def act() -> None:
+        _killed_at(4, True)
+        data.tokenized(source, BYTES, cache)
+
+    statuses = [_forked(act) for _ in range(5)]
+    assert [os.WIFSIGNALED(each) for each in statuses] == [True, True, True, True, False]
+    found = data.tokenized(source, BYTES, cache)
+    assert not found.made
+    _check(found, TEXTS)
+
+
+def test_of_several_at_once_one_works_and_the_others_wait(source: Path, tmp_path: Path) -> None:
+    class Slow(_Counting):
+        def encode(self, text: str) -> list[int]:
+            time.sleep(0.03)
+            return super().encode(text)
+
+    tokenizer = Slow(tmp_path / "notes")
+
+    def act() -> None:
+        found = data.tokenized(source, tokenizer, tmp_path / "cache")
+        _check(found, TEXTS)
+        (tmp_path / f"{'made' if found.made else 'found'}-{os.getpid()}").touch()
+
+    children = [_started(act) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert tokenizer.count() == len(TEXTS)
+    assert len(list(tmp_path.glob("made-*"))) == 1
+
+
+def _interrupted(source: Path, tmp_path: Path, fail_at: int = 8) -> Path:
+    """A cache whose making was interrupted after two whole parts; its directory."""
+    with pytest.raises(RuntimeError, match="interrupted"):
+        data.tokenized(source, _Counting(tmp_path / "broken", fail_at), tmp_path / "cache")
+    (home,) = (tmp_path / "cache").iterdir()
+    return home
+
+
+@given(cut=st.integers(0, 700), flip=st.booleans())
+def test_a_torn_journal_is_read_up_to_its_last_whole_line(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, flip: bool
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("torn")
+    source = tmp_path / "a.jsonl"
+    _write(source, TEXTS)
+    journal = _interrupted(source, tmp_path) / "journal"
+    raw = journal.read_bytes()
+    cut = min(cut, len(raw) - 1)
+    rest = bytes([raw[cut] ^ 1]) + raw[cut + 1 :] if flip else b""
+    journal.write_bytes(raw[:cut] + rest)
+    whole = raw[:cut].count(b"\n")
+    counting = _Counting(tmp_path / "notes")
+    _check(data.tokenized(source, counting, tmp_path / "cache"), TEXTS)
+    assert counting.count() == len(TEXTS) - 3 * whole
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "ends.bin"])
+def test_a_part_that_is_not_what_the_journal_says_is_made_again(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    file = _interrupted(source, tmp_path) / name
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    counting = _Counting(tmp_path / "notes")
+    _check(data.tokenized(source, counting, tmp_path / "cache"), TEXTS)
+    assert counting.count() == len(TEXTS) - 3
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*itertools.product(("ids.bin", "ends.bin"), ("flip", "cut", "gone")), ("manifest", "flip")],
+)
+def test_a_finished_cache_that_is_damaged_is_refused_and_left(
+    source: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    home = data.tokenized(source, BYTES, tmp_path / "cache").directory
+    raw = bytearray((home / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    if damage == "gone":
+        (home / name).unlink()
+    else:
+        (home / name).write_bytes(raw if damage == "flip" else raw[: len(raw) // 2])
+    before = {each.name: each.read_bytes() for each in home.iterdir()}
+    with pytest.raises(ft.DataError, match=r"is not as it was written.*remove the directory"):
+        data.tokenized(source, BYTES, tmp_path / "cache")
+    assert {each.name: each.read_bytes() for each in home.iterdir()} == before
+
+
+def test_the_key_is_content_and_tokenizer_not_names(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = data.tokenized(source, BYTES, cache)
+    moved = shutil.copy(source, tmp_path / "b.jsonl")
+    assert not data.tokenized(moved, BYTES, cache).made
+    assert data.tokenized(source, _Counting(tmp_path / "notes"), cache).made
+    shutil.copy(source, tmp_path / "c.txt")  # the same bytes, read as another thing
+    assert data.tokenized(tmp_path / "c.txt", BYTES, cache).made
+    _write(source, TEXTS[:-1])
+    changed = data.tokenized(source, BYTES, cache)
+    assert changed.made
+    _check(changed, TEXTS[:-1])
+    _check(first, TEXTS)  # still mapped
+
+
+def test_a_file_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
+    class Changing(_Counting):
+        def encode(self, text: str) -> list[int]:
+            if self.count() == 7:
+                _write(source, ["another"])
+            return super().encode(text)
+
+    with pytest.raises(ft.DataError, match=r"a\.jsonl: changed while it was tokenised"):
+        data.tokenized(source, Changing(tmp_path / "notes"), tmp_path / "cache")
+    _write(source, TEXTS)
+    _check(data.tokenized(source, _Counting(tmp_path / "notes"), tmp_path / "cache"), TEXTS)
+
+
+def test_what_cannot_be_cached_is_named(source: Path, tmp_path: Path) -> None:
+    class Bare:
+        encode = decode = BYTES.encode
+        end, vocabulary = 256, 257
+
+    bare: Any = Bare()
+    with pytest.raises(ft.DataError, match="Bare has no 'fingerprint'"):
+        data.tokenized(source, bare, tmp_path / "cache")
+    (tmp_path / "file").touch()
+    with pytest.raises(ft.DataError, match=r"file.*cannot be written"):
+        data.tokenized(source, BYTES, tmp_path / "file")
+    wide = attrs.evolve(_Counting(tmp_path / "notes"), vocabulary=10, end=2**16)
+    with pytest.raises(ft.DataError, match=r"gives ids up to 65536 .* its vocabulary is 10"):
+        data.tokenized(source, wide, tmp_path / "cache")
+
+
+def test_a_cache_is_read_where_nothing_can_be_written(source: Path, tmp_path: Path) -> None:
+    home = data.tokenized(source, BYTES, tmp_path / "cache").directory
+    (home / "lock").unlink()
+    _check(data.tokenized(source, BYTES, tmp_path / "cache"), TEXTS)
+    assert not (home / "lock").exists()
+
+
+def test_documents_are_not_in_memory_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "PART_TOKENS", 1 << 15)
+    texts = ["x" * 10_000] * 200
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        _write(tmp_path / name, texts)
+    tracemalloc.start()
+    found = data.tokenized(tmp_path / "*.jsonl*", BYTES, tmp_path / "cache")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.ids) == 2 * 10_001 * 200
+    assert peak < 1_000_000  # of four million characters
+
+
+def test_what_was_read_is_said_by_file(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", TEXTS)
+    _write(tmp_path / "b.txt", ["one"])
+    found = data.tokenized(tmp_path / "*.*", BYTES, tmp_path / "cache")
+    assert [(each.documents, each.tokens) for each in found.files] == [
+        (12, sum(len(each) + 1 for each in TEXTS)),
+        (1, 4),
+    ]
+    assert found.files[1].size == 3
+    assert str(found).startswith(f"13 documents, {len(found.ids)} tokens of 2 files, ")
+    some = found.first(3)
+    _check(some, TEXTS[:3])
+    assert found.first(None).ids is not None
