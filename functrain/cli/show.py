@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from functrain.cli.known import EMBEDDED
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, FunctrainError
 
 
 def described(given: str, *, tensors: bool = False) -> str:
@@ -22,20 +22,23 @@ def described(given: str, *, tensors: bool = False) -> str:
         path = origin(given, "checkpoint").checkpoint
     found = checkpoint.inspect(path)
     run = RunDirectory(path.parent.parent)
-    about = _of_the_run(run, found["leaves"]["step"]) if run.config.is_file() else {}
+    about = _of_the_run(run, found) if run.config.is_file() else {}
     return "\n".join(_description(found, tensors, about))
 
 
-def _of_the_run(run: Any, step: int) -> dict[str, str]:
+def _of_the_run(run: Any, inspected: Mapping[str, Any]) -> dict[str, str]:
     """What of a run is in no checkpoint: how logits are made, and what its metrics say."""
     from functrain import objectives
     from functrain.cli.build import trained
     from functrain.tracking import jsonl
 
-    model = trained(str(run.path))
-    how = objectives.describe_head(model.architecture, model.params, model.buffers)
+    try:
+        model = trained(inspected["path"])
+        how = objectives.describe_head(model.architecture, model.params, model.buffers)
+    except FunctrainError as error:  # the base of adapters may be gone, and the rest is here
+        how = f"not known: {error}"
     records = jsonl.read(run.metrics)
-    records = [each for each in records if each["step"] <= step]
+    records = [each for each in records if each["step"] <= inspected["leaves"]["step"]]
     rates = [each["tokens_per_second"] for each in records if "tokens_per_second" in each]
     padding = [each["padding"] for each in records if "padding" in each]
     waited = [each["data_seconds"] for each in records if "data_seconds" in each]

@@ -65,6 +65,20 @@ def test_checkpoints_hold_adapters_alone(runs: Path, capsys: Any) -> None:
     assert f"base        {found.state.base[:16]}" in capsys.readouterr().out
 
 
+def test_what_is_there_is_inspected_where_the_base_is_gone(
+    runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "b"
+    shutil.copytree(runs / "b", run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace(str(runs / "a"), str(tmp_path / "gone")))
+    assert main(["inspect", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "head        not known: " in out
+    assert "the base of its adapters: " in out
+    assert "every size and sha256 is as the manifest says" in out
+
+
 def test_preferences_begin_at_the_merged_start(runs: Path) -> None:
     """DPO over adapters over the SFT's: at step 0 the policy is the reference, to the bit."""
     first = next(record for record in _records(runs / "c") if record["step"] == 0)

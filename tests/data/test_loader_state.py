@@ -61,7 +61,9 @@ def test_a_state_comes_back_as_it_was(state: Any) -> None:
     assert dumped(found) == text
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, np.array([None]), [{"a": 1j}]], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, np.array([None]), [{"a": 1j}]], ids=lambda v: type(v).__name__
+)
 def test_what_cannot_be_written_down_is_named(value: Any) -> None:
     with pytest.raises(ft.DataError, match=r"worker\.x.*expected what can be written down"):
         dumped({"x": value}, "worker")
