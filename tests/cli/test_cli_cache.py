@@ -52,12 +52,16 @@ def _fingerprint(directory: Path) -> str:
     return (newest / "manifest.json").read_text()
 
 
-def test_a_cache_may_come_on_resume_and_changes_no_bit(tmp_path: Path) -> None:
+def test_a_cache_may_come_on_resume_and_changes_no_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = ["--data.cache", str(tmp_path / "cache")]
     assert main(["pretrain", _config(tmp_path, "one")]) == 0
     two = _config(tmp_path, "two")
     assert main(["pretrain", two, "--train.steps", "2"]) == 0
     assert main(["pretrain", two, *cache, "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert "training text: the first 30 of 40 documents in 1 file of" in said
     assert _fingerprint(tmp_path / "two") == _fingerprint(tmp_path / "one")
     assert len(list((tmp_path / "cache").iterdir())) == 1  # what is held out is the same file
 
