@@ -452,7 +452,7 @@ def batches_of(source: Source, size: int, limit: int | None) -> list[Batch]:
 
 
 def _notes(source: Source, held_out: Source | None) -> list[str]:
-    notes = []
+    notes = [f"training text: {line}" for line in getattr(source, "origin", ())]
     if isinstance(source, data.Packed):
         notes.append(f"training data: {source.packing}")
     if isinstance(source, data.Padded):

@@ -109,7 +109,8 @@ def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStrea
 
     A batch is what its `collate_fn` makes, or what `collate` makes of that. At the end of its data
     the loader begins its next epoch, in the next order, its processes anew. Exact on resume if what
-    it iterates is: a dataset with an index, or an iterable one with a `state_dict` that is.
+    it iterates is: a dataset with an index, or an iterable one with a `state_dict` that is. What a
+    dataset draws from a generator of its own is in no state.
 
     Raises `DataError` for a loader without state, as torch's own `DataLoader` is.
     """

@@ -139,7 +139,8 @@ class Packed(Counted):
     as documents of a row do not see each other, it matters little who is beside whom.
 
     `ids`, `labels`: integers [tokens], in which document d is `lengths[d]` tokens from `begins[d]`
-    on. `packs`: the documents of each row. `packing` says how full they are.
+    on. `packs`: the documents of each row. `packing` says how full they are, and `origin` what they
+    were read from, where that is known.
     """
 
     ids: Ids = attrs.field(repr=False)
@@ -148,6 +149,7 @@ class Packed(Counted):
     lengths: Lengths = attrs.field(repr=False)
     packs: tuple[tuple[int, ...], ...] = attrs.field(repr=False)
     packing: Packing
+    origin: tuple[str, ...] = attrs.field(default=(), repr=False)
 
     def __len__(self) -> int:
         """The number of rows."""

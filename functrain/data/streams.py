@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
@@ -113,7 +113,12 @@ class LoaderStream:
 
     def _read(self) -> Taken:
         assert self._place is not None  # opened
-        batch = self._door.batch(self._next(self._place))
+        batch: Any = self._door.batch(self._next(self._place))
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"loader: gave a {type(batch).__name__}, expected a batch, a mapping such as "
+                "{'input_ids': …, 'labels': …}; give the stream a collate that makes one of it"
+            )
         samples, state = examples_in(batch), self._door.state(self._batches)
         self._place = attrs.evolve(self._place, samples=self._place.samples + samples, state=state)
         return Taken(batch=batch, samples=samples, loader=self._place.text())

@@ -26,11 +26,13 @@ class TextRows(MapSource):
     """One stream of tokens in rows of `time`.
 
     Rows overlap by one token, so that every token but the first is predicted exactly once; the
-    last row is filled up with what is no target. `input_ids`, `labels`: int64 [n, time].
+    last row is filled up with what is no target. `input_ids`, `labels`: int64 [n, time]. `origin`:
+    what it was read from, a line for each thing to say, where that is known.
     """
 
     ids: Ids = attrs.field(repr=False)
     time: int
+    origin: tuple[str, ...] = attrs.field(default=(), repr=False)
 
     def __attrs_post_init__(self) -> None:
         check_time(self.time)

@@ -34,6 +34,7 @@ from functrain.data.tokenizers import Tokenizer, check_tokenizer
 from functrain.errors import DataError
 
 _FORMAT = "functrain tokens 1"
+_SAID = 20
 PART_TOKENS = 1 << 20
 """Tokens after which a part is made durable: what a kill can lose."""
 
@@ -46,6 +47,10 @@ class TokenizedFile:
     size: int
     documents: int
     tokens: int
+
+    def __str__(self) -> str:
+        what = f"{self.size:,} bytes, {self.documents:,} documents, {self.tokens:,} tokens"
+        return f"{self.path}: {what}"
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -64,26 +69,43 @@ class Tokenized:
 
     def text(self, *, time: int, batch_size: int, seed: int = 0, shuffle: bool = True) -> TextRows:
         """The source that `functrain.data.text` makes of the same documents, bit for bit."""
-        return TextRows(ids=self.ids, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
+        return TextRows(
+            ids=self.ids,
+            time=time,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            origin=self.lines(),
+        )
 
     def packed_text(
         self, *, time: int, batch_size: int, seed: int = 0, shuffle: bool = True
     ) -> Packed:
         """The source that `functrain.data.packed_text` makes of the same documents."""
-        return packed_ids(
+        made = packed_ids(
             self.ids, self.ends, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle
         )
+        return attrs.evolve(made, origin=self.lines())
 
     def first(self, count: int | None) -> Tokenized:
         """So many documents, the first; all where it is None. `files` are still all."""
         ends = self.ends[:count]
         return attrs.evolve(self, ids=self.ids[: ends[-1] if len(ends) else 0], ends=ends)
 
+    def lines(self) -> tuple[str, ...]:
+        """What was read, in words: of all, and of each file where there are several, but few."""
+        each = () if len(self.files) == 1 else tuple(map(str, self.files[:_SAID]))
+        more = len(self.files) - _SAID
+        return (str(self), *each, *((f"… and {more:,} more files",) if more > 0 else ()))
+
     def __str__(self) -> str:
-        size = sum(each.size for each in self.files)
+        known = sum(each.documents for each in self.files)
+        taken = "" if known == len(self.ends) else f"the first {len(self.ends):,} of "
+        size, count = sum(each.size for each in self.files), len(self.files)
         return (
-            f"{len(self.ends):,} documents, {len(self.ids):,} tokens of {len(self.files):,} files, "
-            f"{size:,} bytes; {'tokenised into' if self.made else 'read from'} {self.directory}"
+            f"{taken}{known:,} documents in {count:,} file{'s' * (count != 1)} of {size:,} bytes, "
+            f"{len(self.ids):,} tokens, "
+            f"{'tokenised into' if self.made else 'as tokenised in'} {self.directory}"
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from functrain import checkpoint
-from functrain.cli import build, main, toml
+from functrain.cli import build, directory, main, toml
 from functrain.cli.config import Pretrain
 from functrain.data import ByteTokenizer, Packed, TextRows
 
@@ -46,20 +46,36 @@ def _config(tmp_path: Path, name: str) -> str:
     return str(path)
 
 
-def _fingerprint(directory: Path) -> str:
-    newest = checkpoint.latest(directory / "checkpoints")
+def _fingerprint(run: Path) -> str:
+    newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None
     return (newest / "manifest.json").read_text()
 
 
-def test_a_cache_may_come_on_resume_and_changes_no_bit(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_cache_may_come_on_resume_and_changes_no_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = ["--data.cache", str(tmp_path / "cache")]
     assert main(["pretrain", _config(tmp_path, "one")]) == 0
     two = _config(tmp_path, "two")
     assert main(["pretrain", two, "--train.steps", "2"]) == 0
     assert main(["pretrain", two, *cache, "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert "training text: the first 30 of 40 documents in 1 file of" in said
     assert _fingerprint(tmp_path / "two") == _fingerprint(tmp_path / "one")
     assert len(list((tmp_path / "cache").iterdir())) == 1  # what is held out is the same file
+
+
+def test_a_cache_is_no_other_run(tmp_path: Path) -> None:
+    config = toml.read(Path(_config(tmp_path, "run")), Pretrain)
+    begun = directory.begun(config, threads=1, device="cpu")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(toml.dumps(begun))
+    kept = attrs.evolve(config, data=attrs.evolve(config.data, cache=str(tmp_path / "cache")))
+    assert directory.resumed(kept, threads=1, device="cpu").data.cache == str(tmp_path / "cache")
+    built = build.build(kept)
+    assert built.notes[0].startswith("training text: the first 30 of 40 documents in 1 file of")
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import functrain as ft
+from functrain import data
 from functrain.cli import main
 from functrain.data import PretrainedTokenizer
+from functrain.data.pretrained import pretrained_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -350,3 +352,26 @@ def test_data_show_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_fingerprint_is_of_what_gives_the_ids(tmp_path: Path) -> None:
+    """The same for the same tokenizer, used or not, saved and read; another for other ids."""
+    first, other = tokenizer(), tokenizer()
+    print_of = first.fingerprint
+    first.encode("hello there")
+    assert first.fingerprint == other.fingerprint == print_of
+    for name in ("one", "two"):
+        first.save(tmp_path / name)
+    one, two = (pretrained_tokenizer(tmp_path / name) for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint
+    other.inner.add_tokens(["there"])
+    assert other.fingerprint != print_of
+    source = data.tokenized(_texts(tmp_path), one, tmp_path / "cache")
+    assert source.ids.tolist() == [*one.encode("hello there"), one.end]
+    assert not data.tokenized(_texts(tmp_path), two, tmp_path / "cache").made
+
+
+def _texts(tmp_path: Path) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_text("hello there")
+    return path

@@ -335,6 +335,25 @@ def test_a_loader_without_a_state_is_refused() -> None:
         data.grain_stream([1]).after(None)
 
 
+def test_what_is_no_batch_is_named() -> None:
+    stream = data.iterable_stream(_Counting(), lambda examples: examples, batch_size=SIZE)
+    with pytest.raises(ft.DataError, match="loader: gave a list, expected a batch, a mapping"):
+        stream.after(None)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_loader_with_workers_is_resumed_across_epochs(persistent: bool) -> None:
+    def make() -> Any:
+        return _torchdata(num_workers=2, persistent_workers=persistent)
+
+    whole = list(itertools.islice(_taken(make()), 10))
+    for at in range(len(whole) - 1):
+        rest = list(itertools.islice(_taken(make(), whole[at][1]), 9 - at))
+        assert [ids for ids, _ in rest] == [ids for ids, _ in whole[at + 1 :]]
+
+
 def test_arrays_become_tensors() -> None:
     pytest.importorskip("grain")
     batch = _grain_dataset().after(None).batch

@@ -367,7 +367,15 @@ def test_what_was_read_is_said_by_file(tmp_path: Path) -> None:
         (1, 4),
     ]
     assert found.files[1].size == 3
-    assert str(found).startswith(f"13 documents, {len(found.ids)} tokens of 2 files, ")
+    lines = found.text(time=9, batch_size=1).origin
+    assert lines == found.packed_text(time=9, batch_size=1).origin
+    total = sum(each.size for each in found.files)
+    made = f", {len(found.ids)} tokens, tokenised into {found.directory}"
+    assert lines[0] == f"13 documents in 2 files of {total} bytes{made}"
+    assert lines[2] == f"{tmp_path / 'b.txt'}: 3 bytes, 1 documents, 4 tokens"
+    again = data.tokenized(tmp_path / "*.*", BYTES, tmp_path / "cache")
+    assert f"as tokenised in {found.directory}" in str(again)
     some = found.first(3)
+    assert str(some).startswith("the first 3 of 13 documents in 2 files")
     _check(some, TEXTS[:3])
     assert found.first(None).ids is not None
