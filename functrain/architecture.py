@@ -8,6 +8,7 @@ into its parameter slots for as long as a loss *and its gradient* are computed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import threading
 import weakref
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.errors import ArchitectureError, StateError, did_you_mean
-from functrain.trees import Tensors, digest, owning
+from functrain.trees import Tensors, digest, is_sharded, owning
 
 Mode = Literal["train", "eval"]
 Place = tuple[dict[str, Tensor | None], str]
@@ -294,6 +295,11 @@ def bound(
 
     Raises `ArchitectureError` when names do not match the architecture's.
     """
+    if is_sharded(dict(itertools.islice(params.items(), 1))):
+        raise ArchitectureError(
+            "params: in shards, of which each worker has some rows; bind the whole, of "
+            "functrain.distributed.gathered(params)"
+        )
     places = slots(architecture) if places is None else places
     hint = "these values belong to another architecture"
     check_names(params, places.params, "params", hint)

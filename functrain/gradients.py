@@ -203,7 +203,7 @@ class ValueAndGrad:
             activations.checkpointed(model, self.checkpointed),
             self._compiled(model),
             accumulators.accumulating(self.places.modules, Accumulating(total.sum_of, factor))
-            if self.direct
+            if self.direct and not part.tree  # as a tree the bits are those of shards too
             else nullcontext(),
         ):
             couplings = self.couplings(model, ready, objective, key, device, part)

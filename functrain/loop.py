@@ -350,9 +350,8 @@ class _Saver:
         """Every worker saves its rows; where, worker 0 knows."""
         directory = self._world.from_first(lambda: str(self._plan.directory), "a save")
         save(directory, state, world=self._world, **options)
-        keep = self._plan.keep
-        if keep is not None:
-            self._for_all(lambda _: prune(directory, keep))
+        keep = self._plan.keep  # worker 0 alone may have it
+        self._for_all(lambda _: None if keep is None else prune(directory, keep))
 
     def _save(
         self, writer: BackgroundWriter | None, state: TrainState, options: dict[str, Any]

@@ -92,6 +92,8 @@ class Step:
     number of workers that each have a power of two of them. `sharded`: each worker keeps some rows
     of the params, the moments, the average and the reference, as DTensors, and gathers the params
     of a block while it computes: a fraction of the memory, and with `"canonical"` the same bits.
+    Then micro-batch j of worker r is the (j·W + r)-th of the whole, as `World.read` reads them with
+    `strided=True`, and `train` does.
 
     Change any of it with `attrs.evolve(step, max_grad_norm=0.5)`. The bits of the result depend
     on the arguments alone: the same (state, batch) gives the same (state, metrics), and nothing

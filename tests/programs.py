@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import time
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 import zoo
 from torch import nn
 
 import functrain as ft
-from functrain import keys
+from functrain import accumulators, keys
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.distributed import exchange
 from functrain.loop import conditions
+from functrain.objectives import chunks
 from functrain.precision import Precision
 
 EXAMPLES, TIME = 16, 6
@@ -84,9 +87,56 @@ class Never(zoo.Tied):
         self.rare = nn.Parameter(torch.ones(4, 3))
 
 
+class Blocks(zoo.Tied):
+    """Blocks in a list, after one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.PReLU()) for _ in range(4))
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        hidden = self.embedding(inputs["input_ids"])
+        for layer in self.chosen():
+            hidden = hidden + layer(hidden)
+        return {"logits": self.head(self.norm(hidden))}
+
+    def chosen(self) -> Any:
+        return self.layers
+
+
+class Shared(Blocks):
+    """One module in all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer[1] = self.layers[0][1]
+
+
+class Own(Blocks):
+    """Blocks with a forward of their own in the class's place, that recomputes a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.forward = functools.partial(self._through, layer)
+
+    @staticmethod
+    def _through(layer: Any, hidden: Any) -> Any:
+        inner = torch.utils.checkpoint.checkpoint(layer[0], hidden, use_reentrant=False)
+        return layer[1](inner) * 0.5
+
+
+class Random(Blocks):
+    """Calls one of its blocks, chosen at random."""
+
+    def chosen(self) -> Any:
+        return [self.layers[int(torch.rand([]) * 4)] for _ in range(2)]
+
+
 def model(options: Any) -> nn.Module:
     """The model of a test."""
-    kinds = {"never": Never, True: Partial}
+    kinds = {"never": Never, True: Partial, "shared": Shared, "own": Own, "random": Random}
     partial = options.get("partial")
     return kinds[partial]() if partial else zoo.decoder(**decoder(options))
 
@@ -99,8 +149,10 @@ def decoder(options: Any) -> dict[str, Any]:
 
 def made(options: Any, world: Any) -> tuple[Any, Any]:
     """A step and its first state, of the options of a test."""
+    if options.get("chunks"):
+        chunks.BUDGET, accumulators.TABLE = 64, 64
     exchange.BUCKET = options.get("bucket", exchange.BUCKET)
-    with keys.seeded(3):
+    with keys.seeded(3 + options.get("seed", 0)):
         module = model(options)
     architecture, params, buffers = ft.split(module)
     given = {
@@ -253,6 +305,18 @@ def loading(options: Any) -> str:
         _, state = made({**options, "step": {"sharded": True}}, world)
         known = {} if options.get("no world") else {"world": world}
         return ft.fingerprint(ft.load(options["directory"], like=state, **known))
+
+
+def reusing(options: Any) -> list[str]:
+    """What a donated step makes of shards that another state holds as well: nothing."""
+    with ft.distributed.world(timeout=20) as world:
+        step, state = made({**options, "step": {"sharded": True, "donate": True}}, world)
+        batch = part(batches("pretrain", 0), world.rank, world.size, step.microbatches)
+        shards = dict(state.params)
+        before = ft.fingerprint(state)
+        step(step.init(shards, state.buffers, seed=1), batch)
+        step(step.adopt(state), batch)
+        return [before, ft.fingerprint(state)]
 
 
 class Ragged:

@@ -7,6 +7,7 @@ any number of workers, or one, or transformers, reads it.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,6 +50,8 @@ from functrain.errors import CheckpointError
 from functrain.state import TrainState
 from functrain.trees import rows_here
 
+_SHARED = "do all workers see the same directory? A checkpoint in shards needs a shared one"
+
 
 @attrs.frozen(kw_only=True)
 class _Written:
@@ -75,7 +78,9 @@ def save_shards(
     worker 0 puts the manifest and the directory in place when all have done so.
     """
     name = directory_name(state.step)
-    temporary, target = root / f".tmp-{name}", root / name
+    # Another name each time: a worker that was left behind must not write into a later save's.
+    suffix = world.from_first(lambda: secrets.token_hex(4), "the name of a save")
+    temporary, target = root / f".tmp-{name}-{suffix}", root / name
     files = {f"{n}.safetensors": _written(items, world) for n, items in tensors_of(state).items()}
     plain = {**texts, STATE: numbers_of(state)}
     with ExitStack() as held:
@@ -152,7 +157,12 @@ def _make(filesystem: FileSystem, path: Path, written: _Written) -> None:
 def _write(filesystem: FileSystem, path: Path, written: _Written) -> None:
     if not any(len(data) for _, data in written.own):
         return
-    descriptor = filesystem.open_to_write(path)
+    try:
+        descriptor = filesystem.open_to_write(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: worker 0 has made it, and it is not here; {_SHARED}"
+        ) from error
     try:
         for begin, data in written.own:
             for piece in pieces(data):
@@ -176,8 +186,8 @@ def _hashed(
             entry = hash_file(filesystem, directory / file)
             if entry.size != files[file].size:
                 raise CheckpointError(
-                    f"{directory / file}: {entry.size} bytes, expected {files[file].size}; do all "
-                    "workers see the same directory? A checkpoint in shards needs a shared one"
+                    f"{directory / file}: {entry.size} bytes, expected {files[file].size}; "
+                    + _SHARED
                 )
             found[file] = attrs.astuple(entry)
         return found

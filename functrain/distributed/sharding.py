@@ -25,7 +25,7 @@ from functrain.distributed.shards import (
 )
 from functrain.distributed.units import Binding, Unit, Values, Whole, find_units
 from functrain.distributed.world import World
-from functrain.errors import BatchError, ConfigError
+from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.optimizers import OptimizerState
 from functrain.reductions import Part, tree_sum
@@ -49,6 +49,8 @@ class Sharding:
     units: tuple[Unit, ...]
     shapes: Mapping[str, torch.Size]
     tree: bool
+    # What was exchanged since the last binding: it reaches no value.
+    _exchanged: list[str] = attrs.field(factory=list, init=False)
 
     @property
     def size(self) -> int:
@@ -172,11 +174,19 @@ class Sharding:
         names = sorted(like)
         forms = {exchange.form_of(each) for each in measured}
         form = exchange.hashed(b"\0".join(sorted(forms)))
-        rows = self.world.numbers([len(moved), form, *(int(name in reached) for name in names)])
+        order = exchange.hashed("\0".join(self._exchanged).encode())
+        told = [len(moved), form, *(int(name in reached) for name in names), order]
+        rows = self.world.numbers(told)
+        if len(set(rows[:, -1].tolist())) > 1:
+            raise ArchitectureError(
+                "sharded: the workers have called the model's blocks in another order, or others "
+                "of them, so that they exchanged what does not belong together; a model that "
+                "chooses its blocks at random or by its input cannot be sharded"
+            )
         exchange.refuse_moved(rows[:, 0], moved)
         if len(forms) > 1 or len(set(rows[:, 1].tolist())) > 1:
             raise BatchError(exchange.OTHER_METRICS)
-        anywhere = dict(zip(names, rows[:, 2:].any(0).tolist(), strict=True))
+        anywhere = dict(zip(names, rows[:, 2:-1].any(0).tolist(), strict=True))
         kept = {name: grads[name] for name in names if anywhere[name]}
         every = self.world.gathered(
             torch.stack([exchange.values_of(each) for each in measured]), "the exchange of metrics"
@@ -234,6 +244,7 @@ class Sharding:
                 for (name, own), rows in zip(some, self._scattered(some, dtypes), strict=True):
                     receive(name, rows, own is not None)
 
+        self._exchanged.clear()
         values = Values(params, self, summed)
         binding = Binding(self.units, self.places, values)
         empty = binding.empty(params, self.shapes)
@@ -250,8 +261,13 @@ class Sharding:
         with binding.other(given) as found:
             yield found
 
+    def note(self, what: str, names: Sequence[str]) -> None:
+        """What is about to be exchanged, for the comparison of `reduced`."""
+        self._exchanged.append(f"{what} {names[0] if names else None}")
+
     def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> list[Tensor]:
         """The whole tensors of these rows, in one exchange for each dtype."""
+        self.note("gather", names)
         whole: dict[str, Tensor] = {}
         given = dict(zip(names, shards, strict=True))
         for some in _by_dtype({name: tensor.dtype for name, tensor in given.items()}):

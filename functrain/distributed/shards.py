@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from functrain.distributed.world import World
 from functrain.errors import StateError
 from functrain.state import TrainState
-from functrain.trees import Tensors, map_leaves, owning, rows_here, whole
+from functrain.trees import Tensors, digest, map_leaves, owning, rows_here, whole
 
 
 @attrs.frozen
@@ -50,8 +50,12 @@ def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
     if world.size == 1:
         return items if isinstance(items, Tensors) else Tensors(items)
     found: dict[str, Tensor] = {}
+    plain = {name: tensor for name, tensor in items.items() if not isinstance(tensor, DTensor)}
+    if plain:
+        # Rows of different wholes would be a mixture that no later comparison could see.
+        world.agree({name: digest(each) for name, each in plain.items()}, "before they are sharded")
     for name, tensor in items.items():
-        if isinstance(tensor, DTensor):
+        if name not in plain:
             found[name] = tensor
             continue
         if not tensor.ndim:
@@ -62,7 +66,10 @@ def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
         rows = rows_of(len(tensor), world.rank, world.size)
         own = tensor.detach()[rows.begin : rows.end].clone(memory_format=torch.contiguous_format)
         found[name] = sharded(own, tensor.shape, world)
-    return owning(Tensors(found))
+    if isinstance(items, Tensors):
+        owning(items, items.own & plain.keys())
+    # What was in shards already, the caller may hold too.
+    return owning(Tensors(found), plain.keys())
 
 
 def sharded(own: Tensor, shape: torch.Size, world: World) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from functrain.architecture import Place, Slots
 
+Forward = Callable[..., Any]
 Receive = Callable[[Sequence[str], Sequence[Tensor | None]], None]
 _KEPT = 2
 """Units that are gathered again in a backward pass at once: the one that computes, and the last."""
@@ -30,14 +31,15 @@ class Unit:
 def find_units(architecture: nn.Module, places: Slots) -> tuple[Unit, ...]:
     """What belongs to no block, then the blocks: the members of the outermost lists of modules.
 
-    A parameter that has places in two blocks (tied) belongs to none.
+    A parameter that has places in two blocks, or whose module is in both, belongs to none. The
+    members of a list that are lists again, and are never called, are looked into.
     """
     blocks = list(_blocks(architecture))
-    owner = {
-        id(module._parameters): number
-        for number, block in enumerate(blocks)
-        for module in block.modules()
-    }
+    owner: dict[int, int] = {}
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            key = id(module._parameters)
+            owner[key] = number if owner.get(key, number) == number else -1
     members: dict[int, list[str]] = {}
     for name, at in places.params.items():
         owners = {owner.get(id(entries), -1) for entries, _ in at}
@@ -48,10 +50,14 @@ def find_units(architecture: nn.Module, places: Slots) -> tuple[Unit, ...]:
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
+        if not isinstance(child, nn.ModuleList):
             yield from _blocks(child)
+            continue
+        for member in child:
+            if type(member).forward is nn.Module.forward and "forward" not in vars(member):
+                yield from member if isinstance(member, nn.ModuleList) else _blocks(member)
+            else:
+                yield member
 
 
 class Exchange(Protocol):
@@ -59,6 +65,10 @@ class Exchange(Protocol):
 
     def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> list[Tensor]:
         """The whole tensors."""
+        ...
+
+    def note(self, what: str, names: Sequence[str]) -> None:
+        """What is about to be exchanged, for a comparison with the others."""
         ...
 
 
@@ -84,6 +94,7 @@ class _Gather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:  # pyrefly: ignore[bad-override]
         values, unit = ctx.values, ctx.unit
+        values.exchange.note("backward", unit.names)
         values.forget(unit)
         values.receive(unit.names, grads)
         return (None,) * (2 + len(grads))
@@ -170,9 +181,11 @@ class Binding:
                 module = unit.module
                 assert module is not None  # all but the root are modules
                 _install(stack, module, functools.partial(self._called, unit))
-                inside = [each for each in module.modules() if each is not module]
-                for each in again:
-                    if any(each is other for other in inside):
+                # A checkpoint within the block's own forward runs them again behind the block.
+                for each in module.modules():
+                    if each is module:
+                        continue
+                    if each._parameters or any(each is other for other in again):
                         _install(stack, each, functools.partial(self._ensured, unit))
             yield
 
@@ -205,7 +218,7 @@ class Binding:
             for (entries, key), held in zip(places, before, strict=True):
                 entries[key] = held
 
-    def _called(self, unit: Unit, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _called(self, unit: Unit, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """A block's forward: gathered, computed, and let go."""
         whole = self._values.gather(unit)
         with ExitStack() as stack:
@@ -214,14 +227,14 @@ class Binding:
             free = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
             if free and torch.is_grad_enabled() and self._values is self._own:
                 stack.enter_context(self._let_go(unit, whole))
-            return type(module).forward(module, *args, **kwargs)
+            return forward(*args, **kwargs)
 
-    def _ensured(self, unit: Unit, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _ensured(self, unit: Unit, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """The forward of a module inside of a block, which may be run again behind the block."""
         if id(unit) in self._filled:
-            return type(module).forward(module, *args, **kwargs)
+            return forward(*args, **kwargs)
         with self._filling(unit, self._own.again(unit)):
-            return type(module).forward(module, *args, **kwargs)
+            return forward(*args, **kwargs)
 
     def _let_go(self, unit: Unit, whole: Sequence[Tensor]) -> Any:
         known = {tensor.untyped_storage()._cdata: n for n, tensor in enumerate(whole)}
@@ -229,8 +242,9 @@ class Binding:
 
         def pack(tensor: Tensor) -> Any:
             number = known.get(tensor.untyped_storage()._cdata)
-            if number is None:
-                return tensor
+            if number is None or tensor.dtype != whole[number].dtype:
+                # Detached: an output that holds itself would never be freed.
+                return tensor.detach()
             return number, tensor.size(), tensor.stride(), tensor.storage_offset()
 
         def unpack(packed: Any) -> Tensor:
@@ -245,10 +259,11 @@ class Binding:
 
 def _install(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
     own = vars(module)
-    before = own.get("forward")
+    before: Forward | None = own.get("forward")
 
     def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(module, *args, **kwargs)
+        usual = functools.partial(type(module).forward, module) if before is None else before
+        return forward(usual, *args, **kwargs)
 
     def restore() -> None:
         if before is None:

@@ -50,6 +50,10 @@ SHARDED: dict[str, Any] = {
     "kto": {"stage": "kto"},
     "a parameter that some parts do not reach": {"partial": True},
     "a parameter that nothing reaches": {"partial": "never"},
+    "a module that all blocks share": {"partial": "shared"},
+    "blocks with a forward of their own and a checkpoint inside": {"partial": "own"},
+    "logits by chunks": {"chunks": True},
+    "logits by chunks, bf16 params": {"chunks": True, "step": {"precision": "bf16_params"}},
 }
 
 
@@ -60,6 +64,25 @@ def test_sharded_is_canonical_to_the_bit(group: Group, name: str) -> None:
     step = {**options.get("step", {}), "sharded": True}
     size = 4 if options.get("odd") else 2
     assert all(each == alone for each in group.values("steps", size, {**options, "step": step}))
+
+
+def test_shards_that_another_state_holds_are_not_overwritten(group: Group) -> None:
+    for before, after in group.values("reusing", 2):
+        assert before == after
+
+
+def test_workers_that_call_other_blocks_are_refused(group: Group) -> None:
+    options = {"partial": "random", "timeout": 10, "step": {"sharded": True}}
+    found = group.run("parts", 2, options)
+    assert all(each["error"][0] in ("ArchitectureError", "WorkerError") for each in found)
+    assert any("called the model's blocks in another order" in e["error"][1] for e in found)
+
+
+def test_params_that_are_not_the_same_are_not_sharded(group: Group) -> None:
+    options = {"partial": "own", "step": {"sharded": True}, "ranks": {"1": {"seed": 1}}}
+    for each in group.run("parts", 2, options):
+        assert each["error"][0] == "WorkerError"
+        assert "disagree before they are sharded" in each["error"][1]
 
 
 @pytest.mark.parametrize("size", [2, 3])
