@@ -439,16 +439,8 @@ def _source(config: Config, found: Sequence[Any], tokenizer: ByteTokenizer | Non
 def _batches(held_out: Source | None, config: Config) -> list[Batch]:
     if held_out is None:
         return []
-    return batches_of(held_out, config.evaluation.batch_size, config.evaluation.limit)
-
-
-def batches_of(source: Source, size: int, limit: int | None) -> list[Batch]:
-    """The first samples of a source in their order, `limit` at most, in batches of `size`."""
-    if limit is None:
-        return data.all_batches(source, size)
-    ordered = source.ordered()
-    total = min(len(source), limit)
-    return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]
+    plan = config.evaluation
+    return data.all_batches(held_out, plan.batch_size, limit=plan.limit)
 
 
 def _notes(source: Source, held_out: Source | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from functrain import data, optimizers
-from functrain.cli.build import Trained, batches_of, trained
+from functrain.cli.build import Trained, trained
 from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
 from functrain.cli.summary import bits_per_byte, unreferenced
@@ -92,7 +92,7 @@ def measured(
     """A model over one file."""
     kind, source = _source(model, file, time=time, batch_size=batch_size)
     total = len(source) if limit is None else min(limit, len(source))
-    batches = batches_of(source, batch_size, limit)
+    batches = data.all_batches(source, batch_size, limit=limit)
     found = dict.fromkeys(("bits_per_byte", "accuracy", "likelier"))
     if kind == "pairs":
         found["likelier"] = _likelier(model, batches)

@@ -95,10 +95,17 @@ class MapSource:
         return self.collate(self.indices(position, n))
 
 
-def all_batches(source: MapSource, batch_size: int | None = None) -> list[Batch]:
-    """The whole source once, in the given order; the last batch may be shorter. For evaluation."""
+def all_batches(
+    source: MapSource, batch_size: int | None = None, *, limit: int | None = None
+) -> list[Batch]:
+    """The whole source once, in the given order, or its first samples up to `limit`.
+
+    The last batch may be shorter. For evaluation.
+    """
     size = source.batch_size if batch_size is None else batch_size
     at_least_one("batch_size", size)
+    if limit is not None:
+        at_least_one("limit", limit)
     ordered = source.ordered()
-    total = len(source)
+    total = len(source) if limit is None else min(limit, len(source))
     return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]

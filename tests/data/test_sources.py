@@ -164,6 +164,21 @@ def test_all_batches_hold_everything_once(make: Any) -> None:
 
 
 @EVERY
+@pytest.mark.parametrize("limit", [1, 3, 10**6])
+def test_all_batches_up_to_a_limit_are_the_first_samples(make: Any, limit: int) -> None:
+    source = make()
+    batches = data.all_batches(source, 2, limit=limit)
+    count = min(limit, len(source))
+    assert sum(len(_first(batch)) for batch in batches) == count
+    last = source.ordered().at(count - 1, 1)
+    row, expected = _first(batches[-1])[-1], _first(last)[0]
+    width = min(len(row), len(expected))
+    assert torch.equal(row[:width], expected[:width])
+    with pytest.raises(ft.DataError, match="limit: 0, expected an integer of at least 1"):
+        data.all_batches(source, 2, limit=0)
+
+
+@EVERY
 @pytest.mark.parametrize(("position", "n"), [(-1, 1), (0, 0)])
 def test_a_position_that_is_none_is_named(make: Any, position: int, n: int) -> None:
     with pytest.raises(ft.DataError, match="expected a position >= 0 and n >= 1"):
