@@ -19,11 +19,13 @@ _TEXTS = (".json", ".jinja", ".txt", ".model")
 class PretrainedTokenizer:
     """`inner`, a tokenizer of transformers, without special tokens around every text.
 
-    `directory`: where it came from, for messages.
+    `directory`: where it came from, for messages. `template_options`: what its chat template is
+    given beside the messages, `{"enable_thinking": False}`, say.
     """
 
     inner: Any = attrs.field(repr=False)
     directory: str = ""
+    template_options: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
 
     @property
     def vocabulary(self) -> int:
@@ -75,10 +77,12 @@ class PretrainedTokenizer:
                 f"tokenizer: {self.directory or type(self.inner).__name__} has no chat template; "
                 "set tokenizer.inner.chat_template, or give prompts and completions as texts"
             )
-        options = {"tokenize": False, "add_generation_prompt": prompt}
+        options = {**self.template_options, "tokenize": False, "add_generation_prompt": prompt}
         try:
             return str(self.inner.apply_chat_template(list(messages), tools=tools, **options))
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # Beside what it refuses itself: arguments of a tool as an object, say, that it adds to
+            # a text.
             raise DataError(f"chat template: refuses the messages: {error}") from error
 
     def generated(
@@ -88,6 +92,7 @@ class PretrainedTokenizer:
         found: Any = self.inner.apply_chat_template(
             list(messages),
             tools=tools,
+            **self.template_options,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.data.text import IGNORE_INDEX
+from functrain.data.turns import turn_by_turn
 from functrain.errors import DataError
 
 Spans = list[tuple[int, int]]
@@ -61,19 +62,24 @@ def laid_out(
     By `{% generation %}` where the template marks what the assistant says. Otherwise by prefix
     difference: what a message adds to the text up to where the assistant would begin is its own,
     its end among it; that is exact where each beginning of the dialogue is rendered as the
-    beginning of the whole, and refused where not. The pieces are tokenised apart, as a model that
-    is asked with the one goes on with the other.
+    beginning of the whole. Where it is not, or where the template takes reasoning out of earlier
+    turns, each turn stands as it is rendered when it is the last (`turn_by_turn`). The pieces are
+    tokenised apart, as a model that is asked with the one goes on with the other.
 
-    Raises `DataError` where a template leaves out a message or the tools, and where nothing is
-    marked.
+    Raises `DataError` where a template leaves out a message or the tools, where it does not show
+    what a turn is, and where nothing is marked.
     """
     tools = list(given.tools) or None
     whole = tokenizer.render(given.messages, tools=tools)
-    _check_whole(given, whole, tokenizer, where)
-    if _GENERATION.search(tokenizer.template or ""):
+    if given.tools and whole == tokenizer.render(given.messages):
+        raise DataError(f"{where}.tools: the chat template has no place for them")
+    complete = all(str(each["content"]).strip() in whole for each in given.messages)
+    if complete and _GENERATION.search(tokenizer.template or ""):
         ids, labels = _by_generation(given, tokenizer, tools, where)
     else:
-        spans = _spans(given, whole, tokenizer, tools, where)
+        spans = _spans(given, whole, tokenizer, tools) if complete else None
+        if spans is None:
+            whole, spans = turn_by_turn(given, tokenizer.render, tools, where)
         ids, labels = _by_spans(whole, spans, tokenizer, where)
     if all(label == IGNORE_INDEX for label in labels):
         raise DataError(
@@ -81,18 +87,6 @@ def laid_out(
             "learn; check where it has {% generation %}"
         )
     return tuple(ids), tuple(labels)
-
-
-def _check_whole(given: Dialogue, whole: str, tokenizer: Templated, where: str) -> None:
-    for number, each in enumerate(given.messages):
-        content = str(each["content"]).strip()
-        if content not in whole:
-            raise DataError(
-                f"{where}.messages[{number}].content: the chat template leaves it out, or changes "
-                f"it ({each['role']}); take it out, or give the tokenizer a template that has it"
-            )
-    if given.tools and whole == tokenizer.render(given.messages):
-        raise DataError(f"{where}.tools: the chat template has no place for them")
 
 
 def _by_generation(
@@ -117,8 +111,8 @@ def _by_generation(
     return ids, labels
 
 
-def _spans(given: Dialogue, whole: str, tokenizer: Templated, tools: Any, where: str) -> Spans:
-    """Where in the text what is learnt begins and ends."""
+def _spans(given: Dialogue, whole: str, tokenizer: Templated, tools: Any) -> Spans | None:
+    """Where in the text what is learnt begins and ends; None where prefixes do not show it."""
     found: Spans = []
     for number, learnt in enumerate(given.learnt):
         if not learnt:
@@ -126,11 +120,7 @@ def _spans(given: Dialogue, whole: str, tokenizer: Templated, tools: Any, where:
         before = tokenizer.render(given.messages[:number], tools=tools, prompt=True)
         after = tokenizer.render(given.messages[: number + 1], tools=tools)
         if not (whole.startswith(after) and after.startswith(before) and len(after) > len(before)):
-            raise DataError(
-                f"{where}.messages[{number}]: the chat template renders the beginning of the "
-                "dialogue otherwise when more follows, so what the assistant says cannot be told "
-                "exactly; give the tokenizer a template with {% generation %}"
-            )
+            return None
         found.append((len(before), len(before) + len(after[len(before) :].rstrip())))
     return found
 

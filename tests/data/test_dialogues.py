@@ -194,6 +194,16 @@ def test_tools_and_their_calls_are_in_the_template() -> None:
         ft.data.chat([record], ft.data.ByteTokenizer(), time=99, batch_size=1)
 
 
+def test_a_turn_is_learnt_as_it_is_when_it_is_the_last() -> None:
+    """The template takes what the assistant thought out of all but the last turn."""
+    record = said("a", "b", "c", "d")
+    assert trained(record, FORGETFUL) == ["(thinking)b<|im_end|>", "(thinking)d<|im_end|>"]
+    record["messages"][1]["weight"] = 0
+    assert trained(record, FORGETFUL) == ["(thinking)d<|im_end|>"]
+    ids, _ = read(record, FORGETFUL)
+    assert "(thinking)b<|im_end|>\n<|im_start|>user\nc" in tokenizer().spell(ids)
+
+
 def _changed(number: int, **changes: Any) -> dict[str, Any]:
     record = said("a", "b", "c", "d")
     record["messages"][number] = {**record["messages"][number], **changes}
@@ -203,7 +213,16 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("record", "template", "message"),
     [
-        (said("a", "b", "c", "d"), FORGETFUL, r"messages\[1\]: .* otherwise when more follow"),
+        (
+            said("a", "bcd"),
+            CHATML.replace("m['content']", "m['content'][::-1]"),
+            r"messages\[0\]\.content: .* changes it",
+        ),
+        (
+            said("a", "bcd"),
+            CHATML.replace("m['content'] }}", "m['content'][:9] }}"),
+            r"messages\[1\]: the chat template does not show where this turn ends",
+        ),
         (
             {"messages": [{"role": "system", "content": "Be good"}, *said("a", "b")["messages"]]},
             NO_SYSTEM,

@@ -1,0 +1,184 @@
+"""The chat templates of the common families, as TRL has collected them: what of a turn is learnt.
+
+Against each template itself (what it makes of a turn that is the last one) and against TRL's own
+training templates.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.data.test_dialogues import tokenizer
+
+import functrain as ft
+from functrain.data import PretrainedTokenizer
+
+# Found and not imported: that would take seconds.
+_TRL = importlib.util.find_spec("trl")
+if _TRL is None or _TRL.origin is None:
+    pytest.skip("trl, whose wheel holds the templates, is not installed", allow_module_level=True)
+TEMPLATES = Path(_TRL.origin).parent / "chat_templates"
+
+FAMILIES = (
+    "cohere cohere2 gemma3 gemma4 glm4moe gptoss lfm2 lfm2_2_5 llama3 llama3_1 llama3_2 phi3 "
+    "phi3_5 qwen2_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6 qwen3_8 qwen3_instruct_2507 qwen3_vl"
+).split()
+TOOLS = "gemma4 glm4moe gptoss llama3_1 qwen2_5 qwen3 qwen3_5_think qwen3_8 qwen3_vl".split()
+REASONING = "glm4moe qwen3 qwen3_5_think qwen3_6 nemotron_3_nano deepseek_r1_distill deepseekv3"
+FORGETFUL = "gptoss phi3 phi3_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6".split()
+"""Those that render a turn otherwise once more follows, if only its end."""
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "adds",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "description": "a number"}},
+            "required": ["a"],
+        },
+    },
+}
+
+
+def of(family: str, **options: Any) -> PretrainedTokenizer:
+    """A tokenizer with the template of a family."""
+    made = tokenizer((TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8"))
+    return PretrainedTokenizer(made.inner, template_options=options)
+
+
+def says(*texts: str) -> list[dict[str, Any]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def called() -> list[dict[str, Any]]:
+    """A dialogue in which the assistant calls a tool."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    return [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "6"},
+        {"role": "assistant", "content": "It is six."},
+    ]
+
+
+def read(given: PretrainedTokenizer, record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The whole row as text, and each stretch of it that is learnt."""
+    source = ft.data.chat([record], given, time=4096, batch_size=1)
+    ids, labels = source.examples[0]
+    stretches: list[list[int]] = []
+    for n, label in enumerate(labels):
+        if label != -100 and (n == 0 or labels[n - 1] == -100):
+            stretches.append([])
+        if label != -100:
+            stretches[-1].append(label)
+    return given.spell(ids), [given.spell(each) for each in stretches]
+
+
+def alone(given: PretrainedTokenizer, messages: Sequence[Any], n: int, tools: Any = None) -> str:
+    """What the template adds for a turn that is the last: what a model is asked to say there."""
+    before = given.render(messages[:n], tools=tools, prompt=True)
+    after = given.render(messages[: n + 1], tools=tools)
+    assert after.startswith(before)
+    return after[len(before) :].rstrip()
+
+
+SAID = st.text("abc .?", min_size=1, max_size=8).map(lambda text: f"x{text}y")
+TURNS = st.lists(SAID, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(turns=TURNS)
+def test_each_turn_is_learnt_as_the_template_has_it_say_it(family: str, turns: list[str]) -> None:
+    """Whatever the template makes of it once more follows; the last turn with its end."""
+    model = of(family)
+    messages = says(*turns)
+    row, learnt = read(model, {"messages": messages})
+    expected = [alone(model, messages, n) for n in range(1, len(messages), 2)]
+    assert learnt[-1] == expected[-1]
+    for one, other in zip(learnt, expected, strict=True):
+        # gpt-oss ends earlier turns by another token, which no model says: it is not learnt.
+        assert one == other or (family == "gptoss" and f"{one}<|return|>" == other)
+    if family not in FORGETFUL:
+        assert row == model.render(messages)
+    assert row.startswith(model.render(messages[:1], prompt=True))
+    assert all(text in row for text in turns)
+
+
+@pytest.mark.parametrize("family", FORGETFUL)
+def test_these_render_the_past_otherwise(family: str) -> None:
+    """Else the test above would try less than it says."""
+    model, messages = of(family), says("a?", "bb", "c?", "dd")
+    first = model.render(messages[:2])
+    assert not model.render(messages).startswith(first)
+
+
+@pytest.mark.parametrize("family", REASONING.split())
+def test_reasoning_is_learnt_in_every_turn(family: str) -> None:
+    """The templates take it out of earlier turns, and some of the prompt's beginning of it too."""
+    model = of(family)
+    one, other = "<think>\nhm\n</think>\n\nA thing.", "<think>\nwell\n</think>\n\nAnother."
+    messages = says("What is it?", one, "And?", other)
+    _, learnt = read(model, {"messages": messages})
+    assert len(learnt) == 2
+    for text, thought, answer in zip(learnt, ("hm", "well"), ("A thing.", "Another."), strict=True):
+        assert thought in text
+        assert text.index(thought) < text.index("</think>") < text.index(answer)
+    asked = model.render(messages[:1], prompt=True)
+    assert ("<think>" in learnt[0]) != asked.rstrip().endswith("<think>")
+
+
+@pytest.mark.parametrize("family", TOOLS)
+def test_calls_of_tools_are_learnt_and_their_answers_are_not(family: str) -> None:
+    model, messages = of(family), called()
+    _, learnt = read(model, {"messages": messages, "tools": [ADD]})
+    whole = "\n".join(learnt)
+    assert "add" in learnt[0]
+    assert "It is six." in learnt[-1]
+    assert "What is it?" not in whole
+    if family != "gemma4":  # one turn there, in which the answer of the tool stands apart
+        assert learnt[-1] == alone(model, messages, 3, [ADD])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "phi3_5", "qwen2_5", "llama3", "qwen3_6"])
+@given(turns=TURNS)
+def test_the_same_as_trls_training_templates(family: str, turns: list[str]) -> None:
+    """Row and mask, but for the line break after a turn, which no model is to say."""
+    ours, theirs = of(family), of(f"{family}_training")
+    messages = says(*turns)
+    row, learnt = read(ours, {"messages": messages})
+    their_row, their_learnt = read(theirs, {"messages": messages})
+    assert row == their_row
+    assert learnt == [text.rstrip() for text in their_learnt]
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "why"),
+    [
+        ("deepseek_r1_distill", says("a?", "b"), r"messages\[1\].*go on from.*<think>"),
+        ("nemotron_3_nano", says("a?", "b"), r"messages\[1\].*enable_thinking"),
+        ("qwen3_5_nothink", says("a?", "<think>\nhm\n</think>\n\nb"), r"messages\[1\]"),
+        ("deepseekv3", called(), "chat template: refuses the messages: can only concatenate"),
+        ("smolvlm", says("a?", "b"), r"messages\[0\]\.content: the chat template leaves it out"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(
+    family: str, messages: list[dict[str, Any]], why: str
+) -> None:
+    with pytest.raises(ft.DataError, match=why):
+        read(of(family), {"messages": messages})
+
+
+def test_a_template_is_given_options() -> None:
+    """Without reasoning nemotron's prompt is what the turn begins with."""
+    model, messages = of("nemotron_3_nano", enable_thinking=False), says("a?", "bb", "c?", "dd")
+    _, learnt = read(model, {"messages": messages})
+    assert learnt == ["bb<|im_end|>", "dd<|im_end|>"]
