@@ -120,7 +120,7 @@ def test_a_part_of_the_blocks_and_several_patterns() -> None:
     assert _saved(*_begun()) < _saved(ours, state) < _saved(theirs, state)
 
 
-@pytest.mark.parametrize("name", ["decoder", "llama", "tied"])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("llama", marks=pytest.mark.long), "tied"])
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compiled once, and saves less there too."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")

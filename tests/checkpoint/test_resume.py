@@ -526,14 +526,19 @@ RESTORING = {"_seeded", "setstate", "_restore", "_restored", "seeded"}
 """The functions that put the generators back: an interrupt within them is the narrowest window."""
 
 
+LINES = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
+"""Every third line event; in the long form every one."""
+
+
+@LINES
 @pytest.mark.timeout(900)  # thousands of steps under a tracer
-def test_a_pure_step_interrupted_at_any_line_has_changed_nothing() -> None:
+def test_a_pure_step_interrupted_at_any_line_has_changed_nothing(stride: int) -> None:
     """KeyboardInterrupt at every line event: the input's bits are as they were, the same call
     gives the expected bits, and the global generators are untouched wherever the interrupt did
     not fall into the very lines that put them back."""
     case = Transaction()
     moved = []
-    for at in range(case.events):
+    for at in range(0, case.events, stride):
         _, place = _interrupted(at, lambda: case.step(case.state, case.batch))
         assert ft.fingerprint(case.state) == case.before, f"event {at} in {place}"
         if case.restore_generators():
@@ -541,18 +546,19 @@ def test_a_pure_step_interrupted_at_any_line_has_changed_nothing() -> None:
         assert ft.fingerprint(case.step(case.state, case.batch)[0]) == case.after, f"event {at}"
     assert set(moved) <= RESTORING
     assert len(moved) <= 8
-    tally.add("interrupts of a step", case.events)
+    tally.add("interrupts of a step", case.events // stride)
 
 
-def test_a_pure_step_interrupted_at_any_line_leaves_the_generators() -> None:
+@LINES
+def test_a_pure_step_interrupted_at_any_line_leaves_the_generators(stride: int) -> None:
     """Also where the interrupt falls into the lines that put the generators back."""
     case = Transaction()
     moved = 0
-    for at in range(case.events):
+    for at in range(0, case.events, stride):
         _, place = _interrupted(at, lambda: case.step(case.state, case.batch))
         moved += case.restore_generators()
         assert not moved, f"event {at} in {place}"
-    tally.add("interrupts of a step", case.events)
+    tally.add("interrupts of a step", case.events // stride)
 
 
 def _left_of(case: Transaction, at: int) -> tuple[str, str | None]:
@@ -565,13 +571,16 @@ def _left_of(case: Transaction, at: int) -> tuple[str, str | None]:
         return "consumed", place
 
 
-def test_a_donated_step_interrupted_at_any_line_leaves_an_intact_state_or_a_tombstone() -> None:
+@LINES
+def test_a_donated_step_interrupted_at_any_line_leaves_an_intact_state_or_a_tombstone(
+    stride: int,
+) -> None:
     """Never one that can be read and is neither the old state nor the new."""
     case = Transaction()
-    for at in range(case.events - 1, -1, -1):
+    for at in range(case.events - 1, -1, -stride):
         left, place = _left_of(case, at)
         assert left != "torn", f"event {at} of {case.events}, in {place}"
-    tally.add("interrupts of a step", case.events)
+    tally.add("interrupts of a step", case.events // stride)
 
 
 if __name__ == "__main__":
