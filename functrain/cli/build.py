@@ -24,9 +24,12 @@ from functrain.cli.config import (
     Pretrain,
     Schedule,
 )
-from functrain.cli.directory import Origin, is_tokens, origin
+from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
-from functrain.data import ByteTokenizer
+from functrain.cli.origins import Origin, origin
+from functrain.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from functrain.data.pretrained import pretrained_tokenizer
+from functrain.data.templates import has_template
 from functrain.distributed import ALONE, World
 from functrain.errors import ConfigError, DataError, NumericsWarning
 from functrain.guards import SpikeGuard
@@ -50,7 +53,7 @@ class Built:
     state: TrainState
     source: Source
     evaluation: list[Batch]
-    tokenizer: ByteTokenizer | None
+    tokenizer: Tokenizer | None
     notes: tuple[str, ...] = ()
     cache: ReferenceCache | None = None
 
@@ -77,13 +80,16 @@ class Built:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Trained:
-    """A model to ask: the architecture, and the values of a checkpoint."""
+    """A model to ask: the architecture, and the values of a checkpoint.
+
+    `config`: None for a model of transformers that no run has made.
+    """
 
     architecture: nn.Module
     params: Tensors
     buffers: Tensors
-    tokenizer: ByteTokenizer | None
-    config: Config
+    tokenizer: Tokenizer | None
+    config: Config | None
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -165,26 +171,48 @@ def cached(config: DPO, say: Callable[[str], None]) -> str:
         built.close()
 
 
-def _tokenizer(config: Config, start: Origin | None) -> ByteTokenizer | None:
+def _tokenizer(config: Config, start: Origin | None) -> Tokenizer | None:
     if start is not None:
         found = _tokenizer_of(start)
+        if found is None and start.config is None:
+            raise ConfigError(
+                f"model.from: {start.checkpoint} has no tokenizer beside its weights "
+                "(tokenizer.json), which prompts and completions need"
+            )
         if found is None:
             raise ConfigError(
-                f"{start.tokenizer} is missing: {start.checkpoint} was trained on ids of a "
+                f"{start.run.tokenizer} is missing: {start.checkpoint} was trained on ids of a "
                 "tokenizer of your own, which prompts and completions would need"
             )
-        return found
+        return _thinking(found, config)
     assert isinstance(config, Pretrain)  # the other stages have a start
     return None if is_tokens(config.data.train) else ByteTokenizer()
 
 
-def _tokenizer_of(found: Origin) -> ByteTokenizer | None:
-    if not found.tokenizer.is_file():
+def _thinking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """With what the config tells the chat template of reasoning."""
+    given = config.data.enable_thinking
+    if given is None:
+        return tokenizer
+    if not has_template(tokenizer):
+        raise ConfigError(
+            "data.enable_thinking: the tokenizer has no chat template to tell it; leave it out"
+        )
+    assert isinstance(tokenizer, PretrainedTokenizer)  # no other has a template here
+    return attrs.evolve(tokenizer, template_options={"enable_thinking": given})
+
+
+def _tokenizer_of(found: Origin) -> Tokenizer | None:
+    if found.config is None:
+        return models.tokenizer_of(found.checkpoint)
+    if found.run.tokenizer_files.is_dir():
+        return pretrained_tokenizer(found.run.tokenizer_files)
+    if not found.run.tokenizer.is_file():
         return None
-    return data.from_json(found.tokenizer.read_text(encoding="utf-8"))
+    return data.from_json(found.run.tokenizer.read_text(encoding="utf-8"))
 
 
-def _vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> int:
+def _vocabulary(config: Config, tokenizer: Tokenizer | None) -> int:
     if tokenizer is not None:
         return tokenizer.vocabulary
     given = config.data.vocabulary if isinstance(config, Pretrain) else None
@@ -197,7 +225,7 @@ def _vocabulary(config: Config, tokenizer: ByteTokenizer | None) -> int:
 
 
 def _model(
-    config: Config, start: Origin | None, tokenizer: ByteTokenizer | None
+    config: Config, start: Origin | None, tokenizer: Tokenizer | None
 ) -> tuple[nn.Module, Tensors, Tensors]:
     device = config.train.device or "cpu"
     if start is not None:
@@ -218,9 +246,17 @@ def started(found: Origin, device: str) -> tuple[nn.Module, Tensors, Tensors]:
 def _restored(found: Origin, device: str) -> tuple[nn.Module, Tensors, Tensors]:
     """The model of a checkpoint as it was trained: adapters stay adapters."""
     config = found.config
+    if config is None:
+        return models.from_pretrained(found.checkpoint, device=device)[:3]
     if isinstance(config, Pretrain) or not config.lora.options():
-        module = decoder(found.shape, _vocabulary(config, _tokenizer_of(found)))
-        architecture, params, buffers = split(module.to(device))
+        if found.shape is None:
+            # What lies beside the weights is all that transformers needs.
+            architecture, params, buffers, _ = models.from_pretrained(
+                found.checkpoint, device=device
+            )
+        else:
+            module = decoder(found.shape, _vocabulary(config, _tokenizer_of(found)))
+            architecture, params, buffers = split(module.to(device))
     else:
         below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
         if config.model.sha256 not in (None, below.sha256):
@@ -249,6 +285,11 @@ def _adapted(config: Config, architecture: nn.Module, params: Tensors) -> tuple[
 def restored(given: str, *, device: str = "cpu") -> Restored:
     """The state of a run's newest checkpoint, or of a checkpoint, and what it is a state of."""
     found = origin(given, "run")
+    if found.config is None:
+        raise ConfigError(
+            f"{given}: a model of transformers and no run, so there is no state of it; give a run, "
+            "or one of its checkpoints"
+        )
     architecture, params, buffers = _restored(found, device)
     step = _step(found.config, architecture, params, ALONE)
     like = step.init(params, buffers, seed=found.config.train.seed)
@@ -332,7 +373,7 @@ def schedule(config: Schedule) -> schedules.Schedule | Plateau:
     return schedules.named(config.name, config.peak, **options)
 
 
-def sources(config: Config, tokenizer: ByteTokenizer | None) -> tuple[Source, Source | None]:
+def sources(config: Config, tokenizer: Tokenizer | None) -> tuple[Source, Source | None]:
     """What is trained on and, where there is some, what is held out.
 
     Held-out examples are never packed: they are scored the same, and a limit counts examples.
@@ -343,7 +384,7 @@ def sources(config: Config, tokenizer: ByteTokenizer | None) -> tuple[Source, So
     return train, held_out
 
 
-def _sources(config: Config, tokenizer: ByteTokenizer | None) -> tuple[Source, Source | None]:
+def _sources(config: Config, tokenizer: Tokenizer | None) -> tuple[Source, Source | None]:
     given = config.data
     if given.train == EMBEDDED:
         train, held_out = _embedded(config.stage, given.limit)
@@ -355,7 +396,7 @@ def _sources(config: Config, tokenizer: ByteTokenizer | None) -> tuple[Source, S
 
 
 def _file(
-    config: Config, path: str, tokenizer: ByteTokenizer | None, limit: int | None = None
+    config: Config, path: str, tokenizer: Tokenizer | None, limit: int | None = None
 ) -> Source:
     try:
         if isinstance(config, Pretrain) and config.data.cache is not None:
@@ -373,7 +414,7 @@ def _file(
 
 
 def _cached(
-    config: Config, cache: str, path: str, tokenizer: ByteTokenizer | None, limit: int | None
+    config: Config, cache: str, path: str, tokenizer: Tokenizer | None, limit: int | None
 ) -> Source:
     if is_tokens(path) or tokenizer is None:
         raise ConfigError(f"data.cache: {path} holds token ids, which are mapped as they are")
@@ -420,7 +461,7 @@ def _rows(config: Config) -> dict[str, Any]:
     }
 
 
-def _source(config: Config, found: Sequence[Any], tokenizer: ByteTokenizer | None) -> Source:
+def _source(config: Config, found: Sequence[Any], tokenizer: Tokenizer | None) -> Source:
     if tokenizer is None:
         raise ConfigError("data: text needs a tokenizer; pretrain on text, or on ids throughout")
     make: Any = {"pretrain": data.text, "sft": data.chat, "dpo": data.preference}[config.stage]
@@ -462,14 +503,24 @@ def _notes(source: Source, held_out: Source | None) -> list[str]:
     return notes
 
 
+def _asked(found: Origin) -> Tokenizer | None:
+    """The tokenizer of a model, with what its run told the chat template."""
+    tokenizer = _tokenizer_of(found)
+    return (
+        tokenizer
+        if tokenizer is None or found.config is None
+        else _thinking(tokenizer, found.config)
+    )
+
+
 def trained(given: str, *, device: str = "cpu") -> Trained:
-    """The model of a run (its newest checkpoint), or of a checkpoint in one."""
+    """The model of a run (its newest checkpoint), of a checkpoint in one, or of transformers."""
     found = origin(given, "run")
     architecture, params, buffers = started(found, device)
     return Trained(
         architecture=architecture,
         params=params,
         buffers=buffers,
-        tokenizer=_tokenizer_of(found),
+        tokenizer=_asked(found),
         config=found.config,
     )

@@ -81,6 +81,8 @@ class Generate:
     """Sample from the smallest set of this probability."""
     seed: int = 0
     """Of the sampling."""
+    plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The prompt as it is, also where the tokenizer has a chat template."""
 
 
 @attrs.frozen(kw_only=True)

@@ -79,18 +79,20 @@ class Model:
 
 @attrs.frozen(kw_only=True)
 class Start:
-    """Where fine-tuning starts: a run, or one of its checkpoints."""
+    """Where fine-tuning starts: a run, one of its checkpoints, or a model of transformers."""
 
     SECTION: ClassVar[str] = "model"
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = attrs.field(
         default="runs/pretrain", validator=given
     )
-    """A run directory (then its newest checkpoint), or a checkpoint in one."""
+    """A run directory (then its newest checkpoint), a checkpoint in one, a local directory that
+    transformers reads, or a .gguf file."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
-    """The hash of the manifest of that checkpoint; written when the run begins."""
+    """The hash of that checkpoint's manifest, or of a model's files; written when this run begins.
+    """
     shape: Annotated[Model | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
-    """The shape of the model, as the run has it; written when this run begins."""
+    """The shape of the built-in decoder, as the run has it; written when this run begins."""
 
 
 @attrs.frozen(kw_only=True)
@@ -156,6 +158,9 @@ class Data:
     """Several documents in a row of data.time tokens, none of which sees another."""
     on_bad_record: str = attrs.field(default="stop", validator=one_of(("stop", "skip")))
     """What a malformed record does: stop, or be skipped and counted."""
+    enable_thinking: bool | None = None
+    """What the chat template of a model of transformers is told of it; its own default unless
+    given."""
     group_by_length: bool = False
     """Batches of examples of similar lengths: less padding, and a little less random an order."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None

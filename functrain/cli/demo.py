@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from functrain.cli.build import embedded
-from functrain.cli.directory import RunDirectory
+from functrain.cli.origins import RunDirectory
 from functrain.cli.recipe import recipe
 from functrain.cli.run import Outcome, Say, run_stage
 from functrain.cli.samples import spoken
@@ -128,7 +128,9 @@ def _said(outcomes: Sequence[Outcome]) -> list[Said]:
     answers = [spoken(sft.built, outcome.state, sft.prompts) for outcome in outcomes]
     stages = [outcome.config.stage for outcome in outcomes]
     return [
-        Said(prompt=prompt, answers=tuple(zip(stages, each, strict=True)))
+        Said(
+            prompt=sft.built.tokenizer.decode(prompt), answers=tuple(zip(stages, each, strict=True))
+        )
         for prompt, *each in zip(sft.prompts, *answers, strict=True)
     ]
 

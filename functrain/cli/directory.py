@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import importlib.util
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,16 +18,15 @@ from functrain.cli.config import (
     DPO,
     SFT,
     Config,
-    Model,
     Pretrain,
     Start,
     Text,
 )
 from functrain.cli.known import EMBEDDED, SCHEDULES
+from functrain.cli.origins import RunDirectory, origin
 from functrain.errors import ConfigError
 
 C = TypeVar("C", Pretrain, SFT, DPO)
-STAGE_ORDER = ("dpo", "sft", "pretrain")
 SUFFIXES = {
     "pretrain": (".txt", ".md", ".jsonl", ".json", ".parquet", ".bin", ".npy"),
     "sft": (".jsonl", ".json", ".parquet"),
@@ -49,38 +50,6 @@ FREE = (
     "train.timeout",
 )
 FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.limit")
-
-
-@attrs.frozen
-class RunDirectory:
-    """The layout of a run directory."""
-
-    path: Path = attrs.field(converter=Path)
-
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.toml"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer."""
-        return self.path / "tokenizer.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The checkpoints, a directory for each."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """A line of JSON for each step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def report(self) -> Path:
-        """The report, for a browser."""
-        return self.path / "report.html"
 
 
 def check_files(config: Config) -> None:
@@ -123,68 +92,6 @@ def check_files(config: Config) -> None:
 def is_tokens(path: str) -> bool:
     """Whether a data file holds token ids."""
     return Path(path).suffix in (".bin", ".npy")
-
-
-def stage_directory(path: Path) -> Path:
-    """The run directory that `path` is, holds (a demo's last stage), or lies in (a checkpoint)."""
-    stages = [path / stage for stage in STAGE_ORDER if (path / stage / "checkpoints").is_dir()]
-    for found in (path, *stages, path.parent, path.parent.parent):
-        if RunDirectory(found).config.is_file():
-            return found
-    what = "no run's directory (it has no config.toml)" if path.exists() else "not there"
-    raise ConfigError(f"{path}: {what}; expected a run as `functrain pretrain` makes it")
-
-
-@attrs.frozen(kw_only=True)
-class Origin:
-    """Where fine-tuning starts: a checkpoint, the config of its run, and its hash."""
-
-    checkpoint: Path
-    config: Config
-    sha256: str
-
-    @property
-    def shape(self) -> Model:
-        """The shape of the model."""
-        model = self.config.model
-        if isinstance(model, Model):
-            return model
-        if model.shape is None:
-            raise ConfigError(f"{self.checkpoint}: its run's config has no model.shape")
-        return model.shape
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer of its run."""
-        return RunDirectory(self.checkpoint.parent.parent).tokenizer
-
-
-_ATTEMPTS = 100
-
-
-def origin(given: str, key: str = "model.from") -> Origin:
-    """The checkpoint that `given` means; `ConfigError`, beginning with `key`, where none is."""
-    path = Path(given)
-    run = stage_directory(path) if path.exists() else None
-    if run is None:
-        raise ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()})")
-    for _ in range(_ATTEMPTS):
-        inside = sorted(RunDirectory(run).checkpoints.glob(f"step-{'[0-9]' * 12}"))
-        checkpoint = path if path.name.startswith("step-") else (inside[-1] if inside else None)
-        if checkpoint is None:
-            raise ConfigError(f"{key}: {given} has no checkpoint yet; train it first")
-        try:
-            digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-        except OSError as error:
-            # Of a run that goes on, the newest may be pruned here: then there is a newer one.
-            if checkpoint == path or checkpoint.is_dir():
-                raise ConfigError(
-                    f"{key}: {checkpoint} is incomplete: no manifest.json ({error.strerror})"
-                ) from error
-            continue
-        config = toml.read_any(RunDirectory(run).config)
-        return Origin(checkpoint=checkpoint, config=config, sha256=digest)
-    raise ConfigError(f"{key}: the checkpoints of {given} vanish faster than they can be read")
 
 
 def resolved(config: C, *, threads: int, device: str) -> C:
@@ -279,6 +186,16 @@ def _inherited(config: C, before: C) -> C:
             model = attrs.evolve(config.model, from_=before.model.from_)
             config = attrs.evolve(config, model=model)
     return config
+
+
+@contextmanager
+def placed(path: Path) -> Iterator[Path]:
+    """A directory to write into, which at the end takes the place of `path`; that is not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    temporary.rename(path)
 
 
 def write(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from functrain.objectives.language import LanguageModeling
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.stages import make_step
 
+_TIME = 1024  # tokens, for a model that no run has made
 KINDS = ("text", "completions", "pairs")
 
 
@@ -82,7 +83,8 @@ def evaluated(
     for files that cannot be read.
     """
     model = trained(given)
-    time = model.config.data.time if time is None else time
+    if time is None:
+        time = _TIME if model.config is None else model.config.data.time
     return [measured(model, file, time=time, batch_size=batch_size, limit=limit) for file in files]
 
 
@@ -99,7 +101,7 @@ def measured(
         batches = [dict(batch["chosen"]) for batch in batches]
     record = _evaluated(model, LanguageModeling(), batches)
     if model.tokenizer is not None:
-        found["bits_per_byte"] = bits_per_byte(record, batches)
+        found["bits_per_byte"] = bits_per_byte(record, batches, model.tokenizer)
     found["accuracy"] = record["eval_mean_token_accuracy"]
     return Measured(
         file=file,
@@ -130,7 +132,7 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[s
     if file != EMBEDDED and not Path(file).exists() and not glob.has_magic(file):
         raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")
     if is_tokens(file):
-        dtype = getattr(model.config.data, "dtype", "uint16")
+        dtype = "uint16" if model.config is None else getattr(model.config.data, "dtype", "uint16")
         return "text", data.tokens(file, dtype=dtype, **options)
     if model.tokenizer is None:
         raise ConfigError(
@@ -147,12 +149,14 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[s
 
 def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:
     if file == EMBEDDED:
-        held_out = data.embedded.load(limit=model.config.data.limit)
+        held_out = data.embedded.load(
+            limit=None if model.config is None else model.config.data.limit
+        )
         return {
             "pretrain": ("text", held_out.held_out),
             "sft": ("completions", held_out.sft_held_out),
             "dpo": ("pairs", held_out.preference_held_out),
-        }[model.config.stage]
+        }["pretrain" if model.config is None else model.config.stage]
     suffixes = {suffix_of(each) for each in files_of(file, (*TEXTS, *RECORDS))}
     if not suffixes <= {*RECORDS}:
         return "text", data.documents(file)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functrain import lora
 from functrain.cli import toml
 from functrain.cli.build import restored
-from functrain.cli.directory import RunDirectory
+from functrain.cli.origins import RunDirectory
+from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.errors import ConfigError
 from functrain.models import export
 from functrain.tracking import jsonl
@@ -31,6 +32,7 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
         found.state,
         found.architecture,
         directory,
+        tokenizer=_tokenizer(run),
         dtype=dtype,
         name=run.path.name,
         data=found.origin.config.data.train,
@@ -38,6 +40,12 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
         metrics=_measured(run, found.state.step),
     )
     return f"{path}: the model of step {found.state.step:,}, as transformers reads it"
+
+
+def _tokenizer(run: RunDirectory) -> PretrainedTokenizer | None:
+    """The tokenizer of transformers that the run was made with; the built-in one is none."""
+    there = run.tokenizer_files.is_dir()
+    return pretrained_tokenizer(run.tokenizer_files) if there else None
 
 
 def _measured(run: RunDirectory, step: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from functrain.cli import toml
-from functrain.cli.directory import RunDirectory, stage_directory
+from functrain.cli.origins import RunDirectory, stage_directory
 from functrain.errors import ConfigError
 from functrain.tracking import jsonl, report
 

@@ -20,11 +20,11 @@ from functrain.cli import directory as directories
 from functrain.cli import toml
 from functrain.cli.build import Built, build, digest
 from functrain.cli.config import DPO, SFT, Pretrain, Train
-from functrain.cli.directory import RunDirectory
-from functrain.cli.samples import prompts, spoken
+from functrain.cli.origins import RunDirectory
+from functrain.cli.samples import Prompt, prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.compilation import cache_directory
-from functrain.data import Prefetched, Source
+from functrain.data import ByteTokenizer, Prefetched, PretrainedTokenizer, Source
 from functrain.distributed import ALONE, World, gathered
 from functrain.errors import CheckpointError, ConfigError, RelayedError
 from functrain.evaluation import evaluate
@@ -52,7 +52,7 @@ class Outcome:
     built: Built
     state: TrainState
     records: list[dict[str, Any]]
-    prompts: list[str]
+    prompts: list[Prompt]
     first_words: list[str]
 
     @property
@@ -120,7 +120,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
     )
 
 
-def _first_words(built: Built, given: list[str], world: World) -> list[str]:
+def _first_words(built: Built, given: list[Prompt], world: World) -> list[str]:
     if not built.sharded:
         return spoken(built, built.state, given) if world.speaks else []
     whole = attrs.evolve(built.state, params=gathered(built.state.params))
@@ -157,8 +157,11 @@ def threads(count: int) -> Iterator[None]:
 
 def _written(run: RunDirectory, config: Pretrain | SFT | DPO, built: Built) -> str:
     directories.write(run.config, toml.dumps(config))
-    if built.tokenizer is not None:
+    if isinstance(built.tokenizer, ByteTokenizer):
         directories.write(run.tokenizer, built.tokenizer.to_json())
+    elif isinstance(built.tokenizer, PretrainedTokenizer) and not run.tokenizer_files.exists():
+        with directories.placed(run.tokenizer_files) as temporary:
+            built.tokenizer.save(temporary)
     return ""
 
 
@@ -229,7 +232,7 @@ def _trained(
         if world.any(bool(stop)):
             return state
         under = conditions(built.step, built.source.batch_size)
-        beside = models.config_files(built.step.architecture)
+        beside = _beside(built)
         source = _ahead(built, stack)
         clock = _Clock(config, built, state)
         for now, metrics in train(
@@ -258,6 +261,14 @@ def _trained(
             if stopping:
                 break
     return state
+
+
+def _beside(built: Built) -> dict[str, str]:
+    """What makes each checkpoint a directory that transformers reads, tokenizer and all."""
+    found = models.config_files(built.step.architecture)
+    if found and isinstance(built.tokenizer, PretrainedTokenizer):
+        found |= built.tokenizer.files()
+    return found
 
 
 def _services(

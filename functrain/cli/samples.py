@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 from functrain import models
 from functrain.cli.build import Built
-from functrain.data import ByteTokenizer
+from functrain.data import Tokenizer
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.state import TrainState
 
+Prompt = tuple[int, ...]
+"""The ids of a prompt: not all of them could be made of its text, those of a template, say."""
 
-def prompts(batches: Sequence[Batch], tokenizer: ByteTokenizer | None, count: int = 3) -> list[str]:
-    """The first held-out prompts, or the beginnings of held-out rows, as text again."""
+
+def prompts(batches: Sequence[Batch], tokenizer: Tokenizer | None, count: int = 3) -> list[Prompt]:
+    """The first held-out prompts, or the beginnings of held-out rows."""
     if tokenizer is None or not batches:
         return []
     sides = (batches[0].get(side) for side in ("chosen", "completion"))
@@ -25,12 +28,12 @@ def prompts(batches: Sequence[Batch], tokenizer: ByteTokenizer | None, count: in
         if "position_ids" in batch:  # packed text: the beginning of the first document
             begins = (batch["position_ids"][row] == 0).nonzero()[1:2]
             ids, first = ids[: int(begins[0]) if len(begins) else None], 0
-        found.append(tokenizer.decode(ids[: first or min(64, len(ids) // 2)].tolist()))
+        found.append(tuple(ids[: first or min(64, len(ids) // 2)].tolist()))
     return found
 
 
 def spoken(
-    built: Built, state: TrainState, given: Sequence[str], *, tokens: int = 120
+    built: Built, state: TrainState, given: Sequence[Prompt], *, tokens: int = 120
 ) -> list[str]:
     """What the model says after each prompt, greedily; nothing without a tokenizer."""
     tokenizer = built.tokenizer
@@ -41,9 +44,9 @@ def spoken(
             built.step.architecture,
             state.params,
             state.buffers,
-            tokenizer.encode(prompt) or [tokenizer.end],
+            prompt or [tokenizer.end],
             max_new_tokens=tokens,
-            end=tokenizer.end,
+            end=models.ends(built.step.architecture, tokenizer.end),
         )
         for prompt in given
     )

@@ -15,7 +15,7 @@ from functrain.errors import ConfigError, FunctrainError
 def described(given: str, *, tensors: bool = False) -> str:
     """A checkpoint, or a run's newest one, as text: what it holds, verified against its hashes."""
     from functrain import checkpoint
-    from functrain.cli.directory import RunDirectory, origin
+    from functrain.cli.origins import RunDirectory, origin
 
     path = Path(given)
     if (RunDirectory(path).config).is_file() or (path / "pretrain").is_dir():
@@ -93,10 +93,13 @@ def generated(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    plain: bool,
 ) -> str:
     """What the model of a run or checkpoint says after `prompt`; the same for the same arguments.
 
-    Raises `ConfigError` for a run on ids of a foreign tokenizer.
+    Where the tokenizer has a chat template the prompt is what a user says in it, unless it is to be
+    `plain`, or the run is one of pretraining. Raises `ConfigError` for a run on ids of a foreign
+    tokenizer.
     """
     from functrain import models
     from functrain.cli.build import trained
@@ -107,19 +110,31 @@ def generated(
             f"{given}: trained on ids of a tokenizer of your own, so a text prompt means nothing "
             "to it; use functrain.models.generate with ids"
         )
-    if model.config.stage != "pretrain" and model.config.data.train == EMBEDDED:
-        # The embedded questions end with a line; typing one into a shell is no fun.
-        prompt = prompt.rstrip("\n") + "\n"
     ids = models.generate(
         model.architecture,
         model.params,
         model.buffers,
-        model.tokenizer.encode(prompt) or [model.tokenizer.end],
+        _prompt(model, model.tokenizer, prompt, plain) or [model.tokenizer.end],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        end=model.tokenizer.end,
+        end=models.ends(model.architecture, model.tokenizer.end),
         seed=seed,
     )
     return model.tokenizer.decode(ids)
+
+
+def _prompt(model: Any, tokenizer: Any, prompt: str, plain: bool) -> list[int]:
+    from functrain.data.templates import has_template
+
+    config = model.config
+    pretrained = config is not None and config.stage == "pretrain"
+    if has_template(tokenizer) and not plain and not pretrained:
+        message = {"role": "user", "content": prompt}
+        ids: list[int] = tokenizer.encode(tokenizer.render([message], prompt=True))
+        return ids
+    if config is not None and not pretrained and config.data.train == EMBEDDED:
+        # The embedded questions end with a line; typing one into a shell is no fun.
+        prompt = prompt.rstrip("\n") + "\n"
+    return tokenizer.encode(prompt)

@@ -12,10 +12,10 @@ import attrs
 import torch
 
 from functrain.cli import toml
-from functrain.cli.directory import RunDirectory
+from functrain.cli.origins import RunDirectory
 from functrain.cli.run import Outcome
-from functrain.cli.samples import spoken
-from functrain.data import ByteTokenizer
+from functrain.cli.samples import Prompt, spoken
+from functrain.data import ByteTokenizer, Tokenizer
 from functrain.evaluation import evaluate
 from functrain.objectives import PreferenceOptimization, UnpairedOptimization
 from functrain.objectives.batches import Batch
@@ -44,7 +44,7 @@ def conclude(outcome: Outcome) -> str:
     rows = measured(outcome)
     last_words = spoken(outcome.built, outcome.state, outcome.prompts)
     said = [
-        Said(prompt=prompt, answers=(("before", first), ("after", last)))
+        Said(prompt=_text(outcome, prompt), answers=(("before", first), ("after", last)))
         for prompt, first, last in zip(
             outcome.prompts, outcome.first_words, last_words, strict=True
         )
@@ -64,6 +64,12 @@ def conclude(outcome: Outcome) -> str:
     )
 
 
+def _text(outcome: Outcome, prompt: Prompt) -> str:
+    tokenizer = outcome.built.tokenizer
+    assert tokenizer is not None  # without one there are no prompts
+    return tokenizer.decode(prompt)
+
+
 def measured(outcome: Outcome) -> list[Row]:
     """The stage's held-out measures, before its first step and after its last."""
     before, after = outcome.before, outcome.after
@@ -76,7 +82,8 @@ def measured(outcome: Outcome) -> list[Row]:
     rows = [(f"{what} perplexity", first, last)]
     if outcome.built.tokenizer is not None:
         batches = outcome.built.evaluation
-        first, last = (f"{bits_per_byte(each, batches):.3f}" for each in (before, after))
+        tokenizer = outcome.built.tokenizer
+        first, last = (f"{bits_per_byte(each, batches, tokenizer):.3f}" for each in (before, after))
         rows.append((f"{what} bits per byte", first, last))
     return [(outcome.config.stage, *row) for row in rows]
 
@@ -135,16 +142,18 @@ def unreferenced(batches: Sequence[Batch]) -> list[Batch]:
     return found
 
 
-def bits_per_byte(record: Mapping[str, Any], batches: Sequence[Batch]) -> float:
-    """An evaluation's loss in bits, over the bytes that were to be predicted.
+def bits_per_byte(
+    record: Mapping[str, Any], batches: Sequence[Batch], tokenizer: Tokenizer
+) -> float:
+    """An evaluation's loss in bits, over the bytes of the text that was to be predicted.
 
-    The ends of documents are predicted too, and only bytes are divided by.
+    The ends of documents and other special tokens are predicted too, and only text is divided by.
     """
-    end = ByteTokenizer().end
-    count = sum(
-        int(((batch["labels"][:, 1:] >= 0) & (batch["labels"][:, 1:] < end)).sum())
-        for batch in batches
-    )
+    targets = (row[row >= 0] for batch in batches for row in batch["labels"][:, 1:])
+    if isinstance(tokenizer, ByteTokenizer):
+        count = sum(int((row != tokenizer.end).sum()) for row in targets)
+    else:
+        count = sum(len(tokenizer.decode(row.tolist()).encode()) for row in targets)
     nats = float(record["eval_loss"]) * float(record["eval_num_tokens"])
     return nats / math.log(2) / count
 

@@ -15,7 +15,7 @@ from functrain.checkpoint.loading import read_leaves
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.cli import toml
 from functrain.cli.build import build
-from functrain.cli.directory import STAGE_ORDER, RunDirectory, stage_directory
+from functrain.cli.origins import STAGE_ORDER, RunDirectory, stage_directory
 from functrain.cli.run import threads
 from functrain.compilation import cache_directory
 from functrain.errors import CheckpointError, ConfigError

@@ -8,10 +8,10 @@ which is what the model is to say there; what others say in between is as the te
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from functools import partial
+from os.path import commonpath
 from typing import Any, NamedTuple, Protocol
 
 from functrain.data.dialogues import Dialogue, Message
@@ -106,7 +106,7 @@ def _common(one: str, other: str) -> int:
             length += len(a)
             continue
         if not (a.startswith("<") or b.startswith("<")):
-            length += len(os.path.commonprefix((a, b)))
+            length += len(commonpath((a, b)))
         break
     return length
 

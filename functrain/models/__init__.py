@@ -3,8 +3,8 @@
 from functrain.models.config import config_files
 from functrain.models.decoder import Decoder, DecoderConfig, decoder
 from functrain.models.exporting import export
-from functrain.models.generate import generate
-from functrain.models.pretrained import Pretrained, from_pretrained
+from functrain.models.generate import ends, generate
+from functrain.models.pretrained import Pretrained, from_pretrained, tokenizer_of
 
 __all__ = [
     "Decoder",
@@ -12,7 +12,9 @@ __all__ = [
     "Pretrained",
     "config_files",
     "decoder",
+    "ends",
     "export",
     "from_pretrained",
     "generate",
+    "tokenizer_of",
 ]

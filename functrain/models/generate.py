@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,16 @@ from functrain import keys
 from functrain.architecture import bound, vocabulary_of
 from functrain.errors import BatchError, ConfigError
 from functrain.models.decoder import Cache, Decoder
+
+
+def ends(architecture: nn.Module, end: int) -> frozenset[int]:
+    """The ids that stop a model: `end`, and those of a chat model's own `generation_config`.
+
+    A turn may end by another token than a document.
+    """
+    config = getattr(architecture, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    return frozenset({end, *([more] if isinstance(more, int) else more or ())})
 
 
 @torch.no_grad()
@@ -24,15 +36,15 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    end: int | None = None,
+    end: int | Collection[int] | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """The new token ids after `input_ids`; without `end`, which stops it.
+    """The new token ids after `input_ids`; without `end`, the id or ids that stop it (`ends`).
 
     Greedy at `temperature` 0, else sampled from the `top_k` likeliest tokens, or from the smallest
     set of probability `top_p` (1904.09751). The same arguments give the same tokens, and no global
-    generator moves. The built-in decoder keeps its keys and values; other models run the whole
-    sequence for each token.
+    generator moves. The built-in decoder and models of transformers keep their keys and values;
+    others run the whole sequence for each token.
 
     Raises `BatchError` for a prompt that is empty or out of range, `ConfigError` for the rest.
     """
@@ -40,30 +52,49 @@ def generate(
     _check_prompt(input_ids, vocabulary_of(architecture))
     device = next((p.device for p in params.values()), torch.device("cpu"))
     ids, new = list(input_ids), list[int]()
-    cache: Cache = []
+    stops = {end} if isinstance(end, int) else {*(end or ())}
+    past = _Past()
     with bound(architecture, params, buffers, "eval") as model:
         while len(new) < max_new_tokens:
-            logits = _next_logits(model, ids, cache, device)
+            logits = _next_logits(model, ids, past, device)
             with keys.seeded(keys.derive(seed, "generate", len(new)), device):
                 token = _sampled(logits, temperature, top_k, top_p)
-            if token == end:
+            if token in stops:
                 break
             new.append(token)
             ids.append(token)
     return new
 
 
-def _next_logits(
-    model: nn.Module, ids: Sequence[int], cache: Cache, device: torch.device
-) -> Tensor:
+class _Past:
+    """What a model keeps of the tokens that it has seen."""
+
+    def __init__(self) -> None:
+        self.own: Cache = []  # the built-in decoder's
+        self.theirs: Any = None  # one of transformers', where the model has such a one
+        self.seen = 0
+
+
+def _next_logits(model: nn.Module, ids: Sequence[int], past: _Past, device: torch.device) -> Tensor:
+    given = torch.tensor([ids[past.seen :]], device=device)
     if isinstance(model, Decoder):
-        seen = cache[0][0].shape[2] if cache else 0
-        logits: Tensor = model(torch.tensor([ids[seen:]], device=device), cache=cache)
-    else:
-        outputs = model(input_ids=torch.tensor([ids], device=device))
-        outputs = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        past.seen = len(ids)
+        logits: Tensor = model(given, cache=past.own)
+        return logits[0, -1].float()
+    caches = {"past_key_values": past.theirs, "use_cache": True} if keeps(model) else {}
+    outputs = model(input_ids=given, **caches)
+    past.theirs = getattr(outputs, "past_key_values", None)
+    past.seen = 0 if past.theirs is None else len(ids)
+    outputs = outputs["logits"] if isinstance(outputs, Mapping) else outputs
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
     return logits[0, -1].float()
+
+
+def keeps(architecture: nn.Module) -> bool:
+    """Whether it is a model of transformers that keeps its keys and values when asked to."""
+    if not hasattr(architecture, "generation_config"):
+        return False
+    return "past_key_values" in inspect.signature(architecture.forward).parameters
 
 
 def _sampled(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> int:

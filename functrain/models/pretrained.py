@@ -76,7 +76,7 @@ def from_pretrained(
         handed = dict(params)
         del params
         params = _moved(handed)
-    return Pretrained(architecture, params, _moved(dict(buffers)), _tokenizer(given, where))
+    return Pretrained(architecture, params, _moved(dict(buffers)), tokenizer_of(given))
 
 
 def _lies_as(dtype: torch.dtype, where: Path, given: Path) -> bool:
@@ -213,12 +213,12 @@ def _moved(given: dict[str, Tensor]) -> Tensors:
     return owning(Tensors(moved))
 
 
-def _tokenizer(given: Path, where: Path) -> PretrainedTokenizer | None:
-    if given.suffix == ".gguf":
-        return pretrained_tokenizer(given)
-    if not any((where / name).is_file() for name in _TOKENIZERS):
+def tokenizer_of(path: str | Path) -> PretrainedTokenizer | None:
+    """The tokenizer of a model: in its directory, None where there is none, or in its GGUF file."""
+    given = Path(path)
+    if given.suffix != ".gguf" and not any((given / name).is_file() for name in _TOKENIZERS):
         return None
-    return pretrained_tokenizer(where)
+    return pretrained_tokenizer(given)
 
 
 @contextmanager

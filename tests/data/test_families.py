@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data.test_dialogues import tokenizer
 
 import functrain as ft
 from functrain.data import PretrainedTokenizer
+from tests.data.test_dialogues import tokenizer
 
 # Found and not imported: that would take seconds.
 _TRL = importlib.util.find_spec("trl")
@@ -25,13 +25,50 @@ if _TRL is None or _TRL.origin is None:
     pytest.skip("trl, whose wheel holds the templates, is not installed", allow_module_level=True)
 TEMPLATES = Path(_TRL.origin).parent / "chat_templates"
 
-FAMILIES = (
-    "cohere cohere2 gemma3 gemma4 glm4moe gptoss lfm2 lfm2_2_5 llama3 llama3_1 llama3_2 phi3 "
-    "phi3_5 qwen2_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6 qwen3_8 qwen3_instruct_2507 qwen3_vl"
-).split()
-TOOLS = "gemma4 glm4moe gptoss llama3_1 qwen2_5 qwen3 qwen3_5_think qwen3_8 qwen3_vl".split()
-REASONING = "glm4moe qwen3 qwen3_5_think qwen3_6 nemotron_3_nano deepseek_r1_distill deepseekv3"
-FORGETFUL = "gptoss phi3 phi3_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6".split()
+FAMILIES = [
+    "cohere",
+    "cohere2",
+    "gemma3",
+    "gemma4",
+    "glm4moe",
+    "gptoss",
+    "lfm2",
+    "lfm2_2_5",
+    "llama3",
+    "llama3_1",
+    "llama3_2",
+    "phi3",
+    "phi3_5",
+    "qwen2_5",
+    "qwen3",
+    "qwen3_5_nothink",
+    "qwen3_5_think",
+    "qwen3_6",
+    "qwen3_8",
+    "qwen3_instruct_2507",
+    "qwen3_vl",
+]
+TOOLS = [
+    "gemma4",
+    "glm4moe",
+    "gptoss",
+    "llama3_1",
+    "qwen2_5",
+    "qwen3",
+    "qwen3_5_think",
+    "qwen3_8",
+    "qwen3_vl",
+]
+REASONING = [
+    "deepseek_r1_distill",
+    "deepseekv3",
+    "glm4moe",
+    "nemotron_3_nano",
+    "qwen3",
+    "qwen3_5_think",
+    "qwen3_6",
+]
+FORGETFUL = ["gptoss", "phi3", "phi3_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
 """Those that render a turn otherwise once more follows, if only its end."""
 
 ADD = {
@@ -121,7 +158,7 @@ def test_these_render_the_past_otherwise(family: str) -> None:
     assert not model.render(messages).startswith(first)
 
 
-@pytest.mark.parametrize("family", REASONING.split())
+@pytest.mark.parametrize("family", REASONING)
 def test_reasoning_is_learnt_in_every_turn(family: str) -> None:
     """The templates take it out of earlier turns, and some of the prompt's beginning of it too."""
     model = of(family)

@@ -85,3 +85,15 @@ def test_its_head_is_found_and_gives_the_same_loss(name: str, monkeypatch: Any) 
         step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2))
         losses.append(ft.evaluate(step, step.init(params, buffers), [zoo.batch()])["eval_loss"])
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+@EVERY
+def test_what_it_keeps_changes_no_token(name: str) -> None:
+    """Generated with its keys and values kept, as transformers does, and over the whole sequence."""
+    parts = ft.split(families.made(name).double())
+    kept = ft.models.generate(*parts, [1, 2, 3], max_new_tokens=8)
+    ids = [1, 2, 3]
+    with ft.bound(*parts, "eval") as model, torch.no_grad():
+        for _ in range(8):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert kept == ids[3:]

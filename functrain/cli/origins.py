@@ -1,0 +1,154 @@
+"""Where fine-tuning starts: a run, one of its checkpoints, or a model of transformers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import attrs
+
+from functrain.cli import toml
+from functrain.cli.config import Config, Model
+from functrain.errors import ConfigError
+
+STAGE_ORDER = ("dpo", "sft", "pretrain")
+# What of a directory of transformers the model and its tokenizer are read from.
+_READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
+
+
+@attrs.frozen
+class RunDirectory:
+    """The layout of a run directory."""
+
+    path: Path = attrs.field(converter=Path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.toml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def tokenizer_files(self) -> Path:
+        """The tokenizer of transformers, a directory, where the run has such a one."""
+        return self.path / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints, a directory for each."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """A line of JSON for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report, for a browser."""
+        return self.path / "report.html"
+
+
+def stage_directory(path: Path) -> Path:
+    """The run directory that `path` is, holds (a demo's last stage), or lies in (a checkpoint)."""
+    stages = [path / stage for stage in STAGE_ORDER if (path / stage / "checkpoints").is_dir()]
+    for found in (path, *stages, path.parent, path.parent.parent):
+        if RunDirectory(found).config.is_file():
+            return found
+    what = "no run's directory (it has no config.toml)" if path.exists() else "not there"
+    raise ConfigError(
+        f"{path}: {what}; expected a run as `functrain pretrain` makes it, or a model of "
+        "transformers (config.json and safetensors, or a .gguf file)"
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Origin:
+    """Where fine-tuning starts: weights, their hash, and the config of the run that made them.
+
+    `checkpoint`: of a run, or a directory or GGUF file that transformers reads; then `config` is
+    None.
+    """
+
+    checkpoint: Path
+    sha256: str
+    config: Config | None = None
+
+    @property
+    def shape(self) -> Model | None:
+        """The shape of the built-in decoder; None for a model of transformers."""
+        model = None if self.config is None else self.config.model
+        return model if model is None or isinstance(model, Model) else model.shape
+
+    @property
+    def run(self) -> RunDirectory:
+        """The directory of its run; for a model of transformers none that is there."""
+        return RunDirectory(self.checkpoint.parent.parent)
+
+
+def is_model(path: Path) -> bool:
+    """Whether it is a model of transformers that no run keeps: a directory, or a GGUF file."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    if path.name.startswith("step-") or (path / "manifest.json").exists():
+        return False
+    return (path / "config.json").is_file()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(each for each in path.iterdir() if each.is_file() and each.suffix in _READ)
+
+
+def _stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
+    stats = [(each.name, each.stat()) for each in _files(path)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+@functools.lru_cache(maxsize=8)
+def _hash_of(path: Path, _stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Of all that is read of a model; once for files as they lie there, since they are large."""
+    hasher = hashlib.sha256()
+    for each in _files(path):
+        with each.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        hasher.update(f"{each.name}\0{digest}\0".encode())
+    return hasher.hexdigest()
+
+
+_ATTEMPTS = 100
+
+
+def origin(given: str, key: str = "model.from") -> Origin:
+    """The checkpoint that `given` means; `ConfigError`, beginning with `key`, where none is."""
+    path = Path(given)
+    if not path.exists():
+        raise ConfigError(
+            f"{key}: {given} is not there (looked from {Path.cwd()}); models are read from the disk"
+        )
+    if is_model(path):
+        return Origin(checkpoint=path, sha256=_hash_of(path, _stamps(path)))
+    run = stage_directory(path)
+    for _ in range(_ATTEMPTS):
+        inside = sorted(RunDirectory(run).checkpoints.glob(f"step-{'[0-9]' * 12}"))
+        checkpoint = path if path.name.startswith("step-") else (inside[-1] if inside else None)
+        if checkpoint is None:
+            raise ConfigError(f"{key}: {given} has no checkpoint yet; train it first")
+        try:
+            digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+        except OSError as error:
+            # Of a run that goes on, the newest may be pruned here: then there is a newer one.
+            if checkpoint == path or checkpoint.is_dir():
+                raise ConfigError(
+                    f"{key}: {checkpoint} is incomplete: no manifest.json ({error.strerror})"
+                ) from error
+            continue
+        config = toml.read_any(RunDirectory(run).config)
+        return Origin(checkpoint=checkpoint, config=config, sha256=digest)
+    raise ConfigError(f"{key}: the checkpoints of {given} vanish faster than they can be read")

@@ -1,0 +1,270 @@
+"""Runs that start from a model of transformers: trained, resumed, aligned, spoken with, exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.data.test_dialogues import CHATML, tokenizer
+
+import functrain as ft
+from functrain.cli import main, toml
+from functrain.cli.build import restored, trained
+
+COMMON = [
+    *("--train.steps", "6", "--train.batch-size", "4", "--train.save-every", "2"),
+    *("--train.threads", "1", "--train.device", "cpu", "--evaluation.every", "3"),
+    *("--data.time", "64", "--train.keep", "9"),
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{i} plus one?"},
+            {"role": "assistant", "content": f"{i + 1}"},
+        ]
+    }
+    for i in range(12)
+]
+PAIRS = [
+    {
+        "prompt": CHATS[i]["messages"][:1],
+        "chosen": CHATS[i]["messages"][1:],
+        "rejected": [{"role": "assistant", "content": f"{i + 2}"}],
+    }
+    for i in range(12)
+]
+
+
+def jsonl(path: Path, records: list[Any]) -> list[str]:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return ["--data.train", str(path), "--data.held-out", str(path)]
+
+
+def save_model(path: Path, *, template: str | None = CHATML, seed: int = 0) -> Path:
+    """A small Llama of transformers with a byte-level tokenizer."""
+    given = tokenizer(template)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=given.vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=given.end,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    given.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a run of all its params, adapters over the model, and preferences after that run."""
+    path = tmp_path_factory.mktemp("transformers")
+    save_model(path / "model")
+    chats = jsonl(path / "sft.jsonl", CHATS)
+    start = ["--model.from", str(path / "model")]
+    assert main(["sft", "--directory", str(path / "whole"), *start, *chats, *COMMON]) == 0
+    lora = ["--lora.rank", "2", *COMMON]
+    assert main(["sft", "--directory", str(path / "adapters"), *start, *chats, *lora]) == 0
+    pairs = jsonl(path / "pairs.jsonl", PAIRS)
+    start = ["--model.from", str(path / "whole")]
+    assert main(["dpo", "--directory", str(path / "dpo"), *start, *pairs, *COMMON]) == 0
+    return path
+
+
+RUNS = pytest.mark.parametrize("run", ["whole", "adapters", "dpo"])
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits
+    return found
+
+
+def test_the_first_step_is_the_models_own(runs: Path) -> None:
+    """The first loss is that of transformers over what the assistant says."""
+    first = json.loads((runs / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(runs / "model").eval()
+    given = tokenizer()
+    total, count = 0.0, 0
+    for chat in CHATS:
+        asked = given.encode(given.render(chat["messages"][:1], prompt=True))
+        said = given.encode(f"{chat['messages'][1]['content']}<|im_end|>")
+        scores = logits(model, [*asked, *said])[0].log_softmax(-1)
+        at = range(len(asked) - 1, len(asked) + len(said) - 1)
+        total -= sum(float(scores[n, i]) for n, i in zip(at, said, strict=True))
+        count += len(said)
+    assert first["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert first["eval_num_tokens"] == count
+
+
+def test_preferences_begin_at_the_run_before(runs: Path) -> None:
+    first = json.loads((runs / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval_rewards/margins"] == 0.0
+    params = restored(str(runs / "dpo")).state.params
+    assert params.keys() == restored(str(runs / "whole")).state.params.keys()
+
+
+@RUNS
+def test_a_resumed_run_has_the_same_bits(run: str, runs: Path, tmp_path: Path) -> None:
+    text = (runs / run / "config.toml").read_text().replace(str(runs / run), str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(text)
+    stage = toml.read_any(runs / run / "config.toml").stage
+    command = [stage, str(tmp_path / "run" / "config.toml"), "--resume"]
+    assert main([*command, "--train.steps", "3"]) == 0
+    assert main([*command, "--train.steps", "6"]) == 0
+    ends = [restored(str(path / "checkpoints" / f"step-{6:012}")) for path in (tmp_path / "run",)]
+    ends.append(restored(str(runs / run)))
+    assert ft.fingerprint(ends[0].state) == ft.fingerprint(ends[1].state)
+
+
+@RUNS
+def test_its_steps_can_be_made_again(run: str, runs: Path, capsys: Any) -> None:
+    assert main(["verify", str(runs / run), "--replay", "2..6"]) == 0
+    assert "same" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_a_model_with_its_tokenizer(runs: Path) -> None:
+    checkpoint = runs / "whole" / "checkpoints" / f"step-{6:012}"
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    assert theirs.chat_template == CHATML
+    state = restored(str(runs / "whole")).state
+    for name, value in model.named_parameters():
+        assert torch.equal(state.params[name], value), name
+
+
+@RUNS
+def test_it_is_exported_with_its_tokenizer_and_speaks(
+    run: str, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    merge = ["--merge"] if run == "adapters" else []
+    assert main(["export", str(runs / run), str(tmp_path / "out"), *merge]) == 0
+    capsys.readouterr()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = CHATS[3]["messages"][:1]
+    asked = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    said = model.generate(**asked, max_new_tokens=8, do_sample=False)[0]
+    expected = theirs.decode(said[asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    question = messages[0]["content"]
+    for given in (runs / run, tmp_path / "out"):
+        assert main(["generate", str(given), question, "--max-new-tokens", "8"]) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_prompt_can_be_plain(runs: Path) -> None:
+    from functrain.cli.show import generated
+
+    options: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0, "top_k": None, "seed": 0}
+    found = generated(str(runs / "model"), "3 plus", plain=True, top_p=None, **options)
+    model = trained(str(runs / "model"))
+    assert model.tokenizer is not None
+    ids = ft.models.generate(
+        model.architecture,
+        model.params,
+        model.buffers,
+        model.tokenizer.encode("3 plus"),
+        max_new_tokens=9,
+        end=model.tokenizer.end,
+    )
+    assert found == model.tokenizer.decode(ids)
+
+
+def test_it_is_measured_before_any_run(runs: Path, capsys: Any) -> None:
+    files = [str(runs / "sft.jsonl"), str(runs / "pairs.jsonl")]
+    assert main(["evaluate", str(runs / "model"), *files, "--json"]) == 0
+    chats, pairs = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    first = json.loads((runs / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    assert chats["loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
+    # What is predicted is "1<|im_end|>", of which a byte is text.
+    count = sum(len(chat["messages"][1]["content"]) for chat in CHATS)
+    bits = chats["loss"] * chats["tokens"] / 0.6931471805599453 / count
+    assert chats["bits_per_byte"] == pytest.approx(bits)
+    assert (pairs["kind"], pairs["examples"]) == ("pairs", 12)
+
+
+def test_what_was_begun_over_another_model_is_not_resumed(
+    runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(runs / "model", model)
+    run = ["sft", "--directory", str(tmp_path / "run"), "--model.from", str(model), *COMMON]
+    run += ["--data.train", str(runs / "sft.jsonl")]
+    assert main([*run, "--train.steps", "2"]) == 0
+    save_model(model, seed=1)
+    assert main([*run, "--train.steps", "4", "--resume"]) == 2
+    assert "is not what this run started from (another hash)" in capsys.readouterr().err
+
+
+def _without(name: str) -> Any:
+    def change(path: Path) -> None:
+        for each in path.glob(name):
+            each.unlink()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without("tokenizer*"), "has no tokenizer beside its weights"),
+        (_without("*.safetensors"), "neither model.safetensors nor"),
+        (_without("config.json"), "no run's directory (it has no config.toml)"),
+        (_without("*"), "or a model of transformers"),
+        (shutil.rmtree, "is not there (looked from"),
+    ],
+    ids=["no tokenizer", "no weights", "no config", "nothing", "not there"],
+)
+def test_what_is_no_model_is_refused(
+    change: Any, message: str, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(runs / "model", model)
+    change(model)
+    run = ["sft", "--directory", str(tmp_path / "run"), "--model.from", str(model), *COMMON]
+    assert main([*run, "--data.train", str(runs / "sft.jsonl")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_commands_over_a_state_ask_for_a_run(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["export", str(runs / "model"), str(tmp_path / "x")]) == 2
+    assert "a model of transformers and no run" in capsys.readouterr().err
+
+
+def test_a_template_is_told_of_reasoning(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    """`data.enable_thinking` is written down, and asked with afterwards."""
+    thinking = CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}",
+        "<|im_start|>assistant\n{% if not enable_thinking %}(no){% endif %}{% endif %}",
+    ).replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and not enable_thinking %}(no){% endif %}{{ m['content'] }}",
+    )
+    model = save_model(tmp_path / "model", template=thinking)
+    run = ["sft", "--model.from", str(model), *COMMON, "--data.train", str(runs / "sft.jsonl")]
+    for given in ("True", "False"):
+        options = ["--directory", str(tmp_path / given), "--data.enable-thinking", given]
+        assert main([*run, *options]) == 0
+        found = trained(str(tmp_path / given)).tokenizer
+        assert isinstance(found, ft.data.PretrainedTokenizer)
+        prompt = found.render(CHATS[0]["messages"][:1], prompt=True)
+        assert prompt.endswith("(no)") == (given == "False")
+    capsys.readouterr()
+    bare = save_model(tmp_path / "bare", template=None)
+    text = [{"prompt": "a", "completion": "b"}] * 8
+    run = ["sft", "--model.from", str(bare), *COMMON, *jsonl(tmp_path / "x.jsonl", text)]
+    run += ["--directory", str(tmp_path / "run")]
+    assert main([*run, "--data.enable-thinking", "True"]) == 2
+    assert "data.enable_thinking: the tokenizer has no chat template" in capsys.readouterr().err
+    assert main(run) == 0
