@@ -27,6 +27,7 @@ _COMMANDS = {
     "export": "write it for transformers:            functrain export RUN DIR",
     "verify": "check that it is as it was saved:     functrain verify RUN --replay 200..400",
     "diff": "see where two runs part:              functrain diff RUN OTHER",
+    "completion": 'complete it in a shell:               eval "$(functrain completion bash)"',
 }
 _HELP = f"""usage: functrain COMMAND [OPTIONS]
 

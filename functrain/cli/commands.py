@@ -15,7 +15,7 @@ import tyro
 
 from functrain.cli import toml
 from functrain.cli.config import DPO, SFT, Pretrain
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, did_you_mean
 
 A = TypeVar("A")
 
@@ -131,8 +131,14 @@ class Evaluate:
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory, or a checkpoint in one."""
-    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")]
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
     """Text, token ids, or JSON Lines of text, completions or pairs; `embedded` is the default's."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, by name; its data come from a hub, or from files."""
+    include: str | None = None
+    """A directory with tasks of your own, as YAML."""
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Ask the tasks in the tokenizer's chat template."""
     time: int | None = None
     """Tokens of a row or an example at most; the run's own unless given."""
     batch_size: int = 32
@@ -187,6 +193,14 @@ class Data:
     """Which record, from 0 on."""
     color: str = "auto"
     """always, never, or auto: where the output is a terminal."""
+
+
+@attrs.frozen(kw_only=True)
+class Completion:
+    """Completions for a shell: eval "$(functrain completion bash)"."""
+
+    shell: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="bash|zsh|fish")]
+    """For which shell."""
 
 
 def say(line: str) -> None:
@@ -328,23 +342,49 @@ def init(command: str, rest: Sequence[str]) -> int:
 def evaluate(command: str, rest: Sequence[str]) -> int:
     """`functrain evaluate RUN FILE …`."""
     arguments = _parsed(Evaluate, command, rest)
-    if not arguments.files:
-        raise ConfigError("evaluate: no file; give some after the run, or embedded")
-    from functrain.cli.evaluate import HEAD, evaluated
+    if not arguments.files and not arguments.tasks:
+        raise ConfigError("evaluate: no file; give some after the run, or embedded, or --tasks")
+    from functrain.cli.evaluate import HEAD, Measured, evaluated
     from functrain.cli.summary import table
+    from functrain.cli.tasks import JUDGED, Judged, judged
 
-    found = evaluated(
-        arguments.run,
-        arguments.files,
-        time=arguments.time,
-        batch_size=arguments.batch_size,
-        limit=arguments.limit,
-    )
-    if arguments.json:
-        for each in found:
-            print(orjson.dumps(attrs.asdict(each)).decode())
-    else:
-        print(table(HEAD, [each.row() for each in found]))
+    plan: Any = {
+        "time": arguments.time,
+        "batch_size": arguments.batch_size,
+        "limit": arguments.limit,
+    }
+    found: list[tuple[tuple[str, ...], Sequence[Measured | Judged]]] = []
+    if arguments.files:
+        found.append((HEAD, evaluated(arguments.run, arguments.files, **plan)))
+    if arguments.tasks:
+        more: Any = {"include": arguments.include, "chat": arguments.chat}
+        found.append((JUDGED, judged(arguments.run, arguments.tasks, **more, **plan)))
+    for head, rows in found:
+        if arguments.json:
+            for each in rows:
+                print(orjson.dumps(attrs.asdict(each)).decode())
+        else:
+            print(table(head, [each.row() for each in rows]))
+    return 0
+
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def completion(command: str, rest: Sequence[str]) -> int:
+    """`functrain completion bash|zsh|fish`."""
+    shell = _parsed(Completion, command, rest).shell
+    if shell not in SHELLS:
+        raise ConfigError(f"shell: {shell!r} is unknown; {did_you_mean(shell, SHELLS)}")
+    asked = ["--tyro-print-completion", shell]
+    try:
+        tyro.extras.subcommand_cli_from_dict(dict(ARGUMENTS), prog="functrain", args=asked)
+    except SystemExit as end:  # how tyro ends after it has printed
+        if end.code:
+            raise
+    if shell == "bash":
+        # What is no option and no command is a file.
+        print("complete -o default -F _tyro_functrain functrain")
     return 0
 
 
@@ -417,3 +457,23 @@ def diff(command: str, rest: Sequence[str]) -> int:
     same, lines = compared(arguments.one, arguments.other)
     print("\n".join(lines))
     return 0 if same else 1
+
+
+ARGUMENTS = {
+    "init": Init,
+    "demo": Demo,
+    "pretrain": PretrainArguments,
+    "sft": SFTArguments,
+    "dpo": DPOArguments,
+    "reference": DPOArguments,
+    "generate": Generate,
+    "evaluate": Evaluate,
+    "report": Report,
+    "data": Data,
+    "inspect": Inspect,
+    "export": Export,
+    "verify": Verify,
+    "diff": Diff,
+    "completion": Completion,
+}
+"""What each command takes."""

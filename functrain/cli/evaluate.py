@@ -25,7 +25,7 @@ from functrain.objectives.language import LanguageModeling
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.stages import make_step
 
-_TIME = 1024  # tokens, for a model that no run has made
+TIME = 1024  # tokens, for a model that no run has made
 KINDS = ("text", "completions", "pairs")
 
 
@@ -84,7 +84,7 @@ def evaluated(
     """
     model = trained(given)
     if time is None:
-        time = _TIME if model.config is None else model.config.data.time
+        time = TIME if model.config is None else model.config.data.time
     return [measured(model, file, time=time, batch_size=batch_size, limit=limit) for file in files]
 
 

@@ -4,6 +4,7 @@ from functrain.models.config import config_files
 from functrain.models.decoder import Decoder, DecoderConfig, decoder
 from functrain.models.exporting import export
 from functrain.models.generate import ends, generate
+from functrain.models.harness import harness
 from functrain.models.pretrained import Pretrained, from_pretrained, tokenizer_of
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "export",
     "from_pretrained",
     "generate",
+    "harness",
     "tokenizer_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,11 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     end: int | Collection[int] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
     seed: int = 0,
 ) -> list[int]:
     """The new token ids after `input_ids`; without `end`, the id or ids that stop it (`ends`).
+    `stop` is asked after each token, with those that are new, whether to stop there.
 
     Greedy at `temperature` 0, else sampled from the `top_k` likeliest tokens, or from the smallest
     set of probability `top_p` (1904.09751). The same arguments give the same tokens, and no global
@@ -63,6 +65,8 @@ def generate(
                 break
             new.append(token)
             ids.append(token)
+            if stop is not None and stop(new):
+                break
     return new
 
 

@@ -1,4 +1,4 @@
-"""Runs that start from a model of transformers: trained, resumed, aligned, spoken with, exported."""
+"""Runs from a model of transformers: trained, resumed, aligned, spoken with, exported."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.data.test_dialogues import CHATML, tokenizer
 
 import functrain as ft
 from functrain.cli import main, toml
 from functrain.cli.build import restored, trained
+from tests.data.test_dialogues import CHATML, tokenizer
 
 COMMON = [
     *("--train.steps", "6", "--train.batch-size", "4", "--train.save-every", "2"),
@@ -249,7 +249,8 @@ def test_a_template_is_told_of_reasoning(runs: Path, tmp_path: Path, capsys: Any
         "<|im_start|>assistant\n{% if not enable_thinking %}(no){% endif %}{% endif %}",
     ).replace(
         "{{ m['content'] }}",
-        "{% if m['role'] == 'assistant' and not enable_thinking %}(no){% endif %}{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and not enable_thinking %}(no){% endif %}"
+        "{{ m['content'] }}",
     )
     model = save_model(tmp_path / "model", template=thinking)
     run = ["sft", "--model.from", str(model), *COMMON, "--data.train", str(runs / "sft.jsonl")]

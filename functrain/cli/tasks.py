@@ -1,0 +1,103 @@
+"""`functrain evaluate --tasks`: a model over tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from functrain import models
+from functrain.cli.build import trained
+from functrain.cli.evaluate import TIME
+from functrain.data.templates import has_template
+from functrain.errors import ConfigError, did_you_mean
+
+
+@attrs.frozen(kw_only=True)
+class Judged:
+    """A metric of a task of lm-evaluation-harness."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int
+
+    def row(self) -> tuple[str, ...]:
+        """As a row of a table."""
+        spread = "" if self.stderr is None else f"{self.stderr:.4f}"
+        return self.task, self.metric, f"{self.value:.4f}", spread, f"{self.examples:,}"
+
+
+JUDGED = ("task", "metric", "value", "stderr", "examples")
+
+
+def judged(
+    given: str,
+    tasks: Sequence[str],
+    *,
+    include: str | None,
+    time: int | None,
+    batch_size: int,
+    limit: int | None,
+    chat: bool,
+) -> list[Judged]:
+    """The model of a run, of a checkpoint or of transformers over tasks of lm-evaluation-harness.
+
+    `include`: a directory of YAML files with tasks of one's own. `chat`: what is asked is put into
+    the tokenizer's chat template. Raises `ConfigError` for unknown tasks, with the nearest.
+    """
+    model = trained(given)
+    if model.tokenizer is None:
+        raise ConfigError(
+            f"{given}: trained on ids of a tokenizer of your own, and tasks are text; use "
+            "functrain.models.harness with that tokenizer"
+        )
+    if chat and not has_template(model.tokenizer):
+        raise ConfigError(f"chat: the tokenizer of {given} has no chat template; leave it out")
+    lm = models.harness(
+        model.architecture,
+        model.params,
+        model.buffers,
+        model.tokenizer,
+        time=TIME if time is None else time,
+        batch_size=batch_size,
+    )
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise ConfigError(
+                f"tasks: {task!r} is unknown; {did_you_mean(task, manager.all_tasks)}"
+            )
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        apply_chat_template=chat,
+        log_samples=False,
+    )
+    counts = {name: int(each["effective"]) for name, each in found["n-samples"].items()}
+    return [
+        each for task, values in found["results"].items() for each in _judged(task, values, counts)
+    ]
+
+
+def _judged(task: str, values: Mapping[str, Any], counts: Mapping[str, int]) -> Iterator[Judged]:
+    for key, value in values.items():
+        metric, _, kept = key.partition(",")
+        if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        spread = values.get(f"{metric}_stderr,{kept}")
+        name = metric if kept == "none" else f"{metric} ({kept})"
+        yield Judged(
+            task=task,
+            metric=name,
+            value=float(value),
+            stderr=float(spread) if isinstance(spread, int | float) else None,
+            examples=counts.get(task, 0),
+        )

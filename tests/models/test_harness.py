@@ -1,0 +1,192 @@
+"""Tasks of lm-evaluation-harness over live values: the real library, beside its own model class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import functrain as ft
+from functrain.cli import main
+from tests.cli.test_cli_transformers import save_model
+from tests.data.test_dialogues import CHATML
+
+lm_eval = pytest.importorskip("lm_eval")
+# Of lm_eval and of what it imports; none is of functrain's calls.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+CHOICES = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+TEXT = """
+task: running
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}]
+"""
+SPOKEN = """
+task: spoken
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{said}}}}"
+generation_kwargs: {{until: ["e"], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with three tasks over a file, and a cache of data sets that is nobody else's."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    given = [
+        {
+            "question": f"What is {n} and {n}? " * (1 + 3 * (n == 2)),
+            "choices": [f" {n + 1}", f" It is {2 * n}", " none"],
+            "answer": n % 3,
+            "said": "x",
+        }
+        for n in range(7)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(each) + "\n" for each in given))
+    found = tmp_path / "tasks"
+    found.mkdir()
+    for name, text in (("choices", CHOICES), ("running", TEXT), ("spoken", SPOKEN)):
+        (found / f"{name}.yaml").write_text(text.format(path=data))
+    return found
+
+
+def decoder() -> tuple[Any, Any, Any]:
+    """The built-in decoder over bytes."""
+    config = ft.models.DecoderConfig(vocabulary=257, width=16, layers=1, heads=2)
+    return ft.split(ft.models.decoder(config).double())
+
+
+def asked(model: Any, tasks: Path, **options: Any) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=["choices", "running", "spoken"],
+        task_manager=TaskManager(include_path=str(tasks)),
+        bootstrap_iters=0,
+        **options,
+    )
+    samples = {
+        name: [(each["resps"], each["arguments"]) for each in rows]
+        for name, rows in found["samples"].items()
+    }
+    return found["results"], samples
+
+
+def close(one: Any, other: Any) -> bool:
+    """The same, but for rounding of numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(close, one, other))
+    if isinstance(one, float):
+        return one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("time", [1024, 48], ids=["whole", "cut"])
+def test_the_same_as_its_own_model_class(time: int, tmp_path: Path, tasks: Path) -> None:
+    """Of each request: log-probs, whether they are greedy, text in windows, what is said."""
+    from lm_eval.models.huggingface import HFLM
+
+    path = save_model(tmp_path / "model")
+    architecture, params, buffers, tokenizer = ft.models.from_pretrained(path)
+    assert tokenizer is not None
+    ours = ft.models.harness(architecture, params, buffers, tokenizer, time=time, batch_size=3)
+    theirs = HFLM(
+        pretrained=transformers.AutoModelForCausalLM.from_pretrained(path),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path),
+        max_length=time,
+        device="cpu",
+    )
+    results, samples = asked(ours, tasks)
+    expected, said = asked(theirs, tasks)
+    assert samples.keys() == {"choices", "running", "spoken"}
+    for task in samples:
+        assert close(samples[task], said[task]), task
+    assert close(results, expected)
+
+
+def test_neither_batches_nor_generators_matter(tmp_path: Path, tasks: Path) -> None:
+    given = (*decoder(), ft.data.ByteTokenizer())
+    before = torch.get_rng_state()
+    one = ft.models.harness(*given, batch_size=1)
+    pairs = [([1, 2, 3], [4, 5]), ([1], [2, 3, 4, 5, 6]), ([9] * 20, [3])]
+    found = one._scored(pairs)
+    assert close(found, ft.models.harness(*given, batch_size=3)._scored(pairs))
+    assert torch.equal(before, torch.get_rng_state())
+    results, _ = asked(one, tasks)
+    assert set(results) == {"choices", "running", "spoken"}
+
+
+def test_a_chat_template_is_applied(tmp_path: Path, tasks: Path) -> None:
+    architecture, params, buffers, tokenizer = ft.models.from_pretrained(
+        save_model(tmp_path / "model", template=CHATML)
+    )
+    assert tokenizer is not None
+    live = ft.models.harness(architecture, params, buffers, tokenizer)
+    _, samples = asked(live, tasks, apply_chat_template=True)
+    (prompt, _), *_ = samples["choices"][0][1]
+    assert prompt.startswith("<|im_start|>user\nWhat is 0 and 0?")
+    assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_from_the_command_line(tmp_path: Path, tasks: Path, capsys: Any) -> None:
+    model = str(save_model(tmp_path / "model"))
+    include = ["--include", str(tasks)]
+    assert main(["evaluate", model, *include, "--tasks", "choices", "running", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["task"], row["metric"], row["examples"]) for row in rows] == [
+        ("choices", "acc", 7),
+        ("choices", "acc_norm", 7),
+        ("running", "word_perplexity", 7),
+        ("running", "byte_perplexity", 7),
+    ]
+    assert main(["evaluate", model, *include, "--tasks", "choices", "--chat", "--limit", "2"]) == 0
+    assert "acc_norm" in capsys.readouterr().out
+    assert main(["evaluate", model, *include, "--tasks", "choises"]) == 2
+    assert "tasks: 'choises' is unknown; did you mean 'choices'" in capsys.readouterr().err
+
+
+def test_bad_arguments_are_answered(tmp_path: Path) -> None:
+    given = (*decoder(), ft.data.ByteTokenizer())
+    for options in ({"time": 1}, {"batch_size": 0}):
+        with pytest.raises(ft.ConfigError, match="expected at least 2 and 1"):
+            ft.models.harness(*given, **options)
+    live = ft.models.harness(*given, time=4)
+    with pytest.raises(ft.DataError, match="5 tokens after 1, expected 1 to 4"):
+        live._scored([([1], [1, 2, 3, 4, 5])])
+    with pytest.raises(ft.ConfigError, match="no chat template"):
+        live.apply_chat_template([{"role": "user", "content": "a"}])
