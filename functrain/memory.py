@@ -29,6 +29,16 @@ def _found() -> ctypes._NamedFuncPointer | None:
 _madvise = _found()
 
 
+def peak(device: torch.device) -> int:
+    """The most bytes so far: of tensors on a CUDA device; else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
 def keep_pages() -> bool:
     """Have this process keep the memory that it frees, for its next tensors; whether it now does.
 

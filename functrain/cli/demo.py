@@ -119,7 +119,7 @@ def _bits(judge: Outcome, state: TrainState | None = None) -> str:
     """A stage's held-out bits per byte at its end, or with another stage's state."""
     batches = judge.built.evaluation
     found = judge.after if state is None else evaluate(judge.built.step, state, batches).to_dict()
-    return f"{bits_per_byte(found, batches):.3f}"
+    return f"{bits_per_byte(found, batches, judge.built.tokenizer):.3f}"
 
 
 def _said(outcomes: Sequence[Outcome]) -> list[Said]:

@@ -49,6 +49,16 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def notes(self) -> Path:
+        """What was read, dropped and truncated: a line each."""
+        return self.path / "data.txt"
+
+    @property
+    def environment(self) -> Path:
+        """Where the last sitting computed."""
+        return self.path / "environment.json"
+
+    @property
     def report(self) -> Path:
         """The report, for a browser."""
         return self.path / "report.html"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from functrain.cli import toml
+from functrain.cli.facts import recorded
 from functrain.cli.origins import RunDirectory, stage_directory
 from functrain.errors import ConfigError
-from functrain.tracking import jsonl, report
+from functrain.tracking import report
 
 
 def compared(given: Sequence[str], to: Path) -> str:
@@ -20,14 +20,7 @@ def compared(given: Sequence[str], to: Path) -> str:
         raise ConfigError("report: no run; give run directories")
     runs = [RunDirectory(stage_directory(Path(each))) for each in given]
     names = _names([run.path for run in runs])
-    stages = [
-        report.StageRecord(
-            name=name,
-            metrics=jsonl.read(run.metrics),
-            config=toml.dumps(toml.read_any(run.config)),
-        )
-        for name, run in zip(names, runs, strict=True)
-    ]
+    stages = [recorded(run, name) for name, run in zip(names, runs, strict=True)]
     try:
         report.write_report(to, title=", ".join(names), stages=stages, together=len(stages) > 1)
     except OSError as error:

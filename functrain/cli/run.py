@@ -15,9 +15,9 @@ from typing import Any, TextIO, TypeVar
 import attrs
 import torch
 
-from functrain import checkpoint, models, objectives
+from functrain import checkpoint, memory, models, objectives
 from functrain.cli import directory as directories
-from functrain.cli import toml
+from functrain.cli import facts, toml
 from functrain.cli.build import Built, build, digest
 from functrain.cli.config import DPO, SFT, Pretrain, Train
 from functrain.cli.origins import RunDirectory
@@ -30,7 +30,7 @@ from functrain.errors import CheckpointError, ConfigError, RelayedError
 from functrain.evaluation import evaluate
 from functrain.flops import flops_of
 from functrain.loop import check_guard, conditions, train, world_of
-from functrain.state import TrainState
+from functrain.state import TrainState, device_of
 from functrain.tracking import jsonl, progress
 from functrain.tracking.beside import Beside
 from functrain.tracking.jsonl import Several
@@ -96,7 +96,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         found = digest(built.source)
         world.agree({"data.train": found})
         config = _same_data(config, found)
-        world.from_first(lambda: _written(run, config, built), "the run directory")
+        world.from_first(lambda: _written(run, config, built, world), "the run directory")
         given = prompts(built.evaluation, built.tokenizer)
         # Now, because the first step reuses the memory of the first state.
         first_words = _first_words(built, given, world)
@@ -155,8 +155,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _written(run: RunDirectory, config: Pretrain | SFT | DPO, built: Built) -> str:
+def _written(run: RunDirectory, config: Pretrain | SFT | DPO, built: Built, world: World) -> str:
     directories.write(run.config, toml.dumps(config))
+    facts.written(run, built, world)
     if isinstance(built.tokenizer, ByteTokenizer):
         directories.write(run.tokenizer, built.tokenizer.to_json())
     elif isinstance(built.tokenizer, PretrainedTokenizer) and not run.tokenizer_files.exists():
@@ -323,6 +324,7 @@ class _Clock:
         self._peak = None if config.train.peak_tflops is None else config.train.peak_tflops * size
         batch = built.data.at(state.cursor.samples, built.source.batch_size)
         self._flops = None if self._peak is None else flops_of(built.step, state, batch)
+        self._device = device_of(state.params)
         self._since, self._waited = time.perf_counter(), 0.0
 
     def measured(self, values: Mapping[str, float], waited: float) -> dict[str, float]:
@@ -330,7 +332,7 @@ class _Clock:
         now = time.perf_counter()
         elapsed, self._since = max(now - self._since, 1e-9), now
         step_waited, self._waited = waited - self._waited, waited
-        found = {"data_seconds": step_waited}
+        found = {"data_seconds": step_waited, "peak_memory_gib": memory.peak(self._device) / 2**30}
         if "eval_loss" in values:  # an evaluation's time is not the step's
             return found
         found["tokens_per_second"] = values["num_tokens"] / elapsed

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from functrain.cli import toml
+from functrain.cli.facts import recorded
 from functrain.cli.origins import RunDirectory
 from functrain.cli.run import Outcome
 from functrain.cli.samples import Prompt, spoken
@@ -188,9 +188,7 @@ def write_report(
 ) -> None:
     """The report over these stages; the fingerprint is of the last one's state."""
     stages = [
-        report.StageRecord(
-            name=outcome.config.stage, metrics=outcome.records, config=toml.dumps(outcome.config)
-        )
+        recorded(RunDirectory(outcome.config.directory), outcome.config.stage)
         for outcome in outcomes
     ]
     report.write_report(

@@ -12,8 +12,8 @@ import orjson
 
 from functrain.errors import DataError
 
-CLOCKS = ("data_seconds", "mfu", "tokens_per_second")
-"""What is read off a clock, and so differs between runs that are the same."""
+CLOCKS = ("data_seconds", "mfu", "peak_memory_gib", "tokens_per_second")
+"""What is read off a clock or the system, and so differs between runs that are the same."""
 
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
     ),
     ("Waiting for data, seconds a step", (("train", "data_seconds", False),)),
     ("Model FLOPs utilisation", (("train", "mfu", False),)),
+    ("Peak memory of the process, GiB", (("train", "peak_memory_gib", False),)),
     ("Loss scale", (("of the step", "loss_scale", False),)),
     ("Skipped steps", (("skipped", "skipped", False),)),
 )
@@ -56,6 +58,7 @@ FROM_ZERO = (
     "padding",
     "data_seconds",
     "mfu",
+    "peak_memory_gib",
 )
 # What says nothing while it stands still.
 QUIET = ("loss_scale", "skipped")
@@ -78,12 +81,28 @@ class Sample(Protocol):
 
 
 @attrs.frozen(kw_only=True)
+class CheckpointRow:
+    """A checkpoint that is kept: its size in bytes, the sha256 of each file, its held-out loss."""
+
+    step: int
+    size: int
+    sha256: Mapping[str, str]
+    loss: float | None = None
+
+
+@attrs.frozen(kw_only=True)
 class StageRecord:
-    """A stage and the records of its metrics.jsonl; `config` is shown as it is."""
+    """A stage and the records of its metrics.jsonl; `config` is shown as it is.
+
+    `notes`: what was read of its data, a line each. `environment`: by name.
+    """
 
     name: str
     metrics: Sequence[Mapping[str, Any]]
     config: str = ""
+    notes: Sequence[str] = ()
+    environment: Mapping[str, str] = attrs.field(factory=dict)
+    checkpoints: Sequence[CheckpointRow] = ()
 
 
 def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -157,6 +176,9 @@ def render_report(
                 "steps": int(stage.metrics[-1]["step"]) if stage.metrics else 0,
                 "config": stage.config,
                 "charts": _drawn(charts(stage.metrics)),
+                "notes": tuple(stage.notes),
+                "environment": tuple(stage.environment.items()),
+                "checkpoints": [_row(each) for each in stage.checkpoints],
             }
             for stage in stages
         ],
@@ -167,6 +189,19 @@ def render_report(
         fingerprint=fingerprint,
         commands=tuple(commands),
     )
+
+
+def _row(kept: CheckpointRow) -> dict[str, str]:
+    """The params and the whole, by the first digits of their hashes: the same where bits are."""
+    params = kept.sha256.get("model.safetensors", "")
+    whole = hashlib.sha256("".join(kept.sha256[name] for name in sorted(kept.sha256)).encode())
+    return {
+        "step": f"{kept.step:,}",
+        "size": f"{kept.size / 2**20:,.1f}",
+        "loss": "" if kept.loss is None else f"{kept.loss:.4f}",
+        "params": params[:16],
+        "whole": whole.hexdigest()[:16],
+    }
 
 
 def write_report(path: str | os.PathLike[str], **contents: Any) -> None:
@@ -231,7 +266,8 @@ dl { margin: 8px 0 0; } dt { color: var(--soft); font-size: 13px; }
 dd { margin: 0 0 8px; } pre, .said { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
   font: 13px/1.5 ui-monospace, monospace; }
 .samples { display: grid; gap: 14px; } summary { cursor: pointer; color: var(--soft); }
-details { margin-top: 14px; }
+details { margin-top: 14px; } ul.card { padding-left: 30px; overflow-wrap: anywhere; }
+.hash { font: 13px/1.5 ui-monospace, monospace; } summary + * { margin-top: 8px; }
 </style>
 </head>
 <body>
@@ -253,6 +289,27 @@ details { margin-top: 14px; }
 {% for stage in stages %}
 <h2>{{ stage.name }} <small>{{ "{:,}".format(stage.steps) }} steps</small></h2>
 <div class="charts">{{ figures(stage.charts) }}</div>
+{% if stage.notes %}
+<details><summary>data</summary><ul class="card">
+{% for note in stage.notes %}<li>{{ note }}</li>
+{% endfor %}</ul></details>
+{% endif %}
+{% if stage.checkpoints %}
+<details><summary>checkpoints</summary><div class="card scroll"><table>
+<tr><th class="number">step</th><th class="number">MiB</th><th class="number">held-out loss</th>
+<th>sha256 of the params</th><th>of all files</th></tr>
+{% for each in stage.checkpoints %}
+<tr><td class="number">{{ each.step }}</td><td class="number">{{ each.size }}</td>
+<td class="number">{{ each.loss }}</td><td class="hash">{{ each.params }}</td>
+<td class="hash">{{ each.whole }}</td></tr>
+{% endfor %}</table></div></details>
+{% endif %}
+{% if stage.environment %}
+<details><summary>environment</summary><div class="card scroll"><table>
+{% for name, value in stage.environment %}
+<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
+{% endfor %}</table></div></details>
+{% endif %}
 {% if stage.config %}
 <details><summary>config</summary><pre class="card">{{ stage.config }}</pre></details>
 {% endif %}

@@ -1,0 +1,80 @@
+"""What a report says of a run beside its metrics: data, environment, checkpoints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping
+
+import orjson
+
+from functrain import __version__, checkpoint
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM
+from functrain.checkpoint.manifest import checkpoints, read_manifest
+from functrain.cli import directory as directories
+from functrain.cli import toml
+from functrain.cli.build import Built
+from functrain.cli.origins import RunDirectory
+from functrain.distributed import World
+from functrain.errors import CheckpointError
+from functrain.state import device_of
+from functrain.tracking import jsonl
+from functrain.tracking.report import CheckpointRow, StageRecord
+
+_PACKAGES = ("numpy", "transformers", "tokenizers")
+
+
+def written(run: RunDirectory, built: Built, world: World) -> None:
+    """Write down what was read and where this sitting computes, for reports of any later time."""
+    directories.write(run.notes, "".join(f"{note}\n" for note in built.notes))
+    found = {"functrain": __version__, "python": platform.python_version()}
+    found |= {"system": platform.platform(), "workers": str(world.size)}
+    numerics = checkpoint.numerics(device_of(built.state.params))
+    found |= {name: str(value) for name, value in numerics.items()}
+    # Of those that are loaded: to look for others takes time.
+    loaded = [name for name in _PACKAGES if name in sys.modules]
+    found |= {name: importlib.metadata.version(name) for name in loaded}
+    text = orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    directories.write(run.environment, text.decode())
+
+
+def recorded(run: RunDirectory, name: str) -> StageRecord:
+    """A run as its directory has it."""
+    return StageRecord(
+        name=name,
+        metrics=jsonl.read(run.metrics),
+        config=toml.dumps(toml.read_any(run.config)),
+        notes=_lines(run),
+        environment=_environment(run),
+        checkpoints=_kept(run),
+    )
+
+
+def _lines(run: RunDirectory) -> list[str]:
+    return run.notes.read_text(encoding="utf-8").splitlines() if run.notes.is_file() else []
+
+
+def _environment(run: RunDirectory) -> Mapping[str, str]:
+    if not run.environment.is_file():
+        return {}
+    found = orjson.loads(run.environment.read_bytes())
+    return {str(name): str(value) for name, value in found.items()}
+
+
+def _kept(run: RunDirectory) -> list[CheckpointRow]:
+    found = []
+    for path in checkpoints(run.checkpoints):
+        try:
+            manifest = read_manifest(OPERATING_SYSTEM, path)
+        except (OSError, CheckpointError):
+            continue  # pruned while this looks, by a run that goes on
+        found.append(
+            CheckpointRow(
+                step=manifest.step,
+                size=sum(file.size for file in manifest.files.values()),
+                sha256={name: file.sha256 for name, file in manifest.files.items()},
+                loss=manifest.metrics.get("eval_loss"),
+            )
+        )
+    return found
