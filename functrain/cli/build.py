@@ -97,6 +97,7 @@ class Restored:
     """A checkpoint as it was trained: where it is, the architecture, and the state."""
 
     origin: Origin
+    config: Config
     architecture: nn.Module
     state: TrainState
 
@@ -297,7 +298,7 @@ def restored(given: str, *, device: str = "cpu") -> Restored:
         # Nothing is computed with it, so what its bits would depend on does not matter.
         warnings.simplefilter("ignore", NumericsWarning)
         state = checkpoint.load(found.checkpoint, like=like)
-    return Restored(origin=found, architecture=architecture, state=state)
+    return Restored(origin=found, config=found.config, architecture=architecture, state=state)
 
 
 def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:

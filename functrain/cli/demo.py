@@ -22,6 +22,7 @@ from functrain.cli.summary import (
     conclude,
     measured,
     table,
+    worded,
     write_report,
 )
 from functrain.data.embedded import trigram_bits_per_byte
@@ -117,9 +118,10 @@ def _rows(pretrain: Outcome, sft: Outcome, dpo: Outcome, trigram: str) -> list[R
 
 def _bits(judge: Outcome, state: TrainState | None = None) -> str:
     """A stage's held-out bits per byte at its end, or with another stage's state."""
-    batches = judge.built.evaluation
+    batches, tokenizer = judge.built.evaluation, judge.built.tokenizer
+    assert tokenizer is not None  # the demo's is the built-in one
     found = judge.after if state is None else evaluate(judge.built.step, state, batches).to_dict()
-    return f"{bits_per_byte(found, batches, judge.built.tokenizer):.3f}"
+    return f"{bits_per_byte(found, batches, tokenizer):.3f}"
 
 
 def _said(outcomes: Sequence[Outcome]) -> list[Said]:
@@ -128,9 +130,7 @@ def _said(outcomes: Sequence[Outcome]) -> list[Said]:
     answers = [spoken(sft.built, outcome.state, sft.prompts) for outcome in outcomes]
     stages = [outcome.config.stage for outcome in outcomes]
     return [
-        Said(
-            prompt=sft.built.tokenizer.decode(prompt), answers=tuple(zip(stages, each, strict=True))
-        )
+        Said(prompt=worded(sft, prompt), answers=tuple(zip(stages, each, strict=True)))
         for prompt, *each in zip(sft.prompts, *answers, strict=True)
     ]
 

@@ -23,7 +23,7 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
         if dtype is not None:
             raise ConfigError("dtype: adapters are written as they are; give it with --merge")
         path = lora.save_adapter(directory, found.architecture, found.state.params)
-        below = getattr(found.origin.config.model, "from_", None)
+        below = getattr(found.config.model, "from_", None)
         return (
             f"{path}: the adapters of step {found.state.step:,}, as peft reads them; their base is "
             f"{below}, which `functrain export` writes as well"
@@ -35,8 +35,8 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
         tokenizer=_tokenizer(run),
         dtype=dtype,
         name=run.path.name,
-        data=found.origin.config.data.train,
-        config=toml.dumps(found.origin.config),
+        data=found.config.data.train,
+        config=toml.dumps(found.config),
         metrics=_measured(run, found.state.step),
     )
     return f"{path}: the model of step {found.state.step:,}, as transformers reads it"

@@ -131,10 +131,8 @@ def _prompt(model: Any, tokenizer: Any, prompt: str, plain: bool) -> list[int]:
     config = model.config
     pretrained = config is not None and config.stage == "pretrain"
     if has_template(tokenizer) and not plain and not pretrained:
-        message = {"role": "user", "content": prompt}
-        ids: list[int] = tokenizer.encode(tokenizer.render([message], prompt=True))
-        return ids
-    if config is not None and not pretrained and config.data.train == EMBEDDED:
+        prompt = tokenizer.render([{"role": "user", "content": prompt}], prompt=True)
+    elif config is not None and not pretrained and config.data.train == EMBEDDED:
         # The embedded questions end with a line; typing one into a shell is no fun.
         prompt = prompt.rstrip("\n") + "\n"
-    return tokenizer.encode(prompt)
+    return list(tokenizer.encode(prompt))

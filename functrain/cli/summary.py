@@ -44,7 +44,7 @@ def conclude(outcome: Outcome) -> str:
     rows = measured(outcome)
     last_words = spoken(outcome.built, outcome.state, outcome.prompts)
     said = [
-        Said(prompt=_text(outcome, prompt), answers=(("before", first), ("after", last)))
+        Said(prompt=worded(outcome, prompt), answers=(("before", first), ("after", last)))
         for prompt, first, last in zip(
             outcome.prompts, outcome.first_words, last_words, strict=True
         )
@@ -64,7 +64,8 @@ def conclude(outcome: Outcome) -> str:
     )
 
 
-def _text(outcome: Outcome, prompt: Prompt) -> str:
+def worded(outcome: Outcome, prompt: Prompt) -> str:
+    """A prompt as text."""
     tokenizer = outcome.built.tokenizer
     assert tokenizer is not None  # without one there are no prompts
     return tokenizer.decode(prompt)
