@@ -53,7 +53,7 @@ EXTRAS = {
     "cli": {"tyro", "cattrs", "rich", "jinja2"},
     "tracking": {"rich", "jinja2"},
     "testing": {"hypothesis"},
-    "models": {"transformers", "lm_eval"},
+    "models": {"transformers"},
     "data": {"transformers", "jinja2", "pyarrow"},
 }
 

@@ -406,7 +406,9 @@ def _file(
             ids = data.tokens(path, dtype=config.data.dtype, **_rows(config))
             return ids if limit is None else attrs.evolve(ids, ids=ids.ids[:limit])
         if config.stage == "pretrain":
-            return _source(config, data.documents(path)[:limit], tokenizer)
+            texts = data.documents(path, on_bad_record=config.data.on_bad_record)
+            source: Any = _source(config, texts.first(limit), tokenizer)
+            return attrs.evolve(source, origin=data.passed_over(texts.malformed))
         found = data.records(path, on_bad_record=config.data.on_bad_record)
         return _source(config, found.first(limit), tokenizer)
     except DataError as error:
@@ -419,7 +421,8 @@ def _cached(
 ) -> Source:
     if is_tokens(path) or tokenizer is None:
         raise ConfigError(f"data.cache: {path} holds token ids, which are mapped as they are")
-    found = data.tokenized(path, tokenizer, cache).first(limit)
+    how = config.data.on_bad_record
+    found = data.tokenized(path, tokenizer, cache, on_bad_record=how).first(limit)
     make: Any = found.packed_text if config.data.packing else found.text
     made: Source = make(**_rows(config))
     return made

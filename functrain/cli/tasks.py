@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,16 +65,13 @@ def judged(
         time=TIME if time is None else time,
         batch_size=batch_size,
     )
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include)
+    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager(include_path=include)
     for task in tasks:
         if not manager.match_tasks([task]):
             raise ConfigError(
                 f"tasks: {task!r} is unknown; {did_you_mean(task, manager.all_tasks)}"
             )
-    found = lm_eval.simple_evaluate(
+    found = importlib.import_module("lm_eval").simple_evaluate(
         model=lm,
         tasks=list(tasks),
         task_manager=manager,

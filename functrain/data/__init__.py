@@ -18,7 +18,7 @@ from functrain.data.sequences import Chats, chat
 from functrain.data.source import MapSource, Source, all_batches
 from functrain.data.streams import Stream, Taken
 from functrain.data.text import TextRows, text, tokens
-from functrain.data.token_cache import Tokenized, TokenizedFile, tokenized
+from functrain.data.token_cache import Tokenized, TokenizedFile, passed_over, tokenized
 from functrain.data.tokenizers import ByteTokenizer, Tokenizer, from_json
 from functrain.data.truncation import Counts
 from functrain.data.unpaired import Unpaired, unpaired
@@ -52,6 +52,7 @@ __all__ = [
     "pack",
     "packed",
     "packed_text",
+    "passed_over",
     "permuted",
     "preference",
     "records",

@@ -123,12 +123,31 @@ def _listed(data: bytes, path: str) -> Records:
     return Records(value, [(path, number) for number in range(len(value))])
 
 
-def documents(path: PathLike) -> list[str]:
+class Documents(list[str]):
+    """Texts of files; `malformed`: what was wrong with each record that was passed over."""
+
+    def __init__(self, items: Iterable[str], malformed: Sequence[str] = ()) -> None:
+        super().__init__(items)
+        self.malformed = tuple(malformed)
+
+    def first(self, count: int | None) -> Documents:
+        """So many of them, the first; all where it is None."""
+        return Documents(self[:count], self.malformed)
+
+
+def documents(path: PathLike, *, on_bad_record: str = "stop") -> Documents:
     """The texts of records (`{"text": …}` in .jsonl, .json, .parquet), or a file as one document.
 
-    A directory or a pattern is read as by `records`, .txt and .md files among the others.
+    A directory or a pattern is read as by `records`, .txt and .md files among the others. With
+    `on_bad_record="skip"` records without a text, and files that are none, are `malformed`.
     """
-    return [text for file in document_files(path) for text in texts(file)]
+    check_on_bad_record(on_bad_record)
+    malformed: list[str] = []
+    skipped = malformed if on_bad_record == "skip" else None
+    found = [text for file in document_files(path) for text in texts(file, skipped)]
+    if not found:
+        raise DataError(f"{path}: no documents{f' ({malformed[0]})' if malformed else ''}")
+    return Documents(found, malformed)
 
 
 def document_files(path: PathLike) -> list[Path]:
@@ -136,34 +155,49 @@ def document_files(path: PathLike) -> list[Path]:
     return files_of(path, (*TEXTS, *RECORDS))
 
 
-def texts(path: Path) -> Iterator[str]:
+def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
     """The documents of one file as it is read: .jsonl by the line, .parquet by the row group.
 
-    .json, .txt and .md files are read whole.
+    .json, .txt and .md files are read whole. What is malformed is an error, or goes to `skipped`.
     """
     if suffix_of(path) not in RECORDS:
         try:
             yield contents(path).decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error})") from error
+            _passed_over(DataError(f"{path}: not UTF-8 text ({error})"), skipped)
         return
-    count = 0
-    for record, where in _each(path):
+    count, before = 0, len(skipped or ())
+    for record, where in _each(path, skipped):
         count += 1
-        if not isinstance(record.get("text"), str):
-            raise DataError(f"{path}: record {count} has no text under 'text' ({where})")
-        yield record["text"]
-    if not count:
-        raise DataError(f"{path}: no records; expected one JSON object in each line")
+        if isinstance(record.get("text"), str):
+            yield record["text"]
+        else:
+            error = DataError(f"{path}: record {count} has no text under 'text' ({where})")
+            _passed_over(error, skipped)
+    if not count and len(skipped or ()) == before:
+        error = DataError(f"{path}: no records; expected one JSON object in each line")
+        _passed_over(error, skipped)
 
 
-def _each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _passed_over(error: DataError, skipped: list[str] | None) -> None:
+    if skipped is None:
+        raise error
+    skipped.append(str(error))
+
+
+def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], str]]:
     """The records of one file with their places, one in memory at a time where the file allows."""
     if suffix_of(path) == ".jsonl":
         for number, line in enumerate(lines(path), start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield _object(line, where), where
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                record = _object(line, where)
+            except DataError as error:
+                _passed_over(error, skipped)
+            else:
+                yield record, where
         return
     found = columns.rows(path) if suffix_of(path) == ".parquet" else _records(path, "stop")
     for number, record in enumerate(found):

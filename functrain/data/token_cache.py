@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from functrain.data.files import PathLike, suffix_of
 from functrain.data.packing import Packed, packed_ids
-from functrain.data.records import document_files, texts
+from functrain.data.records import check_on_bad_record, document_files, texts
 from functrain.data.text import Ids, TextRows, id_type
 from functrain.data.token_parts import (
     END_TYPE,
@@ -57,8 +57,9 @@ class TokenizedFile:
 class Tokenized:
     """Documents as ids, memory-mapped: document d is `ids[ends[d - 1] : ends[d]]`, its end too.
 
-    `files` says what was read of which; `made`, whether it was tokenised just now, in part at
-    least. `str()` is that in words.
+    `files` says what was read of which; `malformed`, what was wrong with each record that was
+    passed over; `made`, whether it was tokenised just now, in part at least. `str()` is that in
+    words.
     """
 
     directory: Path
@@ -66,6 +67,7 @@ class Tokenized:
     ends: npt.NDArray[np.int64] = attrs.field(repr=False)
     files: tuple[TokenizedFile, ...]
     made: bool
+    malformed: tuple[str, ...] = ()
 
     def text(self, *, time: int, batch_size: int, seed: int = 0, shuffle: bool = True) -> TextRows:
         """The source that `functrain.data.text` makes of the same documents, bit for bit."""
@@ -96,7 +98,8 @@ class Tokenized:
         """What was read, in words: of all, and of each file where there are several, but few."""
         each = () if len(self.files) == 1 else tuple(map(str, self.files[:_SAID]))
         more = len(self.files) - _SAID
-        return (str(self), *each, *((f"… and {more:,} more files",) if more > 0 else ()))
+        bad = passed_over(self.malformed)
+        return (str(self), *each, *((f"… and {more:,} more files",) if more > 0 else ()), *bad)
 
     def __str__(self) -> str:
         known = sum(each.documents for each in self.files)
@@ -107,6 +110,18 @@ class Tokenized:
             f"{len(self.ids):,} tokens, "
             f"{'tokenised into' if self.made else 'as tokenised in'} {self.directory}"
         )
+
+
+def passed_over(malformed: Sequence[str]) -> tuple[str, ...]:
+    """What was passed over, in words: how many records, and the first of them."""
+    if not malformed:
+        return ()
+    more = len(malformed) - _SAID
+    return (
+        f"{len(malformed):,} malformed, passed over",
+        *malformed[:_SAID],
+        *((f"… and {more:,} more",) if more > 0 else ()),
+    )
 
 
 @attrs.frozen
@@ -130,12 +145,14 @@ class _Content:
             )
 
 
-def tokenized(path: PathLike, tokenizer: Tokenizer, directory: PathLike) -> Tokenized:
+def tokenized(
+    path: PathLike, tokenizer: Tokenizer, directory: PathLike, *, on_bad_record: str = "stop"
+) -> Tokenized:
     """The documents of files, tokenised once: the next call for the same content maps the result.
 
-    `path` is read as by `functrain.data.documents`. What is kept lies in `directory` under a key:
-    the hash of the files' contents in their order, and of the tokenizer, which needs a
-    `fingerprint`, a text that is another where its ids are. A call that is killed loses at most the
+    `path` and `on_bad_record` are those of `functrain.data.documents`. What is kept lies in
+    `directory` under a key: the hash of the files' contents in their order, and of the tokenizer,
+    which needs a `fingerprint`, a text that is another where its ids are. A call that is killed loses at most the
     last million tokens; the next one goes on after what is whole. Of several calls at once one
     works and the others wait for it. Of .jsonl a line is in memory at a time, of .parquet a row
     group; .txt, .md and .json files are there whole, since the ids of a text are not, for every
@@ -146,13 +163,14 @@ def tokenized(path: PathLike, tokenizer: Tokenizer, directory: PathLike) -> Toke
     it mapped.
     """
     check_tokenizer(tokenizer, "vocabulary", "fingerprint")
+    check_on_bad_record(on_bad_record)
     contents = [_content(file) for file in document_files(path)]
-    home = Path(directory) / _key(contents, tokenizer)
+    home = Path(directory) / _key(contents, tokenizer, on_bad_record)
     made = False
     if not (home / MANIFEST).exists():
         with _locked(home):
             if not (home / MANIFEST).exists():
-                _make(home, contents, tokenizer)
+                _make(home, contents, tokenizer, None if on_bad_record == "stop" else [])
                 made = True
     return _opened(home, contents, made)
 
@@ -171,9 +189,10 @@ def _stat(path: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _key(contents: Sequence[_Content], tokenizer: Any) -> str:
+def _key(contents: Sequence[_Content], tokenizer: Any, on_bad_record: str) -> str:
     told = [_FORMAT, tokenizer.fingerprint, str(tokenizer.end), str(tokenizer.vocabulary)]
     told += [f"{each.kind} {each.digest}" for each in contents]
+    told += [] if on_bad_record == "stop" else [on_bad_record]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]
 
 
@@ -190,9 +209,14 @@ def _locked(home: Path) -> Iterator[None]:
         raise DataError(f"{home}: cannot be written ({error})") from error
 
 
-def _make(home: Path, contents: Sequence[_Content], tokenizer: Tokenizer) -> None:
+def _make(
+    home: Path, contents: Sequence[_Content], tokenizer: Tokenizer, skipped: list[str] | None
+) -> None:
     with Parts(home, id_type(tokenizer)) as parts:
-        documents = ((n, text) for n, each in enumerate(contents) for text in texts(each.path))
+        # From the beginning also where some parts are there: so all that is skipped is known.
+        documents = (
+            (n, text) for n, each in enumerate(contents) for text in texts(each.path, skipped)
+        )
         pending = _Pending()
         for number, text in itertools.islice(documents, parts.documents, None):
             pending.add(number, _ids(text, tokenizer, contents[number].path))
@@ -200,7 +224,9 @@ def _make(home: Path, contents: Sequence[_Content], tokenizer: Tokenizer) -> Non
                 pending = pending.into(parts, contents)
         if pending.tokens:
             pending.into(parts, contents)
-        parts.seal({"format": _FORMAT, "dtype": parts.dtype.str})
+        if not parts.documents:
+            raise DataError(f"{home}: no documents{f' ({skipped[0]})' if skipped else ''}")
+        parts.seal({"format": _FORMAT, "dtype": parts.dtype.str, "malformed": skipped or []})
 
 
 def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
@@ -263,6 +289,7 @@ def _opened(home: Path, contents: Sequence[_Content], made: bool) -> Tokenized:
             for n, each in enumerate(contents)
         ),
         made=made,
+        malformed=tuple(manifest.get("malformed", ())),
     )
 
 

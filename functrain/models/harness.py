@@ -6,6 +6,7 @@ lm_eval.simple_evaluate(model=model, tasks=["hellaswag"])
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def harness(
     Raises `ConfigError` where lm_eval is not installed.
     """
     try:
-        from lm_eval.api.model import TemplateLM
+        base = importlib.import_module("lm_eval.api.model").TemplateLM
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"tasks need {error.name}, which is not installed: pip install 'functrain[eval]'"
@@ -52,7 +53,7 @@ def harness(
         raise ConfigError(
             f"harness: time {time} and batch_size {batch_size}, expected at least 2 and 1"
         )
-    live: Any = type("Live", (_Live, TemplateLM), {})
+    live: Any = type("Live", (_Live, base), {})
     return live(architecture, params, buffers, tokenizer, time, batch_size)
 
 
@@ -112,19 +113,18 @@ class _Live:
         return self._scored([(context, said) for _, context, said in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_options: Any) -> list[float]:
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
+        utils: Any = importlib.import_module("lm_eval.utils")
         windows: list[tuple[list[int], list[int]]] = []
         counts = []
         for request in requests:
-            found = get_rolling_token_windows(
+            found = utils.get_rolling_token_windows(
                 token_list=self.given.encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.time,
                 context_len=1,
             )
             before = len(windows)
-            windows += map(make_disjoint_window, found)
+            windows += map(utils.make_disjoint_window, found)
             counts.append(len(windows) - before)
         scores = iter(self._scored(windows))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]

@@ -379,3 +379,62 @@ def test_what_was_read_is_said_by_file(tmp_path: Path) -> None:
     assert str(some).startswith("the first 3 of 13 documents in 2 files")
     _check(some, TEXTS[:3])
     assert found.first(None).ids is not None
+
+
+def _flawed(path: Path) -> list[str]:
+    """Two files, in which three records are malformed; the texts that are left."""
+    path.mkdir()
+    rows = [json.dumps({"text": text}) for text in TEXTS]
+    (path / "a.jsonl").write_text("\n".join([*rows[:5], "{", *rows[5:], '{"text": 3}']) + "\n")
+    (path / "b.jsonl").write_text(rows[0] + "\n[1]\n")
+    return [*TEXTS, TEXTS[0]]
+
+
+def test_malformed_records_stop_it_or_are_passed_over(tmp_path: Path) -> None:
+    left = _flawed(tmp_path / "in")
+    with pytest.raises(ft.DataError, match=r"a\.jsonl:6: not JSON"):
+        data.documents(tmp_path / "in")
+    with pytest.raises(ft.DataError, match=r"a\.jsonl:6: not JSON"):
+        data.tokenized(tmp_path / "in", BYTES, tmp_path / "cache")
+    found = data.documents(tmp_path / "in", on_bad_record="skip")
+    assert found == left
+    assert [text.split(": ")[0].split("/")[-1] for text in found.malformed] == [
+        "a.jsonl:6",
+        "a.jsonl",  # no text in a record, which has its line at the end
+        "b.jsonl:2",
+    ]
+    for _ in range(2):  # made, and mapped
+        kept = data.tokenized(tmp_path / "in", BYTES, tmp_path / "cache", on_bad_record="skip")
+        assert kept.malformed == found.malformed
+        assert len(kept.ends) == len(left)
+        assert "3 malformed, passed over" in kept.lines()
+    with pytest.raises(ft.DataError, match=r"a\.jsonl:6: not JSON"):
+        data.tokenized(tmp_path / "in", BYTES, tmp_path / "cache")  # another key
+    with pytest.raises(ft.DataError, match="on_bad_record: 'drop', expected 'stop' or 'skip'"):
+        data.tokenized(tmp_path / "in", BYTES, tmp_path / "cache", on_bad_record="drop")
+
+
+def test_what_was_passed_over_is_known_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what lay before the parts that were whole."""
+    _flawed(tmp_path / "in")
+    monkeypatch.setattr(token_cache, "PART_TOKENS", 40)
+    failing = _Counting(tmp_path / "notes", fail_at=12)
+    options: Any = {"on_bad_record": "skip"}
+    with pytest.raises(RuntimeError, match="interrupted"):
+        data.tokenized(tmp_path / "in", failing, tmp_path / "cache", **options)
+    whole = attrs.evolve(failing, notes=tmp_path / "others", fail_at=10**9)
+    kept = data.tokenized(tmp_path / "in", whole, tmp_path / "cache", **options)
+    assert whole.count() < 13, "it has gone on after what was there"
+    assert len(kept.malformed) == 3
+
+
+def test_nothing_but_malformed_records_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{\n")
+    for read in (
+        lambda: data.documents(tmp_path, on_bad_record="skip"),
+        lambda: data.tokenized(tmp_path, BYTES, tmp_path / "c", on_bad_record="skip"),
+    ):
+        with pytest.raises(ft.DataError, match=r"no documents \(.*a\.jsonl:1: not JSON"):
+            read()
