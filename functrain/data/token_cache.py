@@ -152,11 +152,11 @@ def tokenized(
 
     `path` and `on_bad_record` are those of `functrain.data.documents`. What is kept lies in
     `directory` under a key: the hash of the files' contents in their order, and of the tokenizer,
-    which needs a `fingerprint`, a text that is another where its ids are. A call that is killed loses at most the
-    last million tokens; the next one goes on after what is whole. Of several calls at once one
-    works and the others wait for it. Of .jsonl a line is in memory at a time, of .parquet a row
-    group; .txt, .md and .json files are there whole, since the ids of a text are not, for every
-    tokenizer, those of its pieces.
+    which needs a `fingerprint`, a text that is another where its ids are. A call that is killed
+    loses at most the last million tokens; the next one goes on after what is whole. Of several
+    calls at once one works and the others wait for it. Of .jsonl a line is in memory at a time, of
+    .parquet a row group; .txt, .md and .json files are there whole, since the ids of a text are
+    not, for every tokenizer, those of its pieces.
 
     Raises `DataError` for what cannot be read, for a file that changes meanwhile, and for a
     finished cache that is not as it was written: it is never mended in place, as others may have
