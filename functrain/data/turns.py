@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from os.path import commonpath
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
 
 from functrain.data.dialogues import Dialogue, Message
@@ -76,6 +76,8 @@ def _turn(
     after = rendered([*past, *messages[n + 1 : following]], prompt=following is not None)
     _, found_later, follows = after.rpartition(_STANDIN)
     if not (found and found_later and now.endswith(end)):
+        if not _holds(now, messages[n]):
+            raise DataError(_lost(n, messages[n], where))
         raise DataError(
             f"{where}.messages[{n}]: the chat template does not show where this turn ends; give "
             "the tokenizer a template with {% generation %}"
@@ -106,7 +108,9 @@ def _common(one: str, other: str) -> int:
             length += len(a)
             continue
         if not (a.startswith("<") or b.startswith("<")):
-            length += len(commonpath((a, b)))
+            length += sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+            )
         break
     return length
 

@@ -85,20 +85,22 @@ def _next_logits(model: nn.Module, ids: Sequence[int], past: _Past, device: torc
         past.seen = len(ids)
         logits: Tensor = model(given, cache=past.own)
         return logits[0, -1].float()
-    caches = {"past_key_values": past.theirs, "use_cache": True} if keeps(model) else {}
-    outputs = model(input_ids=given, **caches)
-    past.theirs = getattr(outputs, "past_key_values", None)
+    name = _cache_name(model)
+    outputs = model(input_ids=given, **({name: past.theirs, "use_cache": True} if name else {}))
+    past.theirs = getattr(outputs, name, None) if name else None
     past.seen = 0 if past.theirs is None else len(ids)
     outputs = outputs["logits"] if isinstance(outputs, Mapping) else outputs
     logits = outputs if isinstance(outputs, Tensor) else outputs.logits
     return logits[0, -1].float()
 
 
-def keeps(architecture: nn.Module) -> bool:
-    """Whether it is a model of transformers that keeps its keys and values when asked to."""
-    if not hasattr(architecture, "generation_config"):
-        return False
-    return "past_key_values" in inspect.signature(architecture.forward).parameters
+def _cache_name(model: nn.Module) -> str | None:
+    """What a model of transformers calls what it keeps; None where it keeps nothing."""
+    if not hasattr(model, "generation_config"):
+        return None
+    known = inspect.signature(model.forward).parameters
+    # The second is its name before transformers 5.24.
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
 def _sampled(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> int:

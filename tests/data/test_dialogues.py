@@ -198,10 +198,10 @@ def test_a_turn_is_learnt_as_it_is_when_it_is_the_last() -> None:
     """The template takes what the assistant thought out of all but the last turn."""
     record = said("a", "b", "c", "d")
     assert trained(record, FORGETFUL) == ["(thinking)b<|im_end|>", "(thinking)d<|im_end|>"]
-    record["messages"][1]["weight"] = 0
-    assert trained(record, FORGETFUL) == ["(thinking)d<|im_end|>"]
     ids, _ = read(record, FORGETFUL)
     assert "(thinking)b<|im_end|>\n<|im_start|>user\nc" in tokenizer().spell(ids)
+    record["messages"][1]["weight"] = 0
+    assert trained(record, FORGETFUL) == ["(thinking)d<|im_end|>"]
 
 
 def _changed(number: int, **changes: Any) -> dict[str, Any]:
@@ -214,13 +214,13 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
     ("record", "template", "message"),
     [
         (
-            said("a", "bcd"),
+            said("ab", "bcd"),
             CHATML.replace("m['content']", "m['content'][::-1]"),
             r"messages\[0\]\.content: .* changes it",
         ),
         (
-            said("a", "bcd"),
-            CHATML.replace("m['content'] }}", "m['content'][:9] }}"),
+            said("a", "b", "c", "d"),
+            FORGETFUL.replace("m['content'] }}", "m['content'][:9] }}"),
             r"messages\[1\]: the chat template does not show where this turn ends",
         ),
         (

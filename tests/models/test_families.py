@@ -90,7 +90,7 @@ def test_its_head_is_found_and_gives_the_same_loss(name: str, monkeypatch: Any) 
 @EVERY
 def test_what_it_keeps_changes_no_token(name: str) -> None:
     """Generated with its keys and values kept, and over the whole sequence for each token."""
-    parts = ft.split(families.made(name).double())
+    parts = ft.split(families.made(name))
     kept = ft.models.generate(*parts, [1, 2, 3], max_new_tokens=8)
     ids = [1, 2, 3]
     with ft.bound(*parts, "eval") as model, torch.no_grad():
