@@ -197,7 +197,11 @@ class Data:
 
 @attrs.frozen(kw_only=True)
 class Completion:
-    """Completions for a shell: eval "$(functrain completion bash)"."""
+    """Completions for a shell.
+
+    bash: eval "$(functrain completion bash)". fish: functrain completion fish | source. zsh:
+    functrain completion zsh > DIR/_functrain, where DIR is in $fpath.
+    """
 
     shell: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="bash|zsh|fish")]
     """For which shell."""

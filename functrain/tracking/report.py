@@ -255,6 +255,7 @@ i.c{{ n }} { background: var(--c{{ n }}); } .curve.c{{ n }} { stroke: var(--c{{ 
 {% endfor %}
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 10.5px; font-family: inherit; }
+@media (max-width: 480px) { svg text { font-size: 12px; } }
 .grid { stroke: var(--line); stroke-width: 1; }
 .curve { fill: none; stroke-width: 1.5; stroke-linejoin: round; } .dot { stroke: none; }
 .scroll { overflow-x: auto; }

@@ -151,6 +151,7 @@ def test_it_can_be_read(shown: Any, size: str) -> None:
             const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
             while (walk.nextNode()) {
                 const each = walk.currentNode.parentElement;
+                if (each.matches('title')) continue;
                 if (!walk.currentNode.textContent.trim()) continue;
                 let size = parseFloat(getComputedStyle(each).fontSize);
                 const svg = each.closest('svg');
@@ -206,7 +207,8 @@ def test_everything_stands_out_from_what_is_behind_it(shown: Any, scheme: str) -
             for (const each of document.querySelectorAll('body *')) {
                 const style = getComputedStyle(each), ground = behind(each);
                 const own = [...each.childNodes].some(n => n.nodeType == 3 && n.data.trim());
-                if (own) texts.add((each.closest('svg') ? style.fill : style.color) + '|' + ground);
+                const colour = each.closest('svg') ? style.fill : style.color;
+                if (own && !each.matches('title')) texts.add(colour + '|' + ground);
                 if (each.matches('.curve')) marks.add(style.stroke + '|' + ground);
                 if (each.matches('.dot')) marks.add(style.fill + '|' + ground);
                 if (each.matches('.key i'))
@@ -218,7 +220,7 @@ def test_everything_stands_out_from_what_is_behind_it(shown: Any, scheme: str) -
     texts, marks = ([each.split("|") for each in part] for part in found)
     assert len(texts) >= 2
     assert len(marks) >= 2
-    assert min(contrast(*each) for each in texts) >= 4.5
-    assert min(contrast(*each) for each in marks) >= 3
+    assert [each for each in texts if contrast(*each) < 4.5] == []
+    assert [each for each in marks if contrast(*each) < 3] == []
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (contrast(ground, "rgb(255, 255, 255)") > 4.5) == (scheme == "dark")
