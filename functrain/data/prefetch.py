@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from functrain.data.source import Batch, Source, at_least_one
+from functrain.errors import DataError
 
 
 class Prefetched:
@@ -25,6 +26,11 @@ class Prefetched:
 
     def __init__(self, source: Source, ahead: int = 1) -> None:
         at_least_one("ahead", ahead)
+        if not hasattr(source, "at"):
+            raise DataError(
+                f"Prefetched: {type(source).__name__} has no at(position, n), so what comes next "
+                "is not known ahead; a stream's own loader makes batches ahead (num_workers, say)"
+            )
         self.waited = 0.0
         self._source, self._ahead = source, ahead
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")

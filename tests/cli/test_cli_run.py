@@ -93,6 +93,8 @@ def test_a_run_leaves_what_is_needed_to_go_on_and_to_read(
         "config.toml",
         "tokenizer.json",
         "checkpoints",
+        "data.txt",
+        "environment.json",
         "metrics.jsonl",
         "report.html",
     }

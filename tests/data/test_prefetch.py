@@ -100,3 +100,18 @@ def test_training_is_the_same_to_the_bit() -> None:
 def test_a_count_that_is_none_is_refused(ahead: Any) -> None:
     with pytest.raises(ft.DataError, match=r"ahead: .* expected an integer of at least 1"):
         Prefetched(zoo.Batches(), ahead)
+
+
+class Loader:
+    """A stream: what comes next is known to it alone."""
+
+    batch_size = 4
+
+    def after(self, loader: str | None) -> Any:
+        raise NotImplementedError
+
+
+def test_a_stream_is_refused_by_name() -> None:
+    stream: Any = Loader()
+    with pytest.raises(ft.DataError, match=r"Loader has no at\(position, n\).*own loader"):
+        Prefetched(stream)
