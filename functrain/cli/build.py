@@ -408,7 +408,8 @@ def _file(
         if config.stage == "pretrain":
             texts = data.documents(path, on_bad_record=config.data.on_bad_record)
             source: Any = _source(config, texts.first(limit), tokenizer)
-            return attrs.evolve(source, origin=data.passed_over(texts.malformed))
+            made: Source = attrs.evolve(source, origin=data.passed_over(texts.malformed))
+            return made
         found = data.records(path, on_bad_record=config.data.on_bad_record)
         return _source(config, found.first(limit), tokenizer)
     except DataError as error:

@@ -172,11 +172,11 @@ def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
         if isinstance(record.get("text"), str):
             yield record["text"]
         else:
-            error = DataError(f"{path}: record {count} has no text under 'text' ({where})")
-            _passed_over(error, skipped)
+            lack = DataError(f"{path}: record {count} has no text under 'text' ({where})")
+            _passed_over(lack, skipped)
     if not count and len(skipped or ()) == before:
-        error = DataError(f"{path}: no records; expected one JSON object in each line")
-        _passed_over(error, skipped)
+        lack = DataError(f"{path}: no records; expected one JSON object in each line")
+        _passed_over(lack, skipped)
 
 
 def _passed_over(error: DataError, skipped: list[str] | None) -> None:

@@ -8,6 +8,7 @@ no file holds (rotary frequencies); each tensor then moves into memory of its ow
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
     from safetensors import SafetensorError
 
     try:
-        with quiet():
+        with quiet(), _no_bar("gguf_file" in options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(where),
                 dtype=dtype,
@@ -236,6 +237,25 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_bar(gguf: bool) -> Iterator[None]:
+    """Without the bar over a GGUF file's tensors, which heeds no switch of transformers'."""
+    if not gguf:
+        yield
+        return
+    from transformers import modeling_gguf_pytorch_utils
+
+    module: Any = modeling_gguf_pytorch_utils
+    shown = getattr(module, "tqdm", None)
+    if shown is not None:
+        module.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        if shown is not None:
+            module.tqdm = shown
 
 
 def _some(names: list[str]) -> str:

@@ -172,9 +172,10 @@ def gguf_file(path: Path) -> None:
     writer.close()
 
 
-def test_a_gguf_file_is_read_and_exported(tmp_path: Path) -> None:
+def test_a_gguf_file_is_read_and_exported(tmp_path: Path, capfd: Any) -> None:
     gguf_file(tmp_path / "tiny.gguf")
     architecture, params, buffers, found = ft.models.from_pretrained(tmp_path / "tiny.gguf")
+    assert capfd.readouterr() == ("", ""), "no bar"
     assert found is not None
     assert found.decode(found.encode("AB C")) == "AB C"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
