@@ -382,7 +382,7 @@ def completion(command: str, rest: Sequence[str]) -> int:
         raise ConfigError(f"shell: {shell!r} is unknown; {did_you_mean(shell, SHELLS)}")
     asked = ["--tyro-print-completion", shell]
     try:
-        tyro.extras.subcommand_cli_from_dict(dict(ARGUMENTS), prog="functrain", args=asked)
+        tyro.extras.subcommand_cli_from_dict(ARGUMENTS, prog="functrain", args=asked)
     except SystemExit as end:  # how tyro ends after it has printed
         if end.code:
             raise
@@ -463,7 +463,7 @@ def diff(command: str, rest: Sequence[str]) -> int:
     return 0 if same else 1
 
 
-ARGUMENTS = {
+ARGUMENTS: dict[str, Any] = {
     "init": Init,
     "demo": Demo,
     "pretrain": PretrainArguments,
