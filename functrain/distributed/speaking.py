@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -76,16 +77,16 @@ class Speaking:
         """Where the others were last heard of; nothing before they have met."""
         if not dist.is_initialized():
             return ""
-        heard: dict[str, list[int]] = {}
-        try:
-            store = _store()
-            store.set_timeout(timedelta(seconds=2))
-            for rank in range(self.size):
-                place = _place(rank)
-                at = store.get(place).decode() if store.check([place]) else "-1"
-                heard.setdefault(f"step {int(at) + 1}", []).append(rank)
-        except RuntimeError:
+        found: list[str] = []
+        # In a thread: where the net is cut, a question to the store has no end of its own.
+        asking = threading.Thread(target=_ask, args=(self.size, found), daemon=True)
+        asking.start()
+        asking.join(_PATIENCE)
+        if len(found) < self.size:
             return "The store that knows where the others are (worker 0's) does not answer. "
+        heard: dict[str, list[int]] = {}
+        for rank, at in enumerate(found):
+            heard.setdefault(f"step {int(at) + 1}", []).append(rank)
         parts = [
             f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} in {at}"
             for at, ranks in sorted(heard.items())
@@ -184,6 +185,18 @@ class Speaking:
             raise failure
         rank = next(rank for rank, text in enumerate(told) if text)
         raise _relayed(told[rank], rank)
+
+
+_PATIENCE = 3.0  # seconds that the store has for all its answers
+
+
+def _ask(size: int, found: list[str]) -> None:
+    """The step that each worker was last heard of in, as far as the store answers."""
+    with suppress(RuntimeError):
+        store = _store()
+        store.set_timeout(timedelta(seconds=2))
+        for place in map(_place, range(size)):
+            found += [store.get(place).decode() if store.check([place]) else "-1"]
 
 
 def _store() -> Any:
