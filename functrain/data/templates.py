@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.data.text import IGNORE_INDEX
-from functrain.data.turns import turn_by_turn
+from functrain.data.turns import Render, check_said, holds, lacks_end, turn_by_turn
 from functrain.errors import DataError
 
 Spans = list[tuple[int, int]]
@@ -70,16 +70,24 @@ def laid_out(
     what a turn is, and where nothing is marked.
     """
     tools = list(given.tools) or None
-    whole = tokenizer.render(given.messages, tools=tools)
+
+    def rendered(messages: Sequence[Message], *, prompt: bool = False) -> str:
+        try:
+            return tokenizer.render(messages, tools=tools, prompt=prompt)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+    whole = rendered(given.messages)
     if given.tools and whole == tokenizer.render(given.messages):
         raise DataError(f"{where}.tools: the chat template has no place for them")
-    complete = all(str(each["content"]).strip() in whole for each in given.messages)
+    check_said(given, rendered, where)
+    complete = all(holds(whole, each) for each in given.messages)
     if complete and _GENERATION.search(tokenizer.template or ""):
         ids, labels = _by_generation(given, tokenizer, tools, where)
     else:
-        spans = _spans(given, whole, tokenizer, tools) if complete else None
-        if spans is None:
-            whole, spans = turn_by_turn(given, tokenizer.render, tools, where)
+        spans = _spans(given, whole, rendered) if complete else None
+        if spans is None or lacks_end(given.messages, whole, spans):
+            whole, spans = turn_by_turn(given, rendered, where)
         ids, labels = _by_spans(whole, spans, tokenizer, where)
     if all(label == IGNORE_INDEX for label in labels):
         raise DataError(
@@ -111,14 +119,14 @@ def _by_generation(
     return ids, labels
 
 
-def _spans(given: Dialogue, whole: str, tokenizer: Templated, tools: Any) -> Spans | None:
+def _spans(given: Dialogue, whole: str, rendered: Render) -> Spans | None:
     """Where in the text what is learnt begins and ends; None where prefixes do not show it."""
     found: Spans = []
     for number, learnt in enumerate(given.learnt):
         if not learnt:
             continue
-        before = tokenizer.render(given.messages[:number], tools=tools, prompt=True)
-        after = tokenizer.render(given.messages[: number + 1], tools=tools)
+        before = rendered(given.messages[:number], prompt=True)
+        after = rendered(given.messages[: number + 1])
         if not (whole.startswith(after) and after.startswith(before) and len(after) > len(before)):
             return None
         found.append((len(before), len(before) + len(after[len(before) :].rstrip())))

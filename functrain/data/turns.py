@@ -2,33 +2,31 @@
 
 Templates of reasoning models take the reasoning out of earlier turns, others end the last turn by
 another token than those before it. A row of a whole dialogue then holds what no model is ever asked
-to say. Here each turn of the assistant stands as the template renders it when it is the last one,
-which is what the model is to say there; what others say in between is as the template has it.
+to say. Here each turn that is learnt stands as the template renders it when it is the last one,
+which is what the model is to say there; all else is as the template has it before that turn. Where
+several turns are learnt, the later ones follow what was learnt, not what the template makes of it
+in the past: one row cannot hold both, and training templates choose the same.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.errors import DataError
 
 _STANDIN = "Qz7kPhnW3xvJ"  # in place of what was said, to see what the template puts after it
 _SHOWN = 24
-_REASONING = re.compile(r"</?think>")
 _TOKEN = re.compile(r"(<[^<>]*>)")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The keys under which a message may have what was thought before it was said."""
 
-
-class Rendering(Protocol):
-    """`render(messages, prompt=…)`: the text of messages."""
-
-    def __call__(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """With `prompt` up to where the assistant would speak."""
-        ...
+Render = Callable[..., str]
+"""`render(messages, prompt=…)`: their text; with `prompt` up to where the assistant would speak."""
 
 
 class Turn(NamedTuple):
@@ -40,43 +38,40 @@ class Turn(NamedTuple):
 
 
 def turn_by_turn(
-    given: Dialogue, render: Any, tools: Any, where: str
+    given: Dialogue, rendered: Render, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a dialogue, and where in it what is learnt begins and ends.
 
-    `render`: a tokenizer's. Where a turn ends by another token once more follows, its end is not
-    learnt there; the last turn's always is. Raises `DataError` with the message whose place in the
-    template cannot be told exactly.
+    Where a turn ends by another token once more follows, its end is not learnt there; that of the
+    last is. Where it ends by none, it does by the token that opens what follows, or the user's next
+    turn. Raises `DataError` with the message whose place in the template cannot be told exactly.
     """
-    rendered: Rendering = partial(render, tools=tools)
     messages = given.messages
-    spoken = [n for n, each in enumerate(messages) if each["role"] == "assistant"]
-    text = rendered(messages[: spoken[0]], prompt=True)
-    _check_there(messages, range(spoken[0]), text, where)
-    if tools and text == render(messages[: spoken[0]], prompt=True):
-        raise DataError(f"{where}.tools: the chat template has no place for them")
+    learnt = [n for n, each in enumerate(given.learnt) if each]
+    text = rendered(messages[: learnt[0]], prompt=True)
+    _check_there(messages, range(learnt[0]), text, where)
     spans = []
-    for n, following in zip(spoken, [*spoken[1:], None], strict=True):
+    for n, following in zip(learnt, [*learnt[1:], None], strict=True):
         turn = _turn(messages, n, following, rendered, where)
         _check_there(messages, range(n + 1, following or len(messages)), turn.follows, where)
         begin, text = len(text), text + turn.said + turn.follows
-        if given.learnt[n]:
-            learnt = turn.said + turn.follows[: turn.ends]
-            spans.append((begin, begin + len(learnt.rstrip())))
+        whole = turn.said + turn.follows[: turn.ends]
+        spans.append((begin, begin + len(whole.rstrip())))
     return text, spans
 
 
 def _turn(
-    messages: Sequence[Message], n: int, following: int | None, rendered: Rendering, where: str
+    messages: Sequence[Message], n: int, following: int | None, rendered: Render, where: str
 ) -> Turn:
     before, now = rendered(messages[:n], prompt=True), rendered(messages[: n + 1])
-    kept = {key: value for key, value in messages[n].items() if key != "reasoning_content"}
+    kept = {key: value for key, value in messages[n].items() if key not in REASONING}
     past = [*messages[:n], {**kept, "content": _STANDIN}]
-    _, found, end = rendered(past).rpartition(_STANDIN)
-    after = rendered([*past, *messages[n + 1 : following]], prompt=following is not None)
-    _, found_later, follows = after.rpartition(_STANDIN)
+    end, found = _after(rendered(past))
+    follows, found_later = _after(
+        rendered([*past, *messages[n + 1 : following]], prompt=following is not None)
+    )
     if not (found and found_later and now.endswith(end)):
-        if not _holds(now, messages[n]):
+        if not holds(now, messages[n]):
             raise DataError(_lost(n, messages[n], where))
         raise DataError(
             f"{where}.messages[{n}]: the chat template does not show where this turn ends; give "
@@ -87,17 +82,56 @@ def _turn(
     content = str(messages[n]["content"])
     if opening:  # the prompt holds the beginning, which the template leaves out afterwards
         if not (opening.startswith("<") and content.startswith(opening)):
-            raise DataError(
-                f"{where}.messages[{n}]: the chat template has the assistant go on from "
-                f"{before[-_SHOWN:]!r}, and renders this turn as "
-                f"{now[max(len(before) - _SHOWN, 0) :][: 2 * _SHOWN]!r}; begin its content so, "
-                "give the tokenizer template_options such as {'enable_thinking': False}, or a "
-                "template with {% generation %}"
-            )
+            raise DataError(_otherwise(messages[n], n, before, now, where))
         said = content[len(opening) :]
-    if not _holds(opening + said, messages[n]):
+    if not holds(opening + said, messages[n]):
         raise DataError(_lost(n, messages[n], where))
-    return Turn(said, follows, _common(end, follows))
+    ends = _common(end, follows)
+    if _has_end(rendered, messages[:n]):
+        return Turn(said, follows, ends)
+    if not follows[ends:].strip():
+        follows += _opened(rendered, past)
+    return Turn(said, follows, ends + _opening(follows[ends:]))
+
+
+def _after(text: str) -> tuple[str, bool]:
+    """What follows the stand-in, and whether it is there."""
+    _, found, rest = text.rpartition(_STANDIN)
+    return rest, bool(found)
+
+
+def _has_end(rendered: Render, before: Sequence[Message]) -> bool:
+    """Whether a turn of mere content ends by something."""
+    end, _ = _after(rendered([*before, {"role": "assistant", "content": _STANDIN}]))
+    return bool(end.strip())
+
+
+def _opening(text: str) -> int:
+    """How far a text is the token that it opens with."""
+    first = _TOKEN.match(text.lstrip())
+    return 0 if first is None else len(text) - len(text.lstrip()) + first.end()
+
+
+def _opened(rendered: Render, past: Sequence[Message]) -> str:
+    """The token by which the user would go on."""
+    try:
+        more, _ = _after(rendered([*past, {"role": "user", "content": "x"}]))
+    except DataError:  # a template that has no place for it
+        return ""
+    return more[: _opening(more)]
+
+
+def _otherwise(message: Message, n: int, before: str, now: str, where: str) -> str:
+    shown = now[max(len(before) - _SHOWN, 0) :][: 2 * _SHOWN]
+    hint = ""
+    if "<think>" in before[-_SHOWN:]:
+        hint = "begin its content so, give the tokenizer {'enable_thinking': False} "
+        hint += "(template_options; data.enable_thinking), or "
+    return (
+        f"{where}.messages[{n}]: the chat template has the assistant go on from "
+        f"{before[-_SHOWN:]!r}, and renders this turn as {shown!r}; {hint}give a template with "
+        "{% generation %}"
+    )
 
 
 def _common(one: str, other: str) -> int:
@@ -108,22 +142,29 @@ def _common(one: str, other: str) -> int:
             length += len(a)
             continue
         if not (a.startswith("<") or b.startswith("<")):
-            length += sum(
-                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-            )
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+            length += sum(1 for _ in same)
         break
     return length
 
 
 def _check_there(messages: Sequence[Message], which: range, text: str, where: str) -> None:
     for number in which:
-        if not _holds(text, messages[number]):
+        if not holds(text, messages[number], past=True):
             raise DataError(_lost(number, messages[number], where))
 
 
-def _holds(text: str, message: Message) -> bool:
-    """Whether a message is in a text; of its reasoning the spaces around it may be others."""
-    parts = _REASONING.split(str(message["content"]))
+def holds(text: str, message: Message, *, past: bool = False) -> bool:
+    """Whether a text has all of a message: content, and what was thought, with other spaces maybe.
+
+    `past`: what the assistant thought may be gone.
+    """
+    content = str(message["content"])
+    thought = [str(message[key]) for key in REASONING if isinstance(message.get(key), str)]
+    inline = _THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
+    if inline is not None:
+        thought, content = [*thought, inline[1]], inline[2]
+    parts = [content] if past and message["role"] == "assistant" else [*thought, content]
     return all(part.strip() in text for part in parts)
 
 
@@ -132,3 +173,32 @@ def _lost(number: int, message: Message, where: str) -> str:
         f"{where}.messages[{number}].content: the chat template leaves it out, or changes it "
         f"({message['role']}); take it out, or give the tokenizer a template that has it"
     )
+
+
+def check_said(given: Dialogue, rendered: Render, where: str) -> None:
+    """Raise `DataError` for calls of tools and for reasoning that the template has no place for.
+
+    They stand beside a message's content, so that a template may drop them and nothing is amiss but
+    what is learnt.
+    """
+    for n, each in enumerate(given.messages):
+        for key in ("tool_calls", *REASONING):
+            if not each.get(key):
+                continue
+            less = {name: value for name, value in each.items() if name != key}
+            upto = [*given.messages[:n], each]
+            try:
+                without = rendered([*given.messages[:n], less])
+            except DataError:  # then it is read
+                continue
+            if rendered(upto) == without:
+                raise DataError(
+                    f"{where}.messages[{n}].{key}: the chat template has no place for it; put it "
+                    "into content, take it out, or give the tokenizer a template that has it"
+                )
+
+
+def lacks_end(messages: Sequence[Message], whole: str, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether a stretch that is learnt ends with its very content, so by no token of its own."""
+    said = {str(each["content"]).strip() for each in messages if each["role"] == "assistant"}
+    return any(whole[begin:end].endswith(text) for begin, end in spans for text in said if text)

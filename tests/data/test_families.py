@@ -87,6 +87,8 @@ ADD = {
 
 ENDS = {"gptoss": "<|return|>", "phi3": "<|im_end|>", "phi3_5": "<|im_end|>"}
 """What the last turn alone ends by."""
+OPENS = {"glm4moe": "<|user|>"}
+"""What opens the user's next turn, where that is all that a turn ends by."""
 
 
 def of(family: str, **options: Any) -> PretrainedTokenizer:
@@ -110,6 +112,14 @@ def called() -> list[dict[str, Any]]:
         {"role": "tool", "name": "add", "content": "6"},
         {"role": "assistant", "content": "It is six."},
     ]
+
+
+def thought(key: str = "reasoning_content") -> list[dict[str, Any]]:
+    """A dialogue whose assistant thinks, under a key of its own."""
+    messages = says("a?", "bb", "c?", "dd")
+    for n, text in ((1, "rr one"), (3, "rr two")):
+        messages[n][key] = text
+    return messages
 
 
 def read(given: PretrainedTokenizer, record: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -144,7 +154,9 @@ def test_each_turn_is_learnt_as_the_template_has_it_say_it(family: str, turns: l
     model = of(family)
     messages = says(*turns)
     row, learnt = read(model, {"messages": messages})
-    expected = [alone(model, messages, n) for n in range(1, len(messages), 2)]
+    expected = [
+        alone(model, messages, n) + OPENS.get(family, "") for n in range(1, len(messages), 2)
+    ]
     learnt = [text.rstrip() for text in learnt]  # a template's own marks may hold a line break
     assert learnt[-1] == expected[-1]
     for one, other in zip(learnt, expected, strict=True):
@@ -152,7 +164,7 @@ def test_each_turn_is_learnt_as_the_template_has_it_say_it(family: str, turns: l
         rest = other.removeprefix(one)
         assert rest == "" or (family in ENDS and rest.strip() == ENDS[family])
     if family not in FORGETFUL:
-        assert row == model.render(messages)
+        assert row == model.render(messages) + OPENS.get(family, "")
     assert row.startswith(model.render(messages[:1], prompt=True))
     assert all(text in row for text in turns)
 
@@ -180,6 +192,37 @@ def test_reasoning_is_learnt_in_every_turn(family: str) -> None:
     assert ("<think>" in learnt[0]) != asked.rstrip().endswith("<think>")
 
 
+@pytest.mark.parametrize("family", ["qwen3", "glm4moe", "glm4moe_training", "qwen3_5_think"])
+def test_reasoning_under_a_key_is_what_it_is_in_the_content(family: str) -> None:
+    """Neither spelling teaches to leave it out, also where the template marks what is said."""
+    inline = thought()
+    for each in inline:
+        if text := each.pop("reasoning_content", ""):
+            each["content"] = f"<think>\n{text}\n</think>\n\n{each['content']}"
+    row, learnt = read(of(family), {"messages": thought()})
+    assert (row, learnt) == read(of(family), {"messages": inline})
+    assert ["rr one" in learnt[0], "rr two" in learnt[1]] == [True, True]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4moe", "qwen3_5_think"])
+def test_what_is_not_learnt_stands_as_the_model_is_asked_with_it(family: str) -> None:
+    """Without its reasoning, as the template has the past: in pairs, and by weights."""
+    model = of(family)
+    past = says("a?", "<think>\nrr\n</think>\n\nbb", "c?")
+    asked = model.render(past, prompt=True)
+    assert "rr" not in asked
+    pair = {"prompt": past, "chosen": says("", "good")[1:], "rejected": says("", "bad")[1:]}
+    source = ft.data.preference([pair], model, time=4096, batch_size=1)
+    for ids, labels in source.examples[0]:
+        begin = next(n for n, label in enumerate(labels) if label != -100)
+        assert model.spell(ids[:begin]) == asked
+    weighed = [*past, *says("", "dd")[1:]]
+    weighed[1] = {**weighed[1], "weight": 0}
+    row, learnt = read(model, {"messages": weighed})
+    assert row.startswith(asked)
+    assert len(learnt) == 1
+
+
 @pytest.mark.parametrize("family", TOOLS)
 def test_calls_of_tools_are_learnt_and_their_answers_are_not(family: str) -> None:
     model, messages = of(family), called()
@@ -187,6 +230,9 @@ def test_calls_of_tools_are_learnt_and_their_answers_are_not(family: str) -> Non
     whole = "\n".join(learnt)
     assert "add" in learnt[0]
     assert "It is six." in learnt[-1]
+    if family == "glm4moe":
+        assert [text.rsplit("<", 1)[1] for text in learnt] == ["|observation|>", "|user|>"]
+        return
     assert "What is it?" not in whole
     if family != "gemma4":  # one turn there, in which the answer of the tool stands apart
         assert learnt[-1] == alone(model, messages, 3, [ADD])
@@ -212,6 +258,16 @@ def test_the_same_as_trls_training_templates(family: str, turns: list[str]) -> N
         ("qwen3_5_nothink", says("a?", "<think>\nhm\n</think>\n\nb"), r"messages\[1\]"),
         ("deepseekv3", called(), "chat template: refuses the messages: can only concatenate"),
         ("smolvlm", says("a?", "b"), r"messages\[0\]\.content: the chat template leaves it out"),
+        (
+            "qwen3",
+            says("a?", "</think> is it"),
+            r"messages\[1\]\.content: the chat template leaves",
+        ),
+        ("lfm2", called(), r"messages\[1\]\.tool_calls: the chat template has no place"),
+        ("llama3", called(), r"messages\[1\]\.tool_calls: the chat template has no place"),
+        ("qwen2_5", thought(), r"messages\[1\]\.reasoning_content: the chat template has no place"),
+        ("gemma3", thought("thinking"), r"messages\[1\]\.thinking: the chat template has no place"),
+        ("qwen2_5", [*thought(), *says("")], r"record 0\.messages\[1\]\.reasoning_content"),
     ],
 )
 def test_what_cannot_be_told_is_refused(
