@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import warnings
@@ -47,7 +48,11 @@ _HASHED = 1 << 22
 
 @attrs.frozen(kw_only=True, eq=False)
 class Built:
-    """A run's parts: `state` is the first one, `tokenizer` None for ids of a foreign tokenizer."""
+    """A run's parts: `state` is the first one, `tokenizer` None for ids of a foreign tokenizer.
+
+    `templated`: whether its data are dialogues in a chat template; None where it is the built-in
+    tokenizer's.
+    """
 
     step: Step
     state: TrainState
@@ -55,6 +60,7 @@ class Built:
     evaluation: list[Batch]
     tokenizer: Tokenizer | None
     notes: tuple[str, ...] = ()
+    templated: bool | None = None
     cache: ReferenceCache | None = None
 
     @property
@@ -120,6 +126,12 @@ def build(config: Config, world: World = ALONE) -> Built:
     tokenizer = _tokenizer(config, start)
     source, held_out = sources(config, tokenizer)
     architecture, params, buffers = _model(config, start, tokenizer)
+    most = models.positions(architecture)
+    if most is not None and config.data.time > most:
+        raise ConfigError(
+            f"data.time: {config.data.time}, and the model has learnt {most} positions; give at "
+            "most as many"
+        )
     architecture, params = _adapted(config, architecture, params)
     step = _step(config, architecture, params, world)
     cache = _cache(config, architecture, params, buffers)
@@ -132,7 +144,19 @@ def build(config: Config, world: World = ALONE) -> Built:
         evaluation=batches if cache is None else [cache(batch) for batch in batches],
         tokenizer=tokenizer,
         notes=tuple(_notes(source, held_out)),
+        templated=_templated(config, tokenizer),
         cache=cache,
+    )
+
+
+def _templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
+    if not has_template(tokenizer):
+        return None
+    record = None if config.data.train == EMBEDDED else data.first_record(config.data.train)
+    keys = ("prompt", "completion", "chosen", "rejected")
+    return record is not None and (
+        any(key in record for key in ("messages", "conversations", "instruction"))
+        or any(isinstance(record.get(key), list) for key in keys)
     )
 
 
@@ -174,7 +198,7 @@ def cached(config: DPO, say: Callable[[str], None]) -> str:
 
 def _tokenizer(config: Config, start: Origin | None) -> Tokenizer | None:
     if start is not None:
-        found = _tokenizer_of(start)
+        found = tokenizer_of(start)
         if found is None and start.config is None:
             raise ConfigError(
                 f"model.from: {start.checkpoint} has no tokenizer beside its weights "
@@ -185,28 +209,34 @@ def _tokenizer(config: Config, start: Origin | None) -> Tokenizer | None:
                 f"{start.run.tokenizer} is missing: {start.checkpoint} was trained on ids of a "
                 "tokenizer of your own, which prompts and completions would need"
             )
-        return _thinking(found, config)
+        return _told(found, config)
     assert isinstance(config, Pretrain)  # the other stages have a start
     return None if is_tokens(config.data.train) else ByteTokenizer()
 
 
-def _thinking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """With what the config tells the chat template of reasoning."""
-    given = config.data.enable_thinking
-    if given is None:
+def _told(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """With what the config tells the chat template."""
+    given, day = config.data.enable_thinking, config.data.today
+    if not isinstance(tokenizer, PretrainedTokenizer) or not has_template(tokenizer):
+        if given is not None:
+            raise ConfigError(
+                "data.enable_thinking: the tokenizer has no chat template to tell it; leave it out"
+            )
         return tokenizer
-    if not has_template(tokenizer):
-        raise ConfigError(
-            "data.enable_thinking: the tokenizer has no chat template to tell it; leave it out"
-        )
-    assert isinstance(tokenizer, PretrainedTokenizer)  # no other has a template here
-    return attrs.evolve(tokenizer, template_options={"enable_thinking": given})
+    return attrs.evolve(
+        tokenizer,
+        template_options={} if given is None else {"enable_thinking": given},
+        today=None if day is None else datetime.date.fromisoformat(day),
+    )
 
 
-def _tokenizer_of(found: Origin) -> Tokenizer | None:
+def tokenizer_of(found: Origin) -> Tokenizer | None:
+    """The tokenizer of a model or of a run; None where a run has had ids of another's."""
     if found.config is None:
         return models.tokenizer_of(found.checkpoint)
-    if found.run.tokenizer_files.is_dir():
+    if found.shape is None:
+        if not found.run.tokenizer_files.is_dir():
+            raise ConfigError(f"{found.run.tokenizer_files} is missing; put it back")
         return pretrained_tokenizer(found.run.tokenizer_files)
     if not found.run.tokenizer.is_file():
         return None
@@ -256,7 +286,7 @@ def _restored(found: Origin, device: str) -> tuple[nn.Module, Tensors, Tensors]:
                 found.checkpoint, device=device
             )
         else:
-            module = decoder(found.shape, _vocabulary(config, _tokenizer_of(found)))
+            module = decoder(found.shape, _vocabulary(config, tokenizer_of(found)))
             architecture, params, buffers = split(module.to(device))
     else:
         below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
@@ -508,13 +538,11 @@ def _notes(source: Source, held_out: Source | None) -> list[str]:
     return notes
 
 
-def _asked(found: Origin) -> Tokenizer | None:
+def asked_with(found: Origin) -> Tokenizer | None:
     """The tokenizer of a model, with what its run told the chat template."""
-    tokenizer = _tokenizer_of(found)
+    tokenizer = tokenizer_of(found)
     return (
-        tokenizer
-        if tokenizer is None or found.config is None
-        else _thinking(tokenizer, found.config)
+        tokenizer if tokenizer is None or found.config is None else _told(tokenizer, found.config)
     )
 
 
@@ -526,6 +554,6 @@ def trained(given: str, *, device: str = "cpu") -> Trained:
         architecture=architecture,
         params=params,
         buffers=buffers,
-        tokenizer=_asked(found),
+        tokenizer=asked_with(found),
         config=found.config,
     )

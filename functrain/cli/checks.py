@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from collections.abc import Callable
@@ -54,6 +55,14 @@ def one_of(known: tuple[str, ...]) -> Validator:
             )
 
     return check
+
+
+def a_day(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    """A day as ISO 8601 has it, or None."""
+    try:
+        datetime.date.fromisoformat("2000-01-01" if value is None else value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key(record, field)}: {value!r}, expected a day: 2026-11-25") from None
 
 
 def given(record: Any, field: attrs.Attribute[Any], value: Any) -> None:

@@ -140,7 +140,7 @@ class Evaluate:
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Ask the tasks in the tokenizer's chat template."""
     time: int | None = None
-    """Tokens of a row or an example at most; the run's own unless given."""
+    """Tokens of a row or an example at most; the run's own, of tasks the model's, unless given."""
     batch_size: int = 32
     """Rows, examples or pairs at once; the result does not depend on it."""
     limit: int | None = None
@@ -188,7 +188,7 @@ class Data:
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """A .jsonl or .json file of dialogues, prompts with completions, or preferences."""
     model: str | None = None
-    """A directory of Hugging Face's, or a GGUF file, whose tokenizer reads it; else bytes."""
+    """A directory of Hugging Face's, a GGUF file or a run, whose tokenizer reads it; else bytes."""
     index: int = 0
     """Which record, from 0 on."""
     color: str = "auto"

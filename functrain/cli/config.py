@@ -9,6 +9,7 @@ import attrs
 import tyro
 
 from functrain.cli.checks import (
+    a_day,
     a_mix,
     at_least,
     count,
@@ -161,10 +162,15 @@ class Data:
     enable_thinking: bool | None = None
     """What the chat template of a model of transformers is told of it; its own default unless
     given."""
+    today: str | None = attrs.field(default=None, validator=a_day)
+    """The day that a chat template is told where it asks for one, as 2026-11-25; the day on which
+    the run begins, unless given."""
     group_by_length: bool = False
     """Batches of examples of similar lengths: less padding, and a little less random an order."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The hash of what is trained on; written when the run begins."""
+    templated: Annotated[bool | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Whether it is dialogues in a chat template; written when the run begins."""
 
     def __attrs_post_init__(self) -> None:
         if self.packing and self.group_by_length:

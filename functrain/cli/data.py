@@ -31,9 +31,20 @@ def shown(path: str, *, model: str | None, index: int, color: bool | None) -> st
 
 
 def _tokenizer(path: Path) -> Any:
+    from functrain.cli.build import asked_with
+    from functrain.cli.origins import is_model, origin, stage_directory
     from functrain.data.pretrained import pretrained_tokenizer
 
-    return pretrained_tokenizer(path)
+    if is_model(path):
+        return pretrained_tokenizer(path)
+    try:
+        stage_directory(path)
+    except ConfigError:  # no run: a tokenizer may also lie without a model
+        return pretrained_tokenizer(path)
+    found = asked_with(origin(str(path), "model"))
+    if found is None:
+        raise ConfigError(f"model: {path} was trained on ids of a tokenizer of your own")
+    return found
 
 
 def _read(record: Any, tokenizer: Any, where: str) -> tuple[str, Prompted]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import glob
 import importlib.util
 import os
@@ -18,12 +19,13 @@ from functrain.cli.config import (
     DPO,
     SFT,
     Config,
+    Data,
     Pretrain,
     Start,
     Text,
 )
 from functrain.cli.known import EMBEDDED, SCHEDULES
-from functrain.cli.origins import RunDirectory, origin
+from functrain.cli.origins import Origin, RunDirectory, origin
 from functrain.errors import ConfigError
 
 C = TypeVar("C", Pretrain, SFT, DPO)
@@ -116,7 +118,20 @@ def resolved(config: C, *, threads: int, device: str) -> C:
     model = attrs.evolve(
         config.model, from_=str(start.checkpoint), sha256=start.sha256, shape=start.shape
     )
-    return attrs.evolve(config, model=model)
+    return attrs.evolve(config, model=model, data=_told(config.data, start))
+
+
+def _told(data: Data, start: Origin) -> Data:
+    """With what a chat template is told: as the run that this one starts from told it."""
+    if start.shape is not None:
+        return data  # the built-in tokenizer has none
+    before = None if start.config is None else start.config.data
+    changes: dict[str, Any] = {}
+    if data.today is None:
+        changes["today"] = (before and before.today) or datetime.date.today().isoformat()
+    if data.enable_thinking is None and before is not None:
+        changes["enable_thinking"] = before.enable_thinking
+    return attrs.evolve(data, **changes)
 
 
 def begun(config: C, *, threads: int, device: str) -> C:
@@ -128,7 +143,7 @@ def begun(config: C, *, threads: int, device: str) -> C:
             "--directory"
         )
     # The config of another run can be begun again with another start and other data.
-    config = attrs.evolve(config, data=attrs.evolve(config.data, sha256=None))
+    config = attrs.evolve(config, data=attrs.evolve(config.data, sha256=None, templated=None))
     if not isinstance(config, Pretrain):
         config = attrs.evolve(config, model=Start(from_=config.model.from_))
     return resolved(config, threads=threads, device=device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from functrain import lora
 from functrain.cli import toml
-from functrain.cli.build import restored
-from functrain.cli.origins import RunDirectory
-from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
+from functrain.cli.build import restored, tokenizer_of
+from functrain.cli.origins import Origin, RunDirectory, is_model
+from functrain.data import PretrainedTokenizer
 from functrain.errors import ConfigError
 from functrain.models import export
 from functrain.tracking import jsonl
@@ -23,16 +25,17 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
         if dtype is not None:
             raise ConfigError("dtype: adapters are written as they are; give it with --merge")
         path = lora.save_adapter(directory, found.architecture, found.state.params)
-        below = getattr(found.config.model, "from_", None)
+        below = getattr(found.config.model, "from_", "")
+        theirs = is_model(Path(below))
         return (
             f"{path}: the adapters of step {found.state.step:,}, as peft reads them; their base is "
-            f"{below}, which `functrain export` writes as well"
+            f"{below}{'' if theirs else ', which `functrain export` writes as well'}"
         )
     path = export(
         found.state,
         found.architecture,
         directory,
-        tokenizer=_tokenizer(run),
+        tokenizer=_tokenizer(found.origin),
         dtype=dtype,
         name=run.path.name,
         data=found.config.data.train,
@@ -42,10 +45,10 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
     return f"{path}: the model of step {found.state.step:,}, as transformers reads it"
 
 
-def _tokenizer(run: RunDirectory) -> PretrainedTokenizer | None:
+def _tokenizer(origin: Origin) -> PretrainedTokenizer | None:
     """The tokenizer of transformers that the run was made with; the built-in one is none."""
-    there = run.tokenizer_files.is_dir()
-    return pretrained_tokenizer(run.tokenizer_files) if there else None
+    found = tokenizer_of(origin)
+    return found if isinstance(found, PretrainedTokenizer) else None
 
 
 def _measured(run: RunDirectory, step: int) -> dict[str, float]:

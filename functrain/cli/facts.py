@@ -58,7 +58,12 @@ def _lines(run: RunDirectory) -> list[str]:
 def _environment(run: RunDirectory) -> Mapping[str, str]:
     if not run.environment.is_file():
         return {}
-    found = orjson.loads(run.environment.read_bytes())
+    try:
+        found = orjson.loads(run.environment.read_bytes())
+    except orjson.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        return {run.environment.name: "damaged"}
     return {str(name): str(value) for name, value in found.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 
 import attrs
@@ -13,8 +14,21 @@ from functrain.cli.config import Config, Model
 from functrain.errors import ConfigError
 
 STAGE_ORDER = ("dpo", "sft", "pretrain")
+_CHECKPOINT = re.compile("step-[0-9]{12}")
 # What of a directory of transformers the model and its tokenizer are read from.
-_READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
+_READ = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+)
 
 
 @attrs.frozen
@@ -105,7 +119,7 @@ def is_model(path: Path) -> bool:
     """Whether it is a model of transformers that no run keeps: a directory, or a GGUF file."""
     if path.is_file():
         return path.suffix == ".gguf"
-    if path.name.startswith("step-") or (path / "manifest.json").exists():
+    if _CHECKPOINT.fullmatch(path.name) or (path / "manifest.json").exists():
         return False
     return (path / "config.json").is_file()
 
@@ -113,7 +127,7 @@ def is_model(path: Path) -> bool:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return sorted(each for each in path.iterdir() if each.is_file() and each.suffix in _READ)
+    return sorted({each for pattern in _READ for each in path.glob(pattern) if each.is_file()})
 
 
 def _stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
@@ -147,7 +161,7 @@ def origin(given: str, key: str = "model.from") -> Origin:
     run = stage_directory(path)
     for _ in range(_ATTEMPTS):
         inside = sorted(RunDirectory(run).checkpoints.glob(f"step-{'[0-9]' * 12}"))
-        checkpoint = path if path.name.startswith("step-") else (inside[-1] if inside else None)
+        checkpoint = path if _CHECKPOINT.fullmatch(path.name) else (inside[-1] if inside else None)
         if checkpoint is None:
             raise ConfigError(f"{key}: {given} has no checkpoint yet; train it first")
         try:

@@ -95,7 +95,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
             say(f"{config.stage}: {note}")
         found = digest(built.source)
         world.agree({"data.train": found})
-        config = _same_data(config, found)
+        config = _same_data(config, found, built.templated)
         world.from_first(lambda: _written(run, config, built, world), "the run directory")
         given = prompts(built.evaluation, built.tokenizer)
         # Now, because the first step reuses the memory of the first state.
@@ -135,13 +135,13 @@ def _settled(config: C, resume: bool) -> C:
     return directories.begun(config, threads=threads, device=device)
 
 
-def _same_data(config: C, found: str) -> C:
+def _same_data(config: C, found: str, templated: bool | None) -> C:
     if config.data.sha256 not in (None, found):
         raise ConfigError(
             f"data.train: {config.data.train} is not what this run was begun with (another hash); "
             "put the old data back, or begin another --directory"
         )
-    return attrs.evolve(config, data=attrs.evolve(config.data, sha256=found))
+    return attrs.evolve(config, data=attrs.evolve(config.data, sha256=found, templated=templated))
 
 
 @contextmanager

@@ -98,8 +98,8 @@ def generated(
     """What the model of a run or checkpoint says after `prompt`; the same for the same arguments.
 
     Where the tokenizer has a chat template the prompt is what a user says in it, unless it is to be
-    `plain`, or the run is one of pretraining. Raises `ConfigError` for a run on ids of a foreign
-    tokenizer.
+    `plain`, or the run was trained on other records than dialogues. Raises `ConfigError` for a run
+    on ids of a foreign tokenizer.
     """
     from functrain import models
     from functrain.cli.build import trained
@@ -129,10 +129,11 @@ def _prompt(model: Any, tokenizer: Any, prompt: str, plain: bool) -> list[int]:
     from functrain.data.templates import has_template
 
     config = model.config
-    pretrained = config is not None and config.stage == "pretrain"
-    if has_template(tokenizer) and not plain and not pretrained:
+    # A run asks as it was trained; a model of transformers by its template.
+    plain = plain or (config is not None and config.data.templated is False)
+    if has_template(tokenizer) and not plain:
         prompt = tokenizer.render([{"role": "user", "content": prompt}], prompt=True)
-    elif config is not None and not pretrained and config.data.train == EMBEDDED:
+    elif config is not None and config.stage != "pretrain" and config.data.train == EMBEDDED:
         # The embedded questions end with a line; typing one into a shell is no fun.
         prompt = prompt.rstrip("\n") + "\n"
     return list(tokenizer.encode(prompt))

@@ -155,6 +155,8 @@ def bits_per_byte(
         count = sum(int((row != tokenizer.end).sum()) for row in targets)
     else:
         count = sum(len(tokenizer.decode(row.tolist()).encode()) for row in targets)
+    if not count:
+        return math.nan  # special tokens alone
     nats = float(record["eval_loss"]) * float(record["eval_num_tokens"])
     return nats / math.log(2) / count
 

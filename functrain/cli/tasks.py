@@ -10,7 +10,6 @@ import attrs
 
 from functrain import models
 from functrain.cli.build import trained
-from functrain.cli.evaluate import TIME
 from functrain.data.templates import has_template
 from functrain.errors import ConfigError, did_you_mean
 
@@ -62,27 +61,41 @@ def judged(
         model.params,
         model.buffers,
         model.tokenizer,
-        time=TIME if time is None else time,
+        time=time,
         batch_size=batch_size,
     )
-    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager(include_path=include)
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            raise ConfigError(
-                f"tasks: {task!r} is unknown; {did_you_mean(task, manager.all_tasks)}"
-            )
-    found = importlib.import_module("lm_eval").simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        apply_chat_template=chat,
-        log_samples=False,
-    )
+    manager, named = _found(tasks, include)
+    try:
+        found = importlib.import_module("lm_eval").simple_evaluate(
+            model=lm,
+            tasks=named,
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=chat,
+            log_samples=False,
+        )
+    except (OSError, ImportError) as error:  # a hub that is out of reach is one
+        raise ConfigError(
+            f"tasks: {', '.join(named)}: what they need cannot be had ({error}); data come from a "
+            "hub, unless a task of your own (--include) has files"
+        ) from error
     counts = {name: int(each["effective"]) for name, each in found["n-samples"].items()}
     return [
         each for task, values in found["results"].items() for each in _judged(task, values, counts)
     ]
+
+
+def _found(tasks: Sequence[str], include: str | None) -> tuple[Any, list[str]]:
+    """What manages the tasks, and their names, for patterns (`mmlu*`) all that they match."""
+    make: Any = importlib.import_module("lm_eval.tasks").TaskManager
+    # lm-eval's own thousands take seconds to be listed.
+    for own in (True, False) if include is not None else (False,):
+        manager = make(include_path=include, include_defaults=not own)
+        matches = {task: manager.match_tasks([task]) for task in tasks}
+        if all(matches.values()):
+            return manager, [name for found in matches.values() for name in found]
+    unknown = next(task for task in tasks if not matches[task])
+    raise ConfigError(f"tasks: {unknown!r} is unknown; {did_you_mean(unknown, manager.all_tasks)}")
 
 
 def _judged(task: str, values: Mapping[str, Any], counts: Mapping[str, int]) -> Iterator[Judged]:

@@ -68,7 +68,7 @@ def _section(record: Any, path: tuple[str, ...]) -> Iterator[str]:
 # What a run writes down for itself.
 _RESOLVED: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("model",): ("sha256", "shape"),
-    ("data",): ("sha256",),
+    ("data",): ("sha256", "templated"),
 }
 
 

@@ -13,7 +13,7 @@ from functrain.data.packing import Packed, Packing, pack, packed, packed_text
 from functrain.data.pairs import Pairs, preference
 from functrain.data.prefetch import Prefetched
 from functrain.data.pretrained import PretrainedTokenizer
-from functrain.data.records import documents, records
+from functrain.data.records import documents, first_record, records
 from functrain.data.sequences import Chats, chat
 from functrain.data.source import MapSource, Source, all_batches
 from functrain.data.streams import Stream, Taken
@@ -46,6 +46,7 @@ __all__ = [
     "chat",
     "documents",
     "embedded",
+    "first_record",
     "from_json",
     "grain_stream",
     "iterable_stream",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import attrs
 
 from functrain.errors import DataError
 
+_ASKED = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 
 
@@ -20,12 +23,15 @@ class PretrainedTokenizer:
     """`inner`, a tokenizer of transformers, without special tokens around every text.
 
     `directory`: where it came from, for messages. `template_options`: what its chat template is
-    given beside the messages, `{"enable_thinking": False}`, say.
+    given beside the messages, `{"enable_thinking": False}`, say. `today`: the day that it is told
+    where it asks for one (those of Llama 3.2 and gpt-oss do); the very day, unless given, on which
+    the same records are then other data than on the next.
     """
 
     inner: Any = attrs.field(repr=False)
     directory: str = ""
     template_options: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
+    today: datetime.date | None = attrs.field(default=None, kw_only=True)
 
     @property
     def vocabulary(self) -> int:
@@ -59,6 +65,24 @@ class PretrainedTokenizer:
             found = found.get("default")
         return found if isinstance(found, str) else None
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `apply_chat_template` is given beside the messages, the day among it.
+
+        Raises `DataError` for a template that asks for the day in a form of its own making.
+        """
+        day, template = self.today, self.template or ""
+        if day is None or "strftime_now(" not in template:
+            return dict(self.template_options)
+        # transformers hands no function to a template: the day is written into it.
+        dated = _ASKED.sub(lambda asked: repr(day.strftime(asked[2])), template)
+        if "strftime_now(" in dated:
+            raise DataError(
+                "chat template: asks for the day in a form that is not a text; leave out today, or "
+                "give the tokenizer a template that does not ask"
+            )
+        return {**self.template_options, "chat_template": dated}
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -77,7 +101,7 @@ class PretrainedTokenizer:
                 f"tokenizer: {self.directory or type(self.inner).__name__} has no chat template; "
                 "set tokenizer.inner.chat_template, or give prompts and completions as texts"
             )
-        options = {**self.template_options, "tokenize": False, "add_generation_prompt": prompt}
+        options = {**self.told, "tokenize": False, "add_generation_prompt": prompt}
         try:
             return str(self.inner.apply_chat_template(list(messages), tools=tools, **options))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -92,7 +116,7 @@ class PretrainedTokenizer:
         found: Any = self.inner.apply_chat_template(
             list(messages),
             tools=tools,
-            **self.template_options,
+            **self.told,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,

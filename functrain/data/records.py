@@ -50,18 +50,35 @@ def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:
     Parquet (with pyarrow, `functrain[data]`) nulls are left out: they are what a row does not have.
 
     Errors name file and line. Empty lines are skipped. With `on_bad_record="skip"` so are lines
-    that are no object, which are then `malformed`; what the objects hold is checked by who reads
-    them.
+    that are no object, and files that cannot be read, which are then `malformed`; what the objects
+    hold is checked by who reads them.
     """
     check_on_bad_record(on_bad_record)
     paths = files_of(path, RECORDS)
-    read = [_records(each, on_bad_record) for each in paths]
+    read = [_read(each, on_bad_record) for each in paths]
     malformed = [each for one in read for each in one.malformed]
     found = [each for one in read for each in one]
     if not found:
         hint = f" ({malformed[0]})" if malformed else ""
         raise DataError(f"{path}: no records; expected one JSON object in each line{hint}")
     return Records(found, [place for one in read for place in one.places], malformed, len(paths))
+
+
+def first_record(path: PathLike) -> dict[str, Any] | None:
+    """The first record that is none of the malformed; of .jsonl no more is read, of .parquet a row
+    group."""
+    skipped: list[str] = []
+    found = (record for file in files_of(path, RECORDS) for record, _ in _each(file, skipped))
+    return next(found, None)
+
+
+def _read(path: Path, on_bad_record: str) -> Records:
+    try:
+        return _records(path, on_bad_record)
+    except DataError as error:
+        if on_bad_record == "stop":
+            raise
+        return Records((), (), [str(error)])
 
 
 def _records(path: Path, on_bad_record: str) -> Records:
@@ -158,13 +175,21 @@ def document_files(path: PathLike) -> list[Path]:
 def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
     """The documents of one file as it is read: .jsonl by the line, .parquet by the row group.
 
-    .json, .txt and .md files are read whole. What is malformed is an error, or goes to `skipped`.
+    .json, .txt and .md files are read whole. What is malformed is an error, or goes to `skipped`:
+    a record, or the rest of a file.
     """
+    try:
+        yield from _texts(path, skipped)
+    except DataError as error:
+        _passed_over(error, skipped)
+
+
+def _texts(path: Path, skipped: list[str] | None) -> Iterator[str]:
     if suffix_of(path) not in RECORDS:
         try:
             yield contents(path).decode()
         except UnicodeDecodeError as error:
-            _passed_over(DataError(f"{path}: not UTF-8 text ({error})"), skipped)
+            raise DataError(f"{path}: not UTF-8 text ({error})") from error
         return
     count, before = 0, len(skipped or ())
     for record, where in _each(path, skipped):
@@ -175,8 +200,7 @@ def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
             lack = DataError(f"{path}: record {count} has no text under 'text' ({where})")
             _passed_over(lack, skipped)
     if not count and len(skipped or ()) == before:
-        lack = DataError(f"{path}: no records; expected one JSON object in each line")
-        _passed_over(lack, skipped)
+        raise DataError(f"{path}: no records; expected one JSON object in each line")
 
 
 def _passed_over(error: DataError, skipped: list[str] | None) -> None:

@@ -35,6 +35,7 @@ from functrain.errors import DataError
 
 _FORMAT = "functrain tokens 1"
 _SAID = 20
+_NAME = "\0"  # in place of a file's
 PART_TOKENS = 1 << 20
 """Tokens after which a part is made durable: what a kill can lose."""
 
@@ -170,7 +171,7 @@ def tokenized(
     if not (home / MANIFEST).exists():
         with _locked(home):
             if not (home / MANIFEST).exists():
-                _make(home, contents, tokenizer, None if on_bad_record == "stop" else [])
+                _make(home, contents, tokenizer, on_bad_record)
                 made = True
     return _opened(home, contents, made)
 
@@ -210,12 +211,13 @@ def _locked(home: Path) -> Iterator[None]:
 
 
 def _make(
-    home: Path, contents: Sequence[_Content], tokenizer: Tokenizer, skipped: list[str] | None
+    home: Path, contents: Sequence[_Content], tokenizer: Tokenizer, on_bad_record: str
 ) -> None:
     with Parts(home, id_type(tokenizer)) as parts:
         # From the beginning also where some parts are there: so all that is skipped is known.
+        bad = [None if on_bad_record == "stop" else list[str]() for _ in contents]
         documents = (
-            (n, text) for n, each in enumerate(contents) for text in texts(each.path, skipped)
+            (n, text) for n, each in enumerate(contents) for text in texts(each.path, bad[n])
         )
         pending = _Pending()
         for number, text in itertools.islice(documents, parts.documents, None):
@@ -224,9 +226,21 @@ def _make(
                 pending = pending.into(parts, contents)
         if pending.tokens:
             pending.into(parts, contents)
+        # By the number of the file: its name is no part of the key, and may be another next time.
+        known = [
+            (n, text.replace(str(contents[n].path), _NAME))
+            for n, found in enumerate(bad)
+            for text in found or ()
+        ]
         if not parts.documents:
-            raise DataError(f"{home}: no documents{f' ({skipped[0]})' if skipped else ''}")
-        parts.seal({"format": _FORMAT, "dtype": parts.dtype.str, "malformed": skipped or []})
+            hint = f" ({_named(known[0], contents)})" if known else ""
+            raise DataError(f"{home}: no documents{hint}")
+        parts.seal({"format": _FORMAT, "dtype": parts.dtype.str, "malformed": known})
+
+
+def _named(bad: tuple[int, str], contents: Sequence[_Content]) -> str:
+    number, text = bad
+    return text.replace(_NAME, str(contents[number].path))
 
 
 def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
@@ -289,7 +303,7 @@ def _opened(home: Path, contents: Sequence[_Content], made: bool) -> Tokenized:
             for n, each in enumerate(contents)
         ),
         made=made,
-        malformed=tuple(manifest.get("malformed", ())),
+        malformed=tuple(_named(each, contents) for each in manifest.get("malformed", ())),
     )
 
 

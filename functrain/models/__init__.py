@@ -3,7 +3,7 @@
 from functrain.models.config import config_files
 from functrain.models.decoder import Decoder, DecoderConfig, decoder
 from functrain.models.exporting import export
-from functrain.models.generate import ends, generate
+from functrain.models.generate import ends, generate, positions
 from functrain.models.harness import harness
 from functrain.models.pretrained import Pretrained, from_pretrained, tokenizer_of
 
@@ -18,5 +18,6 @@ __all__ = [
     "from_pretrained",
     "generate",
     "harness",
+    "positions",
     "tokenizer_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,22 @@ def ends(architecture: nn.Module, end: int) -> frozenset[int]:
     config = getattr(architecture, "generation_config", None)
     more = getattr(config, "eos_token_id", None)
     return frozenset({end, *([more] if isinstance(more, int) else more or ())})
+
+
+def positions(architecture: nn.Module) -> int | None:
+    """How many tokens a model can see, where its positions are learnt; None where they are not.
+
+    Rotary positions have no last one, though quality may fall beyond those of the training.
+    """
+    config = getattr(architecture, "config", None)
+    for name, module in architecture.named_modules():
+        if isinstance(module, nn.Embedding) and _LEARNT.search(name):
+            known = getattr(config, "max_position_embeddings", None)
+            return known if isinstance(known, int) else module.num_embeddings
+    return None
+
+
+_LEARNT = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 
 
 @torch.no_grad()
@@ -48,16 +65,18 @@ def generate(
     generator moves. The built-in decoder and models of transformers keep their keys and values;
     others run the whole sequence for each token.
 
-    Raises `BatchError` for a prompt that is empty or out of range, `ConfigError` for the rest.
+    A model whose positions are learnt (`positions`) stops at the last one. Raises `BatchError` for
+    a prompt that is empty, out of range, or longer than that, `ConfigError` for the rest.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    _check_prompt(input_ids, vocabulary_of(architecture))
+    most = positions(architecture)
+    _check_prompt(input_ids, vocabulary_of(architecture), most)
     device = next((p.device for p in params.values()), torch.device("cpu"))
     ids, new = list(input_ids), list[int]()
     stops = {end} if isinstance(end, int) else {*(end or ())}
     past = _Past()
     with bound(architecture, params, buffers, "eval") as model:
-        while len(new) < max_new_tokens:
+        while len(new) < max_new_tokens and (most is None or len(ids) <= most):
             logits = _next_logits(model, ids, past, device)
             with keys.seeded(keys.derive(seed, "generate", len(new)), device):
                 token = _sampled(logits, temperature, top_k, top_p)
@@ -128,9 +147,14 @@ def _check_options(
         raise ConfigError(f"top_p: {top_p}, expected (0, 1], or None")
 
 
-def _check_prompt(input_ids: Sequence[int], vocabulary: int | None) -> None:
+def _check_prompt(input_ids: Sequence[int], vocabulary: int | None, most: int | None) -> None:
     if not input_ids:
         raise BatchError("input_ids: an empty prompt; give at least one token")
+    if most is not None and len(input_ids) > most:
+        raise BatchError(
+            f"input_ids: {len(input_ids)} tokens, and the model has learnt {most} positions; give "
+            "a shorter prompt"
+        )
     for position, token in enumerate(input_ids):
         if token < 0 or (vocabulary is not None and token >= vocabulary):
             raise BatchError(

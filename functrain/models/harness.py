@@ -22,7 +22,14 @@ from functrain.models.generate import ends, generate
 
 Scored = tuple[float, bool]
 """A log-prob, and whether every token of it is the likeliest one."""
-_GENERATED = 256  # tokens, where a task names no number
+_LONGEST = 2048
+
+
+def _longest(architecture: nn.Module) -> int:
+    config = getattr(architecture, "config", None)
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    found = [getattr(config, name, None) for name in names]
+    return next((each for each in found if isinstance(each, int)), _LONGEST)
 
 
 def harness(
@@ -31,15 +38,17 @@ def harness(
     buffers: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     *,
-    time: int = 1024,
+    time: int | None = None,
     batch_size: int = 8,
 ) -> Any:
     """A model for `lm_eval.simple_evaluate(model=…)`: an `lm_eval.api.model.LM`.
 
-    `time`: tokens that the model sees at once, at most; longer contexts lose their beginning, and
-    running text is scored in windows of it. `batch_size`: sequences at once, which changes no
-    result but for rounding. Text is encoded without special tokens, as lm-eval's own models do;
-    what has no context stands after the tokenizer's bos, or its end where it has none.
+    `time`: tokens that the model sees at once, at most, those of its config (or 2048) unless given;
+    longer contexts lose their beginning, and running text is scored in windows of it.
+    `batch_size`: sequences at once, which changes no result but for rounding. As lm-eval's own
+    class has it: a text is encoded with the special tokens that the tokenizer adds, unless it
+    begins with them; what has no context stands after the tokenizer's bos, or its end where it has
+    none; `do_sample` and its options are those of a task, whose repeats differ.
 
     Raises `ConfigError` where lm_eval is not installed.
     """
@@ -49,6 +58,7 @@ def harness(
         raise ConfigError(
             f"tasks need {error.name}, which is not installed: pip install 'functrain[eval]'"
         ) from error
+    time = _longest(architecture) if time is None else time
     if time < 2 or batch_size < 1:
         raise ConfigError(
             f"harness: time {time} and batch_size {batch_size}, expected at least 2 and 1"
@@ -89,8 +99,14 @@ class _Live:
         name = getattr(self.given, "directory", "") or type(self.given).__name__
         return str(name).replace("/", "__")
 
-    def tok_encode(self, string: str, *_args: Any, **_options: Any) -> list[int]:
-        return self.given.encode(string)
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_options: Any
+    ) -> list[int]:
+        if self.tokenizer is None:
+            return self.given.encode(string)
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        adds = not string.startswith(begin) if add_special_tokens is None else add_special_tokens
+        return list(self.tokenizer.encode(string, add_special_tokens=adds))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -101,6 +117,7 @@ class _Live:
             )
         text = self.tokenizer.apply_chat_template(
             chat_history,
+            **getattr(self.given, "told", {}),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
@@ -118,7 +135,7 @@ class _Live:
         counts = []
         for request in requests:
             found = utils.get_rolling_token_windows(
-                token_list=self.given.encode(request.args[0]),
+                token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.time,
                 context_len=1,
@@ -130,30 +147,45 @@ class _Live:
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], **_options: Any) -> list[str]:
-        return [self._generated(*request.args) for request in requests]
+        utils: Any = importlib.import_module("lm_eval.models.utils")
+        return [
+            self._generated(request.args[0], utils.normalize_gen_kwargs(request.args[1]), number)
+            for number, request in enumerate(requests)
+        ]
 
-    def _generated(self, context: str, options: Mapping[str, Any]) -> str:
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else [text for text in until if text]
-        count = int(options.get("max_gen_toks", _GENERATED))
+    def _generated(self, context: str, options: Mapping[str, Any], number: int) -> str:
+        """`number`: of the request, so that the repeats of a sampled one differ."""
+        count, stops = options["max_gen_toks"], [text for text in options["until"] if text]
         if count >= self.time:
             raise ConfigError(
                 f"harness: a task asks for {count} tokens, and time is {self.time}; give more"
             )
-        sampled = bool(options.get("do_sample", False))
         ids = generate(
             *self.values,
-            self.given.encode(context)[-(self.time - count) :] or [self.prefix_token_id],
+            self.tok_encode(context)[-(self.time - count) :] or [self.prefix_token_id],
             max_new_tokens=count,
-            temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
+            # Sampled by transformers' own default where a task says no temperature.
+            temperature=float(options["temperature"] or 1.0) if options["do_sample"] else 0.0,
             top_k=options.get("top_k"),
             top_p=options.get("top_p"),
             end=ends(self.values[0], self.given.end),
-            stop=lambda new: any(text in self.given.decode(new) for text in stops),
+            stop=lambda new: any(text in self._spelt(new) for text in stops),
+            seed=number,
         )
-        text = self.given.decode(ids)
-        cut = min((text.index(stop) for stop in stops if stop in text), default=len(text))
-        return text[:cut]
+        return self._until(ids, stops)
+
+    def _until(self, ids: Sequence[int], stops: Sequence[str]) -> str:
+        """The text of ids up to the first of the stops, which may be special tokens."""
+        spelt = self._spelt(ids)
+        cut = min((spelt.index(stop) for stop in stops if stop in spelt), default=len(spelt))
+        spelt = spelt[:cut]
+        whole = next(n for n in range(len(ids), -1, -1) if spelt.startswith(self._spelt(ids[:n])))
+        # The last token may begin with text and end in a stop.
+        return self.given.decode(ids[:whole]) + spelt[len(self._spelt(ids[:whole])) :]
+
+    def _spelt(self, ids: Sequence[int]) -> str:
+        spell = getattr(self.given, "spell", self.given.decode)
+        return str(spell(ids))
 
     @torch.no_grad()
     def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:

@@ -6,11 +6,13 @@ training templates.
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -282,3 +284,21 @@ def test_a_template_is_given_options() -> None:
     model, messages = of("nemotron_3_nano", enable_thinking=False), says("a?", "bb", "c?", "dd")
     _, learnt = read(model, {"messages": messages})
     assert learnt == ["bb<|im_end|>", "dd<|im_end|>"]
+
+
+@pytest.mark.parametrize("family", ["llama3_2", "gptoss", "muse_glimmer"])
+def test_the_day_is_the_one_that_is_given(family: str) -> None:
+    """Else what a run reads would be other data when it is resumed on the next day."""
+    model = attrs.evolve(of(family), today=datetime.date(1999, 12, 31))
+    for text in (
+        model.render(says("a?"), prompt=True),
+        read(model, {"messages": says("a", "b")})[0],
+    ):
+        assert "1999" in text
+        assert datetime.date.today().isoformat() not in text
+
+
+def test_a_day_in_a_form_that_is_made_is_refused() -> None:
+    made = tokenizer("{{ strftime_now('%Y' ~ '-%m') }}")
+    with pytest.raises(ft.DataError, match="asks for the day in a form that is not a text"):
+        attrs.evolve(made, today=datetime.date(1999, 12, 31)).render(says("a?"))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import transformers
+from tokenizers import processors
 
 import functrain as ft
 from functrain.cli import main
 from tests.cli.test_cli_transformers import save_model
-from tests.data.test_dialogues import CHATML
+from tests.data.test_dialogues import CHATML, tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 # Of lm_eval and of what it imports; none is of functrain's calls.
@@ -94,7 +97,7 @@ def asked(model: Any, tasks: Path, **options: Any) -> Any:
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=["choices", "running", "spoken"],
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
         **options,
     )
@@ -116,15 +119,33 @@ def close(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("time", [1024, 48], ids=["whole", "cut"])
-def test_the_same_as_its_own_model_class(time: int, tmp_path: Path, tasks: Path) -> None:
+def with_begin(path: Path) -> None:
+    """Have the tokenizer there put a token before every text, as those of Llama and Gemma do."""
+    fast = transformers.AutoTokenizer.from_pretrained(path)
+    fast.bos_token = "<|im_start|>"
+    begin = fast.convert_tokens_to_ids(fast.bos_token)
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    fast.save_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("time", "begins"), [(1024, False), (48, False), (48, True)], ids=["whole", "cut", "bos"]
+)
+def test_the_same_as_its_own_model_class(
+    time: int, begins: bool, tmp_path: Path, tasks: Path
+) -> None:
     """Of each request: log-probs, whether they are greedy, text in windows, what is said."""
     from lm_eval.models.huggingface import HFLM
 
     path = save_model(tmp_path / "model")
-    architecture, params, buffers, tokenizer = ft.models.from_pretrained(path)
-    assert tokenizer is not None
-    ours = ft.models.harness(architecture, params, buffers, tokenizer, time=time, batch_size=3)
+    if begins:
+        with_begin(path)
+    architecture, params, buffers, found = ft.models.from_pretrained(path)
+    assert found is not None
+    assert (len(found.inner.encode("a")) == 2) == begins
+    ours = ft.models.harness(architecture, params, buffers, found, time=time, batch_size=3)
     theirs = HFLM(
         pretrained=transformers.AutoModelForCausalLM.from_pretrained(path),
         tokenizer=transformers.AutoTokenizer.from_pretrained(path),
@@ -152,11 +173,11 @@ def test_neither_batches_nor_generators_matter(tmp_path: Path, tasks: Path) -> N
 
 
 def test_a_chat_template_is_applied(tmp_path: Path, tasks: Path) -> None:
-    architecture, params, buffers, tokenizer = ft.models.from_pretrained(
+    architecture, params, buffers, found = ft.models.from_pretrained(
         save_model(tmp_path / "model", template=CHATML)
     )
-    assert tokenizer is not None
-    live = ft.models.harness(architecture, params, buffers, tokenizer)
+    assert found is not None
+    live = ft.models.harness(architecture, params, buffers, found)
     _, samples = asked(live, tasks, apply_chat_template=True)
     (prompt, _), *_ = samples["choices"][0][1]
     assert prompt.startswith("<|im_start|>user\nWhat is 0 and 0?")
@@ -190,3 +211,56 @@ def test_bad_arguments_are_answered(tmp_path: Path) -> None:
         live._scored([([1], [1, 2, 3, 4, 5])])
     with pytest.raises(ft.ConfigError, match="no chat template"):
         live.apply_chat_template([{"role": "user", "content": "a"}])
+
+
+@attrs.frozen
+class Request:
+    """What lm_eval hands over."""
+
+    args: tuple[Any, ...]
+
+
+def test_generation_heeds_what_a_task_asks(tmp_path: Path) -> None:
+    """Another name for the number of tokens; repeats of a sampled request, which differ."""
+    live = ft.models.harness(*decoder(), ft.data.ByteTokenizer())
+    (said,) = live.generate_until([Request(("abc", {"max_new_tokens": 3}))])
+    assert len(said.encode(errors="replace")) <= 9
+    sampled = Request(("abc", {"max_tokens": 9, "temperature": 1.5}))
+    found = live.generate_until([sampled] * 3)
+    assert len(set(found)) == 3
+    assert found == live.generate_until([sampled] * 3)
+
+
+def test_a_stop_may_be_a_special_token() -> None:
+    given = tokenizer()
+    live = ft.models.harness(*decoder(), given)
+    ids = given.encode("foo<|im_start|>user\nbar")
+    assert live._until(ids, ["<|im_start|>"]) == "foo"
+    assert live._until(ids, ["oo"]) == "f"
+    assert live._until(ids, ["er\nb", "us"]) == "foo"
+    assert live._until(ids, []) == "foouser\nbar"
+    assert live._until([], ["a"]) == ""
+
+
+def test_a_template_is_told_what_the_run_told_it(tmp_path: Path) -> None:
+    template = "{% if enable_thinking %}(think){% endif %}{{ strftime_now('%Y') }}"
+    given = attrs.evolve(
+        tokenizer(template),
+        template_options={"enable_thinking": True},
+        today=datetime.date(1999, 1, 1),
+    )
+    live = ft.models.harness(*decoder(), given)
+    assert live.apply_chat_template([{"role": "user", "content": "a"}]) == "(think)1999"
+
+
+def test_the_model_says_how_much_it_sees(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_positions=24, n_embd=8, n_layer=1, n_head=1, vocab_size=257)
+    parts = ft.split(transformers.GPT2LMHeadModel(config))
+    live = ft.models.harness(*parts, ft.data.ByteTokenizer())
+    assert live.time == 24
+    assert len(live.loglikelihood_rolling([Request(("x" * 99,))])) == 1
+    assert ft.models.positions(parts[0]) == 24
+    assert len(ft.models.generate(*parts, [1] * 20, max_new_tokens=99)) == 5
+    with pytest.raises(ft.BatchError, match="25 tokens, and the model has learnt 24 positions"):
+        ft.models.generate(*parts, [1] * 25, max_new_tokens=1)
+    assert ft.models.positions(decoder()[0]) is None
