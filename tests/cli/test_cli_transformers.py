@@ -14,6 +14,7 @@ import transformers
 import functrain as ft
 from functrain.cli import main, toml
 from functrain.cli.build import restored, trained
+from functrain.cli.config import Data
 from tests.data.test_dialogues import CHATML, tokenizer
 
 COMMON = [
@@ -261,6 +262,10 @@ def test_a_template_is_told_of_reasoning(runs: Path, tmp_path: Path, capsys: Any
         assert isinstance(found, ft.data.PretrainedTokenizer)
         prompt = found.render(CHATS[0]["messages"][:1], prompt=True)
         assert prompt.endswith("(no)") == (given == "False")
+    pairs = [*jsonl(tmp_path / "pairs.jsonl", PAIRS), *COMMON, "--directory", str(tmp_path / "dpo")]
+    assert main(["dpo", "--model.from", str(tmp_path / "True"), *pairs]) == 0
+    found = toml.read_any(tmp_path / "dpo" / "config.toml")
+    assert found.data.enable_thinking is True, "as the run before was told"
     capsys.readouterr()
     bare = save_model(tmp_path / "bare", template=None)
     text = [{"prompt": "a", "completion": "b"}] * 8
@@ -269,3 +274,92 @@ def test_a_template_is_told_of_reasoning(runs: Path, tmp_path: Path, capsys: Any
     assert main([*run, "--data.enable-thinking", "True"]) == 2
     assert "data.enable_thinking: the tokenizer has no chat template" in capsys.readouterr().err
     assert main(run) == 0
+
+
+def test_a_run_is_resumed_on_another_day(runs: Path, tmp_path: Path) -> None:
+    """What a template says of the day is that of the run's beginning."""
+    model = save_model(tmp_path / "model", template="{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    run = ["sft", "--model.from", str(model), *COMMON, "--data.train", str(runs / "sft.jsonl")]
+    run += ["--directory", str(tmp_path / "run")]
+    assert main([*run, "--train.steps", "2", "--data.today", "1999-12-31"]) == 0
+    assert main([*run, "--train.steps", "4", "--resume"]) == 0
+    found = trained(str(tmp_path / "run")).tokenizer
+    assert isinstance(found, ft.data.PretrainedTokenizer)
+    assert found.render(CHATS[0]["messages"]).startswith("1999-12-31<|im_start|>")
+    assert main(["verify", str(tmp_path / "run"), "--replay", "0..4"]) == 0
+    assert toml.read_any(runs / "whole" / "config.toml").data.today is not None
+    with pytest.raises(ft.ConfigError, match=r"data.today: '31.12.1999', expected a day: 2026-11"):
+        Data(today="31.12.1999")
+
+
+def test_a_run_over_texts_is_asked_with_texts(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    """A template that was not trained in is not asked in."""
+    records = [{"prompt": f"{n} plus one:", "completion": f" {n + 1}"} for n in range(12)]
+    run = ["sft", "--model.from", str(runs / "model"), *jsonl(tmp_path / "x.jsonl", records)]
+    assert main([*run, *COMMON, "--directory", str(tmp_path / "run")]) == 0
+    for path, templated in (
+        (tmp_path / "run", False),
+        (runs / "whole", True),
+        (runs / "dpo", True),
+    ):
+        assert toml.read_any(path / "config.toml").data.templated is templated
+    capsys.readouterr()
+    said = []
+    for more in ([], ["--plain"]):
+        ask = ["generate", str(tmp_path / "run"), "3 plus one:", "--max-new-tokens", "5", *more]
+        assert main(ask) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_learnt_positions_are_not_exceeded(tmp_path: Path, capsys: Any) -> None:
+    """Neither by the samples of a run whose data fill them, nor by the data."""
+    given = tokenizer(None)
+    config = transformers.GPT2Config(
+        n_positions=48, n_embd=8, n_layer=1, n_head=1, vocab_size=given.vocabulary
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    given.save(tmp_path / "model")
+    texts = [{"prompt": "a" * 40, "completion": "bcd"} for _ in range(8)]
+    run = ["sft", "--model.from", str(tmp_path / "model"), *jsonl(tmp_path / "x.jsonl", texts)]
+    run += [*COMMON, "--directory", str(tmp_path / "run")]
+    assert main([*run, "--data.time", "64"]) == 2
+    assert "data.time: 64, and the model has learnt 48 positions" in capsys.readouterr().err
+    assert main([*run, "--data.time", "48"]) == 0
+
+
+def test_files_beside_a_model_are_no_part_of_it(runs: Path, tmp_path: Path) -> None:
+    """Directories of transformers' are named step-100 at times, and hold notes."""
+    model = tmp_path / "step-100"
+    shutil.copytree(runs / "model", model)
+    run = ["sft", "--model.from", str(model), *COMMON, "--directory", str(tmp_path / "run")]
+    run += ["--data.train", str(runs / "sft.jsonl")]
+    assert main([*run, "--train.steps", "2"]) == 0
+    (model / "results.json").write_text("{}")
+    (model / "README.md").write_text("good")
+    assert main([*run, "--train.steps", "4", "--resume"]) == 0
+
+
+def test_what_is_asked_of_a_run_without_its_tokenizer(
+    runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(runs / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    for command in (
+        ["generate", str(tmp_path / "run"), "a"],
+        ["export", str(tmp_path / "run"), "x"],
+    ):
+        assert main(command) == 2
+        assert "tokenizer is missing; put it back" in capsys.readouterr().err
+    (runs / "whole" / "environment.json").rename(tmp_path / "kept")
+    (runs / "whole" / "environment.json").write_text("{")
+    assert main(["report", str(runs / "whole"), "--to", str(tmp_path / "page.html")]) == 0
+    (tmp_path / "kept").rename(runs / "whole" / "environment.json")
+    assert "damaged" in (tmp_path / "page.html").read_text()
+
+
+def test_a_record_is_shown_as_a_run_reads_it(runs: Path, capsys: Any) -> None:
+    for model in (runs / "whole", runs / "model"):
+        show = ["data", "show", str(runs / "sft.jsonl"), "--model", str(model), "--color", "never"]
+        assert main(show) == 0
+        assert "<|im_start|>assistant\n⟦1<|im_end|>⟧" in capsys.readouterr().out
