@@ -363,3 +363,10 @@ def test_a_record_is_shown_as_a_run_reads_it(runs: Path, capsys: Any) -> None:
         show = ["data", "show", str(runs / "sft.jsonl"), "--model", str(model), "--color", "never"]
         assert main(show) == 0
         assert "<|im_start|>assistant\n⟦1<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_special_tokens_alone_have_no_bytes(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    file = jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "<|im_start|>"}])[1]
+    assert main(["evaluate", str(runs / "model"), file, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tokens"], found["bits_per_byte"]) == (2, None)

@@ -219,6 +219,11 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
             r"messages\[0\]\.content: .* changes it",
         ),
         (
+            said("a", "b", "cc", "d"),
+            FORGETFUL.replace("m['content'] }}", "m['content'] if m['content'] != 'cc' }}"),
+            r"messages\[2\]\.content: the chat template leaves it out",
+        ),
+        (
             said("a", "b", "c", "d"),
             FORGETFUL.replace("m['content'] }}", "m['content'][:9] }}"),
             r"messages\[1\]: the chat template does not show where this turn ends",

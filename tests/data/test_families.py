@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import functrain as ft
 from functrain.data import PretrainedTokenizer
-from tests.data.test_dialogues import tokenizer
+from tests.data.test_dialogues import MARKED, tokenizer
 
 # Found and not imported: that would take seconds.
 _TRL = importlib.util.find_spec("trl")
@@ -257,6 +257,7 @@ def test_the_same_as_trls_training_templates(family: str, turns: list[str]) -> N
     [
         ("deepseek_r1_distill", says("a?", "b"), r"messages\[1\].*go on from.*<think>"),
         ("nemotron_3_nano", says("a?", "b"), r"messages\[1\].*enable_thinking"),
+        ("nemotron_3_nano", says("a?", "\nb"), r"messages\[1\].*enable_thinking"),
         ("qwen3_5_nothink", says("a?", "<think>\nhm\n</think>\n\nb"), r"messages\[1\]"),
         ("deepseekv3", called(), "chat template: refuses the messages: can only concatenate"),
         ("smolvlm", says("a?", "b"), r"messages\[0\]\.content: the chat template leaves it out"),
@@ -302,3 +303,12 @@ def test_a_day_in_a_form_that_is_made_is_refused() -> None:
     made = tokenizer("{{ strftime_now('%Y' ~ '-%m') }}")
     with pytest.raises(ft.DataError, match="asks for the day in a form that is not a text"):
         attrs.evolve(made, today=datetime.date(1999, 12, 31)).render(says("a?"))
+
+
+def test_marks_are_read_from_the_template_that_is_told() -> None:
+    """Also where `{% generation %}` shows what is learnt."""
+    made = tokenizer("{% if enable_thinking %}(on){% endif %}{{ strftime_now('%Y') }}" + MARKED)
+    options = {"template_options": {"enable_thinking": True}, "today": datetime.date(1999, 1, 1)}
+    row, learnt = read(attrs.evolve(made, **options), {"messages": says("a?", "b")})
+    assert row.startswith("(on)1999<|im_start|>")
+    assert learnt == ["b<|im_end|>"]

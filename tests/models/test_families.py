@@ -21,6 +21,9 @@ EVERY = pytest.mark.parametrize("name", sorted(families.CONFIGS))
 FINISHED = {"cohere", "gemma2", "granite", "recurrent_gemma"}
 
 
+KEEPS_NOTHING = {"recurrent_gemma", "rwkv"}
+
+
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids).logits
@@ -91,7 +94,12 @@ def test_its_head_is_found_and_gives_the_same_loss(name: str, monkeypatch: Any) 
 def test_what_it_keeps_changes_no_token(name: str) -> None:
     """Generated with its keys and values kept, and over the whole sequence for each token."""
     parts = ft.split(families.made(name))
+    seen: list[int] = []
+    parts[0].register_forward_pre_hook(
+        lambda _module, _args, options: seen.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
     kept = ft.models.generate(*parts, [1, 2, 3], max_new_tokens=8)
+    assert seen == ([*range(3, 11)] if name in KEEPS_NOTHING else [3] + [1] * 7)
     ids = [1, 2, 3]
     with ft.bound(*parts, "eval") as model, torch.no_grad():
         for _ in range(8):
