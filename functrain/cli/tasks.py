@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -88,14 +89,19 @@ def judged(
 def _found(tasks: Sequence[str], include: str | None) -> tuple[Any, list[str]]:
     """What manages the tasks, and their names, for patterns (`mmlu*`) all that they match."""
     make: Any = importlib.import_module("lm_eval.tasks").TaskManager
-    # lm-eval's own thousands take seconds to be listed.
-    for own in (True, False) if include is not None else (False,):
-        manager = make(include_path=include, include_defaults=not own)
-        matches = {task: manager.match_tasks([task]) for task in tasks}
-        if all(matches.values()):
-            return manager, [name for found in matches.values() for name in found]
-    unknown = next(task for task in tasks if not matches[task])
-    raise ConfigError(f"tasks: {unknown!r} is unknown; {did_you_mean(unknown, manager.all_tasks)}")
+    if include is not None:  # lm-eval's own thousands take seconds to be listed
+        manager = make(include_path=include, include_defaults=False)
+        matches = [manager.match_tasks([task]) for task in tasks]
+        if all(matches):
+            return manager, list(itertools.chain(*matches))
+    manager = make(include_path=include)
+    matches = [manager.match_tasks([task]) for task in tasks]
+    for task, found in zip(tasks, matches, strict=True):
+        if not found:
+            raise ConfigError(
+                f"tasks: {task!r} is unknown; {did_you_mean(task, manager.all_tasks)}"
+            )
+    return manager, list(itertools.chain(*matches))
 
 
 def _judged(task: str, values: Mapping[str, Any], counts: Mapping[str, int]) -> Iterator[Judged]:
