@@ -39,7 +39,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STEPS = 40
 SAVE_EVERY = 9
 KEEP = 2
-STOPS = 30
+STOPS = 45
 """Launches that are stopped in each of the two tests at random instants."""
 TOML = """
 [model]

@@ -197,7 +197,15 @@ def test_from_the_command_line(tmp_path: Path, tasks: Path, capsys: Any) -> None
     ]
     assert main(["evaluate", model, *include, "--tasks", "choices", "--chat", "--limit", "2"]) == 0
     assert "acc_norm" in capsys.readouterr().out
-    assert main(["evaluate", model, *include, "--tasks", "choises"]) == 2
+
+
+@pytest.mark.long
+def test_a_task_that_is_not_known_is_answered_with_the_nearest(
+    tmp_path: Path, tasks: Path, capsys: Any
+) -> None:
+    """After lm-eval's own thousands have been listed, which takes seconds."""
+    model = str(save_model(tmp_path / "model"))
+    assert main(["evaluate", model, "--include", str(tasks), "--tasks", "choises"]) == 2
     assert "tasks: 'choises' is unknown; did you mean 'choices'" in capsys.readouterr().err
 
 
