@@ -193,6 +193,8 @@ class Text(Data):
     def __attrs_post_init__(self) -> None:
         if self.cache is not None and self.train == EMBEDDED:
             raise ConfigError("data.cache: the embedded data are in memory anyway; leave it out")
+        if self.on_bad_record != "stop" and self.train == EMBEDDED:
+            raise ConfigError("data.on_bad_record: the embedded text has no records; leave it out")
         if self.group_by_length:
             raise ConfigError(
                 "data.group_by_length: rows of text are all of one length; leave it out"

@@ -82,6 +82,8 @@ def check_files(config: Config) -> None:
             f"data.packing: {data.train} is one stream of ids, whose rows are full, and says "
             "nothing of documents; leave it out"
         )
+    if isinstance(data, Text) and data.on_bad_record != "stop" and is_tokens(data.train):
+        raise ConfigError(f"data.on_bad_record: {data.train} has no records; leave it out")
     for service in config.tracking.services:
         if importlib.util.find_spec(service) is None:
             raise ConfigError(

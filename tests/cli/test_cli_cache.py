@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
 import pytest
 
+import functrain as ft
 from functrain import checkpoint
 from functrain.cli import build, directory, main, toml
-from functrain.cli.config import Pretrain
+from functrain.cli.config import Pretrain, Text
 from functrain.data import ByteTokenizer, Packed, TextRows
 
 CONFIG = """
@@ -98,3 +100,13 @@ def test_what_needs_no_cache_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     ids = ["--data.train", str(tmp_path / "ids.bin"), "--data.vocabulary", "100"]
     assert main(["pretrain", given, *cache, *ids]) == 2
     assert "holds token ids, which are mapped as they are" in capsys.readouterr().err
+
+
+def test_what_has_no_records_has_none_that_are_passed_over(tmp_path: Path, capsys: Any) -> None:
+    """Token ids and the embedded text: the option would be read by nothing."""
+    with pytest.raises(ft.ConfigError, match=r"data\.on_bad_record: the embedded text has no"):
+        Text(on_bad_record="skip")
+    (tmp_path / "ids.bin").write_bytes(bytes(200))
+    run = ["pretrain", "--directory", str(tmp_path / "run"), "--data.on-bad-record", "skip"]
+    assert main([*run, "--data.train", str(tmp_path / "ids.bin"), "--data.vocabulary", "9"]) == 2
+    assert "data.on_bad_record: " in capsys.readouterr().err
