@@ -29,6 +29,7 @@ from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
 from functrain.cli.origins import Origin, origin
 from functrain.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from functrain.data.dialogues import SHAPES
 from functrain.data.pretrained import pretrained_tokenizer
 from functrain.data.templates import has_template
 from functrain.distributed import ALONE, World
@@ -154,8 +155,9 @@ def _templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
         return None
     record = None if config.data.train == EMBEDDED else data.first_record(config.data.train)
     keys = ("prompt", "completion", "chosen", "rejected")
+    dialogues = [known for shape, known in SHAPES.items() if shape != "prompt-completion"]
     return record is not None and (
-        any(key in record for key in ("messages", "conversations", "instruction"))
+        any(all(key in record for key in known) for known in dialogues)
         or any(isinstance(record.get(key), list) for key in keys)
     )
 

@@ -55,8 +55,9 @@ def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:
     """
     check_on_bad_record(on_bad_record)
     paths = files_of(path, RECORDS)
-    read = [_read(each, on_bad_record) for each in paths]
-    malformed = [each for one in read for each in one.malformed]
+    malformed: list[str] = []
+    skipped = malformed if on_bad_record == "skip" else None
+    read = [_records(each, skipped) for each in paths]
     found = [each for one in read for each in one]
     if not found:
         hint = f" ({malformed[0]})" if malformed else ""
@@ -68,35 +69,32 @@ def first_record(path: PathLike) -> dict[str, Any] | None:
     """The first record that is none of the malformed; of .jsonl no more is read, of .parquet a row
     group."""
     skipped: list[str] = []
-    found = (record for file in files_of(path, RECORDS) for record, _ in _each(file, skipped))
-    return next(found, None)
+    for file in files_of(path, RECORDS):
+        try:
+            for record, _ in _each(file, skipped):
+                return record
+        except DataError:  # of a file that cannot be read, as of a line, the next is looked at
+            continue
+    return None
 
 
-def _read(path: Path, on_bad_record: str) -> Records:
+def _records(path: Path, skipped: list[str] | None) -> Records:
     try:
-        return _records(path, on_bad_record)
+        if suffix_of(path) == ".parquet":
+            found = list(columns.rows(path))
+            return Records(found, [(str(path), row) for row in range(len(found))])
+        data = contents(path)
+        if suffix_of(path) == ".json":
+            return _listed(data, str(path))
+        return _lines(data, str(path), skipped)
     except DataError as error:
-        if on_bad_record == "stop":
-            raise
-        return Records((), (), [str(error)])
+        _passed_over(error, skipped)
+        return Records((), ())
 
 
-def _records(path: Path, on_bad_record: str) -> Records:
-    if suffix_of(path) == ".parquet":
-        found = list(columns.rows(path))
-        return Records(found, [(str(path), row) for row in range(len(found))])
-    data = contents(path)
-    return (
-        _listed(data, str(path))
-        if suffix_of(path) == ".json"
-        else _lines(data, str(path), on_bad_record)
-    )
-
-
-def _lines(data: bytes, path: str, on_bad_record: str) -> Records:
+def _lines(data: bytes, path: str, skipped: list[str] | None) -> Records:
     found: list[dict[str, Any]] = []
     places: list[Place] = []
-    malformed: list[str] = []
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
@@ -104,10 +102,8 @@ def _lines(data: bytes, path: str, on_bad_record: str) -> Records:
             found.append(_object(line, f"{path}:{number}"))
             places.append((path, number))
         except DataError as error:
-            if on_bad_record == "stop":
-                raise
-            malformed.append(str(error))
-    return Records(found, places, malformed)
+            _passed_over(error, skipped)
+    return Records(found, places)
 
 
 def check_on_bad_record(given: object) -> None:
@@ -223,6 +219,6 @@ def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any
             else:
                 yield record, where
         return
-    found = columns.rows(path) if suffix_of(path) == ".parquet" else _records(path, "stop")
+    found = columns.rows(path) if suffix_of(path) == ".parquet" else _records(path, skipped)
     for number, record in enumerate(found):
         yield record, f"{path}:{number}"

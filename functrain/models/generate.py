@@ -14,6 +14,8 @@ from functrain import keys
 from functrain.architecture import bound, vocabulary_of
 from functrain.errors import BatchError, ConfigError
 from functrain.models.decoder import Cache, Decoder
+from functrain.objectives.base import logits_in
+from functrain.state import device_of
 
 
 def ends(architecture: nn.Module, end: int) -> frozenset[int]:
@@ -71,7 +73,7 @@ def generate(
     _check_options(max_new_tokens, temperature, top_k, top_p)
     most = positions(architecture)
     _check_prompt(input_ids, vocabulary_of(architecture), most)
-    device = next((p.device for p in params.values()), torch.device("cpu"))
+    device = device_of(params)
     ids, new = list(input_ids), list[int]()
     stops = {end} if isinstance(end, int) else {*(end or ())}
     past = _Past()
@@ -108,8 +110,7 @@ def _next_logits(model: nn.Module, ids: Sequence[int], past: _Past, device: torc
     outputs = model(input_ids=given, **({name: past.theirs, "use_cache": True} if name else {}))
     past.theirs = getattr(outputs, name, None) if name else None
     past.seen = 0 if past.theirs is None else len(ids)
-    outputs = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    logits = logits_in(outputs)
     return logits[0, -1].float()
 
 

@@ -19,6 +19,8 @@ from functrain.data.pretrained import PretrainedTokenizer
 from functrain.data.tokenizers import Tokenizer
 from functrain.errors import ConfigError, DataError
 from functrain.models.generate import ends, generate
+from functrain.objectives.base import logits_in
+from functrain.state import device_of
 
 Scored = tuple[float, bool]
 """A log-prob, and whether every token of it is the likeliest one."""
@@ -208,13 +210,11 @@ class _Live:
                     f"harness: {len(said)} tokens after {len(context)}, expected 1 to {self.time} "
                     "after at least 1; give more time"
                 )
-        device = next((p.device for p in self.values[1].values()), torch.device("cpu"))
+        device = device_of(self.values[1])
         rows = [torch.tensor([*context, *said][-(self.time + 1) :]) for context, said in pairs]
         # Padding comes last, and no causal model looks ahead.
         ids = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True).to(device)
-        outputs = model(input_ids=ids)
-        outputs = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        logits = logits_in(model(input_ids=ids))
         scores = []
         for row, (_, said), each in zip(rows, pairs, logits, strict=True):
             targets = row[-len(said) :].to(device)

@@ -147,7 +147,7 @@ def logits_of(model: Callable[..., object], batch: Batch) -> Tensor:
     taken in float32 whatever the forward's precision was.
     """
     outputs = model(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
-    logits = _logits(outputs)
+    logits = logits_in(outputs)
     expected = tuple(batch["input_ids"].shape)
     if not isinstance(logits, Tensor) or tuple(logits.shape[:-1]) != expected:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -158,7 +158,8 @@ def logits_of(model: Callable[..., object], batch: Batch) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
-def _logits(outputs: Any) -> Any:
+def logits_in(outputs: Any) -> Any:
+    """The logits in what a model returned; `ArchitectureError` where there are none."""
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping) and "logits" in outputs:

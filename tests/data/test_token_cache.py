@@ -438,3 +438,13 @@ def test_nothing_but_malformed_records_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ft.DataError, match=r"no documents \(.*a\.jsonl:1: not JSON"):
             read()
+
+
+def test_the_first_record_is_the_first_that_can_be_read(tmp_path: Path) -> None:
+    """Past lines and whole files that cannot be."""
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.jsonl").write_text('{\n{"n": 1}\n{"n": 2}\n')
+    assert data.first_record(tmp_path) == {"n": 1}
+    found = data.records(tmp_path, on_bad_record="skip")
+    assert (list(found), len(found.malformed), found.files) == ([{"n": 1}, {"n": 2}], 2, 2)
+    assert data.first_record(tmp_path / "a.json") is None

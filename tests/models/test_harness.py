@@ -27,37 +27,31 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-CHOICES = """
-task: choices
+TASK = """
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {path}}}}}
 test_split: test
+"""
+CHOICES = """
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
 doc_to_target: answer
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 TEXT = """
-task: running
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}]
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
 """
 SPOKEN = """
-task: spoken
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{said}}}}"
-generation_kwargs: {{until: ["e"], max_gen_toks: 6}}
-metric_list: [{{metric: exact_match}}]
+doc_to_text: "{{question}}"
+doc_to_target: "{{said}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
 """
 
 
@@ -81,7 +75,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found = tmp_path / "tasks"
     found.mkdir()
     for name, text in (("choices", CHOICES), ("running", TEXT), ("spoken", SPOKEN)):
-        (found / f"{name}.yaml").write_text(text.format(path=data))
+        (found / f"{name}.yaml").write_text(TASK.format(name=name, path=data) + text)
     return found
 
 
