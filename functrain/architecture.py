@@ -76,13 +76,27 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     Raises `ArchitectureError` for a module on the meta device, and for one whose parameters share
     storage without being the same parameter.
     """
+    params, buffers = values_of(module)
+    _refuse_meta({**params, **buffers})
+    emptied(module)
+    detached = Tensors({name: tensor.detach() for name, tensor in params.items()})
+    return module, owning(detached), Tensors({n: t.detach() for n, t in buffers.items()})
+
+
+def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters and buffers that are in a module's slots, by name."""
     if not isinstance(module, nn.Module):
         raise ArchitectureError(f"split: expected an nn.Module, got {type(module).__name__}")
     places = slots(module)
     params = {name: _tensor_at(at) for name, at in places.params.items()}
-    buffers = {name: _tensor_at(at) for name, at in places.buffers.items()}
-    _refuse_meta({**params, **buffers})
+    return params, {name: _tensor_at(at) for name, at in places.buffers.items()}
+
+
+def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Put the slots of a module on the meta device; what was in them, as `values_of`."""
+    params, buffers = values_of(module)
     _refuse_shared(params)
+    places = slots(module)
     for name, tensor in params.items():
         empty = nn.Parameter(
             torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad
@@ -90,8 +104,7 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
         _fill(places.params[name], empty)
     for name, tensor in buffers.items():
         _fill(places.buffers[name], torch.empty_like(tensor, device="meta"))
-    detached = Tensors({name: tensor.detach() for name, tensor in params.items()})
-    return module, owning(detached), Tensors({n: t.detach() for n, t in buffers.items()})
+    return params, buffers
 
 
 def held_by(architecture: nn.Module) -> Held | None:
@@ -187,7 +200,10 @@ def _refuse_shared(params: Mapping[str, Tensor]) -> None:
     for name, tensor in params.items():
         if not tensor.numel():
             continue
-        other = seen.setdefault((tensor.data_ptr(), tensor.untyped_storage().data_ptr()), name)
+        storage = tensor.untyped_storage()
+        # Without memory (`functrain.deferred`) it is told by the storage itself.
+        where = (tensor.data_ptr(), storage.data_ptr() or storage._cdata)
+        other = seen.setdefault(where, name)
         if other != name:
             raise ArchitectureError(
                 f"{name} and {other} are different parameters over the same storage; tie them by "

@@ -15,11 +15,14 @@ from torch import nn
 
 import functrain as ft
 from functrain import accumulators, keys
+from functrain.architecture import emptied
 from functrain.checkpoint.filesystem import FileSystem
+from functrain.deferred import recording
 from functrain.distributed import exchange
 from functrain.loop import conditions
 from functrain.objectives import chunks
 from functrain.precision import Precision
+from functrain.trees import is_sharded
 
 EXAMPLES, TIME = 16, 6
 OVERFLOWING = Precision(
@@ -153,8 +156,10 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
         chunks.BUDGET, accumulators.TABLE = 64, 64
     exchange.BUCKET = options.get("bucket", exchange.BUCKET)
     with keys.seeded(3 + options.get("seed", 0)):
-        module = model(options)
-    architecture, params, buffers = ft.split(module)
+        if options.get("apart"):
+            architecture, params, buffers = ft.distributed.split(lambda: model(options), world)
+        else:
+            architecture, params, buffers = ft.split(model(options))
     given = {
         "microbatches": 8,
         "max_grad_norm": 0.05,
@@ -173,7 +178,8 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
         given = {"reference": reference, "dropout": True, **given}
     make = getattr(ft, f"{stage}_step")
     step = make(architecture, ft.optim.adamw(weight_decay=0.1), world=world, **given)
-    return step, step.init(ft.trees.clone(params), buffers, seed=5)
+    own = params if options.get("apart") else ft.trees.clone(params)
+    return step, step.init(own, buffers, seed=5)
 
 
 def steps(options: Any) -> dict[str, Any]:
@@ -345,3 +351,23 @@ class Ragged:
         generator = torch.Generator().manual_seed(self._seed * 1000 + place % 40)
         length = int(torch.randint(3, 9, (), generator=generator))
         return torch.randint(1, zoo.VOCABULARY, (length,), generator=generator)
+
+
+def model_in_shards(options: Any) -> dict[str, str]:
+    """The params and buffers that a worker reads of a model or a checkpoint: digests of the whole.
+
+    `checkpoint`: into an architecture that has no values.
+    """
+    with ft.distributed.world(timeout=60) as world:
+        if options.get("checkpoint"):
+            with recording(draws=False):
+                module = model(options)
+            params, buffers = emptied(module)
+            empty = {n: torch.empty_like(b, device="cpu") for n, b in buffers.items()}
+            params, buffers = ft.checkpoint.load_model(options["path"], params, empty, world=world)
+        else:
+            dtype = options.get("dtype", "float32")
+            found = ft.models.from_pretrained(options["path"], dtype=dtype, world=world)
+            params, buffers = found.params, found.buffers
+        assert is_sharded(params) == (world.size > 1)
+        return {n: ft.trees.digest(t) for n, t in {**params, **buffers}.items()}

@@ -19,6 +19,7 @@ LAYERS = [
     "trees",
     "keys",
     "architecture",
+    "deferred",
     "activations",
     "compilation",
     "lora",

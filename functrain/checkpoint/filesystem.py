@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class FileSystem:
         """Remove an empty directory."""
         path.rmdir()
 
-    def list(self, path: Path) -> list[str]:
+    def list(self, path: Path) -> Sequence[str]:
         """The names in a directory, sorted."""
         return sorted(entry.name for entry in path.iterdir())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from functrain.architecture import check_names
@@ -29,7 +30,7 @@ from functrain.checkpoint.store import world_for
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, CheckpointError, ConfigError, SaveWarning
 from functrain.state import Leaf, TrainState, check_state, device_of
-from functrain.trees import Tensors, is_sharded, select
+from functrain.trees import Tensors, is_sharded, owning, select
 
 Found = TypeVar("Found")
 _ATTEMPTS = 100
@@ -217,6 +218,7 @@ def load_model(
     buffers: Mapping[str, Tensor],
     *,
     base: str | None = None,
+    world: World | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> tuple[Tensors, Tensors]:
     """The params and buffers of a checkpoint, whatever optimizer and stage made it.
@@ -224,8 +226,47 @@ def load_model(
     `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them: the
     values are converted to those. `base`: the fingerprint of the frozen params under adapters, as
     a state of theirs has it; adapters that were trained over another are refused.
-    """
 
+    `world`: for a step that is `sharded`. Every worker calls this and keeps its rows of the params
+    alone, on the world's device; `params` may be the architecture's own, without values.
+    """
+    if world is not None and world.size > 1:
+        return _load_model_rows(directory, params, buffers, base, world, filesystem)
+    return _load_model(directory, params, buffers, base, filesystem)
+
+
+def _load_model_rows(
+    directory: PathLike,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    base: str | None,
+    world: World,
+    filesystem: FileSystem,
+) -> tuple[Tensors, Tensors]:
+    # Here, since DTensor takes a second to import.
+    from functrain.checkpoint.sharded import part_of
+    from functrain.distributed.shards import sharded
+
+    def rows(_place: str, entry: safetensors.Entry, _where: Path) -> tuple[int, int] | None:
+        return part_of(entry.shape[0], world) if entry.shape else None
+
+    path = world.from_first(lambda: str(located(directory)), "the choice of a checkpoint")
+    found, kept = world.for_all(
+        lambda: _load_model(path, params, buffers, base, filesystem, rows, world.device)
+    )
+    shards = {name: sharded(own, params[name].shape, world) for name, own in found.items()}
+    return owning(Tensors(shards)), kept
+
+
+def _load_model(
+    directory: PathLike,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    base: str | None,
+    filesystem: FileSystem,
+    rows: Rows = lambda *_: None,
+    device: torch.device | None = None,
+) -> tuple[Tensors, Tensors]:
     def read(path: Path) -> tuple[Tensors, Tensors]:
         entries = read_manifest(filesystem, path).files
         made = read_file(filesystem, path / STATE, entries[STATE], numbers).get("base")
@@ -236,25 +277,37 @@ def load_model(
             )
         model, other = path / "model.safetensors", path / "buffers.safetensors"
         return (
-            _read_as(filesystem, model, entries[model.name], params),
-            _read_as(filesystem, other, entries[other.name], buffers),
+            _read_as(filesystem, model, entries[model.name], params, rows, device),
+            _read_as(filesystem, other, entries[other.name], buffers, device=device),
         )
 
     return newest(directory, read)
 
 
 def _read_as(
-    filesystem: FileSystem, path: Path, entry: File, like: Mapping[str, Tensor]
+    filesystem: FileSystem,
+    path: Path,
+    entry: File,
+    like: Mapping[str, Tensor],
+    rows: Rows = lambda *_: None,
+    device: torch.device | None = None,
 ) -> Tensors:
-    items = read_file(filesystem, path, entry, safetensors.read)
+    """The tensors of a file, as `like` has them; or these rows, on this device."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def parts(place: str, item: safetensors.Entry, where: Path) -> tuple[int, int] | None:
+        shapes[item.name] = item.shape
+        return rows(place, item, where)
+
+    items = read_file(filesystem, path, entry, _reading(path.name, parts))
     try:
         check_names(items, like, path.name, "the checkpoint is of another architecture")
     except ArchitectureError as error:
         raise CheckpointError(f"{path.parent}: {error}") from error
     for key, tensor in items.items():
-        if tensor.shape != like[key].shape:
+        if shapes[key] != tuple(like[key].shape):
             raise CheckpointError(
-                f"{path}: {key} has shape {list(tensor.shape)}, expected "
+                f"{path}: {key} has shape {list(shapes[key])}, expected "
                 f"{list(like[key].shape)}; the checkpoint is of another architecture"
             )
         if tensor.is_complex() and not like[key].is_complex():
@@ -262,7 +315,7 @@ def _read_as(
                 f"{path}: {key} is {tensor.dtype}, expected {like[key].dtype}; the checkpoint is "
                 "of another architecture"
             )
-    return Tensors({k: t.to(like[k].device, like[k].dtype) for k, t in items.items()})
+    return Tensors({k: t.to(device or like[k].device, like[k].dtype) for k, t in items.items()})
 
 
 def load_tensors(

@@ -46,6 +46,7 @@ from functrain.checkpoint.store import (
     whole,
 )
 from functrain.distributed import World
+from functrain.distributed.shards import rows_of
 from functrain.errors import CheckpointError
 from functrain.state import TrainState
 from functrain.trees import rows_here
@@ -232,7 +233,6 @@ def _gone(filesystem: FileSystem, temporary: Path) -> None:
 def rows_in(like: TrainState, world: World) -> Callable[[str, safetensors.Entry, Path], Any]:
     """Which rows of a tensor, by its path in the state, a worker keeps: begin and end, or None."""
     params = like.params
-    each = {name: -(-len(tensor) // world.size) for name, tensor in params.items()}
 
     def rows(place: str, entry: safetensors.Entry, where: Path) -> tuple[int, int] | None:
         name = _parameter(place)
@@ -243,10 +243,15 @@ def rows_in(like: TrainState, world: World) -> Callable[[str, safetensors.Entry,
                 f"{where}: {place} has shape {list(entry.shape)}, expected "
                 f"{list(params[name].shape)}; the checkpoint is of another architecture"
             )
-        count, most = entry.shape[0], each[name]
-        return min(count, world.rank * most), min(count, (world.rank + 1) * most)
+        return part_of(entry.shape[0], world)
 
     return rows
+
+
+def part_of(count: int, world: World) -> tuple[int, int]:
+    """Which of so many rows a worker keeps: begin and end."""
+    rows = rows_of(count, world.rank, world.size)
+    return rows.begin, rows.end
 
 
 def _parameter(place: str) -> str:

@@ -10,12 +10,18 @@ same on every worker: params, metrics, gradient norm, and whether the step was a
 `reduction="canonical"` it is also the same, to the bit, on any number of workers.
 
 Or, with `sharded=True`, each worker keeps some rows of the state: the same step, and the same bits.
-`shard` makes such a state of a whole one, `gathered` a whole one of it.
+`shard` makes such a state of a whole one, `gathered` a whole one of it, and `split` makes the
+params of a model that no worker has room for:
+
+    architecture, params, buffers = ft.distributed.split(lambda: MyModel(config), world)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
+
+from torch import nn
 
 from functrain.distributed.environment import world
 from functrain.distributed.exchange import gathered_metrics
@@ -23,7 +29,26 @@ from functrain.distributed.world import ALONE, World
 from functrain.state import TrainState
 from functrain.trees import Tensors
 
-__all__ = ["ALONE", "World", "gathered", "gathered_metrics", "shard", "world"]
+__all__ = ["ALONE", "World", "gathered", "gathered_metrics", "shard", "split", "world"]
+
+
+def split(make: Callable[[], nn.Module], world: World) -> tuple[nn.Module, Tensors, Tensors]:
+    """`functrain.split(make())`, of which each worker only ever makes its own rows.
+
+    `make` builds the module, on the CPU, as it always does; the memory of its parameters is not
+    taken then. Each tensor is made when it is its turn, by what the constructors have done to it
+    and with the random numbers that they drew: the params are `shard` of those of
+    `functrain.split(make())`, to the bit, and at most one of them is whole at a time. Buffers are
+    whole. Only what `torch.empty` made can wait, as the parameters of torch's own modules and of
+    transformers'; one made of `torch.randn`, say, is whole from then on until its turn.
+
+    In a world of 1 the params are whole and plain. Every worker must call this, and must make the
+    same: where the random generators were seeded differently, all refuse.
+    """
+    # Here, since DTensor takes a second to import.
+    from functrain.distributed import making
+
+    return making.split(make, world)
 
 
 @overload

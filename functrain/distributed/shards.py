@@ -55,21 +55,23 @@ def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
         # Rows of different wholes would be a mixture that no later comparison could see.
         world.agree({name: digest(each) for name, each in plain.items()}, "before they are sharded")
     for name, tensor in items.items():
-        if name not in plain:
-            found[name] = tensor
-            continue
-        if not tensor.ndim:
-            raise StateError(
-                f"params/{name}: a number without a dimension, which has no rows to shard; give it "
-                "the shape [1] in the module, or train with sharded=False"
-            )
-        rows = rows_of(len(tensor), world.rank, world.size)
-        own = tensor.detach()[rows.begin : rows.end].clone(memory_format=torch.contiguous_format)
-        found[name] = sharded(own, tensor.shape, world)
+        found[name] = cut(name, tensor, world) if name in plain else tensor
     if isinstance(items, Tensors):
         owning(items, items.own & plain.keys())
     # What was in shards already, the caller may hold too.
     return owning(Tensors(found), plain.keys())
+
+
+def cut(name: str, tensor: Tensor, world: World, dtype: torch.dtype | None = None) -> Tensor:
+    """This worker's rows of a whole tensor, in memory of their own."""
+    if not tensor.ndim:
+        raise StateError(
+            f"params/{name}: a number without a dimension, which has no rows to shard; give it "
+            "the shape [1] in the module, or train with sharded=False"
+        )
+    rows = rows_of(len(tensor), world.rank, world.size)
+    own = tensor.detach()[rows.begin : rows.end].clone(memory_format=torch.contiguous_format)
+    return sharded(own.to(world.device, dtype or own.dtype), tensor.shape, world)
 
 
 def sharded(own: Tensor, shape: torch.Size, world: World) -> Tensor:

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from functrain import memory
-from functrain.architecture import split
+from functrain.architecture import emptied, split
 from functrain.checkpoint.format import DTYPES as _DTYPES
 from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
+from functrain.deferred import recording
+from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
+from functrain.models.skeletons import Files, rows_of_files, skeleton
 from functrain.trees import Tensors, owning
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -48,6 +51,7 @@ def from_pretrained(
     dtype: str | torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str | None = None,
+    world: World | None = None,
 ) -> Pretrained:
     """The causal language model in `path`: `(architecture, params, buffers, tokenizer)`.
 
@@ -60,11 +64,58 @@ def from_pretrained(
     In memory there is one copy of the weights, and at most one tensor twice; the pages of the files
     are the system's to drop. Weights that no part of the model takes give a `WeightsWarning`.
 
+    `world`: for a step that is `sharded`. Every worker calls this, and reads and keeps its rows of
+    the params alone, on the world's device. Where the files are in another layout than the model,
+    which transformers converts, or a GGUF file, each worker has them whole for a moment.
+
     Raises `ArchitectureError` for a path without such a model, for quantised weights, and where
     weights are missing or of other shapes, since those would be random.
     """
     kind = _dtype(dtype)
     given = Path(path)
+    if world is not None and world.size > 1:
+        return _in_shards(given, kind, attention, world)
+    return _whole(given, kind, device, attention)
+
+
+def _in_shards(given: Path, kind: torch.dtype, attention: str | None, world: World) -> Pretrained:
+    where, options = world.for_all(lambda: _located(given))
+    found = None
+    if "gguf_file" not in options:
+        found = world.for_all(lambda: _row_by_row(given, where, kind, attention, world))
+    if found is None:
+        # Here, since DTensor takes a second to import.
+        from functrain.distributed.making import rows
+
+        whole = world.for_all(lambda: _whole(given, kind, "cpu", attention))
+        handed = dict(whole.params)
+        found = whole.architecture, rows(handed, world), whole.buffers
+    architecture, params, buffers = found
+    buffers = Tensors({name: buffer.to(world.device) for name, buffer in buffers.items()})
+    return Pretrained(architecture, params, buffers, tokenizer_of(given))
+
+
+def _row_by_row(
+    given: Path, where: Path, kind: torch.dtype, attention: str | None, world: World
+) -> tuple[nn.Module, Tensors, Tensors] | None:
+    """The model with this worker's rows; None where its files are not in the model's own layout."""
+    with quiet(), recording(draws=False) as recorded:
+        module = skeleton(where, kind, attention)
+    files = Files.of(where)
+    if not files.hold(module):
+        return None
+    params, made = emptied(module)
+    shards = rows_of_files(files, params, kind, world)
+    buffers = {
+        name: files.rows(name, 0, None).clone() if name in files.places else recorded.made(buffer)
+        for name, buffer in made.items()
+    }
+    return module, shards, Tensors(buffers)
+
+
+def _whole(
+    given: Path, kind: torch.dtype, device: str | torch.device, attention: str | None
+) -> Pretrained:
     where, options = _located(given)
     if attention is not None:
         options["attn_implementation"] = attention

@@ -40,6 +40,9 @@ SHARDED: dict[str, Any] = {
     "shapes that leave workers without rows": {"odd": True},
     "bf16 params": {"step": {"precision": "bf16_params"}},
     "donated": {"step": {"donate": True}, "odd": True},
+    "made in shards": {"apart": True, "odd": True},
+    "made in shards, and the reference": {"apart": True, "stage": "dpo", "step": {"donate": True}},
+    "made in shards, with own parameters": {"apart": True, "partial": True},
     "recomputed blocks": {"step": {"checkpoint": "model.layers.*"}},
     "recomputed inside of blocks": {"step": {"checkpoint": "model.layers.*.mlp"}},
     "a reference in shards": {"stage": "dpo", "reference": "sharded"},
@@ -60,7 +63,7 @@ SHARDED: dict[str, Any] = {
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_is_canonical_to_the_bit(group: Group, name: str) -> None:
     options = SHARDED[name]
-    (alone,) = group.values("steps", 1, options)
+    (alone,) = group.values("steps", 1, {**options, "apart": False})
     step = {**options.get("step", {}), "sharded": True}
     size = 4 if options.get("odd") else 2
     assert all(each == alone for each in group.values("steps", size, {**options, "step": step}))
