@@ -98,7 +98,10 @@ def loop(shape: DecoderConfig, way: str, microbatches: int) -> Step:
 
 def ours(shape: DecoderConfig, way: str, microbatches: int, world: Any) -> Step:
     """The same by functrain, donated."""
-    architecture, params, buffers = ft.split(decoder(shape, seed=1))
+    if way.startswith("sharded"):
+        architecture, params, buffers = ft.distributed.split(lambda: decoder(shape, seed=1), world)
+    else:
+        architecture, params, buffers = ft.split(decoder(shape, seed=1))
     made = ft.pretrain_step(
         architecture,
         ft.optim.adamw(weight_decay=0.1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
@@ -28,7 +29,7 @@ from functrain.objectives.base import Coupled, Direct, Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
-from functrain.reductions import Part, Tree, Workers, added, merged
+from functrain.reductions import Beside, Part, Tree, Workers, added, merged
 from functrain.trees import Tensors, global_norm, map_leaves
 
 Batches = Batch | Sequence[Batch]
@@ -112,6 +113,13 @@ class ValueAndGrad:
     checkpointed: Mapping[str, nn.Module] = attrs.field(factory=dict)
     shards: Shards | None = None
     direct: bool = attrs.field(init=False)
+    order: tuple[str, ...] = attrs.field(init=False)
+
+    @order.default
+    def _order(self) -> tuple[str, ...]:
+        """What trains, in the order of the module's definition."""
+        names = dict(self.architecture.named_parameters())
+        return tuple(name for name in names if name in self.places.trainable)
 
     @direct.default
     def _direct(self) -> bool:
@@ -207,13 +215,16 @@ class ValueAndGrad:
             else nullcontext(),
         ):
             couplings = self.couplings(model, ready, objective, key, device, part)
+            beside = self._beside(params, part)
             for index, each in enumerate(ready):
                 seed = keys.derive(key, "micro-batch", part.place(index))
                 with keys.seeded(seed, device):
                     with self.precision.context(device):
                         loss, measured = self.measured(model, each, objective, couplings[index])
                     mean = (loss / weight).sum()
-                    torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
+                    last = index + 1 == len(ready)
+                    with total.telling(beside) if last and beside is not None else nullcontext():
+                        torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
                 total.add()
                 measured_all.append(measured)
             after = bound_buffers(self.places)
@@ -225,9 +236,22 @@ class ValueAndGrad:
         moved = self._moved(buffers, after, written)
         trained = {n: params[n] for n in self.places.trainable}
         found, metrics = part.workers.reduced(
-            dict(grads), total.reached(grads), measured_all, trained, moved, tree=part.tree
+            dict(grads),
+            total.reached(grads),
+            measured_all,
+            trained,
+            moved,
+            tree=part.tree,
+            beside=beside,
         )
         return Gradients(grads=Tensors(found), buffers=left, metrics=metrics)
+
+    def _beside(self, params: Mapping[str, Tensor], part: Part) -> Beside | None:
+        """Sums over the workers that begin in the last backward pass, which goes from the end."""
+        if part.workers is None:
+            return None
+        like = {name: params[name] for name in reversed(self.order)}
+        return part.workers.beside(like, tree=part.tree)
 
     def _moved(
         self,
@@ -418,6 +442,8 @@ class _Sum:
         self._received = False
         self._names = {id(leaf): name for name, leaf in leaves.items() if leaf.requires_grad}
         self._direct: dict[str, Tensor] = {}
+        self._ending = False
+        self._told: dict[str, Tensor] = {}
 
     def sum_of(self, leaf: Tensor) -> Tensor | None:
         """Where gradients of a leaf that trains may be summed as they are made."""
@@ -437,19 +463,59 @@ class _Sum:
         """What of the sums has had a gradient here."""
         return frozenset(self._reached if self._received else grads)
 
+    @contextmanager
+    def telling(self, beside: Beside) -> Iterator[None]:
+        """Within it, the last backward pass tells which sums here have come to their end."""
+        self._ending = True
+        handles = [
+            leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                functools.partial(self._ended, beside, name)
+            )
+            for name, leaf in self._leaves.items()
+            # What is summed where it is made may still grow.
+            if leaf.requires_grad and name not in self._direct
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _ended(self, beside: Beside, name: str, leaf: Tensor) -> None:
+        self._take(name, leaf)
+        grad = self._wide.get(name, leaf.grad)
+        assert grad is not None  # it has just been added to
+        self._told[name] = self._folded(name, grad)
+        beside.ready(name, self._told[name])
+
+    def _folded(self, name: str, grad: Tensor | None) -> Tensor:
+        """A gradient of the last leaf with the branches of the tree that wait for it.
+
+        Each worker has a power of two of leaves, so that the last one meets every branch in turn.
+        """
+        for branch in reversed(self._tree.waiting() if self._tree is not None else ()):
+            if name in branch:
+                grad = branch[name] if grad is None else branch[name].add_(grad)
+        assert grad is not None
+        return grad
+
+    def _take(self, name: str, leaf: Tensor) -> None:
+        """Widen a gradient that is narrower than its sum."""
+        if leaf.grad is not None and leaf.grad.layout != torch.strided:
+            raise ArchitectureError(
+                f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
+                "take; build its nn.Embedding with sparse=False"
+            )
+        if leaf.grad is None or leaf.dtype == self.dtypes[name]:
+            return
+        wide = leaf.grad.to(self.dtypes[name])
+        self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
+        leaf.grad = None
+
     def add(self) -> None:
         for name, leaf in self._leaves.items():
-            if leaf.grad is not None and leaf.grad.layout != torch.strided:
-                raise ArchitectureError(
-                    f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
-                    "take; build its nn.Embedding with sparse=False"
-                )
-            if leaf.grad is None or leaf.dtype == self.dtypes[name]:
-                continue
-            wide = leaf.grad.to(self.dtypes[name])
-            self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
-            leaf.grad = None
-        if self._tree is not None:
+            self._take(name, leaf)
+        if self._tree is not None and not self._ending:
             self._tree.push(dict(self._summed()))
             self._wide.clear()
             self._direct.clear()
@@ -458,9 +524,14 @@ class _Sum:
 
     def grads(self) -> Tensors:
         """The sum over all micro-batches."""
-        if self._tree is not None:
+        if self._tree is None:
+            return self._summed()
+        if not self._ending:
             return Tensors(self._tree.total() or {})
-        return self._summed()
+        last = self._summed()
+        names = {*last, *(name for branch in self._tree.waiting() for name in branch)}
+        rest = {name: self._folded(name, last.get(name)) for name in names - self._told.keys()}
+        return Tensors({**self._told, **rest})
 
     def _summed(self) -> Tensors:
         own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}

@@ -49,6 +49,10 @@ class Tree(Generic[T]):
             leaves *= 2
         self._waiting.append((leaves, value))
 
+    def waiting(self) -> list[T]:
+        """The branches that have no other beside them yet, the first one first."""
+        return [value for _, value in self._waiting]
+
     def total(self) -> T | None:
         """The sum of all leaves, once; None where there was none."""
         found: T | None = None
@@ -103,6 +107,13 @@ class Workers(Protocol):
         """What every worker has observed, in the order of the micro-batches of the whole."""
         ...
 
+    def beside(self, like: Mapping[str, Tensor], *, tree: bool) -> Beside | None:
+        """Sums that may begin while gradients are computed, if any.
+
+        `like`: a tensor for each name that may have a gradient, in the order in which they come.
+        """
+        ...
+
     def reduced(
         self,
         grads: dict[str, Tensor],
@@ -112,13 +123,26 @@ class Workers(Protocol):
         moved: Sequence[str],
         *,
         tree: bool,
+        beside: Beside | None,
     ) -> tuple[dict[str, Tensor], Metrics]:
         """The sums over all workers, on each of them; in the memory of `grads`.
 
         `reached`: what has a gradient here. `measured`: the metrics of each micro-batch. `like`: a
         tensor for each name that may have a gradient. `moved`: the buffers that the forward has
-        written to, which is refused.
+        written to, which is refused. `beside`: the sums that have begun.
         """
+        ...
+
+
+class Beside(Protocol):
+    """Sums over the workers that begin while other gradients are still computed."""
+
+    def ready(self, name: str, grad: Tensor) -> None:
+        """A gradient is what it will be; its memory is the sum's from now on."""
+        ...
+
+    def finish(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All sums, with those of `grads` that were not `ready` before."""
         ...
 
 

@@ -43,6 +43,7 @@ LAYERS = [
     "checkpoint",
     "loop",
     "models",
+    "planning",
     "tracking",
     "testing",
     "cli",

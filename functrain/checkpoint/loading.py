@@ -228,11 +228,13 @@ def load_model(
     a state of theirs has it; adapters that were trained over another are refused.
 
     `world`: for a step that is `sharded`. Every worker calls this and keeps its rows of the params
-    alone, on the world's device; `params` may be the architecture's own, without values.
+    alone, on the world's device; `params` may be the architecture's own, without values, also in a
+    world of 1.
     """
     if world is not None and world.size > 1:
         return _load_model_rows(directory, params, buffers, base, world, filesystem)
-    return _load_model(directory, params, buffers, base, filesystem)
+    device = None if world is None else world.device
+    return _load_model(directory, params, buffers, base, filesystem, device=device)
 
 
 def _load_model_rows(

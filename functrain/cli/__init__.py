@@ -21,6 +21,7 @@ _COMMANDS = {
     "reference": "score its pairs ahead of that:        functrain reference run.toml",
     "generate": 'let it speak:                         functrain generate RUN "prompt"',
     "evaluate": "measure it on files:                  functrain evaluate RUN held_out.txt",
+    "plan": "know memory and time ahead:           functrain plan pretrain run.toml --workers 8",
     "report": "see several runs in one page:         functrain report RUN OTHER --to runs.html",
     "data": "see what of a record is trained:      functrain data show FILE",
     "inspect": "see what a checkpoint holds:          functrain inspect CHECKPOINT",

@@ -11,9 +11,19 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from functrain import checkpoint, data, keys, lora, models, objectives, optimizers, schedules
+from functrain import (
+    checkpoint,
+    data,
+    distributed,
+    keys,
+    lora,
+    models,
+    objectives,
+    optimizers,
+    schedules,
+)
 from functrain.architecture import slots, split
 from functrain.cli.config import (
     DPO,
@@ -123,31 +133,63 @@ def build(config: Config, world: World = ALONE) -> Built:
         )
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: 'cuda', and this machine has none; use 'cpu'")
+    return _built(config, world.for_all(lambda: _read(config)), world)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Read:
+    """What a run reads before there is a model."""
+
+    start: Origin | None
+    tokenizer: Tokenizer | None
+    source: Source
+    held_out: Source | None
+
+
+def _read(config: Config) -> _Read:
     start = None if isinstance(config, Pretrain) else origin(config.model.from_)
     tokenizer = _tokenizer(config, start)
     source, held_out = sources(config, tokenizer)
-    architecture, params, buffers = _model(config, start, tokenizer)
+    return _Read(start=start, tokenizer=tokenizer, source=source, held_out=held_out)
+
+
+def _built(config: Config, read: _Read, world: World) -> Built:
+    adapted = not isinstance(config, Pretrain) and bool(config.lora.options())
+    # The base under adapters stays whole.
+    if config.train.sharded and not adapted and world.size > 1:
+        architecture, params, buffers = _model(config, read, world)
+    else:
+        alone = World(device=torch.device(config.train.device or "cpu"))
+        architecture, params, buffers = world.for_all(lambda: _model(config, read, alone))
+
+    def checked() -> tuple[Step, Tensors, ReferenceCache | None]:
+        _check_positions(config, architecture)
+        made, trained = _adapted(config, architecture, params)
+        step = _step(config, made, trained, world)
+        return step, trained, _cache(config, made, trained, buffers)
+
+    step, params, cache = world.for_all(checked)
+    state = step.init(params, buffers, seed=config.train.seed)
+    batches = world.for_all(lambda: _batches(read.held_out, config))
+    return Built(
+        step=step,
+        state=state,
+        source=read.source,
+        evaluation=batches if cache is None else [cache(batch) for batch in batches],
+        tokenizer=read.tokenizer,
+        notes=tuple(_notes(read.source, read.held_out)),
+        templated=_templated(config, read.tokenizer),
+        cache=cache,
+    )
+
+
+def _check_positions(config: Config, architecture: nn.Module) -> None:
     most = models.positions(architecture)
     if most is not None and config.data.time > most:
         raise ConfigError(
             f"data.time: {config.data.time}, and the model has learnt {most} positions; give at "
             "most as many"
         )
-    architecture, params = _adapted(config, architecture, params)
-    step = _step(config, architecture, params, world)
-    cache = _cache(config, architecture, params, buffers)
-    batches = _batches(held_out, config)
-    state = step.init(params, buffers, seed=config.train.seed)
-    return Built(
-        step=step,
-        state=state,
-        source=source,
-        evaluation=batches if cache is None else [cache(batch) for batch in batches],
-        tokenizer=tokenizer,
-        notes=tuple(_notes(source, held_out)),
-        templated=_templated(config, tokenizer),
-        cache=cache,
-    )
 
 
 def _templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
@@ -257,51 +299,64 @@ def _vocabulary(config: Config, tokenizer: Tokenizer | None) -> int:
     return given
 
 
-def _model(
-    config: Config, start: Origin | None, tokenizer: Tokenizer | None
-) -> tuple[nn.Module, Tensors, Tensors]:
-    device = config.train.device or "cpu"
-    if start is not None:
-        return started(start, device)
+def _model(config: Config, read: _Read, world: World) -> tuple[nn.Module, Tensors, Tensors]:
+    """The model that training begins with; of several workers each has its rows of the params."""
+    if read.start is not None:
+        return started(read.start, world)
     assert isinstance(config.model, Model)  # the other stages have a start
     seed = keys.derive(config.train.seed, "model")
-    return split(decoder(config.model, _vocabulary(config, tokenizer), seed=seed).to(device))
+    shape, vocabulary = config.model, _vocabulary(config, read.tokenizer)
+    if world.size == 1:
+        return split(decoder(shape, vocabulary, seed=seed).to(world.device))
+    return distributed.split(lambda: decoder(shape, vocabulary, seed=seed), world)
 
 
-def started(found: Origin, device: str) -> tuple[nn.Module, Tensors, Tensors]:
+def started(found: Origin, world: World = ALONE) -> tuple[nn.Module, Tensors, Tensors]:
     """The model of a checkpoint; adapters are merged into the base that they were trained over."""
-    architecture, params, buffers = _restored(found, device)
+    if world.size > 1 and _is_adapted(found):
+        alone = World(device=world.device)
+        architecture, params, buffers = world.for_all(lambda: started(found, alone))
+        return architecture, distributed.shard(params, world), buffers
+    architecture, params, buffers = _restored(found, world)
     if lora.is_adapted(architecture):
         architecture, params = lora.merged(architecture, params)
     return architecture, params, buffers
 
 
-def _restored(found: Origin, device: str) -> tuple[nn.Module, Tensors, Tensors]:
+def _is_adapted(found: Origin) -> bool:
+    config = found.config
+    return config is not None and not isinstance(config, Pretrain) and bool(config.lora.options())
+
+
+def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]:
     """The model of a checkpoint as it was trained: adapters stay adapters."""
     config = found.config
     if config is None:
-        return models.from_pretrained(found.checkpoint, device=device)[:3]
+        return models.from_pretrained(found.checkpoint, device=world.device, world=world)[:3]
     if isinstance(config, Pretrain) or not config.lora.options():
-        if found.shape is None:
-            # What lies beside the weights is all that transformers needs.
-            architecture, params, buffers, _ = models.from_pretrained(
-                found.checkpoint, device=device
-            )
-        else:
-            module = decoder(found.shape, _vocabulary(config, tokenizer_of(found)))
-            architecture, params, buffers = split(module.to(device))
-    else:
-        below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
-        if config.model.sha256 not in (None, below.sha256):
-            raise ConfigError(
-                f"{found.checkpoint}: its adapters were trained over {below.checkpoint}, which is "
-                "another checkpoint now (another hash); put the old one back"
-            )
-        architecture, params, buffers = started(below, device)
-        architecture, params = _adapted(config, architecture, params)
+        architecture, like, buffers = world.for_all(lambda: bare(found, config))
+        params, buffers = checkpoint.load_model(found.checkpoint, like, buffers, world=world)
+        return architecture, params, buffers
+    below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
+    if config.model.sha256 not in (None, below.sha256):
+        raise ConfigError(
+            f"{found.checkpoint}: its adapters were trained over {below.checkpoint}, which is "
+            "another checkpoint now (another hash); put the old one back"
+        )
+    architecture, params, buffers = started(below, world)
+    architecture, params = _adapted(config, architecture, params)
     base = slots(architecture).base
     params, buffers = checkpoint.load_model(found.checkpoint, params, buffers, base=base)
     return architecture, params, buffers
+
+
+def bare(found: Origin, config: Config) -> tuple[nn.Module, dict[str, Tensor], Tensors]:
+    """The model of a checkpoint without its weights, as what lies beside them describes it."""
+    shape = found.shape
+    if shape is None:
+        return models.bare(lambda: models.skeleton(found.checkpoint, torch.float32))
+    vocabulary = _vocabulary(config, tokenizer_of(found))
+    return models.bare(lambda: decoder(shape, vocabulary))
 
 
 def _adapted(config: Config, architecture: nn.Module, params: Tensors) -> tuple[nn.Module, Tensors]:
@@ -323,7 +378,7 @@ def restored(given: str, *, device: str = "cpu") -> Restored:
             f"{given}: a model of transformers and no run, so there is no state of it; give a run, "
             "or one of its checkpoints"
         )
-    architecture, params, buffers = _restored(found, device)
+    architecture, params, buffers = _restored(found, World(device=torch.device(device)))
     step = _step(found.config, architecture, params, ALONE)
     like = step.init(params, buffers, seed=found.config.train.seed)
     with warnings.catch_warnings():
@@ -551,7 +606,7 @@ def asked_with(found: Origin) -> Tokenizer | None:
 def trained(given: str, *, device: str = "cpu") -> Trained:
     """The model of a run (its newest checkpoint), of a checkpoint in one, or of transformers."""
     found = origin(given, "run")
-    architecture, params, buffers = started(found, device)
+    architecture, params, buffers = started(found, World(device=torch.device(device)))
     return Trained(
         architecture=architecture,
         params=params,

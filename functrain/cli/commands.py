@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -45,6 +45,52 @@ class SFTArguments(RunArguments):
 @attrs.frozen(kw_only=True)
 class DPOArguments(RunArguments):
     """functrain dpo [run.toml] [options]"""
+
+    config: Annotated[DPO, tyro.conf.arg(name="")] = attrs.field(factory=DPO)
+
+
+@attrs.frozen(kw_only=True)
+class PlanArguments:
+    """What `functrain plan` takes beside the config of a stage."""
+
+    workers: int = 1
+    """Workers in all."""
+    per_node: int = 8
+    """Workers to a node."""
+    device: str = "h100"
+    """a100, h100, h200 or b200, by their maker's figures; or here: what this machine's workers come
+    to, measured. Under torchrun their exchanges too."""
+    utilisation: float = 0.4
+    """What part of a device's peak a worker comes to."""
+    memory: float | None = None
+    """GiB of a worker, where they are others than the device's; so are the next."""
+    tflops: float | None = None
+    """10¹² operations a second that a worker comes to."""
+    inside: float | None = None
+    """GB a second that a worker sends to others of its node."""
+    between: float | None = None
+    """GB a second that a worker sends to other nodes."""
+    latency: float | None = None
+    """Microseconds of an exchange beside its bytes, for each doubling of the workers."""
+
+
+@attrs.frozen(kw_only=True)
+class PretrainPlan(PlanArguments):
+    """functrain plan pretrain [run.toml] [options]"""
+
+    config: Annotated[Pretrain, tyro.conf.arg(name="")] = attrs.field(factory=Pretrain)
+
+
+@attrs.frozen(kw_only=True)
+class SFTPlan(PlanArguments):
+    """functrain plan sft [run.toml] [options]"""
+
+    config: Annotated[SFT, tyro.conf.arg(name="")] = attrs.field(factory=SFT)
+
+
+@attrs.frozen(kw_only=True)
+class DPOPlan(PlanArguments):
+    """functrain plan dpo [run.toml] [options]"""
 
     config: Annotated[DPO, tyro.conf.arg(name="")] = attrs.field(factory=DPO)
 
@@ -266,9 +312,36 @@ def _silent(_line: str) -> None:
     """What a worker says that is not rank 0."""
 
 
-def stage_arguments(command: str, rest: Sequence[str]) -> Any:
+_STAGES = {"pretrain": PretrainArguments, "sft": SFTArguments, "dpo": DPOArguments}
+_PLANS = {"pretrain": PretrainPlan, "sft": SFTPlan, "dpo": DPOPlan}
+
+
+def plan(_command: str, rest: Sequence[str]) -> int:
+    """`functrain plan pretrain|sft|dpo [run.toml] [--workers …] [--overrides]`."""
+    which, *given = rest or ("",)
+    if which not in _PLANS and which not in ("-h", "--help"):
+        known = "functrain plan pretrain|sft|dpo [run.toml] --workers 8 --device h100"
+        raise ConfigError(f"plan: {which!r}; {did_you_mean(which, _PLANS)}: {known}")
+    if which not in _PLANS:
+        _parsed(PretrainPlan, "plan pretrain|sft|dpo", ["--help"])
+    arguments = stage_arguments(which, given, _PLANS)
+    from functrain.cli.plan import Machines, planned
+    from functrain.cli.run import threads
+    from functrain.distributed import world
+
+    fields = attrs.asdict(arguments, recurse=False)
+    config = fields.pop("config")
+    train = config.train
+    with threads(train.threads or 1), world(device=train.device, timeout=train.timeout) as workers:
+        found = workers.for_all(lambda: planned(config, Machines(**fields), workers))
+        if workers.speaks:
+            print(found)
+    return 0
+
+
+def stage_arguments(command: str, rest: Sequence[str], classes: Mapping[str, Any] = _STAGES) -> Any:
     """The arguments of a stage's command: defaults, then the file, then the overrides."""
-    cls: Any = {"pretrain": PretrainArguments, "sft": SFTArguments, "dpo": DPOArguments}[command]
+    cls: Any = classes[command]
     given = list(rest)
     config: Any = None
     if given and not given[0].startswith("-"):

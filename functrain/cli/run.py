@@ -89,7 +89,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         cache_directory(config.train.compile_cache),
         ExitStack() as stack,
     ):
-        built = world.for_all(lambda: build(config, world))
+        built = build(config, world)
         stack.callback(built.close)
         for note in built.notes:
             say(f"{config.stage}: {note}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import orjson
@@ -19,6 +21,15 @@ from functrain.reductions import tree_sum
 BUCKET = 25 << 20
 """Bytes that are exchanged at once."""
 
+ALONE = 1 << 20
+"""A gradient of so many bytes is summed where it is: to copy it would take longer than an exchange
+of its own."""
+
+IN_FLIGHT = 4
+"""Exchanges that may be under way at once; each may have a bucket's copy of gradients."""
+
+Meeting = Callable[[str], AbstractContextManager[None]]
+
 
 def nothing(like: Tensor) -> Tensor:
     """The gradient of a parameter that no micro-batch here has reached: what adds nothing.
@@ -28,37 +39,139 @@ def nothing(like: Tensor) -> Tensor:
     return torch.full_like(like, -0.0, requires_grad=False)
 
 
-def fast(grads: Sequence[Tensor], rank: int, size: int) -> None:
-    """Sum over the workers, in place; in the order that the backend takes."""
-    del rank, size
-    pending = []
-    for pieces in _buckets(grads):
-        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        work = dist.all_reduce(flat, async_op=True)
-        pending.append((work, flat, pieces))
-    for work, flat, pieces in pending:
-        work.wait()
-        if len(pieces) > 1:
+class Beside:
+    """Sums over the workers of gradients that become ready one after another.
+
+    In buckets, the same on every worker: large gradients, which are summed where they are, and
+    small ones together. A bucket is sent when its gradients and all buckets before it are ready,
+    while others are still computed; the order of the exchanges is the same everywhere, whatever is
+    ready first. As a `tree` the sum is one over the ranks.
+    """
+
+    def __init__(
+        self, like: Mapping[str, Tensor], meeting: Meeting, size: int, *, tree: bool
+    ) -> None:
+        self._like, self._meeting, self._size, self._tree = like, meeting, size, tree
+        self.buckets = list(_together(like))
+        self.sent = 0
+        self._grads: dict[str, Tensor] = {}
+        self._under_way: deque[tuple[_Sending, list[Tensor]]] = deque()
+
+    def ready(self, name: str, grad: Tensor) -> None:
+        """A gradient is what it will be; its memory is the sum's from now on."""
+        if name in self._grads:
+            raise ArchitectureError(
+                f"{name}: its gradient has come to its end twice in one backward pass, so the "
+                "model takes a backward pass of its own inside; where there are several workers "
+                "it cannot (torch.utils.checkpoint with use_reentrant=True does)"
+            )
+        self._grads[name] = grad
+        while self.sent < len(self.buckets) and self._complete(self.buckets[self.sent]):
+            self._send()
+
+    def finish(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All sums, in the memory of the gradients; what is in neither is what adds nothing."""
+        for name, like in self._like.items():
+            if name not in self._grads:
+                self._grads[name] = grads[name] if name in grads else nothing(like)
+        while self.sent < len(self.buckets):
+            self._send()
+        while self._under_way:
+            self._receive()
+        return self._grads
+
+    def _complete(self, bucket: Sequence[_Stretch]) -> bool:
+        return all(name in self._grads for name, _, _ in bucket)
+
+    def _send(self) -> None:
+        bucket = self.buckets[self.sent]
+        pieces = [_flat(self._grads[name])[begin:end] for name, begin, end in bucket]
+        self.sent += 1
+        if len(self._under_way) == IN_FLIGHT:
+            self._receive()
+        with self._meeting(_REDUCTION):
+            send = _Canonical if self._tree else _Fast
+            self._under_way.append((send(pieces, self._size), pieces))
+
+    def _receive(self) -> None:
+        sending, pieces = self._under_way.popleft()
+        with self._meeting(_REDUCTION):
+            flat = sending.received()
+        if flat is not None:
             _put(flat, pieces)
 
 
-def canonical(grads: Sequence[Tensor], rank: int, size: int) -> None:
-    """Sum over the workers, in place; as a binary tree over their ranks.
+_REDUCTION = "the reduction of the gradients"
+_Stretch = tuple[str, int, int]
+"""Of a gradient, flat: from where to where."""
 
-    As many bytes as a ring's all-reduce: each worker gets one part of every other's gradients,
-    adds them in order, and sends the sum to all.
+
+class _Sending(Protocol):
+    def __init__(self, pieces: Sequence[Tensor], size: int) -> None: ...
+
+    def received(self) -> Tensor | None:
+        """The sum, flat; None where it is in the pieces already."""
+        ...
+
+
+class _Fast:
+    """In the order that the backend takes."""
+
+    def __init__(self, pieces: Sequence[Tensor], size: int) -> None:
+        del size
+        self._one = len(pieces) == 1
+        self._flat = pieces[0] if self._one else torch.cat(list(pieces))
+        self._work: Any = dist.all_reduce(self._flat, async_op=True)
+
+    def received(self) -> Tensor | None:
+        self._work.wait()
+        return None if self._one else self._flat
+
+
+class _Canonical:
+    """As a binary tree over the ranks.
+
+    As many bytes as a ring's all-reduce: each worker gets one part of every other's gradients, adds
+    them in order, and sends the sum to all.
     """
-    del rank
-    for pieces in _buckets(grads):
+
+    def __init__(self, pieces: Sequence[Tensor], size: int) -> None:
         numel = sum(piece.numel() for piece in pieces)
-        part = math.ceil(numel / size)
-        sent = pieces[0].new_zeros(part * size)
-        torch.cat(pieces, out=sent[:numel])
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
-        total = tree_sum(list(received.view(size, part)), torch.Tensor.add_)
-        dist.all_gather_single(sent, total.contiguous())
-        _put(sent, pieces)
+        self._one = len(pieces) == 1 and not numel % size
+        self._size, self._flat = size, pieces[0]
+        if not self._one:
+            self._flat = pieces[0].new_zeros(math.ceil(numel / size) * size)
+            torch.cat(list(pieces), out=self._flat[:numel])
+        self._parts = torch.empty_like(self._flat)
+        self._work: Any = dist.all_to_all_single(self._parts, self._flat, async_op=True)
+
+    def received(self) -> Tensor | None:
+        self._work.wait()
+        total = tree_sum(list(self._parts.view(self._size, -1)), torch.Tensor.add_)
+        dist.all_gather_single(self._flat, total.contiguous())
+        return None if self._one else self._flat
+
+
+def _together(like: Mapping[str, Tensor]) -> Iterator[list[_Stretch]]:
+    """What is summed in one exchange: of one dtype, about `BUCKET` bytes at most."""
+    for dtype in sorted({tensor.dtype for tensor in like.values()}, key=str):
+        bucket: list[_Stretch] = []
+        space = most = max(1, BUCKET // dtype.itemsize)
+        for name, tensor in like.items():
+            numel = tensor.numel()
+            if tensor.dtype != dtype or not numel:
+                continue
+            if tensor.nbytes >= ALONE or numel > most:
+                ends = range(0, numel, most)
+                yield from ([(name, at, min(at + most, numel))] for at in ends)
+                continue
+            if numel > space:
+                yield bucket
+                bucket, space = list[_Stretch](), most
+            bucket.append((name, 0, numel))
+            space -= numel
+        if bucket:
+            yield bucket
 
 
 def _put(flat: Tensor, pieces: Sequence[Tensor]) -> None:
@@ -66,24 +179,6 @@ def _put(flat: Tensor, pieces: Sequence[Tensor]) -> None:
     for piece in pieces:
         piece.copy_(flat[begin : begin + piece.numel()])
         begin += piece.numel()
-
-
-def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Flat pieces of the gradients, about `BUCKET` bytes together, of one dtype each time."""
-    for dtype in sorted({grad.dtype for grad in grads}, key=str):
-        bucket: list[Tensor] = []
-        space = most = max(1, BUCKET // dtype.itemsize)
-        for grad in grads:
-            if grad.dtype != dtype or not grad.numel():
-                continue
-            for piece in torch.split(_flat(grad), most):
-                if piece.numel() > space:
-                    yield bucket
-                    bucket, space = list[Tensor](), most
-                bucket.append(piece)
-                space -= piece.numel()
-        if bucket:
-            yield bucket
 
 
 def _flat(grad: Tensor) -> Tensor:

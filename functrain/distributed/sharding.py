@@ -28,7 +28,7 @@ from functrain.distributed.world import World
 from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.optimizers import OptimizerState
-from functrain.reductions import Part, tree_sum
+from functrain.reductions import Beside, Part, tree_sum
 from functrain.state import TrainState, consume
 from functrain.trees import Tensors, is_sharded, owning, row_norms
 
@@ -169,8 +169,10 @@ class Sharding:
         moved: Sequence[str],
         *,
         tree: bool,
+        beside: Beside | None,
     ) -> tuple[dict[str, Tensor], Metrics]:
         """See `functrain.reductions.Workers`; the gradients have been summed by now."""
+        assert beside is None
         names = sorted(like)
         forms = {exchange.form_of(each) for each in measured}
         form = exchange.hashed(b"\0".join(sorted(forms)))
@@ -194,6 +196,10 @@ class Sharding:
         leaves = every.transpose(0, 1) if tree else every
         values = tree_sum(list(leaves.flatten(0, 1)), lambda a, b: a + b)
         return kept, exchange.metrics_of(values, measured[0])
+
+    def beside(self, like: Mapping[str, Tensor], *, tree: bool) -> None:
+        """See `functrain.reductions.Workers`: the gradients of a block are summed when it ends."""
+        del like, tree
 
     def global_norm(self, items: Mapping[str, Tensor]) -> Tensor:
         """`functrain.trees.global_norm` of the whole tensors, of these rows: the same bits.

@@ -238,11 +238,13 @@ class Binding:
 
     def _let_go(self, unit: Unit, whole: Sequence[Tensor]) -> Any:
         known = {tensor.untyped_storage()._cdata: n for n, tensor in enumerate(whole)}
+        # Not the tensors: autograd keeps the hooks, and with them what they hold.
+        dtypes = [tensor.dtype for tensor in whole]
         own = self._own
 
         def pack(tensor: Tensor) -> Any:
             number = known.get(tensor.untyped_storage()._cdata)
-            if number is None or tensor.dtype != whole[number].dtype:
+            if number is None or tensor.dtype != dtypes[number]:
                 # Detached: an output that holds itself would never be freed.
                 return tensor.detach()
             return number, tensor.size(), tensor.stride(), tensor.storage_offset()

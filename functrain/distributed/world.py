@@ -17,7 +17,7 @@ from functrain.distributed.observations import gathered_observations
 from functrain.distributed.speaking import Speaking
 from functrain.errors import BatchError, ConfigError, FunctrainError
 from functrain.metrics import Metrics
-from functrain.reductions import Part, merged, tree_sum
+from functrain.reductions import Beside, Part, merged, tree_sum
 
 _WEIGHTS = 4
 
@@ -86,8 +86,12 @@ class World(Speaking):
         moved: Sequence[str],
         *,
         tree: bool,
+        beside: Beside | None,
     ) -> tuple[dict[str, Tensor], Metrics]:
         """See `functrain.reductions.Workers`."""
+        assert beside is not None
+        # Before anything else is exchanged: how much was sent beside the computation may differ.
+        summed = beside.finish(grads)
         metrics = merged(measured, tree=tree)
         names = sorted(like)
         form = exchange.hashed(exchange.form_of(metrics))
@@ -96,15 +100,12 @@ class World(Speaking):
         if len(set(rows[:, 1].tolist())) > 1:
             raise BatchError(exchange.OTHER_METRICS)
         anywhere = rows[:, 2:].any(0).tolist()
-        present = {
-            name: grads[name] if name in grads else exchange.nothing(like[name])
-            for name, found in zip(names, anywhere, strict=True)
-            if found
-        }
-        with self.meeting("the reduction of the gradients"):
-            reduce = exchange.canonical if tree else exchange.fast
-            reduce(list(present.values()), self.rank, self.size)
-        return present, self.merged(metrics)
+        found = {n: summed[n] for n, some in zip(names, anywhere, strict=True) if some}
+        return found, self.merged(metrics)
+
+    def beside(self, like: Mapping[str, Tensor], *, tree: bool) -> Beside:
+        """See `functrain.reductions.Workers`."""
+        return exchange.Beside(like, self.meeting, self.size, tree=tree)
 
     def merged(self, metrics: Metrics) -> Metrics:
         """The metrics of all workers together, which have the same names."""

@@ -6,11 +6,13 @@ from functrain.models.exporting import export
 from functrain.models.generate import ends, generate, positions
 from functrain.models.harness import harness
 from functrain.models.pretrained import Pretrained, from_pretrained, tokenizer_of
+from functrain.models.skeletons import bare, skeleton
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "Pretrained",
+    "bare",
     "config_files",
     "decoder",
     "ends",
@@ -19,5 +21,6 @@ __all__ = [
     "generate",
     "harness",
     "positions",
+    "skeleton",
     "tokenizer_of",
 ]

@@ -152,7 +152,7 @@ def _write_transformers(
     directory: Path,
     max_shard_size: str | int,
 ) -> None:
-    from functrain.models.pretrained import quiet
+    from functrain.models.skeletons import quiet
 
     config = architecture.config
     before = {name: getattr(config, name, None) for name in ("dtype", "architectures")}

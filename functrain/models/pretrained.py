@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from functrain import memory
-from functrain.architecture import emptied, split
+from functrain.architecture import split
 from functrain.checkpoint.format import DTYPES as _DTYPES
 from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
-from functrain.deferred import recording
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
-from functrain.models.skeletons import Files, rows_of_files, skeleton
+from functrain.models.skeletons import Files, bare, quiet, rows_of_files, skeleton
 from functrain.trees import Tensors, owning
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -99,15 +98,13 @@ def _row_by_row(
     given: Path, where: Path, kind: torch.dtype, attention: str | None, world: World
 ) -> tuple[nn.Module, Tensors, Tensors] | None:
     """The model with this worker's rows; None where its files are not in the model's own layout."""
-    with quiet(), recording(draws=False) as recorded:
-        module = skeleton(where, kind, attention)
+    module, params, made = bare(lambda: skeleton(where, kind, attention))
     files = Files.of(where)
     if not files.hold(module):
         return None
-    params, made = emptied(module)
     shards = rows_of_files(files, params, kind, world)
     buffers = {
-        name: files.rows(name, 0, None).clone() if name in files.places else recorded.made(buffer)
+        name: files.rows(name, 0, None).clone() if name in files.places else buffer
         for name, buffer in made.items()
     }
     return module, shards, Tensors(buffers)
@@ -271,23 +268,6 @@ def tokenizer_of(path: str | Path) -> PretrainedTokenizer | None:
     if given.suffix != ".gguf" and not any((given / name).is_file() for name in _TOKENIZERS):
         return None
     return pretrained_tokenizer(given)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and advice; what matters of it is raised here."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

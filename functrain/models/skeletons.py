@@ -1,7 +1,6 @@
 """Models of transformers without their weights, and weights taken from files row by row.
 
-    with recording(draws=False) as recorded:         # functrain.deferred: no memory is taken
-        module = skeleton("models/llama-70b", torch.float32)
+    architecture, params, buffers = bare(lambda: skeleton("models/llama-70b", torch.float32))
 
 Of such a model each worker reads its rows (`functrain.models.from_pretrained` with a world), and a
 plan reads nothing (`functrain.planning`).
@@ -9,7 +8,8 @@ plan reads nothing (`functrain.planning`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,24 @@ import orjson
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import slots
+from functrain.architecture import emptied, slots
+from functrain.deferred import recording
 from functrain.distributed import World
 from functrain.errors import ArchitectureError
 from functrain.trees import Tensors, owning
+
+
+def bare(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], Tensors]:
+    """A module whose weights are nowhere: `(architecture, params, buffers)`.
+
+    As `functrain.split(make())`, but the params are on the meta device, and `make` takes no memory
+    for them. Buffers are there.
+    """
+    with recording(draws=False) as recorded:
+        module = make()
+    params, buffers = emptied(module)
+    made = Tensors({name: recorded.made(buffer) for name, buffer in buffers.items()})
+    return module, {name: tensor.detach().to("meta") for name, tensor in params.items()}, made
 
 
 def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
@@ -41,10 +55,11 @@ def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn
         config = AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-        make: Any = AutoModelForCausalLM
-        module = make.from_config(config, dtype=dtype, trust_remote_code=False, **options)
-        if (path / "generation_config.json").is_file():
-            module.generation_config = GenerationConfig.from_pretrained(str(path))
+        with quiet():
+            make: Any = AutoModelForCausalLM
+            module = make.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+            if (path / "generation_config.json").is_file():
+                module.generation_config = GenerationConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
         reason = str(error).strip() or type(error).__name__
         raise ArchitectureError(f"{path}: transformers cannot make it: {reason[:500]}") from error
@@ -139,3 +154,20 @@ def rows_of_files(
         laid = torch.empty(own.shape, dtype=kind, device=world.device).copy_(own)
         found[name] = sharded(laid, like.shape, world)
     return owning(Tensors(found))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice; what matters of it is raised here."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -76,7 +76,7 @@ def find_head(architecture: nn.Module) -> Head | str:
 
     What cannot be told on the meta device is asked again where the weights are there: in a step.
     """
-    projection = _shown(architecture)
+    projection = shown(architecture)
     if projection is None:
         return "it has no get_output_embeddings() that returns an nn.Linear"
     hindrance = _hindrance(architecture, projection)
@@ -111,7 +111,8 @@ def has_weights(architecture: nn.Module) -> bool:
     return all(parameter.device.type != "meta" for parameter in architecture.parameters())
 
 
-def _shown(architecture: nn.Module) -> nn.Linear | None:
+def shown(architecture: nn.Module) -> nn.Linear | None:
+    """The projection that an architecture says is its head, whether or not it can be used."""
     shown = getattr(architecture, "get_output_embeddings", None)
     projection = shown() if callable(shown) else None
     return projection if isinstance(projection, nn.Linear) else None

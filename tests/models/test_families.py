@@ -16,7 +16,6 @@ from models import families
 import functrain as ft
 from functrain.architecture import values_of
 from functrain.deferred import recording
-from functrain.models.pretrained import quiet
 from functrain.models.skeletons import Files, skeleton
 from functrain.objectives.head import Head, find_head
 
@@ -69,7 +68,7 @@ def test_without_weights_it_is_the_same_model(name: str, tmp_path: Path) -> None
     """Made of its description alone, and its tensors read row by row where that can be."""
     ordinary = families.made(name)
     ordinary.save_pretrained(tmp_path, max_shard_size="6KB")
-    with quiet(), recording(draws=False) as recorded:
+    with recording(draws=False) as recorded:
         module = skeleton(tmp_path, torch.float32)
     params, buffers = values_of(module)
     # Routers are made of zeros, which is no memory that could wait.

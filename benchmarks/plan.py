@@ -1,0 +1,103 @@
+"""A plan beside what workers take: `functrain.planning` against resident memory and clocks.
+
+    python benchmarks/plan.py --workers 1 2 4 [--shape 60M] [--rounds 5]
+
+The machine is measured first (`functrain.planning.here`, what `functrain plan --device here` does),
+by the workers of each group themselves; then steps of `benchmarks/distributed.py`, donated, in the
+same shapes. Memory is resident memory at its peak above what a worker had before its model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from distributed import SHAPES, free_port, launched
+
+import functrain as ft
+from functrain.models import bare, decoder
+
+WAYS = {"replicated": (False, False), "canonical": (False, True)}
+WAYS |= {"sharded": (True, False), "sharded canonical": (True, True)}
+
+
+def measured_here(options: Any) -> None:
+    """One worker of a group: worker 0 prints the cluster."""
+    torch.set_num_threads(1)
+    with ft.distributed.world() as world:
+        found = ft.planning.here(world, ft.precision.POLICIES["fp32"])
+        if world.rank == 0:
+            print(json.dumps({n: getattr(found, n) for n in found.__slots__ if n[0] != "_"}))
+    del options
+
+
+def here(size: int) -> dict[str, Any]:
+    """This machine as a cluster of so many workers."""
+    port = str(free_port())
+    group = []
+    for rank in range(size):
+        named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        environment = {**os.environ, **{k: str(v) for k, v in named.items()}}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--measure"]
+        group.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    told = [process.communicate()[0] for process in group]
+    if any(process.returncode for process in group):
+        raise SystemExit("a worker has failed")
+    found: dict[str, Any] = json.loads(told[0].splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--shape", choices=list(SHAPES), default="60M")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4, help="sequences of a worker")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--microbatches", type=int, default=2, help="of a worker")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measured_here(options)
+        return
+    architecture, params, buffers = bare(lambda: decoder(SHAPES[options.shape]))
+    print("| workers | | memory: planned, taken, MB | | seconds: planned, taken | |")
+    print("|--:|---|--:|--:|--:|--:|")
+    for size in options.workers:
+        cluster = ft.planning.Cluster(**here(size))
+        job = ft.planning.Job(
+            architecture=architecture,
+            params=params,
+            buffers=buffers,
+            optimizer=ft.optim.adamw(weight_decay=0.1),
+            rows=options.rows * size,
+            time=options.length,
+            microbatches=options.microbatches * size,
+        )
+        work = ft.planning.count(job)
+        same = [f"--{n}={getattr(options, n)}" for n in ("shape", "rows", "length", "microbatches")]
+        for way, (sharded, canonical) in WAYS.items():
+            if sharded and size == 1:
+                continue
+            plan = ft.planning.planned(job, cluster, work, canonical=canonical)
+            layout = plan.sharded if sharded else plan.replicated
+            once = [*same, "--ways", way]
+            memory = launched(size, [*once, "--memory", "--rounds=2"])["memory"]["peak"]
+            times = launched(size, [*once, f"--rounds={options.rounds}"])["times"][way]
+            taken, planned = statistics.median(times), layout.bytes / 2**20
+            print(
+                f"| {size} | {way} | {planned:,.0f}, {memory:,.0f} | {planned / memory:.2f} | "
+                f"{layout.step:.3f}, {taken:.3f} | {layout.step / taken:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""How much memory and time a training run will take on a cluster, before there is one.
+
+    architecture, params, buffers = ft.models.bare(lambda: ft.models.decoder(config))
+    job = ft.planning.Job(
+        architecture=architecture, params=params, buffers=buffers, optimizer=ft.optim.adamw(),
+        rows=1024, time=4096, microbatches=1024, precision="bf16", checkpoint="model.layers.*",
+    )
+    plan = ft.planning.plan(job, ft.planning.cluster("h100", 1024, job.precision))
+    print(plan.sharded.bytes, plan.sharded.step)
+
+The model is stated in `functrain.planning.plan`; `benchmarks/plan.py` holds it against what workers
+take on this machine.
+"""
+
+from functrain.planning.cluster import DEVICES, Cluster, Device, cluster
+from functrain.planning.counting import Job, Work, count
+from functrain.planning.measuring import here
+from functrain.planning.plan import Layout, Plan, plan, planned
+
+__all__ = [
+    "DEVICES",
+    "Cluster",
+    "Device",
+    "Job",
+    "Layout",
+    "Plan",
+    "Work",
+    "cluster",
+    "count",
+    "here",
+    "plan",
+    "planned",
+]

@@ -1,0 +1,105 @@
+"""The machines of a plan: what a worker has room for, how fast it computes and exchanges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from functrain.errors import ConfigError, did_you_mean, is_number
+from functrain.precision import Precision
+
+
+@attrs.frozen(kw_only=True)
+class Device:
+    """An accelerator by its maker's figures.
+
+    `memory`: bytes. `half` and `single`: dense operations a second in bf16 and in fp32. `traffic`:
+    bytes a second of its memory. `inside`: bytes a second to the others of its node, in one
+    direction; `between`: to other nodes, by the usual network card for each.
+    """
+
+    memory: float
+    half: float
+    single: float
+    traffic: float
+    inside: float
+    between: float
+
+
+DEVICES: Mapping[str, Device] = {
+    "a100": Device(
+        memory=80e9, half=312e12, single=19.5e12, traffic=2.0e12, inside=300e9, between=25e9
+    ),
+    "h100": Device(
+        memory=80e9, half=989e12, single=67e12, traffic=3.35e12, inside=450e9, between=50e9
+    ),
+    "h200": Device(
+        memory=141e9, half=989e12, single=67e12, traffic=4.8e12, inside=450e9, between=50e9
+    ),
+    "b200": Device(
+        memory=180e9, half=2250e12, single=80e12, traffic=8.0e12, inside=900e9, between=50e9
+    ),
+}
+"""NVIDIA's data sheets (SXM): NVLink in one direction, InfiniBand HDR, NDR, NDR and NDR."""
+
+
+def _positive(record: Any, field: Any, value: Any) -> None:
+    del record
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ConfigError(f"{field.name}: {value!r}, expected a positive finite number")
+
+
+def _count(record: Any, field: Any, value: Any) -> None:
+    del record
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{field.name}: {value!r}, expected an integer of at least 1")
+
+
+@attrs.frozen(kw_only=True)
+class Cluster:
+    """`workers` of one kind, `per_node` to a node.
+
+    `memory`: bytes of a worker. `flops`: operations a second that it comes to, not its peak.
+    `traffic`: bytes a second of its memory. `inside` and `between`: bytes a second that a worker
+    sends to others of its node and of another. `latency`: seconds of an exchange beside its bytes,
+    for each doubling of the workers, as trees and recursive doubling have it.
+    """
+
+    workers: int = attrs.field(validator=_count)
+    per_node: int = attrs.field(default=8, validator=_count)
+    memory: float = attrs.field(validator=_positive)
+    flops: float = attrs.field(validator=_positive)
+    traffic: float = attrs.field(validator=_positive)
+    inside: float = attrs.field(validator=_positive)
+    between: float = attrs.field(validator=_positive)
+    latency: float = attrs.field(default=20e-6, validator=_positive)
+
+    @property
+    def bandwidth(self) -> float:
+        """Of the slowest link in a ring of all workers."""
+        return self.inside if self.workers <= self.per_node else min(self.inside, self.between)
+
+
+def cluster(
+    name: str, workers: int, precision: Precision, *, utilisation: float = 0.4, **more: Any
+) -> Cluster:
+    """So many workers of a device of `DEVICES`, which come to a part of their peak.
+
+    `more`: what of a `Cluster` is otherwise. Raises `ConfigError` for a device that is not known.
+    """
+    if name not in DEVICES:
+        raise ConfigError(f"device: {name!r} is unknown; {did_you_mean(name, DEVICES)}")
+    if not is_number(utilisation) or not 0 < utilisation <= 1:
+        raise ConfigError(f"utilisation: {utilisation!r}, expected a number in (0, 1]")
+    device = DEVICES[name]
+    narrow = precision.cast is not None or precision.autocast is not None
+    found: dict[str, Any] = {
+        "memory": device.memory,
+        "flops": utilisation * (device.half if narrow else device.single),
+        "traffic": device.traffic,
+        "inside": device.inside,
+        "between": device.between,
+    }
+    return Cluster(workers=workers, **{**found, **more})

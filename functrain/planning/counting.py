@@ -1,0 +1,331 @@
+"""What a step takes, counted without taking it: bytes that are kept, bytes for a while, operations.
+
+The model is run on tensors that have shapes and no memory (`torch._subclasses.FakeTensorMode`), one
+micro-batch forward and backward, as a step runs it: with its precision and its recomputed modules.
+What lives at each moment is summed as torch would have it. The head, of which a step makes a few
+rows at a time, is counted by its shapes.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from functrain import activations
+from functrain.architecture import Slots, bound, slots
+from functrain.errors import ArchitectureError, ConfigError
+from functrain.gradients import forward_buffers
+from functrain.objectives import chunks
+from functrain.objectives.base import logits_in
+from functrain.objectives.head import Head, shown
+from functrain.optimizers import Optimizer
+from functrain.precision import POLICIES, Precision, policy
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Job:
+    """A training step as a plan sees it.
+
+    `architecture`, `params`, `buffers`: as `functrain.models.bare` makes them, the params without
+    values. `rows`: sequences of `time` tokens in the whole batch, in `microbatches` equal parts.
+    `sides`: how many forwards a row has, 2 for pairs. `reference`: whether frozen params score each
+    row as well. `average`: whether a moving average is kept. `donate`: whether the state's memory
+    is used again.
+    """
+
+    architecture: nn.Module = attrs.field(repr=False)
+    params: Mapping[str, Tensor] = attrs.field(repr=False)
+    buffers: Mapping[str, Tensor] = attrs.field(repr=False)
+    optimizer: Optimizer = attrs.field(repr=False)
+    rows: int
+    time: int
+    microbatches: int = 1
+    precision: Precision = attrs.field(default=POLICIES["fp32"], converter=policy)
+    checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
+    sides: int = 1
+    reference: bool = False
+    average: bool = False
+    donate: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("rows", "time", "microbatches", "sides"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}: {value!r}, expected an integer of at least 1")
+        if self.rows % self.microbatches:
+            raise ConfigError(
+                f"rows: {self.rows} cannot be cut into {self.microbatches} equal micro-batches"
+            )
+
+
+@attrs.frozen(kw_only=True)
+class Leaf:
+    """A tensor of the state that is cut by rows: how many, and the bytes of one."""
+
+    rows: int
+    row: int
+
+    def bytes_of(self, workers: int) -> int:
+        """What the worker with the most rows has of it."""
+        return -(-self.rows // workers) * self.row
+
+
+@attrs.frozen(kw_only=True)
+class Work:
+    """What one micro-batch, and the state between two steps, take; in bytes.
+
+    `params`, `gradients`, `moments`, `extra` (average, reference) and `cast` (what is computed with
+    where that is of another dtype): by tensor. `units`: what is gathered together where the state
+    is sharded, that of no block first, as it is computed with and as its gradients are summed.
+    `activations`: the most that lives at once beside all of these; `activations_sharded`: where the
+    params are gathered. `head`: what the head takes beside it, and `head_weight` its weight's
+    gradient. `flops`: of a micro-batch, a multiplication and an addition being two; `tokens` of it.
+    """
+
+    params: tuple[Leaf, ...]
+    gradients: tuple[Leaf, ...]
+    moments: tuple[Leaf, ...]
+    extra: tuple[Leaf, ...]
+    cast: tuple[Leaf, ...]
+    units: tuple[tuple[int, int], ...]
+    activations: int
+    activations_sharded: int
+    head: int
+    head_weight: int
+    flops: int
+    buffers: int
+    numbers: int
+    tokens: int
+
+
+def count(job: Job) -> Work:
+    """Count what a job takes.
+
+    Raises `ConfigError` where a model asks for values on its way, which are not there.
+    """
+    from functrain.distributed.units import find_units
+
+    places = slots(job.architecture)
+    trained = {n: p for n, p in job.params.items() if n in places.trainable}
+    state = job.optimizer.init(trained)
+    narrow = job.precision.cast
+    cast = {n: p.to(narrow) for n, p in job.params.items()} if narrow is not None else {}
+    kept = [job.params] * (job.average + job.reference)
+    found = _counted(job, places)
+    apart = _counted(job, places, gathered=True)
+    units = find_units(job.architecture, places)
+    computed = {**job.params, **cast}
+    return Work(
+        params=_leaves(job.params),
+        gradients=_leaves(trained),
+        moments=tuple(leaf for items in state.slots.values() for leaf in _leaves(items)),
+        extra=tuple(leaf for items in kept for leaf in _leaves(items)),
+        cast=_leaves(cast),
+        units=tuple(
+            (
+                sum(computed[name].nbytes for name in unit.names),
+                sum(trained[name].nbytes for name in unit.names if name in trained),
+            )
+            for unit in units
+        ),
+        activations_sharded=apart.activations,
+        buffers=sum(buffer.nbytes for buffer in job.buffers.values()),
+        numbers=sum(p.numel() for p in job.params.values()),
+        tokens=job.rows // job.microbatches * job.time * job.sides,
+        **attrs.asdict(found),
+    )
+
+
+def _leaves(items: Mapping[str, Tensor]) -> tuple[Leaf, ...]:
+    return tuple(
+        Leaf(rows=len(t), row=t.nbytes // max(1, len(t))) if t.ndim else Leaf(rows=1, row=t.nbytes)
+        for t in items.values()
+    )
+
+
+@attrs.frozen(kw_only=True)
+class _Run:
+    activations: int
+    head: int
+    head_weight: int
+    flops: int
+
+
+def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
+    """A micro-batch's forward and backward on tensors without memory.
+
+    `gathered`: with params that are made of others, of which autocast keeps no casts.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = job.rows // job.microbatches * job.sides
+    counter: Any = FlopCounterMode(display=False)
+    living = _Living()
+    with FakeTensorMode() as fake:
+        leaves = {n: _fake(p, job.precision, n in places.trainable) for n, p in job.params.items()}
+        values = {n: fake.from_tensor(b) for n, b in job.buffers.items()}
+        buffers = forward_buffers(values, places, job.precision)
+        ids = torch.zeros(rows, job.time, dtype=torch.int64)
+        with (
+            torch.enable_grad(),
+            bound(job.architecture, leaves, buffers, "train", places=places) as model,
+            activations.checkpointed(model, activations.matching(model, job.checkpoint)),
+            counter,
+            living.gradients_of(leaves.values()),
+            living,
+        ):
+            try:
+                with job.precision.context(torch.device("cpu")), _casts_kept(not gathered):
+                    out, head = _forward(model, ids)
+                forward = counter.get_total_flops()
+                torch.autograd.backward(out, torch.ones_like(out))
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                raise _asks_for_values(job.architecture, error) from error
+    flops = counter.get_total_flops()
+    made = ids.numel()
+    if head is None:
+        flops += job.reference * forward
+        return _Run(activations=living.most, head=0, head_weight=0, flops=flops)
+    products = 2 * made * head.numel()
+    # Of pairs the logits are made once more in the backward pass.
+    times = 3 + (job.sides > 1)
+    flops += times * products + job.reference * (forward + products)
+    return _Run(
+        activations=living.most,
+        head=_head_bytes(made, head),
+        head_weight=head.numel() * 4,
+        flops=flops,
+    )
+
+
+@contextmanager
+def _casts_kept(kept: bool) -> Iterator[None]:
+    """Whether autocast keeps its casts of leaves; of what is no leaf it keeps none."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(kept and before)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _asks_for_values(architecture: nn.Module, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()
+    return ConfigError(
+        f"plan: {type(architecture).__name__} asks for values on its way, and a plan has shapes "
+        f"alone ({type(error).__name__}: {reason[0][:200] if reason else ''})"
+    )
+
+
+def _fake(param: Tensor, precision: Precision, trained: bool) -> Tensor:
+    narrow = precision.cast is not None and param.is_floating_point()
+    dtype = precision.cast if narrow else param.dtype
+    return torch.empty(param.shape, dtype=dtype).requires_grad_(trained)
+
+
+def _forward(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is differentiated: hidden states, with the head's weight, or a loss of whole logits."""
+    projection = shown(model)
+    if projection is None:
+        logits = logits_in(model(input_ids=ids))
+        if not isinstance(logits, Tensor):
+            raise ArchitectureError("the model returns no logits")
+        flat, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(flat.float(), targets), None
+    # The rows that the head is handed elsewhere are none here.
+    head = Head(projection, "", None, None)
+    return head.hidden(model, {"input_ids": ids}), projection.weight
+
+
+def _head_bytes(rows: int, weight: Tensor) -> int:
+    """What the head takes while its logits are there, beside the gradient that it is summed into.
+
+    Logits of a chunk, or all of them where they are few; then as ordinary cross entropy has them:
+    logits, their log-softmax and its gradient.
+    """
+    vocabulary, width = weight.shape
+    hidden = rows * width * weight.dtype.itemsize
+    if not chunks.exceeds(rows, vocabulary):
+        return 3 * rows * vocabulary * 4 + hidden
+    return chunks.BUDGET + hidden
+
+
+_GROWTH = 1.02
+
+
+class _Living(TorchDispatchMode):
+    """The bytes that live at once, of what is made within it, but for the gradients of leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+        self._now = 0
+        self._collected = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        found = func(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if isinstance(each, Tensor):
+                self._seen(each)
+        return found
+
+    def _seen(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes()
+        self._now += storage.nbytes()
+        weakref.finalize(storage, self._gone, key)
+        if self._now > self.most:
+            # A checkpoint's early end leaves a ring of frames behind, here and not in a real step,
+            # and what they hold lives until the next collection.
+            if self._now > _GROWTH * self._collected:
+                gc.collect()
+                self._collected = self._now
+            self.most = max(self.most, self._now)
+
+    def _gone(self, key: int) -> None:
+        self._now -= self._known.pop(key, 0)
+
+    @contextmanager
+    def gradients_of(self, leaves: Any) -> Iterator[None]:
+        """What becomes a leaf's gradient counts elsewhere from then on."""
+        gc.collect()
+        gc.freeze()  # what is there already need not be looked through again and again
+        handles = [
+            leaf.register_post_accumulate_grad_hook(self._kept)
+            for leaf in leaves
+            if leaf.requires_grad
+        ]
+        for leaf in leaves:
+            self._known[leaf.untyped_storage()._cdata] = 0
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            for handle in handles:
+                handle.remove()
+
+    def _kept(self, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        key = leaf.grad.untyped_storage()._cdata
+        self._now -= self._known.get(key, 0)
+        self._known[key] = 0
+
+
+def total(leaves: Sequence[Leaf], workers: int = 1) -> int:
+    """The bytes of these tensors that one of so many workers has."""
+    return sum(leaf.bytes_of(workers) for leaf in leaves)
