@@ -41,13 +41,16 @@ class Tree(Generic[T]):
         self._add = add
         self._waiting: list[tuple[int, T]] = []
 
-    def push(self, value: T) -> None:
-        """The next leaf."""
-        leaves = 1
+    def push(self, value: T, leaves: int = 1) -> None:
+        """The next leaf; or the sum of the last one, which `pop` gave, and the next."""
         while self._waiting and self._waiting[-1][0] == leaves:
             value = self._add(self._waiting.pop()[1], value)
             leaves *= 2
         self._waiting.append((leaves, value))
+
+    def pop(self) -> T | None:
+        """The leaf that the next one is added to, if one waits: its sum is to be pushed as 2."""
+        return self._waiting.pop()[1] if self._waiting and self._waiting[-1][0] == 1 else None
 
     def waiting(self) -> list[T]:
         """The branches that have no other beside them yet, the first one first."""
