@@ -7,7 +7,8 @@ Time: every way has its own model in the same processes, and the ways take turns
 order that is drawn anew each round; a step ends when all workers have ended it. Ratios are of the
 medians, with the quartiles of the ratios of each round. Memory: each way in processes of its own,
 the resident memory of a worker before the model is made, after three steps (params, moments, and
-gradients where they are kept), and at its peak in them.
+gradients where they are kept), and at its peak in them. For it what is freed goes back to the system
+at once (MALLOC_MMAP_THRESHOLD_): else it is what glibc has kept, of all ways, that is measured.
 """
 
 from __future__ import annotations
@@ -220,6 +221,8 @@ def launched(size: int, arguments: list[str]) -> Any:
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         environment = {**os.environ, **{k: str(v) for k, v in named.items()}}
         environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        if "--memory" in arguments:
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
         command = [sys.executable, __file__, "--worker", *arguments]
         group.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     told = [process.communicate()[0] for process in group]

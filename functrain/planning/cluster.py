@@ -64,7 +64,8 @@ class Cluster:
     `memory`: bytes of a worker. `flops`: operations a second that it comes to, not its peak.
     `traffic`: bytes a second of its memory. `inside` and `between`: bytes a second that a worker
     sends to others of its node and of another. `latency`: seconds of an exchange beside its bytes,
-    for each doubling of the workers, as trees and recursive doubling have it.
+    for each doubling of the workers, as trees and recursive doubling have it. `beside`: whether
+    sums of gradients run beside the computation, for which somebody else must exchange.
     """
 
     workers: int = attrs.field(validator=_count)
@@ -75,6 +76,7 @@ class Cluster:
     inside: float = attrs.field(validator=_positive)
     between: float = attrs.field(validator=_positive)
     latency: float = attrs.field(default=20e-6, validator=_positive)
+    beside: bool = True
 
     @property
     def bandwidth(self) -> float:

@@ -11,27 +11,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from functrain.architecture import split
 from functrain.distributed import World
 from functrain.distributed.exchange import BUCKET
+from functrain.flops import flops_of
+from functrain.models import DecoderConfig, decoder
 from functrain.optimizers import adamw
 from functrain.planning.cluster import Cluster
 from functrain.precision import Precision
+from functrain.stages import pretrain_step
 from functrain.trees import Tensors
 
-_WIDTH, _NUMBERS, _ROUNDS = 1024, 1 << 24, 5
+_NUMBERS, _ROUNDS = 1 << 24, 5
 
 
 def here(world: World, precision: Precision, *, workers: int | None = None) -> Cluster:
     """A cluster of workers like those of this world; all of them must call this.
 
-    `flops` of square matrix products of 1,024, all workers computing at once; `traffic` of updates
-    by AdamW; `inside` and `latency` of sums over the workers, large and small, of one worker alone
-    those of its memory. `workers`: how many are planned for; those of this world by default.
+    `flops` of the gradient of a decoder of two layers, all workers computing at once; `traffic` of
+    updates by AdamW; `inside` and `latency` of sums over the workers, large and small, of one
+    worker alone those of its memory. `workers`: how many are planned for; those of this world by
+    default.
+    On a CPU exchanges take the time of the cores that compute, so nothing runs beside.
     """
     device = world.device
-    dtype = precision.cast or precision.autocast or torch.float32
-    square = torch.randn(_WIDTH, _WIDTH, device=device).to(dtype)
-    flops = 2 * _WIDTH**3 / _seconds(lambda: torch.mm(square, square), world)
+    flops = _flops(world, precision)
     traffic = _traffic(world)
     inside, latency = traffic, 1e-6
     if world.size > 1:
@@ -50,7 +54,24 @@ def here(world: World, precision: Precision, *, workers: int | None = None) -> C
         inside=inside,
         between=inside,
         latency=latency,
+        beside=device.type != "cpu",
     )
+
+
+def _flops(world: World, precision: Precision) -> float:
+    small = world.device.type == "cpu"
+    shape = DecoderConfig(vocabulary=8_000, width=768 if small else 2_304, layers=2, heads=12)
+    architecture, params, buffers = split(decoder(shape).to(world.device))
+    step = pretrain_step(architecture, adamw(1e-9), precision=precision)
+    state = step.init(params, buffers)
+    rows, time_ = (2, 128) if small else (8, 1_024)
+    ids = torch.zeros(rows, time_, dtype=torch.int64, device=world.device)
+    batch = {"input_ids": ids, "labels": ids}
+
+    def gradient() -> object:
+        return step.gradient(state.params, state.buffers, batch, scaler=state.scaler)
+
+    return flops_of(step, state, batch) / _seconds(gradient, world)
 
 
 def _traffic(world: World) -> float:

@@ -3,10 +3,12 @@
 The model, for W workers that have K micro-batches each:
 
 - Replicated: a worker has all params, gradients and moments. Once a step the gradients are summed,
-  in 2·(W−1)/W of their bytes, beside the last micro-batch's backward pass where the sum is fast.
+  in 2·(W−1)/W of their bytes. That begins in the last micro-batch's backward pass, two thirds of
+  its computation, and is hidden behind it as far as it goes.
 - Sharded: it has 1/W of each, in rows, and the params of no block whole. The params of a block are
   gathered in the forward and in the backward pass of each micro-batch, and its gradients summed to
-  rows: (W−1)/W of their bytes each, nothing beside the computation.
+  rows: (W−1)/W of their bytes each, nothing beside the computation. What is gathered is packed and
+  laid out, what is summed is cut and packed: about 4 and 6 times its bytes through the memory.
 - An exchange takes its bytes over the bandwidth of the slowest link, and a latency for each
   doubling of the workers. Computing takes the operations over what a worker comes to; the update,
   the bytes that it reads and writes over the traffic of the memory.
@@ -22,7 +24,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from functrain.distributed.exchange import BUCKET
+from functrain.distributed.exchange import BUCKET, IN_FLIGHT
 from functrain.errors import ConfigError
 from functrain.planning.cluster import Cluster
 from functrain.planning.counting import Job, Work, count, total
@@ -80,7 +82,7 @@ def planned(job: Job, cluster: Cluster, work: Work, *, canonical: bool = False) 
     made = []
     for sharded in (False, True):
         memory = _memory(job, cluster, work, sharded, canonical)
-        seconds = _seconds(job, cluster, work, sharded, canonical)
+        seconds = _seconds(job, cluster, work, sharded)
         step = sum(seconds.values())
         speed = work.tokens * job.microbatches / step
         made.append(Layout(memory=memory, seconds=seconds, tokens_per_second=speed))
@@ -94,9 +96,9 @@ def _memory(
     size = cluster.workers
     parts = size if sharded else 1
     gradients = total(work.gradients, parts)
-    # As a tree there are as many sums at once as branches wait, and the one that is added.
+    # As a tree there are as many sums at once as branches wait, and the pair that is added.
     own = job.microbatches // size
-    sets = math.floor(math.log2(own)) + 1 if canonical else 1
+    sets = max(1, math.floor(math.log2(own))) if canonical else 1
     found = {
         "params": total(work.params, parts),
         "moments": total(work.moments, parts),
@@ -121,7 +123,7 @@ def _memory(
     else:
         moments.append({"activations": work.activations + work.head})
         if size > 1:
-            moments.append({"exchanged": min(2 * BUCKET, 2 * gradients)})
+            moments.append({"exchanged": min(IN_FLIGHT * BUCKET, gradients)})
     update = 0
     if not job.donate:
         update += found["params"] + found["moments"]
@@ -132,29 +134,28 @@ def _memory(
     return {**found, **worst}
 
 
-def _seconds(
-    job: Job, cluster: Cluster, work: Work, sharded: bool, canonical: bool
-) -> dict[str, float]:
+def _seconds(job: Job, cluster: Cluster, work: Work, sharded: bool) -> dict[str, float]:
     size, parts = cluster.workers, cluster.workers if sharded else 1
     own = job.microbatches // size
     params, moments = total(work.params, parts), total(work.moments, parts)
     moved = 2 * (params + moments) + 2 * total(work.gradients, parts)
     found = {"computing": own * work.flops / cluster.flops, "update": moved / cluster.traffic}
     if size == 1:
-        return {**found, "exchange": 0.0}
+        return {**found, "copies": 0.0, "exchange": 0.0}
     part = (size - 1) / size
     root, *blocks = work.units
     if not sharded:
         gradients = total(work.gradients)
-        exchanges = 2 * math.ceil(gradients / BUCKET)
-        sent = 2 * part * gradients
+        exchanges = math.ceil(gradients / BUCKET)
+        sent, copied = 2 * part * gradients, 0
     else:
         gathered, summed = sum(b[0] for b in blocks), sum(b[1] for b in blocks)
         passes = own * (2 + job.reference)
-        sent = part * (root[0] + passes * gathered + own * (root[1] + summed))
-        exchanges = 1 + passes * len(blocks) + own * len(work.units)
-        if job.reference:
-            sent += part * own * root[0]
-            exchanges += own
-    latency = cluster.latency * math.log2(size)
-    return {**found, "exchange": sent / cluster.bandwidth + exchanges * latency}
+        gathered = passes * gathered + (1 + job.reference * own) * root[0]
+        summed = own * (root[1] + summed)
+        sent, copied = part * (gathered + summed), 4 * gathered + 6 * summed
+        exchanges = 1 + passes * len(blocks) + own * (len(work.units) + job.reference)
+    seconds = sent / cluster.bandwidth + exchanges * cluster.latency * math.log2(size)
+    if cluster.beside and not sharded:
+        seconds = max(0.0, seconds - 2 / 3 * work.flops / cluster.flops)
+    return {**found, "copies": copied / cluster.traffic, "exchange": seconds}
