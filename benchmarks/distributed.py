@@ -7,8 +7,8 @@ Time: every way has its own model in the same processes, and the ways take turns
 order that is drawn anew each round; a step ends when all workers have ended it. Ratios are of the
 medians, with the quartiles of the ratios of each round. Memory: each way in processes of its own,
 the resident memory of a worker before the model is made, after three steps (params, moments, and
-gradients where they are kept), and at its peak in them. For it what is freed goes back to the system
-at once (MALLOC_MMAP_THRESHOLD_): else it is what glibc has kept, of all ways, that is measured.
+gradients where they are kept), and at its peak in them. What is freed goes back to the system at
+once for it (MALLOC_MMAP_THRESHOLD_): else it is what glibc keeps, of every way, that is measured.
 """
 
 from __future__ import annotations

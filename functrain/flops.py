@@ -24,13 +24,11 @@ def flops_of(step: Step, state: TrainState, batch: Batches) -> int:
 
     Raises what the step would raise for this state and batch.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # takes a while to import
-
     step.check(state)
     values, places = step.value_and_grad.values(state.params), step.value_and_grad.places
     with bound(step.architecture, values, state.buffers, places=places) as model:
         find_head(model)  # which calls the model the first time
-    with FlopCounterMode(display=False, custom_mapping=_unknown()) as counter:
+    with counter() as counted:
         step.gradient(
             state.params,
             state.buffers,
@@ -39,7 +37,14 @@ def flops_of(step: Step, state: TrainState, batch: Batches) -> int:
             scaler=state.scaler,
             objective=step.objective_of(state),
         )
-    return int(counter.get_total_flops())
+    return int(counted.get_total_flops())
+
+
+def counter() -> Any:
+    """PyTorch's counter, a context, with what it does not know of."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes a while to import
+
+    return FlopCounterMode(display=False, custom_mapping=_unknown())
 
 
 def _unknown() -> dict[Any, Any]:

@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+import attrs
 import torch
 import torch.utils.checkpoint
 import zoo
@@ -21,7 +22,7 @@ from functrain.deferred import recording
 from functrain.distributed import exchange
 from functrain.loop import conditions
 from functrain.objectives import chunks
-from functrain.precision import Precision
+from functrain.precision import POLICIES, Precision
 from functrain.trees import is_sharded
 
 EXAMPLES, TIME = 16, 6
@@ -385,3 +386,10 @@ def beside(options: Any) -> tuple[int, int]:
     exchange.Beside.finish = watched  # type: ignore[method-assign]
     steps({**options, "steps": 1})
     return seen[0]
+
+
+def measured(_options: Any) -> dict[str, Any]:
+    """This machine as a cluster."""
+    with ft.distributed.world(timeout=60) as world:
+        found = ft.planning.here(world, POLICIES["fp32"])
+        return attrs.asdict(found)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from functrain import activations
 from functrain.architecture import Slots, bound, slots
 from functrain.errors import ArchitectureError, ConfigError
+from functrain.flops import counter
 from functrain.gradients import forward_buffers
 from functrain.objectives import chunks
 from functrain.objectives.base import logits_in
@@ -86,7 +87,8 @@ class Work:
     `params`, `gradients`, `moments`, `extra` (average, reference) and `cast` (what is computed with
     where that is of another dtype): by tensor. `units`: what is gathered together where the state
     is sharded, that of no block first, as it is computed with and as its gradients are summed.
-    `activations`: the most that lives at once beside all of these; `activations_sharded`: where the
+    `activations`: the most that lives at once beside all of these, in the `forward` pass at most,
+    and `together` with the gradients that have been made by then. `activations_sharded`: where the
     params are gathered. `head`: what the head takes beside it, and `head_weight` its weight's
     gradient. `flops`: of a micro-batch, a multiplication and an addition being two; `tokens` of it.
     """
@@ -98,6 +100,8 @@ class Work:
     cast: tuple[Leaf, ...]
     units: tuple[tuple[int, int], ...]
     activations: int
+    forward: int
+    together: int
     activations_sharded: int
     head: int
     head_weight: int
@@ -105,6 +109,15 @@ class Work:
     buffers: int
     numbers: int
     tokens: int
+
+    def beside(self, microbatches: int) -> int:
+        """What a worker with so many micro-batches has at most beside all its gradients.
+
+        Of one, the gradients come as the activations go.
+        """
+        if microbatches > 1:
+            return self.activations + self.head
+        return max(self.forward + self.head, self.together) - total(self.gradients)
 
 
 def count(job: Job) -> Work:
@@ -155,6 +168,8 @@ def _leaves(items: Mapping[str, Tensor]) -> tuple[Leaf, ...]:
 @attrs.frozen(kw_only=True)
 class _Run:
     activations: int
+    forward: int
+    together: int
     head: int
     head_weight: int
     flops: int
@@ -166,10 +181,9 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
     `gathered`: with params that are made of others, of which autocast keeps no casts.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
 
     rows = job.rows // job.microbatches * job.sides
-    counter: Any = FlopCounterMode(display=False)
+    counted = counter()
     living = _Living()
     with FakeTensorMode() as fake:
         leaves = {n: _fake(p, job.precision, n in places.trainable) for n, p in job.params.items()}
@@ -180,28 +194,38 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
             torch.enable_grad(),
             bound(job.architecture, leaves, buffers, "train", places=places) as model,
             activations.checkpointed(model, activations.matching(model, job.checkpoint)),
-            counter,
+            counted,
             living.gradients_of(leaves.values()),
             living,
         ):
             try:
                 with job.precision.context(torch.device("cpu")), _casts_kept(not gathered):
                     out, head = _forward(model, ids)
-                forward = counter.get_total_flops()
+                forward, before = counted.get_total_flops(), living.most
                 torch.autograd.backward(out, torch.ones_like(out))
             except (RuntimeError, NotImplementedError, TypeError) as error:
                 raise _asks_for_values(job.architecture, error) from error
-    flops = counter.get_total_flops()
+    flops = counted.get_total_flops()
     made = ids.numel()
     if head is None:
         flops += job.reference * forward
-        return _Run(activations=living.most, head=0, head_weight=0, flops=flops)
+        return _Run(
+            activations=living.most,
+            forward=before,
+            together=living.together,
+            head=0,
+            head_weight=0,
+            flops=flops,
+        )
     products = 2 * made * head.numel()
     # Of pairs the logits are made once more in the backward pass.
     times = 3 + (job.sides > 1)
     flops += times * products + job.reference * (forward + products)
     return _Run(
         activations=living.most,
+        forward=before,
+        # The head's own gradient is there first.
+        together=living.together + head.numel() * 4,
         head=_head_bytes(made, head),
         head_weight=head.numel() * 4,
         flops=flops,
@@ -268,8 +292,8 @@ class _Living(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most = 0
-        self._now = 0
+        self.most = self.together = 0
+        self._now = self._gradients = 0
         self._collected = 0
         self._known: dict[int, int] = {}
 
@@ -296,6 +320,7 @@ class _Living(TorchDispatchMode):
                 gc.collect()
                 self._collected = self._now
             self.most = max(self.most, self._now)
+        self.together = max(self.together, self._now + self._gradients)
 
     def _gone(self, key: int) -> None:
         self._now -= self._known.pop(key, 0)
@@ -322,6 +347,7 @@ class _Living(TorchDispatchMode):
     def _kept(self, leaf: Tensor) -> None:
         assert leaf.grad is not None
         key = leaf.grad.untyped_storage()._cdata
+        self._gradients += self._known.get(key, 0)
         self._now -= self._known.get(key, 0)
         self._known[key] = 0
 

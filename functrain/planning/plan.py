@@ -121,7 +121,7 @@ def _memory(
         # What is in no block comes last: the embedding's gradient, and the head's.
         moments.append({"gathered": root[0] + 2 * root[1], "exchanged": 2 * root[1]})
     else:
-        moments.append({"activations": work.activations + work.head})
+        moments.append({"activations": work.beside(own)})
         if size > 1:
             moments.append({"exchanged": min(IN_FLIGHT * BUCKET, gradients)})
     update = 0

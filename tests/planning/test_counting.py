@@ -1,0 +1,167 @@
+"""What a plan counts without values is what a step takes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import families
+from torch import Tensor, nn
+
+import functrain as ft
+from functrain.errors import ConfigError
+from functrain.models import DecoderConfig, bare, decoder
+from functrain.objectives import chunks
+from functrain.planning import Job, count
+from functrain.planning.counting import total
+
+ROWS, TIME = 4, 64
+SHAPE = DecoderConfig(vocabulary=300, width=128, layers=3, heads=4, tied=False)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision": "bf16"},
+    "bf16 params": {"precision": "bf16_params"},
+    "recomputed": {"checkpoint": "model.layers.*"},
+    "recomputed in part": {"checkpoint": "model.layers.*.mlp", "precision": "bf16"},
+    "micro-batches": {"microbatches": 2},
+}
+
+
+def job(make: Any, **options: Any) -> Job:
+    architecture, params, buffers = bare(make)
+    given = {"optimizer": ft.optim.adamw(), "rows": ROWS, "time": TIME, **options}
+    return Job(architecture=architecture, params=params, buffers=buffers, **given)
+
+
+def batch(vocabulary: int) -> dict[str, Tensor]:
+    ids = torch.arange(ROWS * TIME).view(ROWS, TIME) % vocabulary
+    return {"input_ids": ids, "labels": ids}
+
+
+def _taken(step: ft.Step, state: ft.TrainState, given: Any) -> int:
+    """The most bytes that torch has at once for a gradient, beside what is there."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = step.gradient(state.params, state.buffers, given)
+    assert result.grads
+    most = held = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("budget", [chunks.BUDGET, 1 << 14], ids=["whole", "chunks"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bytes_and_operations_are_those_of_a_gradient(
+    name: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OPTIONS[name]
+    monkeypatch.setattr(chunks, "BUDGET", budget)
+    architecture, params, buffers = ft.split(decoder(SHAPE))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), **options)
+    state = step.init(params, buffers)
+    work = count(job(lambda: decoder(SHAPE), **options))
+    parts = options.get("microbatches", 1)
+    counted = parts * work.flops
+    # The last token of a row predicts nothing, so a head by chunks makes no logits of it.
+    last = 6 * ROWS * 128 * 300 if budget == 1 << 14 else 0
+    assert counted - last == ft.flops_of(step, state, batch(300))
+    planned = total(work.gradients) + work.beside(parts) + total(work.cast) + work.buffers
+    taken = _taken(step, state, batch(300))
+    assert 0.9 * taken < planned < 1.25 * taken
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2", "mistral"])
+def test_models_of_transformers_are_counted(name: str) -> None:
+    module = families.made(name)
+    count_of = sum(p.numel() for p in module.parameters())
+    architecture, params, buffers = ft.split(module)
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    given = batch(31)
+    given = {key: value[:, :32] for key, value in given.items()}
+    found = ft.flops_of(step, step.init(params, buffers), given)
+    work = count(
+        Job(
+            architecture=architecture,
+            params={n: p.to("meta") for n, p in params.items()},
+            buffers=buffers,
+            optimizer=ft.optim.adamw(),
+            rows=ROWS,
+            time=32,
+        )
+    )
+    assert work.numbers == count_of
+    assert work.flops == pytest.approx(found, rel=0.02)
+
+
+def test_moments_and_more_are_those_of_the_state() -> None:
+    work = count(job(lambda: decoder(SHAPE), average=True, reference=True, sides=2))
+    params = total(work.params)
+    assert params == 4 * work.numbers == total(work.gradients)
+    assert 2 * params < total(work.moments) < 2 * params + 1000  # and a count for each
+    assert total(work.extra) == 2 * params
+    assert work.tokens == 2 * ROWS * TIME
+    assert sum(gathered for gathered, _ in work.units) == params
+    assert len(work.units) == 1 + SHAPE.layers
+
+
+def test_a_reference_is_a_third_more() -> None:
+    alone, beside = (
+        count(job(lambda: decoder(SHAPE), reference=r, sides=2)).flops for r in (False, True)
+    )
+    # The head's products are made four times of pairs, and attention's scores again backward.
+    assert 1.25 < beside / alone < 1.34
+
+
+def test_rows_are_cut_as_shards_are() -> None:
+    work = count(job(lambda: decoder(SHAPE)))
+    for workers in (1, 2, 3, 4, 300, 1000):
+        own = sum(
+            -(-p.shape[0] // workers) * p[0].nbytes
+            for p in bare(lambda: decoder(SHAPE))[1].values()
+        )
+        assert total(work.params, workers) == own
+
+
+def test_a_model_of_seventy_billion_takes_no_memory() -> None:
+    shape = DecoderConfig(
+        vocabulary=128_256, width=8_192, layers=2, heads=64, kv_heads=8, hidden=28_672, tied=False
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work = count(job(lambda: decoder(shape), time=8_192, precision="bf16_params"))
+    assert work.numbers > 3.5e9
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    assert sum(max(0, e.nbytes()) for e in events if e.name() == "[memory]") < 50e6
+
+
+class _Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        scale = 2.0 if bool(input_ids.sum() > 3) else 1.0
+        logits: Tensor = self.head(self.embedding(input_ids)) * scale
+        return logits
+
+
+def test_a_model_that_asks_for_values_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"plan: _Asking asks for values on its way"):
+        count(job(_Asking))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "rows: 0, expected an integer of at least 1"),
+        ({"time": True}, "time: True, expected an integer"),
+        ({"microbatches": 3}, "rows: 4 cannot be cut into 3 equal micro-batches"),
+        ({"precision": "fp8"}, "precision: 'fp8' is unknown"),
+    ],
+)
+def test_bad_jobs_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job(lambda: decoder(SHAPE), **options)
