@@ -8,13 +8,13 @@ memory is made in parts (`functrain.distributed.split`), or none of it is (`func
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -111,8 +111,7 @@ class Recording:
                 "module on the CPU"
             )
         if not self._can_wait(function, arguments, options, given):
-            arguments, options = tree_map_only(Tensor, self.made, (arguments, options))
-            return function(*arguments, **options)
+            return self._done_now(function, arguments, options)
         return self._noted(function, arguments, options)
 
     def _can_wait(
@@ -131,6 +130,26 @@ class Recording:
         # A draw that depends on values could take more or less of the generator.
         fills = len(given) == len(written) == 1
         return fills or torch.Tag.nondeterministic_seeded not in function.tags
+
+    def _done_now(self, function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """Do an operation on what it asks for; what it writes is written down."""
+        written = [t for t in _written(function, arguments, options) if self.defers(t)]
+        made: dict[int, Tensor] = {}
+
+        def real(tensor: Tensor) -> Tensor:
+            return made.setdefault(id(tensor), self.made(tensor)) if self.defers(tensor) else tensor
+
+        arguments, options = tree_map_only(Tensor, real, (arguments, options))
+        found = function(*arguments, **options)
+        for tensor in written:
+            self._noted(_aten.copy_.default, (tensor, made[id(tensor)]), {})
+        back = {id(made[id(tensor)]): tensor for tensor in written}
+        return tree_map_only(Tensor, lambda tensor: back.get(id(tensor), tensor), found)
+
+    def taken(self, tensor: Tensor) -> Tensor:
+        """A real tensor as one that is not there, with its values."""
+        found: Tensor = self._noted(_aten.clone.default, (tensor,), {})
+        return found
 
     def _noted(self, function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
         drawn = None
@@ -209,6 +228,15 @@ class _AsReal(TorchFunctionMode):
             return not self._recording.draws
         if func == _DEVICE and self._recording.defers(args[0]):
             return torch.device("cpu")
+        if func == _SET_DATA and self._recording.defers(args[0]) != self._recording.defers(args[1]):
+            # The one has memory and the other has none, which torch does not take.
+            change = self._recording.taken if self._recording.defers(args[0]) else None
+            args = (args[0], change(args[1]) if change else self._recording.made(args[1]))
+        if func == torch.Tensor.numpy and self._recording.defers(args[0]):
+            raise ArchitectureError(
+                "numpy(): of a parameter that has no memory yet, so what is written there would be "
+                "lost; use torch's operations"
+            )
         if func == torch.Tensor.__setitem__ and self._is_number_into_nothing(*args):
             # torch would make a tensor of it beside the first, where there is no memory.
             args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))
@@ -220,6 +248,22 @@ class _AsReal(TorchFunctionMode):
 
 _getters: Any = torch.Tensor
 _IS_META, _DEVICE = _getters.is_meta.__get__, _getters.device.__get__
+_SET_DATA = _getters.data.__set__
+
+
+def built(make: Callable[[], nn.Module], *, draws: bool = True) -> tuple[nn.Module, Recording]:
+    """A module made without its memory, and the recording of it.
+
+    Raises `ArchitectureError` where what its constructor does cannot be done later.
+    """
+    with recording(draws=draws) as found:
+        try:
+            return make(), found
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ArchitectureError(
+                f"the module cannot be made without its memory ({type(error).__name__}: {error}); "
+                "make it whole, with functrain.split(module)"
+            ) from error
 
 
 @contextmanager
@@ -227,8 +271,8 @@ def recording(*, draws: bool = True) -> Iterator[Recording]:
     """Within it, `torch.empty` takes no memory on the CPU; what becomes of it is written down.
 
     Random generators move as if everything were done at once. A value that is asked for (`.item()`)
-    is made then. Without `draws` generators stay where they are and what is filled at random has no
-    defined values: for a structure whose weights come from elsewhere, or from nowhere.
+    is made then. Without `draws` what is filled at random later has no defined values, and moves no
+    generator: for a structure whose weights come from elsewhere, or from nowhere.
     """
     found = Recording(draws)
     with _AsReal(found), _Mode(found):
@@ -263,10 +307,12 @@ def _written(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]
 
 def _draw(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
     """Have the generator go on as if an operation had drawn from it."""
-    scratch = tree_map_only(
-        Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), arguments
+    scratch, more = tree_map_only(
+        Tensor,
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype),
+        (arguments, dict(options)),
     )
-    function(*scratch, **options)
+    function(*scratch, **more)
 
 
 def _as_laid(tensor: Tensor, place: _Place) -> Tensor:

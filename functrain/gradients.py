@@ -445,7 +445,7 @@ class _Sum:
         self._direct: dict[str, Tensor] = {}
         self._added = 1
         self._ending = False
-        self._told: dict[str, Tensor] = {}
+        self._told: set[str] = set()
 
     def begin(self) -> None:
         """The next micro-batch: where it is added to one leaf of the tree, autograd adds it there.
@@ -477,32 +477,35 @@ class _Sum:
 
     def reached(self, grads: Mapping[str, Tensor]) -> frozenset[str]:
         """What of the sums has had a gradient here."""
-        return frozenset(self._reached if self._received else grads)
+        return frozenset(self._reached if self._received else {*grads, *self._told})
 
     @contextmanager
     def telling(self, beside: Beside) -> Iterator[None]:
         """Within it, the last backward pass tells which sums here have come to their end."""
         self._ending = True
-        handles = [
-            leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                functools.partial(self._ended, beside, name)
-            )
-            for name, leaf in self._leaves.items()
+        handles = []
+        for name, leaf in self._leaves.items():
             # What is summed where it is made may still grow.
-            if leaf.requires_grad and name not in self._direct
-        ]
+            if leaf.requires_grad and name not in self._direct:
+                ended = functools.partial(self._ended, beside, name, leaf.grad is not None)
+                handle = leaf.register_post_accumulate_grad_hook(ended)  # type: ignore[no-untyped-call]
+                handles.append(handle)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _ended(self, beside: Beside, name: str, leaf: Tensor) -> None:
+    def _ended(self, beside: Beside, name: str, begun: bool, leaf: Tensor) -> None:
+        """`begun`: whether there was a sum before, to whose memory autograd has added."""
         self._take(name, leaf)
-        grad = self._wide.get(name, leaf.grad)
+        grad = self._wide.pop(name) if name in self._wide else leaf.grad
         assert grad is not None  # it has just been added to
-        self._told[name] = self._folded(name, grad)
-        beside.ready(name, self._told[name])
+        whole = self._folded(name, grad)
+        own = begun or whole is not leaf.grad
+        leaf.grad = None
+        self._told.add(name)
+        beside.ready(name, whole, own=own)
 
     def _folded(self, name: str, grad: Tensor | None) -> Tensor:
         """A gradient of the last leaves with the branches of the tree that wait for it.
@@ -511,7 +514,8 @@ class _Sum:
         """
         for branch in reversed(self._tree.waiting() if self._tree is not None else ()):
             if name in branch:
-                grad = branch[name] if grad is None else branch[name].add_(grad)
+                before = branch.pop(name)
+                grad = before if grad is None else before.add_(grad)
         assert grad is not None
         return grad
 
@@ -531,6 +535,7 @@ class _Sum:
     def add(self) -> None:
         for name, leaf in self._leaves.items():
             self._take(name, leaf)
+        self._apart()
         if self._tree is not None and not self._ending:
             self._tree.push(dict(self._summed()), self._added)
             self._wide.clear()
@@ -538,16 +543,30 @@ class _Sum:
             for leaf in self._leaves.values():
                 leaf.grad = None
 
+    def _apart(self) -> None:
+        """Gradients that share their memory get their own, since they will be written to.
+
+        Of `a[None] + b[None]` autograd hands both leaves the same memory (torch 2.13), in which an
+        ordinary loop's second backward pass adds for both.
+        """
+        seen: set[int] = set()
+        for leaf in self._leaves.values():
+            if leaf.grad is None or not leaf.grad.numel():
+                continue
+            address = leaf.grad.untyped_storage().data_ptr()
+            if address in seen:
+                leaf.grad = leaf.grad.clone()
+            seen.add(address)
+
     def grads(self) -> Tensors:
-        """The sum over all micro-batches."""
+        """The sum over all micro-batches, but for what was told to be there."""
         if self._tree is None:
             return self._summed()
         if not self._ending:
             return Tensors(self._tree.total() or {})
         last = self._summed()
         names = {*last, *(name for branch in self._tree.waiting() for name in branch)}
-        rest = {name: self._folded(name, last.get(name)) for name in names - self._told.keys()}
-        return Tensors({**self._told, **rest})
+        return Tensors({name: self._folded(name, last.get(name)) for name in names})
 
     def _summed(self) -> Tensors:
         own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}

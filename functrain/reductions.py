@@ -140,8 +140,8 @@ class Workers(Protocol):
 class Beside(Protocol):
     """Sums over the workers that begin while other gradients are still computed."""
 
-    def ready(self, name: str, grad: Tensor) -> None:
-        """A gradient is what it will be; its memory is the sum's from now on."""
+    def ready(self, name: str, grad: Tensor, *, own: bool) -> None:
+        """A gradient is what it will be; where its memory is its `own`, it may be the sum's."""
         ...
 
     def finish(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

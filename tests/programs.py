@@ -91,6 +91,31 @@ class Never(zoo.Tied):
         self.rare = nn.Parameter(torch.ones(4, 3))
 
 
+class Twins(zoo.Tied):
+    """Two parameters that autograd hands views of one gradient, an activation's."""
+
+    apart = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.full((TIME, 16), 0.1))
+        self.two = nn.Parameter(torch.full((TIME, 16), 0.2))
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        hidden = self.embedding(inputs["input_ids"])
+        if self.apart:  # gradients that are nobody else's
+            hidden = hidden + self.one * 1.0 + self.two * 1.0
+        else:
+            hidden = hidden + (self.one[None] + self.two[None])
+        return {"logits": self.head(self.norm(hidden))}
+
+
+class NoTwins(Twins):
+    """The same, of which each has its own."""
+
+    apart = True
+
+
 class Blocks(zoo.Tied):
     """Blocks in a list, after one another."""
 
@@ -140,7 +165,8 @@ class Random(Blocks):
 
 def model(options: Any) -> nn.Module:
     """The model of a test."""
-    kinds = {"never": Never, True: Partial, "shared": Shared, "own": Own, "random": Random}
+    kinds: dict[Any, Any] = {"twins": Twins, "no twins": NoTwins}
+    kinds |= {"never": Never, True: Partial, "shared": Shared, "own": Own, "random": Random}
     partial = options.get("partial")
     return kinds[partial]() if partial else zoo.decoder(**decoder(options))
 
@@ -156,6 +182,7 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
     if options.get("chunks"):
         chunks.BUDGET, accumulators.TABLE = 64, 64
     exchange.BUCKET = options.get("bucket", exchange.BUCKET)
+    exchange.ALONE = options.get("alone", exchange.ALONE)
     with keys.seeded(3 + options.get("seed", 0)):
         if options.get("apart"):
             architecture, params, buffers = ft.distributed.split(lambda: model(options), world)
@@ -368,7 +395,8 @@ def model_in_shards(options: Any) -> dict[str, str]:
             params, buffers = ft.checkpoint.load_model(options["path"], params, empty, world=world)
         else:
             dtype = options.get("dtype", "float32")
-            found = ft.models.from_pretrained(options["path"], dtype=dtype, world=world)
+            path = options.get("others", {}).get(str(world.rank), options["path"])
+            found = ft.models.from_pretrained(path, dtype=dtype, world=world)
             params, buffers = found.params, found.buffers
         assert is_sharded(params) == (world.size > 1)
         return {n: ft.trees.digest(t) for n, t in {**params, **buffers}.items()}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.deferred import _as_laid, _Place, recording
+from functrain.deferred import _as_laid, _Place, built, recording
 from functrain.errors import ArchitectureError
 from functrain.models import DecoderConfig, decoder
 
@@ -46,6 +46,11 @@ ACTS: dict[str, Act] = {
     "dropout": lambda t, i, _: t[i].copy_(nn.functional.dropout(t[i].nan_to_num(), 0.5)),
     "of probabilities": lambda t, i, _: t.append(torch.bernoulli(t[i].nan_to_num().clamp(0, 1))),
     "about": lambda t, i, _: t[i].copy_(torch.normal(t[i].nan_to_num(), 0.1)),
+    "of a number of its own": lambda t, i, _: t[i].bernoulli_(torch.tensor(0.3)),
+    "drawn into": lambda t, i, _: torch.normal(0.0, 1.0, (3, 3), out=t[i]),
+    "beside a real one": lambda t, i, _: torch._foreach_mul_([t[i], torch.ones(3)], 2.0),
+    "other data": lambda t, i, _: setattr(t[i], "data", torch.full((3, 3), 4.0)),
+    "data of another": lambda t, i, j: setattr(t[i], "data", t[j] * 2),
     "decomposed": lambda t, i, _: t[i].copy_(torch.linalg.qr(t[i].clamp(-2, 2).nan_to_num())[0]),
 }
 
@@ -130,6 +135,23 @@ def test_memory_is_laid_out_as_it_was_promised() -> None:
     bare = torch.empty(6, device="meta").as_strided((2, 2), (1, 3), 1)
     laid = _as_laid(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), place := _Place.of(bare))
     assert place.over(laid.untyped_storage()).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_what_cannot_wait_is_said() -> None:
+    def written_by_numpy() -> nn.Module:
+        layer = nn.Linear(2, 2)
+        layer.weight.data.numpy()[:] = 1
+        return layer
+
+    def failing() -> nn.Module:
+        layer = nn.Linear(2, 2)
+        layer.weight.data.set_(torch.ones(2, 2))
+        return layer
+
+    with pytest.raises(ArchitectureError, match=r"numpy\(\): of a parameter that has no memory"):
+        built(written_by_numpy)
+    with pytest.raises(ArchitectureError, match="cannot be made without its memory"):
+        built(failing)
 
 
 def test_a_tensor_of_the_meta_device_has_no_values_to_take() -> None:

@@ -253,6 +253,9 @@ def _load_model_rows(
         return part_of(entry.shape[0], world) if entry.shape else None
 
     path = world.from_first(lambda: str(located(directory)), "the choice of a checkpoint")
+    manifest = world.for_all(lambda: read_manifest(filesystem, Path(path)))
+    # Rows of different models would be a mixture that no later comparison could see.
+    world.agree({n: f"{e.size} {e.sha256}" for n, e in manifest.files.items()}, "about the files")
     found, kept = world.for_all(
         lambda: _load_model(path, params, buffers, base, filesystem, rows, world.device)
     )

@@ -154,6 +154,8 @@ def _read(config: Config) -> _Read:
 
 
 def _built(config: Config, read: _Read, world: World) -> Built:
+    if read.start is not None:
+        world.agree({"model.from": read.start.sha256})
     adapted = not isinstance(config, Pretrain) and bool(config.lora.options())
     # The base under adapters stays whole.
     if config.train.sharded and not adapted and world.size > 1:

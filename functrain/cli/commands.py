@@ -53,8 +53,8 @@ class DPOArguments(RunArguments):
 class PlanArguments:
     """What `functrain plan` takes beside the config of a stage."""
 
-    workers: int = 1
-    """Workers in all."""
+    workers: int | None = None
+    """Workers in all; those that torchrun has started unless given, or one."""
     per_node: int = 8
     """Workers to a node."""
     device: str = "h100"
@@ -332,7 +332,10 @@ def plan(_command: str, rest: Sequence[str]) -> int:
     fields = attrs.asdict(arguments, recurse=False)
     config = fields.pop("config")
     train = config.train
-    with threads(train.threads or 1), world(device=train.device, timeout=train.timeout) as workers:
+    # The machine of a plan need not be there.
+    device = train.device if fields["device"] == "here" else "cpu"
+    with threads(train.threads or 1), world(device=device, timeout=train.timeout) as workers:
+        fields["workers"] = fields["workers"] or workers.size
         found = workers.for_all(lambda: planned(config, Machines(**fields), workers))
         if workers.speaks:
             print(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,8 @@ BUCKET = 25 << 20
 """Bytes that are exchanged at once."""
 
 ALONE = 1 << 20
-"""A gradient of so many bytes is summed where it is: to copy it would take longer than an exchange
-of its own."""
+"""A gradient of so many bytes is sent by itself, where it is: to copy it would take longer than an
+exchange of its own."""
 
 IN_FLIGHT = 4
 """Exchanges that may be under way at once; each may have a bucket's copy of gradients."""
@@ -42,10 +43,10 @@ def nothing(like: Tensor) -> Tensor:
 class Beside:
     """Sums over the workers of gradients that become ready one after another.
 
-    In buckets, the same on every worker: large gradients, which are summed where they are, and
-    small ones together. A bucket is sent when its gradients and all buckets before it are ready,
-    while others are still computed; the order of the exchanges is the same everywhere, whatever is
-    ready first. As a `tree` the sum is one over the ranks.
+    In buckets, the same on every worker: large gradients by themselves, and small ones together. A
+    bucket is sent when its gradients and all buckets before it are ready, while others are still
+    computed; the order of the exchanges is the same everywhere, whatever is ready first. As a
+    `tree` the sum is one over the ranks.
     """
 
     def __init__(
@@ -54,51 +55,68 @@ class Beside:
         self._like, self._meeting, self._size, self._tree = like, meeting, size, tree
         self.buckets = list(_together(like))
         self.sent = 0
-        self._grads: dict[str, Tensor] = {}
-        self._under_way: deque[tuple[_Sending, list[Tensor]]] = deque()
+        self._ready: dict[str, tuple[Tensor, bool]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._under_way: deque[_Sending] = deque()
 
-    def ready(self, name: str, grad: Tensor) -> None:
-        """A gradient is what it will be; its memory is the sum's from now on."""
-        if name in self._grads:
+    def ready(self, name: str, grad: Tensor, *, own: bool) -> None:
+        """A gradient is what it will be. Where its memory is its `own`, it may be the sum's.
+
+        What autograd has just made may be a view of an activation's gradient, which the rest of
+        the backward pass still reads.
+        """
+        if name in self._ready or name in self._sums:
             raise ArchitectureError(
                 f"{name}: its gradient has come to its end twice in one backward pass, so the "
                 "model takes a backward pass of its own inside; where there are several workers "
                 "it cannot (torch.utils.checkpoint with use_reentrant=True does)"
             )
-        self._grads[name] = grad
+        self._ready[name] = grad, own
         while self.sent < len(self.buckets) and self._complete(self.buckets[self.sent]):
             self._send()
 
     def finish(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All sums, in the memory of the gradients; what is in neither is what adds nothing."""
+        """All sums; what is neither in `grads` nor was ready is what adds nothing."""
         for name, like in self._like.items():
-            if name not in self._grads:
-                self._grads[name] = grads[name] if name in grads else nothing(like)
+            if name not in self._ready and name not in self._sums:
+                self._ready[name] = grads[name] if name in grads else nothing(like), True
         while self.sent < len(self.buckets):
             self._send()
         while self._under_way:
             self._receive()
-        return self._grads
+        # Those without elements are in no bucket.
+        return {**{name: grad for name, (grad, _) in self._ready.items()}, **self._sums}
 
     def _complete(self, bucket: Sequence[_Stretch]) -> bool:
-        return all(name in self._grads for name, _, _ in bucket)
+        return all(name in self._ready or name in self._sums for name, _, _ in bucket)
 
     def _send(self) -> None:
         bucket = self.buckets[self.sent]
-        pieces = [_flat(self._grads[name])[begin:end] for name, begin, end in bucket]
         self.sent += 1
         if len(self._under_way) == IN_FLIGHT:
             self._receive()
         with self._meeting(_REDUCTION):
             send = _Canonical if self._tree else _Fast
-            self._under_way.append((send(pieces, self._size), pieces))
+            self._under_way.append(send(self._packed(bucket), self._size))
+
+    def _packed(self, bucket: Sequence[_Stretch]) -> Tensor:
+        """The gradients of a bucket as one, in which their sums will be."""
+        if len(bucket) == 1:
+            ((name, begin, end),) = bucket
+            if name not in self._sums:
+                grad, own = self._ready.pop(name)
+                self._sums[name] = grad if own else grad.clone()
+            return _flat(self._sums[name])[begin:end]
+        grads = [self._ready.pop(name)[0] for name, _, _ in bucket]
+        packed = torch.cat([_flat(grad) for grad in grads])
+        for (name, _, _), grad, at in zip(bucket, grads, _begins(bucket), strict=True):
+            self._sums[name] = torch.as_strided(packed, grad.shape, grad.stride(), at)
+        return packed
 
     def _receive(self) -> None:
-        sending, pieces = self._under_way.popleft()
+        sending = self._under_way.popleft()
         with self._meeting(_REDUCTION):
-            flat = sending.received()
-        if flat is not None:
-            _put(flat, pieces)
+            sending.receive()
 
 
 _REDUCTION = "the reduction of the gradients"
@@ -107,25 +125,20 @@ _Stretch = tuple[str, int, int]
 
 
 class _Sending(Protocol):
-    def __init__(self, pieces: Sequence[Tensor], size: int) -> None: ...
-
-    def received(self) -> Tensor | None:
-        """The sum, flat; None where it is in the pieces already."""
+    def receive(self) -> None:
+        """The sum is there, where what was sent was."""
         ...
 
 
 class _Fast:
     """In the order that the backend takes."""
 
-    def __init__(self, pieces: Sequence[Tensor], size: int) -> None:
+    def __init__(self, packed: Tensor, size: int) -> None:
         del size
-        self._one = len(pieces) == 1
-        self._flat = pieces[0] if self._one else torch.cat(list(pieces))
-        self._work: Any = dist.all_reduce(self._flat, async_op=True)
+        self._work: Any = dist.all_reduce(packed, async_op=True)
 
-    def received(self) -> Tensor | None:
+    def receive(self) -> None:
         self._work.wait()
-        return None if self._one else self._flat
 
 
 class _Canonical:
@@ -135,21 +148,25 @@ class _Canonical:
     them in order, and sends the sum to all.
     """
 
-    def __init__(self, pieces: Sequence[Tensor], size: int) -> None:
-        numel = sum(piece.numel() for piece in pieces)
-        self._one = len(pieces) == 1 and not numel % size
-        self._size, self._flat = size, pieces[0]
-        if not self._one:
-            self._flat = pieces[0].new_zeros(math.ceil(numel / size) * size)
-            torch.cat(list(pieces), out=self._flat[:numel])
-        self._parts = torch.empty_like(self._flat)
-        self._work: Any = dist.all_to_all_single(self._parts, self._flat, async_op=True)
+    def __init__(self, packed: Tensor, size: int) -> None:
+        self._packed, self._size, self._sent = packed, size, packed
+        if len(packed) % size:
+            self._sent = packed.new_zeros(math.ceil(len(packed) / size) * size)
+            self._sent[: len(packed)] = packed
+        self._parts = torch.empty_like(self._sent)
+        self._work: Any = dist.all_to_all_single(self._parts, self._sent, async_op=True)
 
-    def received(self) -> Tensor | None:
+    def receive(self) -> None:
         self._work.wait()
         total = tree_sum(list(self._parts.view(self._size, -1)), torch.Tensor.add_)
-        dist.all_gather_single(self._flat, total.contiguous())
-        return None if self._one else self._flat
+        dist.all_gather_single(self._sent, total.contiguous())
+        if self._sent is not self._packed:
+            self._packed.copy_(self._sent[: len(self._packed)])
+
+
+def _begins(bucket: Sequence[_Stretch]) -> list[int]:
+    """Where each of a bucket begins in it."""
+    return list(itertools.accumulate((end - begin for _, begin, end in bucket[:-1]), initial=0))
 
 
 def _together(like: Mapping[str, Tensor]) -> Iterator[list[_Stretch]]:
@@ -172,13 +189,6 @@ def _together(like: Mapping[str, Tensor]) -> Iterator[list[_Stretch]]:
             space -= numel
         if bucket:
             yield bucket
-
-
-def _put(flat: Tensor, pieces: Sequence[Tensor]) -> None:
-    begin = 0
-    for piece in pieces:
-        piece.copy_(flat[begin : begin + piece.numel()])
-        begin += piece.numel()
 
 
 def _flat(grad: Tensor) -> Tensor:

@@ -351,7 +351,7 @@ class Sharding:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
         total: Tensor = tree_sum(list(received), torch.Tensor.add_)
-        return total
+        return total.clone()  # else these rows would hold all that was received
 
 
 def _cut_out(tensor: Tensor, before: int, after: int) -> Tensor:

@@ -62,7 +62,7 @@ def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
     return owning(Tensors(found), plain.keys())
 
 
-def cut(name: str, tensor: Tensor, world: World, dtype: torch.dtype | None = None) -> Tensor:
+def cut(name: str, tensor: Tensor, world: World) -> Tensor:
     """This worker's rows of a whole tensor, in memory of their own."""
     if not tensor.ndim:
         raise StateError(
@@ -71,7 +71,7 @@ def cut(name: str, tensor: Tensor, world: World, dtype: torch.dtype | None = Non
         )
     rows = rows_of(len(tensor), world.rank, world.size)
     own = tensor.detach()[rows.begin : rows.end].clone(memory_format=torch.contiguous_format)
-    return sharded(own.to(world.device, dtype or own.dtype), tensor.shape, world)
+    return sharded(own.to(world.device), tensor.shape, world)
 
 
 def sharded(own: Tensor, shape: torch.Size, world: World) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,40 +74,49 @@ def from_pretrained(
     given = Path(path)
     if world is not None and world.size > 1:
         return _in_shards(given, kind, attention, world)
-    return _whole(given, kind, device, attention)
+    return _whole(given, kind, device if world is None else world.device, attention)
 
 
 def _in_shards(given: Path, kind: torch.dtype, attention: str | None, world: World) -> Pretrained:
     where, options = world.for_all(lambda: _located(given))
-    found = None
-    if "gguf_file" not in options:
-        found = world.for_all(lambda: _row_by_row(given, where, kind, attention, world))
+    found = None if "gguf_file" in options else _row_by_row(where, kind, attention, world)
     if found is None:
         # Here, since DTensor takes a second to import.
         from functrain.distributed.making import rows
 
         whole = world.for_all(lambda: _whole(given, kind, "cpu", attention))
-        handed = dict(whole.params)
-        found = whole.architecture, rows(handed, world), whole.buffers
+        found = whole.architecture, rows(whole.params, world), whole.buffers
     architecture, params, buffers = found
-    buffers = Tensors({name: buffer.to(world.device) for name, buffer in buffers.items()})
-    return Pretrained(architecture, params, buffers, tokenizer_of(given))
+    moved = {name: buffer.to(world.device) for name, buffer in buffers.items()}
+    return Pretrained(architecture, params, Tensors(moved), tokenizer_of(given))
 
 
 def _row_by_row(
-    given: Path, where: Path, kind: torch.dtype, attention: str | None, world: World
+    where: Path, kind: torch.dtype, attention: str | None, world: World
 ) -> tuple[nn.Module, Tensors, Tensors] | None:
     """The model with this worker's rows; None where its files are not in the model's own layout."""
-    module, params, made = bare(lambda: skeleton(where, kind, attention))
-    files = Files.of(where)
-    if not files.hold(module):
+    module, params, made = world.for_all(lambda: bare(lambda: skeleton(where, kind, attention)))
+    files = world.for_all(lambda: Files.of(where))
+    if world.any(not files.hold(module, kind)):
         return None
-    shards = rows_of_files(files, params, kind, world)
-    buffers = {
-        name: files.rows(name, 0, None).clone() if name in files.places else buffer
-        for name, buffer in made.items()
-    }
-    return module, shards, Tensors(buffers)
+    # Rows of different models would be a mixture that no later comparison could see.
+    world.agree(files.digests(), "before the model is sharded")
+    shards = world.for_all(lambda: rows_of_files(files, params, kind, world))
+    return module, shards, world.for_all(lambda: _buffers(files, made))
+
+
+def _buffers(files: Files, made: Mapping[str, Tensor]) -> Tensors:
+    """The buffers of a model, those of its files as they are there."""
+    found = dict(made)
+    for name in files.places.keys() & made.keys():
+        value = files.rows(name, 0, None)
+        if value.shape != made[name].shape:
+            raise ArchitectureError(
+                f"{files.path}: {name} has the shape {list(value.shape)}, expected "
+                f"{list(made[name].shape)}"
+            )
+        found[name] = value.to(made[name].dtype, copy=True)
+    return Tensors(found)
 
 
 def _whole(

@@ -8,6 +8,7 @@ plan reads nothing (`functrain.planning`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.architecture import emptied, slots
-from functrain.deferred import recording
+from functrain.deferred import built
 from functrain.distributed import World
 from functrain.errors import ArchitectureError
 from functrain.trees import Tensors, owning
@@ -31,8 +32,7 @@ def bare(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], T
     As `functrain.split(make())`, but the params are on the meta device, and `make` takes no memory
     for them. Buffers are there.
     """
-    with recording(draws=False) as recorded:
-        module = make()
+    module, recorded = built(make, draws=False)
     params, buffers = emptied(module)
     made = Tensors({name: recorded.made(buffer) for name, buffer in buffers.items()})
     return module, {name: tensor.detach().to("meta") for name, tensor in params.items()}, made
@@ -87,16 +87,23 @@ class Files:
         with safe_open(str(path / "model.safetensors"), framework="pt") as file:
             return cls(path, dict.fromkeys(file.keys(), "model.safetensors"))
 
-    def hold(self, architecture: nn.Module) -> bool:
+    def hold(self, architecture: nn.Module, dtype: torch.dtype) -> bool:
         """Whether they have an architecture's own names, and nothing else.
 
-        Then nothing has to be converted, which transformers does for older and other layouts.
+        Then nothing has to be converted, which transformers does for older and other layouts; nor
+        does it keep some modules wider than asked, or part what the config says is tied.
         """
         found = slots(architecture)
         kept = {n for n in found.buffers if n not in _passing(architecture, found.buffers)}
         needed = {*found.params, *kept}
-        # Both names of a tied pair may be there.
-        return needed <= self.places.keys() <= needed | _others(architecture, found.params)
+        others = _others(architecture, found.params)
+        if not needed <= self.places.keys() <= needed | others.keys():
+            return False
+        wide = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        if dtype.itemsize < 4 and any(getattr(architecture, name, None) for name in wide):
+            return False
+        pairs = [(name, first) for name, first in others.items() if name in self.places]
+        return all(self.rows(n, 0, None).equal(self.rows(first, 0, None)) for n, first in pairs)
 
     def rows(self, name: str, begin: int, end: int | None) -> Tensor:
         """Some rows of a tensor, or a number."""
@@ -106,6 +113,14 @@ class Files:
             piece = file.get_slice(name)
             found: Tensor = piece[begin:end] if piece.get_shape() else file.get_tensor(name)
             return found
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each file."""
+        found: dict[str, str] = {}
+        for name in sorted({*self.places.values()}):
+            with (self.path / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
 
     def shapes(self, names: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """The shapes of tensors of these names."""
@@ -126,10 +141,11 @@ def _passing(architecture: nn.Module, names: Mapping[str, object]) -> set[str]:
     return {name for name in names if name not in kept}
 
 
-def _others(architecture: nn.Module, names: Mapping[str, object]) -> set[str]:
-    """The further names of tied parameters."""
-    every = {name for name, _ in architecture.named_parameters(remove_duplicate=False)}
-    return every - names.keys()
+def _others(architecture: nn.Module, names: Mapping[str, object]) -> dict[str, str]:
+    """The further names of tied parameters, each with its first."""
+    every = dict(architecture.named_parameters(remove_duplicate=False))
+    first = {id(tensor): name for name, tensor in every.items() if name in names}
+    return {name: first[id(tensor)] for name, tensor in every.items() if name not in names}
 
 
 def rows_of_files(

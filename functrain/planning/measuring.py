@@ -42,8 +42,9 @@ def here(world: World, precision: Precision, *, workers: int | None = None) -> C
         large = torch.zeros(BUCKET // 4, device=device)
         small = torch.zeros(1, device=device)
         rounds = torch.log2(torch.tensor(float(world.size))).item()
-        latency = _seconds(lambda: dist.all_reduce(small), world) / rounds
-        seconds = _seconds(lambda: dist.all_reduce(large), world) - latency * rounds
+        with world.meeting("a measurement"):
+            latency = _seconds(lambda: dist.all_reduce(small), world) / rounds
+            seconds = _seconds(lambda: dist.all_reduce(large), world) - latency * rounds
         inside = 2 * (world.size - 1) / world.size * BUCKET / max(seconds, 1e-9)
     return Cluster(
         workers=workers or world.size,

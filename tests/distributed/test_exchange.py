@@ -79,9 +79,10 @@ def _grads(seed: int = 0) -> dict[str, Tensor]:
     st.sampled_from([1, 64, 200, 10_000]),
     st.sampled_from([1, 100, 10_000]),
     st.booleans(),
+    st.booleans(),
 )
 def test_exchanges_do_not_depend_on_what_is_ready_first(
-    order: list[int], early: int, bucket: int, alone: int, tree: bool
+    order: list[int], early: int, bucket: int, alone: int, tree: bool, own: bool
 ) -> None:
     wires = []
     for names in ([f"p{n}" for n in order[:early]], []):
@@ -93,8 +94,10 @@ def test_exchanges_do_not_depend_on_what_is_ready_first(
             grads, expected = _grads(), _grads()
             missing = "p3" if "p3" not in names else None
             beside = exchange.Beside(expected, lambda _what: nullcontext(), 2, tree=tree)
+            read: list[tuple[Tensor, Tensor, bool]] = []
             for name in names:
-                beside.ready(name, grads[name])
+                beside.ready(name, grads[name], own=bool(own))
+                read.append((grads[name], expected[name], own))
             if missing:
                 grads.pop(missing)
             found = beside.finish(grads)
@@ -105,7 +108,9 @@ def test_exchanges_do_not_depend_on_what_is_ready_first(
                 assert found[name].signbit().all()  # what adds nothing
             else:
                 assert torch.equal(found[name], 2 * grad)
-                assert found[name] is grads[name]
+                assert found[name].stride() == grad.stride()
+        for grad, before, theirs in read:
+            assert theirs or torch.equal(grad, before)  # somebody may still read it
         assert wire.most <= exchange.IN_FLIGHT
     assert wires[0].sent == wires[1].sent
 
@@ -113,9 +118,27 @@ def test_exchanges_do_not_depend_on_what_is_ready_first(
 def test_a_gradient_that_ends_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "dist", _Wire())
     beside = exchange.Beside({"a": torch.ones(2)}, lambda _: nullcontext(), 2, tree=False)
-    beside.ready("a", torch.ones(2))
+    beside.ready("a", torch.ones(2), own=True)
     with pytest.raises(ArchitectureError, match="a: its gradient has come to its end twice"):
-        beside.ready("a", torch.ones(2))
+        beside.ready("a", torch.ones(2), own=True)
+
+
+@pytest.mark.parametrize("reduction", ["fast", "canonical"])
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_gradients_that_are_views_of_others_are_summed_as_any(
+    group: Group, reduction: str, microbatches: int
+) -> None:
+    """Autograd hands out an activation's gradient, and the same one to two parameters."""
+    step = {"reduction": reduction, "microbatches": microbatches, "max_grad_norm": 0.01}
+    options = {"partial": "twins", "step": step, "alone": 1, "bucket": 64, "examples": 4}
+    (alone,) = group.values("steps", 1, {**options, "step": {**step, "microbatches": 4}})
+    (plain,) = group.values("steps", 1, {**options, "partial": "no twins"})
+    assert alone["norm"] == pytest.approx(plain["norm"], rel=1e-5)
+    for each in group.values("steps", 2, options):
+        assert each["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+        for ours, theirs in zip(each["metrics"], alone["metrics"], strict=True):
+            norm, expected = (float.fromhex(m["grad_norm"]) for m in (ours, theirs))
+            assert norm == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["fast", "canonical"])

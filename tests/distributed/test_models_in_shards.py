@@ -49,6 +49,32 @@ def test_files_of_another_width_than_their_dtype_are_cast_row_by_row(
         assert each == _digests(params, buffers)
 
 
+def test_rows_of_two_models_are_no_model(group: Group, tmp_path: Path) -> None:
+    """Workers on two machines, with other files at one place."""
+    for number, name in enumerate(("one", "two")):
+        model = families.made("llama")
+        model.get_parameter("model.norm.weight").data += number
+        model.save_pretrained(tmp_path / name)
+    options = {"path": str(tmp_path / "one"), "others": {"1": str(tmp_path / "two")}}
+    for each in group.run("model_in_shards", 2, options):
+        assert each["error"][0] == "WorkerError"
+        assert "disagree before the model is sharded" in each["error"][1]
+
+
+def test_tied_tensors_that_are_not_the_same_are_left_to_transformers(
+    group: Group, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    families.made("qwen2").save_pretrained(tmp_path)
+    items = load_file(tmp_path / "model.safetensors")
+    items["lm_head.weight"] = items["model.embed_tokens.weight"] + 1
+    save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
+    _, params, buffers, _ = ft.models.from_pretrained(tmp_path)
+    for each in group.values("model_in_shards", 2, {"path": str(tmp_path)}):
+        assert each == _digests(params, buffers)
+
+
 @pytest.mark.parametrize("damage", ["missing", "shape", "config"])
 def test_a_model_that_is_not_as_described_is_refused_by_all(
     group: Group, tmp_path: Path, damage: str
