@@ -170,6 +170,7 @@ def test_stopped_on_four_workers_it_goes_on_with_two_and_then_one(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_hundred_kills_of_any_worker_at_any_moment(tmp_path: Path, alone: Any) -> None:
     chosen = random.Random(0)
     wanted, run = 100, 0
