@@ -548,6 +548,7 @@ ARGUMENTS: dict[str, Any] = {
     "reference": DPOArguments,
     "generate": Generate,
     "evaluate": Evaluate,
+    "plan": PretrainPlan,
     "report": Report,
     "data": Data,
     "inspect": Inspect,

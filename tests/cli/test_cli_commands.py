@@ -54,7 +54,11 @@ def test_the_file_comes_first(run_toml: Path) -> None:
         (["--help"], 0, "functrain COMMAND"),
         (["--version"], 0, "functrain 0."),
         ([], 2, "usage: functrain COMMAND"),
-        (["pretrian"], 2, "no command 'pretrian'; did you mean 'pretrain' or 'completion'?"),
+        (
+            ["pretrian"],
+            2,
+            "no command 'pretrian'; did you mean 'pretrain' or 'completion' or 'plan'?",
+        ),
         (["pretrain", "--help"], 0, "--schedule.peak"),
         (["pretrain", "no.toml"], 2, "no.toml: cannot be read"),
         (["pretrain", "--schedule.pek", "1"], 2, "--schedule.peak"),

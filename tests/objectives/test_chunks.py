@@ -605,8 +605,9 @@ def test_memory_stays_within_a_few_budgets_beside_the_gradients(
     copies = {"none": 1, "cap": 6}[finish] + (1 if dtype == torch.bfloat16 else 0)
     values = sum(leaf.numel() for leaf in leaves)
     small = 640 * 200 + (1 << 17)  # a few numbers for each row
-    # Half precision is summed in float32, beside one product, and narrowed at the end.
-    gradients = values * (4 if dtype == torch.float32 else 8) + small
+    # Half precision is summed in float32, beside one product, and narrowed at the end. Where the
+    # CPU multiplies it itself (AMX), oneDNN lays the weight out anew for each product.
+    gradients = values * (4 if dtype == torch.float32 else 10) + small
     kept: list[Tensor] = []
 
     def score(detailed: bool) -> None:
