@@ -213,8 +213,8 @@ def free_port() -> int:
         return port
 
 
-def launched(size: int, arguments: list[str]) -> Any:
-    """What worker 0 of a group of so many has measured."""
+def launched(size: int, arguments: list[str], script: str = __file__) -> Any:
+    """What worker 0 of a group of so many workers of a script has measured."""
     port = str(free_port())
     group = []
     for rank in range(size):
@@ -223,7 +223,7 @@ def launched(size: int, arguments: list[str]) -> Any:
         environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         if "--memory" in arguments:
             environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-        command = [sys.executable, __file__, "--worker", *arguments]
+        command = [sys.executable, script, "--worker", *arguments]
         group.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     told = [process.communicate()[0] for process in group]
     if any(process.returncode for process in group):

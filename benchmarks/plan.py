@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-from typing import Any
 
+import attrs
 import torch
-from distributed import SHAPES, free_port, launched
+from distributed import SHAPES, launched
 
 import functrain as ft
 from functrain.models import bare, decoder
@@ -27,31 +24,13 @@ WAYS = {"replicated": (False, False), "canonical": (False, True)}
 WAYS |= {"sharded": (True, False), "sharded canonical": (True, True)}
 
 
-def measured_here(options: Any) -> None:
-    """One worker of a group: worker 0 prints the cluster."""
+def worker() -> None:
+    """One worker of a group: worker 0 prints this machine as a cluster."""
     torch.set_num_threads(1)
     with ft.distributed.world() as world:
         found = ft.planning.here(world, ft.precision.POLICIES["fp32"])
         if world.rank == 0:
-            print(json.dumps({n: getattr(found, n) for n in found.__slots__ if n[0] != "_"}))
-    del options
-
-
-def here(size: int) -> dict[str, Any]:
-    """This machine as a cluster of so many workers."""
-    port = str(free_port())
-    group = []
-    for rank in range(size):
-        named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        environment = {**os.environ, **{k: str(v) for k, v in named.items()}}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--measure"]
-        group.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    told = [process.communicate()[0] for process in group]
-    if any(process.returncode for process in group):
-        raise SystemExit("a worker has failed")
-    found: dict[str, Any] = json.loads(told[0].splitlines()[-1])
-    return found
+            print(json.dumps(attrs.asdict(found)))
 
 
 def main() -> None:
@@ -62,16 +41,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="sequences of a worker")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--microbatches", type=int, default=2, help="of a worker")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        measured_here(options)
+    if options.worker:
+        worker()
         return
     architecture, params, buffers = bare(lambda: decoder(SHAPES[options.shape]))
     print("| workers | | memory: planned, taken, MB | | seconds: planned, taken | |")
     print("|--:|---|--:|--:|--:|--:|")
     for size in options.workers:
-        cluster = ft.planning.Cluster(**here(size))
+        cluster = ft.planning.Cluster(**launched(size, [], __file__))
         job = ft.planning.Job(
             architecture=architecture,
             params=params,

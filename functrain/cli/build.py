@@ -156,9 +156,8 @@ def _read(config: Config) -> _Read:
 def _built(config: Config, read: _Read, world: World) -> Built:
     if read.start is not None:
         world.agree({"model.from": read.start.sha256})
-    adapted = not isinstance(config, Pretrain) and bool(config.lora.options())
     # The base under adapters stays whole.
-    if config.train.sharded and not adapted and world.size > 1:
+    if config.train.sharded and not _has_adapters(config) and world.size > 1:
         architecture, params, buffers = _model(config, read, world)
     else:
         alone = World(device=torch.device(config.train.device or "cpu"))
@@ -315,7 +314,7 @@ def _model(config: Config, read: _Read, world: World) -> tuple[nn.Module, Tensor
 
 def started(found: Origin, world: World = ALONE) -> tuple[nn.Module, Tensors, Tensors]:
     """The model of a checkpoint; adapters are merged into the base that they were trained over."""
-    if world.size > 1 and _is_adapted(found):
+    if world.size > 1 and found.config is not None and _has_adapters(found.config):
         alone = World(device=world.device)
         architecture, params, buffers = world.for_all(lambda: started(found, alone))
         return architecture, distributed.shard(params, world), buffers
@@ -325,9 +324,8 @@ def started(found: Origin, world: World = ALONE) -> tuple[nn.Module, Tensors, Te
     return architecture, params, buffers
 
 
-def _is_adapted(found: Origin) -> bool:
-    config = found.config
-    return config is not None and not isinstance(config, Pretrain) and bool(config.lora.options())
+def _has_adapters(config: Config) -> bool:
+    return not isinstance(config, Pretrain) and bool(config.lora.options())
 
 
 def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]:
@@ -335,7 +333,7 @@ def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]
     config = found.config
     if config is None:
         return models.from_pretrained(found.checkpoint, device=world.device, world=world)[:3]
-    if isinstance(config, Pretrain) or not config.lora.options():
+    if isinstance(config, Pretrain) or not _has_adapters(config):
         architecture, like, buffers = world.for_all(lambda: bare(found, config))
         params, buffers = checkpoint.load_model(found.checkpoint, like, buffers, world=world)
         return architecture, params, buffers

@@ -49,20 +49,32 @@ def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
     """
     if world.size == 1:
         return items if isinstance(items, Tensors) else Tensors(items)
-    found: dict[str, Tensor] = {}
     plain = {name: tensor for name, tensor in items.items() if not isinstance(tensor, DTensor)}
-    if plain:
-        # Rows of different wholes would be a mixture that no later comparison could see.
-        world.agree({name: digest(each) for name, each in plain.items()}, "before they are sharded")
-    for name, tensor in items.items():
-        found[name] = cut(name, tensor, world) if name in plain else tensor
+    found = {**items, **(rows_made(plain, world) if plain else {})}
     if isinstance(items, Tensors):
         owning(items, items.own & plain.keys())
     # What was in shards already, the caller may hold too.
     return owning(Tensors(found), plain.keys())
 
 
-def cut(name: str, tensor: Tensor, world: World) -> Tensor:
+def rows_made(
+    given: Mapping[str, Tensor],
+    world: World,
+    made: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Tensors:
+    """This worker's rows of every tensor, whose values are `made` when it is their turn."""
+    found: dict[str, Tensor] = {}
+    seen: dict[str, str] = {}
+    for name in sorted(given):
+        whole = made(given[name])
+        seen[name] = digest(whole)
+        found[name] = _cut(name, whole, world)
+    # Rows of different wholes would be a mixture that no later comparison could see.
+    world.agree(seen, "before they are sharded")
+    return owning(Tensors(found))
+
+
+def _cut(name: str, tensor: Tensor, world: World) -> Tensor:
     """This worker's rows of a whole tensor, in memory of their own."""
     if not tensor.ndim:
         raise StateError(

@@ -82,10 +82,10 @@ def _in_shards(given: Path, kind: torch.dtype, attention: str | None, world: Wor
     found = None if "gguf_file" in options else _row_by_row(where, kind, attention, world)
     if found is None:
         # Here, since DTensor takes a second to import.
-        from functrain.distributed.making import rows
+        from functrain.distributed.shards import rows_made
 
         whole = world.for_all(lambda: _whole(given, kind, "cpu", attention))
-        found = whole.architecture, rows(whole.params, world), whole.buffers
+        found = whole.architecture, rows_made(whole.params, world), whole.buffers
     architecture, params, buffers = found
     moved = {name: buffer.to(world.device) for name, buffer in buffers.items()}
     return Pretrained(architecture, params, Tensors(moved), tokenizer_of(given))

@@ -134,7 +134,8 @@ def count(job: Job) -> Work:
     cast = {n: p.to(narrow) for n, p in job.params.items()} if narrow is not None else {}
     kept = [job.params] * (job.average + job.reference)
     found = _counted(job, places)
-    apart = _counted(job, places, gathered=True)
+    # Without autocast there are no casts that it could keep.
+    apart = found if job.precision.autocast is None else _counted(job, places, gathered=True)
     units = find_units(job.architecture, places)
     computed = {**job.params, **cast}
     return Work(
