@@ -8,18 +8,16 @@ from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from functrain.architecture import Mode, Slots, bound, slots, substitution
 from functrain.distributed import exchange
+from functrain.distributed.blocks import Blocks, Gathering, Sums
 from functrain.distributed.shards import (
-    Rows,
     local,
     local_state,
     padded,
     padding,
-    rows_of,
     shard,
     whole_state,
 )
@@ -51,15 +49,16 @@ class Sharding:
     tree: bool
     # What was exchanged since the last binding: it reaches no value.
     _exchanged: list[str] = attrs.field(factory=list, init=False)
+    _blocks: Blocks = attrs.field(init=False)
+
+    @_blocks.default
+    def _with(self) -> Blocks:
+        return Blocks(world=self.world, shapes=self.shapes, tree=self.tree)
 
     @property
     def size(self) -> int:
         """The number of workers."""
         return self.world.size
-
-    def rows(self, name: str) -> Rows:
-        """This worker's rows of a parameter."""
-        return rows_of(self.shapes[name][0], self.world.rank, self.world.size)
 
     def local(self, params: Mapping[str, Tensor]) -> Tensors:
         """This worker's rows of params that are whole or in shards."""
@@ -140,7 +139,7 @@ class Sharding:
         if not self.tree or self.world.device.type != "cpu":
             return {}
         found = {
-            name: padding(self.shapes[name], tensor.dtype, self.rows(name))
+            name: padding(self.shapes[name], tensor.dtype, self._blocks.rows(name))
             for name, tensor in params.items()
         }
         return {name: rows for name, rows in found.items() if any(rows)}
@@ -242,16 +241,12 @@ class Sharding:
         worker's rows, and whether there was a gradient here.
         """
 
-        def summed(names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
-            assert receive is not None  # the gradients are somebody's
-            assert dtypes is not None
-            for group in _by_dtype({name: dtypes[name] for name in names}):
-                some = [(name, grads[names.index(name)]) for name in group]
-                for (name, own), rows in zip(some, self._scattered(some, dtypes), strict=True):
-                    receive(name, rows, own is not None)
-
         self._exchanged.clear()
-        values = Values(params, self, summed)
+        sums = None
+        if receive is not None:
+            assert dtypes is not None
+            sums = Sums(self._blocks, dtypes, receive)
+        values = Values(self.units, params, self, sums)
         binding = Binding(self.units, self.places, values)
         empty = binding.empty(params, self.shapes)
         with (
@@ -263,7 +258,7 @@ class Sharding:
 
     @contextmanager
     def _other(self, binding: Binding, values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        given = Values(local(values), self, None) if is_sharded(values) else Whole(values)
+        given = Values(self.units, local(values), self) if is_sharded(values) else Whole(values)
         with binding.other(given) as found:
             yield found
 
@@ -271,105 +266,14 @@ class Sharding:
         """What is about to be exchanged, for the comparison of `reduced`."""
         self._exchanged.append(f"{what} {names[0] if names else None}")
 
-    def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> list[Tensor]:
-        """The whole tensors of these rows, in one exchange for each dtype."""
+    def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> Gathering:
+        """Begin to make these rows whole."""
         self.note("gather", names)
-        whole: dict[str, Tensor] = {}
-        given = dict(zip(names, shards, strict=True))
-        for some in _by_dtype({name: tensor.dtype for name, tensor in given.items()}):
-            sizes = [self._most(name) for name in some]
-            sent = given[some[0]].new_empty(sum(sizes))
-            _pack(sent, sizes, [given[name].detach() for name in some])
-            received = torch.empty(self.size, len(sent), dtype=sent.dtype, device=sent.device)
-            with self.world.meeting("the gathering of params"):
-                dist.all_gather_single(received.view(-1), sent)
-            begin = 0
-            for name, size in zip(some, sizes, strict=True):
-                whole[name] = self._joined(name, received[:, begin : begin + size])
-                begin += size
-        return [whole[name] for name in names]
-
-    def _most(self, name: str) -> int:
-        """Elements of the most rows that a worker has."""
-        shape = self.shapes[name]
-        return -(-shape[0] // self.size) * shape[1:].numel()
-
-    def _joined(self, name: str, received: Tensor) -> Tensor:
-        # In memory of its own, aligned as a tensor is that was never sharded.
-        whole = torch.empty(self.shapes[name], dtype=received.dtype, device=received.device)
-        flat, size = whole.view(-1), received.shape[1]
-        if len(flat) == received.numel():
-            flat.view(self.size, size).copy_(received)
-            return whole
-        for rank in range(self.size):
-            piece = flat[rank * size : (rank + 1) * size]
-            piece.copy_(received[rank, : len(piece)])
-        return whole
-
-    def _scattered(
-        self, grads: Sequence[tuple[str, Tensor | None]], dtypes: Mapping[str, torch.dtype]
-    ) -> Iterator[Tensor]:
-        """This worker's rows of the sums over all workers, of gradients of one dtype.
-
-        One sum for each call: the gradients are of one micro-batch of every worker.
-        """
-        sizes = [self._most(name) for name, _ in grads]
-        dtype = dtypes[grads[0][0]]
-        sent = torch.empty(self.size, sum(sizes), dtype=dtype, device=self.world.device)
-        begin = 0
-        for (name, grad), size in zip(grads, sizes, strict=True):
-            self._cut(sent[:, begin : begin + size], name, grad)
-            begin += size
-        with self.world.meeting("the reduction of the gradients"):
-            total = self._summed(sent)
-        begin = 0
-        for (name, _), size in zip(grads, sizes, strict=True):
-            shape = torch.Size([len(self.rows(name)), *self.shapes[name][1:]])
-            yield total[begin : begin + shape.numel()].view(shape)
-            begin += size
-
-    def _cut(self, into: Tensor, name: str, grad: Tensor | None) -> None:
-        """A whole gradient as the parts of the workers: [workers, elements]."""
-        if grad is None:
-            into.fill_(-0.0)  # what adds nothing, see `exchange.nothing`
-            return
-        flat, size = grad.reshape(-1), into.shape[1]
-        if len(flat) == into.numel():
-            into.copy_(flat.view(self.size, size))
-            return
-        for rank in range(self.size):
-            piece = flat[rank * size : (rank + 1) * size]
-            into[rank, : len(piece)] = piece
-            into[rank, len(piece) :] = 0.0
-
-    def _summed(self, sent: Tensor) -> Tensor:
-        """Row r of the sum over the workers, on worker r."""
-        if not self.tree:
-            own = torch.empty_like(sent[0])
-            dist.reduce_scatter_single(own, sent.view(-1))
-            return own
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
-        total: Tensor = tree_sum(list(received), torch.Tensor.add_)
-        return total.clone()  # else these rows would hold all that was received
+        return self._blocks.gather(names, shards)
 
 
 def _cut_out(tensor: Tensor, before: int, after: int) -> Tensor:
     return tensor[before : len(tensor) - after].clone()
-
-
-def _pack(into: Tensor, sizes: Sequence[int], rows: Sequence[Tensor]) -> None:
-    begin = 0
-    for size, tensor in zip(sizes, rows, strict=True):
-        into[begin : begin + tensor.numel()] = tensor.reshape(-1)
-        into[begin + tensor.numel() : begin + size] = 0
-        begin += size
-
-
-def _by_dtype(dtypes: Mapping[str, torch.dtype]) -> list[list[str]]:
-    """The names of each dtype."""
-    kinds = sorted(set(dtypes.values()), key=str)
-    return [[name for name in dtypes if dtypes[name] == kind] for kind in kinds]
 
 
 def sharding(architecture: nn.Module, world: World, *, tree: bool) -> Sharding:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from functrain.architecture import Place, Slots
 
 Forward = Callable[..., Any]
-Receive = Callable[[Sequence[str], Sequence[Tensor | None]], None]
 _KEPT = 2
 """Units that are gathered again in a backward pass at once: the one that computes, and the last."""
 
@@ -60,11 +59,19 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
                 yield member
 
 
+class Coming(Protocol):
+    """Tensors that are becoming whole."""
+
+    def whole(self) -> list[Tensor]:
+        """Them, when they are there."""
+        ...
+
+
 class Exchange(Protocol):
     """How shards become whole."""
 
-    def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> list[Tensor]:
-        """The whole tensors."""
+    def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> Coming:
+        """Begin to make them so."""
         ...
 
     def note(self, what: str, names: Sequence[str]) -> None:
@@ -72,11 +79,23 @@ class Exchange(Protocol):
         ...
 
 
+class Sums(Protocol):
+    """Sums of gradients of whole tensors over the workers."""
+
+    def begin(self, names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
+        """Begin those of a unit."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for what is under way."""
+        ...
+
+
 class _Gather(torch.autograd.Function):
     """Shards to whole tensors; backward, the gradients of those to sums of shards.
 
-    The sums go to `receive`, in the dtype of the params, and not to the shards' own `grad`, which
-    may be of a narrower one.
+    The sums go to `Sums`, in the dtype of the params, and not to the shards' own `grad`, which may
+    be of a narrower one.
     """
 
     @staticmethod
@@ -85,7 +104,7 @@ class _Gather(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.values, ctx.unit = values, unit
         ctx.set_materialize_grads(False)
-        whole = values.exchange.gather(unit.names, shards)
+        whole = values.taken(unit)
         frozen = [w for w, s in zip(whole, shards, strict=True) if not s.requires_grad]
         ctx.mark_non_differentiable(*frozen)
         return tuple(whole)
@@ -93,55 +112,124 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:  # pyrefly: ignore[bad-override]
-        values, unit = ctx.values, ctx.unit
-        values.exchange.note("backward", unit.names)
-        values.forget(unit)
-        values.receive(unit.names, grads)
+        ctx.values.ended(ctx.unit, grads)
         return (None,) * (2 + len(grads))
 
 
 class Values:
-    """Values of all params in shards, to compute with; `receive` takes the gradients' sums."""
+    """Values of all params in shards, to compute with; `sums` takes the gradients.
+
+    While a unit computes, the tensors of the next one are on their way: forward, as a guess, those
+    of the unit after it in the model; backward, those of the one that was called before it. And the
+    sums of the unit behind it. All workers call the same units in the same order, and so they
+    exchange in the same order too.
+    """
 
     def __init__(
-        self, shards: Mapping[str, Tensor], exchange: Exchange, receive: Receive | None
+        self,
+        units: Sequence[Unit],
+        shards: Mapping[str, Tensor],
+        exchange: Exchange,
+        sums: Sums | None = None,
     ) -> None:
-        self._shards, self.exchange = shards, exchange
-        self._receive = receive
+        self._units, self._shards, self._exchange, self._sums = units, shards, exchange, sums
         self._again: dict[int, list[Tensor]] = {}
-
-    def receive(self, names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
-        """Take gradients of whole tensors."""
-        assert self._receive is not None  # without it nothing has a history
-        trained = [n for n in names if self._shards[n].requires_grad]
-        own = [g for n, g in zip(names, grads, strict=True) if self._shards[n].requires_grad]
-        self._receive(trained, own)
+        self._called: list[Unit] = []
+        self._coming: tuple[Unit, Coming] | None = None
+        self._guesses = True
+        self._will_finish = False
 
     def gather(self, unit: Unit) -> Sequence[Tensor]:
         """A unit's whole tensors, with a history where they train."""
-        shards = [self._shards[name] for name in unit.names]
+        shards = self._shards_of(unit)
         if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
+            if not _in_backward():
+                self._called.append(unit)
             found: Sequence[Tensor] = _Gather.apply(self, unit, *shards)  # type: ignore[no-untyped-call]
             return found
-        return self.exchange.gather(unit.names, shards)
+        return self.taken(unit)
+
+    def taken(self, unit: Unit) -> list[Tensor]:
+        """A unit's whole tensors, with the next one's on their way."""
+        coming, self._coming = self._coming, None
+        if coming is not None and coming[0] is not unit:
+            # The model calls its units in an order of its own, and may do so again.
+            self._guesses = False
+            coming[1].whole()
+            coming = None
+        whole = (self._sent_for(unit) if coming is None else coming[1]).whole()
+        following = self._following(unit)
+        if following is not None:
+            self._coming = following, self._sent_for(following)
+        return whole
 
     def again(self, unit: Unit) -> list[Tensor]:
         """A unit's whole tensors once more, for a backward pass."""
         if id(unit) not in self._again:
-            shards = [self._shards[name] for name in unit.names]
             while len(self._again) >= _KEPT:
                 del self._again[next(iter(self._again))]
             with torch.no_grad():
-                whole = self.exchange.gather(unit.names, shards)
+                whole = self.taken(unit)
             self._again[id(unit)] = [
                 tensor.requires_grad_(shard.requires_grad)
-                for tensor, shard in zip(whole, shards, strict=True)
+                for tensor, shard in zip(whole, self._shards_of(unit), strict=True)
             ]
         return self._again[id(unit)]
 
-    def forget(self, unit: Unit) -> None:
-        """A unit's backward pass is over."""
+    def ended(self, unit: Unit, grads: Sequence[Tensor | None]) -> None:
+        """A unit's backward pass is over, and these are the gradients of its whole tensors."""
+        assert self._sums is not None  # without it nothing has a history
+        self._exchange.note("backward", unit.names)
         self._again.pop(id(unit), None)
+        _remove_last(self._called, unit)
+        trained = [name for name in unit.names if self._shards[name].requires_grad]
+        given = dict(zip(unit.names, grads, strict=True))
+        if not self._will_finish:
+            self._will_finish = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self._sums.begin(trained, [given[name] for name in trained])
+
+    def close(self) -> None:
+        """Nothing is computed any more: wait for what nobody has asked for."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming[1].whole()
+
+    def _finish(self) -> None:
+        """At the end of a backward pass."""
+        self._will_finish = False
+        assert self._sums is not None
+        self._sums.finish()
+
+    def _shards_of(self, unit: Unit) -> list[Tensor]:
+        return [self._shards[name] for name in unit.names]
+
+    def _sent_for(self, unit: Unit) -> Coming:
+        return self._exchange.gather(unit.names, self._shards_of(unit))
+
+    def _following(self, unit: Unit) -> Unit | None:
+        """What will be asked for after a unit, and is not there yet, as far as can be told."""
+        if not self._guesses:
+            return None
+        if not _in_backward():
+            at = next(n for n, each in enumerate(self._units) if each is unit)
+            return self._units[at + 1] if at + 1 < len(self._units) else None
+        places = [n for n, each in enumerate(self._called) if each is unit]
+        found = self._called[places[-1] - 1] if places and places[-1] else None
+        known = found is None or found.module is None or id(found) in self._again
+        return None if known else found
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward pass now, in which a forward may be run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _remove_last(units: list[Unit], unit: Unit) -> None:
+    for at in reversed(range(len(units))):
+        if units[at] is unit:
+            del units[at]
+            return
 
 
 class Whole:
@@ -188,6 +276,7 @@ class Binding:
                     if each._parameters or any(each is other for other in again):
                         _install(stack, each, functools.partial(self._ensured, unit))
             yield
+            self._own.close()
 
     @contextmanager
     def other(self, values: Values | Whole) -> Iterator[dict[str, Tensor]]:
@@ -197,6 +286,8 @@ class Binding:
         try:
             with self._filling(self._root, root):
                 yield dict(zip(self._root.names, root, strict=True))
+                if isinstance(values, Values):
+                    values.close()
         finally:
             self._values = before
 
