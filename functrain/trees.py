@@ -274,6 +274,18 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
+def laid_out(tensor: Tensor, like: Any) -> Tensor:
+    """A whole tensor, the same on every worker, in shards where another one of its shape is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    # Here, since DTensor takes a second to import.
+    from torch.distributed.tensor import distribute_tensor
+
+    # Without a rank whose values all take, nothing is sent.
+    found = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return found.clone()  # else these rows would hold the whole
+
+
 def digest(tensor: Tensor) -> str:
     """sha256 over dtype, shape and the very bytes, in hexadecimal; of shards, of the whole."""
     tensor = whole(tensor)

@@ -16,14 +16,14 @@ from torch import nn
 
 import functrain as ft
 from functrain import accumulators, keys
-from functrain.architecture import emptied
+from functrain.architecture import emptied, held_values
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.deferred import recording
 from functrain.distributed import exchange
 from functrain.loop import conditions
 from functrain.objectives import chunks
 from functrain.precision import POLICIES, Precision
-from functrain.trees import is_sharded
+from functrain.trees import is_sharded, rows_here
 
 EXAMPLES, TIME = 16, 6
 OVERFLOWING = Precision(
@@ -198,11 +198,19 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
     }
     if options.get("overflow"):
         given["precision"] = OVERFLOWING
+    if options.get("lora") is not None:
+        params = ft.trees.clone(params)
+        if options.get("base") == "sharded":
+            params = ft.distributed.shard(params, world)
+        lora = ft.lora.LoRA(**options["lora"])
+        architecture, params = ft.lora.attach(architecture, params, lora, seed=4)
     stage = options.get("stage", "pretrain")
     if stage in ("dpo", "kto"):
         reference = params
+        if options.get("lora") is not None:
+            reference = ft.lora.reference(architecture, params)
         if options.get("reference") == "sharded" and given.get("sharded"):
-            reference = ft.distributed.shard(params, world)
+            reference = ft.distributed.shard(reference, world)
         given = {"reference": reference, "dropout": True, **given}
     make = getattr(ft, f"{stage}_step")
     step = make(architecture, ft.optim.adamw(weight_decay=0.1), world=world, **given)
@@ -222,6 +230,24 @@ def steps(options: Any) -> dict[str, Any]:
             seen.append({name: value.hex() for name, value in metrics.to_dict().items()})
         norm = float(ft.trees.global_norm(state.params))
         return {"fingerprint": ft.fingerprint(state), "metrics": seen, "norm": norm}
+
+
+def adapted(options: Any) -> dict[str, Any]:
+    """After some steps of adapters: digests of the merged model, and bytes of the base here."""
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made(options, world)
+        for number in range(2):
+            batch = batches("pretrain", number)
+            strided = step.microbatches if step.sharded and step.reduction == "canonical" else 0
+            state, _ = step(state, part(batch, world.rank, world.size, strided))
+        _, merged = ft.lora.merged(step.architecture, state.params)
+        held = held_values(step.architecture)
+        return {
+            "merged": {name: ft.trees.digest(tensor) for name, tensor in merged.items()},
+            "sharded": is_sharded(merged),
+            "bytes": sum(rows_here(t).untyped_storage().nbytes() for t in held.values()),
+            "whole": sum(t.nbytes for t in held.values()),
+        }
 
 
 def parts(options: Any) -> str:

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import Mode, Slots, bound, slots, substitution
+from functrain.architecture import Mode, Slots, bound, held_values, slots, substitution
 from functrain.distributed import exchange
 from functrain.distributed.blocks import Blocks, Gathering, Sums
 from functrain.distributed.shards import (
@@ -21,7 +21,7 @@ from functrain.distributed.shards import (
     shard,
     whole_state,
 )
-from functrain.distributed.units import Binding, Unit, Values, Whole, find_units
+from functrain.distributed.units import Binding, Unit, Values, find_units
 from functrain.distributed.world import World
 from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
@@ -40,12 +40,17 @@ class Sharding:
     `tree`: gradients are summed as one binary tree over the micro-batches. Micro-batch j of worker
     r is then leaf j·W + r of it, so that the lowest branches are sums over the workers, one for
     each of a worker's micro-batches, and each worker keeps only its rows of them.
+
+    `base`: this worker's rows of what the architecture holds itself, frozen, in shards too. `units`
+    and `shapes` are of both.
     """
 
     world: World
     places: Slots
+    everywhere: Slots
     units: tuple[Unit, ...]
     shapes: Mapping[str, torch.Size]
+    base: Mapping[str, Tensor]
     tree: bool
     # What was exchanged since the last binding: it reaches no value.
     _exchanged: list[str] = attrs.field(factory=list, init=False)
@@ -240,14 +245,13 @@ class Sharding:
         `receive` takes the sums of gradients over the workers, in these `dtypes`: the name, this
         worker's rows, and whether there was a gradient here.
         """
-
         self._exchanged.clear()
         sums = None
         if receive is not None:
             assert dtypes is not None
             sums = Sums(self._blocks, dtypes, receive)
-        values = Values(self.units, params, self, sums)
-        binding = Binding(self.units, self.places, values)
+        values = Values(self.units, {**self.base, **params}, self, sums)
+        binding = Binding(self.units, self.everywhere, values)
         empty = binding.empty(params, self.shapes)
         with (
             bound(architecture, empty, buffers, mode, places=self.places) as model,
@@ -258,7 +262,10 @@ class Sharding:
 
     @contextmanager
     def _other(self, binding: Binding, values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        given = Values(self.units, local(values), self) if is_sharded(values) else Whole(values)
+        if is_sharded(values):
+            given = Values(self.units, {**self.base, **local(values)}, self)
+        else:
+            given = Values(self.units, self.base, self, whole=values)
         with binding.other(given) as found:
             yield found
 
@@ -278,8 +285,11 @@ def _cut_out(tensor: Tensor, before: int, after: int) -> Tensor:
 
 def sharding(architecture: nn.Module, world: World, *, tree: bool) -> Sharding:
     """How these workers share an architecture's params."""
-    places = slots(architecture)
-    shapes = {n: t.shape for n, t in architecture.named_parameters() if n in places.params}
+    places, held = slots(architecture), held_values(architecture)
+    base = local(held) if is_sharded(held) else {}
+    # A base that is whole stays where it is.
+    everywhere = slots(architecture, held=True) if base else places
+    shapes = {n: t.shape for n, t in architecture.named_parameters() if n in everywhere.params}
     if tree and world.size & (world.size - 1):
         raise ConfigError(
             f"sharded: {world.size} workers, and with reduction='canonical' the lowest branches of "
@@ -292,5 +302,12 @@ def sharding(architecture: nn.Module, world: World, *, tree: bool) -> Sharding:
                 f"sharded: {name} is a number without a dimension, which has no rows to share; "
                 "give it the shape [1] in the module, or train with sharded=False"
             )
-    units = find_units(architecture, places)
-    return Sharding(world=world, places=places, units=units, shapes=shapes, tree=tree)
+    return Sharding(
+        world=world,
+        places=places,
+        everywhere=everywhere,
+        units=find_units(architecture, everywhere),
+        shapes=shapes,
+        base=base,
+        tree=tree,
+    )

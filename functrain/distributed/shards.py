@@ -182,8 +182,10 @@ def padding(shape: torch.Size, dtype: torch.dtype, rows: Rows) -> tuple[int, int
     if not each or begin == end:
         return 0, 0
     before = rows.begin % lanes if begin % lanes else 0
-    inside = end % lanes and end <= total - total % lanes
-    return before, -rows.end % lanes if inside else 0
+    if end > total - total % lanes:
+        # Among the last elements those that are several are computed together, and others alone.
+        return before, rows.count - rows.end
+    return before, -rows.end % lanes if end % lanes else 0
 
 
 def padded(tensor: Tensor, before: int, after: int) -> Tensor:

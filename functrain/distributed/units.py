@@ -119,6 +119,8 @@ class _Gather(torch.autograd.Function):
 class Values:
     """Values of all params in shards, to compute with; `sums` takes the gradients.
 
+    Of `whole` are those that are whole already, and have no history: a reference's, say.
+
     While a unit computes, the tensors of the next one are on their way: forward, as a guess, those
     of the unit after it in the model; backward, those of the one that was called before it. And the
     sums of the unit behind it. All workers call the same units in the same order, and so they
@@ -131,8 +133,11 @@ class Values:
         shards: Mapping[str, Tensor],
         exchange: Exchange,
         sums: Sums | None = None,
+        *,
+        whole: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._units, self._shards, self._exchange, self._sums = units, shards, exchange, sums
+        self._whole = {} if whole is None else whole
         self._again: dict[int, list[Tensor]] = {}
         self._called: list[Unit] = []
         self._coming: tuple[Unit, Coming] | None = None
@@ -157,11 +162,13 @@ class Values:
             self._guesses = False
             coming[1].whole()
             coming = None
-        whole = (self._sent_for(unit) if coming is None else coming[1]).whole()
+        names = self._names(unit)
+        there = (self._sent_for(unit) if coming is None else coming[1]).whole()
+        whole = {**self._whole, **dict(zip(names, there, strict=True))}
         following = self._following(unit)
         if following is not None:
             self._coming = following, self._sent_for(following)
-        return whole
+        return [whole[name] for name in unit.names]
 
     def again(self, unit: Unit) -> list[Tensor]:
         """A unit's whole tensors once more, for a backward pass."""
@@ -170,6 +177,7 @@ class Values:
                 del self._again[next(iter(self._again))]
             with torch.no_grad():
                 whole = self.taken(unit)
+            # Nothing is whole already of what has a history.
             self._again[id(unit)] = [
                 tensor.requires_grad_(shard.requires_grad)
                 for tensor, shard in zip(whole, self._shards_of(unit), strict=True)
@@ -201,11 +209,14 @@ class Values:
         assert self._sums is not None
         self._sums.finish()
 
+    def _names(self, unit: Unit) -> list[str]:
+        return [name for name in unit.names if name in self._shards]
+
     def _shards_of(self, unit: Unit) -> list[Tensor]:
-        return [self._shards[name] for name in unit.names]
+        return [self._shards[name] for name in self._names(unit)]
 
     def _sent_for(self, unit: Unit) -> Coming:
-        return self._exchange.gather(unit.names, self._shards_of(unit))
+        return self._exchange.gather(self._names(unit), self._shards_of(unit))
 
     def _following(self, unit: Unit) -> Unit | None:
         """What will be asked for after a unit, and is not there yet, as far as can be told."""
@@ -232,17 +243,6 @@ def _remove_last(units: list[Unit], unit: Unit) -> None:
             return
 
 
-class Whole:
-    """Values of all params that are whole already, with no history: a reference's."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self._values = values
-
-    def gather(self, unit: Unit) -> Sequence[Tensor]:
-        """A unit's tensors."""
-        return [self._values[name] for name in unit.names]
-
-
 class Binding:
     """While it lasts, the blocks of a bound model gather their shards when they are called.
 
@@ -255,7 +255,7 @@ class Binding:
     def __init__(self, units: Sequence[Unit], places: Slots, values: Values) -> None:
         self._root, *self._blocks = units
         self._params = places.params
-        self._values: Values | Whole = values
+        self._values = values
         self._own = values
         self._filled: set[int] = set()
 
@@ -279,15 +279,14 @@ class Binding:
             self._own.close()
 
     @contextmanager
-    def other(self, values: Values | Whole) -> Iterator[dict[str, Tensor]]:
+    def other(self, values: Values) -> Iterator[dict[str, Tensor]]:
         """Within it the model computes with other values; those that belong to no block, whole."""
         before, self._values = self._values, values
         root = values.gather(self._root)
         try:
             with self._filling(self._root, root):
                 yield dict(zip(self._root.names, root, strict=True))
-                if isinstance(values, Values):
-                    values.close()
+                values.close()
         finally:
             self._values = before
 

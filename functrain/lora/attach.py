@@ -17,6 +17,7 @@ from functrain.errors import ArchitectureError, ConfigError, did_you_mean
 from functrain.lora.config import ALL_LINEAR, LoRA
 from functrain.lora.layers import Adapted, adapted, row_norms
 from functrain.trees import Tensors, owning
+from functrain.trees import whole as whole_of
 
 _ADAPTER = "functrain_adapter"
 
@@ -43,6 +44,9 @@ def attach(
     and nobody may write into them); the given one stays as it was. What is trained, checkpointed
     and moved is the adapters alone, `….lora_A` and `….lora_B`, float32: a state knows its base by
     a fingerprint, and is refused over another. At the beginning B is 0, so the model is the base.
+
+    Where `params` are in shards (`functrain.distributed.shard` or `split`), so is the base, for a
+    step that is `sharded`; every worker must call this.
 
     The base computes in its own dtype, which a step's precision does not change: read it as
     bfloat16 where that is wanted. Several states of one adapted architecture share its base.
@@ -207,5 +211,6 @@ def _initial(
         found[f"{name}.lora_B"] = torch.zeros(layer.lora_B.shape, device=device)
         if layer.lora_magnitude is not None:
             zero = torch.zeros((), device=device)
-            found[f"{name}.lora_magnitude"] = row_norms(layer.oriented(weight), zero)
+            norms = row_norms(layer.oriented(whole_of(weight)), zero)
+            found[f"{name}.lora_magnitude"] = norms
     return found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from functrain.architecture import check_fit, held_values, slots
 from functrain.lora.attach import adapter_of, layers_of
 from functrain.lora.layers import Adapted, row_norms
-from functrain.trees import Tensors
+from functrain.trees import Tensors, laid_out, whole
 
 
 def merged(architecture: nn.Module, params: Mapping[str, Tensor]) -> tuple[nn.Module, Tensors]:
@@ -18,7 +18,7 @@ def merged(architecture: nn.Module, params: Mapping[str, Tensor]) -> tuple[nn.Mo
 
     W + s·B·A, with DoRA in rows of the trained magnitudes, computed in float32 at least and rounded
     to the base's dtype. Other params are the base's own tensors; nothing is written, so that the
-    unmerged model is where it was.
+    unmerged model is where it was. A base in shards stays so: one layer at a time is whole.
     """
     adapter = adapter_of(architecture)
     check_fit(params, slots(architecture).params, "params")
@@ -31,13 +31,14 @@ def merged(architecture: nn.Module, params: Mapping[str, Tensor]) -> tuple[nn.Mo
 
 
 def _merged(layer: Adapted, weight: Tensor, name: str, params: Mapping[str, Tensor]) -> Tensor:
-    a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
+    own = layer.oriented(whole(weight))
+    a, b = whole(params[f"{name}.lora_A"]), whole(params[f"{name}.lora_B"])
     delta = (b @ a) * layer.scaling
-    whole = layer.oriented(weight).to(delta.dtype) + delta
+    summed = own.to(delta.dtype) + delta
     if layer.lora_magnitude is not None:
-        ratio = params[f"{name}.lora_magnitude"] / row_norms(layer.oriented(weight), delta)
-        whole = ratio.unsqueeze(1) * whole
-    return layer.oriented(whole).to(weight.dtype).contiguous()
+        ratio = whole(params[f"{name}.lora_magnitude"]) / row_norms(own, delta)
+        summed = ratio.unsqueeze(1) * summed
+    return laid_out(layer.oriented(summed).to(weight.dtype).contiguous(), weight)
 
 
 def reference(architecture: nn.Module, params: Mapping[str, Tensor]) -> Tensors:
@@ -53,5 +54,6 @@ def reference(architecture: nn.Module, params: Mapping[str, Tensor]) -> Tensors:
         if layer.lora_magnitude is not None:
             weight = base.get(f"{name}.weight", params.get(f"{name}.weight"))
             zero = torch.zeros((), device=weight.device)
-            values[f"{name}.lora_magnitude"] = row_norms(layer.oriented(weight), zero)
+            norms = row_norms(layer.oriented(whole(weight)), zero)
+            values[f"{name}.lora_magnitude"] = laid_out(norms, params[f"{name}.lora_magnitude"])
     return Tensors(values)

@@ -1,0 +1,48 @@
+"""Adapters over a base of which each worker has some rows: the same bits as over a whole one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from workers import Group
+
+LORA: dict[str, Any] = {
+    "adapters": {"lora": {"rank": 2}},
+    "dropout, an odd base": {"lora": {"rank": 3, "dropout": 0.2}, "odd": True},
+    "dora, and norms beside": {"lora": {"rank": 2, "dora": True, "train": ("norm.weight",)}},
+    "recomputed blocks": {"lora": {"rank": 2}, "step": {"checkpoint": "model.layers.*"}},
+    "recomputed inside": {"lora": {"rank": 2}, "step": {"checkpoint": "model.layers.*.mlp"}},
+    "donated": {"lora": {"rank": 2}, "step": {"donate": True}},
+    "logits by chunks": {"lora": {"rank": 2}, "chunks": True},
+    "dpo against the base": {"lora": {"rank": 2, "dora": True}, "stage": "dpo"},
+    "a reference in shards": {"lora": {"rank": 2}, "stage": "dpo", "reference": "sharded"},
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_the_bits_are_those_of_one_process(group: Group, name: str) -> None:
+    (alone,) = group.values("steps", 1, LORA[name])
+    options = {**LORA[name], "base": "sharded"}
+    options["step"] = {**options.get("step", {}), "sharded": True}
+    for size in (2, 4) if name == "adapters" else (4,):
+        for each in group.values("steps", size, options):
+            assert each == alone, f"{size} workers"
+
+
+def test_a_whole_base_stays_whole_under_adapters_in_shards(group: Group) -> None:
+    options = {"lora": {"rank": 2}, "step": {"sharded": True}}
+    (alone,) = group.values("steps", 1, LORA["adapters"])
+    assert group.values("steps", 2, options) == [alone, alone]
+
+
+@pytest.mark.parametrize("more", [{}, {"dora": True, "train": ("norm.weight",)}])
+def test_each_worker_has_its_rows_and_merges_to_the_same_model(group: Group, more: Any) -> None:
+    lora = {"lora": {"rank": 2, **more}}
+    (alone,) = group.values("adapted", 1, lora)
+    assert alone["bytes"] == alone["whole"]
+    assert not alone["sharded"]
+    for each in group.values("adapted", 4, {**lora, "base": "sharded", "step": {"sharded": True}}):
+        assert each["merged"] == alone["merged"]
+        assert each["sharded"]
+        assert each["bytes"] == pytest.approx(each["whole"] / 4, rel=0.01)
