@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import io
 import os
 import time
 from typing import Any
@@ -447,3 +449,14 @@ def measured(_options: Any) -> dict[str, Any]:
     with ft.distributed.world(timeout=60) as world:
         found = ft.planning.here(world, POLICIES["fp32"])
         return attrs.asdict(found)
+
+
+def command(options: Any) -> dict[str, Any]:
+    """The command line in a worker: its exit code, and what it has printed."""
+    from functrain.cli import main, run
+
+    run.GATHERED = options.get("gathered", run.GATHERED)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(options["arguments"])
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}

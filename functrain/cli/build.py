@@ -156,21 +156,21 @@ def _read(config: Config) -> _Read:
 def _built(config: Config, read: _Read, world: World) -> Built:
     if read.start is not None:
         world.agree({"model.from": read.start.sha256})
-    # The base under adapters stays whole.
-    if config.train.sharded and not _has_adapters(config) and world.size > 1:
+    if config.train.sharded and world.size > 1:
         architecture, params, buffers = _model(config, read, world)
     else:
         alone = World(device=torch.device(config.train.device or "cpu"))
         architecture, params, buffers = world.for_all(lambda: _model(config, read, alone))
+    world.for_all(lambda: _check_positions(config, architecture))
+    # Not in a `for_all`: of shards they are made by all workers together, which refuse the same.
+    made, trained = _adapted(config, architecture, params)
 
-    def checked() -> tuple[Step, Tensors, ReferenceCache | None]:
-        _check_positions(config, architecture)
-        made, trained = _adapted(config, architecture, params)
+    def checked() -> tuple[Step, ReferenceCache | None]:
         step = _step(config, made, trained, world)
-        return step, trained, _cache(config, made, trained, buffers)
+        return step, _cache(config, made, trained, buffers)
 
-    step, params, cache = world.for_all(checked)
-    state = step.init(params, buffers, seed=config.train.seed)
+    step, cache = world.for_all(checked)
+    state = step.init(trained, buffers, seed=config.train.seed)
     batches = world.for_all(lambda: _batches(read.held_out, config))
     return Built(
         step=step,
@@ -314,10 +314,6 @@ def _model(config: Config, read: _Read, world: World) -> tuple[nn.Module, Tensor
 
 def started(found: Origin, world: World = ALONE) -> tuple[nn.Module, Tensors, Tensors]:
     """The model of a checkpoint; adapters are merged into the base that they were trained over."""
-    if world.size > 1 and found.config is not None and _has_adapters(found.config):
-        alone = World(device=world.device)
-        architecture, params, buffers = world.for_all(lambda: started(found, alone))
-        return architecture, distributed.shard(params, world), buffers
     architecture, params, buffers = _restored(found, world)
     if lora.is_adapted(architecture):
         architecture, params = lora.merged(architecture, params)
@@ -337,17 +333,25 @@ def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]
         architecture, like, buffers = world.for_all(lambda: bare(found, config))
         params, buffers = checkpoint.load_model(found.checkpoint, like, buffers, world=world)
         return architecture, params, buffers
+    below = world.for_all(lambda: _below(found, config))
+    architecture, params, buffers = started(below, world)
+    architecture, params = _adapted(config, architecture, params)
+    base = slots(architecture).base
+    params, buffers = checkpoint.load_model(
+        found.checkpoint, params, buffers, base=base, world=world
+    )
+    return architecture, params, buffers
+
+
+def _below(found: Origin, config: SFT | DPO) -> Origin:
+    """The checkpoint that the adapters of another one were trained over."""
     below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
     if config.model.sha256 not in (None, below.sha256):
         raise ConfigError(
             f"{found.checkpoint}: its adapters were trained over {below.checkpoint}, which is "
             "another checkpoint now (another hash); put the old one back"
         )
-    architecture, params, buffers = started(below, world)
-    architecture, params = _adapted(config, architecture, params)
-    base = slots(architecture).base
-    params, buffers = checkpoint.load_model(found.checkpoint, params, buffers, base=base)
-    return architecture, params, buffers
+    return below
 
 
 def bare(found: Origin, config: Config) -> tuple[nn.Module, dict[str, Tensor], Tensors]:

@@ -12,8 +12,9 @@ import attrs
 from functrain import data, optimizers
 from functrain.cli.build import Trained, trained
 from functrain.cli.directory import is_tokens
+from functrain.cli.ending import unreferenced
 from functrain.cli.known import EMBEDDED
-from functrain.cli.summary import bits_per_byte, unreferenced
+from functrain.cli.summary import bits_per_byte
 from functrain.data.files import RECORDS, TEXTS, files_of, suffix_of
 from functrain.data.source import MapSource
 from functrain.errors import ConfigError, DataError

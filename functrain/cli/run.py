@@ -20,12 +20,13 @@ from functrain.cli import directory as directories
 from functrain.cli import facts, toml
 from functrain.cli.build import Built, build, digest
 from functrain.cli.config import DPO, SFT, Pretrain, Train
+from functrain.cli.ending import Ending, ending
 from functrain.cli.origins import RunDirectory
-from functrain.cli.samples import Prompt, prompts, spoken
+from functrain.cli.samples import GATHERED, Prompt, bytes_to_gather, prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.compilation import cache_directory
 from functrain.data import ByteTokenizer, Prefetched, PretrainedTokenizer, Source
-from functrain.distributed import ALONE, World, gathered
+from functrain.distributed import ALONE, World
 from functrain.errors import CheckpointError, ConfigError, RelayedError
 from functrain.evaluation import evaluate
 from functrain.flops import flops_of
@@ -45,7 +46,8 @@ Say = Callable[[str], None]
 class Outcome:
     """What a stage came to: its last state, every record of metrics.jsonl, and what it said.
 
-    `prompts` are of its held-out data, `first_words` what the first state said after each.
+    `prompts` are of its held-out data, `first_words` what the first state said after each; `end`
+    where it is finished.
     """
 
     config: Pretrain | SFT | DPO
@@ -54,11 +56,17 @@ class Outcome:
     records: list[dict[str, Any]]
     prompts: list[Prompt]
     first_words: list[str]
+    end: Ending | None = None
 
     @property
     def finished(self) -> bool:
         """Whether the last step has been made."""
         return self.state.step >= self.config.train.steps
+
+    def ended(self) -> Ending:
+        """The end of a finished run."""
+        assert self.end is not None
+        return self.end
 
     @property
     def before(self) -> dict[str, Any]:
@@ -97,19 +105,19 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         world.agree({"data.train": found})
         config = _same_data(config, found, built.templated)
         world.from_first(lambda: _written(run, config, built, world), "the run directory")
-        given = prompts(built.evaluation, built.tokenizer)
+        given = _prompts(built, say)
         # Now, because the first step reuses the memory of the first state.
-        first_words = _first_words(built, given, world)
+        speaks = world.speaks or built.sharded
+        first_words = spoken(built, built.state, given) if speaks else []
         newest = world.from_first(lambda: _newest(run), "the newest checkpoint")
         state = world.for_all(lambda: _state(built, run, newest, config.train.steps, world))
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
             _say_head(built, state, say)
             state = _trained(config, built, state, run, stop, say)
-        if built.sharded:
-            # Whole, for what one worker says of it at the end.
-            alone = attrs.evolve(built.step, sharded=False, world=ALONE, microbatches=1)
-            built, state = attrs.evolve(built, step=alone), gathered(state)
+        end = None
+        if state.step >= config.train.steps:
+            end = ending(built, state, given, world)
     return Outcome(
         config=config,
         built=built,
@@ -117,14 +125,17 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         records=jsonl.read(run.metrics) if world.speaks else [],
         prompts=given,
         first_words=first_words,
+        end=end,
     )
 
 
-def _first_words(built: Built, given: list[Prompt], world: World) -> list[str]:
-    if not built.sharded:
-        return spoken(built, built.state, given) if world.speaks else []
-    whole = attrs.evolve(built.state, params=gathered(built.state.params))
-    return spoken(built, whole, given) if world.speaks else []
+def _prompts(built: Built, say: Say) -> list[Prompt]:
+    """What the model is asked before its first step and after its last; nothing if that is slow."""
+    size = bytes_to_gather(built)
+    if size <= GATHERED:
+        return prompts(built.evaluation, built.tokenizer)
+    say(f"no samples: {size / 2**30:.1f} GiB would be gathered for each token")
+    return []
 
 
 def _settled(config: C, resume: bool) -> C:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from functrain import models
+from functrain.architecture import held_values
 from functrain.cli.build import Built
 from functrain.data import Tokenizer
+from functrain.loop import world_of
+from functrain.models.generate import continued
 from functrain.objectives.batches import IGNORE_INDEX, Batch
-from functrain.state import TrainState
+from functrain.state import TrainState, device_of
+from functrain.trees import map_leaves, rows_here
+
+GATHERED = 1 << 30
+"""Bytes that may be gathered for each token of a sample: a few seconds for all, on a slow net."""
 
 Prompt = tuple[int, ...]
 """The ids of a prompt: not all of them could be made of its text, those of a template, say."""
@@ -32,22 +40,36 @@ def prompts(batches: Sequence[Batch], tokenizer: Tokenizer | None, count: int = 
     return found
 
 
+def bytes_to_gather(built: Built) -> int:
+    """What the workers send each other before a model in shards has computed once."""
+    if not built.sharded:
+        return 0
+    items = [*built.state.params.values(), *held_values(built.step.architecture).values()]
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in items)
+
+
 def spoken(
     built: Built, state: TrainState, given: Sequence[Prompt], *, tokens: int = 120
 ) -> list[str]:
-    """What the model says after each prompt, greedily; nothing without a tokenizer."""
+    """What the model says after each prompt, greedily; nothing without a tokenizer.
+
+    Where it is in shards every worker must ask, and is told what worker 0 says.
+    """
     tokenizer = built.tokenizer
     if tokenizer is None:
         return []
-    completed = (
-        models.generate(
-            built.step.architecture,
-            state.params,
-            state.buffers,
-            prompt or [tokenizer.end],
-            max_new_tokens=tokens,
-            end=models.ends(built.step.architecture, tokenizer.end),
+    architecture = built.step.architecture
+    ends = models.ends(architecture, tokenizer.end)
+    asked = [prompt or [tokenizer.end] for prompt in given]
+    if not built.sharded:
+        say = functools.partial(models.generate, architecture, state.params, state.buffers)
+        return [tokenizer.decode(say(ids, max_new_tokens=tokens, end=ends)) for ids in asked]
+    world, rows = world_of(built.step), map_leaves(rows_here, state.params)
+    with built.step.value_and_grad.bound(rows, state.buffers, "eval") as model:
+        say = functools.partial(
+            continued,
+            model,
+            device=device_of(rows),
+            agreed=lambda token: int(world.numbers([token])[0]),
         )
-        for prompt in given
-    )
-    return [tokenizer.decode(ids) for ids in completed]
+        return [tokenizer.decode(say(ids, max_new_tokens=tokens, end=ends)) for ids in asked]

@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
 from functrain.cli.facts import recorded
 from functrain.cli.origins import RunDirectory
 from functrain.cli.run import Outcome
-from functrain.cli.samples import Prompt, spoken
+from functrain.cli.samples import Prompt
 from functrain.data import ByteTokenizer, Tokenizer
-from functrain.evaluation import evaluate
-from functrain.objectives import PreferenceOptimization, UnpairedOptimization
+from functrain.objectives import UnpairedOptimization
 from functrain.objectives.batches import Batch
-from functrain.state import fingerprint
 from functrain.tracking import report
-from functrain.trees import Tensors, tensors
-
-SIDES = ("chosen", "rejected")
 
 HEAD = ("stage", "held out", "before", "after")
 Row = tuple[str, str, str, str]
@@ -42,12 +36,10 @@ def conclude(outcome: Outcome) -> str:
     """Write a finished run's report; what to print about it."""
     run = RunDirectory(outcome.config.directory)
     rows = measured(outcome)
-    last_words = spoken(outcome.built, outcome.state, outcome.prompts)
+    end = outcome.ended()
     said = [
         Said(prompt=worded(outcome, prompt), answers=(("before", first), ("after", last)))
-        for prompt, first, last in zip(
-            outcome.prompts, outcome.first_words, last_words, strict=True
-        )
+        for prompt, first, last in zip(outcome.prompts, outcome.first_words, end.words, strict=True)
     ]
     commands = [f'functrain generate {run.path} "…"', f"functrain inspect {run.path}"]
     title = f"functrain {outcome.config.stage}: {run.path.name}"
@@ -57,7 +49,7 @@ def conclude(outcome: Outcome) -> str:
             f"{run.path}: finished, {outcome.state.step:,} of {outcome.config.train.steps:,} steps",
             *([table(HEAD, rows), ""] if rows else []),
             *padding(outcome.records),
-            f"fingerprint  {fingerprint(outcome.state)}",
+            f"fingerprint  {end.fingerprint}",
             f"report       {run.report}",
             f"next         {commands[0]}",
         ]
@@ -114,33 +106,11 @@ def _preferences(outcome: Outcome) -> list[Row]:
         ("dpo", "accuracy of the rewards", accuracy, f"{after['eval_rewards/accuracies']:.3f}"),
         ("dpo", "margin of the rewards", opened, closed),
     ]
-    kept = outcome.built.step.objective.kept()
-    if kept is not None:
-        both = (tensors(kept), outcome.state.params)
-        first, last = (f"{_likelier(outcome, params):.3f}" for params in both)
+    likelier = outcome.ended().likelier
+    if likelier is not None:
+        first, last = (f"{each:.3f}" for each in likelier)
         rows.append(("dpo", "chosen is the likelier", first, last))
     return rows
-
-
-def _likelier(outcome: Outcome, params: Tensors) -> float:
-    """In what fraction of the held-out pairs the chosen completion has the higher log-prob.
-
-    The accuracy of DPO's rewards against a reference that knows nothing.
-    """
-    # Plain DPO carries nothing and weighs no token, whatever the run's own loss does.
-    step = attrs.evolve(outcome.built.step, objective=PreferenceOptimization())
-    state = attrs.evolve(outcome.state, params=params, reference=None, running=None)
-    found = evaluate(step, state, unreferenced(outcome.built.evaluation))
-    return float(found["eval_rewards/accuracies"])
-
-
-def unreferenced(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches of pairs with a reference that knows nothing: every log-prob is 0."""
-    found: list[Batch] = []
-    for batch in batches:
-        zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}
-        found.append({**batch, "reference_logps": zeros})
-    return found
 
 
 def bits_per_byte(
@@ -200,6 +170,6 @@ def write_report(
         stages=stages,
         table=rows,
         samples=said,
-        fingerprint=fingerprint(outcomes[-1].state),
+        fingerprint=outcomes[-1].ended().fingerprint,
         commands=commands,
     )

@@ -286,7 +286,7 @@ def _cut_out(tensor: Tensor, before: int, after: int) -> Tensor:
 def sharding(architecture: nn.Module, world: World, *, tree: bool) -> Sharding:
     """How these workers share an architecture's params."""
     places, held = slots(architecture), held_values(architecture)
-    base = local(held) if is_sharded(held) else {}
+    base = local(held) if is_sharded(held) else Tensors()
     # A base that is whole stays where it is.
     everywhere = slots(architecture, held=True) if base else places
     shapes = {n: t.shape for n, t in architecture.named_parameters() if n in everywhere.params}

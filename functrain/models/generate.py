@@ -70,24 +70,56 @@ def generate(
     A model whose positions are learnt (`positions`) stops at the last one. Raises `BatchError` for
     a prompt that is empty, out of range, or longer than that, `ConfigError` for the rest.
     """
+    with bound(architecture, params, buffers, "eval") as model:
+        return continued(
+            model,
+            input_ids,
+            device=device_of(params),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            end=end,
+            stop=stop,
+            seed=seed,
+        )
+
+
+@torch.no_grad()
+def continued(
+    model: nn.Module,
+    input_ids: Sequence[int],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    end: int | Collection[int] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+    seed: int = 0,
+    agreed: Callable[[int], int] = int,
+) -> list[int]:
+    """`generate` by a model that is bound already; `agreed` makes of a token the one that is taken.
+
+    Workers who compute together must take the same, also where their machines round differently.
+    """
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    most = positions(architecture)
-    _check_prompt(input_ids, vocabulary_of(architecture), most)
-    device = device_of(params)
+    most = positions(model)
+    _check_prompt(input_ids, vocabulary_of(model), most)
     ids, new = list(input_ids), list[int]()
     stops = {end} if isinstance(end, int) else {*(end or ())}
     past = _Past()
-    with bound(architecture, params, buffers, "eval") as model:
-        while len(new) < max_new_tokens and (most is None or len(ids) <= most):
-            logits = _next_logits(model, ids, past, device)
-            with keys.seeded(keys.derive(seed, "generate", len(new)), device):
-                token = _sampled(logits, temperature, top_k, top_p)
-            if token in stops:
-                break
-            new.append(token)
-            ids.append(token)
-            if stop is not None and stop(new):
-                break
+    while len(new) < max_new_tokens and (most is None or len(ids) <= most):
+        logits = _next_logits(model, ids, past, device)
+        with keys.seeded(keys.derive(seed, "generate", len(new)), device):
+            token = agreed(_sampled(logits, temperature, top_k, top_p))
+        if token in stops:
+            break
+        new.append(token)
+        ids.append(token)
+        if stop is not None and stop(new):
+            break
     return new
 
 

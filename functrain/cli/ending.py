@@ -1,0 +1,69 @@
+"""What is found of a run's last state, by all its workers together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from functrain import distributed
+from functrain.cli.build import Built
+from functrain.cli.samples import Prompt, spoken
+from functrain.distributed import World
+from functrain.evaluation import evaluate
+from functrain.objectives import PreferenceOptimization, UnpairedOptimization
+from functrain.objectives.batches import Batch
+from functrain.state import TrainState, fingerprint
+from functrain.trees import Tensors, tensors
+
+SIDES = ("chosen", "rejected")
+
+
+@attrs.frozen(kw_only=True)
+class Ending:
+    """The last state's `fingerprint`, and what it says after each prompt, `words`.
+
+    `likelier`: of preference pairs, in what fraction of the held-out ones the chosen completion has
+    the higher log-prob, under the reference and at the end.
+    """
+
+    fingerprint: str
+    words: list[str]
+    likelier: tuple[float, float] | None
+
+
+def ending(built: Built, state: TrainState, given: Sequence[Prompt], world: World) -> Ending:
+    """The end of a run; each of its workers must ask for it."""
+    return Ending(
+        fingerprint=fingerprint(state),
+        words=spoken(built, state, given) if world.speaks or built.sharded else [],
+        likelier=_likelier(built, state, world),
+    )
+
+
+def _likelier(built: Built, state: TrainState, world: World) -> tuple[float, float] | None:
+    objective = built.step.objective
+    kept = objective.kept()
+    if kept is None or not built.evaluation or isinstance(objective, UnpairedOptimization):
+        return None
+    before = distributed.shard(tensors(kept), world) if built.sharded else tensors(kept)
+    return _accuracy(built, state, before), _accuracy(built, state, state.params)
+
+
+def _accuracy(built: Built, state: TrainState, params: Tensors) -> float:
+    """The accuracy of DPO's rewards against a reference that knows nothing."""
+    # Plain DPO carries nothing and weighs no token, whatever the run's own loss does.
+    step = attrs.evolve(built.step, objective=PreferenceOptimization())
+    state = attrs.evolve(state, params=params, reference=None, running=None)
+    found = evaluate(step, state, unreferenced(built.evaluation))
+    return float(found["eval_rewards/accuracies"])
+
+
+def unreferenced(batches: Sequence[Batch]) -> list[Batch]:
+    """Batches of pairs with a reference that knows nothing: every log-prob is 0."""
+    found: list[Batch] = []
+    for batch in batches:
+        zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}
+        found.append({**batch, "reference_logps": zeros})
+    return found
