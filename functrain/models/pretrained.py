@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from functrain.checkpoint.format import DTYPES as _DTYPES
 from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
-from functrain.models.skeletons import Files, bare, quiet, rows_of_files, skeleton
+from functrain.models.layouts import Files, layout_of
+from functrain.models.skeletons import bare, quiet, skeleton
 from functrain.trees import Tensors, owning
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -64,8 +65,9 @@ def from_pretrained(
     are the system's to drop. Weights that no part of the model takes give a `WeightsWarning`.
 
     `world`: for a step that is `sharded`. Every worker calls this, and reads and keeps its rows of
-    the params alone, on the world's device. Where the files are in another layout than the model,
-    which transformers converts, or a GGUF file, each worker has them whole for a moment.
+    the params alone, on the world's device. Tensors that transformers makes of several (experts
+    that are fused) are made one at a time; of a GGUF file, and of weights that the model has no
+    place for, each worker has the whole for a moment.
 
     Raises `ArchitectureError` for a path without such a model, for quantised weights, and where
     weights are missing or of other shapes, since those would be random.
@@ -94,29 +96,21 @@ def _in_shards(given: Path, kind: torch.dtype, attention: str | None, world: Wor
 def _row_by_row(
     where: Path, kind: torch.dtype, attention: str | None, world: World
 ) -> tuple[nn.Module, Tensors, Tensors] | None:
-    """The model with this worker's rows; None where its files are not in the model's own layout."""
+    """The model with this worker's rows; None where its files must be converted as a whole."""
     module, params, made = world.for_all(lambda: bare(lambda: skeleton(where, kind, attention)))
+    if kind != torch.float32:
+        # What a constructor computes in a narrow default dtype, transformers computes once more.
+        exact = world.for_all(lambda: bare(lambda: skeleton(where, torch.float32, attention)))[2]
+        made = Tensors({name: exact[name].to(buffer.dtype) for name, buffer in made.items()})
     files = world.for_all(lambda: Files.of(where))
-    if world.any(not files.hold(module, kind)):
+    layout = world.for_all(lambda: layout_of(files, module, params, kind))
+    if world.any(layout is None):
         return None
+    assert layout is not None
     # Rows of different models would be a mixture that no later comparison could see.
     world.agree(files.digests(), "before the model is sharded")
-    shards = world.for_all(lambda: rows_of_files(files, params, kind, world))
-    return module, shards, world.for_all(lambda: _buffers(files, made))
-
-
-def _buffers(files: Files, made: Mapping[str, Tensor]) -> Tensors:
-    """The buffers of a model, those of its files as they are there."""
-    found = dict(made)
-    for name in files.places.keys() & made.keys():
-        value = files.rows(name, 0, None)
-        if value.shape != made[name].shape:
-            raise ArchitectureError(
-                f"{files.path}: {name} has the shape {list(value.shape)}, expected "
-                f"{list(made[name].shape)}"
-            )
-        found[name] = value.to(made[name].dtype, copy=True)
-    return Tensors(found)
+    shards = world.for_all(lambda: layout.rows(params, world))
+    return module, shards, world.for_all(lambda: layout.buffers(made))
 
 
 def _whole(

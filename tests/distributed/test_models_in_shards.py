@@ -26,12 +26,14 @@ def _digests(*items: Any) -> dict[str, str]:
         ("llama", 2, "float32"),
         ("qwen2", 3, "bfloat16"),
         ("mixtral", 2, "float32"),
+        ("deepseek_v3", 3, "bfloat16"),
+        ("codegen", 2, "bfloat16"),
     ],
 )
 def test_a_model_of_transformers_in_shards_is_the_whole(
     group: Group, tmp_path: Path, name: str, size: int, dtype: str
 ) -> None:
-    """Row by row, with a tied head, and where transformers converts the layout."""
+    """Row by row: with a tied head, fused experts, what stays wide, and computed buffers."""
     families.made(name).save_pretrained(tmp_path, max_shard_size="6KB")
     _, params, buffers, _ = ft.models.from_pretrained(tmp_path, dtype=dtype)
     options = {"path": str(tmp_path), "dtype": dtype}

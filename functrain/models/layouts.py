@@ -1,0 +1,258 @@
+"""Weights in files: where each tensor of a model is, and this worker's rows of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import orjson
+import torch
+from torch import Tensor, nn
+
+from functrain.architecture import slots
+from functrain.distributed import World
+from functrain.errors import ArchitectureError
+from functrain.trees import Tensors, owning
+
+
+@attrs.frozen(eq=False)
+class Files:
+    """The safetensors of a model: which file has which tensor."""
+
+    path: Path
+    places: Mapping[str, str]
+
+    @classmethod
+    def of(cls, path: Path) -> Files:
+        """Those of a directory, as its index says or as one file has them."""
+        from safetensors import safe_open
+
+        index = path / "model.safetensors.index.json"
+        if not (path / "model.safetensors").is_file():
+            return cls(path, dict(orjson.loads(index.read_bytes())["weight_map"]))
+        with safe_open(str(path / "model.safetensors"), framework="pt") as file:
+            return cls(path, dict.fromkeys(file.keys(), "model.safetensors"))
+
+    def rows(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        """Some rows of a tensor, or a number; in the pages of its file."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.path / self.places[name]), framework="pt") as file:
+            piece = file.get_slice(name)
+            found: Tensor = piece[begin:end] if piece.get_shape() else file.get_tensor(name)
+            return found
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each file."""
+        found: dict[str, str] = {}
+        for name in sorted({*self.places.values()}):
+            with (self.path / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor."""
+        from safetensors import safe_open
+
+        found: dict[str, torch.Size] = {}
+        for file in sorted({*self.places.values()}):
+            with safe_open(str(self.path / file), framework="pt") as opened:
+                for name in (name for name, place in self.places.items() if place == file):
+                    found[name] = torch.Size(opened.get_slice(name).get_shape())
+        return found
+
+
+@attrs.frozen(eq=False)
+class Made:
+    """Tensors that a converter of transformers makes of several: fused experts, say.
+
+    `sources`: the pattern that each matches, and its name in the files.
+    """
+
+    converter: Any
+    model: Any
+    first: str
+    sources: list[tuple[str, str]] = attrs.field(factory=list)
+
+    def of(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Them, by the model's own names; `read` gives a tensor of the files."""
+        # A copy, in which nothing has been collected yet.
+        converter = copy.deepcopy(self.converter)
+        for pattern, name in self.sources:
+            converter.add_tensor(self.first, name, pattern, functools.partial(read, name))
+        found = converter.convert(self.first, model=self.model, config=self.model.config)
+        return {n: each[0] if isinstance(each, list) else each for n, each in found.items()}
+
+
+@attrs.frozen(eq=False)
+class Layout:
+    """Where the tensors of a model are: `direct` under a name of the files, or `made` of some.
+
+    Floating ones become `dtype`, but what the model keeps `wide`.
+    """
+
+    files: Files
+    direct: Mapping[str, str]
+    made: tuple[Made, ...]
+    dtype: torch.dtype
+    wide: tuple[str, ...]
+
+    def rows(self, params: Mapping[str, Tensor], world: World) -> Tensors:
+        """This worker's rows of every parameter.
+
+        Of what is made, the tensors of one converter are whole at a time.
+        """
+        # Here, since DTensor takes a second to import.
+        from functrain.distributed.shards import rows_of, sharded
+
+        found: dict[str, Tensor] = {}
+        for name, whole in self.each(params):
+            like = params[name]
+            if whole.shape != like.shape or not like.ndim:
+                raise ArchitectureError(
+                    f"{self.files.path}: {name} has the shape {list(whole.shape)}, expected "
+                    f"{list(like.shape)}, of one dimension at least"
+                )
+            at = rows_of(len(like), world.rank, world.size)
+            own = whole[at.begin : at.end]
+            # A copy: what is read lies in the pages of its file, which may change and vanish.
+            kind = self.kind(name, own)
+            laid = torch.empty(own.shape, dtype=kind, device=world.device).copy_(own)
+            found[name] = sharded(laid, like.shape, world)
+        return owning(Tensors(found))
+
+    def each(self, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one after another; those that are made are of its dtype already."""
+        for name in params.keys() & self.direct.keys():
+            yield name, self.files.rows(self.direct[name])
+        for made in self.made:
+            found = made.of(functools.partial(self._cast, made.first))
+            yield from ((name, found[name]) for name in found.keys() & params.keys())
+
+    def _cast(self, to: str, name: str) -> Tensor:
+        found = self.files.rows(name)
+        return found.to(self.kind(to, found))
+
+    def kind(self, name: str, tensor: Tensor) -> torch.dtype:
+        """The dtype that a tensor of this name has in the model."""
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if any(re.search(each, name) for each in self.wide) else self.dtype
+
+    def buffers(self, made: Mapping[str, Tensor]) -> Tensors:
+        """The buffers of a model, those of its files as they are there."""
+        found = dict(made)
+        for name in self.direct.keys() & made.keys():
+            value = self.files.rows(self.direct[name])
+            if value.shape != made[name].shape:
+                raise ArchitectureError(
+                    f"{self.files.path}: {name} has the shape {list(value.shape)}, expected "
+                    f"{list(made[name].shape)}"
+                )
+            found[name] = value.to(self.kind(name, value), copy=True)
+        return Tensors(found)
+
+
+def layout_of(
+    files: Files, architecture: nn.Module, params: Mapping[str, Tensor], dtype: torch.dtype
+) -> Layout | None:
+    """How the files hold a model, where each tensor can be made alone; else None.
+
+    They must have all of it and nothing else, so that nothing is to be said of them, and not part
+    what the model's config says is tied.
+    """
+    found = slots(architecture)
+    kept = {n for n in found.buffers if n not in _passing(architecture, found.buffers)}
+    others = _others(architecture, found.params)
+    wide = _wide(architecture, dtype)
+    layout = _renamed(files, architecture, {*found.params, *kept, *others}, dtype, wide)
+    if layout is None:
+        return None
+    shapes = files.shapes()
+
+    def bare(name: str) -> Tensor:
+        return torch.empty(shapes[name], dtype=dtype, device="meta")
+
+    try:
+        made = {name: t.shape for each in layout.made for name, t in each.of(bare).items()}
+    except (RuntimeError, ValueError, TypeError, LookupError):
+        return None  # transformers says better what does not fit
+    if any(name not in params or shape != params[name].shape for name, shape in made.items()):
+        return None
+    needed, names = {*found.params, *kept}, {*layout.direct, *made}
+    if not needed <= names or len(layout.direct.keys() & made.keys()):
+        return None
+    tied = [(name, first) for name, first in others.items() if name in names]
+    same = all(
+        name in layout.direct
+        and first in layout.direct
+        and files.rows(layout.direct[name]).equal(files.rows(layout.direct[first]))
+        for name, first in tied
+    )
+    return layout if same else None
+
+
+def _wide(architecture: Any, dtype: torch.dtype) -> tuple[str, ...]:
+    """Patterns of what a model of transformers keeps in float32, as transformers tells them."""
+    plan = getattr(architecture, "_get_dtype_plan", None)
+    if not callable(plan):
+        return ()
+    return tuple(pattern.replace("*", ".*") for pattern in plan(dtype))
+
+
+def _renamed(
+    files: Files, architecture: Any, known: set[str], dtype: torch.dtype, wide: tuple[str, ...]
+) -> Layout | None:
+    """As transformers names what is in the files; None where the model has no place for one."""
+    same = {name: name for name in files.places if name in known}
+    plain = Layout(files, same, (), dtype, wide)
+    if len(plain.direct) == len(files.places):
+        return plain
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError:
+        return None  # another version of it: it will convert the whole
+    steps: Any = get_model_conversion_mapping(architecture)
+    converters = [each for each in steps if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    renamings = [each for each in steps if isinstance(each, WeightRenaming)]
+    prefix, has = architecture.base_model_prefix, dict.fromkeys(known, True)
+    direct: dict[str, str] = {}
+    made: dict[str, Made] = {}
+    for name in sorted(files.places, key=dot_natural_key):
+        to, pattern = rename_source_key(name, renamings, converters, prefix, has)
+        if to not in known and name in known:
+            to, pattern = name, None
+        if to not in known or to in direct:
+            return None
+        if pattern is None:
+            direct[to] = name
+            continue
+        made.setdefault(to, Made(by_pattern[pattern], architecture, to))
+        made[to].sources.append((pattern, name))
+    return attrs.evolve(plain, direct=direct, made=tuple(made.values()))
+
+
+def _passing(architecture: nn.Module, names: Mapping[str, object]) -> set[str]:
+    """The buffers that no file has."""
+    kept = architecture.state_dict(keep_vars=True).keys()
+    return {name for name in names if name not in kept}
+
+
+def _others(architecture: nn.Module, names: Mapping[str, object]) -> dict[str, str]:
+    """The further names of tied parameters, each with its first."""
+    every = dict(architecture.named_parameters(remove_duplicate=False))
+    first = {id(tensor): name for name, tensor in every.items() if name in names}
+    return {name: first[id(tensor)] for name, tensor in every.items() if name not in names}
