@@ -128,7 +128,7 @@ class Layout:
         return owning(Tensors(found))
 
     def each(self, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one after another; those that are made are of its dtype already."""
+        """Every parameter whole, one after another; those that are made, in its dtype already."""
         for name in params.keys() & self.direct.keys():
             yield name, self.files.rows(self.direct[name])
         for made in self.made:

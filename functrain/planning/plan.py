@@ -7,8 +7,9 @@ The model, for W workers that have K micro-batches each:
   its computation, and is hidden behind it as far as it goes.
 - Sharded: it has 1/W of each, in rows, and the params of no block whole. The params of a block are
   gathered in the forward and in the backward pass of each micro-batch, and its gradients summed to
-  rows: (W−1)/W of their bytes each, nothing beside the computation. What is gathered is packed and
-  laid out, what is summed is cut and packed: about 4 and 6 times its bytes through the memory.
+  rows: (W−1)/W of their bytes each. Beside the computation, but for the first block of each pass,
+  and the gradients of the last block and of what is in none. What is gathered is packed and laid
+  out, what is summed is cut and packed: about 4 and 6 times its bytes through the memory.
 - An exchange takes its bytes over the bandwidth of the slowest link, and a latency for each
   doubling of the workers. Computing takes the operations over what a worker comes to; the update,
   the bytes that it reads and writes over the traffic of the memory.
@@ -144,10 +145,12 @@ def _seconds(job: Job, cluster: Cluster, work: Work, sharded: bool) -> dict[str,
         return {**found, "copies": 0.0, "exchange": 0.0}
     part = (size - 1) / size
     root, *blocks = work.units
+    computed = work.flops / cluster.flops
     if not sharded:
         gradients = total(work.gradients)
         exchanges = math.ceil(gradients / BUCKET)
         sent, copied = 2 * part * gradients, 0
+        alone, hidden = 0.0, 2 / 3 * computed
     else:
         gathered, summed = sum(b[0] for b in blocks), sum(b[1] for b in blocks)
         passes = own * (2 + job.reference)
@@ -155,7 +158,10 @@ def _seconds(job: Job, cluster: Cluster, work: Work, sharded: bool) -> dict[str,
         summed = own * (root[1] + summed)
         sent, copied = part * (gathered + summed), 4 * gathered + 6 * summed
         exchanges = 1 + passes * len(blocks) + own * (len(work.units) + job.reference)
+        first = max(blocks, default=(0, 0))
+        alone = part * (root[0] + passes * first[0] + own * (first[1] + root[1]))
+        hidden = own * computed
     seconds = sent / cluster.bandwidth + exchanges * cluster.latency * math.log2(size)
-    if cluster.beside and not sharded:
-        seconds = max(0.0, seconds - 2 / 3 * work.flops / cluster.flops)
+    if cluster.beside:
+        seconds = max(alone / cluster.bandwidth, seconds - hidden)
     return {**found, "copies": copied / cluster.traffic, "exchange": seconds}

@@ -1,4 +1,4 @@
-"""Weights of files, tensor by tensor: those that transformers makes of the whole, in all families."""
+"""Weights of files, tensor by tensor: what transformers makes of the whole, in every family."""
 
 from __future__ import annotations
 
