@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from functrain import optimizers as optim
     from functrain.architecture import bound, split
     from functrain.checkpoint import latest, load, save
+    from functrain.clipping import adaptive_clip, clip_by_global_norm, clip_by_value
     from functrain.errors import (
         AliasError,
         ArchitectureError,
@@ -42,13 +43,7 @@ if TYPE_CHECKING:
     )
     from functrain.evaluation import evaluate
     from functrain.flops import flops_of
-    from functrain.gradients import (
-        accumulate,
-        adaptive_clip,
-        clip_by_global_norm,
-        clip_by_value,
-        value_and_grad,
-    )
+    from functrain.gradients import accumulate, value_and_grad
     from functrain.guards import SpikeGuard
     from functrain.loop import train
     from functrain.memory import keep_pages
@@ -93,13 +88,8 @@ _NAMES = {
         "StateError",
         "WorkerError",
     ),
-    "functrain.gradients": (
-        "accumulate",
-        "adaptive_clip",
-        "clip_by_global_norm",
-        "clip_by_value",
-        "value_and_grad",
-    ),
+    "functrain.clipping": ("adaptive_clip", "clip_by_global_norm", "clip_by_value"),
+    "functrain.gradients": ("accumulate", "value_and_grad"),
     "functrain.guards": ("SpikeGuard",),
     "functrain.loop": ("train",),
     "functrain.metrics": ("Metrics",),

@@ -1,8 +1,7 @@
-"""Gradients of an objective: taken inside the binding, accumulated, and clipped."""
+"""Gradients of an objective: taken inside the binding, over one micro-batch or several."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
@@ -11,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import accumulators, activations, compilation, keys, memory
+from functrain import accumulators, activations, compilation, keys
 from functrain.accumulators import Accumulating
 from functrain.architecture import (
     Mode,
@@ -23,14 +22,15 @@ from functrain.architecture import (
     slots,
     vocabulary_of,
 )
-from functrain.errors import ArchitectureError, BatchError, ConfigError
+from functrain.errors import BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.base import Coupled, Direct, Objective
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
-from functrain.reductions import Beside, Part, Tree, Workers, added, merged
-from functrain.trees import Tensors, global_norm, map_leaves
+from functrain.reductions import Beside, Part, Workers, merged
+from functrain.sums import GradientSum
+from functrain.trees import Tensors
 
 Batches = Batch | Sequence[Batch]
 
@@ -135,7 +135,7 @@ class ValueAndGrad:
         return bound(self.architecture, values, buffers, mode, places=self.places)
 
     def _bound(
-        self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor], total: _Sum
+        self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor], total: GradientSum
     ) -> AbstractContextManager[nn.Module]:
         """The architecture with these leaves, whose gradients are summed in `total`."""
         mode = self.objective.mode
@@ -198,7 +198,7 @@ class ValueAndGrad:
         weight = part.weight.to(device) if weight is None else weight
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
-        total = _Sum(leaves, params, tree=part.tree)
+        total = GradientSum(leaves, params, tree=part.tree)
         factor = scale_loss(weight.double().reciprocal(), scaler)
         measured_all: list[Metrics] = []
         # Clones, because a module may update its buffers in place (BatchNorm does).
@@ -423,159 +423,6 @@ def _indexing() -> Iterator[None]:
         ) from error
 
 
-class _Sum:
-    """Gradients summed over micro-batches.
-
-    Autograd adds into the leaves' own `.grad`, as in an ordinary loop; where the leaves are of a
-    narrower dtype than the params, the sum is kept in the params' dtype. What is summed where it is
-    made (`functrain.accumulators`) is added at the end. As a `tree` each micro-batch's gradients
-    are a leaf of it.
-    """
-
-    def __init__(
-        self, leaves: Mapping[str, Tensor], params: Mapping[str, Tensor], *, tree: bool = False
-    ) -> None:
-        self._tree = Tree(added) if tree else None
-        self._leaves = leaves
-        self.dtypes = {name: param.dtype for name, param in params.items()}
-        self._wide: dict[str, Tensor] = {}
-        self._reached: set[str] = set()
-        self._received = False
-        self._names = {id(leaf): name for name, leaf in leaves.items() if leaf.requires_grad}
-        self._direct: dict[str, Tensor] = {}
-        self._added = 1
-        self._ending = False
-        self._told: set[str] = set()
-
-    def begin(self) -> None:
-        """The next micro-batch: where it is added to one leaf of the tree, autograd adds it there.
-
-        The same sum of two, without memory and a pass of its own.
-        """
-        branch = None if self._tree is None else self._tree.pop()
-        self._added = 1 if branch is None else 2
-        for name, grad in (branch or {}).items():
-            leaf = self._leaves[name]
-            if self._received or leaf.dtype != self.dtypes[name]:
-                self._wide[name] = grad
-            else:
-                leaf.grad = grad
-
-    def sum_of(self, leaf: Tensor) -> Tensor | None:
-        """Where gradients of a leaf that trains may be summed as they are made."""
-        name = self._names.get(id(leaf))
-        if name is not None and name not in self._direct:
-            self._direct[name] = memory.zeros(leaf.shape, self.dtypes[name], leaf.device)
-        return None if name is None else self._direct[name]
-
-    def receive(self, name: str, rows: Tensor, reached: bool) -> None:
-        """Take the rows of a gradient of one micro-batch, summed over the workers already."""
-        self._received = True
-        if reached:
-            self._reached.add(name)
-        self._wide[name] = self._wide[name].add_(rows) if name in self._wide else rows
-
-    def reached(self, grads: Mapping[str, Tensor]) -> frozenset[str]:
-        """What of the sums has had a gradient here."""
-        return frozenset(self._reached if self._received else {*grads, *self._told})
-
-    @contextmanager
-    def telling(self, beside: Beside) -> Iterator[None]:
-        """Within it, the last backward pass tells which sums here have come to their end."""
-        self._ending = True
-        handles = []
-        for name, leaf in self._leaves.items():
-            # What is summed where it is made may still grow.
-            if leaf.requires_grad and name not in self._direct:
-                ended = functools.partial(self._ended, beside, name, leaf.grad is not None)
-                handle = leaf.register_post_accumulate_grad_hook(ended)  # type: ignore[no-untyped-call]
-                handles.append(handle)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _ended(self, beside: Beside, name: str, begun: bool, leaf: Tensor) -> None:
-        """`begun`: whether there was a sum before, to whose memory autograd has added."""
-        self._take(name, leaf)
-        grad = self._wide.pop(name) if name in self._wide else leaf.grad
-        assert grad is not None  # it has just been added to
-        whole = self._folded(name, grad)
-        own = begun or whole is not leaf.grad
-        leaf.grad = None
-        self._told.add(name)
-        beside.ready(name, whole, own=own)
-
-    def _folded(self, name: str, grad: Tensor | None) -> Tensor:
-        """A gradient of the last leaves with the branches of the tree that wait for it.
-
-        Each worker has a power of two of leaves, so that the last one meets every branch in turn.
-        """
-        for branch in reversed(self._tree.waiting() if self._tree is not None else ()):
-            if name in branch:
-                before = branch.pop(name)
-                grad = before if grad is None else before.add_(grad)
-        assert grad is not None
-        return grad
-
-    def _take(self, name: str, leaf: Tensor) -> None:
-        """Widen a gradient that is narrower than its sum."""
-        if leaf.grad is not None and leaf.grad.layout != torch.strided:
-            raise ArchitectureError(
-                f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
-                "take; build its nn.Embedding with sparse=False"
-            )
-        if leaf.grad is None or leaf.dtype == self.dtypes[name]:
-            return
-        wide = leaf.grad.to(self.dtypes[name])
-        self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
-        leaf.grad = None
-
-    def add(self) -> None:
-        for name, leaf in self._leaves.items():
-            self._take(name, leaf)
-        self._apart()
-        if self._tree is not None and not self._ending:
-            self._tree.push(dict(self._summed()), self._added)
-            self._wide.clear()
-            self._direct.clear()
-            for leaf in self._leaves.values():
-                leaf.grad = None
-
-    def _apart(self) -> None:
-        """Gradients that share their memory get their own, since they will be written to.
-
-        Of `a[None] + b[None]` autograd hands both leaves the same memory (torch 2.13), in which an
-        ordinary loop's second backward pass adds for both.
-        """
-        seen: set[int] = set()
-        for leaf in self._leaves.values():
-            if leaf.grad is None or not leaf.grad.numel():
-                continue
-            address = leaf.grad.untyped_storage().data_ptr()
-            if address in seen:
-                leaf.grad = leaf.grad.clone()
-            seen.add(address)
-
-    def grads(self) -> Tensors:
-        """The sum over all micro-batches, but for what was told to be there."""
-        if self._tree is None:
-            return self._summed()
-        if not self._ending:
-            return Tensors(self._tree.total() or {})
-        last = self._summed()
-        names = {*last, *(name for branch in self._tree.waiting() for name in branch)}
-        return Tensors({name: self._folded(name, last.get(name)) for name in names})
-
-    def _summed(self) -> Tensors:
-        own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}
-        own |= self._wide
-        for name, grad in self._direct.items():
-            own[name] = grad.add_(own[name]) if name in own else grad
-        return Tensors({name: own[name] for name in self._leaves if name in own})
-
-
 def value_and_grad(
     objective: Objective,
     architecture: nn.Module,
@@ -700,73 +547,3 @@ def accumulate(
             f"counts those of the whole batch, so give a multiple of {workers.size}"
         )
     return Accumulated(gradient=gradient, microbatches=microbatches, tree=tree, workers=workers)
-
-
-def clip_by_global_norm(
-    grads: Mapping[str, Tensor],
-    max_norm: float,
-    *,
-    norm: Tensor | None = None,
-    donate: bool = False,
-) -> tuple[Tensors, Tensor]:
-    """Scale all gradients so that their global norm is at most `max_norm`: `(grads, norm)`.
-
-    The factor is `torch.nn.utils.clip_grads_with_norm_`'s, min(1, max_norm / (norm + 1e-6)), with
-    the norm accumulated in float64 (Pascanu et al., 1211.5063). `norm` spares the computation
-    where it is known; `donate=True` scales the gradients in place. A norm that is not finite
-    spreads to every gradient: test it before.
-    """
-    _check_positive("max_norm", max_norm)
-    norm = global_norm(grads) if norm is None else norm
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    leaves = list(grads.values())
-    if donate and leaves:
-        if factor.device.type != "cpu" or float(factor) != 1.0:
-            torch._foreach_mul_(leaves, factor)
-    elif leaves:
-        # A 0-d gradient times the float64 factor would become float64.
-        scaled = torch._foreach_mul(leaves, factor)
-        leaves = [new.to(old.dtype) for new, old in zip(scaled, leaves, strict=True)]
-    return Tensors(zip(grads, leaves, strict=True)), norm
-
-
-def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:
-    """Each element clamped to [−limit, limit]."""
-    _check_positive("limit", limit)
-    return map_leaves(lambda grad: grad.clamp(-limit, limit), grads)
-
-
-def adaptive_clip(
-    grads: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
-    *,
-    factor: float = 0.01,
-    eps: float = 1e-3,
-) -> Tensors:
-    """Each unit's gradient norm held to `factor` times the norm of its weights, at least `eps`.
-
-    A unit is a row of a matrix (an output), a whole vector or scalar otherwise; adaptive gradient
-    clipping (Brock et al., 2102.06171).
-    """
-    _check_positive("factor", factor)
-    _check_positive("eps", eps)
-
-    def clipped(grad: Tensor, param: Tensor) -> Tensor:
-        limit = factor * _unit_norm(param).clamp(min=eps)
-        norm = _unit_norm(grad)
-        return grad * torch.where(norm > limit, limit / norm.clamp(min=1e-12), 1.0)
-
-    return Tensors({name: clipped(grad, params[name]) for name, grad in grads.items()})
-
-
-def _unit_norm(tensor: Tensor) -> Tensor:
-    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else tuple(range(tensor.ndim))
-    if not dims:
-        return tensor.abs()
-    norm: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
-    return norm
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"{name}: {value}, expected a positive finite number")

@@ -13,6 +13,7 @@ from functrain import activations, keys, optimizers, schedules
 from functrain import metrics as m
 from functrain.agreement import agree
 from functrain.architecture import Slots, check_fit, held_values
+from functrain.clipping import clip_by_global_norm
 from functrain.distributed import World
 from functrain.errors import ConfigError, FunctrainError, StateError, boolean, is_number
 from functrain.gradients import (
@@ -20,7 +21,6 @@ from functrain.gradients import (
     Batches,
     ValueAndGrad,
     accumulate,
-    clip_by_global_norm,
     value_and_grad,
 )
 from functrain.guards import SpikeGuard

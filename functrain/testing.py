@@ -24,11 +24,12 @@ from torch import Tensor
 
 from functrain.architecture import bound
 from functrain.checkpoint import load, save
+from functrain.clipping import clip_by_global_norm
 from functrain.data.source import Source
 from functrain.data.streams import Stream
 from functrain.errors import ConsumedStateError
 from functrain.evaluation import evaluate
-from functrain.gradients import Gradients, clip_by_global_norm
+from functrain.gradients import Gradients
 from functrain.loop import train
 from functrain.metrics import Metrics
 from functrain.objectives.batches import (

@@ -31,6 +31,8 @@ LAYERS = [
     "state",
     "objectives",
     "reductions",
+    "sums",
+    "clipping",
     "gradients",
     "distributed",
     "agreement",
