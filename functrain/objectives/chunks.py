@@ -20,6 +20,7 @@ from torch import Tensor
 from functrain import accumulators, memory
 from functrain.errors import ConfigError
 from functrain.objectives.batches import IGNORE_INDEX
+from functrain.objectives.modes import are_modes_of
 
 BUDGET = 1 << 26
 """Bytes of logits that may exist at once, float32; what a finish makes of them comes on top."""
@@ -362,7 +363,7 @@ class _Summed(torch.autograd.Function):
         for at in rows.chunks:
             column, valid = _columns(targets[at])
             logits = rows.of(hidden, at, graded=grads is not None)
-            correct += ((logits.argmax(-1, keepdim=True) == column) & valid).sum()
+            correct += (are_modes_of(logits, column) & valid).sum()
             torch.log_softmax(logits, -1, out=logits)
             losses.append(-logits.gather(1, column).masked_fill(~valid, 0.0))
             if grads is not None:
@@ -427,7 +428,7 @@ class _Scored(torch.autograd.Function):
         for at in rows.chunks:
             column, valid = _columns(targets[at])
             logits = rows.of(hidden, at, graded=False)
-            correct = (logits.argmax(-1, keepdim=True) == column) & valid
+            correct = are_modes_of(logits, column) & valid
             level = logits.mean(-1, keepdim=True) if detailed else None
             torch.log_softmax(logits, -1, out=logits)
             logps = logits.gather(1, column).masked_fill(~valid, 0.0)

@@ -24,6 +24,7 @@ from functrain.objectives.batches import (
 )
 from functrain.objectives.chunks import summed_cross_entropy
 from functrain.objectives.logprobs import HeadMode, head_mode, hidden_rows
+from functrain.objectives.modes import are_modes
 from functrain.objectives.packed import check_separated
 
 
@@ -102,5 +103,7 @@ def _summed(
     logits = logits_of(call, batch)[:, :-1].flatten(0, 1)
     targets = batch["labels"][:, 1:].flatten()
     total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    # A label of -100 is no token id, so what is ignored never counts as right.
-    return total, (logits.detach().argmax(-1) == targets).sum()
+    column = targets.unsqueeze(1)
+    valid = column != IGNORE_INDEX
+    modes = are_modes(logits.detach(), column.masked_fill(~valid, 0))
+    return total, (modes & valid).sum()

@@ -24,6 +24,7 @@ from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.objectives.chunks import Projection
 from functrain.objectives.head import Head, find_head
 from functrain.objectives.layouts import Layout
+from functrain.objectives.modes import are_modes
 
 HeadMode = Literal["auto", "full"]
 """`auto`: by chunks where that saves memory. `full`: the model's logits as they are, always."""
@@ -208,8 +209,8 @@ def _scores(logits: Tensor, targets: Tensor, *, detailed: bool) -> TokenScores:
     mask = targets != IGNORE_INDEX
     logps = -losses.view(targets.shape)
     with torch.no_grad():
-        # A label of -100 is no token id, so what is ignored is never the mode.
-        correct = logits.argmax(-1) == targets
+        column = targets.masked_fill(~mask, 0).flatten().unsqueeze(1)
+        correct = are_modes(logits.flatten(0, 1), column).view(mask.shape) & mask
         entropy = level = collision = torch.zeros_like(logps)
         if detailed:
             normed = logits.log_softmax(-1)

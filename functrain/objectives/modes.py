@@ -1,0 +1,41 @@
+"""Whether targets are the modes of their distributions: what `argmax` says, told faster.
+
+On the CPU `argmax` reads a number at a time, and took as long as a twentieth of a step at a
+vocabulary of 50,257; the largest number is found by vectors, four times as fast. Elsewhere, where
+to ask which rows tie would be a wait, it is `argmax` itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def are_modes(logits: Tensor, column: Tensor) -> Tensor:
+    """Whether each target of `column` [rows, 1] is the `argmax` of its logits [rows, vocabulary].
+
+    Bool [rows, 1]. Of several that are the largest, the first is.
+    """
+    if logits.device.type != "cpu" or not logits.numel():
+        return logits.argmax(-1, keepdim=True) == column
+    found = logits.gather(1, column) == logits.amax(-1, keepdim=True)
+    return _first(found, logits, column)
+
+
+def are_modes_of(scratch: Tensor, column: Tensor) -> Tensor:
+    """The same of logits that are the caller's own: they are written to, and then as before."""
+    if scratch.device.type != "cpu" or not scratch.numel():
+        return scratch.argmax(-1, keepdim=True) == column
+    own = scratch.gather(1, column)
+    scratch.scatter_(1, column, -torch.inf)
+    others = scratch.amax(-1, keepdim=True)
+    scratch.scatter_(1, column, own)
+    return (own > others) | _first(own == others, scratch, column)
+
+
+def _first(tied: Tensor, logits: Tensor, column: Tensor) -> Tensor:
+    """`tied` where no other of the largest comes before."""
+    rows = tied.squeeze(1).nonzero().squeeze(1)
+    if len(rows):
+        tied[rows] = logits[rows].argmax(-1, keepdim=True) == column[rows]
+    return tied
