@@ -57,6 +57,7 @@ class Held:
 
     names: frozenset[str]
     fingerprint: str
+    sharded: bool = False
 
 
 _HELD = "functrain_held"
@@ -132,7 +133,25 @@ def hold(architecture: nn.Module, values: Mapping[str, Tensor]) -> None:
     hasher = hashlib.sha256()
     for name in sorted(names):
         hasher.update(f"{name}\0{digest(_tensor_at(places[name]))}\0".encode())
-    object.__setattr__(architecture, _HELD, Held(names, hasher.hexdigest()))
+    shards = [is_sharded({name: _tensor_at(places[name])}) for name in names]
+    if any(shards) and not all(shards):
+        raise StateError(
+            "params: some are in shards and some are whole; give all in shards "
+            "(functrain.distributed.shard(params, world)), or all whole"
+        )
+    object.__setattr__(architecture, _HELD, Held(names, hasher.hexdigest(), any(shards)))
+
+
+def holds_shards(architecture: nn.Module) -> bool:
+    """Whether of what an architecture holds each worker has some rows."""
+    held = held_by(architecture)
+    return held is not None and held.sharded
+
+
+def _has_whole(architecture: nn.Module, places: Slots) -> bool:
+    """Whether nothing is in shards but what is in these places, where other values come."""
+    held = held_by(architecture)
+    return held is None or not held.sharded or held.names <= places.params.keys()
 
 
 def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
@@ -295,6 +314,7 @@ def bound(
     mode: Mode = "train",
     *,
     places: Slots | None = None,
+    gathers: bool = False,
 ) -> Iterator[nn.Module]:
     """Within it, `architecture` computes with these values, in train or eval mode.
 
@@ -307,7 +327,8 @@ def bound(
 
     Buffers are bound as they are; a module that updates them in place (BatchNorm in train mode)
     updates what was passed, so pass clones where that matters. `places` spares the search for the
-    slots when `slots(architecture)` is known.
+    slots when `slots(architecture)` is known. `gathers`: the caller makes whole what the
+    architecture holds in shards.
 
     Raises `ArchitectureError` when names do not match the architecture's.
     """
@@ -317,6 +338,12 @@ def bound(
             "functrain.distributed.gathered(params)"
         )
     places = slots(architecture) if places is None else places
+    if not gathers and not _has_whole(architecture, places):
+        raise ArchitectureError(
+            "architecture: its base, under adapters, is in shards, of which each worker has some "
+            "rows; train it by a step with sharded=True, or attach the adapters to the whole, of "
+            "functrain.distributed.gathered(params)"
+        )
     hint = "these values belong to another architecture"
     check_names(params, places.params, "params", hint)
     check_names(buffers, places.buffers, "buffers", hint)

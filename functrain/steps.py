@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from functrain import activations, keys, optimizers, schedules
 from functrain import metrics as m
 from functrain.agreement import agree
-from functrain.architecture import Slots, check_fit, held_values
+from functrain.architecture import Slots, check_fit, held_values, holds_shards
 from functrain.clipping import clip_by_global_norm
 from functrain.distributed import World
 from functrain.errors import ConfigError, FunctrainError, StateError, boolean, is_number
@@ -196,6 +196,11 @@ class Step:
                     f"the base that the architecture holds is {held.dtype} ({name}); read the base "
                     "in that dtype before functrain.lora.attach"
                 )
+        if holds_shards(self.architecture) and self._sharding is None:
+            raise ConfigError(
+                "architecture: its base, under adapters, is in shards, of which each worker has "
+                "some rows; give the step sharded=True, and the world that they are of"
+            )
         self._check_world()
         coupled = self.objective.batch_coupled and not isinstance(self.objective, Coupled)
         if coupled and self.microbatches > 1:

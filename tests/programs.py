@@ -165,10 +165,31 @@ class Random(Blocks):
         return [self.layers[int(torch.rand([]) * 4)] for _ in range(2)]
 
 
+class Permuted(Blocks):
+    """Calls its blocks in an order of its own on worker 1."""
+
+    def chosen(self) -> Any:
+        order = (1, 0, 2, 3) if os.environ.get("RANK") == "1" else range(4)
+        return [self.layers[number] for number in order]
+
+
+class Outside(Blocks):
+    """Calls a part of a block before the blocks, by itself."""
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        first = self.layers[1][0]  # type: ignore[index]
+        hidden = self.embedding(inputs["input_ids"])
+        hidden = hidden + first(hidden)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return {"logits": self.head(self.norm(hidden))}
+
+
 def model(options: Any) -> nn.Module:
     """The model of a test."""
     kinds: dict[Any, Any] = {"twins": Twins, "no twins": NoTwins}
     kinds |= {"never": Never, True: Partial, "shared": Shared, "own": Own, "random": Random}
+    kinds |= {"permuted": Permuted, "outside": Outside}
     partial = options.get("partial")
     return kinds[partial]() if partial else zoo.decoder(**decoder(options))
 
@@ -250,6 +271,19 @@ def adapted(options: Any) -> dict[str, Any]:
             "bytes": sum(rows_here(t).untyped_storage().nbytes() for t in held.values()),
             "whole": sum(t.nbytes for t in held.values()),
         }
+
+
+def misused(options: Any) -> None:
+    """A base in shards where it cannot be: `how` it is used."""
+    with ft.distributed.world(timeout=60) as world:
+        architecture, params, buffers = ft.split(model(options))
+        shards = ft.distributed.shard(ft.trees.clone(params), world)
+        if options["how"] == "mixed":
+            shards = ft.trees.Tensors({**shards, "model.norm.weight": params["model.norm.weight"]})
+        architecture, adapters = ft.lora.attach(architecture, shards, ft.lora.LoRA(rank=2))
+        if options["how"] == "replicated":
+            ft.sft_step(architecture, ft.optim.adamw(), microbatches=2, world=world)
+        ft.models.generate(architecture, adapters, buffers, [1, 2], max_new_tokens=2)
 
 
 def parts(options: Any) -> str:

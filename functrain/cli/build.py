@@ -442,6 +442,8 @@ def _preference_step(
             reference = None
         return dpo_step(architecture, made, reference=reference, **given, **options)
     except ConfigError as error:
+        if str(error).partition(":")[0] not in attrs.asdict(config):
+            raise  # of what is no preference
         raise ConfigError(f"preference.{error}") from error
 
 

@@ -134,7 +134,10 @@ def _prompts(built: Built, say: Say) -> list[Prompt]:
     size = bytes_to_gather(built)
     if size <= GATHERED:
         return prompts(built.evaluation, built.tokenizer)
-    say(f"no samples: {size / 2**30:.1f} GiB would be gathered for each token")
+    say(
+        f"no samples: {size / 2**20:,.0f} MiB would be gathered for each token; "
+        "ask the model afterwards, with functrain generate"
+    )
     return []
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functrain.distributed.shards import Rows, rows_of
 from functrain.distributed.world import World
+from functrain.errors import ArchitectureError
 from functrain.reductions import tree_sum
 
 Receive = Callable[[str, Tensor, bool], None]
@@ -29,6 +30,12 @@ class Blocks:
     world: World
     shapes: Mapping[str, torch.Size]
     tree: bool
+    _signs: Mapping[str, int] = attrs.field(init=False)
+
+    @_signs.default
+    def _found_signs(self) -> Mapping[str, int]:
+        """Small numbers, exact in any dtype, that tell most names from each other."""
+        return {name: number % _SIGNS for number, name in enumerate(self.shapes)}
 
     def rows(self, name: str) -> Rows:
         """This worker's rows of a parameter."""
@@ -41,8 +48,9 @@ class Blocks:
         under_way = []
         for some in groups:
             sizes = [self.most(name) for name in some]
-            sent = given[some[0]].new_empty(sum(sizes))
+            sent = given[some[0]].new_empty(sum(sizes) + 1)
             _pack(sent, sizes, [given[name].detach() for name in some])
+            sent[-1:].fill_(self._signs[some[0]])
             received = torch.empty(self.world.size, len(sent), dtype=sent.dtype, device=sent.device)
             with self.world.meeting(_GATHERING):
                 work: Any = dist.all_gather_single(received.view(-1), sent, async_op=True)
@@ -87,6 +95,12 @@ class Blocks:
             into[rank, len(piece) :] = 0.0
 
 
+OTHER_ORDER = (
+    "sharded: the workers have called the model's blocks in another order, or others of them, so "
+    "that they exchanged what does not belong together; a model that chooses its blocks at random "
+    "or by its input cannot be sharded"
+)
+_SIGNS = 113  # a prime, so that blocks of equally many params have signs of their own
 _GATHERING = "the gathering of params"
 _REDUCTION = "the reduction of the gradients"
 
@@ -106,12 +120,22 @@ class Gathering:
             names, received, work = self._under_way.pop(0)
             with self._blocks.world.meeting(_GATHERING):
                 work.wait()
+            self._refuse_others(received[:, -1])
             begin = 0
             for name in names:
                 end = begin + self._blocks.most(name)
                 found[name] = self._joined(name, received[:, begin:end])
                 begin = end
         return [found[name] for name in self._names]
+
+    def _refuse_others(self, signs: Tensor) -> None:
+        """Raise where the workers have sent what does not belong together.
+
+        On an accelerator to look would be a wait: there it is seen at the end of the step, if the
+        exchanges come to one.
+        """
+        if signs.device.type == "cpu" and bool((signs != signs[0]).any()):
+            raise ArchitectureError(OTHER_ORDER)
 
     def _joined(self, name: str, received: Tensor) -> Tensor:
         # In memory of its own, aligned as a tensor is that was never sharded.

@@ -10,9 +10,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import Mode, Slots, bound, held_values, slots, substitution
+from functrain.architecture import (
+    Mode,
+    Slots,
+    bound,
+    held_values,
+    holds_shards,
+    slots,
+    substitution,
+)
 from functrain.distributed import exchange
-from functrain.distributed.blocks import Blocks, Gathering, Sums
+from functrain.distributed.blocks import OTHER_ORDER, Blocks, Gathering, Sums
 from functrain.distributed.shards import (
     local,
     local_state,
@@ -184,11 +192,7 @@ class Sharding:
         told = [len(moved), form, *(int(name in reached) for name in names), order]
         rows = self.world.numbers(told)
         if len(set(rows[:, -1].tolist())) > 1:
-            raise ArchitectureError(
-                "sharded: the workers have called the model's blocks in another order, or others "
-                "of them, so that they exchanged what does not belong together; a model that "
-                "chooses its blocks at random or by its input cannot be sharded"
-            )
+            raise ArchitectureError(OTHER_ORDER)
         exchange.refuse_moved(rows[:, 0], moved)
         if len(forms) > 1 or len(set(rows[:, 1].tolist())) > 1:
             raise BatchError(exchange.OTHER_METRICS)
@@ -254,7 +258,7 @@ class Sharding:
         binding = Binding(self.units, self.everywhere, values)
         empty = binding.empty(params, self.shapes)
         with (
-            bound(architecture, empty, buffers, mode, places=self.places) as model,
+            bound(architecture, empty, buffers, mode, places=self.places, gathers=True) as model,
             binding.bound(recomputed),
             substitution(lambda other: self._other(binding, other)),
         ):
@@ -285,8 +289,8 @@ def _cut_out(tensor: Tensor, before: int, after: int) -> Tensor:
 
 def sharding(architecture: nn.Module, world: World, *, tree: bool) -> Sharding:
     """How these workers share an architecture's params."""
-    places, held = slots(architecture), held_values(architecture)
-    base = local(held) if is_sharded(held) else Tensors()
+    places = slots(architecture)
+    base = local(held_values(architecture)) if holds_shards(architecture) else Tensors()
     # A base that is whole stays where it is.
     everywhere = slots(architecture, held=True) if base else places
     shapes = {n: t.shape for n, t in architecture.named_parameters() if n in everywhere.params}

@@ -1,4 +1,4 @@
-"""Units: blocks of a model whose shards are gathered for as long as they compute, and no longer."""
+"""Units: blocks of a model whose shards are whole while they compute, or are about to."""
 
 from __future__ import annotations
 
@@ -122,9 +122,10 @@ class Values:
     Of `whole` are those that are whole already, and have no history: a reference's, say.
 
     While a unit computes, the tensors of the next one are on their way: forward, as a guess, those
-    of the unit after it in the model; backward, those of the one that was called before it. And the
-    sums of the unit behind it. All workers call the same units in the same order, and so they
-    exchange in the same order too.
+    of the unit after it in the model; backward, of those that keep something of them for it, those
+    of the one that was called before. And the sums of the unit behind it. A guess that is wrong is
+    the last one: the model has an order of its own. All workers call the same units in the same
+    order, and so they exchange in the same order too.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Values:
         self._units, self._shards, self._exchange, self._sums = units, shards, exchange, sums
         self._whole = {} if whole is None else whole
         self._again: dict[int, list[Tensor]] = {}
-        self._called: list[Unit] = []
+        self._waiting: list[Unit] = []  # for the backward pass, in the order of their calls
         self._coming: tuple[Unit, Coming] | None = None
         self._guesses = True
         self._will_finish = False
@@ -148,8 +149,6 @@ class Values:
         """A unit's whole tensors, with a history where they train."""
         shards = self._shards_of(unit)
         if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
-            if not _in_backward():
-                self._called.append(unit)
             found: Sequence[Tensor] = _Gather.apply(self, unit, *shards)  # type: ignore[no-untyped-call]
             return found
         return self.taken(unit)
@@ -158,7 +157,6 @@ class Values:
         """A unit's whole tensors, with the next one's on their way."""
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] is not unit:
-            # The model calls its units in an order of its own, and may do so again.
             self._guesses = False
             coming[1].whole()
             coming = None
@@ -189,13 +187,18 @@ class Values:
         assert self._sums is not None  # without it nothing has a history
         self._exchange.note("backward", unit.names)
         self._again.pop(id(unit), None)
-        _remove_last(self._called, unit)
+        if (at := self._last(unit)) is not None:
+            del self._waiting[at:]
         trained = [name for name in unit.names if self._shards[name].requires_grad]
         given = dict(zip(unit.names, grads, strict=True))
         if not self._will_finish:
             self._will_finish = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self._sums.begin(trained, [given[name] for name in trained])
+
+    def will_ask_again(self, unit: Unit) -> None:
+        """A call of a unit keeps something of its whole tensors, to be made again backward."""
+        self._waiting.append(unit)
 
     def close(self) -> None:
         """Nothing is computed any more: wait for what nobody has asked for."""
@@ -204,8 +207,10 @@ class Values:
             coming[1].whole()
 
     def _finish(self) -> None:
-        """At the end of a backward pass."""
+        """At the end of a backward pass; what trains nothing has not told that it is over."""
         self._will_finish = False
+        self._waiting.clear()
+        self._again.clear()
         assert self._sums is not None
         self._sums.finish()
 
@@ -225,22 +230,22 @@ class Values:
         if not _in_backward():
             at = next(n for n, each in enumerate(self._units) if each is unit)
             return self._units[at + 1] if at + 1 < len(self._units) else None
-        places = [n for n, each in enumerate(self._called) if each is unit]
-        found = self._called[places[-1] - 1] if places and places[-1] else None
-        known = found is None or found.module is None or id(found) in self._again
-        return None if known else found
+        last = self._last(unit)
+        if last is None:
+            return None
+        del self._waiting[last + 1 :]  # what was called later is over
+        found = self._waiting[last - 1] if last else None
+        return None if found is None or id(found) in self._again else found
+
+    def _last(self, unit: Unit) -> int | None:
+        """Where the last call of a unit is among those that wait."""
+        places = [at for at, each in enumerate(self._waiting) if each is unit]
+        return places[-1] if places else None
 
 
 def _in_backward() -> bool:
     """Whether autograd runs a backward pass now, in which a forward may be run again."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _remove_last(units: list[Unit], unit: Unit) -> None:
-    for at in reversed(range(len(units))):
-        if units[at] is unit:
-            del units[at]
-            return
 
 
 class Binding:
@@ -258,11 +263,19 @@ class Binding:
         self._values = values
         self._own = values
         self._filled: set[int] = set()
+        self._partly: set[int] = set()  # the blocks of which parts are run again backward
 
     @contextmanager
     def bound(self, recomputed: Iterable[nn.Module]) -> Iterator[None]:
         """Enter the binding; `recomputed`: the modules whose forward is run again backward."""
         again = [*recomputed]
+        inside = {id(each) for each in again}
+        self._partly = {
+            id(unit)
+            for unit in self._blocks
+            if unit.module is not None
+            and any(id(each) in inside for each in unit.module.modules() if each is not unit.module)
+        }
         with ExitStack() as stack:
             stack.enter_context(self._filling(self._root, self._own.gather(self._root)))
             for unit in self._blocks:
@@ -313,30 +326,40 @@ class Binding:
         whole = self._values.gather(unit)
         with ExitStack() as stack:
             stack.enter_context(self._filling(unit, whole))
-            # Within a checkpoint nothing is kept anyway, and hooks of ours would be in its way.
-            free = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-            if free and torch.is_grad_enabled() and self._values is self._own:
-                stack.enter_context(self._let_go(unit, whole))
+            if torch.is_grad_enabled() and self._values is self._own and not _in_backward():
+                # Within a checkpoint nothing is kept, and hooks of ours would be in its way.
+                within = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+                certain = within or id(unit) in self._partly
+                if certain:
+                    self._own.will_ask_again(unit)
+                if not within:
+                    stack.enter_context(self._let_go(unit, whole, told=certain))
             return forward(*args, **kwargs)
 
     def _ensured(self, unit: Unit, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """The forward of a module inside of a block, which may be run again behind the block."""
         if id(unit) in self._filled:
             return forward(*args, **kwargs)
+        if not _in_backward():  # the model itself calls a part of a block
+            return self._called(unit, forward, *args, **kwargs)
         with self._filling(unit, self._own.again(unit)):
             return forward(*args, **kwargs)
 
-    def _let_go(self, unit: Unit, whole: Sequence[Tensor]) -> Any:
+    def _let_go(self, unit: Unit, whole: Sequence[Tensor], *, told: bool) -> Any:
         known = {tensor.untyped_storage()._cdata: n for n, tensor in enumerate(whole)}
         # Not the tensors: autograd keeps the hooks, and with them what they hold.
         dtypes = [tensor.dtype for tensor in whole]
         own = self._own
 
         def pack(tensor: Tensor) -> Any:
+            nonlocal told
             number = known.get(tensor.untyped_storage()._cdata)
             if number is None or tensor.dtype != dtypes[number]:
                 # Detached: an output that holds itself would never be freed.
                 return tensor.detach()
+            if not told:
+                told = True
+                own.will_ask_again(unit)
             return number, tensor.size(), tensor.stride(), tensor.storage_offset()
 
         def unpack(packed: Any) -> Tensor:

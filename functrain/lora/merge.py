@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import check_fit, held_values, slots
+from functrain.architecture import check_fit, held_values, holds_shards, slots
 from functrain.lora.attach import adapter_of, layers_of
 from functrain.lora.layers import Adapted, row_norms
-from functrain.trees import Tensors, laid_out, whole
+from functrain.trees import Tensors, laid_out, map_leaves, whole
 
 
 def merged(architecture: nn.Module, params: Mapping[str, Tensor]) -> tuple[nn.Module, Tensors]:
@@ -23,7 +23,8 @@ def merged(architecture: nn.Module, params: Mapping[str, Tensor]) -> tuple[nn.Mo
     adapter = adapter_of(architecture)
     check_fit(params, slots(architecture).params, "params")
     values = dict(held_values(architecture))
-    values |= {name: tensor for name, tensor in params.items() if ".lora_" not in name}
+    beside = {name: tensor for name, tensor in params.items() if ".lora_" not in name}
+    values |= beside if holds_shards(architecture) else map_leaves(whole, beside)
     for name, layer in layers_of(architecture).items():
         weight = values[f"{name}.weight"]
         values[f"{name}.weight"] = _merged(layer, weight, name, params)

@@ -39,13 +39,12 @@ class Files:
         with safe_open(str(path / "model.safetensors"), framework="pt") as file:
             return cls(path, dict.fromkeys(file.keys(), "model.safetensors"))
 
-    def rows(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
-        """Some rows of a tensor, or a number; in the pages of its file."""
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, in the pages of its file: what is not looked at is not read."""
         from safetensors import safe_open
 
         with safe_open(str(self.path / self.places[name]), framework="pt") as file:
-            piece = file.get_slice(name)
-            found: Tensor = piece[begin:end] if piece.get_shape() else file.get_tensor(name)
+            found: Tensor = file.get_tensor(name)
             return found
 
     def digests(self) -> dict[str, str]:
@@ -112,7 +111,7 @@ class Layout:
         from functrain.distributed.shards import rows_of, sharded
 
         found: dict[str, Tensor] = {}
-        for name, whole in self.each(params):
+        for name, whole in self._told(params):
             like = params[name]
             if whole.shape != like.shape or not like.ndim:
                 raise ArchitectureError(
@@ -127,16 +126,24 @@ class Layout:
             found[name] = sharded(laid, like.shape, world)
         return owning(Tensors(found))
 
+    def _told(self, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        from safetensors import SafetensorError
+
+        try:
+            yield from self.each(params)
+        except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
+            raise ArchitectureError(f"{self.files.path}: cannot be read: {error}") from error
+
     def each(self, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one after another; those that are made, in its dtype already."""
         for name in params.keys() & self.direct.keys():
-            yield name, self.files.rows(self.direct[name])
+            yield name, self.files.tensor(self.direct[name])
         for made in self.made:
             found = made.of(functools.partial(self._cast, made.first))
             yield from ((name, found[name]) for name in found.keys() & params.keys())
 
     def _cast(self, to: str, name: str) -> Tensor:
-        found = self.files.rows(name)
+        found = self.files.tensor(name)
         return found.to(self.kind(to, found))
 
     def kind(self, name: str, tensor: Tensor) -> torch.dtype:
@@ -149,7 +156,7 @@ class Layout:
         """The buffers of a model, those of its files as they are there."""
         found = dict(made)
         for name in self.direct.keys() & made.keys():
-            value = self.files.rows(self.direct[name])
+            value = self.files.tensor(self.direct[name])
             if value.shape != made[name].shape:
                 raise ArchitectureError(
                     f"{self.files.path}: {name} has the shape {list(value.shape)}, expected "
@@ -171,7 +178,10 @@ def layout_of(
     kept = {n for n in found.buffers if n not in _passing(architecture, found.buffers)}
     others = _others(architecture, found.params)
     wide = _wide(architecture, dtype)
-    layout = _renamed(files, architecture, {*found.params, *kept, *others}, dtype, wide)
+    try:
+        layout = _renamed(files, architecture, {*found.params, *kept, *others}, dtype, wide)
+    except (AttributeError, TypeError):
+        return None  # a version of transformers that converts in another way
     if layout is None:
         return None
     shapes = files.shapes()
@@ -192,7 +202,7 @@ def layout_of(
     same = all(
         name in layout.direct
         and first in layout.direct
-        and files.rows(layout.direct[name]).equal(files.rows(layout.direct[first]))
+        and files.tensor(layout.direct[name]).equal(files.tensor(layout.direct[first]))
         for name, first in tied
     )
     return layout if same else None
@@ -212,8 +222,6 @@ def _renamed(
     """As transformers names what is in the files; None where the model has no place for one."""
     same = {name: name for name in files.places if name in known}
     plain = Layout(files, same, (), dtype, wide)
-    if len(plain.direct) == len(files.places):
-        return plain
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -223,7 +231,8 @@ def _renamed(
             rename_source_key,
         )
     except ImportError:
-        return None  # another version of it: it will convert the whole
+        # Another version of it, which will convert the whole where something is to be converted.
+        return plain if len(same) == len(files.places) else None
     steps: Any = get_model_conversion_mapping(architecture)
     converters = [each for each in steps if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}

@@ -46,3 +46,39 @@ def test_each_worker_has_its_rows_and_merges_to_the_same_model(group: Group, mor
         assert each["merged"] == alone["merged"]
         assert each["sharded"]
         assert each["bytes"] == pytest.approx(each["whole"] / 4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("replicated", "ConfigError", "is in shards, of which each worker has some rows; give the"),
+        (
+            "generated",
+            "ArchitectureError",
+            "is in shards, of which each worker has some rows; train",
+        ),
+        ("mixed", "StateError", "some are in shards and some are whole; give all in shards"),
+    ],
+)
+def test_a_base_in_shards_that_is_misused_is_refused(
+    group: Group, how: str, kind: str, message: str
+) -> None:
+    for each in group.run("misused", 2, {"how": how}):
+        assert each["error"][0] == kind
+        assert message in each["error"][1]
+
+
+def test_what_is_trained_beside_adapters_over_a_whole_base_is_merged_whole(group: Group) -> None:
+    lora = {"lora": {"rank": 2, "train": ("norm.weight",)}}
+    (alone,) = group.values("adapted", 1, lora)
+    for each in group.values("adapted", 2, {**lora, "step": {"sharded": True}}):
+        assert each["merged"] == alone["merged"]
+        assert not each["sharded"]
+
+
+def test_adapters_over_some_layers_only(group: Group) -> None:
+    """Frozen blocks lie between those that train, and before them."""
+    options = {"lora": {"rank": 2, "targets": ("layers.2.*.q_proj",)}, "odd": True}
+    (alone,) = group.values("steps", 1, options)
+    options |= {"base": "sharded", "step": {"sharded": True}}
+    assert group.values("steps", 2, options) == [alone, alone]

@@ -81,6 +81,32 @@ def test_workers_that_call_other_blocks_are_refused(group: Group) -> None:
     assert any("called the model's blocks in another order" in e["error"][1] for e in found)
 
 
+@pytest.mark.parametrize("reduction", ["fast", "canonical"])
+def test_workers_that_call_blocks_in_another_order_are_refused_at_once(
+    group: Group, reduction: str
+) -> None:
+    """Not after a timeout: what the one has sent for as a guess the other one has not."""
+    step = {"sharded": True, "reduction": reduction}
+    options = {"partial": "permuted", "timeout": 20, "step": step}
+    for each in group.run("parts", 2, options):
+        assert each["error"][0] == "ArchitectureError"
+        assert "called the model's blocks in another order" in each["error"][1]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dpo"])
+def test_a_part_of_a_block_that_is_called_by_itself_has_its_gradient(
+    group: Group, stage: str
+) -> None:
+    """It is summed twice, so it is the same to rounding; a reference has its own values there."""
+    options = {"partial": "outside", "stage": stage, "reference": "sharded"}
+    (alone,) = group.values("steps", 1, options)
+    for each in group.values("steps", 2, {**options, "step": {"sharded": True}}):
+        for ours, theirs in zip(each["metrics"], alone["metrics"], strict=True):
+            for name, value in ours.items():
+                expected = float.fromhex(theirs[name])
+                assert float.fromhex(value) == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
 def test_params_that_are_not_the_same_are_not_sharded(group: Group) -> None:
     options = {"partial": "own", "step": {"sharded": True}, "ranks": {"1": {"seed": 1}}}
     for each in group.run("parts", 2, options):

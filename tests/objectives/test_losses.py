@@ -728,7 +728,7 @@ class _Waits(TorchDispatchMode):
 # What looks at numbers where they are on the CPU anyway, and nowhere else.
 ON_THE_CPU = {
     *("_check_range", "_check_labels", "check_completions", "_check_different"),
-    *("held_back", "rate_of", "_where", "learning_rate"),
+    *("held_back", "rate_of", "_where", "learning_rate", "_first"),
 }
 
 

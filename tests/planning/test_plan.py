@@ -89,6 +89,22 @@ def test_an_exchange_takes_its_bytes_and_its_latency(
     assert hidden == pytest.approx(max(0, full - backward))
 
 
+@given(st.sampled_from([2, 4, 8, 64]), st.floats(1e8, 1e13))
+def test_of_shards_what_no_computation_is_beside_takes_its_time(
+    size: int, bandwidth: float
+) -> None:
+    """The first block of each pass, and the sums of the last block and of what is in none."""
+    options = {"inside": bandwidth, "between": bandwidth, "latency": 1e-15}
+    found = _plan(size, **options, beside=True).sharded.seconds
+    whole = _plan(size, **options, beside=False).sharded.seconds["exchange"]
+    own, part = JOB.microbatches // size, (size - 1) / size
+    root, first, *_ = _work().units
+    alone = root[0] + own * (2 * first[0] + first[1] + root[1])
+    expected = max(part * alone / bandwidth, whole - found["computing"])
+    assert found["exchange"] == pytest.approx(expected)
+    assert 0 < found["exchange"] < whole
+
+
 def test_between_nodes_the_slower_link_counts() -> None:
     assert _plan(8).cluster.bandwidth == 1e10
     assert _plan(16).cluster.bandwidth == 1e9
