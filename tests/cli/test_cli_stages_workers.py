@@ -44,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, records in (("chats", CHATS), ("pairs", PAIRS)):
         lines = [json.dumps(record) + "\n" for record in records]
         (path / f"{name}.jsonl").write_text("".join(lines))
+        (path / f"{name}_held_out.jsonl").write_text(lines[0])  # a sample takes seconds
     shape = ["--model.width", "16", "--model.layers", "2", "--model.heads", "2"]
     text = ["--data.train", str(path / "text.txt")]
     assert main(["pretrain", "--directory", str(path / "a"), *shape, *text, *COMMON]) == 0
@@ -52,9 +53,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _options(path: Path, directory: Path, start: str, data: str) -> list[str]:
-    records = str(path / f"{data}.jsonl")
+    train, held_out = (str(path / f"{data}{which}.jsonl") for which in ("", "_held_out"))
     given = ["--directory", str(directory), "--model.from", str(path / start)]
-    return [*given, "--data.train", records, "--data.held-out", records, *COMMON]
+    return [*given, "--data.train", train, "--data.held-out", held_out, *COMMON]
 
 
 def _seen(directory: Path) -> tuple[str, str]:
@@ -75,7 +76,13 @@ STAGES: dict[str, tuple[str, str, str, list[str]]] = {
 
 @pytest.mark.parametrize(
     ("name", "sharded"),
-    [("dpo", False), ("sft", True), ("adapters", True), ("adapters over adapters", True)],
+    [
+        ("dpo", False),
+        pytest.param("sft", True, marks=pytest.mark.long),
+        pytest.param("dpo", True, marks=pytest.mark.long),
+        ("adapters", True),
+        ("adapters over adapters", True),
+    ],
 )
 def test_a_stage_on_two_workers_is_that_of_one(
     group: Group, runs: Path, tmp_path: Path, capsys: Any, name: str, sharded: bool

@@ -25,7 +25,6 @@ def _digests(*items: Any) -> dict[str, str]:
     [
         ("llama", 2, "float32"),
         ("qwen2", 3, "bfloat16"),
-        ("mixtral", 2, "float32"),
         ("deepseek_v3", 3, "bfloat16"),
         ("codegen", 2, "bfloat16"),
     ],
