@@ -441,6 +441,7 @@ def test_random_signals_lose_no_completed_step(seed: int, alone: Result, seconds
     tally.add("launches aborted by a second signal", chance.aborted)
 
 
+@pytest.mark.long
 def test_processes_begun_afresh_heed_a_signal_and_a_second_one(tmp_path: Path) -> None:
     """Without a fork and without what a fork is prepared with."""
     run, more = begun(tmp_path), ("--train.steps", "1000000")

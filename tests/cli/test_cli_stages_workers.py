@@ -80,7 +80,7 @@ STAGES: dict[str, tuple[str, str, str, list[str]]] = {
         ("dpo", False),
         pytest.param("sft", True, marks=pytest.mark.long),
         pytest.param("dpo", True, marks=pytest.mark.long),
-        ("adapters", True),
+        pytest.param("adapters", True, marks=pytest.mark.long),
         ("adapters over adapters", True),
     ],
 )

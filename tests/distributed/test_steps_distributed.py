@@ -128,6 +128,7 @@ def test_sharded_and_fast_agrees_with_one_to_rounding(group: Group, size: int) -
             assert float.fromhex(value) == pytest.approx(expected, rel=1e-4), name
 
 
+@pytest.mark.long
 def test_of_eight_workers_too(group: Group) -> None:
     options = {"stage": "sft", "overflow": True}
     (alone,) = group.values("steps", 1, options)
