@@ -130,15 +130,16 @@ def hold(architecture: nn.Module, values: Mapping[str, Tensor]) -> None:
         _fill(places[name], nn.Parameter(value.detach(), requires_grad=False))
     held = held_by(architecture)
     names = frozenset(values) | (frozenset() if held is None else held.names)
-    hasher = hashlib.sha256()
-    for name in sorted(names):
-        hasher.update(f"{name}\0{digest(_tensor_at(places[name]))}\0".encode())
-    shards = [is_sharded({name: _tensor_at(places[name])}) for name in names]
+    tensors = {name: _tensor_at(places[name]) for name in sorted(names)}
+    shards = [is_sharded({name: tensor}) for name, tensor in tensors.items()]
     if any(shards) and not all(shards):
         raise StateError(
             "params: some are in shards and some are whole; give all in shards "
             "(functrain.distributed.shard(params, world)), or all whole"
         )
+    hasher = hashlib.sha256()
+    for name, tensor in tensors.items():
+        hasher.update(f"{name}\0{digest(tensor)}\0".encode())
     object.__setattr__(architecture, _HELD, Held(names, hasher.hexdigest(), any(shards)))
 
 

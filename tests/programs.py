@@ -72,6 +72,12 @@ def part(batch: Any, rank: int, size: int, microbatches: int = 0) -> Any:
     return batch[rank * own : (rank + 1) * own]
 
 
+def own_part(step: Any, batch: Any, world: Any) -> Any:
+    """What a step of this worker's is given of a batch."""
+    strided = step.microbatches if step.sharded and step.reduction == "canonical" else 0
+    return part(batch, world.rank, world.size, strided)
+
+
 class Partial(zoo.Tied):
     """A parameter that only what begins with an even token reaches."""
 
@@ -248,8 +254,7 @@ def steps(options: Any) -> dict[str, Any]:
         seen = []
         for number in range(options.get("steps", 3)):
             batch = batches(options.get("stage", "pretrain"), number, options.get("examples", 16))
-            strided = step.microbatches if step.sharded and step.reduction == "canonical" else 0
-            state, metrics = step(state, part(batch, world.rank, world.size, strided))
+            state, metrics = step(state, own_part(step, batch, world))
             seen.append({name: value.hex() for name, value in metrics.to_dict().items()})
         norm = float(ft.trees.global_norm(state.params))
         return {"fingerprint": ft.fingerprint(state), "metrics": seen, "norm": norm}
@@ -260,9 +265,7 @@ def adapted(options: Any) -> dict[str, Any]:
     with ft.distributed.world(timeout=60) as world:
         step, state = made(options, world)
         for number in range(2):
-            batch = batches("pretrain", number)
-            strided = step.microbatches if step.sharded and step.reduction == "canonical" else 0
-            state, _ = step(state, part(batch, world.rank, world.size, strided))
+            state, _ = step(state, own_part(step, batches("pretrain", number), world))
         _, merged = ft.lora.merged(step.architecture, state.params)
         held = held_values(step.architecture)
         return {

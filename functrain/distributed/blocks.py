@@ -75,10 +75,13 @@ class Blocks:
                 work = dist.reduce_scatter_single(received, sent.view(-1), async_op=True)
         return Scattering(self, reached, sent, received, work)
 
+    def most_rows(self, name: str) -> int:
+        """The most rows that a worker has."""
+        return -(-self.shapes[name][0] // self.world.size)
+
     def most(self, name: str) -> int:
         """Elements of the most rows that a worker has."""
-        shape = self.shapes[name]
-        return -(-shape[0] // self.world.size) * shape[1:].numel()
+        return self.most_rows(name) * self.shapes[name][1:].numel()
 
     def _cut(self, into: Tensor, name: str, grad: Tensor | None) -> None:
         """A whole gradient as the parts of the workers: [workers, elements]."""

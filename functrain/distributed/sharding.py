@@ -217,7 +217,7 @@ class Sharding:
         names = sorted(items)
         if not names:
             return torch.zeros((), dtype=torch.float64)
-        most = {name: -(-self.shapes[name][0] // self.size) for name in names}
+        most = {name: self._blocks.most_rows(name) for name in names}
         parts = []
         for name in names:
             norms = row_norms(items[name])

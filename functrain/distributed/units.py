@@ -268,13 +268,12 @@ class Binding:
     @contextmanager
     def bound(self, recomputed: Iterable[nn.Module]) -> Iterator[None]:
         """Enter the binding; `recomputed`: the modules whose forward is run again backward."""
-        again = [*recomputed]
-        inside = {id(each) for each in again}
+        again = {id(each) for each in recomputed}
         self._partly = {
             id(unit)
             for unit in self._blocks
             if unit.module is not None
-            and any(id(each) in inside for each in unit.module.modules() if each is not unit.module)
+            and any(id(each) in again for each in unit.module.modules() if each is not unit.module)
         }
         with ExitStack() as stack:
             stack.enter_context(self._filling(self._root, self._own.gather(self._root)))
@@ -286,7 +285,7 @@ class Binding:
                 for each in module.modules():
                     if each is module:
                         continue
-                    if each._parameters or any(each is other for other in again):
+                    if each._parameters or id(each) in again:
                         _install(stack, each, functools.partial(self._ensured, unit))
             yield
             self._own.close()

@@ -22,8 +22,6 @@ from functrain.objectives.head import Head, find_head
 EVERY = pytest.mark.parametrize("name", sorted(families.CONFIGS))
 # Those that do more with the logits than their projection: it is done to a few rows at a time.
 FINISHED = {"cohere", "gemma2", "granite", "recurrent_gemma"}
-
-
 KEEPS_NOTHING = {"recurrent_gemma", "rwkv"}
 
 
