@@ -131,6 +131,11 @@ def compiled(size: Size, steps: int) -> Result:
     return functrain(size, steps, compile=True)
 
 
+def kept_compiled(size: Size, steps: int) -> Result:
+    """The same with `compile=True`, in a process that keeps its memory."""
+    return functrain(size, steps, kept=True, compile=True)
+
+
 def _adamw(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         model.parameters(), RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True
@@ -300,7 +305,7 @@ def _trained(
 
 KINDS: dict[str, Callable[[Size, int], Result]] = {
     "functrain": functrain,
-    **{f"functrain {each.__name__}": each for each in (pure, kept, lean, compiled)},
+    **{f"functrain {each.__name__}": each for each in (pure, kept, lean, compiled, kept_compiled)},
     **{each.__name__: each for each in (loop, fabric, accelerate, trainer, sft)},
 }
 

@@ -7,6 +7,7 @@ of those before. Within `accumulating` both are added to the sum as they are mad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TABLE = 1 << 24
+TABLE = 1 << 20
 """Embeddings of so many bytes are worth it."""
 
 
@@ -25,9 +26,11 @@ TABLE = 1 << 24
 class Accumulating:
     """`sum_of`: where a leaf's gradient is summed, or None for what is no leaf that trains.
 
-    `factor`: what a summed loss is multiplied by before its gradient is taken; 0-d.
+    Who asks has a gradient: what is asked for is there, zeros at first. `trains`: whether there
+    would be one. `factor`: what a summed loss is multiplied by before its gradient is taken; 0-d.
     """
 
+    trains: Callable[[Tensor], bool]
     sum_of: Callable[[Tensor], Tensor | None]
     factor: Tensor
 
@@ -77,21 +80,26 @@ def _plain(module: nn.Embedding) -> bool:
 
 def _looking_up(given: Accumulating) -> Callable[..., Tensor | None]:
     def hook(module: nn.Embedding, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor | None:
-        into = given.sum_of(module.weight) if torch.is_grad_enabled() and inputs else None
-        if into is None:
+        weight = module.weight
+        if not (torch.is_grad_enabled() and inputs and given.trains(weight)):
             return None
-        found: Tensor = _Lookup.apply(module.weight, inputs[0], module.padding_idx, into)  # type: ignore[no-untyped-call]
+        into = functools.partial(given.sum_of, weight)
+        found: Tensor = _Lookup.apply(weight, inputs[0], module.padding_idx, into)  # type: ignore[no-untyped-call]
         return found
 
     return hook
 
 
 class _Lookup(torch.autograd.Function):
-    """`F.embedding`, whose gradient is added to `into` row by row."""
+    """`F.embedding`, whose gradient is added row by row to what `into` gives then."""
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, into: Tensor
+        ctx: Any,
+        weight: Tensor,
+        ids: Tensor,
+        padding: int | None,
+        into: Callable[[], Tensor],
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.padding, ctx.into = padding, into
@@ -103,9 +111,10 @@ class _Lookup(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
-        rows = grad_outputs[0].flatten(0, -2).to(ctx.into.dtype)
+        into = ctx.into()
+        rows = grad_outputs[0].flatten(0, -2).to(into.dtype)
         ids = ids.flatten()
         if ctx.padding is not None:
             rows = rows.masked_fill((ids == ctx.padding).unsqueeze(1), 0.0)
-        ctx.into.index_add_(0, ids, rows)
+        into.index_add_(0, ids, rows)
         return None, None, None, None

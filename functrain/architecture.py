@@ -263,7 +263,7 @@ def check_fit(
                 f"{what}/{name}: shape {list(value.shape)}, expected {list(slot.shape)}; they "
                 "belong to another architecture"
             )
-        if value.device.type == "meta":
+        if value.is_meta:
             raise StateError(
                 f"{what}/{name}: on the meta device, so it has no values; take them with "
                 "functrain.split(model)[1], before anything else is done with the model"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functrain.errors import ConfigError
-from functrain.trees import Tensors, global_norm, map_leaves
+from functrain.trees import Tensors, global_norm, map_leaves, tensors
 
 
 def clip_by_global_norm(
@@ -29,10 +29,11 @@ def clip_by_global_norm(
     norm = global_norm(grads) if norm is None else norm
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     leaves = list(grads.values())
-    if donate and leaves:
-        if factor.device.type != "cpu" or float(factor) != 1.0:
+    if donate:
+        if leaves and (factor.device.type != "cpu" or float(factor) != 1.0):
             torch._foreach_mul_(leaves, factor)
-    elif leaves:
+        return tensors(grads), norm
+    if leaves:
         # A 0-d gradient times the float64 factor would become float64.
         scaled = torch._foreach_mul(leaves, factor)
         leaves = [new.to(old.dtype) for new, old in zip(scaled, leaves, strict=True)]

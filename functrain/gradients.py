@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import accumulators, activations, compilation, keys
+from functrain import accumulators, activations, compilation, keys, memory
 from functrain.accumulators import Accumulating
 from functrain.architecture import (
     Mode,
@@ -210,24 +210,26 @@ class ValueAndGrad:
             self._bound(leaves, bound_values, total) as model,
             activations.checkpointed(model, self.checkpointed),
             self._compiled(model),
-            accumulators.accumulating(self.places.modules, Accumulating(total.sum_of, factor))
+            accumulators.accumulating(
+                self.places.modules, Accumulating(total.trains, total.sum_of, factor)
+            )
             if self.direct and not part.tree  # as a tree the bits are those of shards too
             else nullcontext(),
         ):
             couplings = self.couplings(model, ready, objective, key, device, part)
             beside = self._beside(params, part)
-            for index, each in enumerate(ready):
-                total.begin()
-                seed = keys.derive(key, "micro-batch", part.place(index))
-                with keys.seeded(seed, device):
+            with keys.kept(device), memory.reusing():
+                for index, each in enumerate(ready):
+                    total.begin()
+                    keys.seed(keys.derive(key, "micro-batch", part.place(index)), device)
                     with self.precision.context(device):
                         loss, measured = self.measured(model, each, objective, couplings[index])
                     mean = (loss / weight).sum()
                     last = index + 1 == len(ready)
                     with total.telling(beside) if last and beside is not None else nullcontext():
                         torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
-                total.add()
-                measured_all.append(measured)
+                    total.add()
+                    measured_all.append(measured)
             after = bound_buffers(self.places)
         grads = total.grads()
         left = Tensors({n: self._left(buffers[n], b, written[n]) for n, b in after.items()})
@@ -380,18 +382,17 @@ class ValueAndGrad:
         return torch.stack([self.objective.weight(each) for each in micro_batches]).sum(0)
 
     def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
-        return Tensors(
-            {
-                name: value.requires_grad_(name in self.places.trainable)
-                for name, value in self.values(params).items()
-            }
-        )
+        leaves = self.values(params)
+        for name in self.places.trainable & leaves.keys():
+            leaves[name].requires_grad_()
+        return leaves
 
 
 def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
     """What the forward sees: private values, which share the params' memory or are casts."""
     kept = places.statistical
-    return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
+    leaf = Tensor.detach if precision.cast is None else precision.leaf
+    return Tensors({n: p.detach() if n in kept else leaf(p) for n, p in params.items()})
 
 
 def forward_buffers(

@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -42,16 +43,41 @@ def seeded(key: int, device: torch.device | None = None) -> Iterator[None]:
     CPU seeding keeps 32 bits of the key; enter this outside of compiled regions. The generators
     are the process's, so one thread at a time is within it, and others wait.
     """
+    with kept(device):
+        seed(key, device)
+        yield
+
+
+@contextmanager
+def kept(device: torch.device | None = None) -> Iterator[None]:
+    """Within it, `seed` may be called, once or often; after it, the generators are as before.
+
+    To read and write NumPy's alone takes 70 µs: around several seeds it is done once. Other threads
+    wait for as long, in a step for all its micro-batches.
+    """
     with _lock:
-        yield from _seeded(key, device)
+        yield from _kept(device)
 
 
-def _seeded(key: int, device: torch.device | None) -> Iterator[None]:
+def seed(key: int, device: torch.device | None = None) -> None:
+    """Have the generators that `seeded` covers draw from `key`; call it within `kept`."""
+    # Not torch.manual_seed: that would seed every accelerator of the process.
+    torch.default_generator.manual_seed(key)
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    if _is_accelerator(device):
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+
+
+def _is_accelerator(device: torch.device | None) -> TypeGuard[torch.device]:
+    return device is not None and device.type == "cuda"
+
+
+def _kept(device: torch.device | None) -> Iterator[None]:
     cpu = torch.default_generator
     saved = cpu.get_state()
     saved_random, saved_numpy = random.getstate(), np.random.get_state()
-    accelerator = device is not None and device.type == "cuda"
-    saved_device = torch.cuda.get_rng_state(device) if accelerator and device is not None else None
+    saved_device = torch.cuda.get_rng_state(device) if _is_accelerator(device) else None
 
     def restore() -> None:
         cpu.set_state(saved)
@@ -63,13 +89,6 @@ def _seeded(key: int, device: torch.device | None) -> Iterator[None]:
     restored = False
     try:
         try:
-            # Not torch.manual_seed: that would seed every accelerator of the process.
-            cpu.manual_seed(key)
-            random.seed(key)
-            np.random.seed(key & 0xFFFFFFFF)
-            if accelerator:
-                index = device.index if device is not None and device.index is not None else 0
-                torch.cuda.default_generators[index].manual_seed(key)
             yield
         finally:
             restore()

@@ -8,8 +8,11 @@ in pages of 2 MiB, asked for with madvise.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -75,3 +78,32 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         end = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
         _madvise(begin, end - begin, _ADVICE)
     return tensor
+
+
+_reused: ContextVar[dict[torch.dtype, Tensor] | None] = ContextVar("reused", default=None)
+
+
+@contextmanager
+def reusing() -> Iterator[None]:
+    """Within it, on this thread, `scratch` gives the same memory again; after it, it is free."""
+    token = _reused.set({})
+    try:
+        yield
+    finally:
+        _reused.reset(token)
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`empty`; within `reusing` in the memory of the call before, as far as it has room.
+
+    For one who is done with it before the next is asked for: the kernel need not find and zero it
+    for each micro-batch. What is large is not kept, since in large pages that takes little time and
+    the rest of the step has use for its memory.
+    """
+    kept, count = _reused.get(), math.prod(shape)
+    if kept is None or count * dtype.itemsize >= _WORTH:
+        return empty(shape, dtype)
+    if dtype not in kept or len(kept[dtype]) < count:
+        kept.pop(dtype, None)  # before the larger one is made
+        kept[dtype] = empty((count,), dtype)
+    return kept[dtype][:count].view(tuple(shape))

@@ -30,7 +30,7 @@ class Metric:
 
     def merge(self, other: Metric) -> Metric:
         """The metric over both: sums and weights added."""
-        return attrs.evolve(self, sum=self.sum + other.sum, weight=self.weight + other.weight)
+        return Metric(self.sum + other.sum, self.weight + other.weight, self.reading)
 
     @property
     def empty(self) -> bool:

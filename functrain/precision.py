@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functrain.errors import ConfigError, did_you_mean
-from functrain.trees import Tensors, map_leaves
+from functrain.trees import Tensors, map_leaves, tensors
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -63,7 +63,7 @@ def scale_loss(loss: Tensor, scaler: LossScale | None) -> Tensor:
 def unscale(grads: Mapping[str, Tensor], scaler: LossScale | None) -> Tensors:
     """The gradients divided by the scale, as a multiplication by its reciprocal like GradScaler."""
     if scaler is None:
-        return Tensors(grads)
+        return tensors(grads)
     inverse = scaler.scale.double().reciprocal().float()
     return map_leaves(lambda grad: grad * inverse.to(grad.device), grads)
 

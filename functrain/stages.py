@@ -103,7 +103,8 @@ def pretrain_step(
 ) -> Step:
     """Next-token cross entropy over every labelled token; options as for `make_step`.
 
-    `head`: `auto` makes logits a few rows at a time where that saves memory, `full` never.
+    `head`: `auto` makes logits a few rows at a time where that saves memory or passes over them,
+    from 1 MiB on, and the same to rounding; `full` never, to the bits of an ordinary loop.
     `router`: for a mixture of experts, the weight of the loss that balances its routers, its
     config's `router_aux_loss_coef`, say (`functrain.objectives.RoutedLanguageModeling`).
     """

@@ -33,7 +33,9 @@ class GradientSum:
         self._wide: dict[str, Tensor] = {}
         self._reached: set[str] = set()
         self._received = False
-        self._names = {id(leaf): name for name, leaf in leaves.items() if leaf.requires_grad}
+        # Those without a gradient in memory of their own, where autograd adds the following ones.
+        self._new = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        self._names = {id(leaf): name for name, leaf in self._new.items()}
         self._direct: dict[str, Tensor] = {}
         self._added = 1
         self._ending = False
@@ -52,6 +54,10 @@ class GradientSum:
                 self._wide[name] = grad
             else:
                 leaf.grad = grad
+
+    def trains(self, leaf: Tensor) -> bool:
+        """Whether a tensor is a leaf that trains."""
+        return id(leaf) in self._names
 
     def sum_of(self, leaf: Tensor) -> Tensor | None:
         """Where gradients of a leaf that trains may be summed as they are made."""
@@ -90,9 +96,9 @@ class GradientSum:
 
     def _ended(self, beside: Beside, name: str, begun: bool, leaf: Tensor) -> None:
         """`begun`: whether there was a sum before, to whose memory autograd has added."""
-        self._take(name, leaf)
-        grad = self._wide.pop(name) if name in self._wide else leaf.grad
-        assert grad is not None  # it has just been added to
+        grad = self._taken(name, leaf)
+        if grad is None:
+            grad = self._wide.pop(name)
         whole = self._folded(name, grad)
         own = begun or whole is not leaf.grad
         leaf.grad = None
@@ -111,44 +117,51 @@ class GradientSum:
         assert grad is not None
         return grad
 
-    def _take(self, name: str, leaf: Tensor) -> None:
-        """Widen a gradient that is narrower than its sum."""
-        if leaf.grad is not None and leaf.grad.layout != torch.strided:
-            raise ArchitectureError(
-                f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
-                "take; build its nn.Embedding with sparse=False"
-            )
-        if leaf.grad is None or leaf.dtype == self.dtypes[name]:
-            return
-        wide = leaf.grad.to(self.dtypes[name])
-        self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
-        leaf.grad = None
-
     def add(self) -> None:
-        for name, leaf in self._leaves.items():
-            self._take(name, leaf)
-        self._apart()
-        if self._tree is not None and not self._ending:
+        """Take what the backward pass of a micro-batch has left.
+
+        Gradients that share their memory get their own, since they will be written to: of
+        `a[None] + b[None]` autograd hands both leaves the same (torch 2.13), in which an ordinary
+        loop's second backward pass adds for both.
+        """
+        taken: list[str] = []
+        seen: set[int] = set()
+        for name, leaf in self._new.items():
+            grad = self._taken(name, leaf)
+            if grad is None:
+                continue
+            taken.append(name)
+            address = grad.untyped_storage().data_ptr()
+            if address in seen:
+                leaf.grad = grad.clone()
+            elif address:  # empty ones have none
+                seen.add(address)
+        if self._tree is None:
+            for name in taken:
+                del self._new[name]
+        elif not self._ending:
             self._tree.push(dict(self._summed()), self._added)
             self._wide.clear()
             self._direct.clear()
             for leaf in self._leaves.values():
                 leaf.grad = None
 
-    def _apart(self) -> None:
-        """Gradients that share their memory get their own, since they will be written to.
-
-        Of `a[None] + b[None]` autograd hands both leaves the same memory (torch 2.13), in which an
-        ordinary loop's second backward pass adds for both.
-        """
-        seen: set[int] = set()
-        for leaf in self._leaves.values():
-            if leaf.grad is None or not leaf.grad.numel():
-                continue
-            address = leaf.grad.untyped_storage().data_ptr()
-            if address in seen:
-                leaf.grad = leaf.grad.clone()
-            seen.add(address)
+    def _taken(self, name: str, leaf: Tensor) -> Tensor | None:
+        """The gradient that a leaf has and keeps; one that is narrower than its sum is widened."""
+        grad = leaf.grad
+        if grad is None:
+            return None
+        if grad.layout is not torch.strided:
+            raise ArchitectureError(
+                f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
+                "take; build its nn.Embedding with sparse=False"
+            )
+        if leaf.dtype == self.dtypes[name]:
+            return grad
+        wide = grad.to(self.dtypes[name])
+        self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
+        leaf.grad = None
+        return None
 
     def grads(self) -> Tensors:
         """The sum over all micro-batches, but for what was told to be there."""
@@ -161,8 +174,8 @@ class GradientSum:
         return Tensors({name: self._folded(name, last.get(name)) for name in names})
 
     def _summed(self) -> Tensors:
-        own = {n: leaf.grad for n, leaf in self._leaves.items() if leaf.grad is not None}
+        own = {name: grad for name, leaf in self._leaves.items() if (grad := leaf.grad) is not None}
         own |= self._wide
         for name, grad in self._direct.items():
             own[name] = grad.add_(own[name]) if name in own else grad
-        return Tensors({name: own[name] for name in self._leaves if name in own})
+        return Tensors(own)

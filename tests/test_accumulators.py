@@ -218,3 +218,19 @@ def test_nothing_is_left_behind_by_an_error() -> None:
         gradient(params, buffers, [zoo.batch(1, 3), zoo.batch(2, 2)])
     assert accumulators.current() is None
     assert not any(each._forward_hooks for each in architecture.modules())
+
+
+def test_a_table_that_the_loss_does_not_reach_has_no_gradient() -> None:
+    """What is looked up and then detached: a sum of zeros would decay it."""
+
+    class Beside(Model):
+        def __init__(self) -> None:
+            super().__init__(nn.Embedding(zoo.VOCABULARY, 8))
+            self.side = nn.Embedding(zoo.VOCABULARY, 8)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids) + self.side(input_ids).sum().detach()
+
+    grads = _grads(LanguageModeling(), Beside(), [zoo.batch(1, 2, 5)], table=0)
+    assert "embedding.weight" in grads
+    assert "side.weight" not in grads

@@ -178,6 +178,43 @@ def test_donated_steps_are_those_of_an_ordinary_loop() -> None:
     _assert_same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_large_logits_and_tables_too_where_the_head_is_full(tied: bool, microbatches: int) -> None:
+    """From 1 MiB on they are the same to rounding by default, and other bits."""
+    shape = ft.models.DecoderConfig(
+        vocabulary=4096, width=64, layers=1, heads=2, hidden=64, tied=tied
+    )
+    # Of few tokens, so that gradients of a row are summed, in one order or another.
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randint(0, 40, (3, 2 * microbatches, 40), generator=generator)
+    hand = ft.models.decoder(shape, seed=0)
+    optimizer = torch.optim.AdamW(hand.parameters(), lr=1e-3, fused=True)
+    for batch in batches:
+        targets = batch[:, 1:].numel()
+        for ids in batch.chunk(microbatches):
+            logits = hand(ids)[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+            (loss / targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    apart = {}
+    for head in ("full", "auto"):
+        architecture, params, buffers = ft.split(ft.models.decoder(shape, seed=0))
+        step = ft.pretrain_step(
+            architecture, ft.optim.adamw(1e-3), head=head, microbatches=microbatches
+        )
+        state = step.init(params, buffers)
+        for batch in batches:
+            state, _ = step(state, {"input_ids": batch, "labels": batch})
+        theirs = dict(hand.named_parameters())
+        apart[head] = [n for n, p in state.params.items() if not torch.equal(p, theirs[n])]
+        for name, param in state.params.items():
+            torch.testing.assert_close(param, theirs[name], rtol=1e-3, atol=1e-4)
+    assert not apart["full"]
+    assert apart["auto"]
+
+
 def test_without_clipping() -> None:
     hand = zoo.model("tied")
     theirs = _by_hand(hand, _adamw(hand))

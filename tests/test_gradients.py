@@ -250,6 +250,42 @@ def _half(which: int) -> dict[str, Tensor]:
     return {key: t[2 * which : 2 * which + 2] for key, t in zoo.batch().items()}
 
 
+class Twins(nn.Module):
+    """Two parameters that autograd hands one memory for their gradients; `second` comes late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with keys.seeded(2):
+            self.embedding = nn.Embedding(9, 4)
+            self.first, self.second = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(5, 4))
+            self.head = nn.Linear(4, 9)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        twins = self.first[None] + self.second[None]
+        if input_ids[0, 0] == 0:
+            twins = self.first[None]
+        logits: Tensor = self.head((self.embedding(input_ids) + twins).tanh())
+        return logits
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_that_share_their_memory_are_summed_apart(late: bool) -> None:
+    """In an ordinary loop the second micro-batch of such is added for both of them."""
+    ids = torch.randint(1, 9, (3, 5), generator=torch.Generator().manual_seed(4))
+    ids[0, 0] = 0 if late else 1
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in ids]
+    module = Twins()
+    expected = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    for batch in batches:
+        loss = _summed_loss(module, batch) / 12
+        found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+        for total, grad in zip(expected.values(), found, strict=True):
+            total += 0 if grad is None else grad
+    ours = _gradients(Twins(), batches)
+    for name, total in expected.items():
+        torch.testing.assert_close(ours.grads[name], total, rtol=1e-5, atol=1e-7)
+
+
 def test_bf16_params_are_the_plain_module_in_bfloat16() -> None:
     """The forward and the backward of `module.bfloat16()`, with sums over micro-batches wide."""
     module = zoo.model("decoder").bfloat16()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,6 +53,31 @@ def test_shapes_and_values(shape: list[int], dtype: torch.dtype) -> None:
     made = memory.zeros(shape, dtype, torch.device("cpu"))
     assert torch.equal(made, torch.zeros(shape, dtype=dtype))
     assert memory.empty(shape, dtype).shape == made.shape
+
+
+def test_scratch_is_the_same_memory_as_long_as_it_has_room() -> None:
+    """Within `reusing` alone, on the thread that is within it, and one memory for each dtype."""
+    with memory.reusing():
+        first = memory.scratch((4, 5), torch.float32)
+        narrow = memory.scratch((4, 5), torch.bfloat16)
+        assert memory.scratch((2, 10), torch.float32).data_ptr() == first.data_ptr()
+        assert memory.scratch((3,), torch.float32).data_ptr() == first.data_ptr()
+        assert narrow.data_ptr() != first.data_ptr()
+        larger = memory.scratch((5, 5), torch.float32)
+        assert larger.shape == (5, 5)
+        assert larger.data_ptr() != first.data_ptr()
+        assert memory.scratch((25,), torch.float32).data_ptr() == larger.data_ptr()
+        assert memory.scratch((0, 7), torch.float32).shape == (0, 7)
+        large = [memory.scratch((memory._WORTH // 4,), torch.float32) for _ in range(2)]
+        assert large[0].data_ptr() != large[1].data_ptr()
+        with ThreadPoolExecutor(1) as elsewhere:
+            other = elsewhere.submit(memory.scratch, (5, 5), torch.float32).result()
+        assert other.data_ptr() != larger.data_ptr()
+        with memory.reusing():
+            assert memory.scratch((5, 5), torch.float32).data_ptr() != larger.data_ptr()
+        assert memory.scratch((5, 5), torch.float32).data_ptr() == larger.data_ptr()
+    one, two = memory.scratch((5, 5), torch.float32), memory.scratch((5, 5), torch.float32)
+    assert len({one.data_ptr(), two.data_ptr(), larger.data_ptr()}) == 3
 
 
 class Normed(TorchDispatchMode):

@@ -312,6 +312,26 @@ def test_a_mapping_of_ones_own_is_not_overwritten() -> None:
         assert {name: ft.trees.digest(tensor) for name, tensor in copied.items()} == digests
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_params_that_did_fit_are_not_taken_for_granted(donate: bool) -> None:
+    """After steps that fitted: params of another shape, of another name, and no tensor."""
+    step, state = _made()
+    for _ in range(2):
+        state, _ = step(state, zoo.batch(), donate=donate)
+    name = "mix.weight"
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({**state.params, name: torch.zeros(1, 2)}, rf"params/{name}: shape \[1, 2\], expected"),
+        ({**state.params, "other": torch.zeros(1)}, "unexpected 'other'"),
+        ({**state.params, name: torch.zeros_like(state.params[name], device="meta")}, "meta"),
+        ({**state.params, name: None}, f"params/{name}: expected a tensor, got NoneType"),
+    ]
+    for wrong, message in wrongs:
+        for given in (wrong, ft.trees.tensors(wrong)):
+            with pytest.raises((ft.StateError, ft.ArchitectureError), match=message):
+                step(attrs.evolve(state, params=given), zoo.batch(), donate=donate)  # type: ignore[arg-type]
+    step(state, zoo.batch(), donate=donate)
+
+
 def test_a_donated_step_copies_nothing_that_is_its_own() -> None:
     step, state = _made()
     addresses = [tensor.data_ptr() for tensor in state.params.values()]

@@ -49,6 +49,38 @@ def test_the_order_does_not_reach_the_bits_of_the_norm(names: list[str], data: A
     assert torch.equal(*norms)
 
 
+LEAVES = st.tuples(
+    st.sampled_from([(), (0,), (1,), (7,), (0, 3), (3, 0), (1, 5), (6, 5), (2, 5), (2, 3, 4)]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64]),
+    st.booleans(),
+)
+
+
+@pytest.mark.parametrize("small", [1 << 14, 8])
+@given(kinds=st.lists(LEAVES, max_size=9), seed=st.integers(0, 1000))
+def test_the_norms_of_rows_do_not_depend_on_what_is_beside(
+    small: int, kinds: list[Any], seed: int
+) -> None:
+    """Together they have the bits that each has alone, in their order, turned ones too."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = []
+    for shape, dtype, turned in kinds:
+        leaf = torch.randn(shape, generator=generator).to(dtype)
+        leaves.append(leaf.transpose(0, -1) if turned and leaf.ndim else leaf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, "_SMALL", small)
+        found = trees.row_norms(leaves)
+        assert len(found) == len(leaves)
+        for leaf, norms in zip(leaves, found, strict=True):
+            (alone,) = trees.row_norms([leaf])
+            assert norms.equal(alone)
+            wide = leaf.flatten(1) if leaf.ndim > 1 else leaf.reshape(-1, 1)
+            wide = torch.view_as_real(wide).flatten(1) if leaf.is_complex() else wide
+            if leaf.ndim or not leaf.is_complex():
+                expected = torch.linalg.vector_norm(wide.double(), dim=1)
+                torch.testing.assert_close(norms, expected, rtol=1e-14, atol=0.0)
+
+
 def test_tensors_that_are_sorted_already_are_not_copied() -> None:
     made = Tensors(b=torch.ones(1), a=torch.ones(1))
     assert trees.tensors(made) is made

@@ -23,18 +23,19 @@ SHAPE = DecoderConfig(vocabulary=VOCABULARY, width=32, layers=2, heads=2, hidden
 TABLE = VOCABULARY * 32 * 4
 
 BUDGETS: dict[str, tuple[int, float]] = {
-    "pretrain": (497, 26.6),
-    "pretrain, 4 micro-batches": (1_262, 68.9),
-    "pretrain, pure": (577, 30.6),
-    "pretrain, whole logits": (363, 72.7),
-    "dpo": (938, 73.8),
-    "dpo, shared prompt": (1_026, 60.2),
+    "pretrain": (480, 26.9),
+    "pretrain, 4 micro-batches": (1_245, 69.3),
+    "pretrain, pure": (560, 30.9),
+    "pretrain, whole logits": (343, 73.9),
+    "dpo": (919, 70.2),
+    "dpo, shared prompt": (1_007, 56.5),
 }
 """Kernel calls, and bytes of new memory in units of the embedding table's, of one step.
 
-The norm is two dozen of the calls: row by row is more of them and a seventh of the time, and the
-rows of a shard have the same norms. Whether targets are modes is seven small calls for each chunk
-of logits, where `argmax` was one, of four times their time.
+For the norm, small tensors are laid side by side: a third of a table, and fewer calls. Whole logits
+have the bits of an ordinary loop, whose table's gradient is dense. Whether
+targets are modes is seven small calls for each chunk of many logits, where `argmax` was one, of
+four times their time.
 """
 
 

@@ -219,8 +219,7 @@ class Sharding:
             return torch.zeros((), dtype=torch.float64)
         most = {name: self._blocks.most_rows(name) for name in names}
         parts = []
-        for name in names:
-            norms = row_norms(items[name])
+        for name, norms in zip(names, row_norms([items[n] for n in names]), strict=True):
             parts.append(torch.nn.functional.pad(norms, (0, most[name] - len(norms))))
         every = self.world.gathered(torch.cat(parts), "the exchange of gradient norms")
         begin = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import attrs
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ class LanguageModeling:
     `labels` are aligned with `input_ids`; the shift is inside: position t predicts the label at
     t + 1, and −100 is no target. The weight is the number of target tokens. Pretraining and SFT
     differ only in which labels the data leaves. `head`: `auto` makes the logits a few rows at a
-    time where that saves memory, `full` never; the same to rounding.
+    time where they are large, `full` never; the same to rounding.
 
     A batch without `attention_mask` in which `position_ids` begin anew within rows is packed: each
     document is predicted as if it were alone. A model whose documents see each other is refused.
@@ -45,7 +44,11 @@ class LanguageModeling:
     mode: Mode = "train"
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     batch_coupled: bool = attrs.field(default=False, init=False)
-    direct: ClassVar[bool] = True
+
+    @property
+    def direct(self) -> bool:
+        """Not with `head="full"`, which has the bits of an ordinary loop."""
+        return self.head == "auto"
 
     def check(self, batch: Batch, vocabulary: int | None) -> None:
         """Raise `BatchError` unless the batch has well-formed input_ids and labels.

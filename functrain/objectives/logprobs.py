@@ -1,8 +1,8 @@
 """Log-probabilities of target tokens, and what else their distributions say.
 
-Where the logits of a batch would be more than a byte budget, and the architecture shows its head,
-they are made a few rows at a time (`functrain.objectives.chunks`), and rows without a target not at
-all; the results are the same to rounding. The choice is a function of the batch's shape alone.
+Where the logits of a batch would be large, and the architecture shows its head, they are made a few
+rows at a time (`functrain.objectives.chunks`), and rows without a target not at all; the results
+are the same to rounding. The choice is a function of the batch's shape alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from functrain.objectives.layouts import Layout
 from functrain.objectives.modes import are_modes
 
 HeadMode = Literal["auto", "full"]
-"""`auto`: by chunks where that saves memory. `full`: the model's logits as they are, always."""
+"""`auto`: by chunks where they are large. `full`: the model's logits as they are, always."""
 
 
 def head_mode(_record: object, _field: object, given: object) -> None:
@@ -108,7 +108,7 @@ def hidden_rows(
         return None
     targets = batch["labels"][:, 1:].flatten()
     made = len(targets) if layout is None else layout.inputs["input_ids"].numel()
-    if not chunks.exceeds(made, shown.projection.out_features, budget):
+    if not chunks.are_worth(made, shown.projection.out_features, budget):
         return None
     call = model if call is None else call
     places: Tensor | None = None

@@ -10,22 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MANY = 1 << 15
+"""Of so many logits on, calling several kernels takes less time than `argmax` does."""
+
 
 def are_modes(logits: Tensor, column: Tensor) -> Tensor:
     """Whether each target of `column` [rows, 1] is the `argmax` of its logits [rows, vocabulary].
 
     Bool [rows, 1]. Of several that are the largest, the first is.
     """
-    if logits.device.type != "cpu" or not logits.numel():
+    if logits.device.type != "cpu":
         return logits.argmax(-1, keepdim=True) == column
-    found = logits.gather(1, column) == logits.amax(-1, keepdim=True)
-    return _first(found, logits, column)
+    own = logits.gather(1, column)
+    if logits.numel() < _MANY:
+        return (logits.argmax(-1, keepdim=True) == column) & (own == own)  # NaN is no mode
+    return _first(own == logits.amax(-1, keepdim=True), logits, column)
 
 
 def are_modes_of(scratch: Tensor, column: Tensor) -> Tensor:
     """The same of logits that are the caller's own: they are written to, and then as before."""
-    if scratch.device.type != "cpu" or not scratch.numel():
-        return scratch.argmax(-1, keepdim=True) == column
+    if scratch.device.type != "cpu" or scratch.numel() < _MANY:
+        return are_modes(scratch, column)
     own = scratch.gather(1, column)
     scratch.scatter_(1, column, -torch.inf)
     others = scratch.amax(-1, keepdim=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import attrs
 import torch
@@ -151,12 +151,16 @@ class PreferenceOptimization:
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     layout: LayoutName = attrs.field(default="padded", validator=layout_name)
     name: str = "dpo"
-    direct: ClassVar[bool] = True
     # What a state carries for it, and no option: `carrying` puts it here.
     _running: Tensors | None = attrs.field(default=None, alias="_running", repr=False)
 
     def __attrs_post_init__(self) -> None:
         check_combination(self)
+
+    @property
+    def direct(self) -> bool:
+        """Not with `head="full"`, which has the bits of an ordinary loop."""
+        return self.head == "auto"
 
     @property
     def batch_coupled(self) -> bool:

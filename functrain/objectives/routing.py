@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import attrs
 import torch
@@ -42,7 +42,11 @@ class RoutedLanguageModeling(LanguageModeling):
 
     router: float = attrs.field(validator=_coefficient)
     batch_coupled: bool = attrs.field(default=True, init=False)
-    direct: ClassVar[bool] = False
+
+    @property
+    def direct(self) -> bool:
+        """Its sum is not a cross entropy alone."""
+        return False
 
     def weight(self, batch: Batch) -> Tensor:
         """The target tokens, and the tokens that are routed; int64 [2]."""

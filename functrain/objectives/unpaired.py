@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import attrs
 import torch
@@ -46,7 +45,11 @@ class UnpairedOptimization:
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     name: str = "kto"
     batch_coupled: bool = attrs.field(default=True, init=False)
-    direct: ClassVar[bool] = True
+
+    @property
+    def direct(self) -> bool:
+        """Not with `head="full"`, which has the bits of an ordinary loop."""
+        return self.head == "auto"
 
     @property
     def mode(self) -> Mode:

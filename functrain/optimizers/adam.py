@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import torch
@@ -148,29 +148,33 @@ class Adam:
             missing = grads.keys() - slots[slot].keys() if slot in slots else set(grads)
             if missing:
                 raise StateError(f"state/{slot}: no {min(missing)}; {_FRESH}")
-        own = [(slot, slots[slot]) for slot in names]
         for name, grad in grads.items():
-            if grad.layout != torch.strided:
+            if grad.layout is not torch.strided:
                 raise StateError(
                     f"grads/{name}: sparse, expected a dense gradient; give .to_dense() of it, or "
                     "take from_torch(torch.optim.SparseAdam)"
                 )
-            shape, strides = params[name].shape, params[name].stride()
-            for slot, values in own:
+        moments = [(slot, slots[slot]) for slot in self._moments]
+        for name in grads:
+            param = params[name]
+            shape, strides = param.shape, param.stride()
+            for slot, values in moments:
                 value = values[name]
-                if slot == "step":
-                    shape, strides = _SCALAR, ()
-                if value.shape != shape:
-                    raise StateError(
-                        f"state/{slot}/{name}: shape {list(value.shape)}, expected {list(shape)}; "
-                        f"{_FRESH}"
-                    )
-                if self.fused and value.stride() != strides:
-                    raise StateError(
-                        f"state/{slot}/{name}: strides {value.stride()}, expected the parameter's "
-                        f"{strides} for the fused kernel; give params[{name!r}].contiguous() to "
-                        "init and update, or take fused=False"
-                    )
+                if value.shape != shape or (self.fused and value.stride() != strides):
+                    self._refuse(f"state/{slot}/{name}", value, param)
+            count = slots["step"][name]
+            if count.ndim:
+                self._refuse(f"state/step/{name}", count, count.new_zeros(()))
+
+    def _refuse(self, where: str, value: Tensor, like: Tensor) -> NoReturn:
+        if value.shape != like.shape:
+            raise StateError(
+                f"{where}: shape {list(value.shape)}, expected {list(like.shape)}; {_FRESH}"
+            )
+        raise StateError(
+            f"{where}: strides {value.stride()}, expected the parameter's {like.stride()} for the "
+            "fused kernel; give its .contiguous() to init and update, or take fused=False"
+        )
 
     def _kernel(
         self,
@@ -217,7 +221,6 @@ class Adam:
         return {"lr": self.lr, **own, **given}
 
 
-_SCALAR = torch.Size(())
 _FRESH = "the state was made for other params; begin anew with init(params)"
 
 

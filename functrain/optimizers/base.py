@@ -160,7 +160,15 @@ def check_update(
     for name in grads.keys() - params.keys():
         raise StateError(f"grads/{name}: no parameter has this name; {did_you_mean(name, params)}")
     for name, grad in grads.items():
-        _check_gradient(name, grad, params[name])
+        param = params[name]
+        if (
+            not isinstance(grad, Tensor)
+            or grad.shape != param.shape
+            or grad.dtype is not param.dtype
+            or grad.device != param.device
+            or not grad.is_floating_point()
+        ):
+            _check_gradient(name, grad, param)
 
 
 def _check_gradient(name: str, grad: object, param: Tensor) -> None:
@@ -222,8 +230,10 @@ def owned(
     if donate:
         return Tensors(params), {slot: Tensors(t) for slot, t in slots.items()}
 
+    names = frozenset(grads)
+
     def copied(items: Mapping[str, Tensor]) -> Tensors:
-        return Tensors({n: t.detach().clone() if n in grads else t for n, t in items.items()})
+        return Tensors({n: t.detach().clone() if n in names else t for n, t in items.items()})
 
     return copied(params), {slot: copied(t) for slot, t in slots.items()}
 
@@ -232,9 +242,15 @@ def grouped(
     groups: Sequence[Group], params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
 ) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
     """The options of each group with the names it holds, then the defaults with the rest."""
+    given = frozenset(grads)
+    if not groups:
+        # Nobody is asked about each of them.
+        if given:
+            yield {}, [name for name in params if name in given]
+        return
     members: list[list[str]] = [[] for _ in range(len(groups) + 1)]
     for name, tensor in params.items():
-        if name in grads:
+        if name in given:
             at = next((i for i, g in enumerate(groups) if g.where(name, tensor)), len(groups))
             members[at].append(name)
     every: list[Mapping[str, Any]] = [*(g.options for g in groups), {}]

@@ -280,9 +280,9 @@ def _head_bytes(rows: int, weight: Tensor) -> int:
     """
     vocabulary, width = weight.shape
     hidden = rows * width * weight.dtype.itemsize
-    if not chunks.exceeds(rows, vocabulary):
+    if not chunks.are_worth(rows, vocabulary):
         return 3 * rows * vocabulary * 4 + hidden
-    return chunks.BUDGET + hidden
+    return min(chunks.BUDGET, rows * vocabulary * 4) + hidden
 
 
 _GROWTH = 1.02

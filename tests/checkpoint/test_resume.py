@@ -529,7 +529,7 @@ class Transaction:
         return True
 
 
-RESTORING = {"_seeded", "setstate", "_restore", "_restored", "seeded"}
+RESTORING = {"_kept", "setstate", "_restore", "_restored", "kept"}
 """The functions that put the generators back: an interrupt within them is the narrowest window."""
 
 

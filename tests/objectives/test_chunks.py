@@ -266,9 +266,11 @@ def test_chunks_are_every_row_once(rows: int, budget: int) -> None:
     assert len(cut) == -(-rows // max(16, budget // (4 * 10) // 16 * 16))
 
 
-def test_chunks_are_worth_it_above_the_budget() -> None:
-    assert chunks.exceeds(11, 10, budget=10 * 10 * 4)
-    assert not chunks.exceeds(10, 10, budget=10 * 10 * 4)
+def test_chunks_are_worth_it_above_a_size_and_above_the_budget() -> None:
+    assert chunks.are_worth(chunks.WORTH // 40 + 1, 10)
+    assert not chunks.are_worth(chunks.WORTH // 40, 10)
+    assert chunks.are_worth(11, 10, budget=10 * 10 * 4)
+    assert not chunks.are_worth(10, 10, budget=10 * 10 * 4)
 
 
 class _Multiplied(TorchDispatchMode):

@@ -8,10 +8,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from torch import Tensor
 
 from functrain import optim
 from functrain.errors import ConfigError, StateError
-from functrain.trees import Tensors
+from functrain.trees import Tensors, clone
 
 PARAMS = Tensors(b=torch.ones(2), a=torch.ones(3, 2), half=torch.ones(2, dtype=torch.float64))
 
@@ -119,6 +120,38 @@ def test_a_state_of_other_params_is_refused(state: Any, message: str, donate: bo
     grads = {name: torch.full_like(p, 0.3) for name, p in PARAMS.items()}
     with pytest.raises(StateError, match=message):
         optim.adamw().update(grads, state, PARAMS, 1e-2, donate=donate)
+
+
+CHANGES: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "smaller": (lambda t: t.resize_(1, 2), r"shape \[1, 2\], expected \[3, 2\]"),
+    "other memory": (lambda t: setattr(t, "data", torch.zeros(2, 2)), r"shape \[2, 2\]"),
+    "in columns": (lambda t: setattr(t, "data", torch.zeros(2, 3).t()), r"strides \(1, 3\)"),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_did_fit_is_not_taken_for_granted(change: str, donate: bool) -> None:
+    """After updates that fitted, a moment that is no longer what it was: the fused kernel takes
+    sizes on trust, and would write past its end."""
+    optimizer = optim.adamw()
+    grads = {name: torch.full_like(p, 0.3) for name, p in PARAMS.items()}
+    params = clone(PARAMS)
+    state = optimizer.init(params)
+    for _ in range(2):
+        params, state = optimizer.update(grads, state, params, 1e-2, donate=donate)
+    changed, message = CHANGES[change]
+    changed(state.slots["exp_avg"]["a"])
+    with pytest.raises(StateError, match=rf"state/exp_avg/a: {message}"):
+        optimizer.update(grads, state, params, 1e-2, donate=donate)
+
+
+def test_a_parameter_without_a_gradient_may_lie_as_it_likes() -> None:
+    """A slice of a larger tensor, whose moments have other strides."""
+    optimizer = optim.adamw()
+    params = Tensors(used=torch.ones(3), unused=torch.ones(3, 5)[:, :2])
+    after, _ = optimizer.update({"used": torch.ones(3)}, optimizer.init(params), params, 1e-2)
+    assert after["unused"] is params["unused"]
 
 
 def test_params_in_columns_are_updated_as_those_in_rows() -> None:
