@@ -391,8 +391,7 @@ class ValueAndGrad:
 def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
     """What the forward sees: private values, which share the params' memory or are casts."""
     kept = places.statistical
-    leaf = Tensor.detach if precision.cast is None else precision.leaf
-    return Tensors({n: p.detach() if n in kept else leaf(p) for n, p in params.items()})
+    return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
 
 
 def forward_buffers(

@@ -43,17 +43,16 @@ class Tensors(dict[str, Tensor]):
     ) -> None:
         self._consumed_by: str | None = None
         self._own: frozenset[str] = frozenset()
-        if type(items) is Tensors and not named:
-            super().__init__(items.items())  # sorted already
+        if isinstance(items, Tensors):
             items._own = frozenset()
-            return
+            if not named:
+                super().__init__(items.items())  # sorted already
+                return
         given = dict(items, **named)
         names = sorted(given)
         # One that is in order is copied as it is, in a fraction of the time.
         in_order = all(map(operator.eq, names, given))
         super().__init__(given if in_order else {name: given[name] for name in names})
-        if isinstance(items, Tensors):
-            items._own = frozenset()
 
     @property
     def own(self) -> frozenset[str]:

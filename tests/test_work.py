@@ -33,9 +33,8 @@ BUDGETS: dict[str, tuple[int, float]] = {
 """Kernel calls, and bytes of new memory in units of the embedding table's, of one step.
 
 For the norm, small tensors are laid side by side: a third of a table, and fewer calls. Whole logits
-have the bits of an ordinary loop, whose table's gradient is dense. Whether
-targets are modes is seven small calls for each chunk of many logits, where `argmax` was one, of
-four times their time.
+have the bits of an ordinary loop, whose table's gradient is dense. Whether targets are modes is
+seven small calls for each chunk of many logits, where `argmax` was one, of four times their time.
 """
 
 

@@ -72,8 +72,8 @@ class Projection:
         """
         most = max(16, self.budget // (4 * self.weight.shape[0] * share) // 16 * 16)
         parts = max(1, -(-rows // most))
-        size = -(-rows // (16 * parts)) * 16
-        return (slice(at, min(at + size, rows)) for at in range(0, rows, max(1, size)))
+        size = max(16, -(-rows // (16 * parts)) * 16)
+        return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 
 @attrs.frozen(eq=False)
@@ -212,11 +212,8 @@ class _Rows:
         self.chunks = list(projection.chunks(len(hidden), share))
         most = max((each.stop - each.start for each in self.chunks), default=0)
         size = len(hidden) if kept else most
-        shape = (size, len(weight))
-        if kept or hidden.device.type != "cpu":
-            self._buffer = _buffer(shape, hidden, hidden.dtype)
-        else:
-            self._buffer = memory.scratch(shape, hidden.dtype)
+        make = memory.empty if kept else memory.scratch
+        self._buffer = _buffer((size, len(weight)), hidden, hidden.dtype, make)
         self.kept = self._buffer if kept else None
         self._widened: Tensor | None = None
         self._raw: Tensor | None = None
@@ -268,9 +265,15 @@ def _autocast(kind: str) -> torch.autocast:
     )
 
 
-def _buffer(shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+def _buffer(
+    shape: tuple[int, int],
+    like: Tensor,
+    dtype: torch.dtype,
+    make: Callable[[tuple[int, int], torch.dtype], Tensor] = memory.empty,
+) -> Tensor:
+    """Memory on the device of `like`; `make`: whose on the CPU."""
     if like.device.type == "cpu":
-        return memory.empty(shape, dtype)
+        return make(shape, dtype)
     return like.new_empty(shape, dtype=dtype)
 
 

@@ -148,32 +148,33 @@ class Adam:
             missing = grads.keys() - slots[slot].keys() if slot in slots else set(grads)
             if missing:
                 raise StateError(f"state/{slot}: no {min(missing)}; {_FRESH}")
+        moments = [(slot, slots[slot]) for slot in self._moments]
         for name, grad in grads.items():
             if grad.layout is not torch.strided:
                 raise StateError(
                     f"grads/{name}: sparse, expected a dense gradient; give .to_dense() of it, or "
                     "take from_torch(torch.optim.SparseAdam)"
                 )
-        moments = [(slot, slots[slot]) for slot in self._moments]
-        for name in grads:
             param = params[name]
             shape, strides = param.shape, param.stride()
             for slot, values in moments:
                 value = values[name]
                 if value.shape != shape or (self.fused and value.stride() != strides):
-                    self._refuse(f"state/{slot}/{name}", value, param)
+                    self._refuse(slot, name, value, param)
             count = slots["step"][name]
             if count.ndim:
-                self._refuse(f"state/step/{name}", count, count.new_zeros(()))
+                self._refuse("step", name, count, count.new_zeros(()))
 
-    def _refuse(self, where: str, value: Tensor, like: Tensor) -> NoReturn:
+    def _refuse(self, slot: str, name: str, value: Tensor, like: Tensor) -> NoReturn:
+        where = f"state/{slot}/{name}"
         if value.shape != like.shape:
             raise StateError(
                 f"{where}: shape {list(value.shape)}, expected {list(like.shape)}; {_FRESH}"
             )
         raise StateError(
             f"{where}: strides {value.stride()}, expected the parameter's {like.stride()} for the "
-            "fused kernel; give its .contiguous() to init and update, or take fused=False"
+            f"fused kernel; give params[{name!r}].contiguous() to init and update, or take "
+            "fused=False"
         )
 
     def _kernel(

@@ -160,15 +160,7 @@ def check_update(
     for name in grads.keys() - params.keys():
         raise StateError(f"grads/{name}: no parameter has this name; {did_you_mean(name, params)}")
     for name, grad in grads.items():
-        param = params[name]
-        if (
-            not isinstance(grad, Tensor)
-            or grad.shape != param.shape
-            or grad.dtype is not param.dtype
-            or grad.device != param.device
-            or not grad.is_floating_point()
-        ):
-            _check_gradient(name, grad, param)
+        _check_gradient(name, grad, params[name])
 
 
 def _check_gradient(name: str, grad: object, param: Tensor) -> None:
@@ -243,17 +235,14 @@ def grouped(
 ) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
     """The options of each group with the names it holds, then the defaults with the rest."""
     given = frozenset(grads)
-    if not groups:
-        # Nobody is asked about each of them.
-        if given:
-            yield {}, [name for name in params if name in given]
-        return
-    members: list[list[str]] = [[] for _ in range(len(groups) + 1)]
-    for name, tensor in params.items():
-        if name in given:
-            at = next((i for i, g in enumerate(groups) if g.where(name, tensor)), len(groups))
-            members[at].append(name)
-    every: list[Mapping[str, Any]] = [*(g.options for g in groups), {}]
-    for options, names in zip(every, members, strict=True):
+    rest = [name for name in params if name in given]
+    found: list[tuple[Mapping[str, Any], list[str]]] = []
+    for each in groups:
+        own = [name for name in rest if each.where(name, params[name])]
+        held = frozenset(own)
+        rest = [name for name in rest if name not in held]
+        found.append((each.options, own))
+    found.append(({}, rest))
+    for options, names in found:
         if names:
             yield options, names
