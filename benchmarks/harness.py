@@ -151,11 +151,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def written(
-    options: argparse.Namespace, title: str, results: Mapping[str, Sequence[Result]]
+    options: argparse.Namespace,
+    title: str,
+    results: Mapping[str, Any],
+    picture: Callable[[], str] | None = None,
 ) -> None:
-    """All results as JSON, with the machine, and a picture of the medians, where asked for."""
+    """All results as JSON, with the machine, and a picture, where asked for.
+
+    By default of bars, the medians of each kind's results.
+    """
     if options.json is not None:
         found = {"title": title, "machine": machine(), "results": results}
         options.json.write_text(json.dumps(found, indent=1))
     if options.picture is not None:
-        options.picture.write_text(bars(title, results, "functrain"))
+        drawn = bars(title, results, "functrain") if picture is None else picture()
+        options.picture.write_text(drawn)

@@ -7,13 +7,14 @@ vocabulary of 4,096, AdamW, clipping, donated. Each point is a process of its ow
 turns, and the exponent is the slope of a line through the logarithms: 1 is linear growth. The
 params grow by width, and the tensors by layers of a width so small that they are little else. More
 micro-batches are of one sequence each, of a batch that grows with them: time should be linear, and
-memory not grow at all.
+memory not grow at all. `--picture` draws the curves, a panel for each dimension; `--json` has all
+results of all points.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ import attrs
 import harness
 import torch
 from harness import Clock, Result
+from picture import Growth, growth
 
 
 @attrs.frozen
@@ -83,31 +85,41 @@ def step_of(point: Point, steps: int) -> Result:
     return {**clock.report(losses), "params": size, "tensors": len(state.params)}
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of a least-squares line through the logarithms."""
-    x, y = ([math.log(v) for v in each] for each in (sizes, values))
-    return statistics.linear_regression(x, y).slope
-
-
-def measured(name: str, options: Any) -> list[Result]:
-    """The medians at each point of a dimension."""
+def measured(name: str, options: Any) -> list[list[Result]]:
+    """The results of all rounds at each point of a dimension."""
     kinds = [f"{name} {index}" for index in range(len(DIMENSIONS[name][1]))]
     arguments = ["--steps", str(options.steps)]
     results = harness.interleaved(__file__, kinds, options.rounds, arguments, options.threads)
-    return [
-        {
-            key: statistics.median(result[key] for result in found)
-            for key in ("cpu", "megabytes", "params", "tensors")
-        }
-        for found in results.values()
+    return list(results.values())
+
+
+def grown(name: str, found: Sequence[Sequence[Result]]) -> Growth:
+    """The medians at each size of a dimension."""
+    field, points = DIMENSIONS[name]
+    sizes = (
+        [rounds[0][name] for rounds in found]
+        if name in ("params", "tensors")
+        else [getattr(point, field) for point in points]
+    )
+    cpu, megabytes = (
+        [statistics.median(result[key] for result in rounds) for rounds in found]
+        for key in ("cpu", "megabytes")
+    )
+    return Growth(
+        name=name,
+        sizes=sizes,
+        milliseconds=[seconds * 1e3 for seconds in cpu],
+        megabytes=[max(each, 1.0) for each in megabytes],
+    )
+
+
+def reported(curve: Growth, found: Sequence[Sequence[Result]]) -> Result:
+    """A dimension for the JSON: sizes, medians and exponents, and each point with its rounds."""
+    points = [
+        {**attrs.asdict(point), "rounds": rounds}
+        for point, rounds in zip(DIMENSIONS[curve.name][1], found, strict=True)
     ]
-
-
-def sizes_of(name: str, points: Sequence[Point], found: Sequence[Result]) -> list[float]:
-    """What a dimension is measured in."""
-    if name in ("params", "tensors"):
-        return [result[name] for result in found]
-    return [getattr(point, DIMENSIONS[name][0]) for point in points]
+    return {**attrs.asdict(curve), "exponents": curve.exponents, "points": points}
 
 
 def main() -> None:
@@ -119,22 +131,25 @@ def main() -> None:
         name, _, index = options.child.rpartition(" ")
         print(json.dumps(step_of(DIMENSIONS[name][1][int(index)], options.steps)))
         return
-    every: dict[str, list[Result]] = {}
+    every: list[Growth] = []
+    results: dict[str, Result] = {}
     print("| | sizes | CPU ms | exponent | MB above the model | exponent |")
     print("|---|---|---|--:|---|--:|")
     for name in options.dimensions.split(","):
-        found = every[name] = measured(name, options)
-        sizes = sizes_of(name, DIMENSIONS[name][1], found)
-        times = [result["cpu"] * 1e3 for result in found]
-        memory = [max(result["megabytes"], 1.0) for result in found]
-        rows = (", ".join(f"{v:,.0f}" for v in values) for values in (sizes, times, memory))
-        shown, milliseconds, megabytes = rows
+        found = measured(name, options)
+        curve = grown(name, found)
+        every.append(curve)
+        results[name] = reported(curve, found)
+        shown = (curve.sizes, curve.milliseconds, curve.megabytes)
+        sizes, times, memory = (", ".join(f"{v:,.0f}" for v in values) for values in shown)
+        powers = curve.exponents
         print(
-            f"| {name} | {shown} | {milliseconds} | {exponent(sizes, times):.2f} | {megabytes} | "
-            f"{exponent(sizes, memory):.2f} |",
+            f"| {name} | {sizes} | {times} | {powers['time']:.2f} | {memory} | "
+            f"{powers['memory']:.2f} |",
             flush=True,
         )
-    harness.written(options, "scaling", every)
+    title = "How a step grows: CPU time and memory, on logarithmic axes"
+    harness.written(options, title, results, functools.partial(growth, title, every))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Within `checkpointed` the activations inside of the chosen modules are not kept for the backward
 pass, which computes them again: less memory, up to a third more compute, and the same bits, since
-dropout drops the same the second time.
+dropout drops the same the second time, and so does what draws from Python's `random` or NumPy. A
+module that writes to its buffers would compute something else the second time, and is refused.
 """
 
 from __future__ import annotations
@@ -10,16 +11,31 @@ from __future__ import annotations
 import functools
 import re
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from functrain.errors import ConfigError, did_you_mean
+from functrain import keys
+from functrain.errors import ArchitectureError, ConfigError, did_you_mean
+
+_again: ContextVar[bool] = ContextVar("again", default=False)
+
+
+def recomputing() -> bool:
+    """Whether a forward is run for the second time, in the backward pass."""
+    return _again.get()
+
+
+_Table = dict[str, Tensor | None]
+# Where the buffers of a recomputed module are: to look for them at every call would take 14 µs.
+_tables: weakref.WeakKeyDictionary[nn.Module, list[_Table]] = weakref.WeakKeyDictionary()
 
 
 def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -108,6 +124,10 @@ def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> I
 
     Enter it inside `functrain.bound`, and take the gradient inside. A model's cache of keys and
     values is off (`config.use_cache`): it would be added to a second time.
+
+    The backward pass raises `ArchitectureError` where a module's buffers have been written to since
+    its forward. Of what else a forward may change nothing is known here: attributes that are no
+    tensors, say, and what is written without a new version, as `F.batch_norm` writes.
     """
     caching = _caching(architecture) if modules else []
     before = {name: vars(module).get("forward") for name, module in modules.items()}
@@ -116,11 +136,12 @@ def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> I
             config.use_cache = False
         for name, module in modules.items():
             own = before[name]
+            _tables[module] = [each._buffers for each in module.modules() if each._buffers]
             # A module's own setattr would look for parameters first.
             vars(module)["forward"] = (
                 types.MethodType(_recomputed, module)
                 if own is None
-                else functools.partial(_checkpointed, own)
+                else functools.partial(_checkpointed, module, own)
             )
         yield
     finally:
@@ -143,10 +164,53 @@ def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
 
-    return _checkpointed(forward, *args, **kwargs)
+    return _checkpointed(module, forward, *args, **kwargs)
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    first: list[tuple[keys.Place, list[_Buffer]]] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # What draws or writes is not compiled with its checkpoint: it comes here uncompiled.
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        if not first:
+            first.append((keys.place(), _buffers(module)))
+            return forward(*args, **kwargs)
+        begun, buffers = first[0]
+        _refuse_written(module, buffers)
+        token = _again.set(True)
+        try:
+            with keys.again(begun):
+                return forward(*args, **kwargs)
+        finally:
+            _again.reset(token)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+_Buffer = tuple[_Table, str, Tensor | None, int]
+
+
+def _buffers(module: nn.Module) -> list[_Buffer]:
+    """Where each buffer is, and at which version."""
+    return [
+        (table, key, value, 0 if value is None else value._version)
+        for table in _tables[module]
+        for key, value in table.items()
+    ]
+
+
+def _refuse_written(module: nn.Module, before: Sequence[_Buffer]) -> None:
+    for table, key, value, version in before:
+        if table.get(key) is value and (value is None or value._version == version):
+            continue
+        name = next(n for n, each in module.named_modules() if each._buffers is table)
+        raise ArchitectureError(
+            f"checkpoint: the buffer {f'{name}.{key}' if name else key} of a "
+            f"{type(module).__name__} has been written to since its forward, which is run again "
+            "for the backward pass and would find another value; name modules that write to no "
+            "buffers, or leave checkpoint out"
+        )

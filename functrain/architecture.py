@@ -21,6 +21,7 @@ import attrs
 import orjson
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from functrain.errors import ArchitectureError, StateError, did_you_mean
 from functrain.trees import Tensors, digest, is_sharded, owning
@@ -74,8 +75,8 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     tensors (not copies) by their own names. A tied parameter has one name, its first; buffers
     that are not persistent are kept, since the forward needs them.
 
-    Raises `ArchitectureError` for a module on the meta device, and for one whose parameters share
-    storage without being the same parameter.
+    Raises `ArchitectureError` for a module on the meta device, for one whose parameters share
+    storage without being the same parameter, and for a buffer over a parameter's memory.
     """
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})
@@ -97,6 +98,7 @@ def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Put the slots of a module on the meta device; what was in them, as `values_of`."""
     params, buffers = values_of(module)
     _refuse_shared(params)
+    _refuse_shared_buffers(params, buffers)
     places = slots(module)
     for name, tensor in params.items():
         empty = nn.Parameter(
@@ -220,15 +222,52 @@ def _refuse_shared(params: Mapping[str, Tensor]) -> None:
     for name, tensor in params.items():
         if not tensor.numel():
             continue
-        storage = tensor.untyped_storage()
-        # Without memory (`functrain.deferred`) it is told by the storage itself.
-        where = (tensor.data_ptr(), storage.data_ptr() or storage._cdata)
+        where = (tensor.data_ptr(), _storage(tensor))
         other = seen.setdefault(where, name)
         if other != name:
             raise ArchitectureError(
                 f"{name} and {other} are different parameters over the same storage; tie them by "
                 "assigning the same nn.Parameter to both, or clone one"
             )
+
+
+def _refuse_shared_buffers(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """A step's params are other tensors, beside which such a buffer would keep the old values."""
+    plain = {n: b for n, b in buffers.items() if b.numel() and _has_storage(b)}
+    if not plain:
+        return
+    beside: dict[int, list[str]] = {}
+    for name, param in params.items():
+        if param.numel():
+            beside.setdefault(_storage(param), []).append(name)
+    for name, buffer in plain.items():
+        begin, end = _extent(buffer)
+        for other in beside.get(_storage(buffer), ()):
+            first, last = _extent(params[other])
+            if begin < last and first < end:
+                raise ArchitectureError(
+                    f"{name} is a buffer over the memory of the parameter {other}, and would keep "
+                    "the old values when that is trained; use the parameter itself in the forward, "
+                    "or register a clone of it"
+                )
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+
+
+def _storage(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    # Without memory (`functrain.deferred`) it is told by the storage itself.
+    return storage.data_ptr() or storage._cdata
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage from the first of a tensor to behind its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    begin = int(tensor.storage_offset())
+    end = begin + sum((size - 1) * stride for size, stride in steps) + 1
+    return begin * tensor.itemsize, end * tensor.itemsize
 
 
 def check_names(

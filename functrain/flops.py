@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 
+from functrain import activations
 from functrain.architecture import bound
 from functrain.gradients import Batches
 from functrain.objectives.head import find_head
@@ -13,22 +15,25 @@ from functrain.state import TrainState
 from functrain.steps import Step
 
 
-def flops_of(step: Step, state: TrainState, batch: Batches) -> int:
+def flops_of(step: Step, state: TrainState, batch: Batches, *, recomputed: bool = True) -> int:
     """How many floating-point operations one step on this batch takes, counted by PyTorch.
 
-    Forward and backward as they are run: matrix products, attention and convolutions, a
-    multiplication and an addition being two; what is recomputed (checkpointing, a head by chunks)
-    and a reference's forward count too. The gradient is computed once for it, and nothing is
-    changed. Over the seconds of a step and the machine's peak it is the utilisation (HFU; MFU
-    where nothing is recomputed; PaLM, 2204.02311, appendix B).
+    Forward and backward: matrix products, attention and convolutions, a multiplication and an
+    addition being two; a reference's forward too. What checkpointing computes again counts where it
+    is `recomputed`; what a head by chunks makes twice counts twice. A compiled step is counted
+    uncompiled. The gradient is computed once for it, and nothing is changed. Over the seconds of a
+    step and the machine's peak it is the utilisation of the hardware (HFU), or, without what is
+    recomputed, of the model (MFU; PaLM, 2204.02311, appendix B).
 
     Raises what the step would raise for this state and batch.
     """
+    # The counter is a dispatch mode, under which nothing can be compiled.
+    step = attrs.evolve(step, compile=False)
     step.check(state)
     values, places = step.value_and_grad.values(state.params), step.value_and_grad.places
     with bound(step.architecture, values, state.buffers, places=places) as model:
         find_head(model)  # which calls the model the first time
-    with counter() as counted:
+    with counter(recomputed=recomputed) as counted:
         step.gradient(
             state.params,
             state.buffers,
@@ -40,11 +45,19 @@ def flops_of(step: Step, state: TrainState, batch: Batches) -> int:
     return int(counted.get_total_flops())
 
 
-def counter() -> Any:
+def counter(*, recomputed: bool = True) -> Any:
     """PyTorch's counter, a context, with what it does not know of."""
     from torch.utils.flop_counter import FlopCounterMode  # takes a while to import
 
-    return FlopCounterMode(display=False, custom_mapping=_unknown())
+    class Counter(FlopCounterMode):
+        """Which may leave out what checkpointing runs again."""
+
+        def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+            if not recomputed and activations.recomputing():
+                return out
+            return super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
+
+    return Counter(display=False, custom_mapping=_unknown())
 
 
 def _unknown() -> dict[Any, Any]:

@@ -23,8 +23,9 @@ from functrain.architecture import (
     vocabulary_of,
 )
 from functrain.errors import BatchError, ConfigError
+from functrain.forward import OwnBuffers, forward_buffers, forward_values
 from functrain.metrics import Metrics
-from functrain.objectives.base import Coupled, Direct, Objective
+from functrain.objectives.base import Coupled, Objective, is_direct
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
@@ -123,8 +124,7 @@ class ValueAndGrad:
 
     @direct.default
     def _direct(self) -> bool:
-        direct = isinstance(self.objective, Direct) and self.objective.direct
-        return direct and self.shards is None
+        return self.shards is None and is_direct(self.objective)
 
     def bound(
         self, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], mode: Mode
@@ -201,13 +201,11 @@ class ValueAndGrad:
         total = GradientSum(leaves, params, tree=part.tree)
         factor = scale_loss(weight.double().reciprocal(), scaler)
         measured_all: list[Metrics] = []
-        # Clones, because a module may update its buffers in place (BatchNorm does).
-        bound_values = self.buffer_values(buffers)
-        written = {name: (id(value), value._version) for name, value in bound_values.items()}
+        own = OwnBuffers.of(buffers, self.places, self.precision)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            self._bound(leaves, bound_values, total) as model,
+            self._bound(leaves, own.values, total) as model,
             activations.checkpointed(model, self.checkpointed),
             self._compiled(model),
             accumulators.accumulating(
@@ -231,19 +229,17 @@ class ValueAndGrad:
                     total.add()
                     measured_all.append(measured)
             after = bound_buffers(self.places)
-        grads = total.grads()
-        left = Tensors({n: self._left(buffers[n], b, written[n]) for n, b in after.items()})
+        grads, left = total.grads(), own.left(after)
         if part.workers is None:
             metrics = merged(measured_all, tree=part.tree)
             return Gradients(grads=grads, buffers=left, metrics=metrics)
-        moved = self._moved(buffers, after, written)
         trained = {n: params[n] for n in self.places.trainable}
         found, metrics = part.workers.reduced(
             dict(grads),
             total.reached(grads),
             measured_all,
             trained,
-            moved,
+            own.moved(after),
             tree=part.tree,
             beside=beside,
         )
@@ -256,38 +252,12 @@ class ValueAndGrad:
         like = {name: params[name] for name in reversed(self.order)}
         return part.workers.beside(like, tree=part.tree)
 
-    def _moved(
-        self,
-        given: Mapping[str, Tensor],
-        after: Mapping[str, Tensor],
-        written: Mapping[str, tuple[int, int]],
-    ) -> list[str]:
-        """The buffers that the forward has written to."""
-        return [
-            name
-            for name, buffer in after.items()
-            if (id(buffer), buffer._version) != written[name]
-            # BatchNorm's kernel writes without moving the version.
-            or (buffer.device.type == "cpu" and not buffer.to(given[name]).equal(given[name]))
-        ]
-
     def _compiled(self, model: nn.Module) -> AbstractContextManager[None]:
         """The bound model with its body compiled, where that was asked for."""
         if not self.compile:
             return nullcontext()
         head = find_head(model)
         return compilation.compiled(model, head.projection if isinstance(head, Head) else None)
-
-    @staticmethod
-    def _left(given: Tensor, after: Tensor, before: tuple[int, int]) -> Tensor:
-        """A buffer after the forward, in the dtype that it was given in.
-
-        One that was cast and not written to is the given one, unrounded. Where nothing was cast
-        every buffer is taken: BatchNorm's kernel writes without moving the version.
-        """
-        if after.dtype != given.dtype and before == (id(after), after._version):
-            return given
-        return after.detach().to(given.dtype)
 
     def couplings(
         self,
@@ -386,26 +356,6 @@ class ValueAndGrad:
         for name in self.places.trainable & leaves.keys():
             leaves[name].requires_grad_()
         return leaves
-
-
-def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
-    """What the forward sees: private values, which share the params' memory or are casts."""
-    kept = places.statistical
-    return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
-
-
-def forward_buffers(
-    buffers: Mapping[str, Tensor], places: Slots, precision: Precision
-) -> dict[str, Tensor]:
-    """What the forward sees of the buffers: clones, which a module may update in place.
-
-    Where params are cast, so are the buffers that a checkpoint of the module holds; statistics
-    (BatchNorm's) and what the module computes for itself (RoPE's frequencies) stay.
-    """
-    return {
-        name: buffer.clone() if name in places.uncast else precision.leaf(buffer).clone()
-        for name, buffer in buffers.items()
-    }
 
 
 @contextmanager
@@ -541,6 +491,11 @@ def accumulate(
     """
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise ConfigError(f"microbatches: {microbatches!r}, expected an integer of at least 1")
+    if not isinstance(gradient, ValueAndGrad) and (tree or workers is not None):
+        raise ConfigError(
+            f"gradient: {type(gradient).__name__} is none of functrain.value_and_grad, so it can "
+            "neither be summed as a tree nor shared out to workers; leave tree and workers out"
+        )
     if workers is not None and microbatches % workers.size:
         raise ConfigError(
             f"microbatches: {microbatches} cannot be shared out to {workers.size} workers; it "

@@ -13,6 +13,7 @@ import attrs
 
 from functrain.agreement import described
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
+from functrain.data.prefetch import Prefetched
 from functrain.data.source import Source
 from functrain.data.streams import Stream
 from functrain.distributed import ALONE, World
@@ -131,12 +132,33 @@ def world_of(step: Step) -> World:
     return ALONE if step.world is None else step.world
 
 
+@attrs.frozen
+class _Reading:
+    """How a worker reads its part of a batch; see `World.read`."""
+
+    world: World = attrs.field(eq=id)
+    microbatches: int
+    tree: bool
+    strided: bool
+
+    def __call__(self, source: Source, position: int, n: int) -> Any:
+        return self.world.read(
+            source,
+            position,
+            n,
+            microbatches=self.microbatches,
+            tree=self.tree,
+            strided=self.strided,
+        )
+
+
 def read(step: Step, source: Source, position: int, n: int) -> Any:
     """What this worker reads of the `n` samples at a position; see `World.read`."""
     tree = step.reduction == "canonical"
-    return world_of(step).read(
-        source, position, n, microbatches=step.microbatches, tree=tree, strided=step.sharded
-    )
+    reading = _Reading(world_of(step), step.microbatches, tree, step.sharded)
+    if isinstance(source, Prefetched):
+        return source.read(reading, position, n)
+    return reading(source, position, n)
 
 
 def agree_on(step: Step, state: TrainState, source: Source, facts: Mapping[str, str]) -> None:

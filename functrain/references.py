@@ -27,7 +27,7 @@ from functrain.architecture import (
 )
 from functrain.data.source import Source
 from functrain.errors import BatchError, DataError, boolean
-from functrain.gradients import forward_buffers, forward_values
+from functrain.forward import forward_buffers, forward_values
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.layouts import LayoutName, check_layout, laid_out, layout_name
 from functrain.objectives.logprobs import HeadMode, head_mode
@@ -83,8 +83,8 @@ class AttachReference:
         with (
             torch.no_grad(),
             torch.inference_mode(False),
-            keys.seeded(0, device),
             bound(self.architecture, values, buffers, "eval", places=places) as model,
+            keys.seeded(0, device),
             torch.autocast(device.type, enabled=False),
             self.precision.context(device),
         ):

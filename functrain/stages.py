@@ -40,6 +40,7 @@ class StepOptions(TypedDict, total=False):
     checkpoint: str | Sequence[str] | None
     reduction: Reduction
     world: World | None
+    sharded: bool
 
 
 def make_step(

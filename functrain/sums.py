@@ -96,6 +96,8 @@ class GradientSum:
 
     def _ended(self, beside: Beside, name: str, begun: bool, leaf: Tensor) -> None:
         """`begun`: whether there was a sum before, to whose memory autograd has added."""
+        if name in self._direct:  # since this pass: `grads` adds the two
+            return
         grad = self._taken(name, leaf)
         if grad is None:
             grad = self._wide.pop(name)
@@ -142,7 +144,6 @@ class GradientSum:
         elif not self._ending:
             self._tree.push(dict(self._summed()), self._added)
             self._wide.clear()
-            self._direct.clear()
             for leaf in self._leaves.values():
                 leaf.grad = None
 

@@ -210,6 +210,8 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
     """A step and its first state, of the options of a test."""
     if options.get("chunks"):
         chunks.BUDGET, accumulators.TABLE = 64, 64
+    if options.get("tables"):
+        accumulators.TABLE = 0
     exchange.BUCKET = options.get("bucket", exchange.BUCKET)
     exchange.ALONE = options.get("alone", exchange.ALONE)
     with keys.seeded(3 + options.get("seed", 0)):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrain as ft
 from functrain import accumulators
-from functrain.gradients import value_and_grad
+from functrain.gradients import Gradients, value_and_grad
 from functrain.metrics import Metrics
 from functrain.objectives import chunks
 from functrain.objectives.language import LanguageModeling
@@ -58,7 +58,9 @@ class Scaled(nn.Embedding):
 
 @attrs.frozen(kw_only=True)
 class Doubled(LanguageModeling):
-    """An objective whose loss is not the sum as it is."""
+    """An objective whose loss is not the sum as it is, though it says so."""
+
+    direct = True
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
         total, measured = super().__call__(model, batch)
@@ -70,9 +72,9 @@ def _model(embedding: type[nn.Embedding] = nn.Embedding, **options: Any) -> nn.M
         return Model(embedding(zoo.VOCABULARY, 8, **options)).double()
 
 
-def _grads(
+def _found(
     objective: Any, module: nn.Module, batches: list[Any], *, table: int, head: str = "auto"
-) -> dict[str, Tensor]:
+) -> Gradients:
     """The gradients over micro-batches, with tables from so many bytes on summed directly."""
     if head != "auto":
         objective = attrs.evolve(objective, head=head)
@@ -82,7 +84,11 @@ def _grads(
         found = value_and_grad(objective, architecture)(params, buffers, batches, key=3)
     assert accumulators.current() is None
     assert not any(m._forward_hooks for m in architecture.modules() if type(m) is not nn.Embedding)
-    return dict(found.grads)
+    return found
+
+
+def _grads(*given: Any, **options: Any) -> dict[str, Tensor]:
+    return dict(_found(*given, **options).grads)
 
 
 def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -111,14 +117,20 @@ def _case(stage: str, seed: int, params: Any) -> tuple[Any, list[Any]]:
 
 @pytest.mark.parametrize("stage", ["pretrain", "dpo", "kto"])
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
 @given(seed=st.integers(0, 1000))
-def test_the_gradients_are_those_of_dense_ones(stage: str, tied: bool, seed: int) -> None:
-    module = zoo.decoder(tied=tied).double()
+def test_loss_and_gradients_are_those_of_dense_ones(
+    stage: str, tied: bool, biased: bool, seed: int
+) -> None:
+    module = zoo.decoder(tied=tied, biased=biased).double()
     params = {name: value.detach() for name, value in module.named_parameters()}
     objective, batches = _case(stage, seed, params)
-    ours = _grads(objective, module, batches, table=0)
-    again = zoo.decoder(tied=tied).double()
-    _same(ours, _grads(objective, again, batches, table=NEVER, head="full"))
+    ours = _found(objective, module, batches, table=0)
+    again = zoo.decoder(tied=tied, biased=biased).double()
+    theirs = _found(objective, again, batches, table=NEVER, head="full")
+    assert ("lm_head.bias" in ours.grads) is biased
+    _same(dict(ours.grads), dict(theirs.grads))
+    torch.testing.assert_close(ours.metrics["loss"], theirs.metrics["loss"], rtol=1e-11, atol=1e-13)
 
 
 EMBEDDINGS: dict[str, Any] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -201,3 +204,136 @@ def test_modules_that_cannot_be_are_refused() -> None:
         activations.matching(theirs, [BLOCKS])
     with pytest.raises(ft.ConfigError, match=r"Decoder has its own turned on"):
         activations.matching(zoo.decoder(checkpointing=True), [BLOCKS])
+
+
+class Drawing(nn.Module):
+    """A block whose scale is drawn."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * (1 + self.draw())).sin()
+
+
+class Blocks(zoo.Tied):
+    """With blocks in the place of its mixing."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.mix = nn.Sequential(*[make() for _ in range(3)])  # type: ignore[assignment]
+
+
+def _gradients(make: Callable[[], nn.Module], checkpoint: str | None, **options: Any) -> Any:
+    with keys.seeded(3):
+        architecture, params, buffers = ft.split(Blocks(make))
+    step = ft.pretrain_step(
+        architecture, ft.optim.adamw(), microbatches=2, checkpoint=checkpoint, **options
+    )
+    return step.gradient(params, buffers, zoo.batch(), key=3)
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "random": random.random,
+    "gauss": lambda: random.gauss(0, 1),
+    "numpy": np.random.rand,
+    "normal": np.random.randn,  # every second leaves the generator where it is
+    "torch": lambda: float(torch.rand(())),
+    "all": lambda: random.random() + np.random.rand() + np.random.randn() + float(torch.rand(())),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("pattern", ["mix.*", "mix.1"])
+def test_what_is_recomputed_draws_the_same(name: str, pattern: str) -> None:
+    """From whichever generator; the blocks that are not recomputed draw from it too."""
+    ours, theirs = (_gradients(lambda: Drawing(DRAWS[name]), each) for each in (pattern, None))
+    assert ours.metrics.to_dict() == theirs.metrics.to_dict()
+    assert all(torch.equal(ours.grads[name], grad) for name, grad in theirs.grads.items())
+
+
+class Counting(nn.Module):
+    """A block that counts its calls in a buffer, and computes with the count."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.inner = nn.Module()
+        for module in (self, self.inner):
+            module.register_buffer("calls", torch.ones(()))
+            module.register_buffer("none", None)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x) * (self.calls + self.inner.calls).clone()  # type: ignore[operator]
+        if self.how == "in place":
+            self.calls += 1
+        elif self.how == "anew":
+            self.calls = self.calls + 1
+        elif self.how == "within":
+            self.inner.calls += 1  # type: ignore[operator]
+        elif self.how == "first":
+            self.none = torch.ones(())
+        return x.sin()
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("in place", "calls"), ("anew", "calls"), ("within", "inner.calls"), ("first", "none")],
+)
+def test_a_buffer_that_a_second_forward_would_find_changed_is_refused(how: str, name: str) -> None:
+    message = f"checkpoint: the buffer {name} of a Counting has been written to since its forward"
+    with pytest.raises(ft.ArchitectureError, match=message):
+        _gradients(lambda: Counting(how), "mix.1")
+    assert _gradients(lambda: Counting(how), None).grads
+    # The linear layers in them write nowhere.
+    ours, theirs = (_gradients(lambda: Counting(how), each) for each in ("mix.*.linear", None))
+    assert all(torch.equal(ours.grads[name], grad) for name, grad in theirs.grads.items())
+
+
+class Outside(Blocks):
+    """Counts the calls of its blocks itself, before them or behind."""
+
+    def __init__(self, behind: bool) -> None:
+        super().__init__(lambda: Counting("nowhere"))
+        self.behind = behind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.behind:
+            self.mix[1].calls += 1  # type: ignore[index, operator]
+        returned = super().forward(*args, **kwargs)
+        if self.behind:
+            self.mix[1].calls += 1  # type: ignore[index, operator]
+        return returned
+
+
+def test_what_the_model_writes_to_a_blocks_buffer_matters_where_the_block_comes_between() -> None:
+    found = []
+    for checkpoint in ("mix.*", None):
+        with keys.seeded(3):
+            architecture, params, buffers = ft.split(Outside(behind=False))
+        step = ft.pretrain_step(
+            architecture, ft.optim.adamw(), microbatches=2, checkpoint=checkpoint
+        )
+        found.append(step.gradient(params, buffers, zoo.batch()))
+    ours, theirs = found
+    assert float(ours.buffers["mix.1.calls"]) == 3
+    assert all(torch.equal(ours.grads[name], grad) for name, grad in theirs.grads.items())
+    architecture, params, buffers = ft.split(Outside(behind=True))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), checkpoint="mix.*")
+    with pytest.raises(ft.ArchitectureError, match="the buffer calls of a Counting"):
+        step.gradient(params, buffers, zoo.batch())
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # what dynamo does not trace it says in many
+def test_compiled_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What draws or writes is not compiled with its checkpoint, but run as it is."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    ours = _gradients(lambda: Drawing(lambda: random.random()), "mix.*", compile=True)
+    theirs = _gradients(lambda: Drawing(lambda: random.random()), None)
+    for name, grad in theirs.grads.items():
+        torch.testing.assert_close(ours.grads[name], grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ft.ArchitectureError, match="the buffer calls of a Counting"):
+        _gradients(lambda: Counting("in place"), "mix.*", compile=True)

@@ -154,6 +154,29 @@ def test_parts_of_one_flat_storage_are_not_refused() -> None:
     assert list(ft.split(module)[1]) == ["0.weight", "1.weight"]
 
 
+@pytest.mark.parametrize("part", [slice(None), slice(1, 2), slice(1, None)])
+def test_a_buffer_over_a_parameters_memory_is_refused(part: slice) -> None:
+    """Whole or in part: after a step it would have the old values."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].register_buffer("shown", module[0].weight.detach()[part].t())
+    message = r"1.shown is a buffer over the memory of the parameter 0.weight, .*; use the param"
+    with pytest.raises(ArchitectureError, match=message):
+        ft.split(module)
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    module[1].shown = module[1].shown.clone()
+    assert list(ft.split(module)[2]) == ["1.shown"]
+
+
+def test_a_buffer_beside_a_parameter_or_without_memory_is_not_refused() -> None:
+    flat = torch.randn(10)
+    module = nn.Linear(2, 3, bias=False)
+    module.weight = nn.Parameter(flat[:6].view(3, 2))
+    module.register_buffer("after", flat[6:])
+    module.register_buffer("empty", flat[2:2])
+    module.register_buffer("sparse", torch.eye(3).to_sparse())
+    assert list(ft.split(module)[2]) == ["after", "empty", "sparse"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

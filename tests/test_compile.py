@@ -39,7 +39,11 @@ def _without_code(monkeypatch: pytest.MonkeyPatch) -> None:
 def announced(caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
     """The shapes that were compiled, as the log names them."""
     with caplog.at_level(logging.INFO, "functrain"):
-        yield lambda: [r.getMessage() for r in caplog.records if r.name == "functrain"]
+        yield lambda: [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "functrain" and record.msg.startswith("compile: ")
+        ]
 
 
 def _llama() -> nn.Module:

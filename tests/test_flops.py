@@ -50,6 +50,18 @@ def test_a_head_by_chunks_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None
     assert whole - chunked == 6 * ROWS * 40 * 16
 
 
+def test_what_is_recomputed_counts_where_it_is_asked_for() -> None:
+    plain, state = _step(2)
+    recomputing, _ = _step(2, checkpoint="model.layers.*")
+    alone = ft.flops_of(plain, state, _batch())
+    assert ft.flops_of(plain, state, _batch(), recomputed=False) == alone
+    assert ft.flops_of(recomputing, state, _batch(), recomputed=False) == alone
+    # Of each block all but its last product, which nothing in its backward pass asks for.
+    weights, attention = 4 * 16 * 16 + 2 * 16 * 32, 2 * 2 * ROWS * TIME * TIME * 16
+    again = 2 * (2 * ROWS * TIME * weights + attention)
+    assert ft.flops_of(recomputing, state, _batch()) == alone + again
+
+
 def test_bad_input_is_the_steps() -> None:
     step, state = _step(1)
     with pytest.raises(ft.BatchError, match="labels: missing"):

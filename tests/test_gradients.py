@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 import functrain as ft
+from functrain import accumulators, keys
 from functrain import architecture as binding
-from functrain import keys
 from functrain.errors import BatchError, ConfigError
+from functrain.forward import OwnBuffers
 from functrain.gradients import Gradients
+from functrain.objectives import chunks
 from functrain.objectives.language import LanguageModeling
+from functrain.precision import policy
 from functrain.trees import Tensors, digest, global_norm
 
 EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
@@ -103,6 +106,67 @@ def test_a_number_of_micro_batches_is_a_positive_integer(count: Any) -> None:
     gradient = ft.value_and_grad(LanguageModeling(), zoo.split("tied")[0])
     with pytest.raises(ConfigError, match="microbatches"):
         ft.accumulate(gradient, count)
+
+
+def test_a_gradient_function_of_ones_own_has_no_workers_and_no_tree() -> None:
+    def own(params: Any, buffers: Any, batch: Any, **_: Any) -> Gradients:
+        return Gradients(grads=Tensors(params), buffers=Tensors(buffers), metrics=ft.Metrics({}))
+
+    ft.accumulate(own, 2)
+    with pytest.raises(ConfigError, match=r"gradient: function is none of .*value_and_grad"):
+        ft.accumulate(own, 2, tree=True)
+
+
+class MetricsAlone(LanguageModeling):
+    """Another loss, of whole logits; the metrics are its parent's."""
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        total, metrics = super().__call__(model, batch)
+        return 0.5 * _summed_loss(model, batch) + 0.25 * total, metrics
+
+
+class Bare(LanguageModeling):
+    """The same, with logits as they are."""
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        total, metrics = super().__call__(model, batch)
+        return 0.75 * total, metrics
+
+
+def test_a_subclass_with_another_loss_has_the_gradient_of_that_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its parent's says of its own loss alone that gradients may be summed where they are made."""
+    monkeypatch.setattr(chunks, "BUDGET", 0)
+    monkeypatch.setattr(accumulators, "TABLE", 0)
+    architecture, params, buffers = ft.split(zoo.decoder(dropout=0.0).double())
+    found = []
+    for objective in (MetricsAlone(), Bare(head="full")):
+        gradient = ft.value_and_grad(objective, architecture)
+        assert not gradient.direct
+        found.append(gradient(params, buffers, zoo.batch()).grads)
+    assert ft.value_and_grad(LanguageModeling(), architecture).direct
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=1e-10, atol=1e-13)
+
+
+class Offset(nn.Module):
+    """Buffers that bf16 rounds, one of them without a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("offset", torch.tensor([0.1, 0.7, float("nan")]))
+
+
+def test_a_buffer_that_was_rounded_has_not_been_written_to() -> None:
+    architecture, _, buffers = ft.split(Offset())
+    own = OwnBuffers.of(buffers, binding.slots(architecture), policy("bf16_params"))
+    assert own.values["offset"].dtype == torch.bfloat16
+    assert own.moved(own.values) == []
+    assert own.left(own.values)["offset"] is buffers["offset"]
+    own.values["offset"].data[1] = 0.9  # as BatchNorm's kernel writes
+    assert own.moved(own.values) == ["offset"]
 
 
 def test_a_weight_of_the_callers_own_divides_instead() -> None:

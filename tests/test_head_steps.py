@@ -90,19 +90,22 @@ class Capped(nn.Module):
 
 
 def _built(name: str) -> nn.Module:
-    """A model that shows its head: plain, tied, checkpointed, or one that caps its logits."""
+    """A model that shows its head: plain, tied, biased, checkpointed, or with capped logits."""
     if name == "capped":
         return Capped()
-    if name == "decoder":
-        return zoo.decoder(tied=False)
+    if name in ("decoder", "biased", "tied, biased"):
+        return zoo.decoder(tied="tied" in name, biased="biased" in name)
     if name == "tied, checkpointed":
         return zoo.decoder(tied=True, checkpointing=True)
     return _theirs("Gemma2Config" if name == "gemma2" else "LlamaConfig", "checkpointed" in name)
 
 
-NAMES = ["capped", "decoder", "gemma2", "llama", "llama, checkpointed", "tied, checkpointed"]
+SOME_NAMES = ["capped", "tied, checkpointed"]
+BIASED_NAMES = ["biased", "tied, biased"]
+NAMES = [*SOME_NAMES, *BIASED_NAMES, "decoder", "gemma2", "llama", "llama, checkpointed"]
 EVERY = pytest.mark.parametrize("name", NAMES)
-SOME = pytest.mark.parametrize("name", ["capped", "tied, checkpointed"])
+SOME = pytest.mark.parametrize("name", SOME_NAMES)
+SOME_AND_BIASED = pytest.mark.parametrize("name", [*SOME_NAMES, *BIASED_NAMES])
 STAGES = ["pretrain", "sft", "dpo", "dpo mix", "bco", "kto"]
 
 
@@ -188,7 +191,8 @@ class _Projected(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name == "aten::mm" and out.shape[-1] == zoo.VOCABULARY:
+        products = ("aten::mm", "aten::addmm")
+        if func._schema.name in products and out.shape[-1] == zoo.VOCABULARY:
             if kwargs and "out" in kwargs:
                 self.by_chunks += len(out)
             else:
@@ -228,7 +232,7 @@ def test_a_preference_step_projects_each_completion_token_of_policy_and_referenc
     assert (seen.by_chunks, seen.whole) == (3 * targets, 0)
 
 
-@pytest.mark.parametrize("name", ["decoder", "llama, checkpointed"])
+@pytest.mark.parametrize("name", ["decoder", "llama, checkpointed", *BIASED_NAMES])
 @pytest.mark.parametrize("stage", ["dpo", "dpo mix", "bco", "kto"])
 def test_where_log_probs_stay_for_the_backward_pass_it_is_the_same(
     name: str, stage: str, monkeypatch: pytest.MonkeyPatch
@@ -290,7 +294,7 @@ BUDGETS = st.sampled_from([0, 16 * ROW])
 for the backward pass."""
 
 
-@SOME
+@SOME_AND_BIASED
 @given(data=st.data())
 def test_any_partition_gives_the_same_gradient(
     name: str, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
@@ -370,7 +374,7 @@ def test_at_the_reference_the_margin_is_exactly_zero(name: str, precision: str) 
     assert float(metrics["rewards/accuracies"]) == 0.0
 
 
-@SOME
+@SOME_AND_BIASED
 @pytest.mark.parametrize("stage", ["pretrain", "dpo"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16_params"])
 def test_in_half_precision_steps_go_where_whole_logits_go(
@@ -404,7 +408,7 @@ def test_the_loss_scale_is_that_of_whole_logits(name: str, stage: str) -> None:
     assert any(later > earlier for earlier, later in itertools.pairwise(scales))
 
 
-@SOME
+@SOME_AND_BIASED
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_micro_batch_without_a_target_adds_nothing(name: str, precision: str) -> None:
     """None of its rows is projected, and the step is that of the other micro-batch."""

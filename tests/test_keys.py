@@ -109,6 +109,61 @@ def test_an_inner_seed_leaves_the_outer_draws_as_they_are() -> None:
         assert _draws() == expected
 
 
+def _drawn(count: int) -> list[float]:
+    """Python's and NumPy's; each normal number but the first of a pair moves nothing in memory."""
+    draws = (random.random, np.random.rand, lambda: random.gauss(0, 1), np.random.randn)
+    return [float(draw()) for _ in range(count) for draw in draws]
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+@pytest.mark.parametrize("between", [0, 1, 2])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_from_a_place_the_same_is_drawn_again(before: int, between: int, seeded: bool) -> None:
+    """Behind a seed and elsewhere, whatever was drawn since; afterwards all is as it was."""
+    with keys.kept():
+        if seeded:
+            keys.seed(3)
+        _drawn(before)
+        there = keys.place()
+        expected = _drawn(1)
+        _drawn(between)
+        generators = _generators()
+        for _ in range(2):
+            with keys.again(there):
+                assert _drawn(1) == expected
+            assert _generators() == generators
+        with pytest.raises(ZeroDivisionError), keys.again(there):
+            raise ZeroDivisionError
+        assert _generators() == generators
+
+
+def test_a_place_behind_a_seed_is_read_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which costs a fiftieth; where nothing was drawn nothing is set either."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("NumPy's generator was read or set as a whole")
+
+    with keys.seeded(3), monkeypatch.context() as patch:
+        patch.setattr(np.random, "get_state", refuse)
+        patch.setattr(np.random, "set_state", refuse)
+        with keys.again(keys.place()):
+            random.random()
+
+
+def test_a_place_of_another_kind_of_numpys_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose memory is laid out in another way, and is not looked at."""
+    monkeypatch.delattr(keys.ctypes, "string_at")
+    own = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))
+        there = keys.place()
+        expected = _drawn(2)
+        with keys.again(there):
+            assert _drawn(2) == expected
+    finally:
+        np.random.set_bit_generator(own)
+
+
 def test_torchs_own_seed_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.manual_seed` would seed every accelerator of the process as well."""
 

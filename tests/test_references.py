@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,44 @@ def test_a_cache_by_token_is_what_ld_alpha_weighs(tmp_path: Path) -> None:
         file.write(b'{"example":"a","logp":1.0}\n')
     with pytest.raises(ft.DataError, match=r":10: logp is 1.0, expected a list of numbers"):
         ft.ReferenceCache(tmp_path / "c.jsonl", attach)
+
+
+class Impatient:
+    """A lock that fails where two threads wait for each other, instead of waiting on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        assert self._lock.acquire(timeout=20), "two threads wait for each other"
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_reference_is_attached_while_another_thread_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the same architecture, as where batches are prepared ahead: each waits for the other."""
+    monkeypatch.setattr(ft.keys, "_lock", Impatient())
+    architecture, params, buffers, reference = _parts()
+    step = ft.dpo_step(architecture, ft.optim.adamw(1e-2), reference=reference)
+    attach = ft.attach_reference(architecture, reference, buffers)
+    state, batch = step.init(params, buffers), zoo.pairs()
+    done: list[str] = []
+
+    def repeated(name: str, work: Any) -> None:
+        for _ in range(30):
+            work()
+        done.append(name)
+
+    works = {"step": lambda: step(state, batch), "attach": lambda: attach(batch)}
+    threads = [threading.Thread(target=repeated, args=each, daemon=True) for each in works.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert sorted(done) == ["attach", "step"]
 
 
 @pytest.mark.parametrize("what", ["reference", "buffers", "precision"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ import zoo
 import functrain as ft
 from functrain import testing
 from functrain.objectives import LanguageModeling, PreferenceOptimization
+from functrain.stages import PreferenceOptions, StepOptions
 
 
 def _made(name: str = "tied", **options: Any) -> tuple[Any, Any]:
@@ -45,6 +47,21 @@ def test_the_metrics_have_the_names_that_dashboards_know() -> None:
     assert float(metrics["num_tokens"]) == int(targets)
 
 
+def _options(record: type) -> set[str]:
+    fields = attrs.fields(record)
+    return {field.name for field in fields if field.init and not field.name.startswith("_")}
+
+
+def test_type_checkers_know_every_option_of_a_step() -> None:
+    parts = {"objective", "architecture", "optimizer", "schedule"}
+    assert set(StepOptions.__annotations__) == _options(ft.Step) - parts
+
+
+def test_type_checkers_know_every_option_of_a_preference_step() -> None:
+    known = {*inspect.signature(ft.dpo_step).parameters, *PreferenceOptions.__annotations__}
+    assert _options(PreferenceOptimization) - {"name"} <= known
+
+
 def test_learning_rate_and_norm_are_those_of_this_update() -> None:
     step, state = _made(max_grad_norm=0.01)
     for count in range(6):
@@ -54,6 +71,32 @@ def test_learning_rate_and_norm_are_those_of_this_update() -> None:
         assert float(metrics["learning_rate"]) == expected
         norm = ft.trees.global_norm(gradient.grads)
         assert float(metrics["grad_norm"]) == float(norm) > 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a wait is one for CUDA alone")
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_on_cuda_waits_for_nothing(donate: bool) -> None:
+    """Nor does reading what it returns, but for the numbers themselves."""
+    architecture, params, buffers = zoo.split("decoder")
+    step = ft.pretrain_step(
+        architecture,
+        ft.optim.adamw(weight_decay=0.1),
+        schedule=ft.schedules.linear(1e-2, total=20, warmup=4),
+        microbatches=2,
+        max_grad_norm=0.1,
+        donate=donate,
+    )
+    there = ft.trees.Tensors({name: param.cuda() for name, param in params.items()})
+    state = step.init(there, {name: buffer.cuda() for name, buffer in buffers.items()})
+    batch = {key: value.cuda() for key, value in zoo.batch().items()}
+    state, _ = step(state, batch)  # which finds the head, and makes the schedule's table
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            state, metrics = step(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(metrics["loss"]) > 0
 
 
 def test_evolving_a_step_rebuilds_what_depends_on_it() -> None:
@@ -721,6 +764,44 @@ def test_a_donated_step_interrupted_in_the_update_leaves_no_torn_state(
     for read in (lambda: state.params, lambda: list(params.items())):
         with pytest.raises(ft.ConsumedStateError):
             read()
+
+
+def test_a_donated_step_that_fails_after_the_update_leaves_no_torn_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it fails with; what the optimizer refuses, it refuses before it writes."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ft.ConfigError("the guard has no place for it")
+
+    step, state = _made(schedule=1e-2)
+    monkeypatch.setattr(step.__class__, "_counted", fail)
+    with pytest.raises(ft.ConfigError, match="no place"):
+        step(state, zoo.batch(), donate=True)
+    with pytest.raises(ft.ConsumedStateError):
+        len(state.params)
+    step, state = _made(schedule=1e-2)
+    before = ft.fingerprint(state)
+    monkeypatch.setattr(step.optimizer.__class__, "update", fail)
+    with pytest.raises(ft.ConfigError, match="no place"):
+        step(state, zoo.batch(), donate=True)
+    assert ft.fingerprint(state) == before
+
+
+def test_an_optimizer_that_refuses_when_it_has_written_leaves_no_torn_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def late(self: Any, grads: Any, state: Any, params: Any, *_: Any, **__: Any) -> Any:
+        del self, state
+        params[next(iter(grads))].add_(1)
+        raise ft.ConfigError("it keeps text")
+
+    step, state = _made(schedule=1e-2)
+    monkeypatch.setattr(step.optimizer.__class__, "update", late)
+    with pytest.raises(ft.ConfigError, match="it keeps text"):
+        step(state, zoo.batch(), donate=True)
+    with pytest.raises(ft.ConsumedStateError):
+        len(state.params)
 
 
 def _half_an_update(self: Any, grads: Any, state: Any, params: Any, *_: Any, **__: Any) -> Any:

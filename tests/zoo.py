@@ -78,12 +78,15 @@ class Checkpointed(Tied):
         return F.silu(self.mix(hidden.cumsum(1) / 8))
 
 
-def decoder(**options: Any) -> nn.Module:
-    """The built-in decoder, very small."""
+def decoder(*, biased: bool = False, **options: Any) -> nn.Module:
+    """The built-in decoder, very small; with a bias of its head, where it is asked for."""
     from functrain import models
 
     config = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 32, **options}
-    return models.decoder(models.DecoderConfig(vocabulary=VOCABULARY, **config), seed=3)
+    made = models.decoder(models.DecoderConfig(vocabulary=VOCABULARY, **config), seed=3)
+    if biased:
+        made.lm_head.bias = nn.Parameter(torch.linspace(-0.5, 0.5, VOCABULARY))
+    return made
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -38,6 +38,7 @@ from functrain.cli.config import (
 from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
 from functrain.cli.origins import Origin, origin
+from functrain.compilation import LIMIT
 from functrain.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from functrain.data.dialogues import SHAPES
 from functrain.data.pretrained import pretrained_tokenizer
@@ -185,11 +186,21 @@ def _built(config: Config, read: _Read, world: World) -> Built:
 
 
 def _check_positions(config: Config, architecture: nn.Module) -> None:
-    most = models.positions(architecture)
-    if most is not None and config.data.time > most:
+    most, multiple = models.positions(architecture), config.data.pad_to_multiple_of
+    if most is None:
+        return
+    if config.data.time > most:
         raise ConfigError(
             f"data.time: {config.data.time}, and the model has learnt {most} positions; give at "
             "most as many"
+        )
+    widest = -(-config.data.time // multiple) * multiple
+    padded = not isinstance(config, Pretrain) and not config.data.packing
+    if padded and widest > most:
+        raise ConfigError(
+            f"data.pad_to_multiple_of: {multiple} pads rows of data.time {config.data.time} to as "
+            f"many as {widest} tokens, and the model has learnt {most} positions; give a divisor "
+            "of data.time"
         )
 
 
@@ -409,7 +420,8 @@ def _step(config: Config, architecture: nn.Module, params: Tensors, world: World
         "guard": None if deviations is None else SpikeGuard(deviations=deviations),
         "donate": True,
         "compile": train.compile,
-        "checkpoint": train.checkpoint,
+        "checkpoint": train.checkpointed,
+        "head": train.head,
         "reduction": train.reduction,
         "sharded": train.sharded,
         "world": world,
@@ -475,7 +487,24 @@ def sources(config: Config, tokenizer: Tokenizer | None) -> tuple[Source, Source
     train, held_out = _sources(config, tokenizer)
     if config.data.packing and isinstance(train, data.Chats):
         return data.packed(train, time=config.data.time), held_out
+    if config.train.compile and isinstance(train, data.Padded):
+        _check_widths(config, train.widths())
     return train, held_out
+
+
+def _check_widths(config: Config, widths: Sequence[int]) -> None:
+    """Raise `ConfigError` where a step could be compiled too often, before anything is."""
+    if len(widths) <= LIMIT:
+        return
+    multiple = config.data.pad_to_multiple_of
+    while -(-widths[-1] // multiple) > LIMIT:
+        multiple *= 2
+    packing = ", data.packing" if config.stage == "sft" else ""
+    raise ConfigError(
+        f"train.compile: batches of these data can be of {len(widths)} widths ({widths[0]} to "
+        f"{widths[-1]} tokens), each of which is compiled for, and {LIMIT} is the most; give "
+        f"data.pad_to_multiple_of={multiple}{packing}, or leave train.compile out"
+    )
 
 
 def _sources(config: Config, tokenizer: Tokenizer | None) -> tuple[Source, Source | None]:
@@ -569,8 +598,8 @@ def _source(config: Config, found: Sequence[Any], tokenizer: Tokenizer | None) -
         make = data.unpaired
     options: dict[str, Any] = {}
     if not isinstance(config, Pretrain):
-        names = ("truncation", "min_prompt", "group_by_length", "on_bad_record")
-        options = {name: getattr(config.data, name) for name in names}
+        names = ["truncation", "min_prompt", "group_by_length", "pad_to_multiple_of"]
+        options = {name: getattr(config.data, name) for name in [*names, "on_bad_record"]}
     made: Source = make(found, tokenizer, **_rows(config), **options)
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
@@ -31,6 +32,7 @@ from functrain.cli.known import (
     KTO,
     LAYOUTS,
     LIKELIHOODS,
+    MULTIPLE,
     OPTIMIZERS,
     PRECISIONS,
     REQUIRED,
@@ -167,6 +169,9 @@ class Data:
     the run begins, unless given."""
     group_by_length: bool = False
     """Batches of examples of similar lengths: less padding, and a little less random an order."""
+    pad_to_multiple_of: int = attrs.field(default=MULTIPLE, validator=count)
+    """Rows are padded to a multiple of so many tokens; of a larger one there are fewer widths, for
+    each of which train.compile compiles."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The hash of what is trained on; written when the run begins."""
     templated: Annotated[bool | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
@@ -176,6 +181,11 @@ class Data:
         if self.packing and self.group_by_length:
             raise ConfigError(
                 "data.group_by_length: with data.packing all rows are of one length; leave it out"
+            )
+        if self.packing and self.pad_to_multiple_of != MULTIPLE:
+            raise ConfigError(
+                "data.pad_to_multiple_of: with data.packing all rows are of data.time tokens; "
+                "leave it out"
             )
 
 
@@ -198,6 +208,10 @@ class Text(Data):
         if self.group_by_length:
             raise ConfigError(
                 "data.group_by_length: rows of text are all of one length; leave it out"
+            )
+        if self.pad_to_multiple_of != MULTIPLE:
+            raise ConfigError(
+                "data.pad_to_multiple_of: rows of text are all of data.time tokens; leave it out"
             )
 
 
@@ -314,7 +328,13 @@ class Train:
     precision: str = attrs.field(default="fp32", validator=one_of(PRECISIONS))
     """fp32, bf16, fp16 or bf16_params."""
     checkpoint: str | None = attrs.field(default=None, validator=given)
-    """Modules that are recomputed in the backward pass, by name: `model.layers.*`; less memory."""
+    """Modules that are recomputed in the backward pass, by name: `model.layers.*`, or several,
+    with commas between them; less memory."""
+    head: str = attrs.field(default="auto", validator=one_of(("auto", "full")))
+    """How logits are made: auto, a few rows at a time where they are large, or full, the whole
+    batch's."""
+    keep_pages: bool = False
+    """Have the process keep the memory that it frees, for the next step: faster steps on Linux."""
     compile: bool = False
     """Compile the model, once for each shape of a batch: faster steps after a slow first one."""
     compile_cache: str | None = attrs.field(default=None, validator=given)
@@ -356,10 +376,23 @@ class Train:
                 f"train.microbatches: {self.microbatches} does not divide train.batch_size "
                 f"{self.batch_size}"
             )
+        if self.checkpoint is not None and not all(self.checkpointed):
+            raise ConfigError(
+                f"train.checkpoint: {self.checkpoint!r}, expected names with commas between them: "
+                '"model.layers.*.mlp, model.layers.0"'
+            )
         if self.compile_cache is not None and not self.compile:
             raise ConfigError(
                 "train.compile_cache: nothing is compiled; give train.compile, or leave it out"
             )
+
+    @property
+    def checkpointed(self) -> tuple[str, ...]:
+        """The patterns of `checkpoint`."""
+        if self.checkpoint is None:
+            return ()
+        # A pattern may hold commas in brackets: model.layers.[0,2].mlp
+        return tuple(part.strip() for part in re.split(r",(?![^\[]*\])", self.checkpoint))
 
 
 @attrs.frozen(kw_only=True)
@@ -569,6 +602,11 @@ class DPO:
             if self.preference.unpaired:
                 instead = "data.group_by_length, which pads less"
             raise ConfigError(f"data.packing: preference data are not packed; use {instead}")
+        if self.train.compile and self.preference.layout != "padded":
+            raise ConfigError(
+                f"train.compile: with preference.layout={self.preference.layout!r} rows are of any "
+                "length, and each is compiled for; use the padded layout, or leave compile out"
+            )
 
 
 Config = Pretrain | SFT | DPO

@@ -46,6 +46,8 @@ FREE = (
     "train.on_save_error",
     "train.log_every",
     "train.compile_cache",
+    "train.keep_pages",
+    "train.peak_tflops",
     "tracking.services",
     "tracking.project",
     "tracking.name",

@@ -57,6 +57,8 @@ CALLED = {
 """What methods are here that go by another name elsewhere."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 LAYOUTS = ("padded", "padding_free", "shared_prompt")
+MULTIPLE = 8
+"""Of so many tokens padded rows are a multiple, unless they are told otherwise."""
 TRUNCATIONS = ("keep_start", "keep_end", "prompt_first")
 OPTIMIZERS = {
     "adamw": ("weight_decay", "betas", "eps"),

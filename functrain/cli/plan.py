@@ -90,7 +90,7 @@ def _job(config: Config) -> Job:
         time=config.data.time,
         microbatches=config.train.microbatches,
         precision=policy(config.train.precision),
-        checkpoint=config.train.checkpoint,
+        checkpoint=config.train.checkpointed,
         sides=1 if preference is None else 2,
         reference=preference is not None
         and preference.cache is None

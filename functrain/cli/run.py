@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any, TextIO, TypeVar
 
 import attrs
 import torch
+from torch import Tensor
 
-from functrain import checkpoint, memory, models, objectives
+from functrain import checkpoint, memory, models
 from functrain.cli import directory as directories
 from functrain.cli import facts, toml
 from functrain.cli.build import Built, build, digest
@@ -25,12 +27,13 @@ from functrain.cli.origins import RunDirectory
 from functrain.cli.samples import GATHERED, Prompt, bytes_to_gather, prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.compilation import cache_directory
-from functrain.data import ByteTokenizer, Prefetched, PretrainedTokenizer, Source
+from functrain.data import ByteTokenizer, Prefetched, PretrainedTokenizer
 from functrain.distributed import ALONE, World
 from functrain.errors import CheckpointError, ConfigError, RelayedError
 from functrain.evaluation import evaluate
 from functrain.flops import flops_of
 from functrain.loop import check_guard, conditions, train, world_of
+from functrain.metrics import Metrics
 from functrain.state import TrainState, device_of
 from functrain.tracking import jsonl, progress
 from functrain.tracking.beside import Beside
@@ -92,9 +95,12 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
     settled = world.from_first(lambda: toml.dumps(_settled(config, resume)), "the config")
     config = toml.loads(settled, type(config))
     run = RunDirectory(config.directory)
+    if config.train.keep_pages and not memory.keep_pages():
+        say("train.keep_pages: this system's allocator cannot be told to, so nothing is kept")
     with (
         threads(config.train.threads or 1),
         cache_directory(config.train.compile_cache),
+        _logged(say),
         ExitStack() as stack,
     ):
         built = build(config, world)
@@ -113,7 +119,6 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         state = world.for_all(lambda: _state(built, run, newest, config.train.steps, world))
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
-            _say_head(built, state, say)
             state = _trained(config, built, state, run, stop, say)
         end = None
         if state.step >= config.train.steps:
@@ -156,6 +161,32 @@ def _same_data(config: C, found: str, templated: bool | None) -> C:
             "put the old data back, or begin another --directory"
         )
     return attrs.evolve(config, data=attrs.evolve(config.data, sha256=found, templated=templated))
+
+
+class _Saying(logging.Handler):
+    """Says what is logged."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say a message."""
+        self._say(record.getMessage())
+
+
+@contextmanager
+def _logged(say: Say) -> Iterator[None]:
+    """Within it, what the library logs is said: whole logits, and what is compiled for what."""
+    log, handler = logging.getLogger("functrain"), _Saying(say)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
 
 
 @contextmanager
@@ -216,16 +247,6 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
     )
 
 
-def _say_head(built: Built, state: TrainState, say: Say) -> None:
-    """Where logits are made whole a run may need far more memory than its user expects."""
-    objective = built.step.objective
-    if getattr(objective, "head", "auto") == "full" or built.sharded:
-        return  # of shards alone it cannot be told
-    how = objectives.describe_head(built.step.architecture, state.params, state.buffers)
-    if how.startswith("whole"):
-        say(f"{how}; their memory is batch x time x vocabulary")
-
-
 def _trained(
     config: Pretrain | SFT | DPO,
     built: Built,
@@ -249,7 +270,7 @@ def _trained(
         under = conditions(built.step, built.source.batch_size)
         beside = _beside(built)
         source = _ahead(built, stack)
-        clock = _Clock(config, built, state)
+        clock = _Clock(config, built, state, source)
         for now, metrics in train(
             built.step,
             state,
@@ -259,19 +280,23 @@ def _trained(
             evaluate_every=config.evaluation.every if built.evaluation else None,
         ):
             state = now
-            values = metrics.to_dict()
-            values |= clock.measured(values, getattr(source, "waited", 0.0))
-            values["epoch"] = state.cursor.samples / len(built.source)
-            bar.update(state.step, values)
+            clock.saw(metrics)
             last = state.step == plan.steps
             # A stop logs nothing of its own, so that the file is an uninterrupted run's.
-            if last or state.step % plan.log_every == 0 or "eval_loss" in values:
+            logged = last or state.step % plan.log_every == 0 or "eval_loss" in metrics
+            values: dict[str, float] = {}
+            if logged or bar.due(state.step):  # to read them is to wait for an accelerator
+                values = metrics.to_dict() | clock.measured(state, metrics)
+                values["epoch"] = state.cursor.samples / len(built.source)
+                bar.update(state.step, values)
+            if logged:
                 tracker.log(state.step, values)
             # Looked at once: between two looks a signal would end the run with this step unsaved.
             stopping = world.any(bool(stop))
             if last or stopping or state.step % plan.save_every == 0:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
-                _save(world, plan, run, state, measured, under, beside, say)
+                with clock.paused():
+                    _save(world, plan, run, state, measured, under, beside, say)
             check_guard(built.step, state)
             if stopping:
                 break
@@ -319,40 +344,66 @@ def _stream(world: World) -> TextIO:
     return sys.stderr if world.speaks else io.StringIO()
 
 
-def _ahead(built: Built, stack: ExitStack) -> Source:
+def _ahead(built: Built, stack: ExitStack) -> Prefetched:
     """The data, made by a thread ahead of the steps; but not where it binds the architecture."""
-    source: Source = built.data
-    several = built.step.reduction == "canonical" or world_of(built.step).size > 1
-    if built.cache is not None or several:  # then a step does not read one stretch after another
-        return source
-    ahead = Prefetched(source)
+    ahead = Prefetched(built.data)
     stack.callback(ahead.close)
+    if built.cache is not None:
+        ahead.close()  # from now on each batch is made when it is asked for
     return ahead
 
 
 class _Clock:
-    """What `jsonl.CLOCKS` name, of one step after another."""
+    """What `jsonl.CLOCKS` name, of the steps since they were last asked for."""
 
-    def __init__(self, config: Pretrain | SFT | DPO, built: Built, state: TrainState) -> None:
+    def __init__(
+        self, config: Pretrain | SFT | DPO, built: Built, state: TrainState, source: Prefetched
+    ) -> None:
         size = world_of(built.step).size
         self._peak = None if config.train.peak_tflops is None else config.train.peak_tflops * size
-        batch = built.data.at(state.cursor.samples, built.source.batch_size)
-        self._flops = None if self._peak is None else flops_of(built.step, state, batch)
-        self._device = device_of(state.params)
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._flops = 0
+        if self._peak is not None:
+            batch = built.data.at(state.cursor.samples, built.source.batch_size)
+            self._flops = flops_of(built.step, state, batch, recomputed=False)
+        self._counted: Tensor | None = None
+        self._made = torch.zeros(())
+        self._device, self._source = device_of(state.params), source
+        self._step, self._tokens, self._waited = state.step, state.cursor.tokens, source.waited
+        self._since = time.perf_counter()
 
-    def measured(self, values: Mapping[str, float], waited: float) -> dict[str, float]:
-        """Of the step that has just ended; `waited`: for data, in seconds so far."""
-        now = time.perf_counter()
-        elapsed, self._since = max(now - self._since, 1e-9), now
-        step_waited, self._waited = waited - self._waited, waited
-        found = {"data_seconds": step_waited, "peak_memory_gib": memory.peak(self._device) / 2**30}
-        if "eval_loss" in values:  # an evaluation's time is not the step's
+    def saw(self, metrics: Metrics) -> None:
+        """A step has been made. Nothing is read."""
+        made = metrics.metric("padding").weight.double()
+        # The operations of the first batch were counted; others take as many more as are larger.
+        self._counted = made if self._counted is None else self._counted
+        self._made = self._made.to(made.device) + made
+
+    def measured(self, state: TrainState, metrics: Metrics) -> dict[str, float]:
+        """Of the steps that have ended since; `metrics` are the last one's, and have been read."""
+        now, waited = time.perf_counter(), self._source.waited
+        elapsed, steps = max(now - self._since, 1e-9), state.step - self._step
+        tokens = state.cursor.tokens - self._tokens
+        found = {
+            "data_seconds": (waited - self._waited) / steps,
+            "peak_memory_gib": memory.peak(self._device) / 2**30,
+        }
+        self._step, self._tokens = state.step, state.cursor.tokens
+        self._since, self._waited = now, waited
+        made, self._made = self._made, torch.zeros_like(self._made)
+        if "eval_loss" in metrics:  # an evaluation's time is not the step's
             return found
-        found["tokens_per_second"] = values["num_tokens"] / elapsed
-        if self._flops is not None and self._peak is not None:
-            found["mfu"] = self._flops / elapsed / (self._peak * 1e12)
+        found["tokens_per_second"] = tokens / elapsed
+        if self._peak is not None and self._counted is not None:
+            flops = self._flops * float(made / self._counted)
+            found["mfu"] = flops / elapsed / (self._peak * 1e12)
         return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, time is not the steps'."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
 
 def _save(

@@ -11,25 +11,30 @@ import attrs
 
 from functrain import keys
 from functrain.data.order import permuted
-from functrain.data.source import MapSource, at_least_one
+from functrain.data.source import MapSource, at_least_one, positive
 from functrain.data.truncation import Counted
 from functrain.errors import DataError
 
 Window = tuple[int, list[int]]
 """A position, and the samples from there on."""
 
-_MULTIPLE = 8
+MULTIPLE = 8
+"""Rows are padded to a multiple of so many tokens unless a source is told otherwise."""
+
 _BATCHES = 50  # as the length-grouped sampler of transformers has it
 
 
-def width(lengths: Iterable[int]) -> int:
-    """The width of rows that hold these: the longest, rounded up to a multiple of 8."""
-    return -(-max(lengths) // _MULTIPLE) * _MULTIPLE
+def width(lengths: Iterable[int], multiple: int) -> int:
+    """The width of rows that hold these: the longest, rounded up to a multiple."""
+    return -(-max(lengths) // multiple) * multiple
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Padded(Counted):
     """A source whose rows are padded to the longest of their batch.
+
+    Its length is rounded up to a multiple of `pad_to_multiple_of`: what is compiled is compiled for
+    each width, so that there should be few.
 
     With `group_by_length` the shuffled samples are sorted by length within windows of 50 batches,
     and the batches of a window shuffled: less padding, but what comes together is less random. It
@@ -40,6 +45,7 @@ class Padded(Counted):
     """
 
     group_by_length: bool = False
+    pad_to_multiple_of: int = attrs.field(default=MULTIPLE, validator=positive)
 
     def __attrs_post_init__(self) -> None:
         if self.group_by_length and not self.shuffle:
@@ -63,6 +69,11 @@ class Padded(Counted):
         """The same source in the given order."""
         return attrs.evolve(self, shuffle=False, group_by_length=False)
 
+    def widths(self) -> list[int]:
+        """The widths that batches can have."""
+        every = itertools.chain.from_iterable(self.sequences(n) for n in range(len(self)))
+        return sorted({width(lengths, self.pad_to_multiple_of) for lengths in every})
+
     def padding(self, batches: int = 256) -> float:
         """The part of the tokens of the first `batches` (an epoch at most) that is padding.
 
@@ -76,7 +87,7 @@ class Padded(Counted):
             for together in zip(*map(self.sequences, samples), strict=True):
                 lengths = list(itertools.chain.from_iterable(together))
                 real += sum(lengths)
-                made += len(lengths) * width(lengths)
+                made += len(lengths) * width(lengths, self.pad_to_multiple_of)
         return 1 - real / made
 
     def _window(self, position: int) -> Window:

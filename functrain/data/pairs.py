@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import attrs
 
 from functrain.data.examples import Example, Prompted, Record, check_given, read_each, read_pair
-from functrain.data.grouping import Padded
+from functrain.data.grouping import MULTIPLE, Padded
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
 from functrain.data.tokenizers import Tokenizer, check_joinable
@@ -36,8 +36,8 @@ class Pairs(Padded):
         """`chosen` and `rejected`, each as `Chats` gives it."""
         pairs = [self.examples[index] for index in indices]
         return {
-            "chosen": padded([chosen for chosen, _ in pairs]),
-            "rejected": padded([rejected for _, rejected in pairs]),
+            "chosen": padded([chosen for chosen, _ in pairs], self.pad_to_multiple_of),
+            "rejected": padded([rejected for _, rejected in pairs], self.pad_to_multiple_of),
         }
 
 
@@ -53,6 +53,7 @@ def preference(
     min_prompt: int = 1,
     drop_identical: bool = False,
     group_by_length: bool = False,
+    pad_to_multiple_of: int = MULTIPLE,
     on_bad_record: str = "stop",
 ) -> Pairs:
     """`{"prompt", "chosen", "rejected"}`, texts or lists of messages, as `chat` reads them.
@@ -60,10 +61,10 @@ def preference(
     Without "prompt" it is what chosen and rejected both begin with: of messages, whole ones; of
     texts, as far as its tokens are the same when it is tokenised alone.
 
-    `truncation`, `min_prompt`, `group_by_length` and `on_bad_record` are those of `chat`; the
-    prompt is cut alike for both sides, by what the longer completion needs. A pair is dropped, and
-    counted, when one side has no completion token left, or when the sides differ only in what was
-    cut.
+    `truncation`, `min_prompt`, `group_by_length`, `pad_to_multiple_of` and `on_bad_record` are
+    those of `chat`; the prompt is cut alike for both sides, by what the longer completion needs. A
+    pair is dropped, and counted, when one side has no completion token left, or when the sides
+    differ only in what was cut.
 
     Raises `DataError` as `chat` does; for a record without a prompt in which chosen and rejected
     share none; and for chosen and rejected that are the same, unless `drop_identical` drops and
@@ -84,6 +85,7 @@ def preference(
         seed=seed,
         shuffle=shuffle,
         group_by_length=group_by_length,
+        pad_to_multiple_of=pad_to_multiple_of,
     )
 
 

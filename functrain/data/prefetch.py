@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from functrain.data.source import Batch, Source, at_least_one
 from functrain.errors import DataError
+
+Reading = Callable[[Source, int, int], Any]
+"""How samples of a source are read, as a worker reads its part of a batch; a value, like a key."""
 
 
 class Prefetched:
@@ -20,8 +24,9 @@ class Prefetched:
     Same batches: what is at a position is a function of the position, whoever asks. Nothing of it
     is in a state, whose cursor counts what was trained on; another position than the next (after
     `run.send`, say) is made at once. What fails in the thread is raised where its batch is asked
-    for. `waited`: seconds that callers have waited for batches so far. A source that binds the
-    architecture (`ReferenceCache`) gains nothing, since one binding at a time is allowed.
+    for. `waited`: seconds that callers have waited for batches so far. Of several workers each
+    makes its own part ahead. A source that binds the architecture (`ReferenceCache`) gains nothing,
+    since one binding at a time is allowed.
     """
 
     def __init__(self, source: Source, ahead: int = 1) -> None:
@@ -34,7 +39,7 @@ class Prefetched:
         self.waited = 0.0
         self._source, self._ahead = source, ahead
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._pending: dict[tuple[int, int], Future[Batch]] = {}
+        self._pending: dict[tuple[Reading, int, int], Future[Any]] = {}
 
     @property
     def batch_size(self) -> int:
@@ -47,16 +52,22 @@ class Prefetched:
 
     def at(self, position: int, n: int) -> Batch:
         """Samples `position` to `position + n − 1`; those after them are on their way."""
-        begun = time.perf_counter()
-        given = self._pending.pop((position, n), None)
-        batch = self._source.at(position, n) if given is None else given.result()
-        self.waited += time.perf_counter() - begun
-        wanted = [(position + n * later, n) for later in range(1, self._ahead + 1)]
-        self._pending = {
-            place: self._pending.get(place) or self._pool.submit(self._source.at, *place)
-            for place in wanted
-        }
+        batch: Batch = self.read(_at, position, n)
         return batch
+
+    def read(self, reading: Reading, position: int, n: int) -> Any:
+        """`reading(source, position, n)`; what it reads after that is on its way."""
+        begun = time.perf_counter()
+        given = self._pending.pop((reading, position, n), None)
+        found = reading(self._source, position, n) if given is None else given.result()
+        self.waited += time.perf_counter() - begun
+        wanted = [(reading, position + n * later, n) for later in range(1, self._ahead + 1)]
+        for unwanted in self._pending.keys() - wanted:
+            self._pending.pop(unwanted).cancel()
+        for place in wanted:
+            if place not in self._pending:
+                self._pending[place] = self._pool.submit(reading, self._source, *place[1:])
+        return found
 
     def close(self) -> None:
         """End the thread; batches can still be asked for, and are made at once."""
@@ -74,3 +85,7 @@ class Prefetched:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _at(source: Source, position: int, n: int) -> Batch:
+    return source.at(position, n)

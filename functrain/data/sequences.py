@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from functrain.data.examples import Example, Record, check_given, read_chat, read_each
-from functrain.data.grouping import Padded, width
+from functrain.data.grouping import MULTIPLE, Padded, width
 from functrain.data.source import Batch
 from functrain.data.text import IGNORE_INDEX
 from functrain.data.tokenizers import Tokenizer, check_joinable
@@ -19,8 +19,8 @@ from functrain.data.truncation import Truncation, fitted
 class Chats(Padded):
     """Completions to be learnt: labels on what the assistant says, −100 elsewhere.
 
-    Rows are padded at the end to the batch's longest, rounded up to a multiple of 8. `counts` says
-    how many examples were cut at `time`, and how many dropped as nothing of a completion was left.
+    Rows are padded at the end to the batch's longest (see `Padded`). `counts` says how many
+    examples were cut at `time`, and how many dropped as nothing of a completion was left.
     """
 
     examples: tuple[Example, ...] = attrs.field(repr=False)
@@ -35,12 +35,12 @@ class Chats(Padded):
 
     def collate(self, indices: list[int]) -> Batch:
         """`input_ids`, `labels`, `attention_mask`: int64 [n, time]."""
-        return padded([self.examples[index] for index in indices])
+        return padded([self.examples[index] for index in indices], self.pad_to_multiple_of)
 
 
-def padded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Examples as one batch, padded at the end."""
-    time = width(len(ids) for ids, _ in examples)
+def padded(examples: Sequence[Example], multiple: int) -> dict[str, torch.Tensor]:
+    """Examples as one batch, padded at the end to a multiple of so many tokens."""
+    time = width((len(ids) for ids, _ in examples), multiple)
     input_ids = torch.zeros(len(examples), time, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     mask = torch.zeros_like(input_ids)
@@ -62,6 +62,7 @@ def chat(
     truncation: str = "keep_start",
     min_prompt: int = 1,
     group_by_length: bool = False,
+    pad_to_multiple_of: int = MULTIPLE,
     on_bad_record: str = "stop",
 ) -> Chats:
     """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}]}` for fine-tuning.
@@ -79,7 +80,8 @@ def chat(
     (`"prompt_first"`); the prompt of a dialogue is what comes before the first assistant's message.
 
     `on_bad_record`: "skip" passes over malformed records, which `counts` counts.
-    `group_by_length`: batches of similar lengths, see `functrain.data.grouping.Padded`.
+    `group_by_length`: batches of similar lengths; `pad_to_multiple_of`: few widths, for a compiled
+    step; see `functrain.data.grouping.Padded`.
 
     Raises `DataError`, naming the record, for missing keys, both forms in one record, unknown
     roles, content that is not text, an empty completion; for options that cannot be, and where no
@@ -99,4 +101,5 @@ def chat(
         seed=seed,
         shuffle=shuffle,
         group_by_length=group_by_length,
+        pad_to_multiple_of=pad_to_multiple_of,
     )

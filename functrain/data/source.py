@@ -37,7 +37,8 @@ def at_least_one(name: str, value: object) -> None:
         raise DataError(f"{name}: {value!r}, expected an integer of at least 1")
 
 
-def _positive(_: object, field: attrs.Attribute[int], value: int) -> None:
+def positive(_: object, field: attrs.Attribute[int], value: int) -> None:
+    """Raise `DataError` unless a field is an integer of at least 1."""
     at_least_one(field.name, value)
 
 
@@ -54,7 +55,7 @@ class MapSource:
     given one. The position runs on over the end of an epoch, so no sample is lost there.
     """
 
-    batch_size: int = attrs.field(validator=_positive)
+    batch_size: int = attrs.field(validator=positive)
     seed: int = attrs.field(default=0, validator=_integer)
     shuffle: bool = True
 

@@ -18,7 +18,7 @@ from functrain.data.examples import (
     read_pair,
     read_unpaired,
 )
-from functrain.data.grouping import Padded
+from functrain.data.grouping import MULTIPLE, Padded
 from functrain.data.pairs import differ
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
@@ -48,10 +48,10 @@ class Unpaired(Padded):
 
     def collate(self, indices: list[int]) -> Batch:
         """`completion` and `mismatched`, each as `Chats` gives it, and `desirable`: bool [n]."""
-        rows = [self.examples[index] for index in indices]
+        rows, multiple = [self.examples[index] for index in indices], self.pad_to_multiple_of
         return {
-            "completion": padded([completion for completion, _, _ in rows]),
-            "mismatched": padded([mismatched for _, mismatched, _ in rows]),
+            "completion": padded([completion for completion, _, _ in rows], multiple),
+            "mismatched": padded([mismatched for _, mismatched, _ in rows], multiple),
             "desirable": torch.tensor([desirable for _, _, desirable in rows]),
         }
 
@@ -68,6 +68,7 @@ def unpaired(
     min_prompt: int = 1,
     drop_identical: bool = False,
     group_by_length: bool = False,
+    pad_to_multiple_of: int = MULTIPLE,
     on_bad_record: str = "stop",
 ) -> Unpaired:
     """`{"prompt", "completion", "label"}`, with a label that is true where this is desirable.
@@ -121,6 +122,7 @@ def unpaired(
         seed=seed,
         shuffle=shuffle,
         group_by_length=group_by_length,
+        pad_to_multiple_of=pad_to_multiple_of,
     )
 
 

@@ -94,13 +94,26 @@ class Direct(Protocol):
 
     Where `direct` is true, it takes no gradient itself, and a summed cross entropy by chunks, if it
     has one, is its loss as it is. Then gradients of large tables are summed where they are made
-    (`functrain.accumulators`): less time, less memory, the same to rounding.
+    (`functrain.accumulators`): less time, less memory, the same to rounding. It is asked by
+    `is_direct`: a subclass that computes another loss is not direct unless it says so itself.
     """
 
     @property
     def direct(self) -> bool:
         """Whether that is so."""
         ...
+
+
+def is_direct(objective: object) -> bool:
+    """Whether an objective is `Direct`: whether the class that computes its loss says so."""
+    if not isinstance(objective, Direct) or not objective.direct:
+        return False
+    for cls in type(objective).__mro__:
+        if "direct" in vars(cls):
+            return True
+        if "__call__" in vars(cls) or "summed" in vars(cls):
+            break
+    return False
 
 
 @runtime_checkable

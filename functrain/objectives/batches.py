@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from functrain.errors import BatchError, did_you_mean
 
@@ -19,6 +20,9 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 SEQUENCE_KEYS = (*MODEL_INPUTS, "labels")
 
 _INTEGERS = (torch.int64, torch.int32)
+
+# Of positions that `to_device` has moved: whether they begin anew within rows.
+_packed: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
 
 def check_sequences(batch: Batch, vocabulary: int | None, where: str = "") -> None:
@@ -134,11 +138,22 @@ def beginnings(position_ids: Tensor) -> Tensor:
 def are_packed(batch: Batch) -> bool:
     """Whether rows hold several sequences, told apart by positions; no mask is beside them.
 
-    On an accelerator this waits for it.
+    On an accelerator this waits for it, but for a batch that `to_device` has moved there.
     """
+    found = known_packed(batch)
+    return _begin_anew(batch["position_ids"]) if found is None else found
+
+
+def known_packed(batch: Batch) -> bool | None:
+    """`are_packed`; None where that would be a wait for an accelerator."""
     if "position_ids" not in batch or "attention_mask" in batch:
         return False
-    return bool(beginnings(batch["position_ids"])[:, 1:].any())
+    positions = batch["position_ids"]
+    return _begin_anew(positions) if positions.device.type == "cpu" else _packed.get(positions)
+
+
+def _begin_anew(position_ids: Tensor) -> bool:
+    return bool(beginnings(position_ids)[:, 1:].any())
 
 
 def check_packed(batch: Batch) -> None:
@@ -236,10 +251,21 @@ def examples_in(batch: Batch) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; itself where it is there already."""
-    return {
+    """The batch on `device`; its tensors themselves where they are there already.
+
+    Whether it is packed is found on the way, since afterwards it would be a wait.
+    """
+    moved = {
         key: to_device(value, device)
         if isinstance(value, Mapping)
         else value.to(device, non_blocking=True)
         for key, value in batch.items()
     }
+    if "position_ids" in batch and "attention_mask" not in batch:
+        positions: Any = moved["position_ids"]
+        # An objective of one's own may have positions of another form.
+        if positions is not batch["position_ids"] and positions.ndim == 2:
+            packed = known_packed(batch)
+            if packed is not None:
+                _packed[positions] = packed
+    return moved

@@ -160,10 +160,10 @@ def _direct(projection: Projection, hidden: Tensor) -> _Direct | None:
     Not in fp16: a gradient that overflows there is to be seen by the loss scale.
     """
     given = accumulators.current() if torch.is_grad_enabled() else None
-    into = None if given is None else given.sum_of(projection.weight)
-    if given is None or into is None or into.dtype != _wide(hidden.dtype):
+    if given is None or hidden.dtype == torch.float16:
         return None
-    if hidden.dtype == torch.float16:
+    into = given.sum_of(projection.weight)
+    if into is None or into.dtype != _wide(hidden.dtype):
         return None
     return _Direct(into, given.factor)
 

@@ -7,6 +7,8 @@ are the same to rounding. The choice is a function of the batch's shape alone.
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -28,6 +30,11 @@ from functrain.objectives.modes import are_modes
 
 HeadMode = Literal["auto", "full"]
 """`auto`: by chunks where they are large. `full`: the model's logits as they are, always."""
+
+
+_log = logging.getLogger("functrain")
+# Of whom it has been logged that their logits are made whole.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def head_mode(_record: object, _field: object, given: object) -> None:
@@ -103,8 +110,11 @@ def hidden_rows(
     where that is not as it is.
     """
     budget = chunks.BUDGET if budget is None else budget
-    shown = find_head(model) if head == "auto" else "not asked for"
+    if head == "full":
+        return None
+    shown = find_head(model)
     if not isinstance(shown, Head):
+        _tell_whole(model, shown)
         return None
     targets = batch["labels"][:, 1:].flatten()
     made = len(targets) if layout is None else layout.inputs["input_ids"].numel()
@@ -124,6 +134,13 @@ def hidden_rows(
     if places is not None:
         targets = targets[places]
     return HiddenRows(hidden, targets, places, _projection(model, shown, values, budget))
+
+
+def _tell_whole(model: nn.Module, reason: str) -> None:
+    """Log it once: a run may need far more memory than its user expects."""
+    if model not in _told:
+        _told.add(model)
+        _log.info("whole logits: %s; their memory is batch x time x vocabulary", reason)
 
 
 def _places(targets: Tensor) -> Tensor:

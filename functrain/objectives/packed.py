@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functrain.errors import ArchitectureError
-from functrain.objectives.batches import Batch, are_packed
+from functrain.objectives.batches import Batch, are_packed, known_packed
 from functrain.objectives.layouts import Layout, padding_free
 from functrain.objectives.support import check_weights, fault
 
@@ -32,14 +32,15 @@ def check_separated(model: nn.Module, batch: Batch) -> None:
     known = _found.setdefault(model, {})
     if known.get((attention, several), "") is None:
         return
-    # Asked here, and not of every batch: on an accelerator it is a wait.
-    if not are_packed(batch):
+    packed = known_packed(batch)
+    if packed is False:
         return
     if (attention, several) not in known:
         check_weights(model, "position_ids: several documents in a row")
         known[attention, several] = fault(model, two_rows if several else padding_free)
     found = known[attention, several]
-    if found is not None:
+    # Asked last: of a batch that was handed over on an accelerator it is a wait, in every step.
+    if found is not None and (packed or are_packed(batch)):
         hint = ""
         if several and fault(model, padding_free) is None:
             hint = "give each row a micro-batch of its own, which this model separates, or "

@@ -130,9 +130,12 @@ class Adam:
         applied: Tensor | None = None,
         donate: bool = False,
     ) -> tuple[Tensors, OptimizerState]:
-        """One update by torch's kernel; see `Optimizer.update`."""
+        """One update by torch's kernel; see `Optimizer.update`.
+
+        With `fused=False` this waits on an accelerator for `applied`.
+        """
         check_update(self.kind, grads, state, params)
-        if held_back(applied):
+        if held_back(applied, waits=not self.fused):
             return tensors(params), state
         params, slots = owned(params, state.slots, grads, donate)
         self._check_slots(slots, grads, params)
@@ -140,8 +143,18 @@ class Adam:
             self._kernel(options, names, grads, params, slots, learning_rate, applied)
         return params, attrs.evolve(state, count=advanced(state.count, applied), slots=slots)
 
+    def check(
+        self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+    ) -> None:
+        """Raise what `update` would with `donate=True`, and write nothing."""
+        check_update(self.kind, grads, state, params)
+        self._check_slots(state.slots, grads, params)
+
     def _check_slots(
-        self, slots: Mapping[str, Tensors], grads: Mapping[str, Tensor], params: Tensors
+        self,
+        slots: Mapping[str, Tensors],
+        grads: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
     ) -> None:
         names = (*self._moments, "step")
         for slot in names:
@@ -226,7 +239,7 @@ _FRESH = "the state was made for other params; begin anew with init(params)"
 
 
 def _found_inf(applied: Tensor | None) -> Tensor | None:
-    """What tells the kernel to hold back; on the CPU that has been decided before."""
+    """What tells a fused kernel to hold back; on the CPU that has been decided before."""
     if applied is None or applied.device.type == "cpu":
         return None
     return (~applied).float()

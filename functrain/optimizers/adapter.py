@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, StateError
+from functrain.errors import ConfigError, FunctrainError, StateError
 from functrain.optimizers.base import (
     Group,
     OptimizerState,
@@ -20,6 +20,7 @@ from functrain.optimizers.base import (
     check_update,
     checked,
     grouped,
+    held_back,
     laid_out,
     owned,
     rate_of,
@@ -78,7 +79,8 @@ def from_torch(
     """Any `torch.optim.Optimizer` class as a pure pair: `from_torch(torch.optim.RAdam, eps=1e-6)`.
 
     The class must keep its state per parameter (tensors and numbers), as the interface says; one
-    that writes into its parameter groups, or needs a closure, is refused with `ConfigError`.
+    that writes into its parameter groups, or needs a closure, is refused with `ConfigError`. What
+    it writes is seen in an update of nothing, before the first one that is donated.
     """
     return Adapter(cls=cls, lr=lr, options=options, groups=groups)
 
@@ -101,6 +103,8 @@ class Adapter:
     _forms: dict[Any, Mapping[str, Form | None]] = attrs.field(
         factory=dict, init=False, eq=False, repr=False
     )
+    # The kinds of params of which an update is known to keep what can be carried.
+    _tried: set[Any] = attrs.field(factory=set, init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         every: list[Mapping[str, Any]] = [{}, *(g.options for g in self.groups)]
@@ -143,30 +147,78 @@ class Adapter:
         On an accelerator this waits for the learning rate and for `applied`.
         """
         check_update(self.kind, grads, state, params)
-        if applied is not None and not bool(applied):
+        if held_back(applied, waits=True):
             return tensors(params), state
+        if donate:
+            self._try(grads, params)
         new_params, slots = owned(params, state.slots, grads, donate)
         leaves = {name: new_params[name].detach() for name in new_params if name in grads}
         count = advanced(state.count, applied)
         if not leaves:
             return new_params, attrs.evolve(state, count=count, slots=slots)
+        optimizer = self._optimizer(leaves, learning_rate)
+        spared = frozenset(leaves) if donate else self._spared(optimizer, leaves)
         for name, leaf in leaves.items():
             grad = laid_out(grads[name], leaf) if self._fused else grads[name]
-            leaf.grad = grad if donate or self._leaves_gradients else grad.clone()
-        optimizer = self._optimizer(leaves, learning_rate)
-        for name, leaf in leaves.items():
+            leaf.grad = grad if name in spared else grad.clone()
             own = dict(_entry(slot, t[name]) for slot, t in slots.items() if name in t)
             if has_parts(own):
                 own = self._put_together(name, own, leaf)
             if own:
                 optimizer.state[leaf] = own
+        new_slots = self._stepped(optimizer, leaves, slots)
+        new_params = Tensors({**new_params, **{n: leaf.detach() for n, leaf in leaves.items()}})
+        return new_params, attrs.evolve(state, count=count, slots=new_slots)
+
+    def check(
+        self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+    ) -> None:
+        """Raise what `update` would with `donate=True`, and write nothing."""
+        check_update(self.kind, grads, state, params)
+        self._try(grads, params)
+
+    def _try(self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        """Refuse a class whose state cannot be carried, by an update of nothing.
+
+        Of the smallest parameter of each kind, and once; after a real update it would be too late.
+        """
+        smallest: dict[Any, str] = {}
+        for options, names in grouped(self.groups, params, grads):
+            for name in names:
+                param = params[name]
+                own = id(options) if options else None
+                kind = (own, param.ndim, param.dtype, param.device, grads[name].layout)
+                if kind in self._tried:
+                    continue
+                other = smallest.setdefault(kind, name)
+                if param.numel() < params[other].numel():
+                    smallest[kind] = name
+        if not smallest:
+            return
+        leaves = {name: torch.zeros_like(params[name]) for name in smallest.values()}
+        for name, leaf in leaves.items():
+            dense = grads[name].layout is torch.strided
+            leaf.grad = torch.zeros_like(leaf if dense else grads[name])
+        try:
+            self._stepped(self._optimizer(leaves, self.lr), leaves, {})
+        except FunctrainError:
+            raise
+        except Exception:  # of a class that does not take zeros nothing is known
+            pass
+        self._tried.update(smallest)
+
+    def _stepped(
+        self,
+        optimizer: torch.optim.Optimizer,
+        leaves: Mapping[str, Tensor],
+        slots: Mapping[str, Tensors],
+    ) -> dict[str, Tensors]:
+        """The slots after a step of the class; `ConfigError` for what is not to be carried."""
         before = [dict(g) for g in optimizer.param_groups]
         optimizer.step()
         _refuse_group_state(self.kind, before, optimizer.param_groups)
         _refuse_common_state(self.kind, optimizer, leaves)
-        new_slots = _slots({n: _plain(optimizer.state[p], p) for n, p in leaves.items()}, slots)
-        new_params = Tensors({**new_params, **{n: leaf.detach() for n, leaf in leaves.items()}})
-        return new_params, attrs.evolve(state, count=count, slots=new_slots)
+        return _slots({n: _plain(optimizer.state[p], p) for n, p in leaves.items()}, slots)
 
     def _put_together(self, name: str, own: Mapping[str, Any], leaf: Tensor) -> dict[str, Any]:
         """A parameter's state in the class's own tensors."""
@@ -187,10 +239,17 @@ class Adapter:
                 "anew with init(params)"
             ) from error
 
-    @property
-    def _leaves_gradients(self) -> bool:
-        """Whether the class is known not to write into the gradients, as torch's own do not."""
-        return getattr(self.cls, "__module__", "").startswith("torch.optim.")
+    def _spared(
+        self, optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor]
+    ) -> frozenset[str]:
+        """Whose gradients the class is known not to write into: of torch's own, all but SGD's."""
+        if not getattr(self.cls, "__module__", "").startswith("torch.optim."):
+            return frozenset()
+        if self.cls is not torch.optim.SGD:
+            return frozenset(leaves)
+        groups = [g for g in optimizer.param_groups if _adds_into_gradients(g)]
+        written = {id(leaf) for g in groups for leaf in g["params"]}
+        return frozenset(name for name, leaf in leaves.items() if id(leaf) not in written)
 
     @property
     def _fused(self) -> bool:
@@ -220,6 +279,18 @@ class Adapter:
             else:
                 param_group["lr"] = rate
         return optimizer
+
+
+def _adds_into_gradients(group: Mapping[str, Any]) -> bool:
+    """Whether SGD adds Nesterov's momentum to all gradients of a group at once, in their memory.
+
+    `foreach=None` is that on accelerators; with a decay or `maximize` it is done on copies.
+    """
+    if not group["nesterov"] or group["fused"] or group["foreach"] is False:
+        return False
+    if group["weight_decay"] or group["maximize"]:
+        return False
+    return bool(group["foreach"]) or any(p.device.type != "cpu" for p in group["params"])
 
 
 _NUMBER = ".number"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -60,11 +60,26 @@ class Optimizer(Protocol):
         """New params and state; a parameter without a gradient stays as it is.
 
         `applied` (bool, 0-d): where False, nothing changes. `donate=True` writes into the memory
-        of `params` and `state`, which must not be used afterwards.
+        of `params` and `state`, and may write into that of `grads`; none must be used afterwards.
 
         Raises `StateError`, before anything is written, for a gradient that no parameter has the
         name, shape, dtype and device of, and for a state that another optimizer made.
         """
+        ...
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """An optimizer that can say beforehand what its donated update would refuse.
+
+    One that cannot may be a part of a `partition` too; what it refuses comes when the parts before
+    it have been updated.
+    """
+
+    def check(
+        self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+    ) -> None:
+        """Raise what `update` would with `donate=True`, and write nothing."""
         ...
 
 
@@ -199,9 +214,13 @@ def advanced(count: Tensor, applied: Tensor | None) -> Tensor:
     return count + 1 if applied is None else count + applied.to(count.dtype)
 
 
-def held_back(applied: Tensor | None) -> bool:
-    """Whether nothing is applied, where reading that costs nothing; kernels decide elsewhere."""
-    return applied is not None and applied.device.type == "cpu" and not bool(applied)
+def held_back(applied: Tensor | None, *, waits: bool = False) -> bool:
+    """Whether nothing is applied, where reading that costs nothing; fused kernels decide elsewhere.
+
+    `waits`: on an accelerator too, for what has no kernel that could decide.
+    """
+    told = applied is not None and (waits or applied.device.type == "cpu")
+    return told and not bool(applied)
 
 
 def rate_of(learning_rate: Tensor | float, options: Mapping[str, Any]) -> Tensor | float:

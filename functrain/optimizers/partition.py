@@ -14,6 +14,7 @@ from functrain.errors import ConfigError
 from functrain.optimizers.adam import Adam, adamw
 from functrain.optimizers.adapter import Adapter, from_torch
 from functrain.optimizers.base import (
+    Checking,
     Optimizer,
     OptimizerState,
     Predicate,
@@ -172,26 +173,44 @@ class Partition:
         check_update(self.kind, grads, state, params)
         if held_back(applied):
             return tensors(params), state
+        given = list(self._given(grads, state, params))
+        if donate:
+            _check(given)
         new_params = dict(params)
         slots: dict[str, Tensors] = {}
-        for label, members in self._members(params).items():
-            own = {
-                slot.removeprefix(f"{label}."): t
-                for slot, t in state.slots.items()
-                if slot.startswith(f"{label}.")
-            }
-            updated, part = self._part(label).update(
-                {n: g for n, g in grads.items() if n in members},
-                OptimizerState(kind=self._part(label).kind, count=state.count, slots=own),
-                members,
-                learning_rate,
-                applied=applied,
-                donate=donate,
+        for label, optimizer, own_grads, own, members in given:
+            updated, part = optimizer.update(
+                own_grads, own, members, learning_rate, applied=applied, donate=donate
             )
             new_params |= dict(updated)
             slots |= {f"{label}.{slot}": t for slot, t in part.slots.items()}
         count = advanced(state.count, applied)
         return Tensors(new_params), attrs.evolve(state, count=count, slots=slots)
+
+    def check(
+        self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+    ) -> None:
+        """Raise what a part's `update` would with `donate=True`, and write nothing."""
+        check_update(self.kind, grads, state, params)
+        _check(self._given(grads, state, params))
+
+    def _given(
+        self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+    ) -> Iterator[_Given]:
+        for label, members in self._members(params).items():
+            optimizer = self._part(label)
+            own = {
+                slot.removeprefix(f"{label}."): t
+                for slot, t in state.slots.items()
+                if slot.startswith(f"{label}.")
+            }
+            yield (
+                label,
+                optimizer,
+                {n: g for n, g in grads.items() if n in members},
+                OptimizerState(kind=optimizer.kind, count=state.count, slots=own),
+                members,
+            )
 
     def _part(self, label: str) -> Optimizer:
         return next(optimizer for name, _, optimizer in self.parts if name == label)
@@ -204,6 +223,16 @@ class Partition:
                 raise ConfigError(f"{name}: no part of the partition takes it; end with `is_any`")
             members[label][name] = tensor
         return {label: Tensors(items) for label, items in members.items() if items}
+
+
+_Given = tuple[str, Optimizer, Mapping[str, Tensor], OptimizerState, Tensors]
+
+
+def _check(given: Iterable[_Given]) -> None:
+    """Before any part is written: what the second refuses would come when the first has been."""
+    for _, optimizer, grads, state, params in given:
+        if isinstance(optimizer, Checking):
+            optimizer.check(grads, state, params)
 
 
 @attrs.frozen(kw_only=True)

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from functrain import activations
 from functrain.architecture import Slots, bound, slots
-from functrain.errors import ArchitectureError, ConfigError
+from functrain.errors import ArchitectureError, ConfigError, FunctrainError
 from functrain.flops import counter
-from functrain.gradients import forward_buffers
+from functrain.forward import forward_buffers
 from functrain.objectives import chunks
 from functrain.objectives.base import logits_in
 from functrain.objectives.head import Head, shown
@@ -123,13 +123,13 @@ class Work:
 def count(job: Job) -> Work:
     """Count what a job takes.
 
-    Raises `ConfigError` where a model asks for values on its way, which are not there.
+    Raises `ConfigError` where a model asks for values on its way, which are not there, and for an
+    optimizer whose update needs memory.
     """
     from functrain.distributed.units import find_units
 
     places = slots(job.architecture)
     trained = {n: p for n, p in job.params.items() if n in places.trainable}
-    state = job.optimizer.init(trained)
     narrow = job.precision.cast
     cast = {n: p.to(narrow) for n, p in job.params.items()} if narrow is not None else {}
     kept = [job.params] * (job.average + job.reference)
@@ -141,7 +141,7 @@ def count(job: Job) -> Work:
     return Work(
         params=_leaves(job.params),
         gradients=_leaves(trained),
-        moments=tuple(leaf for items in state.slots.values() for leaf in _leaves(items)),
+        moments=_moments(job.optimizer, trained),
         extra=tuple(leaf for items in kept for leaf in _leaves(items)),
         cast=_leaves(cast),
         units=tuple(
@@ -164,6 +164,43 @@ def _leaves(items: Mapping[str, Tensor]) -> tuple[Leaf, ...]:
         Leaf(rows=len(t), row=t.nbytes // max(1, len(t))) if t.ndim else Leaf(rows=1, row=t.nbytes)
         for t in items.values()
     )
+
+
+def _moments(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> tuple[Leaf, ...]:
+    """What the optimizer keeps after one update: many a class makes its slots at the first."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    halves = _Halves()  # type: ignore[no-untyped-call]
+    # Of torchao's classes a compiled update, which tensors without memory would break for good.
+    with torch.compiler.set_stance("force_eager"), FakeTensorMode(), halves:
+        params = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in trained.items()}
+        grads = {n: torch.empty_like(p) for n, p in params.items()}
+        begun = optimizer.init(params)
+        try:
+            _, state = optimizer.update(grads, begun, params, optimizer.lr, donate=True)
+        except FunctrainError:
+            raise
+        except Exception as error:  # whatever a kernel raises that looks for memory
+            raise ConfigError(
+                f"plan: {optimizer.kind} makes its moments in an update, and its update cannot be "
+                f"made without memory ({_reason(error)}); plan with adamw, which has 8 bytes of "
+                "them for a float32 parameter, and reckon from those"
+            ) from error
+        return tuple(leaf for items in state.slots.values() for leaf in _leaves(items))
+
+
+class _Halves(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Whoever asks for a value is told a half, or 1 where it is no float.
+
+    What is kept hardly goes by values. Neither 0 nor 1, since something may be divided by it, or by
+    what is left to 1.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.5 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
 
 
 @attrs.frozen(kw_only=True)
@@ -245,11 +282,16 @@ def _casts_kept(kept: bool) -> Iterator[None]:
 
 
 def _asks_for_values(architecture: nn.Module, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()
     return ConfigError(
         f"plan: {type(architecture).__name__} asks for values on its way, and a plan has shapes "
-        f"alone ({type(error).__name__}: {reason[0][:200] if reason else ''})"
+        f"alone ({_reason(error)})"
     )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, of what kind it is."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def _fake(param: Tensor, precision: Precision, trained: bool) -> Tensor:

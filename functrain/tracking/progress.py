@@ -51,13 +51,17 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step has been made."""
+        if self.due(step):
+            self._drawn = now = self._clock()
+            self._draw(step, self._parts(step, metrics, now))
+
+    def due(self, step: int) -> bool:
+        """Whether something is to be drawn after this step, and its metrics to be read."""
         now = self._clock()
         if self._begun is None:
             self._begun = (now, step)
-        due = now - self._drawn >= (_PLAIN_SECONDS if self._bar is None else _LIVE_SECONDS)
-        if due or step >= self._total:
-            self._drawn = now
-            self._draw(step, self._parts(step, metrics, now))
+        pause = _PLAIN_SECONDS if self._bar is None else _LIVE_SECONDS
+        return now - self._drawn >= pause or step >= self._total
 
     def close(self) -> None:
         """Leave the bar as it stands."""

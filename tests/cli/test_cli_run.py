@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from functrain import checkpoint, compilation
+from functrain import checkpoint, compilation, memory
 from functrain.cli import main, toml
 from functrain.errors import CheckpointError
-from functrain.objectives import head
-from functrain.tracking import jsonl
+from functrain.metrics import Metrics
+from functrain.objectives import logprobs
+from functrain.tracking import jsonl, progress
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -147,10 +148,13 @@ def test_a_run_says_that_its_logits_are_made_whole_and_why(
     config, _ = _config(tmp_path, "chunks", steps=1)
     assert main(["pretrain", config]) == 0
     assert "whole logits" not in capsys.readouterr().err
-    monkeypatch.setattr(head, "find_head", lambda _architecture: "it has hooks")
+    monkeypatch.setattr(logprobs, "find_head", lambda _architecture: "it has hooks")
     config, _ = _config(tmp_path, "whole", steps=1)
     assert main(["pretrain", config]) == 0
-    assert "whole logits: it has hooks; their memory is" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("whole logits: it has hooks; their memory is") == 1
+    assert main(["pretrain", config, "--directory", str(tmp_path / "f"), "--train.head=full"]) == 0
+    assert "whole logits" not in capsys.readouterr().err  # it was asked for
 
 
 def test_a_run_sets_the_threads_and_puts_them_back(tmp_path: Path) -> None:
@@ -411,7 +415,73 @@ def test_the_clock_of_a_run(tmp_path: Path) -> None:
     # Of so small a model the head is most: 6 · width · vocabulary for each of 4 · 31 targets.
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)
     assert 6 * 16 * 256 * 4 * 31 < flops[0] < 3 * 6 * 16 * 256 * 4 * 31
-    assert all(line["data_seconds"] >= 0 for line in steps)
+    assert all(line["data_seconds"] > 0 for line in steps)
+    again = ["--resume", "--train.steps", "4", "--train.peak-tflops", "1"]
+    assert main(["pretrain", str(run / "config.toml"), *again]) == 0  # no bit depends on it
+
+
+def test_operations_are_the_models_however_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what is recomputed nor compilation, under which nothing can be counted."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    found = []
+    for name, options in (
+        ("plain", []),
+        ("recomputed", ["--train.checkpoint", "model.layers.*"]),
+        ("compiled", ["--train.compile"]),
+    ):
+        given, run = _config(tmp_path, name, steps=2)
+        assert main(["pretrain", given, "--train.peak-tflops", "0.5", *options]) == 0
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        line = next(line for line in lines if "mfu" in line)
+        found.append(line["mfu"] * line["num_tokens"] / line["tokens_per_second"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-9)
+
+
+def test_steps_that_are_not_logged_are_in_the_clock_of_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their metrics are not read, and the rate is over all steps since the last that were."""
+    read = []
+    to_dict = Metrics.to_dict
+
+    def counted(self: Metrics) -> dict[str, float]:
+        read.append(self)
+        return to_dict(self)
+
+    monkeypatch.setattr(Metrics, "to_dict", counted)
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 1e9)
+    given, run = _config(tmp_path, steps=12)
+    options = ["--train.log-every", "4", "--train.peak-tflops", "0.5", "--evaluation.every", "100"]
+    begun = time.perf_counter()
+    assert main(["pretrain", given, *options]) == 0
+    elapsed = time.perf_counter() - begun
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 4, 8, 12]
+    # The first draws the bar; then 4 and 8, and 12 with its evaluation; and that of the beginning.
+    assert len(read) <= 8
+    rates = [(line["tokens_per_second"], line["mfu"]) for line in lines[1:3]]
+    assert all(rate > 4 * 4 * 31 / elapsed for rate, _ in rates)
+    flops = [mfu / rate for rate, mfu in rates]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-9)  # of a token
+
+
+def test_what_a_save_takes_is_not_the_next_steps_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(2)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    given, run = _config(tmp_path, steps=2)
+    options = ["--train.save-every", "1", "--evaluation.every", "100"]
+    assert main(["pretrain", given, *options, "--train.steps", "3"]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[2]["tokens_per_second"] > 4 * 31 / 2
 
 
 def test_a_compiled_run_is_resumed_and_made_again(
@@ -430,7 +500,9 @@ def test_a_compiled_run_is_resumed_and_made_again(
     assert "train.compile_cache: nothing is compiled" in capsys.readouterr().err
 
 
-def test_a_run_that_recomputes_is_the_same_run(tmp_path: Path) -> None:
+def test_a_run_that_recomputes_is_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given, run = _config(tmp_path, steps=4)
     assert main(["pretrain", given]) == 0
     whole = _fingerprint(run)
@@ -438,5 +510,14 @@ def test_a_run_that_recomputes_is_the_same_run(tmp_path: Path) -> None:
     options = ["--train.checkpoint", "model.layers.*"]
     assert main(["pretrain", given, *options]) == 0
     assert _fingerprint(run) == whole
+    given, run = _config(tmp_path, "several", steps=4)
+    several = "model.layers.[0,1].mlp, model.layers.0.self_attn"
+    asked: list[bool] = []
+    monkeypatch.setattr(memory, "keep_pages", lambda: bool(asked.append(True)))
+    assert main(["pretrain", given, "--train.checkpoint", several, "--train.keep-pages"]) == 0
+    assert _fingerprint(run) == whole
+    assert asked == [True]
+    assert "train.keep_pages: this system's allocator cannot be told to" in capsys.readouterr().err
+    assert main(["pretrain", given, "--train.checkpoint", "model.layers.*,", "--resume"]) == 2
     options = ["--train.checkpoint", "model.layers.*.mlp", "--train.steps", "6"]
     assert main(["pretrain", given, *options, "--resume"]) == 0

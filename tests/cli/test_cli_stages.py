@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 import pytest
 
-from functrain import checkpoint
+from functrain import checkpoint, compilation
 from functrain.cli import main, toml
 from functrain.cli.config import DPO, SFT
 
@@ -351,6 +351,34 @@ def test_preference_data_can_be_grouped_by_length(
     assert "12 examples; in batches of 4, " in said.err
     assert " of the tokens are padding" in said.err
     assert "of a step's tokens, on average" in said.out
+
+
+def test_too_many_widths_to_compile_for_are_refused_before_a_step(
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With what is to be done about it, which then trains; and each shape is said."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    records = [{"prompt": "?", "completion": "x" * (1 + 9 * n)} for n in range(20)]
+    train = _jsonl(tmp_path / "long.jsonl", records)  # type: ignore[arg-type]
+    given = ["--model.from", str(runs / "a"), "--data.train", train, *COMMON, "--train.compile"]
+    given += ["--data.time", "256", "--directory", str(tmp_path / "run")]
+    assert main(["sft", *given]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "batches of these data can be of 20 widths (8 to 176 tokens)" in said
+    assert "give data.pad_to_multiple_of=16, data.packing, or leave train.compile out" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert main(["sft", *given, "--data.pad-to-multiple-of", "16"]) == 0
+    assert "compile: model for [4, " in capsys.readouterr().err
+    for stage, options, message in (
+        ("dpo", ["--preference.layout", "padding_free"], "rows are of any length, and each is"),
+        ("sft", ["--data.packing", "--data.pad-to-multiple-of", "4"], "all rows are of data.time"),
+        ("pretrain", ["--data.pad-to-multiple-of", "4"], "rows of text are all of data.time"),
+    ):
+        assert main([stage, "--train.compile", *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_directories_and_patterns_are_data_too(

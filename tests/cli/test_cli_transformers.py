@@ -325,6 +325,9 @@ def test_learnt_positions_are_not_exceeded(tmp_path: Path, capsys: Any) -> None:
     run += [*COMMON, "--directory", str(tmp_path / "run")]
     assert main([*run, "--data.time", "64"]) == 2
     assert "data.time: 64, and the model has learnt 48 positions" in capsys.readouterr().err
+    assert main([*run, "--data.time", "48", "--data.pad-to-multiple-of", "32"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "32 pads rows of data.time 48 to as many as 64 tokens" in said
     assert main([*run, "--data.time", "48"]) == 0
 
 

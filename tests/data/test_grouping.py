@@ -89,11 +89,14 @@ SOURCES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("multiple", [1, 8, 48])
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_padding_of_a_source_is_what_its_batches_have(name: str, group: bool) -> None:
+def test_the_padding_of_a_source_is_what_its_batches_have(
+    name: str, group: bool, multiple: int
+) -> None:
     """As a step counts it: both sides of pairs are one batch, those of KTO are two."""
-    source = SOURCES[name](group_by_length=group)
+    source = SOURCES[name](group_by_length=group, pad_to_multiple_of=multiple)
     padding = made = 0
     for begin in range(0, 30, 4):
         batch = source.at(begin, min(4, 30 - begin))
@@ -104,6 +107,11 @@ def test_the_padding_of_a_source_is_what_its_batches_have(name: str, group: bool
         for part in parts:
             count, tokens = count_padding(part)
             padding, made = padding + int(count), made + tokens
+            width = part["input_ids"].shape[1]
+            assert width % multiple == 0
+            assert width in source.widths()
+            real = int(part["attention_mask"].sum(1).max())
+            assert real <= width < real + multiple
     assert source.padding() == pytest.approx(padding / made)
     assert 0 < source.padding(2) < 1
 
@@ -111,6 +119,8 @@ def test_the_padding_of_a_source_is_what_its_batches_have(name: str, group: bool
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ft.DataError, match="group_by_length: it orders what is shuffled"):
         _chats([1, 2], shuffle=False, group_by_length=True)
+    with pytest.raises(ft.DataError, match="pad_to_multiple_of: 0, expected an integer"):
+        _chats([1, 2], pad_to_multiple_of=0)
     with pytest.raises(ft.DataError, match="batches: 0, expected an integer"):
         _chats([1, 2]).padding(0)
 

@@ -96,6 +96,32 @@ def test_training_is_the_same_to_the_bit() -> None:
     assert ends[0] == ends[1]
 
 
+def test_a_part_of_each_batch_is_made_ahead_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tree reads it, in micro-batches; the same bits, and the first batch alone is waited for.
+
+    What is read otherwise at the same position is another thing.
+    """
+    ends = []
+    for ahead in (False, True):
+        architecture, params, buffers = zoo.split("decoder")
+        step = ft.pretrain_step(
+            architecture, ft.optim.adamw(1e-2), microbatches=2, reduction="canonical"
+        )
+        watched = Watched()
+        source: Any = Prefetched(watched) if ahead else watched
+        *_, (state, _) = ft.train(step, step.init(params, buffers), source, steps=5)
+        ends.append(ft.fingerprint(state))
+        if ahead:
+            source.close()
+            mine = [position for position, name in watched.made if not name.startswith("prefetch")]
+            assert mine == [0, 2]
+    assert ends[0] == ends[1]
+    with Prefetched(zoo.Batches()) as both:
+        both.at(0, 4)
+        assert isinstance(both.read(lambda source, at, n: [source.at(at, n)], 4, 4), list)
+        assert isinstance(both.at(8, 4), dict)
+
+
 @pytest.mark.parametrize("ahead", [0, -1, True, 1.5])
 def test_a_count_that_is_none_is_refused(ahead: Any) -> None:
     with pytest.raises(ft.DataError, match=r"ahead: .* expected an integer of at least 1"):

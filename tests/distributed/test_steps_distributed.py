@@ -160,9 +160,23 @@ def test_the_steps_of_that_test_clip_skip_and_apply(group: Group) -> None:
     assert any(step["grad_norm"] > 0.05 for step in values if not step["skipped"])
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_fast_agrees_on_every_worker_and_with_one_to_rounding(group: Group, size: int) -> None:
-    options = {"step": {"reduction": "fast"}, "bucket": 1 << 25 if size == 2 else 100}
+FAST: dict[str, Any] = {
+    "as it is": {},
+    "small buckets": {"bucket": 100},
+    # The embedding's rows are added to its sum where they are made, and the tied head's are not.
+    "a tied table": {"tables": True},
+    "a tied table in one micro-batch": {"tables": True, "step": {"microbatches": 2}},
+    "logits by chunks": {"chunks": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(2, name) for name in FAST] + [(4, "small buckets"), (4, "a tied table")]
+)
+def test_fast_agrees_on_every_worker_and_with_one_to_rounding(
+    group: Group, size: int, name: str
+) -> None:
+    options = {**FAST[name], "step": {"reduction": "fast", **FAST[name].get("step", {})}}
     (alone,) = group.values("steps", 1, options)
     first, *others = group.values("steps", size, options)
     assert all(each == first for each in others)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from functrain.accumulators import Accumulating, accumulating
 from functrain.objectives import chunks
 from functrain.objectives.chunks import Projection, scored, summed_cross_entropy
 
@@ -136,31 +138,74 @@ def _ordinary_loss(case: Case, leaves: list[Tensor]) -> Tensor:
     return F.cross_entropy(case.logits(leaves), case.targets(), reduction="sum")
 
 
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16), scale=-3.7)
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16, finish="cap"), scale=-3.7)
-@given(case=CASES, scale=st.sampled_from([1.0, -3.7]))
-def test_the_summed_loss_and_its_gradients_are_cross_entropys(case: Case, scale: float) -> None:
+@contextmanager
+def _taking(
+    leaves: list[Tensor], *, direct: bool, factor: float = 1.0
+) -> Iterator[Callable[[Tensor, Tensor], list[Tensor]]]:
+    """Within it, what takes gradients; the weight's summed where it is made, if `direct`.
+
+    As in a step, whose loss is what is summed times `factor`.
+    """
+    if not direct:
+        yield lambda value, upstream: list(torch.autograd.grad(value, leaves, upstream))
+        return
+    weight, into = leaves[1], torch.zeros_like(leaves[1])
+
+    def taken(value: Tensor, upstream: Tensor) -> list[Tensor]:
+        found = list(torch.autograd.grad(value, leaves, upstream, allow_unused=True))
+        assert found[1] is None
+        found[1] = into
+        return found
+
+    given = Accumulating(
+        lambda leaf: leaf is weight,
+        lambda leaf: into if leaf is weight else None,
+        torch.tensor(factor, dtype=torch.float64),
+    )
+    with accumulating((), given):
+        yield taken
+
+
+@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16), scale=-3.7, direct=True)
+@example(
+    case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16, finish="cap"),
+    scale=-3.7,
+    direct=False,
+)
+@given(case=CASES, scale=st.sampled_from([1.0, -3.7]), direct=st.booleans())
+def test_the_summed_loss_and_its_gradients_are_cross_entropys(
+    case: Case, scale: float, direct: bool
+) -> None:
     """For every shape, budget, finish and upstream gradient, to rounding."""
     ours, theirs = case.leaves(), case.leaves()
-    total, correct = summed_cross_entropy(ours[0], case.targets(), case.projection(ours))
+    with _taking(ours, direct=direct, factor=scale) as taken:
+        total, correct = summed_cross_entropy(ours[0], case.targets(), case.projection(ours))
+        gradients = taken(total, torch.full_like(total, scale))
     expected = _ordinary_loss(case, theirs)
     tolerance = TOLERANCE[case.dtype]
     _assert_near(total, expected, tolerance, "loss")
     assert int(correct) == int((case.logits(theirs).argmax(-1) == case.targets()).sum())
-    gradients = torch.autograd.grad(scale * total, ours)
     for mine, plain in zip(gradients, torch.autograd.grad(scale * expected, theirs), strict=True):
         _assert_near(mine, plain, tolerance, "gradient")
 
 
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=1000), detailed=True)
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16), detailed=True)
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16, finish="cap"), detailed=True)
-@given(case=CASES, detailed=st.booleans())
-def test_scores_and_their_gradients_are_those_of_whole_logits(case: Case, detailed: bool) -> None:
+@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=1000), detailed=True, direct=True)
+@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16), detailed=True, direct=True)
+@example(
+    case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16, finish="cap"),
+    detailed=True,
+    direct=False,
+)
+@given(case=CASES, detailed=st.booleans(), direct=st.booleans())
+def test_scores_and_their_gradients_are_those_of_whole_logits(
+    case: Case, detailed: bool, direct: bool
+) -> None:
     """Log-probs with their gradients; entropy, mode, mean logit and log Σ p² without."""
     ours, theirs = case.leaves(), case.leaves()
     targets = case.targets()
-    found = scored(ours[0], targets, case.projection(ours), detailed=detailed)
+    with _taking(ours, direct=direct) as taken:
+        found = scored(ours[0], targets, case.projection(ours), detailed=detailed)
+        gradients = taken(found.logps, case.upstream())
     logits = case.logits(theirs)
     normed, valid = logits.log_softmax(-1), targets != -100
     chosen = normed.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -179,7 +224,6 @@ def test_scores_and_their_gradients_are_those_of_whole_logits(case: Case, detail
         assert not value.requires_grad
         wanted = torch.where(valid, expected, 0.0) if detailed else nothing
         _assert_near(value, wanted.detach(), tolerance, name)
-    gradients = torch.autograd.grad(found.logps, ours, case.upstream())
     plain = torch.autograd.grad(logps, theirs, case.upstream())
     for one, other in zip(gradients, plain, strict=True):
         _assert_near(one, other, tolerance, "gradient")
@@ -672,3 +716,22 @@ def test_the_buffer_of_the_logits_is_made_once() -> None:
     with Seen():
         summed_cross_entropy(leaves[0], case.targets(), case.projection(leaves))
     assert list(places.values()) == [5]
+
+
+def test_in_fp16_no_sum_is_asked_for_that_stays_empty() -> None:
+    asked: list[Tensor] = []
+
+    def sum_of(leaf: Tensor) -> Tensor:
+        asked.append(leaf)
+        return torch.zeros_like(leaf, dtype=torch.float32)
+
+    for dtype in (torch.float16, torch.bfloat16):
+        hidden, weight = torch.ones(4, 3, dtype=dtype), torch.ones(5, 3, dtype=dtype)
+        targets = torch.tensor([1, 2, -100, 4])
+        given = Accumulating(lambda _: True, sum_of, torch.ones(()))
+        with accumulating((), given):
+            total, _ = summed_cross_entropy(
+                hidden, targets, Projection(weight=weight.requires_grad_(), bias=None)
+            )
+        assert total.dtype == torch.float32
+        assert len(asked) == (dtype == torch.bfloat16)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import functrain as ft
 from functrain import data, testing
 from functrain.objectives import packed as packed_batches
-from functrain.objectives.batches import count_padding
+from functrain.objectives.batches import count_padding, known_packed, split_batch, to_device
 from functrain.objectives.logprobs import token_scores
 
 TIME = 12
@@ -288,6 +288,41 @@ def test_without_weights_nothing_is_decided() -> None:
         packed_batches.check_separated(architecture, batch)
     with ft.bound(architecture, params, buffers, "eval") as model:
         packed_batches.check_separated(model, batch)
+
+
+META = torch.device("meta")
+"""Where no value can be read, as none can be of an accelerator without a wait."""
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_of_a_batch_that_was_moved_no_value_is_read(rows: int) -> None:
+    """Neither by a model that separates documents nor by one that does not; errors as ever."""
+    packed, plain = _texts().at(0, 2), zoo.batch(examples=2)
+    plain["position_ids"] = torch.arange(plain["input_ids"].shape[1]).expand(2, -1) + 3
+    for model in (zoo.decoder(), zoo.model("tied")):
+        for each in (packed, plain, plain):
+            for part in split_batch(each, 2 // rows):
+                moved = to_device(part, META)
+                if each is plain or isinstance(model, ft.models.Decoder):
+                    packed_batches.check_separated(model, moved)
+                    continue
+                with pytest.raises(ft.ArchitectureError, match="does not keep such documents"):
+                    packed_batches.check_separated(model, moved)
+
+
+def test_of_one_that_was_handed_over_elsewhere_none_where_the_model_separates() -> None:
+    for each in (zoo.full(zoo.batch()), _texts().at(0, 4)):
+        given = {key: value.to(META) for key, value in each.items() if key != "attention_mask"}
+        packed_batches.check_separated(zoo.decoder(), given)
+
+
+def test_what_is_known_of_positions_is_known_without_a_mask() -> None:
+    packed = _texts().at(0, 4)
+    moved = to_device({**packed, "attention_mask": torch.ones_like(packed["labels"])}, META)
+    assert known_packed(moved) is False
+    assert known_packed({"position_ids": moved["position_ids"]}) is None
+    assert known_packed(to_device(packed, META)) is True
+    to_device({"position_ids": torch.arange(3)}, META)
 
 
 def test_rows_of_a_trial_by_example() -> None:

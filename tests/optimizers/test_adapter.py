@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functrain import optim
 from functrain.errors import ConfigError
-from functrain.trees import Tensors, clone
+from functrain.trees import Tensors, clone, digest
 
 PARAMS = Tensors(a=torch.ones(3, 2), b=torch.tensor(2.0, dtype=torch.float64))
 GRADS = Tensors(a=torch.full((3, 2), 0.5), b=torch.tensor(0.25, dtype=torch.float64))
@@ -65,6 +65,30 @@ class WithText(Own):
         self.state[param]["note"] = "warm"
 
 
+class WithTextOfScalars(Own):
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        param.sub_(param.grad)
+        if not param.ndim:
+            self.state[param]["note"] = "warm"
+
+
+class InOneGroup(Own):
+    def __init__(self, params: Any, lr: float = 1e-3, counting: bool = False) -> None:
+        torch.optim.Optimizer.__init__(self, params, {"lr": lr, "counting": counting})
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        param.sub_(param.grad)
+        if group["counting"]:
+            group["calls"] = group.get("calls", 0) + 1
+
+
+class Reading(Own):
+    """Does not take an update of nothing."""
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        param.sub_(group["lr"] * param.grad / (1 / float(param.grad.sum())))
+
+
 class WritesGradients(Own):
     """As many a class of older days: decay is added into the gradient itself."""
 
@@ -112,6 +136,41 @@ def test_a_class_that_writes_into_gradients_does_not_write_into_the_given_ones()
     assert torch.equal(new["a"], PARAMS["a"] - (0.5 + 0.1) * 0.1)
 
 
+@pytest.mark.parametrize(
+    ("options", "spared"),
+    [
+        ({"nesterov": True, "foreach": True}, False),
+        ({"nesterov": True, "foreach": True, "weight_decay": 0.1}, True),
+        ({"nesterov": True, "foreach": True, "maximize": True}, True),
+        ({"nesterov": True, "foreach": False}, True),
+        ({"nesterov": True, "fused": True}, True),
+        ({"nesterov": True}, True),  # on the CPU one parameter comes after another
+        ({"foreach": True}, True),
+    ],
+)
+def test_gradients_are_copied_where_torch_writes_into_them(
+    options: dict[str, Any], spared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nowhere else: where they are spared, the class itself is shown to write nothing."""
+    seen: list[bool] = []
+    given = clone(GRADS)
+    step = torch.optim.SGD.step
+
+    def shown(self: torch.optim.Optimizer) -> None:
+        of = {t.data_ptr() for t in given.values()}
+        leaves = [p for group in self.param_groups for p in group["params"]]
+        seen.extend(p.grad.data_ptr() in of for p in leaves if p.grad is not None)
+        step(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", shown)
+    optimizer = optim.sgd(momentum=0.9, **options)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(3):
+        params, state = optimizer.update(given, state, params, 0.1)
+    assert seen == [spared] * 6
+    assert all(torch.equal(given[name], GRADS[name]) for name in GRADS)
+
+
 def test_the_learning_rate_of_a_call_counts_not_that_of_the_constructor() -> None:
     optimizer = optim.sgd(lr=123.0)
     new, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, 0.5)
@@ -137,6 +196,44 @@ def test_a_class_whose_state_cannot_be_carried_is_refused(cls: Any, message: str
     optimizer = optim.from_torch(cls)
     with pytest.raises(ConfigError, match=message):
         optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, 0.1)
+
+
+COUNTING = [optim.group(lambda name, _: name == "b", counting=True)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "groups"),
+    [
+        *((cls, ()) for cls in (InGroups, InCommon, WithText, WithTextOfScalars)),
+        (InOneGroup, COUNTING),
+    ],
+)
+@pytest.mark.parametrize("other", [False, True])
+def test_it_is_refused_before_a_donated_update_writes(cls: Any, groups: Any, other: bool) -> None:
+    """Alone, and as the last part of a partition; also after updates of other parameters."""
+    optimizer: Any = optim.from_torch(cls, groups=groups)
+    params = clone(PARAMS)
+    if other and cls in (WithTextOfScalars, InOneGroup):
+        alone = Tensors(a=clone(PARAMS)["a"])
+        optimizer.update({"a": GRADS["a"]}, optimizer.init(alone), alone, 0.1, donate=True)
+    elif other:
+        parts = [
+            ("first", lambda name, _: name == "a", optim.sgd()),
+            ("last", optim.is_any, optimizer),
+        ]
+        optimizer = optim.partition([("nested", optim.is_any, optim.partition(parts))])
+    before = [digest(tensor) for tensor in params.values()]
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            optimizer.update(clone(GRADS), optimizer.init(params), params, 0.1, donate=True)
+        assert [digest(tensor) for tensor in params.values()] == before
+
+
+def test_a_class_that_does_not_take_an_update_of_nothing_is_not_refused() -> None:
+    optimizer = optim.from_torch(Reading)
+    params = clone(PARAMS)
+    new, _ = optimizer.update(clone(GRADS), optimizer.init(params), params, 0.1, donate=True)
+    assert torch.equal(new["b"], PARAMS["b"] - 0.1 * 0.25 * 0.25)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ CASES: dict[str, Case] = {
     "RMSprop": _adapted(torch.optim.RMSprop, momentum=0.9, centered=True),
     "Rprop": _adapted(torch.optim.Rprop),
     "SGD-foreach": _adapted(torch.optim.SGD, momentum=0.9, foreach=True),
+    "SGD-nesterov-foreach": _adapted(torch.optim.SGD, momentum=0.9, nesterov=True, foreach=True),
     "Muon": attrs.evolve(
         _adapted(torch.optim.Muon), names=tuple(n for n, s in SHAPES.items() if len(s) == 2)
     ),
@@ -248,16 +249,24 @@ def test_a_donated_update_has_the_bits_of_a_pure_one(case: Case) -> None:
     assert {name: tensor.data_ptr() for name, tensor in donated.items()} == places
 
 
+class Elsewhere(Tensor):
+    """What says that it is on an accelerator, where looking at it is not free."""
+
+    device = torch.device("cuda")
+
+
 @EVERY
 @pytest.mark.parametrize("donate", [False, True])
-def test_an_update_that_is_not_applied_changes_nothing(case: Case, donate: bool) -> None:
+@pytest.mark.parametrize("where", [Tensor, Elsewhere])
+def test_an_update_that_is_not_applied_changes_nothing(
+    case: Case, donate: bool, where: type[Tensor]
+) -> None:
     """Neither params nor moments nor any count, even with gradients that are not finite."""
     params, state = _after(case.optimizer(), _params(case), 4)
     before = _digests(params, *state.slots.values())
     grads = {name: torch.full_like(p, torch.nan) for name, p in params.items()}
-    new, after = case.optimizer().update(
-        grads, state, params, 1e-2, applied=torch.tensor(False), donate=donate
-    )
+    applied = torch.tensor(False).as_subclass(where)
+    new, after = case.optimizer().update(grads, state, params, 1e-2, applied=applied, donate=donate)
     assert _digests(new, *after.slots.values()) == before
     assert int(after.count) == int(state.count)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import zoo
@@ -255,6 +256,26 @@ def test_what_no_part_could_take_is_refused_before_any_part_is_updated() -> None
     assert [digest(t) for t in params.values()] == before
     with pytest.raises(StateError, match="made by adamw and given to muon=Muon,others=adamw"):
         optimizer.update({}, optim.adamw().init(params), params, 1e-2)
+
+
+def test_what_the_last_part_refuses_is_said_before_the_first_is_written() -> None:
+    """A moment of another shape, in a state that the partition itself has made."""
+    params = ft.trees.clone(zoo.split("tied")[1])
+    inner = [("hidden", optim.is_hidden_matrix, optim.sgd()), ("rest", optim.is_any, optim.adam())]
+    parts = [
+        ("norms", lambda n, _: n.startswith("norm."), optim.adamw()),
+        ("others", optim.is_any, optim.partition(inner)),
+    ]
+    optimizer = optim.partition(parts)
+    params, state = _run(optimizer, params, params, donate=True)
+    moment = state.slots["others.rest.exp_avg"]
+    short = Tensors({name: tensor[:1] for name, tensor in moment.items()})
+    wrong = attrs.evolve(state, slots={**state.slots, "others.rest.exp_avg": short})
+    before = [digest(t) for own in (params, *state.slots.values()) for t in own.values()]
+    with pytest.raises(StateError, match=r"state/exp_avg/embedding.weight: shape"):
+        optimizer.update(_grads(params, 3), wrong, params, 1e-2, donate=True)
+    after = [digest(t) for own in (params, *state.slots.values()) for t in own.values()]
+    assert after == before
 
 
 @pytest.mark.parametrize("labels", [[], ["a", "a"], ["a.b"]])

@@ -10,6 +10,8 @@ from models import families
 from torch import Tensor, nn
 
 import functrain as ft
+from functrain.cli import build, known
+from functrain.cli.config import Optimizer
 from functrain.errors import ConfigError
 from functrain.models import DecoderConfig, bare, decoder
 from functrain.objectives import chunks
@@ -105,6 +107,72 @@ def test_moments_and_more_are_those_of_the_state() -> None:
     assert work.tokens == 2 * ROWS * TIME
     assert sum(gathered for gathered, _ in work.units) == params
     assert len(work.units) == 1 + SHAPE.layers
+
+
+NAMED: dict[str, dict[str, Any]] = {name: {"name": name} for name in known.OPTIMIZERS}
+NAMED["sgd with momentum"] = {"name": "sgd", "momentum": 0.9}
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries that warn as they are imported
+@pytest.mark.parametrize("name", NAMED)
+def test_moments_are_those_that_a_state_has_after_a_step(name: str) -> None:
+    """Of every optimizer that a config may name, as a config makes it."""
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    architecture, params, buffers = ft.split(decoder(SHAPE))
+    optimizer = build.optimizer(Optimizer(**NAMED[name]), 1e-3, architecture)
+    work = count(job(lambda: decoder(SHAPE), optimizer=optimizer))
+    step = ft.pretrain_step(architecture, optimizer)
+    state, _ = step(step.init(params, buffers), batch(300))
+    assert total(work.moments) == _bytes(state.optimizer)
+    assert (total(work.moments) == 0) is (name == "sgd")
+
+
+OTHERS = [
+    "torch.optim.ASGD",
+    "torch.optim.Adadelta",
+    "torch.optim.Adagrad",
+    "torch.optim.NAdam",
+    "torch.optim.RAdam",
+    "torch.optim.Rprop",
+    "torchao.optim.AdamW4bit",
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries that warn as they are imported and compiled
+@pytest.mark.parametrize("name", OTHERS)
+def test_so_it_is_for_other_classes(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+    optimizer = ft.optim.from_torch(getattr(pytest.importorskip(module), cls))
+    work = count(job(lambda: decoder(SHAPE), optimizer=optimizer))
+    values = {n: torch.ones(p.shape) for n, p in bare(lambda: decoder(SHAPE))[1].items()}
+    _, state = optimizer.update(values, optimizer.init(values), values, 1e-3)
+    assert total(work.moments) == _bytes(state)
+
+
+def _bytes(state: ft.optim.OptimizerState) -> int:
+    return sum(tensor.nbytes for slot in state.slots.values() for tensor in slot.values())
+
+
+class _Foreign(torch.optim.SGD):
+    """A class whose kernel takes the addresses of its tensors."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["codes"] = torch.from_numpy(param.detach().numpy())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_optimizer_that_needs_memory_is_named(inside: bool) -> None:
+    """And never taken for one without moments."""
+    optimizer: Any = ft.optim.from_torch(_Foreign)
+    if inside:
+        optimizer = ft.optim.muon(others=optimizer)
+    with pytest.raises(
+        ConfigError, match=r"plan: .*_Foreign makes its moments in an update.*adamw"
+    ):
+        count(job(lambda: decoder(SHAPE), optimizer=optimizer))
 
 
 def test_a_reference_is_a_third_more() -> None:

@@ -1,0 +1,196 @@
+"""The form of a step's states: how the first one is made, and whether a state is of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain.architecture import Slots, check_fit
+from functrain.errors import StateError
+from functrain.guards import SpikeGuard
+from functrain.objectives.base import Carrying
+from functrain.optimizers import Optimizer, OptimizerState
+from functrain.precision import Precision
+from functrain.schedules import Plateau, Schedule
+from functrain.state import SchedulerState, TrainState, check_state, checked_key, device_of
+from functrain.trees import Tensors, clone, is_sharded, owning, storages, tensors
+
+if TYPE_CHECKING:
+    from functrain.distributed.sharding import Sharding
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Form:
+    """What a step asks of a state.
+
+    `averaged`: whether it keeps a moving average. `carrying`: its objective, where that has tensors
+    of its own in the state. `donated`: whether the step overwrites its states, and `kept` what it
+    reads beside them.
+    """
+
+    places: Slots
+    optimizer: Optimizer
+    schedule: Schedule | Plateau
+    precision: Precision
+    guard: SpikeGuard | None
+    averaged: bool
+    carrying: Carrying | None
+    donated: bool
+    kept: Mapping[str, Tensor]
+    sharding: Sharding | None
+
+    def first(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], seed: int
+    ) -> TrainState:
+        """The state before the first step; see `Step.init`."""
+        self._check_values(params, buffers)
+        if self.sharding is None:
+            return self._initial(params, buffers, seed)
+        rows = self.sharding.local(params)
+        return self.sharding.whole_state(self._initial(rows, buffers, seed))
+
+    def _initial(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], seed: int
+    ) -> TrainState:
+        params = self._masters(self._own(params))
+        device = device_of(params)
+        trained = Tensors({n: p for n, p in params.items() if n in self.places.trainable})
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        plateau = self.schedule.init() if isinstance(self.schedule, Plateau) else None
+        return TrainState(
+            step=0,
+            params=params,
+            buffers=tensors(buffers),
+            optimizer=self._begun(trained),
+            scheduler=SchedulerState(count=count, plateau=plateau),
+            scaler=self.precision.init_scaler(device),
+            key=checked_key(seed),
+            average=clone(params) if self.averaged else None,
+            guard=None if self.guard is None else self.guard.init(device),
+            reference=self._moving_reference(params),
+            running=None if self.carrying is None else self.carrying.init_running(device),
+            base=self.places.base,
+        )
+
+    def _moving_reference(self, params: Tensors) -> Tensors | None:
+        objective = self.carrying
+        if objective is None or objective.reference_mixup is None:
+            return None
+        assert objective.reference is not None  # the objective has refused it otherwise
+        # Its own memory, which no step of another run and no donation writes into; and the params'
+        # dtype, since in a narrower one what it moves by could be rounded away.
+        reference = objective.reference
+        if self.sharding is not None:
+            reference = self.sharding.local(reference)
+        return Tensors(
+            {
+                name: tensor.detach().to(params[name].dtype, copy=True)
+                for name, tensor in reference.items()
+            }
+        )
+
+    def _begun(self, trained: Tensors) -> OptimizerState:
+        state = self.optimizer.init(trained)
+        slots = {slot: owning(items) for slot, items in state.slots.items()}
+        return attrs.evolve(state, slots=slots)
+
+    def _own(self, params: Mapping[str, Tensor]) -> Tensors:
+        if not self.donated:
+            return tensors(params)
+        shared = storages(self.kept).keys() & storages(params).keys()
+        return params if isinstance(params, Tensors) and not shared else clone(params)
+
+    def _masters(self, params: Tensors) -> Tensors:
+        """Where the params are cast for the compute, the state keeps them in float32 at least."""
+        narrow = {
+            name
+            for name in self.places.trainable
+            if self.precision.cast is not None and params[name].dtype.itemsize < 4
+        }
+        if not narrow:
+            return params
+        return Tensors({n: t.float() if n in narrow else t for n, t in params.items()})
+
+    def _check_values(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        for what, values in (("params", params), ("buffers", buffers)):
+            if not isinstance(values, Mapping):
+                raise StateError(
+                    f"{what}: expected a mapping from names to tensors, as functrain.split "
+                    f"returns it, got {type(values).__name__}"
+                )
+        check_fit(params, self.places.params, "params")
+        check_fit(buffers, self.places.buffers, "buffers")
+        for name in sorted(self.places.trainable):
+            self._check_dtype(name, params[name])
+
+    def _check_dtype(self, name: str, param: Tensor) -> None:
+        if not param.is_floating_point() and not param.is_complex():
+            raise StateError(
+                f"params/{name}: dtype {param.dtype}, which cannot be trained; freeze it with "
+                "requires_grad_(False) before functrain.split"
+            )
+        if param.dtype.itemsize < 4 and self.precision.cast is None:
+            raise StateError(
+                f"params/{name}: dtype {param.dtype}, in which small updates are lost; split "
+                "module.float(), and let the precision ('bf16', 'fp16', 'bf16_params') choose the "
+                "dtype of the compute"
+            )
+
+    def check(self, state: TrainState) -> None:
+        """Raise `StateError` for what is no state, or one of another step."""
+        check_state(state)
+        check_fit(state.params, self.places.params, "params")
+        if is_sharded(state.params) != (self.sharding is not None):
+            raise StateError(
+                "params: this step is sharded and this state is not; make it "
+                "functrain.distributed.shard(state, world)"
+                if self.sharding is not None
+                else "params: this state is in shards and this step is not sharded; give the step "
+                "sharded=True, or take functrain.distributed.gathered(state)"
+            )
+        if state.base != self.places.base:
+            raise StateError(
+                f"base: this state was trained over {_base(state.base)}, and this step's "
+                f"architecture holds {_base(self.places.base)}; attach the adapters to the params "
+                "that they were made for"
+            )
+        if state.optimizer.kind != self.optimizer.kind:
+            raise StateError(
+                f"optimizer: this state is {state.optimizer.kind}'s and this step's optimizer is "
+                f"{self.optimizer.kind}; carry the state over with step.adopt(state)"
+            )
+        if self.precision.loss_scale != (state.scaler is not None):
+            raise _apart("scaler", "a loss scale", f"precision {self.precision.name!r}")
+        if (self.guard is None) != (state.guard is None) or (
+            self.guard is not None
+            and state.guard is not None
+            and state.guard.losses.shape != (self.guard.window,)
+        ):
+            raise _apart("guard", "a spike guard or its window")
+        if self.carrying is not None:
+            self._check_carried(self.carrying, state)
+        if self.averaged != (state.average is not None):
+            raise _apart("average", "a moving average")
+
+    def _check_carried(self, objective: Carrying, state: TrainState) -> None:
+        """Beside an objective that carries nothing a loop of one's own may keep these fields."""
+        if (objective.reference_mixup is not None) != (state.reference is not None):
+            raise _apart("reference", "a moving reference")
+        expected: Mapping[str, Tensor] = objective.init_running(device_of(state.params)) or {}
+        if expected.keys() != (state.running or {}).keys():
+            raise _apart("running", "what the objective carries")
+
+
+def _apart(field: str, about: str, whose: str = "this step") -> StateError:
+    return StateError(
+        f"{field}: {whose} and this state disagree about {about}; carry the state over with "
+        "step.adopt(state)"
+    )
+
+
+def _base(fingerprint: str | None) -> str:
+    return "no frozen params" if fingerprint is None else f"params {fingerprint[:16]}…"

@@ -1,0 +1,83 @@
+"""What a forward sees of params and buffers, and what it leaves of the buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+from torch import Tensor
+
+from functrain.architecture import Slots
+from functrain.precision import Precision
+from functrain.trees import Tensors
+
+
+def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
+    """What the forward sees: private values, which share the params' memory or are casts."""
+    kept = places.statistical
+    return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
+
+
+def forward_buffers(
+    buffers: Mapping[str, Tensor], places: Slots, precision: Precision
+) -> dict[str, Tensor]:
+    """What the forward sees of the buffers: clones, which a module may update in place.
+
+    Where params are cast, so are the buffers that a checkpoint of the module holds; statistics
+    (BatchNorm's) and what the module computes for itself (RoPE's frequencies) stay.
+    """
+    return {
+        name: buffer.clone() if name in places.uncast else precision.leaf(buffer).clone()
+        for name, buffer in buffers.items()
+    }
+
+
+@attrs.frozen(eq=False)
+class OwnBuffers:
+    """The buffers that a forward was `given`, and its own `values` of them, as they began."""
+
+    given: Mapping[str, Tensor]
+    values: dict[str, Tensor]
+    _begun: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Tensor], places: Slots, precision: Precision) -> OwnBuffers:
+        """Of these buffers; see `forward_buffers`."""
+        values = forward_buffers(given, places, precision)
+        return cls(given, values, {name: _written(value) for name, value in values.items()})
+
+    def left(self, after: Mapping[str, Tensor]) -> Tensors:
+        """The buffers after the forward, in the dtypes that they were given in.
+
+        One that was cast and not written to is the given one, unrounded. Where nothing was cast
+        every buffer is taken: BatchNorm's kernel writes without moving the version.
+        """
+        left = {}
+        for name, buffer in after.items():
+            given = self.given[name]
+            cast = buffer.dtype != given.dtype
+            same = cast and _written(buffer) == self._begun[name]
+            left[name] = given if same else buffer.detach().to(given.dtype)
+        return Tensors(left)
+
+    def moved(self, after: Mapping[str, Tensor]) -> list[str]:
+        """The buffers that the forward has written to."""
+        return [
+            name
+            for name, buffer in after.items()
+            if _written(buffer) != self._begun[name]
+            # BatchNorm's kernel writes without moving the version.
+            or (
+                buffer.device.type == "cpu" and not _same(buffer, self.given[name].to(buffer.dtype))
+            )
+        ]
+
+
+def _written(buffer: Tensor) -> tuple[int, int]:
+    """What changes where a buffer is assigned anew or written to in place."""
+    return id(buffer), buffer._version
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two buffers have the same values; NaN is as good as any other."""
+    return one.equal(other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
