@@ -170,25 +170,31 @@ def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    count, names = len(args), tuple(kwargs)
     first: list[tuple[keys.Place, list[_Buffer]]] = []
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def called(given: Sequence[Any]) -> Any:
+        return forward(*given[:count], **dict(zip(names, given[count:], strict=True)))
+
+    def run(*given: Any) -> Any:
         # What draws or writes is not compiled with its checkpoint: it comes here uncompiled.
         if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
+            return called(given)
         if not first:
             first.append((keys.place(), _buffers(module)))
-            return forward(*args, **kwargs)
+            return called(given)
         begun, buffers = first[0]
         _refuse_written(module, buffers)
         token = _again.set(True)
         try:
             with keys.again(begun):
-                return forward(*args, **kwargs)
+                return called(given)
         finally:
             _again.reset(token)
 
-    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+    # All by place: torch puts back the generators of the devices that it finds there (2.13), and of
+    # a block that is called by names alone dropout would drop something else the second time.
+    return checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
 
 
 _Buffer = tuple[_Table, str, Tensor | None, int]

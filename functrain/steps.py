@@ -480,7 +480,7 @@ class Step:
             return grads, norm
         # Gradients of the step's own are scaled in place; those of a transform may be anybody's.
         # Not by the fused kernel, which divides by its grad_scale: a quarter of the gradients
-        # would have another last bit than in torch's own loop, to spare 0.2 % of a large step.
+        # would have another last bit than torch's clipping gives, to spare 0.2 % of a large step.
         own = self.transform is None
         clipped, _ = clip_by_global_norm(grads, self.max_grad_norm, norm=norm, donate=own)
         return clipped, norm

@@ -337,3 +337,55 @@ def test_compiled_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours.grads[name], grad, rtol=1e-4, atol=1e-6)
     with pytest.raises(ft.ArchitectureError, match="the buffer calls of a Counting"):
         _gradients(lambda: Counting("in place"), "mix.*", compile=True)
+
+
+class Named(nn.Module):
+    """Calls its block by names alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(zoo.VOCABULARY, 8)
+        self.block = Mixing()
+        self.head = nn.Linear(8, zoo.VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        logits: Tensor = self.head(self.block(hidden=hidden, scale=2.0))
+        return logits
+
+
+class Mixing(nn.Module):
+    """A block with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, hidden: Tensor, scale: float) -> Tensor:
+        return hidden + self.dropout(self.linear(hidden)) * scale
+
+
+def test_a_block_that_is_called_by_names_is_looked_at_as_one_that_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch keeps the generators of the devices of what is given by place, and of nothing else."""
+    placed: list[tuple[Any, ...]] = []
+    checkpoint = activations.checkpoint
+
+    def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        placed.append(args)
+        assert set(kwargs) == {"use_reentrant"}
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr(activations, "checkpoint", watched)
+    architecture, params, buffers = ft.split(Named())
+    ends = []
+    for pattern in ("block", None):
+        step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), checkpoint=pattern)
+        state, _ = step(step.init(params, buffers), zoo.batch())
+        ends.append(ft.fingerprint(state))
+    assert ends[0] == ends[1]
+    ((hidden, scale),) = placed
+    assert isinstance(hidden, Tensor)
+    assert scale == 2.0

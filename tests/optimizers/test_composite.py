@@ -156,7 +156,11 @@ REAL = {
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that warn as they are imported and compiled
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name",
+    # torchao compiles its update, half a minute each.
+    ["bitsandbytes", *(pytest.param(n, marks=pytest.mark.long) for n in REAL if "torchao" in n)],
+)
 def test_moments_in_8_bits_are_resumed_to_the_bit(name: str, tmp_path: Path) -> None:
     module, cls = REAL[name]
     pytest.importorskip(module.partition(".")[0])
