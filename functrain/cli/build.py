@@ -41,6 +41,7 @@ from functrain.cli.origins import Origin, origin
 from functrain.compilation import LIMIT
 from functrain.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from functrain.data.dialogues import SHAPES
+from functrain.data.grouping import width
 from functrain.data.pretrained import pretrained_tokenizer
 from functrain.data.templates import has_template
 from functrain.distributed import ALONE, World
@@ -194,7 +195,7 @@ def _check_positions(config: Config, architecture: nn.Module) -> None:
             f"data.time: {config.data.time}, and the model has learnt {most} positions; give at "
             "most as many"
         )
-    widest = -(-config.data.time // multiple) * multiple
+    widest = width([config.data.time], multiple)
     padded = not isinstance(config, Pretrain) and not config.data.packing
     if padded and widest > most:
         raise ConfigError(

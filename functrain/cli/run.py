@@ -373,6 +373,8 @@ class _Clock:
 
     def saw(self, metrics: Metrics) -> None:
         """A step has been made. Nothing is read."""
+        if self._peak is None:  # then nothing is made of it
+            return
         made = metrics.metric("padding").weight.double()
         # The operations of the first batch were counted; others take as many more as are larger.
         self._counted = made if self._counted is None else self._counted
