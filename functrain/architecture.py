@@ -24,6 +24,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from functrain.errors import ArchitectureError, StateError, did_you_mean
+from functrain.quirks import (
+    called_afresh,
+    dynamic_rotary,
+    scales_rows,
+    submodules_called,
+    versions,
+    write_error,
+    written,
+)
 from functrain.trees import Tensors, digest, is_sharded, owning
 
 Mode = Literal["train", "eval"]
@@ -36,7 +45,8 @@ class Slots:
 
     `trainable`: the parameters with `requires_grad`. `statistical`: those of modules that keep
     running statistics (BatchNorm), whose dtype they must go with. `uncast`: the buffers that keep
-    their dtype where params are cast: those statistics, and what is not persistent.
+    their dtype where params are cast: those statistics, and what is not persistent. `rotary`:
+    modules that would remember the longest batch (`functrain.quirks`).
     """
 
     params: Mapping[str, tuple[Place, ...]]
@@ -46,6 +56,7 @@ class Slots:
     statistical: frozenset[str]
     uncast: frozenset[str]
     base: str | None = None
+    rotary: tuple[nn.Module, ...] = ()
 
 
 @attrs.frozen
@@ -180,7 +191,8 @@ def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
         name for name, at in buffers.items() if any((id(e), key) in passing for e, key in at)
     )
     base = None if own is None else own.fingerprint
-    return Slots(params, buffers, modules, trainable, statistical, uncast, base)
+    rotary = dynamic_rotary(modules)
+    return Slots(params, buffers, modules, trainable, statistical, uncast, base, rotary)
 
 
 def _places(architecture: nn.Module, table: str) -> dict[str, tuple[Place, ...]]:
@@ -370,7 +382,8 @@ def bound(
     slots when `slots(architecture)` is known. `gathers`: the caller makes whole what the
     architecture holds in shards.
 
-    Raises `ArchitectureError` when names do not match the architecture's.
+    Raises `ArchitectureError` when names do not match the architecture's, and at the end where the
+    model has written into `params` (but for embeddings with `max_norm`).
     """
     if is_sharded(dict(itertools.islice(params.items(), 1))):
         raise ArchitectureError(
@@ -387,22 +400,38 @@ def bound(
     hint = "these values belong to another architecture"
     check_names(params, places.params, "params", hint)
     check_names(buffers, places.buffers, "buffers", hint)
-    with _locks.setdefault(architecture, threading.RLock()):
+    with (
+        _locks.setdefault(architecture, threading.RLock()),
+        submodules_called(),
+        called_afresh(places.rotary),
+    ):
+        begun = versions(params)
         before = [(entries, key, entries[key]) for entries, key in _all_places(places)]
         modes = [module.training for module in places.modules]
         try:
             for name, at in places.params.items():
-                _fill(at, params[name])
+                for entries, key in at:
+                    entries[key] = params[name]
             for name, at in places.buffers.items():
                 _fill(at, buffers[name])
             for module in places.modules:
                 _set_mode(module, mode == "train")
             yield architecture
+            _refuse_written(written(params, begun), places)
         finally:
             for entries, key, tensor in before:
                 entries[key] = tensor
             for module, training in zip(places.modules, modes, strict=True):
                 _set_mode(module, training)
+
+
+def _refuse_written(names: list[str], places: Slots) -> None:
+    if not names:
+        return
+    scaling = {id(module._parameters) for module in places.modules if scales_rows(module)}
+    for name in names:
+        if not any(id(entries) in scaling for entries, _ in places.params[name]):
+            raise write_error(name)
 
 
 Substitution = Callable[[Mapping[str, Tensor]], AbstractContextManager[Mapping[str, Tensor]]]

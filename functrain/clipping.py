@@ -31,13 +31,22 @@ def clip_by_global_norm(
     leaves = list(grads.values())
     if donate:
         if leaves and (factor.device.type != "cpu" or float(factor) != 1.0):
-            torch._foreach_mul_(leaves, factor)
+            torch._foreach_mul_(leaves, _narrowed(factor, leaves))
         return tensors(grads), norm
     if leaves:
         # A 0-d gradient times the float64 factor would become float64.
         scaled = torch._foreach_mul(leaves, factor)
         leaves = [new.to(old.dtype) for new, old in zip(scaled, leaves, strict=True)]
     return Tensors(zip(grads, leaves, strict=True)), norm
+
+
+def _narrowed(factor: Tensor, leaves: list[Tensor]) -> Tensor:
+    """The factor in the leaves' dtype, where the kernel rounds it to that one itself.
+
+    In its own it would be converted anew for each of them.
+    """
+    plain = all(leaf.dtype == torch.float32 for leaf in leaves)
+    return factor.float() if plain else factor
 
 
 def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
 
@@ -22,8 +24,9 @@ from functrain.architecture import (
     slots,
     vocabulary_of,
 )
-from functrain.errors import BatchError, ConfigError
+from functrain.errors import ArchitectureError, BatchError, ConfigError, FunctrainWarning
 from functrain.forward import OwnBuffers, forward_buffers, forward_values
+from functrain.lora import adapter_of, is_adapted
 from functrain.metrics import Metrics
 from functrain.objectives.base import Coupled, Objective, is_direct
 from functrain.objectives.batches import Batch, split_batch, to_device
@@ -223,6 +226,7 @@ class ValueAndGrad:
                     with self.precision.context(device):
                         loss, measured = self.measured(model, each, objective, couplings[index])
                     mean = (loss / weight).sum()
+                    _check_reached(mean)
                     last = index + 1 == len(ready)
                     with total.telling(beside) if last and beside is not None else nullcontext():
                         torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
@@ -230,6 +234,8 @@ class ValueAndGrad:
                     measured_all.append(measured)
             after = bound_buffers(self.places)
         grads, left = total.grads(), own.left(after)
+        if is_adapted(self.architecture):
+            _tell_of_idle(self.architecture, total.reached(grads))
         if part.workers is None:
             metrics = merged(measured_all, tree=part.tree)
             return Gradients(grads=grads, buffers=left, metrics=metrics)
@@ -356,6 +362,38 @@ class ValueAndGrad:
         for name in self.places.trainable & leaves.keys():
             leaves[name].requires_grad_()
         return leaves
+
+
+def _check_reached(loss: Tensor) -> None:
+    """Raise `ArchitectureError` for a loss that depends on nothing that trains."""
+    if not loss.requires_grad:
+        raise ArchitectureError(
+            "architecture: the loss does not depend on any parameter that is trained, so there is "
+            "no gradient; unfreeze what the forward uses (requires_grad before functrain.split), "
+            "name other LoRA targets, and look for a detach() or torch.no_grad() in the forward"
+        )
+
+
+# The adapted architectures that have had a gradient.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _tell_of_idle(architecture: nn.Module, reached: Collection[str]) -> None:
+    """Warn, once, of adapters without a gradient: they would stay as they are, and say nothing."""
+    if architecture in _told:
+        return
+    _told.add(architecture)
+    idle = [n for n in adapter_of(architecture).layers if f"{n}.lora_B" not in reached]
+    if idle:
+        more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+        warnings.warn(
+            f"lora: {', '.join(map(repr, idle[:3]))}{more} got no gradient in the first step, as "
+            "the model did not call them. Where it computes with their weights by itself an "
+            "adapter has no effect: leave them out of the targets. Experts that no token chose "
+            "may get one later",
+            FunctrainWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager

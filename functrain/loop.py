@@ -64,7 +64,9 @@ def train(
     of every `evaluate_every`-th step and of the last hold `eval_…` too, and a `reduce_on_plateau`
     schedule sees `eval_loss`. With `directory`, every `save_every`-th state and the last are
     saved before they are yielded, and those kept that `keep` names: the newest few, or a `Keep`
-    of the newest, of every so many steps, and of the best by an evaluation.
+    of the newest, of every so many steps, and of the best by an evaluation. Where the directory has
+    later steps, which this run has gone back from, these neither count nor go, and a `SaveWarning`
+    names them; a step that is there with another state is refused.
 
     `beside` are texts to lie with each checkpoint, as for `functrain.save`.
 
@@ -371,9 +373,9 @@ class _Saver:
     def _save_shards(self, state: TrainState, options: dict[str, Any]) -> None:
         """Every worker saves its rows; where, worker 0 knows."""
         directory = self._world.from_first(lambda: str(self._plan.directory), "a save")
-        save(directory, state, world=self._world, **options)
+        path = save(directory, state, world=self._world, **options)
         keep = self._plan.keep  # worker 0 alone may have it
-        self._for_all(lambda _: None if keep is None else prune(directory, keep))
+        self._for_all(lambda _: None if keep is None else prune(directory, keep, saved=path))
 
     def _save(
         self, writer: BackgroundWriter | None, state: TrainState, options: dict[str, Any]
@@ -381,9 +383,9 @@ class _Saver:
         if writer is not None:
             writer.save(state, **options)
         elif self._plan.directory is not None:
-            save(self._plan.directory, state, **options)
+            path = save(self._plan.directory, state, **options)
             if self._plan.keep is not None:
-                prune(self._plan.directory, self._plan.keep)
+                prune(self._plan.directory, self._plan.keep, saved=path)
 
     def wait(self) -> None:
         """Wait for the save in the background."""
@@ -433,6 +435,8 @@ def conditions(step: Step, batch_size: int | None) -> dict[str, Any]:
         "reduction": None if step.reduction == "fast" else step.reduction,
         # The order of a fast sum is another with another number of workers.
         "workers": size if step.reduction == "fast" and size > 1 else None,
+        # And with shards; null is what checkpoints of before have, which most often had none.
+        "sharded": True if step.sharded and step.reduction == "fast" and size > 1 else None,
         "batch_size": batch_size,
         "microbatches": step.microbatches,
         "precision": step.precision.name,

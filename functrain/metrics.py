@@ -63,9 +63,10 @@ def exponential(total_loss: Tensor | float, weight: Tensor | float) -> Metric:
 
 
 def _scalar(value: Tensor | float) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(torch.float64)
-    return torch.tensor(value, dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    value = value.detach() if value.requires_grad else value
+    return value.to(torch.float64)
 
 
 class Metrics(Mapping[str, Tensor]):

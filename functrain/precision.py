@@ -39,15 +39,18 @@ def init_loss_scale(
     growth_interval: int = 2000,
 ) -> LossScale:
     """A loss scale at its start, with `torch.amp.GradScaler`'s defaults."""
-    if not 0 < initial < float("inf"):
-        raise ConfigError(f"initial loss scale: {initial} is not a positive finite number")
+    scale = torch.tensor(initial, dtype=torch.float32)
+    if not 0 < float(scale) < float("inf"):
+        raise ConfigError(
+            f"initial loss scale: {initial} is not a positive finite number in float32"
+        )
     if not growth_factor > 1 or not 0 < backoff_factor < 1 or growth_interval < 1:
         raise ConfigError(
             f"loss scale: growth_factor={growth_factor} must be above 1, "
             f"backoff_factor={backoff_factor} in (0, 1), growth_interval={growth_interval} >= 1"
         )
     return LossScale(
-        scale=torch.tensor(initial, dtype=torch.float32),
+        scale=scale,
         growth_count=torch.tensor(0, dtype=torch.int32),
         growth_factor=growth_factor,
         backoff_factor=backoff_factor,

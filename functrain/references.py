@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeGuard
@@ -196,7 +197,8 @@ class ReferenceCache:
     interrupted goes on where it was. The file is JSON Lines: a header, then `{"example", "logp"}`;
     a last line that a kill has torn is taken off. A file that is something else is left as it is.
     Raises `DataError` for it, for a cache of another reference, architecture, precision or form,
-    and where another process is writing; `BatchError` for a log-prob that is not finite.
+    where another process is writing, and where it cannot be written, as on a full disk: then it is
+    as it was before that call. `BatchError` for a log-prob that is not finite.
 
     Of an `attach` with `by_token`, each example's `logp` is a list: of every token after the first,
     up to its last target.
@@ -250,16 +252,19 @@ class ReferenceCache:
         return torch.tensor(known, dtype=torch.float64)
 
     def close(self) -> None:
-        """Make what was written durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Make what was written durable, and let another process write; `DataError` as above."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._file.close()
 
     def _compute(self, batch: Batch, rows: Mapping[str, list[str]], first: int) -> None:
         """`first`: the place of these examples in the batch that they are a slice of."""
         found = self.attach(batch)["reference_logps"]
         _check_finite(found, first)
-        lines = []
+        fresh: dict[str, float | list[float]] = {}
         for side, names in rows.items():
             values = found[side].double().tolist()
             if self.attach.by_token:
@@ -267,16 +272,33 @@ class ReferenceCache:
                 values = [row[:end] for row, end in zip(values, ends, strict=True)]
             for name, value in zip(names, values, strict=True):
                 if name not in self._known:
-                    self._known[name] = value
-                    lines.append(orjson.dumps({"example": name, "logp": value}) + b"\n")
-        self.computed += len(lines)
-        self._file.write(b"".join(lines))
-        self._file.flush()
+                    fresh.setdefault(name, value)
+        lines = [orjson.dumps({"example": n, "logp": value}) + b"\n" for n, value in fresh.items()]
+        self._append(self._file, b"".join(lines))
+        self._known |= fresh
+        self.computed += len(fresh)
+
+    def _append(self, file: IO[bytes], data: bytes) -> None:
+        """Write all of it at the end, or nothing: half a line would spoil those after it."""
+        end, rest = file.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException as error:
+            with suppress(OSError):
+                file.truncate(end)
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from error
+            raise
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(f"{self.path}: cannot be written ({error.strerror}); what it has stays")
 
     def _opened(self) -> IO[bytes]:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+b")
+            # Without a buffer, which would keep what a full disk has refused, to write it later.
+            file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
@@ -285,6 +307,9 @@ class ReferenceCache:
         except BlockingIOError as error:
             file.close()
             raise DataError(f"{self.path}: another process is writing it") from error
+        except OSError as error:
+            file.close()
+            raise self._unwritable(error) from error
         except BaseException:
             file.close()
             raise
@@ -297,8 +322,7 @@ class ReferenceCache:
         begun = orjson.dumps(header) + b"\n"
         if data != begun and begun.startswith(data):
             file.truncate(0)
-            file.write(begun)
-            file.flush()
+            self._append(file, begun)
             return
         self._check_header(data.partition(b"\n")[0], header)
         whole = data.rfind(b"\n") + 1

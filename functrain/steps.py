@@ -288,7 +288,7 @@ class Step:
         donate = self.donate if donate is None else donate
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             if self.world is not None and self.world.size > 1:
-                self.world.begin(state.step)
+                self.world.begin(state.step, state.key)
                 if self.world.first_time(self):
                     agree(self.world, self, state)
             objective = self.objective_of(state)
@@ -395,9 +395,18 @@ class Step:
         mixup = objective.reference_mixup
         if mixup is None or successor.step % objective.reference_sync:
             return reference
-        params = [successor.params[name].to(old.dtype) for name, old in reference.items()]
-        moved = torch._foreach_lerp(list(reference.values()), params, mixup)
-        return _where(applied, Tensors(zip(reference, moved, strict=True)), reference)
+        return _where(applied, self._moved(reference, successor.params, mixup), reference)
+
+    def _moved(self, values: Tensors, params: Tensors, weight: float) -> Tensors:
+        """`values` moved towards the params, of what trains alone.
+
+        What is frozen would move nowhere, and may be integers or infinite.
+        """
+        names = [name for name in values if name in self._places.trainable]
+        old = [values[name] for name in names]
+        new = [params[name].to(each.dtype) for name, each in zip(names, old, strict=True)]
+        moved = torch._foreach_lerp(old, new, weight)
+        return Tensors({**values, **dict(zip(names, moved, strict=True))})
 
     def _advanced_running(
         self, running: Tensors | None, metrics: Metrics, applied: Tensor
@@ -490,10 +499,7 @@ class Step:
     ) -> Tensors | None:
         if self.ema_decay is None or average is None:
             return average
-        names, old = list(average), list(average.values())
-        weight = 1 - self.ema_decay
-        new = torch._foreach_lerp(old, [params[name] for name in names], weight)
-        return _where(applied, Tensors(zip(names, new, strict=True)), average)
+        return _where(applied, self._moved(average, params, 1 - self.ema_decay), average)
 
     def _metrics(
         self, norm: Tensor, rate: Tensor, applied: Tensor, scaler: LossScale | None

@@ -98,7 +98,8 @@ class GradientSum:
         """`begun`: whether there was a sum before, to whose memory autograd has added."""
         if name in self._direct:  # since this pass: `grads` adds the two
             return
-        grad = self._taken(name, leaf)
+        assert leaf.grad is not None  # it has just been accumulated
+        grad = self._taken(name, leaf, leaf.grad)
         if grad is None:
             grad = self._wide.pop(name)
         whole = self._folded(name, grad)
@@ -129,8 +130,8 @@ class GradientSum:
         taken: list[str] = []
         seen: set[int] = set()
         for name, leaf in self._new.items():
-            grad = self._taken(name, leaf)
-            if grad is None:
+            grad = leaf.grad
+            if grad is None or (grad := self._taken(name, leaf, grad)) is None:
                 continue
             taken.append(name)
             address = grad.untyped_storage().data_ptr()
@@ -147,11 +148,8 @@ class GradientSum:
             for leaf in self._leaves.values():
                 leaf.grad = None
 
-    def _taken(self, name: str, leaf: Tensor) -> Tensor | None:
-        """The gradient that a leaf has and keeps; one that is narrower than its sum is widened."""
-        grad = leaf.grad
-        if grad is None:
-            return None
+    def _taken(self, name: str, leaf: Tensor, grad: Tensor) -> Tensor | None:
+        """A gradient that its leaf keeps; one that is narrower than its sum is widened."""
         if grad.layout is not torch.strided:
             raise ArchitectureError(
                 f"{name}: its gradient is sparse, which neither clipping nor the optimizers "

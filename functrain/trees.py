@@ -253,27 +253,29 @@ def row_norms(leaves: Sequence[Tensor]) -> list[Tensor]:
     calling the kernels for each takes longer than the kernels do.
     """
     found: dict[int, Tensor] = {}
-    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    alike: dict[tuple[int, torch.dtype, torch.device], list[tuple[int, int, Tensor]]] = {}
     for at, leaf in enumerate(leaves):
         rows = _rows(leaf)
-        if rows.numel() > _SMALL:
+        count, *width = rows.shape
+        if count * (width[0] if width else 1) > _SMALL:
             found[at] = _row_norms(rows)
         else:
-            kind = rows.shape[1:], rows.dtype, rows.device
-            alike.setdefault(kind, []).append((at, rows))
+            kind = width[0] if width else -1, rows.dtype, rows.device
+            alike.setdefault(kind, []).append((at, count, rows))
     for several in alike.values():
-        places, parts = zip(*several, strict=True)
+        places, counts, parts = zip(*several, strict=True)
         norms = _row_norms(torch.cat(parts))
-        found |= zip(places, torch.split(norms, [len(part) for part in parts]), strict=True)
+        found |= zip(places, torch.split_with_sizes(norms, counts), strict=True)
     return [found[at] for at in range(len(leaves))]
 
 
 def _rows(leaf: Tensor) -> Tensor:
     """A tensor as a matrix of its rows; of fewer dimensions, as a vector."""
     leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    if leaf.ndim > 2:
+    dims = leaf.ndim
+    if dims > 2:
         return leaf.flatten(1)
-    return leaf if leaf.ndim else leaf.reshape(1)
+    return leaf if dims else leaf.reshape(1)
 
 
 def _row_norms(rows: Tensor) -> Tensor:

@@ -312,6 +312,144 @@ def parts(options: Any) -> str:
         return ft.fingerprint(state)
 
 
+def worlds(options: Any) -> list[str]:
+    """Steps in one world after another; what each came to. `raises`: where one worker does.
+
+    The store of their addresses lives on, as torchrun's does, and worker 0 would be slow to leave.
+    """
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    first = os.environ["RANK"] == "0"
+    store = torch.distributed.TCPStore(*address, is_master=first, wait_for_workers=False)
+    destroy = torch.distributed.destroy_process_group
+
+    def slow() -> None:
+        time.sleep(0.3)
+        destroy()
+
+    if first:
+        torch.distributed.destroy_process_group = slow
+    found = []
+    for number in range(3):
+        try:
+            with ft.distributed.world(timeout=20) as world:
+                sharded = bool(options.get("sharded")) and number % 2 == 1
+                step, state = made({"step": {"sharded": sharded}}, world)
+                if options.get("raises") == [world.rank, number]:
+                    raise ValueError("here alone")
+                state, _ = step(state, own_part(step, batches("pretrain", 0), world))
+                found.append(ft.fingerprint(state))
+        except (ValueError, ft.errors.WorkerError) as error:
+            found.append(type(error).__name__)
+    store.add("left", 1)
+    while first and int(store.add("left", 0)) < 2:
+        time.sleep(0.01)
+    return found
+
+
+def nested(options: Any) -> list[bool]:
+    """Whether there still is a process group within an outer world, and after it.
+
+    `foreign`: it was there before.
+    """
+    if options.get("foreign"):
+        torch.distributed.init_process_group("gloo")
+    found = []
+    with ft.distributed.world(timeout=20) as world:
+        with contextlib.suppress(ValueError), ft.distributed.world(timeout=20) as inner:
+            inner.total(1)
+            if options.get("raises"):
+                raise ValueError
+        assert world.total(1) == 2
+        found.append(torch.distributed.is_initialized())
+        if options.get("raises") == "both":
+            return [*found, *_raising(world)]
+    return [*found, torch.distributed.is_initialized()]
+
+
+def _raising(world: Any) -> list[bool]:
+    with contextlib.suppress(ValueError), world:
+        raise ValueError
+    return [torch.distributed.is_initialized()]
+
+
+def closed(_options: Any) -> None:
+    """A step after its world."""
+    with ft.distributed.world(timeout=20) as world:
+        step, state = made({}, world)
+    step(state, own_part(step, batches("pretrain", 0), world))
+
+
+def parting(options: Any) -> None:
+    """Steps in which worker 1 does something else from some point on: `how`."""
+    with ft.distributed.world(timeout=20) as world:
+        other = world.rank == 1
+        how = options["how"]
+        step, state = made({"step": {"sharded": how == "saves alone"}}, world)
+        seen = []
+        for number in range(3):
+            if how == "leaves" and other and number == 2:
+                break
+            seen.append(state)
+            if how == "goes on from another state" and other and number == 2:
+                state = seen[1]
+            if how == "has another key" and other and number == 2:
+                state = attrs.evolve(state, key=7)
+            if how == "has another step" and other and number == 2:
+                step = attrs.evolve(step, max_grad_norm=0.01)
+            if how == "saves alone" and other and number == 2:
+                ft.save(options["directory"], state, world=world)
+            state, _ = step(state, own_part(step, batches("pretrain", number), world))
+
+
+def scaled(options: Any) -> None:
+    """A step with a function that holds another number on worker 1."""
+    with ft.distributed.world(timeout=20) as world:
+        factor = options["factors"][world.rank]
+
+        def transform(grads: Any, _params: Any) -> Any:
+            return {name: grad * factor for name, grad in grads.items()}
+
+        step, state = made({"step": {"transform": transform}}, world)
+        step(state, own_part(step, batches("pretrain", 0), world))
+
+
+def fractions(_options: Any) -> None:
+    """A part of a batch whose weight is no integer."""
+    with ft.distributed.world(timeout=20) as world:
+        world.part(lambda: (1, torch.tensor(0.5)), tree=False)
+
+
+def slow(options: Any) -> str:
+    """What worker 0 makes in more time than others would wait; and what they all make in less."""
+    with ft.distributed.world(timeout=options["timeout"]) as world:
+
+        def make() -> str:
+            time.sleep(options["sleeps"])
+            if options.get("raises"):
+                raise ft.errors.CheckpointError("no")
+            return "made"
+
+        return world.from_first(make, "a test")
+
+
+def warned(options: Any) -> None:
+    """What is no error of functrain's, on one worker alone."""
+    with ft.distributed.world(timeout=20) as world:
+
+        def make() -> str:
+            if world.rank == options["rank"]:
+                raise UserWarning("one alone")
+            return ""
+
+        if options["how"] == "for all":
+            world.for_all(make)
+        elif options["how"] == "from first":
+            world.from_first(make, "a test")
+        else:
+            world.part(lambda: (1, torch.tensor(len(make()))), tree=False)
+
+
 def restarting(_options: Any) -> None:
     """A world of torchrun --max-restarts."""
     os.environ["TORCHELASTIC_MAX_RESTARTS"] = "3"

@@ -729,3 +729,24 @@ def test_an_evaluation_in_another_thread_disturbs_no_step() -> None:
     other.join()
     assert together == alone
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+class Frozen(torch.nn.Module):
+    """A model of which the forward uses frozen parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(zoo.VOCABULARY, 4).requires_grad_(False)
+        self.head = torch.nn.Linear(4, zoo.VOCABULARY).requires_grad_(False)
+        self.unused = torch.nn.Linear(2, 2)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embedding(input_ids))
+        return logits
+
+
+def test_a_loss_that_reaches_nothing_that_trains_is_told() -> None:
+    architecture, params, buffers = ft.split(Frozen())
+    step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2))
+    with pytest.raises(ft.ArchitectureError, match="does not depend on any parameter that is"):
+        step(step.init(params, buffers), zoo.batch())

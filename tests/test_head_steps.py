@@ -267,7 +267,7 @@ def test_a_step_is_pure(name: str, stage: str, precision: str) -> None:
     """Also the first of an architecture, in which the head is searched for."""
     step, state = _begun(name, stage, precision=precision, microbatches=2)
     testing.assert_pure(step, state, _batch(stage))
-    assert isinstance(head._found[step.architecture], Head)
+    assert isinstance(head._found.of(step.architecture)[head._KEY], Head)
 
 
 @SOME

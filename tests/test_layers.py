@@ -18,6 +18,7 @@ LAYERS = [
     "accumulators",
     "trees",
     "keys",
+    "quirks",
     "architecture",
     "deferred",
     "activations",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import zoo
 
 import functrain as ft
+from functrain.loop import conditions
 
 
 def _run(**options: Any) -> tuple[Any, Any]:
@@ -222,3 +224,31 @@ def test_what_a_plateau_schedule_sees_is_the_evaluations_loss() -> None:
         step, state, zoo.Batches(), steps=1, evaluation=[zoo.batch(100)], evaluate_every=1
     )
     assert state.scheduler.plateau.best == float(metrics["eval_loss"]) != float(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("reduction", "size", "sharded", "expected"),
+    [
+        ("fast", 1, True, (None, None)),
+        ("fast", 2, False, (2, None)),
+        ("fast", 2, True, (2, True)),
+        ("canonical", 2, True, (None, None)),
+    ],
+)
+def test_whether_shards_change_the_bits_is_a_condition(
+    reduction: str, size: int, sharded: bool, expected: Any
+) -> None:
+    """A fast sum over shards has another order; what had none before says nothing, as ever."""
+    world = types.SimpleNamespace(size=size)
+    step, _ = _run()
+    given: Any = types.SimpleNamespace(
+        reduction=reduction,
+        world=world,
+        sharded=sharded,
+        microbatches=step.microbatches,
+        precision=step.precision,
+        compile=False,
+        checkpoint=(),
+    )
+    found = conditions(given, 4)
+    assert (found["workers"], found["sharded"]) == expected

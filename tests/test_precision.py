@@ -99,6 +99,8 @@ def test_the_defaults_are_a_grad_scalers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"initial": 1e39}, "initial loss scale: 1e.39 is not a positive finite number in float32"),
+        ({"initial": 1e-46}, "initial loss scale: 1e-46 is not a positive finite number"),
         ({"initial": 0.0}, "initial loss scale: 0.0 is not a positive finite number"),
         ({"initial": math.inf}, "initial loss scale: inf"),
         ({"initial": math.nan}, "initial loss scale: nan"),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +345,64 @@ def test_a_damaged_line_is_named(line: bytes, message: str, tmp_path: Path) -> N
     with pytest.raises(ft.DataError, match=message) as caught:
         ft.ReferenceCache(path, attach)
     assert f"{path}:2" in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
+    """Wherever in a line it is full; with room again the same cache goes on."""
+    architecture, _, buffers, reference = _parts("tied")
+    attach = ft.attach_reference(architecture, reference, buffers)
+    path = tmp_path / "c.jsonl"
+    cache = ft.ReferenceCache(path, attach)
+    cache(zoo.pairs(0))
+    before, known = path.read_bytes(), len(cache)
+    with _room(len(before) + 100):
+        for _ in range(2):
+            with pytest.raises(ft.DataError, match=r"cannot be written .*File too large"):
+                cache(zoo.pairs(1))
+    assert (path.read_bytes(), len(cache), cache.computed) == (before, known, known)
+    expected = attach(zoo.pairs(1))["reference_logps"]
+    found = cache(zoo.pairs(1))["reference_logps"]
+    assert all(torch.equal(found[side], expected[side].double()) for side in expected)
+    cache.close()
+    with ft.ReferenceCache(path, attach) as again:
+        assert len(again) == 2 * known
+        again(zoo.pairs(1))
+        assert again.computed == 0
+
+
+def test_a_header_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
+    architecture, _, buffers, reference = _parts("tied")
+    attach = ft.attach_reference(architecture, reference, buffers)
+    with _room(10), pytest.raises(ft.DataError, match=r"cannot be written .*File too large"):
+        ft.ReferenceCache(tmp_path / "c.jsonl", attach)
+    ft.ReferenceCache(tmp_path / "c.jsonl", attach).close()
+
+
+def test_a_failed_close_lets_another_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    architecture, _, buffers, reference = _parts("tied")
+    attach = ft.attach_reference(architecture, reference, buffers)
+    cache = ft.ReferenceCache(tmp_path / "c.jsonl", attach)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refused)
+        with pytest.raises(ft.DataError, match=r"cannot be written .*Input/output error"):
+            cache.close()
+    ft.ReferenceCache(tmp_path / "c.jsonl", attach).close()
+
+
+@contextmanager
+def _room(size: int) -> Iterator[None]:
+    """No file of this process may be longer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_cache_has_one_writer_and_a_place(tmp_path: Path) -> None:

@@ -846,3 +846,40 @@ def test_what_is_no_schedule_is_refused(bad: Any) -> None:
     architecture, _, _ = zoo.split("tied")
     with pytest.raises(ft.ConfigError, match="schedule"):
         ft.pretrain_step(architecture, ft.optim.adamw(), schedule=bad)
+
+
+class Masked(torch.nn.Module):
+    """A model with frozen parameters that no mean of two can be taken of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(zoo.VOCABULARY, 8)
+        self.head = torch.nn.Linear(8, zoo.VOCABULARY)
+        frozen = {"codes": torch.tensor([3, 4]), "mask": torch.full((2,), -torch.inf)}
+        for name, value in frozen.items():
+            self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embedding(input_ids)) / self.codes[0]
+        return logits
+
+
+def test_what_is_frozen_is_neither_averaged_nor_mixed() -> None:
+    """Integers and infinities stay what they are; the rest is the mean that it was."""
+    architecture, params, buffers = ft.split(Masked())
+    moved = ft.trees.clone(params)
+    averaging = ft.pretrain_step(architecture, ft.optim.sgd(1e-1), ema_decay=0.75)
+    mixing = ft.dpo_step(
+        architecture, ft.optim.sgd(1e-1), reference=moved, reference_mixup=0.25, reference_sync=1
+    )
+    for step, batch, where in (
+        (averaging, zoo.batch(), "average"),
+        (mixing, zoo.pairs(), "reference"),
+    ):
+        state, _ = step(step.init(params, buffers), batch)
+        found = getattr(state, where)
+        assert all(torch.equal(found[name], params[name]) for name in ("codes", "mask"))
+        for name in ("embedding.weight", "head.bias"):
+            assert not torch.equal(found[name], params[name])
+            expected = torch.lerp(params[name], state.params[name], 0.25)
+            assert torch.equal(found[name], expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from functrain import memory
-from functrain.checkpoint.environment import numerics
+from functrain.checkpoint.environment import conditioned
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.retention import Keep
 from functrain.checkpoint.store import prune, save_under
-from functrain.errors import SaveWarning
-from functrain.state import TrainState, device_of, map_tensors
+from functrain.errors import CheckpointError, ConfigError, SaveWarning
+from functrain.state import TrainState, check_state, device_of, map_tensors
+from functrain.trees import is_sharded
 
 
 class BackgroundWriter:
@@ -49,6 +51,7 @@ class BackgroundWriter:
         self._pool = ThreadPoolExecutor(1, "functrain-save")
         self._pending: Future[Path] | None = None
         self._memory: dict[str, Tensor] = {}
+        self._closed = False
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -76,13 +79,26 @@ class BackgroundWriter:
         conditions: Mapping[str, Any] | None = None,
         beside: Mapping[str, str] | None = None,
     ) -> None:
-        """Copy the state, and begin to write the copy; waits for the save before."""
+        """Copy the state, and begin to write the copy; waits for the save before.
+
+        What `keep` does not hold on to goes afterwards, as by `prune(…, saved=…)`. Raises
+        `ConfigError` for a state in shards, and `CheckpointError` once the writer is closed.
+        """
+        check_state(state)
+        if is_sharded(state.params):
+            raise ConfigError(
+                "BackgroundWriter: a state in shards is written by all workers at once, while none "
+                "of them trains; every worker calls functrain.save(…, world=world)"
+            )
+        if self._closed:
+            raise CheckpointError("BackgroundWriter: it is closed; make another to save on")
         self.wait()
         # Here, because a thread of its own has its own number of threads.
-        under = {**numerics(device_of(state.params)), **(conditions or {})}
+        under = conditioned(device_of(state.params), conditions)
         values = {name: float(value) for name, value in (metrics or {}).items()}
-        copy = self._copied(state)
-        self._pending = self._pool.submit(self._write, copy, values, under, beside or {})
+        before, self._memory = self._memory, dict[str, Tensor]()
+        copy, used = _copied(state, before)
+        self._pending = self._pool.submit(self._write, copy, used, values, under, beside or {})
 
     def check(self) -> None:
         """Raise what a finished save has failed with; never waits."""
@@ -91,11 +107,16 @@ class BackgroundWriter:
 
     def wait(self) -> Path | None:
         """Wait for the save in flight: its path, or None where there was none; raises its error."""
+        if self._pending is None:
+            return None
+        # Until it has ended it is in flight, even where an interrupt ends the waiting.
+        futures.wait([self._pending])
         pending, self._pending = self._pending, None
-        return None if pending is None else pending.result()
+        return pending.result()
 
     def close(self) -> None:
         """Wait for the save in flight and end the thread."""
+        self._closed = True
         try:
             self.wait()
         finally:
@@ -105,35 +126,43 @@ class BackgroundWriter:
     def _write(
         self,
         state: TrainState,
+        used: dict[str, Tensor],
         metrics: Mapping[str, float],
         under: Mapping[str, Any],
         beside: Mapping[str, str],
     ) -> Path:
-        path = save_under(
-            under,
-            self._directory,
-            state,
-            metrics=metrics,
-            beside=beside,
-            filesystem=self._filesystem,
-        )
+        try:
+            path = save_under(
+                under,
+                self._directory,
+                state,
+                metrics=metrics,
+                beside=beside,
+                filesystem=self._filesystem,
+            )
+        finally:
+            # Not before: nothing may be copied into what is still being written.
+            self._memory = used
         if self._keep is not None:
-            prune(self._directory, self._keep, filesystem=self._filesystem)
+            prune(self._directory, self._keep, saved=path, filesystem=self._filesystem)
         return path
 
-    def _copied(self, state: TrainState) -> TrainState:
-        before = self._memory
-        self._memory = dict[str, Tensor]()
-        fresh = _pinned if device_of(state.params).type == "cuda" else memory.empty
 
-        def copied(path: str, tensor: Tensor) -> Tensor:
-            old = before.get(path)
-            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-                old = fresh(tensor.shape, tensor.dtype)
-            self._memory[path] = old.copy_(tensor.detach())
-            return old
+def _copied(
+    state: TrainState, before: Mapping[str, Tensor]
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """A copy of a state, and its memory by the tensors' paths: that of `before` where it fits."""
+    fresh = _pinned if device_of(state.params).type == "cuda" else memory.empty
+    used = dict[str, Tensor]()
 
-        return map_tensors(state, copied)
+    def copied(path: str, tensor: Tensor) -> Tensor:
+        old = before.get(path)
+        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+            old = fresh(tensor.shape, tensor.dtype)
+        used[path] = old.copy_(tensor.detach())
+        return old
+
+    return map_tensors(state, copied), used
 
 
 def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functrain import keys
+from functrain.agreement import keeps_denormals
+from functrain.checkpoint.manifest import plain
 from functrain.errors import CheckpointError, NumericsWarning
 from functrain.trees import digest
 
@@ -35,10 +37,15 @@ def numerics(device: torch.device | None = None) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
-    key = (*found.values(), where)
+    key = (*found.values(), where, torch.backends.mkldnn.enabled, keeps_denormals())
     if key not in _cached:
         _cached[key] = canary(where)
     return {**found, "canary": _cached[key]}
+
+
+def conditioned(device: torch.device, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The numerics and the caller's own conditions, as a manifest holds them."""
+    return {**numerics(device), **plain(conditions or {}, "conditions")}
 
 
 def _device_name(device: torch.device) -> str:
@@ -53,6 +60,8 @@ def canary(device: torch.device) -> str:
     hasher = hashlib.sha256()
     for operation in _OPERATIONS:
         hasher.update(digest(operation(x, weight)).encode())
+    if not keeps_denormals():
+        hasher.update(b"no denormals")  # none of these is small enough to show it
     return hasher.hexdigest()[:32]
 
 

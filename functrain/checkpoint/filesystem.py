@@ -98,7 +98,8 @@ class FileSystem:
     @contextmanager
     def locked(self, path: Path) -> Iterator[None]:
         """Hold the lock of this file; `BlockingIOError` where another process does."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        # Who may save here the umask says: in a group's directory all of the group.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
@@ -123,12 +124,22 @@ def sync_directory(files: FileSystem, path: Path) -> None:
 
 
 def remove_directory(files: FileSystem, path: Path) -> None:
-    """Remove a directory of files, which holds no directories; or a file in its place."""
+    """Remove a directory of files, or a file in its place.
+
+    A directory within it, which somebody else has made, stays, and is the `OSError` that is raised
+    when all that can go has gone.
+    """
     if not path.is_dir() or path.is_symlink():
         files.unlink(path)
         return
+    refused: OSError | None = None
     for name in files.list(path):
-        files.unlink(path / name)
+        try:
+            files.unlink(path / name)
+        except OSError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
     files.rmdir(path)
 
 

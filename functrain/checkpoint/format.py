@@ -143,14 +143,14 @@ def _kept(
         return _filled(entry, fill, path)
     begin, end = rows
     each = (entry.end - entry.begin) // max(1, entry.shape[0])
-    _skip(begin * each, fill)
+    skip(begin * each, fill)
     cut = attrs.evolve(entry, shape=(end - begin, *entry.shape[1:]))
     found = _filled(cut, fill, path)
-    _skip((entry.shape[0] - end) * each, fill)
+    skip((entry.shape[0] - end) * each, fill)
     return found
 
 
-def _skip(size: int, fill: Callable[[memoryview], None]) -> None:
+def skip(size: int, fill: Callable[[memoryview], None]) -> None:
     """Read, for the hash, what is not kept."""
     buffer = memoryview(bytearray(min(size, _SKIPPED)))
     while size:
@@ -183,7 +183,11 @@ def _view(entry: Entry, pages: mmap.mmap, begin: int, path: Path) -> Tensor:
 
 
 def _filled(entry: Entry, fill: Callable[[memoryview], None], path: Path) -> Tensor:
-    tensor = memory.empty(entry.shape, entry.dtype)
+    try:
+        tensor = memory.empty(entry.shape, entry.dtype)
+    except RuntimeError as error:  # torch's own, whose text speaks of its allocator
+        size = f"{entry.end - entry.begin:,} bytes"
+        raise MemoryError(f"{entry.name}, {list(entry.shape)}, {size}") from error
     data = data_of(tensor)
     fill(data)
     _check_booleans(entry, data, path)

@@ -19,6 +19,7 @@ from functrain.checkpoint.manifest import (
     MOST_STEPS,
     STATE,
     as_json,
+    bounded,
     decoded,
     encoded,
     is_format,
@@ -30,6 +31,7 @@ from functrain.state import Leaf, TrainState, leaves
 from functrain.trees import Tensors, owning
 
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
+_COUNTS = ("optimizer/count", "scheduler/count", "guard/count", "scaler/growth_count")
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
 _LARGEST = {"step": MOST_STEPS}
 _SOUND: Mapping[str, Callable[[Any], bool]] = {
@@ -73,7 +75,7 @@ def numbers_of(state: TrainState) -> Contents:
     """The file of everything that is no tensor."""
     numbers = {path: encoded(leaf) for path, leaf in leaves(state) if not isinstance(leaf, Tensor)}
     body = {"leaves": numbers, "slots": sorted(state.optimizer.slots), "version": FORMAT}
-    return [memoryview(as_json(body))]
+    return [memoryview(bounded(as_json(body), f"{STATE}, with the loader's state"))]
 
 
 def file_of(path: str) -> tuple[str, str]:
@@ -151,11 +153,9 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
 def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
     """What no training can have come to: a file with fitting hashes may still be forged."""
     for path, leaf in stored.items():
-        name = path.rsplit("/", 1)[-1]
         if isinstance(leaf, Tensor):
             slot = path.split("/")[2] if path.startswith("optimizer/slots/") else ""
-            least = name in ("count", "growth_count") or slot in _NEVER_NEGATIVE
-            if least and _negative(leaf):
+            if (path in _COUNTS or slot in _NEVER_NEGATIVE) and _negative(leaf):
                 raise CheckpointError(f"{where}: {path} is negative, which it cannot become")
             if path == "scaler/scale" and not bool(((leaf > 0) & leaf.isfinite()).all()):
                 raise CheckpointError(f"{where}: {path} is {leaf.tolist()}, no loss scale")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from functrain.architecture import check_names
 from functrain.checkpoint import format as safetensors
-from functrain.checkpoint.environment import compare, numerics
-from functrain.checkpoint.files import Fill, map_file, read_file, side_by_side, whole
+from functrain.checkpoint.environment import compare, conditioned
+from functrain.checkpoint.files import Fill, map_file, passed, read_file, side_by_side
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem, reading
 from functrain.checkpoint.layout import decode, numbers, path_of, placed
 from functrain.checkpoint.manifest import (
@@ -29,7 +29,7 @@ from functrain.checkpoint.manifest import (
 from functrain.checkpoint.store import world_for
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, CheckpointError, ConfigError, SaveWarning
-from functrain.state import Leaf, TrainState, check_state, device_of
+from functrain.state import Leaf, TrainState, check_state, device_of, leaves
 from functrain.trees import Tensors, is_sharded, owning, select
 
 Found = TypeVar("Found")
@@ -62,13 +62,21 @@ def load(
     the checkpoint that worker 0 has found, whatever number of workers has saved it.
     """
     check_state(like, "like")
+    options: dict[str, Any] = {"strict": strict, "conditions": conditions, "older": older}
+    options["most"] = _most_bytes(like)
     if is_sharded(like.params):
         own = world_for(world, "load")
-        options: dict[str, Any] = {"strict": strict, "conditions": conditions, "older": older}
         return _load_rows(directory, like, own, filesystem, options)
-    return _load(
-        directory, like, strict=strict, conditions=conditions, older=older, filesystem=filesystem
-    )
+    return _load(directory, like, filesystem=filesystem, **options)
+
+
+def _most_bytes(like: TrainState) -> int:
+    """More than the tensors of any state of this form take, so that no more need be read.
+
+    Slots that `like` has not yet, their dtypes and the headers included, and generously.
+    """
+    tensors = [leaf for _, leaf in leaves(like) if isinstance(leaf, Tensor)]
+    return 4 * safetensors.MOST_HEADER + 64 * sum(tensor.numel() for tensor in tensors)
 
 
 Rows = Callable[[str, safetensors.Entry, Path], tuple[int, int] | None]
@@ -82,12 +90,13 @@ def _load(
     conditions: Mapping[str, Any] | None,
     older: bool,
     filesystem: FileSystem,
+    most: int,
     rows: Rows = lambda *_: None,
 ) -> TrainState:
-    expected = {**numerics(device_of(like.params)), **(conditions or {})}
+    expected = conditioned(device_of(like.params), conditions)
 
     def read(path: Path) -> TrainState:
-        manifest, stored = read_leaves(filesystem, path, rows=rows)
+        manifest, stored = read_leaves(filesystem, path, rows=rows, most=most)
         state = decode(stored, like, path)
         if state.step != manifest.step:
             raise CheckpointError(
@@ -172,17 +181,25 @@ def read_leaves(
     *,
     mapped: bool = False,
     rows: Rows = lambda *_: None,
+    most: int | None = None,
 ) -> tuple[Manifest, dict[str, Leaf]]:
     """A checkpoint's manifest and every leaf by its path, verified; `mapped` as `load_tensors`.
 
-    `rows`: which rows are kept of the tensor with this path.
+    `rows`: which rows are kept of the tensor with this path. `most`: how many bytes of tensors are
+    read at most; where there are more nothing is.
     """
     manifest = read_manifest(filesystem, path)
+    tensors = sum(e.size for name, e in manifest.files.items() if name.endswith(".safetensors"))
+    if most is not None and tensors > most:
+        raise CheckpointError(
+            f"{path}: {tensors:,} bytes of tensors, far more than a state as `like` has; the "
+            "checkpoint is of another architecture"
+        )
     names = [name for name in manifest.files if name != STATE]
 
     def read(name: str) -> dict[str, Leaf]:
         if not name.endswith(".safetensors"):
-            read_file(filesystem, path / name, manifest.files[name], whole)
+            read_file(filesystem, path / name, manifest.files[name], passed)
             return {}
         if mapped:
             items = map_file(filesystem, path / name, manifest.files[name])
@@ -192,11 +209,11 @@ def read_leaves(
 
     size = sum(entry.size for entry in manifest.files.values())
     stored = read_file(filesystem, path / STATE, manifest.files[STATE], numbers)
-    for leaves in side_by_side(read, names, size):
-        twice = sorted(stored.keys() & leaves.keys())
+    for found in side_by_side(read, names, size):
+        twice = sorted(stored.keys() & found.keys())
         if twice:
             raise CheckpointError(f"{path / STATE}: {twice[0]} is a tensor of another file already")
-        stored |= leaves
+        stored |= found
     return manifest, stored
 
 

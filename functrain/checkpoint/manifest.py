@@ -23,7 +23,10 @@ STATE = "state.json"
 FILES = ("model", "buffers", "optimizer", "extra")
 FORMAT = 1
 MOST_STEPS = 10**12 - 1
-LONGEST_JSON = 1 << 20
+LONGEST_JSON = 1 << 26
+"""Bytes: a loader's state, which may list what it has shuffled, and a manifest fit in easily."""
+
+LONGEST_TEXT = 1 << 30
 _NAME = re.compile(r"step-([0-9]{12})")
 _BESIDE = re.compile(r"[A-Za-z0-9_]{1,64}\.(json|txt|md|jinja)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -68,7 +71,8 @@ def checkpoints(directory: Path) -> list[Path]:
     try:
         if not directory.is_dir():
             return []
-        found = {step: p for p in directory.iterdir() if (step := step_of(p)) is not None}
+        named = {step: p for p in directory.iterdir() if (step := step_of(p)) is not None}
+        found = {step: path for step, path in named.items() if not path.is_file()}
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read ({error.strerror})") from error
     return [found[step] for step in sorted(found)]
@@ -102,7 +106,7 @@ def to_bytes(manifest: Manifest) -> bytes:
     """The manifest as it is written, with its own hash."""
     metrics = {name: encoded(value) for name, value in manifest.metrics.items()}
     body = attrs.asdict(manifest) | {"format": "functrain", "metrics": metrics, "version": FORMAT}
-    return as_json({**body, "sha256": _own_hash(body)})
+    return bounded(as_json({**body, "sha256": _own_hash(body)}), f"{MANIFEST}, with conditions")
 
 
 def _own_hash(body: Mapping[str, Any]) -> str:
@@ -112,6 +116,39 @@ def _own_hash(body: Mapping[str, Any]) -> str:
 def as_json(value: object) -> bytes:
     """Canonical JSON: sorted keys, two blanks of indentation."""
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
+
+
+def bounded(data: bytes, what: str, most: int | None = None) -> bytes:
+    """What is to be written, unless it is longer than what is read (`CheckpointError`)."""
+    limit = LONGEST_JSON if most is None else most
+    if len(data) > limit:
+        raise CheckpointError(
+            f"{what}: {len(data):,} bytes, and a checkpoint holds {limit:,} at most; keep the rest "
+            "in a file of your own"
+        )
+    return data
+
+
+def plain(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Values as they are when JSON has held them: a tuple is a list, an infinity `encoded`.
+
+    Raises `CheckpointError` for what JSON cannot hold.
+    """
+    try:
+        found: dict[str, Any] = orjson.loads(as_json(_encoded_within(values)))
+    except orjson.JSONEncodeError as error:
+        raise CheckpointError(
+            f"{what}: {error}; expected numbers, texts, and lists and objects of them"
+        ) from error
+    return found
+
+
+def _encoded_within(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _encoded_within(each) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return [_encoded_within(each) for each in value]
+    return encoded(value)
 
 
 def checked_name(name: str, where: str = "beside") -> str:
@@ -201,9 +238,11 @@ def _checked(body: Mapping[str, Any], path: Path) -> Manifest:
     expected = {STATE, *(f"{name}.safetensors" for name in FILES)}
     if not expected <= body["files"].keys():
         raise CheckpointError(f"{path}: lists {sorted(body['files'])}, expected {sorted(expected)}")
+    files = {name: _file(name, entry, path) for name, entry in body["files"].items()}
     for name in body["files"].keys() - expected:
         checked_name(name, str(path))
-    files = {name: _file(name, entry, path) for name, entry in body["files"].items()}
+        if files[name].size > LONGEST_TEXT:
+            raise CheckpointError(f"{path}: {name} has {files[name].size} bytes, which no text has")
     return Manifest(step=step, files=files, metrics=metrics, numerics=body["numerics"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import attrs
@@ -10,7 +11,7 @@ import attrs
 from functrain.checkpoint.files import check_sizes
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
-from functrain.errors import CheckpointError
+from functrain.errors import CheckpointError, SaveWarning
 
 
 def _at_least_one(_record: object, field: attrs.Attribute[int], value: int | None) -> None:
@@ -23,8 +24,9 @@ class Keep:
     """The newest `last`, each whose step `every` divides, and the `best` by `metric`.
 
     `metric` is one that `save` was given; `lower` says that less of it is better. A checkpoint
-    without it, or with NaN, is never among the best. What none of the three holds on to goes, but
-    nothing goes while one of the newest is damaged: what is older may be all that there is.
+    without it, or with NaN, is never among the best; one whose manifest is damaged stays where
+    there is a `best`, with a warning. What none of the three holds on to goes, but nothing goes
+    while one of the newest is damaged: what is older may be all that there is.
     """
 
     last: int = attrs.field(default=2, validator=_at_least_one)
@@ -33,13 +35,15 @@ class Keep:
     metric: str = "eval_loss"
     lower: bool = True
 
-    def expendable(self, filesystem: FileSystem, root: Path) -> list[Path]:
+    def expendable(self, filesystem: FileSystem, root: Path, last: int | None = None) -> list[Path]:
         """What may go, oldest first; `CheckpointError` where one of the newest lacks something.
+
+        `last` is the step that was saved last: what is of a higher one neither counts nor goes.
 
         By the manifests and the sizes of the files, not their hashes: reading everything again
         would make each save as slow as a save and a load.
         """
-        found = checkpoints(root)
+        found = [p for p in checkpoints(root) if last is None or (step_of(p) or 0) <= last]
         newest = found[-self.last :]
         kept = {*newest, *self._best(filesystem, found)}
         if self.every is not None:
@@ -53,9 +57,16 @@ class Keep:
         if self.best is None:
             return []
         values: list[tuple[float, int, Path]] = []
+        unknown: list[Path] = []
         for path in found:
-            value = read_manifest(filesystem, path).metrics.get(self.metric, math.nan)
+            try:
+                value = read_manifest(filesystem, path).metrics.get(self.metric, math.nan)
+            except CheckpointError as error:
+                unknown.append(path)
+                message = f"{error}; whether it is one of the best is unknown, so it is not removed"
+                warnings.warn(message, SaveWarning, stacklevel=4)
+                continue
             if not math.isnan(value):
                 # Of equals the newer one is the better.
                 values.append((value if self.lower else -value, -(step_of(path) or 0), path))
-        return [path for *_, path in sorted(values)[: self.best]]
+        return [*unknown, *(path for *_, path in sorted(values)[: self.best])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from functrain.checkpoint.environment import numerics
+from functrain.checkpoint.environment import conditioned
 from functrain.checkpoint.files import (
     Contents,
     hashed,
@@ -25,13 +26,16 @@ from functrain.checkpoint.filesystem import (
 )
 from functrain.checkpoint.layout import encode
 from functrain.checkpoint.manifest import (
+    LONGEST_TEXT,
     MANIFEST,
     Manifest,
     PathLike,
+    bounded,
     checked_name,
     checkpoints,
     directory_name,
     read_manifest,
+    step_of,
     to_bytes,
 )
 from functrain.checkpoint.retention import Keep
@@ -68,7 +72,7 @@ def save(
     each writes its rows, into the very files that one process would have written.
     """
     check_state(state)
-    under = {**numerics(device_of(state.params)), **(conditions or {})}
+    under = conditioned(device_of(state.params), conditions)
     return save_under(
         under, directory, state, metrics=metrics, beside=beside, world=world, filesystem=filesystem
     )
@@ -88,7 +92,8 @@ def save_under(
     root = Path(directory)
     found = {name: float(value) for name, value in (metrics or {}).items()}
     texts: dict[str, Contents] = {
-        checked_name(name): [memoryview(text.encode())] for name, text in (beside or {}).items()
+        checked_name(name): [memoryview(bounded(text.encode(), f"beside: {name}", LONGEST_TEXT))]
+        for name, text in (beside or {}).items()
     }
     if is_sharded(state.params):
         # Here, since it stands on this module.
@@ -129,7 +134,12 @@ def make_root(filesystem: FileSystem, root: Path) -> None:
     """Make the directory and those above it, all durable before a save is acknowledged."""
     missing = [directory for directory in (root, *root.parents) if not directory.is_dir()]
     for directory in reversed(missing):
-        filesystem.mkdir(directory)
+        try:
+            filesystem.mkdir(directory)
+        except FileExistsError:
+            # Another run has made it a moment ago, beside this one.
+            if not directory.is_dir():
+                raise
     if not checkpoints(root):
         # Also those that are there: a save that was killed here may have made them a moment ago.
         _sync_above(filesystem, root)
@@ -193,20 +203,29 @@ def durable(filesystem: FileSystem, target: Path) -> None:
         ) from error
 
 
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""No file under the name, or something else than a file: a link, a pipe that nobody reads."""
+
+
 def whole(filesystem: FileSystem, target: Path) -> bool:
-    """Whether a checkpoint can be read: every file is there and has its hash."""
+    """Whether every file of a checkpoint is there and has its hash.
+
+    Raises `CheckpointError` where the system refuses to say: what it cannot read now, for too many
+    open files perhaps, may well be whole.
+    """
     try:
         entries = read_manifest(filesystem, target).files
         return all(verify_file(filesystem, target / n, entry) for n, entry in entries.items())
-    except CheckpointError:
+    except CheckpointError as error:
+        refused = error.__cause__
+        if isinstance(refused, OSError) and refused.errno not in _NOT_THERE:
+            raise
         return False
 
 
 def put_aside(filesystem: FileSystem, target: Path) -> None:
     """Give the name of a damaged checkpoint free; what is left of it is kept, and said."""
-    taken = {path.name for path in target.parent.iterdir()}
-    names = (f".damaged-{target.name}-{number}" for number in itertools.count(1))
-    aside = target.parent / next(name for name in names if name not in taken)
+    aside = _numbered(target.parent, f".damaged-{target.name}")
     filesystem.rename(target, aside)
     sync_directory(filesystem, target.parent)
     warnings.warn(
@@ -214,6 +233,13 @@ def put_aside(filesystem: FileSystem, target: Path) -> None:
         SaveWarning,
         stacklevel=2,
     )
+
+
+def _numbered(directory: Path, name: str) -> Path:
+    """A path in a directory that nothing has yet: `name` with a number."""
+    taken = {path.name for path in directory.iterdir()}
+    names = (f"{name}-{number}" for number in itertools.count(1))
+    return directory / next(each for each in names if each not in taken)
 
 
 def _same(filesystem: FileSystem, target: Path, files: Mapping[str, Contents]) -> bool:
@@ -245,39 +271,72 @@ def locked(filesystem: FileSystem, root: Path) -> Iterator[None]:
 
 
 def sweep(filesystem: FileSystem, root: Path) -> None:
-    """Remove what a killed save or prune left behind; the lock is held."""
+    """Remove what a killed save or prune left behind, as far as it can be; the lock is held."""
     names = [n for n in filesystem.list(root) if n.startswith((".tmp-step-", ".trash-step-"))]
     if names:
         # A rename to .trash-* that is not durable yet could be undone when its files are gone.
         sync_directory(filesystem, root)
     for name in names:
-        remove_directory(filesystem, root / name)
+        _remove(filesystem, root / name)
+
+
+def _remove(filesystem: FileSystem, path: Path) -> None:
+    """Remove what nobody reads any more; what cannot be is said, and stands in nobody's way."""
+    try:
+        remove_directory(filesystem, path)
+    except OSError as error:
+        warnings.warn(
+            f"{path}: not removed, though it is no checkpoint any more ({error.strerror or error}: "
+            f"{error.filename or path}); remove it by hand",
+            SaveWarning,
+            stacklevel=3,
+        )
 
 
 def prune(
     directory: PathLike,
     keep: int | Keep,
     *,
+    saved: PathLike | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> None:
     """Remove the checkpoints that `keep` does not hold on to; a failure is a warning.
 
     Each is renamed first, so that a reader never finds a checkpoint with files missing.
+
+    `saved` is the checkpoint that the run has saved last. Those of higher steps are of a run that
+    this one has gone back from: they neither count nor go, and a warning names them. Without it
+    they would be the newest, and what is saved would go at once.
     """
     root = Path(directory)
     policy = keep if isinstance(keep, Keep) else Keep(last=keep)
     try:
         with locked(filesystem, root):
-            expendable = policy.expendable(filesystem, root)
+            last = None if saved is None else step_of(Path(saved))
+            expendable = policy.expendable(filesystem, root, last)
+            _warn_of_newer(root, last)
             if expendable:
                 # The newest may be of a save that was killed before its rename was durable.
                 sync_directory(filesystem, root)
             for old in expendable:
                 trash = root / f".trash-{old.name}"
+                if trash.exists():  # what could not be removed of the same step before
+                    trash = _numbered(root, trash.name)
                 filesystem.rename(old, trash)
                 sync_directory(filesystem, root)
-                remove_directory(filesystem, trash)
+                _remove(filesystem, trash)
     except (OSError, CheckpointError) as error:
         warnings.warn(
             f"{root}: old checkpoints were not removed ({error})", SaveWarning, stacklevel=2
+        )
+
+
+def _warn_of_newer(root: Path, last: int | None) -> None:
+    newer = [p.name for p in checkpoints(root) if last is not None and (step_of(p) or 0) > last]
+    if newer:
+        warnings.warn(
+            f"{root}: {', '.join(newer)} would be loaded as the newest, and this run has gone back "
+            "to before; they are left as they are: move them away, or save to another directory",
+            SaveWarning,
+            stacklevel=3,
         )

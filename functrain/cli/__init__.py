@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from functrain.cli.output import UNREAD, close_streams, open_streams, print_result, say
 from functrain.errors import FunctrainError, RelayedError, did_you_mean
 
 _EXTRA = ("tyro", "cattrs", "rich", "jinja2")
@@ -44,36 +45,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code.
 
     0: done. 1: `diff` has found a difference. 2: something that the user can mend, said in one
-    message. 130 and 143: stopped by SIGINT and SIGTERM, with everything saved.
+    message. 130 and 143: stopped by SIGINT and SIGTERM, with everything saved. 141: the reader of
+    the output has gone; what a run has made is saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    open_streams()
     try:
         return _run(arguments)
     except RelayedError:
         return 2  # the worker that has refused says why
+    except BrokenPipeError:
+        return UNREAD
     except FunctrainError as error:
-        print(f"functrain: {error}", file=sys.stderr)
+        say(f"functrain: {error}")
         return 2
     except KeyboardInterrupt:
-        print("functrain: interrupted", file=sys.stderr)
+        say("functrain: interrupted")
         return 130
+    finally:
+        close_streams()
 
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_HELP)
+        print_result(_HELP)
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         from functrain import __version__
 
-        print(f"functrain {__version__}")
+        print_result(f"functrain {__version__}")
         return 0
     command, *rest = arguments
     if command not in _COMMANDS:
-        print(
-            f"functrain: no command {command!r}; {did_you_mean(command, _COMMANDS)}",
-            file=sys.stderr,
-        )
+        say(f"functrain: no command {command!r}; {did_you_mean(command, _COMMANDS)}")
         return 2
     # Before torch is loaded: how often a waiting thread of libgomp looks before it sleeps. By the
     # default, 300,000, it takes the core from the thread that it waits for: beside two busy
@@ -88,10 +92,9 @@ def _run(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _EXTRA:
             raise
-        print(
+        say(
             f"functrain: the command line needs {error.name}, which is not installed: "
-            "pip install 'functrain[cli]'",
-            file=sys.stderr,
+            "pip install 'functrain[cli]'"
         )
         return 2
     except SystemExit as error:  # how tyro ends after --help and after a wrong option

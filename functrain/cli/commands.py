@@ -4,265 +4,47 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import orjson
 import tyro
 
 from functrain.cli import toml
-from functrain.cli.config import DPO, SFT, Pretrain
+from functrain.cli.arguments import (
+    Completion,
+    Data,
+    Demo,
+    Diff,
+    DPOArguments,
+    DPOPlan,
+    Evaluate,
+    Export,
+    Generate,
+    Init,
+    Inspect,
+    PretrainArguments,
+    PretrainPlan,
+    Report,
+    SFTArguments,
+    SFTPlan,
+    Verify,
+)
+from functrain.cli.output import print_result, printing, say
 from functrain.errors import ConfigError, did_you_mean
 
 A = TypeVar("A")
 
 
-@attrs.frozen(kw_only=True)
-class RunArguments:
-    """What every stage's command takes beside its config."""
-
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run, to the bit; begin it where there is none."""
-
-
-@attrs.frozen(kw_only=True)
-class PretrainArguments(RunArguments):
-    """functrain pretrain [run.toml] [options]"""
-
-    config: Annotated[Pretrain, tyro.conf.arg(name="")] = attrs.field(factory=Pretrain)
-
-
-@attrs.frozen(kw_only=True)
-class SFTArguments(RunArguments):
-    """functrain sft [run.toml] [options]"""
-
-    config: Annotated[SFT, tyro.conf.arg(name="")] = attrs.field(factory=SFT)
-
-
-@attrs.frozen(kw_only=True)
-class DPOArguments(RunArguments):
-    """functrain dpo [run.toml] [options]"""
-
-    config: Annotated[DPO, tyro.conf.arg(name="")] = attrs.field(factory=DPO)
-
-
-@attrs.frozen(kw_only=True)
-class PlanArguments:
-    """What `functrain plan` takes beside the config of a stage."""
-
-    workers: int | None = None
-    """Workers in all; those that torchrun has started unless given, or one."""
-    per_node: int = 8
-    """Workers to a node."""
-    device: str = "h100"
-    """a100, h100, h200 or b200, by their maker's figures; or here: what this machine's workers come
-    to, measured. Under torchrun their exchanges too."""
-    utilisation: float = 0.4
-    """What part of a device's peak a worker comes to."""
-    memory: float | None = None
-    """GiB of a worker, where they are others than the device's; so are the next."""
-    tflops: float | None = None
-    """10¹² operations a second that a worker comes to."""
-    inside: float | None = None
-    """GB a second that a worker sends to others of its node."""
-    between: float | None = None
-    """GB a second that a worker sends to other nodes."""
-    latency: float | None = None
-    """Microseconds of an exchange beside its bytes, for each doubling of the workers."""
-
-
-@attrs.frozen(kw_only=True)
-class PretrainPlan(PlanArguments):
-    """functrain plan pretrain [run.toml] [options]"""
-
-    config: Annotated[Pretrain, tyro.conf.arg(name="")] = attrs.field(factory=Pretrain)
-
-
-@attrs.frozen(kw_only=True)
-class SFTPlan(PlanArguments):
-    """functrain plan sft [run.toml] [options]"""
-
-    config: Annotated[SFT, tyro.conf.arg(name="")] = attrs.field(factory=SFT)
-
-
-@attrs.frozen(kw_only=True)
-class DPOPlan(PlanArguments):
-    """functrain plan dpo [run.toml] [options]"""
-
-    config: Annotated[DPO, tyro.conf.arg(name="")] = attrs.field(factory=DPO)
-
-
-@attrs.frozen(kw_only=True)
-class Demo:
-    """Pretrain, fine-tune and align a small model on Python's own documentation."""
-
-    directory: str = "runs/demo"
-    """Where its three runs and its report go."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on where it was stopped, to the bit."""
-    seed: int = 0
-    """The root of all randomness."""
-    scale: str = "full"
-    """full, or tiny: a rehearsal of everything in seconds, which learns nothing."""
-
-
-@attrs.frozen(kw_only=True)
-class Generate:
-    """What the model of a run says after a prompt."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run directory, or a checkpoint in one."""
-    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
-    """The text to go on from."""
-    max_new_tokens: int = 200
-    """Tokens at most."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; higher is more varied."""
-    top_k: int | None = None
-    """Sample from the so many likeliest tokens."""
-    top_p: float | None = None
-    """Sample from the smallest set of this probability."""
-    seed: int = 0
-    """Of the sampling."""
-    plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The prompt as it is, also where the tokenizer has a chat template."""
-
-
-@attrs.frozen(kw_only=True)
-class Inspect:
-    """What a checkpoint holds, verified."""
-
-    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A checkpoint directory, or a run (then its newest)."""
-    tensors: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """List every tensor."""
-
-
-@attrs.frozen(kw_only=True)
-class Verify:
-    """Check checkpoints against their hashes, and steps against being made again."""
-
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT|RUN")]
-    """A checkpoint, or a run: then every checkpoint that it has kept."""
-    replay: str | None = None
-    """A..B: make the steps from checkpoint A (0: from the beginning) to B again, and compare."""
-
-
-@attrs.frozen(kw_only=True)
-class Diff:
-    """Where two runs or checkpoints part: config, metrics, numerics, then leaf by leaf."""
-
-    one: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ONE")]
-    """A checkpoint or a run."""
-    other: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OTHER")]
-    """Another; of two runs the first step is shown at which kept checkpoints differ."""
-
-
-@attrs.frozen(kw_only=True)
-class Init:
-    """Write a config of a stage: every key, what it means, its default."""
-
-    stage: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="pretrain|sft|dpo")]
-    """Of which stage."""
-    path: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="FILE")] = None
-    """Where to; STAGE.toml unless given."""
-
-
-@attrs.frozen(kw_only=True)
-class Evaluate:
-    """A model over files: perplexity of text and completions, and which of a pair it likes."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run directory, or a checkpoint in one."""
-    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
-    """Text, token ids, or JSON Lines of text, completions or pairs; `embedded` is the default's."""
-    tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness, by name; its data come from a hub, or from files."""
-    include: str | None = None
-    """A directory with tasks of your own, as YAML."""
-    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Ask the tasks in the tokenizer's chat template."""
-    time: int | None = None
-    """Tokens of a row or an example at most; the run's own, of tasks the model's, unless given."""
-    batch_size: int = 32
-    """Rows, examples or pairs at once; the result does not depend on it."""
-    limit: int | None = None
-    """Rows, examples or pairs of each file at most."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A line of JSON for each file, in the place of the table."""
-
-    def __attrs_post_init__(self) -> None:
-        for name in ("time", "batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: {value}, expected an integer of at least 1")
-
-
-@attrs.frozen(kw_only=True)
-class Report:
-    """One page over several runs, their curves in the same charts."""
-
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN")]
-    """Run directories."""
-    to: str = "report.html"
-    """The page; one that is there is replaced."""
-
-
-@attrs.frozen(kw_only=True)
-class Export:
-    """The model of a run as transformers loads it, or its adapters as peft does."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run directory, or a checkpoint in one."""
-    directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
-    """Where it goes; an earlier export there is replaced."""
-    merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Of a run with lora.rank: the whole model, with the adapters in its weights."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; as it was trained unless given."""
-
-
-@attrs.frozen(kw_only=True)
-class Data:
-    """An example of a file of records, with the tokens that are trained marked."""
-
-    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="show")]
-    """show"""
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """A .jsonl or .json file of dialogues, prompts with completions, or preferences."""
-    model: str | None = None
-    """A directory of Hugging Face's, a GGUF file or a run, whose tokenizer reads it; else bytes."""
-    index: int = 0
-    """Which record, from 0 on."""
-    color: str = "auto"
-    """always, never, or auto: where the output is a terminal."""
-
-
-@attrs.frozen(kw_only=True)
-class Completion:
-    """Completions for a shell.
-
-    bash: eval "$(functrain completion bash)". fish: functrain completion fish | source. zsh:
-    functrain completion zsh > DIR/_functrain, where DIR is in $fpath.
-    """
-
-    shell: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="bash|zsh|fish")]
-    """For which shell."""
-
-
-def say(line: str) -> None:
-    """A line for the reader, beside the results on stdout."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def _parsed(cls: type[A], command: str, rest: Sequence[str], default: A | None = None) -> A:
     options: dict[str, Any] = {} if default is None else {"default": default}
-    parsed: A = tyro.cli(
-        cls, prog=f"functrain {command}", description=cls.__doc__, args=list(rest), **options
-    )
+    with printing():  # its --help
+        parsed: A = tyro.cli(
+            cls, prog=f"functrain {command}", description=cls.__doc__, args=list(rest), **options
+        )
     return parsed
 
 
@@ -292,7 +74,7 @@ def stage(command: str, rest: Sequence[str]) -> int:
         outcome = run_stage(arguments.config, resume=resume, stop=stop, say=own, world=workers)
         if outcome.finished:
             if workers.speaks:
-                print(conclude(outcome))
+                print_result(conclude(outcome))
             return 0
         own(f"stopped at step {outcome.state.step}; go on with: {how_to_go_on(outcome.config)}")
         return stop.exit_code
@@ -324,7 +106,7 @@ def plan(_command: str, rest: Sequence[str]) -> int:
         raise ConfigError(f"plan: {which!r}; {did_you_mean(which, _PLANS)}: {known}")
     if which not in _PLANS:
         _parsed(PretrainPlan, "plan pretrain|sft|dpo", ["--help"])
-    arguments = stage_arguments(which, given, _PLANS)
+    arguments = stage_arguments(which, given, _PLANS, prog=f"plan {which}")
     from functrain.cli.plan import Machines, planned
     from functrain.cli.run import threads
     from functrain.distributed import world
@@ -335,24 +117,35 @@ def plan(_command: str, rest: Sequence[str]) -> int:
     # The machine of a plan need not be there.
     device = train.device if fields["device"] == "here" else "cpu"
     with threads(train.threads or 1), world(device=device, timeout=train.timeout) as workers:
-        fields["workers"] = fields["workers"] or workers.size
+        if fields["workers"] is None:
+            fields["workers"] = workers.size
         found = workers.for_all(lambda: planned(config, Machines(**fields), workers))
         if workers.speaks:
-            print(found)
+            print_result(found)
     return 0
 
 
-def stage_arguments(command: str, rest: Sequence[str], classes: Mapping[str, Any] = _STAGES) -> Any:
-    """The arguments of a stage's command: defaults, then the file, then the overrides."""
-    cls: Any = classes[command]
+def stage_arguments(
+    stage: str,
+    rest: Sequence[str],
+    classes: Mapping[str, Any] = _STAGES,
+    prog: str | None = None,
+) -> Any:
+    """The arguments of a stage's command: defaults, then the file, then the overrides.
+
+    `prog`: the command, where it is another than the stage's own.
+    """
+    cls: Any = classes[stage]
+    command = prog or stage
     given = list(rest)
     config: Any = None
     if given and not given[0].startswith("-"):
-        config = toml.read_as(Path(given.pop(0)), command)
+        config = toml.read_as(Path(given.pop(0)), stage)
     late = next((each for each in given if each.endswith(".toml")), None)
     if late is not None:
         raise ConfigError(
-            f"{late}: give the config file first: functrain {command} {late} --train.steps 100 …"
+            f"{late}: give the config file first: functrain {command} {shlex.quote(late)} "
+            "--train.steps 100 …"
         )
     default = cls() if config is None else cls(config=config)
     return _parsed(cls, command, given, default)
@@ -360,7 +153,7 @@ def stage_arguments(command: str, rest: Sequence[str], classes: Mapping[str, Any
 
 def reference(command: str, rest: Sequence[str]) -> int:
     """`functrain reference run.toml`: the reference's log-probs, ahead of `functrain dpo`."""
-    config = stage_arguments("dpo", rest).config
+    config = stage_arguments("dpo", rest, prog=command).config
     from functrain.cli.directory import check_files, resolved
 
     if config.preference.cache is None:
@@ -377,7 +170,7 @@ def reference(command: str, rest: Sequence[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settled = resolved(config, threads=torch.get_num_threads(), device=device)
     with threads(settled.train.threads or 1):
-        print(cached(settled, say))
+        print_result(cached(settled, say))
     return 0
 
 
@@ -406,7 +199,7 @@ def generate(command: str, rest: Sequence[str]) -> int:
     from functrain.cli.show import generated
 
     options = attrs.asdict(arguments)
-    print(generated(options.pop("run"), options.pop("prompt"), **options))
+    print_result(generated(options.pop("run"), options.pop("prompt"), **options))
     return 0
 
 
@@ -415,7 +208,7 @@ def init(command: str, rest: Sequence[str]) -> int:
     arguments = _parsed(Init, command, rest)
     from functrain.cli.template import written
 
-    print(written(arguments.stage, Path(arguments.path or f"{arguments.stage}.toml")))
+    print_result(written(arguments.stage, Path(arguments.path or f"{arguments.stage}.toml")))
     return 0
 
 
@@ -424,27 +217,31 @@ def evaluate(command: str, rest: Sequence[str]) -> int:
     arguments = _parsed(Evaluate, command, rest)
     if not arguments.files and not arguments.tasks:
         raise ConfigError("evaluate: no file; give some after the run, or embedded, or --tasks")
-    from functrain.cli.evaluate import HEAD, Measured, evaluated
+    from functrain.cli.evaluate import HEAD, Measured, check, evaluated
     from functrain.cli.summary import table
-    from functrain.cli.tasks import JUDGED, Judged, judged
+    from functrain.cli.tasks import JUDGED, Judged, found, judged
 
     plan: Any = {
         "time": arguments.time,
         "batch_size": arguments.batch_size,
         "limit": arguments.limit,
     }
-    found: list[tuple[tuple[str, ...], Sequence[Measured | Judged]]] = []
-    if arguments.files:
-        found.append((HEAD, evaluated(arguments.run, arguments.files, **plan)))
+    run, files = arguments.run, arguments.files
+    check(run, files)
+    tasks = None
     if arguments.tasks:
-        more: Any = {"include": arguments.include, "chat": arguments.chat}
-        found.append((JUDGED, judged(arguments.run, arguments.tasks, **more, **plan)))
-    for head, rows in found:
+        tasks = found(run, arguments.tasks, include=arguments.include, chat=arguments.chat)
+    results: list[tuple[tuple[str, ...], Sequence[Measured | Judged]]] = []
+    if files:
+        results.append((HEAD, evaluated(run, files, **plan)))
+    if tasks is not None:
+        results.append((JUDGED, judged(run, tasks, **plan)))
+    for head, rows in results:
         if arguments.json:
             for each in rows:
-                print(orjson.dumps(attrs.asdict(each)).decode())
+                print_result(orjson.dumps(attrs.asdict(each)).decode())
         else:
-            print(table(head, [each.row() for each in rows]))
+            print_result(table(head, [each.row() for each in rows]))
     return 0
 
 
@@ -458,13 +255,14 @@ def completion(command: str, rest: Sequence[str]) -> int:
         raise ConfigError(f"shell: {shell!r} is unknown; {did_you_mean(shell, SHELLS)}")
     asked = ["--tyro-print-completion", shell]
     try:
-        tyro.extras.subcommand_cli_from_dict(ARGUMENTS, prog="functrain", args=asked)
+        with printing():
+            tyro.extras.subcommand_cli_from_dict(ARGUMENTS, prog="functrain", args=asked)
     except SystemExit as end:  # how tyro ends after it has printed
         if end.code:
             raise
     if shell == "bash":
         # What is no option and no command is a file.
-        print("complete -o default -F _tyro_functrain functrain")
+        print_result("complete -o default -F _tyro_functrain functrain")
     return 0
 
 
@@ -474,7 +272,7 @@ def report(command: str, rest: Sequence[str]) -> int:
     check_extras()
     from functrain.cli.reports import compared
 
-    print(compared(arguments.runs, Path(arguments.to)))
+    print_result(compared(arguments.runs, Path(arguments.to)))
     return 0
 
 
@@ -483,7 +281,7 @@ def inspect(command: str, rest: Sequence[str]) -> int:
     arguments = _parsed(Inspect, command, rest)
     from functrain.cli.show import described
 
-    print(described(arguments.checkpoint, tensors=arguments.tensors))
+    print_result(described(arguments.checkpoint, tensors=arguments.tensors))
     return 0
 
 
@@ -492,7 +290,7 @@ def export(command: str, rest: Sequence[str]) -> int:
     arguments = _parsed(Export, command, rest)
     from functrain.cli.export import exported
 
-    print(
+    print_result(
         exported(arguments.run, arguments.directory, merge=arguments.merge, dtype=arguments.dtype)
     )
     return 0
@@ -508,7 +306,7 @@ def data(command: str, rest: Sequence[str]) -> int:
     colored = {"always": True, "never": False, "auto": None}
     if arguments.color not in colored:
         raise ConfigError(f"color: {arguments.color!r}, expected auto, always or never")
-    print(
+    print_result(
         shown(
             arguments.file,
             model=arguments.model,
@@ -525,7 +323,7 @@ def verify(command: str, rest: Sequence[str]) -> int:
     from functrain.cli.verify import verified
 
     for line in verified(arguments.path, arguments.replay):
-        print(line, flush=True)
+        print_result(line)
     return 0
 
 
@@ -535,7 +333,7 @@ def diff(command: str, rest: Sequence[str]) -> int:
     from functrain.cli.verify import compared
 
     same, lines = compared(arguments.one, arguments.other)
-    print("\n".join(lines))
+    print_result("\n".join(lines))
     return 0 if same else 1
 
 

@@ -174,6 +174,8 @@ class Data:
     each of which train.compile compiles."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The hash of what is trained on; written when the run begins."""
+    held_out_sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """The hash of what is held out; written when the run begins."""
     templated: Annotated[bool | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """Whether it is dialogues in a chat template; written when the run begins."""
 
@@ -410,6 +412,9 @@ class Evaluation:
 
 
 def _services(_record: Any, _field: Any, given: Any) -> None:
+    text = "".join(given)
+    if text in TRACKERS and text not in given:  # it was taken letter by letter
+        raise ConfigError(f"tracking.services: {text!r}, expected a list: [{text!r}]")
     for each in given:
         if each not in TRACKERS:
             raise ConfigError(

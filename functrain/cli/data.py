@@ -31,8 +31,8 @@ def shown(path: str, *, model: str | None, index: int, color: bool | None) -> st
 
 
 def _tokenizer(path: Path) -> Any:
-    from functrain.cli.build import asked_with
     from functrain.cli.origins import is_model, origin, stage_directory
+    from functrain.cli.tokenizers import asked_with
     from functrain.data.pretrained import pretrained_tokenizer
 
     if is_model(path):

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from functrain.cli.build import embedded
 from functrain.cli.origins import RunDirectory
+from functrain.cli.output import print_result
 from functrain.cli.recipe import recipe
 from functrain.cli.run import Outcome, Say, run_stage
 from functrain.cli.samples import spoken
 from functrain.cli.signals import Stop, stopping
+from functrain.cli.sources import embedded
 from functrain.cli.summary import (
     HEAD,
     Row,
@@ -52,7 +53,7 @@ def run_demo(directory: str, *, seed: int, scale: str, resume: bool, say: Say) -
         if stop or not all(outcome.finished for outcome in outcomes):
             say(f"stopped; go on with: {_again(path, seed, scale)}")
             return stop.exit_code
-        print(concluded(path, outcomes))
+        print_result(concluded(path, outcomes))
         return 0
 
 
@@ -81,10 +82,11 @@ def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
     trigram = trigram_bits_per_byte(held_out.train, held_out.held_out)
     rows = _rows(pretrain, sft, dpo, f"{trigram:.3f}")
     said = _said(outcomes)
+    where, config = (shlex.quote(str(each)) for each in (path, path / "pretrain" / "config.toml"))
     commands = [
-        f'functrain generate {path} "Help on json.dumps(obj), please."',
-        f"functrain inspect {path}",
-        f"functrain pretrain {path}/pretrain/config.toml --directory runs/mine --data.train my.txt",
+        f'functrain generate {where} "Help on json.dumps(obj), please."',
+        f"functrain inspect {where}",
+        f"functrain pretrain {config} --directory runs/mine --data.train my.txt",
     ]
     target = path / "report.html"
     write_report(target, "functrain demo", outcomes, rows=rows, said=said, commands=commands)

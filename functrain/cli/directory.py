@@ -6,6 +6,7 @@ import datetime
 import glob
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +31,9 @@ from functrain.errors import ConfigError
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 SUFFIXES = {
-    "pretrain": (".txt", ".md", ".jsonl", ".json", ".parquet", ".bin", ".npy"),
-    "sft": (".jsonl", ".json", ".parquet"),
-    "dpo": (".jsonl", ".json", ".parquet"),
+    "pretrain": (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".bin", ".npy"),
+    "sft": (".jsonl", ".ndjson", ".json", ".parquet"),
+    "dpo": (".jsonl", ".ndjson", ".json", ".parquet"),
 }
 # What may change between two sittings of a run, because no bit of the params depends on it.
 FREE = (
@@ -66,7 +67,7 @@ def check_files(config: Config) -> None:
             continue  # what is in it is looked at where it is read
         plain = given.removesuffix(".gz")
         # Ids are mapped, so they cannot be compressed; as text they would be nonsense.
-        if Path(plain).suffix not in known or (plain != given and is_tokens(plain)):
+        if Path(plain).suffix.lower() not in known or (plain != given and is_tokens(plain)):
             raise ConfigError(
                 f"{key}: {given!r}, expected a file that ends in {' or '.join(known)}, or "
                 f"{EMBEDDED!r} as data.train"
@@ -138,16 +139,21 @@ def _told(data: Data, start: Origin) -> Data:
     return attrs.evolve(data, **changes)
 
 
-def begun(config: C, *, threads: int, device: str) -> C:
+def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
     """The resolved config of a new run; `ConfigError` where its directory is not empty."""
     run = RunDirectory(config.directory)
     if run.path.exists() and (not run.path.is_dir() or _holds_something(run.path)):
+        way = (
+            f"with no {run.config.name} in it there is no run to go on with; put that back"
+            if resume
+            else "go on with --resume"
+        )
         raise ConfigError(
-            f"{run.path}: is there already and not empty; go on with --resume, or give another "
-            "--directory"
+            f"{run.path}: is there already and not empty; {way}, or give another --directory"
         )
     # The config of another run can be begun again with another start and other data.
-    config = attrs.evolve(config, data=attrs.evolve(config.data, sha256=None, templated=None))
+    given = attrs.evolve(config.data, sha256=None, held_out_sha256=None, templated=None)
+    config = attrs.evolve(config, data=given)
     if not isinstance(config, Pretrain):
         config = attrs.evolve(config, model=Start(from_=config.model.from_))
     return resolved(config, threads=threads, device=device)
@@ -155,7 +161,12 @@ def begun(config: C, *, threads: int, device: str) -> C:
 
 def _holds_something(directory: Path) -> bool:
     # A config that was being written when the process was killed is nothing yet.
-    return any(path.name != ".config.toml.tmp" for path in directory.iterdir())
+    nothing = {".config.toml.tmp", LOCK}
+    return any(path.name not in nothing for path in directory.iterdir())
+
+
+LOCK = ".lock"
+"""What a process that trains in a run's directory holds there; see `functrain.cli.lock`."""
 
 
 def resumed(config: C, *, threads: int, device: str) -> C:
@@ -164,6 +175,7 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     `ConfigError`, naming the keys, where the config would change the bits.
     """
     run = RunDirectory(config.directory)
+    _check_stage(run, config)
     before = toml.read(run.config, type(config))
     merged = resolved(_inherited(config, before), threads=threads, device=device)
     old, new = toml.flat(before), toml.flat(merged)
@@ -179,10 +191,19 @@ def resumed(config: C, *, threads: int, device: str) -> C:
         raise ConfigError(
             f"{run.path}: --resume with another config would not be the same run:\n"
             + "\n".join(lines)
-            + f"\nresume with `functrain {config.stage} {run.config} --resume`, or begin another "
-            "--directory"
+            + f"\nresume with `functrain {config.stage} {shlex.quote(str(run.config))} --resume`, "
+            "or begin another --directory"
         )
     return merged
+
+
+def _check_stage(run: RunDirectory, config: Config) -> None:
+    stage = toml.read_any(run.config).stage
+    if stage != config.stage:
+        raise ConfigError(
+            f"{run.path}: is a run of {stage}; go on with functrain {stage} "
+            f"{shlex.quote(str(run.config))} --resume, or give another --directory"
+        )
 
 
 def _inherited(config: C, before: C) -> C:
@@ -212,17 +233,28 @@ def placed(path: Path) -> Iterator[Path]:
     """A directory to write into, which at the end takes the place of `path`; that is not there."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    temporary.rename(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise unwritten(path, error) from error
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a small file whole or not at all; `ConfigError` where it cannot be."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
+def unwritten(path: Path, error: OSError) -> ConfigError:
+    """What to raise where a file of a run cannot be written."""
+    return ConfigError(f"{path}: cannot be written ({error.strerror})")

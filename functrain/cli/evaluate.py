@@ -10,11 +10,13 @@ from typing import Any
 import attrs
 
 from functrain import data, optimizers
-from functrain.cli.build import Trained, trained
 from functrain.cli.directory import is_tokens
 from functrain.cli.ending import unreferenced
 from functrain.cli.known import EMBEDDED
+from functrain.cli.origins import origin
+from functrain.cli.restoring import Trained, trained
 from functrain.cli.summary import bits_per_byte
+from functrain.cli.tokenizers import asked_with
 from functrain.data.files import RECORDS, TEXTS, files_of, suffix_of
 from functrain.data.source import MapSource
 from functrain.errors import ConfigError, DataError
@@ -74,14 +76,33 @@ HEAD = (
 )
 
 
+def check(given: str, files: Sequence[str]) -> None:
+    """Raise `ConfigError` for files that are not there or that the model cannot read.
+
+    Before anything is computed, so that nothing is thrown away for the last of several names.
+    """
+    tokenizer = asked_with(origin(given, "run"))
+    for file in files:
+        if file != EMBEDDED and not Path(file).exists() and not glob.has_magic(file):
+            raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")
+        if is_tokens(file):
+            continue
+        if tokenizer is None:
+            raise ConfigError(
+                f"{file}: text, and the model was trained on ids of a tokenizer of your own; give "
+                "a .bin or .npy file of ids"
+            )
+        if file != EMBEDDED:
+            files_of(file, (*TEXTS, *RECORDS))
+
+
 def evaluated(
     given: str, files: Sequence[str], *, time: int | None, batch_size: int, limit: int | None
 ) -> list[Measured]:
-    """The model of a run or checkpoint over each file, on the CPU.
+    """The model of a run or checkpoint over each file that `check` lets pass, on the CPU.
 
     `time`: tokens of a row or example at most, the run's own unless given. `limit`: rows, examples
-    or pairs. Raises `ConfigError` for a model of foreign token ids and a file of text, `DataError`
-    for files that cannot be read.
+    or pairs. Raises `DataError` for files that cannot be read.
     """
     model = trained(given)
     if time is None:
@@ -130,16 +151,10 @@ def _evaluated(model: Trained, objective: Objective, batches: Sequence[Batch]) -
 
 def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[str, MapSource]:
     options: dict[str, Any] = {"time": time, "batch_size": batch_size, "seed": derive(0, "data")}
-    if file != EMBEDDED and not Path(file).exists() and not glob.has_magic(file):
-        raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")
     if is_tokens(file):
         dtype = "uint16" if model.config is None else getattr(model.config.data, "dtype", "uint16")
         return "text", data.tokens(file, dtype=dtype, **options)
-    if model.tokenizer is None:
-        raise ConfigError(
-            f"{file}: text, and the model was trained on ids of a tokenizer of your own; give a "
-            ".bin or .npy file of ids"
-        )
+    assert model.tokenizer is not None  # `check` has refused text without one
     try:
         kind, found = _read(model, file)
         make: Any = {"text": data.text, "completions": data.chat, "pairs": data.preference}[kind]

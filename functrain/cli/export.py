@@ -6,12 +6,13 @@ from pathlib import Path
 
 from functrain import lora
 from functrain.cli import toml
-from functrain.cli.build import restored, tokenizer_of
+from functrain.cli.facts import logged
 from functrain.cli.origins import Origin, RunDirectory, is_model
+from functrain.cli.restoring import restored
+from functrain.cli.tokenizers import tokenizer_of
 from functrain.data import PretrainedTokenizer
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, DataError
 from functrain.models import export
-from functrain.tracking import jsonl
 
 
 def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> str:
@@ -31,6 +32,12 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
             f"{path}: the adapters of step {found.state.step:,}, as peft reads them; their base is "
             f"{below}{'' if theirs else ', which `functrain export` writes as well'}"
         )
+    metrics: dict[str, float] = {}
+    without = ""
+    try:
+        metrics = _measured(run, found.state.step)
+    except DataError as error:  # the model is whole
+        without = f"; without its metrics, since {error}"
     path = export(
         found.state,
         found.architecture,
@@ -40,9 +47,9 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
         name=run.path.name,
         data=found.config.data.train,
         config=toml.dumps(found.config),
-        metrics=_measured(run, found.state.step),
+        metrics=metrics,
     )
-    return f"{path}: the model of step {found.state.step:,}, as transformers reads it"
+    return f"{path}: the model of step {found.state.step:,}, as transformers reads it{without}"
 
 
 def _tokenizer(origin: Origin) -> PretrainedTokenizer | None:
@@ -53,7 +60,7 @@ def _tokenizer(origin: Origin) -> PretrainedTokenizer | None:
 
 def _measured(run: RunDirectory, step: int) -> dict[str, float]:
     """What was logged of a step: its loss, and the evaluation if there was one."""
-    records = [each for each in jsonl.read(run.metrics) if each["step"] == step]
+    records = [each for each in logged(run) if each["step"] == step]
     last = records[-1] if records else {}
     kept = ("loss", "perplexity", "mean_token_accuracy")
     return {n: v for n, v in last.items() if n in kept or n.startswith(("eval_", "rewards/"))}

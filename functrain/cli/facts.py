@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import orjson
 
@@ -17,7 +18,7 @@ from functrain.cli import toml
 from functrain.cli.build import Built
 from functrain.cli.origins import RunDirectory
 from functrain.distributed import World
-from functrain.errors import CheckpointError
+from functrain.errors import CheckpointError, DataError, is_number
 from functrain.state import device_of
 from functrain.tracking import jsonl
 from functrain.tracking.report import CheckpointRow, StageRecord
@@ -43,12 +44,28 @@ def recorded(run: RunDirectory, name: str) -> StageRecord:
     """A run as its directory has it."""
     return StageRecord(
         name=name,
-        metrics=jsonl.read(run.metrics),
+        metrics=logged(run),
         config=toml.dumps(toml.read_any(run.config)),
         notes=_lines(run),
         environment=_environment(run),
         checkpoints=_kept(run),
     )
+
+
+def logged(run: RunDirectory) -> list[dict[str, Any]]:
+    """The records of a run's metrics; `DataError`, with a way out, at the first that is none."""
+    way_out = "remove that line, and the others are read"
+    try:
+        records = jsonl.read(run.metrics)
+    except DataError as error:
+        raise DataError(f"{error}; {way_out}") from error
+    for number, record in enumerate(records, start=1):
+        for name, value in record.items():
+            if not is_number(value):
+                raise DataError(
+                    f"{run.metrics}:{number}: {name} is {value!r}, expected a number; {way_out}"
+                )
+    return records
 
 
 def _lines(run: RunDirectory) -> list[str]:

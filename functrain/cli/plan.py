@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from functrain import models, objectives, planning
-from functrain.cli.build import bare, decoder, optimizer
 from functrain.cli.config import DPO, Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.origins import is_model, origin
+from functrain.cli.restoring import bare, decoder
+from functrain.cli.steps import optimizer
 from functrain.cli.summary import table
 from functrain.data import ByteTokenizer
 from functrain.distributed import World

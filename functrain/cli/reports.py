@@ -18,6 +18,8 @@ def compared(given: Sequence[str], to: Path) -> str:
     """
     if not given:
         raise ConfigError("report: no run; give run directories")
+    if to.is_dir():
+        raise ConfigError(f"to: {to} is a directory; name a file in it: {to / 'report.html'}")
     runs = [RunDirectory(stage_directory(Path(each))) for each in given]
     names = _names([run.path for run in runs])
     stages = [recorded(run, name) for name, run in zip(names, runs, strict=True)]

@@ -7,37 +7,37 @@ import logging
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any, TextIO, TypeVar
 
 import attrs
 import torch
-from torch import Tensor
 
 from functrain import checkpoint, memory, models
+from functrain.checkpoint.manifest import step_of
 from functrain.cli import directory as directories
 from functrain.cli import facts, toml
-from functrain.cli.build import Built, build, digest
+from functrain.cli.build import Built, build
+from functrain.cli.clock import Clock
 from functrain.cli.config import DPO, SFT, Pretrain, Train
 from functrain.cli.ending import Ending, ending
+from functrain.cli.lock import held
 from functrain.cli.origins import RunDirectory
 from functrain.cli.samples import GATHERED, Prompt, bytes_to_gather, prompts, spoken
 from functrain.cli.signals import Stop
+from functrain.cli.sources import digest
 from functrain.compilation import cache_directory
 from functrain.data import ByteTokenizer, Prefetched, PretrainedTokenizer
 from functrain.distributed import ALONE, World
-from functrain.errors import CheckpointError, ConfigError, RelayedError
+from functrain.errors import CheckpointError, ConfigError, DataError, RelayedError
 from functrain.evaluation import evaluate
-from functrain.flops import flops_of
 from functrain.loop import check_guard, conditions, train, world_of
-from functrain.metrics import Metrics
-from functrain.state import TrainState, device_of
+from functrain.state import TrainState
 from functrain.tracking import jsonl, progress
 from functrain.tracking.beside import Beside
-from functrain.tracking.jsonl import Several
+from functrain.tracking.jsonl import Several, Tracker
 from functrain.tracking.services import TrackedRun, opened
 from functrain.trees import is_sharded
 
@@ -107,10 +107,18 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         stack.callback(built.close)
         for note in built.notes:
             say(f"{config.stage}: {note}")
-        found = digest(built.source)
-        world.agree({"data.train": found})
+        found = {"data.train": digest(built.source)}
+        if built.held_out is not None:
+            found["data.held_out"] = digest(built.held_out)
+        world.agree(found)
         config = _same_data(config, found, built.templated)
-        world.from_first(lambda: _written(run, config, built, world), "the run directory")
+        # The lock is the first worker's, for as long as this sitting goes.
+
+        def begun() -> str:
+            stack.enter_context(held(run, new=not resume))  # for as long as this sitting goes
+            return _written(run, config, built, world)
+
+        world.from_first(begun, "the run directory")
         given = _prompts(built, say)
         # Now, because the first step reuses the memory of the first state.
         speaks = world.speaks or built.sharded
@@ -149,18 +157,47 @@ def _prompts(built: Built, say: Say) -> list[Prompt]:
 def _settled(config: C, resume: bool) -> C:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
-    if resume and RunDirectory(config.directory).config.is_file():
-        return directories.resumed(config, threads=threads, device=device)
-    return directories.begun(config, threads=threads, device=device)
+    run = RunDirectory(config.directory)
+    if resume and run.config.is_file():
+        config = directories.resumed(config, threads=threads, device=device)
+        _check_total(run, config.train.steps)
+        return config
+    return directories.begun(config, threads=threads, device=device, resume=resume)
 
 
-def _same_data(config: C, found: str, templated: bool | None) -> C:
-    if config.data.sha256 not in (None, found):
+def _check_total(run: RunDirectory, steps: int) -> None:
+    """A run that is further on than it is to go has nothing to do, and would look finished."""
+    newest = checkpoint.latest(run.checkpoints)
+    step = None if newest is None else step_of(newest)
+    if step is not None and step > steps:
         raise ConfigError(
-            f"data.train: {config.data.train} is not what this run was begun with (another hash); "
-            "put the old data back, or begin another --directory"
+            f"train.steps: {steps}, and {run.path} is at step {step} already; give at least that "
+            "many"
         )
-    return attrs.evolve(config, data=attrs.evolve(config.data, sha256=found, templated=templated))
+
+
+def _same_data(config: C, found: Mapping[str, str], templated: bool | None) -> C:
+    """With the hashes of its data, which must be those that the run was begun with.
+
+    What is held out too: a schedule may follow it, and the best checkpoints are chosen by it.
+    """
+    given = config.data
+    for key, path, begun in (
+        ("data.train", given.train, given.sha256),
+        ("data.held_out", given.held_out, given.held_out_sha256),
+    ):
+        if begun not in (None, found.get(key)):
+            raise ConfigError(
+                f"{key}: {path or given.train} is not what this run was begun with (another "
+                "hash); put the old data back, or begin another --directory"
+            )
+    known = attrs.evolve(
+        given,
+        sha256=found["data.train"],
+        held_out_sha256=found.get("data.held_out"),
+        templated=templated,
+    )
+    return attrs.evolve(config, data=known)
 
 
 class _Saying(logging.Handler):
@@ -262,7 +299,8 @@ def _trained(
         closing(jsonl.JSONLTracker(run.metrics if world.speaks else os.devnull)) as own,
         closing(progress.Progress(plan.steps, config.stage, stream=_stream(world))) as bar,
     ):
-        tracker = Several([own, *_services(config, run, state, stack, say, world)])
+        told = own if plan.on_save_error == "stop" else _Forgiving(own, say)
+        tracker = Several([told, *_services(config, run, state, stack, say, world)])
         if state.step == 0 and built.evaluation:
             tracker.log(0, evaluate(built.step, state, built.evaluation).to_dict())
         if world.any(bool(stop)):
@@ -270,7 +308,7 @@ def _trained(
         under = conditions(built.step, built.source.batch_size)
         beside = _beside(built)
         source = _ahead(built, stack)
-        clock = _Clock(config, built, state, source)
+        clock = Clock(config, built, state, source)
         for now, metrics in train(
             built.step,
             state,
@@ -295,12 +333,31 @@ def _trained(
             stopping = world.any(bool(stop))
             if last or stopping or state.step % plan.save_every == 0:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
+                ends = last or stopping
                 with clock.paused():
-                    _save(world, plan, run, state, measured, under, beside, say)
+                    _save(world, plan, run, state, measured, under, beside, say, ends=ends)
             check_guard(built.step, state)
             if stopping:
                 break
     return state
+
+
+class _Forgiving:
+    """A tracker of a run that goes on where its disk is full: what it cannot take is said."""
+
+    def __init__(self, tracker: Tracker, say: Say) -> None:
+        self._tracker, self._say = tracker, say
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell it."""
+        try:
+            self._tracker.log(step, metrics)
+        except DataError as error:
+            self._say(f"{error}\ngoing on without step {step}, as train.on_save_error says")
+
+    def close(self) -> None:
+        """Close it."""
+        self._tracker.close()
 
 
 def _beside(built: Built) -> dict[str, str]:
@@ -353,61 +410,6 @@ def _ahead(built: Built, stack: ExitStack) -> Prefetched:
     return ahead
 
 
-class _Clock:
-    """What `jsonl.CLOCKS` name, of the steps since they were last asked for."""
-
-    def __init__(
-        self, config: Pretrain | SFT | DPO, built: Built, state: TrainState, source: Prefetched
-    ) -> None:
-        size = world_of(built.step).size
-        self._peak = None if config.train.peak_tflops is None else config.train.peak_tflops * size
-        self._flops = 0
-        if self._peak is not None:
-            batch = built.data.at(state.cursor.samples, built.source.batch_size)
-            self._flops = flops_of(built.step, state, batch, recomputed=False)
-        self._counted: Tensor | None = None
-        self._made = torch.zeros(())
-        self._device, self._source = device_of(state.params), source
-        self._step, self._tokens, self._waited = state.step, state.cursor.tokens, source.waited
-        self._since = time.perf_counter()
-
-    def saw(self, metrics: Metrics) -> None:
-        """A step has been made. Nothing is read."""
-        if self._peak is None:  # then nothing is made of it
-            return
-        made = metrics.metric("padding").weight.double()
-        # The operations of the first batch were counted; others take as many more as are larger.
-        self._counted = made if self._counted is None else self._counted
-        self._made = self._made.to(made.device) + made
-
-    def measured(self, state: TrainState, metrics: Metrics) -> dict[str, float]:
-        """Of the steps that have ended since; `metrics` are the last one's, and have been read."""
-        now, waited = time.perf_counter(), self._source.waited
-        elapsed, steps = max(now - self._since, 1e-9), state.step - self._step
-        tokens = state.cursor.tokens - self._tokens
-        found = {
-            "data_seconds": (waited - self._waited) / steps,
-            "peak_memory_gib": memory.peak(self._device) / 2**30,
-        }
-        self._step, self._tokens = state.step, state.cursor.tokens
-        self._since, self._waited = now, waited
-        made, self._made = self._made, torch.zeros_like(self._made)
-        if "eval_loss" in metrics:  # an evaluation's time is not the step's
-            return found
-        found["tokens_per_second"] = tokens / elapsed
-        if self._peak is not None and self._counted is not None:
-            flops = self._flops * float(made / self._counted)
-            found["mfu"] = flops / elapsed / (self._peak * 1e12)
-        return found
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it, time is not the steps'."""
-        begun = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begun
-
-
 def _save(
     world: World,
     plan: Train,
@@ -417,7 +419,10 @@ def _save(
     under: dict[str, Any],
     beside: dict[str, str],
     say: Say,
+    *,
+    ends: bool,
 ) -> None:
+    """`ends`: whether the sitting ends with it, so that nothing would go on without it."""
     given: Any = {"metrics": measured, "conditions": under, "beside": beside}
 
     def saved() -> str:
@@ -429,7 +434,7 @@ def _save(
         else:
             world.from_first(saved, "a save")
     except (CheckpointError, RelayedError) as error:
-        if plan.on_save_error == "stop":
+        if ends or plan.on_save_error == "stop":
             raise
         say(f"{error}\ngoing on without it, as train.on_save_error says")
         return

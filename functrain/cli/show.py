@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from functrain.cli.known import EMBEDDED
-from functrain.errors import ConfigError, FunctrainError
+from functrain.errors import ConfigError, DataError, FunctrainError
 
 
 def described(given: str, *, tensors: bool = False) -> str:
@@ -29,15 +29,18 @@ def described(given: str, *, tensors: bool = False) -> str:
 def _of_the_run(run: Any, inspected: Mapping[str, Any]) -> dict[str, str]:
     """What of a run is in no checkpoint: how logits are made, and what its metrics say."""
     from functrain import objectives
-    from functrain.cli.build import trained
-    from functrain.tracking import jsonl
+    from functrain.cli.facts import logged
+    from functrain.cli.restoring import trained
 
     try:
         model = trained(inspected["path"])
         how = objectives.describe_head(model.architecture, model.params, model.buffers)
     except FunctrainError as error:  # the base of adapters may be gone, and the rest is here
         how = f"not known: {error}"
-    records = jsonl.read(run.metrics)
+    try:
+        records = logged(run)
+    except DataError as error:  # the checkpoint is whole
+        return {"head": how, "metrics": f"not known: {error}"}
     records = [each for each in records if each["step"] <= inspected["leaves"]["step"]]
     rates = [each["tokens_per_second"] for each in records if "tokens_per_second" in each]
     padding = [each["padding"] for each in records if "padding" in each]
@@ -102,7 +105,7 @@ def generated(
     on ids of a foreign tokenizer.
     """
     from functrain import models
-    from functrain.cli.build import trained
+    from functrain.cli.restoring import trained
 
     model = trained(given)
     if model.tokenizer is None:

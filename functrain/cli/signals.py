@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,14 +33,16 @@ class Stop:
             os._exit(128 + number)
         self.signal = number
         name = signal.Signals(number).name
-        # Not print(): the signal may have come while a print held the lock of stderr's buffer.
-        os.write(
-            sys.__stderr__.fileno() if sys.__stderr__ else 2,
-            f"\n{name}: finishing this step and saving; once more to abort at once\n".encode(),
-        )
+        # Ctrl-C ends the reader of a pipe as well (`2>&1 | tee log`): then there is none to tell.
+        with contextlib.suppress(OSError):
+            # Not print(): the signal may have come while one held the lock of stderr's buffer.
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2,
+                f"\n{name}: finishing this step and saving; once more to abort at once\n".encode(),
+            )
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopping() -> Iterator[Stop]:
     """Within it, SIGINT and SIGTERM set the `Stop` that is yielded; after it, as before."""
     stop = Stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def conclude(outcome: Outcome) -> str:
         Said(prompt=worded(outcome, prompt), answers=(("before", first), ("after", last)))
         for prompt, first, last in zip(outcome.prompts, outcome.first_words, end.words, strict=True)
     ]
-    commands = [f'functrain generate {run.path} "…"', f"functrain inspect {run.path}"]
+    where = shlex.quote(str(run.path))
+    commands = [f'functrain generate {where} "…"', f"functrain inspect {where}"]
     title = f"functrain {outcome.config.stage}: {run.path.name}"
     write_report(run.report, title, [outcome], rows=rows, said=said, commands=commands)
     return "\n".join(
@@ -49,6 +51,7 @@ def conclude(outcome: Outcome) -> str:
             f"{run.path}: finished, {outcome.state.step:,} of {outcome.config.train.steps:,} steps",
             *([table(HEAD, rows), ""] if rows else []),
             *padding(outcome.records),
+            *skipped(outcome),
             f"fingerprint  {end.fingerprint}",
             f"report       {run.report}",
             f"next         {commands[0]}",
@@ -64,21 +67,35 @@ def worded(outcome: Outcome, prompt: Prompt) -> str:
 
 
 def measured(outcome: Outcome) -> list[Row]:
-    """The stage's held-out measures, before its first step and after its last."""
+    """The stage's held-out measures, before its first step and after its last.
+
+    Empty is what was measured of other held-out data than what is after it, as a resume with
+    another `evaluation.limit` has it.
+    """
     before, after = outcome.before, outcome.after
     if not before or not after:
         return []
     if outcome.config.stage == "dpo":
         return _preferences(outcome)
     what = "text" if outcome.config.stage == "pretrain" else "completion"
+    alike = _alike(outcome)
     first, last = (f"{each['eval_perplexity']:.2f}" for each in (before, after))
-    rows = [(f"{what} perplexity", first, last)]
-    if outcome.built.tokenizer is not None:
-        batches = outcome.built.evaluation
-        tokenizer = outcome.built.tokenizer
+    rows = [(f"{what} perplexity", first if alike else "", last)]
+    batches, tokenizer = outcome.built.evaluation, outcome.built.tokenizer
+    if tokenizer is not None and after["eval_num_tokens"] == _targets(batches):
         first, last = (f"{bits_per_byte(each, batches, tokenizer):.3f}" for each in (before, after))
-        rows.append((f"{what} bits per byte", first, last))
+        rows.append((f"{what} bits per byte", first if alike else "", last))
     return [(outcome.config.stage, *row) for row in rows]
+
+
+def _alike(outcome: Outcome) -> bool:
+    """Whether the first and the last evaluation were of the same data: of as many tokens."""
+    return outcome.before.get("eval_num_tokens") == outcome.after.get("eval_num_tokens")
+
+
+def _targets(batches: Sequence[Batch]) -> int:
+    """How many tokens an evaluation of these batches predicts."""
+    return sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
 
 
 def padding(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -89,12 +106,30 @@ def padding(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"padding      {sum(seen) / len(seen):.1%} of a step's tokens, on average"]
 
 
+def skipped(outcome: Outcome) -> list[str]:
+    """How many steps have changed nothing and why, as a line; none where each was applied."""
+    state = outcome.state
+    count = state.step - int(state.optimizer.count)
+    if not count:
+        return []
+    guard = ", or far above those before" if outcome.config.train.spike_deviations else ""
+    return [
+        f"skipped      {count:,} of {state.step:,} steps: their loss or gradients were not "
+        f"finite{guard}"
+    ]
+
+
 def _preferences(outcome: Outcome) -> list[Row]:
-    before, after = outcome.before, outcome.after
+    before, after, alike = outcome.before, outcome.after, _alike(outcome)
     if isinstance(outcome.built.step.objective, UnpairedOptimization):
         # The held-out examples may all be desirable, or none of them.
         return [
-            ("dpo", name, f"{before[f'eval_{name}']:+.3f}", f"{after[f'eval_{name}']:+.3f}")
+            (
+                "dpo",
+                name,
+                f"{before[f'eval_{name}']:+.3f}" if alike else "",
+                f"{after[f'eval_{name}']:+.3f}",
+            )
             for name in ("rewards/chosen", "rewards/rejected", "kl")
             if f"eval_{name}" in before
         ]
@@ -102,6 +137,8 @@ def _preferences(outcome: Outcome) -> list[Row]:
     tied = float(before["eval_rewards/margins"]) == 0
     accuracy = "tied" if tied else f"{before['eval_rewards/accuracies']:.3f}"
     opened, closed = (f"{each['eval_rewards/margins']:+.3f}" for each in (before, after))
+    if not alike:
+        accuracy, opened = "", ""
     rows = [
         ("dpo", "accuracy of the rewards", accuracy, f"{after['eval_rewards/accuracies']:.3f}"),
         ("dpo", "margin of the rewards", opened, closed),

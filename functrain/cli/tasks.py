@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 
 from functrain import models
-from functrain.cli.build import trained
+from functrain.cli.origins import origin
+from functrain.cli.restoring import trained
+from functrain.cli.tokenizers import asked_with
 from functrain.data.templates import has_template
 from functrain.errors import ConfigError, did_you_mean
 
@@ -34,29 +37,67 @@ class Judged:
 JUDGED = ("task", "metric", "value", "stderr", "examples")
 
 
-def judged(
-    given: str,
-    tasks: Sequence[str],
-    *,
-    include: str | None,
-    time: int | None,
-    batch_size: int,
-    limit: int | None,
-    chat: bool,
-) -> list[Judged]:
-    """The model of a run, of a checkpoint or of transformers over tasks of lm-evaluation-harness.
+@attrs.frozen(kw_only=True)
+class Tasks:
+    """Tasks that are there: what manages them, and their names."""
+
+    manager: Any
+    names: tuple[str, ...]
+    chat: bool
+
+
+def found(given: str, tasks: Sequence[str], *, include: str | None, chat: bool) -> Tasks:
+    """The tasks of lm-evaluation-harness by these names; of patterns (`mmlu*`) all that match.
 
     `include`: a directory of YAML files with tasks of one's own. `chat`: what is asked is put into
-    the tokenizer's chat template. Raises `ConfigError` for unknown tasks, with the nearest.
+    the tokenizer's chat template. Raises `ConfigError` for unknown tasks, with the nearest, and for
+    a model that cannot be asked; before anything is computed.
     """
-    model = trained(given)
-    if model.tokenizer is None:
+    tokenizer = asked_with(origin(given, "run"))
+    if tokenizer is None:
         raise ConfigError(
             f"{given}: trained on ids of a tokenizer of your own, and tasks are text; use "
             "functrain.models.harness with that tokenizer"
         )
-    if chat and not has_template(model.tokenizer):
+    if chat and not has_template(tokenizer):
         raise ConfigError(f"chat: the tokenizer of {given} has no chat template; leave it out")
+    if include is not None and not Path(include).is_dir():
+        raise ConfigError(
+            f"include: {include} is no directory (looked from {Path.cwd()}); give that of your "
+            "tasks' YAML files"
+        )
+    try:
+        make: Any = importlib.import_module("lm_eval.tasks").TaskManager
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tasks need {error.name}, which is not installed: pip install 'functrain[eval]'"
+        ) from error
+    manager, names = _named(make, tasks, include)
+    return Tasks(manager=manager, names=tuple(names), chat=chat)
+
+
+def _named(make: Any, tasks: Sequence[str], include: str | None) -> tuple[Any, Iterator[str]]:
+    if include is not None:  # lm-eval's own thousands take seconds to be listed
+        manager = make(include_path=include, include_defaults=False)
+        matches = [manager.match_tasks([task]) for task in tasks]
+        if all(matches):
+            return manager, itertools.chain(*matches)
+    manager = make(include_path=include)
+    matches = [manager.match_tasks([task]) for task in tasks]
+    for task, each in zip(tasks, matches, strict=True):
+        if not each:
+            raise ConfigError(
+                f"tasks: {task!r} is unknown; {did_you_mean(task, manager.all_tasks)}"
+            )
+    return manager, itertools.chain(*matches)
+
+
+def judged(
+    given: str, tasks: Tasks, *, time: int | None, batch_size: int, limit: int | None
+) -> list[Judged]:
+    """The model of a run, of a checkpoint or of transformers over tasks."""
+    model = trained(given)
+    assert model.tokenizer is not None  # `found` has refused such a one
     lm = models.harness(
         model.architecture,
         model.params,
@@ -65,43 +106,26 @@ def judged(
         time=time,
         batch_size=batch_size,
     )
-    manager, named = _found(tasks, include)
     try:
-        found = importlib.import_module("lm_eval").simple_evaluate(
+        results = importlib.import_module("lm_eval").simple_evaluate(
             model=lm,
-            tasks=named,
-            task_manager=manager,
+            tasks=list(tasks.names),
+            task_manager=tasks.manager,
             limit=limit,
-            apply_chat_template=chat,
+            apply_chat_template=tasks.chat,
             log_samples=False,
         )
     except (OSError, ImportError) as error:  # a hub that is out of reach is one
         raise ConfigError(
-            f"tasks: {', '.join(named)}: what they need cannot be had ({error}); data come from a "
-            "hub, unless a task of your own (--include) has files"
+            f"tasks: {', '.join(tasks.names)}: what they need cannot be had ({error}); data come "
+            "from a hub, unless a task of your own (--include) has files"
         ) from error
-    counts = {name: int(each["effective"]) for name, each in found["n-samples"].items()}
+    counts = {name: int(each["effective"]) for name, each in results["n-samples"].items()}
     return [
-        each for task, values in found["results"].items() for each in _judged(task, values, counts)
+        each
+        for task, values in results["results"].items()
+        for each in _judged(task, values, counts)
     ]
-
-
-def _found(tasks: Sequence[str], include: str | None) -> tuple[Any, list[str]]:
-    """What manages the tasks, and their names, for patterns (`mmlu*`) all that they match."""
-    make: Any = importlib.import_module("lm_eval.tasks").TaskManager
-    if include is not None:  # lm-eval's own thousands take seconds to be listed
-        manager = make(include_path=include, include_defaults=False)
-        matches = [manager.match_tasks([task]) for task in tasks]
-        if all(matches):
-            return manager, list(itertools.chain(*matches))
-    manager = make(include_path=include)
-    matches = [manager.match_tasks([task]) for task in tasks]
-    for task, found in zip(tasks, matches, strict=True):
-        if not found:
-            raise ConfigError(
-                f"tasks: {task!r} is unknown; {did_you_mean(task, manager.all_tasks)}"
-            )
-    return manager, list(itertools.chain(*matches))
 
 
 def _judged(task: str, values: Mapping[str, Any], counts: Mapping[str, int]) -> Iterator[Judged]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def written(stage: str, path: Path) -> str:
         raise ConfigError(f"{path}: is there already; remove it, or name another file") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
-    return f"{path}: written; run it with: functrain {stage} {path}"
+    return f"{path}: written; run it with: functrain {stage} {shlex.quote(str(path))}"
 
 
 def template(stage: str) -> str:
@@ -68,7 +69,7 @@ def _section(record: Any, path: tuple[str, ...]) -> Iterator[str]:
 # What a run writes down for itself.
 _RESOLVED: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("model",): ("sha256", "shape"),
-    ("data",): ("sha256", "templated"),
+    ("data",): ("sha256", "held_out_sha256", "templated"),
 }
 
 

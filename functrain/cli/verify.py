@@ -15,10 +15,11 @@ from functrain.checkpoint.loading import read_leaves
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.cli import toml
 from functrain.cli.build import build
+from functrain.cli.facts import logged
 from functrain.cli.origins import STAGE_ORDER, RunDirectory, stage_directory
 from functrain.cli.run import threads
 from functrain.compilation import cache_directory
-from functrain.errors import CheckpointError, ConfigError
+from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.loop import train
 from functrain.state import leaves
 from functrain.tracking import jsonl
@@ -107,36 +108,51 @@ def _at(run: RunDirectory, step: int) -> Path | None:
 
 
 def compared(one: str, other: str) -> tuple[bool, list[str]]:
-    """Whether two checkpoints or runs are the same, and what to say of it."""
-    first, second = _checkpoints(Path(one)), _checkpoints(Path(other))
+    """Whether two checkpoints or runs are the same, and what to say of it.
+
+    Of two runs every step that both have kept is looked at, the lowest first, and all that is said
+    to be the same has been hashed. Raises `CheckpointError` for what is not as it was saved.
+    """
+    pairs = _pairs(_checkpoints(Path(one)), _checkpoints(Path(other)))
     lines = [*_configs(Path(one), Path(other)), *_logged(Path(one), Path(other))]
-    pair = _first_apart(first, second)
-    if pair is None:
-        common = sorted({step_of(p) for p in first} & {step_of(p) for p in second}, key=str)
-        said = ", ".join(map(str, common))
-        return True, [*lines, f"the same bits at every step that both have kept: {said}"]
-    one_under, other_under = (read_manifest(OPERATING_SYSTEM, path).numerics for path in pair)
-    lines += _apart("numerics", one_under, other_under)
-    found = list(compare_checkpoints(*pair))
-    if not found:
-        return True, [*lines, f"{pair[0]} and {pair[1]}: the same bits"]
-    lines.append(f"{pair[0]} and {pair[1]}: {len(found)} leaves differ")
-    return False, [*lines, *(f"  {line}" for line in _shown(found))]
-
-
-def _first_apart(first: list[Path], second: list[Path]) -> tuple[Path, Path] | None:
-    """The first pair of one step that differs; of single checkpoints the pair itself."""
-    if len(first) == len(second) == 1:
-        return first[0], second[0]
-    others = {step_of(path): path for path in second}
-    common = [(path, others[step_of(path)]) for path in first if step_of(path) in others]
-    if not common:
+    same = []
+    for pair in pairs:
+        try:
+            found = _between(*pair)
+        except CheckpointError:
+            if len(pairs) == 1 or all(path.is_dir() for path in pair):
+                raise
+            continue  # of a run that goes on, which has pruned it
+        if found:
+            numerics = (read_manifest(OPERATING_SYSTEM, path).numerics for path in pair)
+            lines += _apart("numerics", *numerics)
+            lines.append(f"{pair[0]} and {pair[1]}: {len(found)} leaves differ")
+            return False, [*lines, *(f"  {line}" for line in _shown(found))]
+        same.append(pair)
+    if not same:
         raise ConfigError("the two have kept no checkpoint of the same step; name one of each")
-    for pair in common:
-        one, other = (read_manifest(OPERATING_SYSTEM, path).files for path in pair)
-        if one != other:
-            return pair
-    return None
+    if len(pairs) == 1:
+        return True, [*lines, f"{pairs[0][0]} and {pairs[0][1]}: the same bits"]
+    said = ", ".join(str(step_of(path)) for path, _ in same)
+    return True, [*lines, f"the same bits at every step that both have kept: {said}"]
+
+
+def _pairs(first: list[Path], second: list[Path]) -> list[tuple[Path, Path]]:
+    """Two single checkpoints, or those of the same step, by their steps."""
+    if len(first) == len(second) == 1:
+        return [(first[0], second[0])]
+    others = {step_of(path): path for path in second}
+    return [(path, others[step_of(path)]) for path in first if step_of(path) in others]
+
+
+def _between(one: Path, other: Path) -> list[Difference]:
+    """The leaves in which two checkpoints differ, both verified."""
+    manifests = [read_manifest(OPERATING_SYSTEM, path) for path in (one, other)]
+    if manifests[0].files != manifests[1].files:
+        return list(compare_checkpoints(one, other))
+    for path in {one, other}:  # the same hashes, which have to be those of the files
+        read_leaves(OPERATING_SYSTEM, path)
+    return []
 
 
 def _shown(found: list[Difference]) -> list[str]:
@@ -157,11 +173,15 @@ def _configs(one: Path, other: Path) -> Iterator[str]:
 
 def _logged(one: Path, other: Path) -> Iterator[str]:
     try:
-        files = [RunDirectory(stage_directory(path)).metrics for path in (one, other)]
+        runs = [RunDirectory(stage_directory(path)) for path in (one, other)]
     except ConfigError:
         return
-    records = [{r["step"]: r for r in jsonl.read(file)} for file in files if file.is_file()]
-    if len(records) < 2:
+    if not all(run.metrics.is_file() for run in runs):
+        return
+    try:
+        records = [{record["step"]: record for record in logged(run)} for run in runs]
+    except DataError as error:  # the checkpoints are compared all the same
+        yield f"metrics not compared: {error}"
         return
     for step in sorted(records[0].keys() & records[1].keys()):
         first, second = (

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from functrain.data.files import UnreadableError
 from functrain.errors import DataError
 
 _DIALOGUES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
@@ -20,7 +21,7 @@ def rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
+        raise UnreadableError(
             f"{path}: Parquet is read with pyarrow; pip install 'functrain[data]'"
         ) from error
     try:
@@ -29,6 +30,8 @@ def rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 yield from (record(row) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
+        if isinstance(error, OSError) and error.errno:  # of a damaged file there is none
+            raise UnreadableError(f"{path}: cannot be read ({reason})") from error
         raise DataError(f"{path}: no Parquet file that can be read ({reason})") from error
 
 

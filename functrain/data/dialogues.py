@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -68,31 +68,19 @@ def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
     `DataError` with the field and what was expected there.
     """
     shape = shape_of(record, where)
+    called = tools(record.get("tools"), f"{where}.tools")
     if shape == "Alpaca":
-        return _alpaca(record, where)
+        return attrs.evolve(_alpaca(record, where), tools=called)
     key = "conversations" if shape == "ShareGPT" else "messages"
     given = record[key]
     if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
         raise DataError(f"{where}.{key}: expected a list of messages with role and content")
-    read = _turn if shape == "ShareGPT" else message
-    messages = [read(each, f"{where}.{key}[{n}]") for n, each in enumerate(given)]
+    found = said(given, f"{where}.{key}", _turn if shape == "ShareGPT" else message)
+    check_learnt(found, f"{where}.{key}")
     if shape == "ShareGPT" and isinstance(record.get("system"), str) and record["system"]:
-        messages.insert(0, {"role": "system", "content": record["system"]})
-    weights = [1 if shape == "ShareGPT" else each.get("weight", 1) for each in given]
-    if len(messages) > len(weights):
-        weights.insert(0, 1)
-    for number, weight in enumerate(weights):
-        if isinstance(weight, str) or weight not in (0, 1):
-            raise DataError(
-                f"{where}.{key}[{number}].weight: {weight!r}, expected 0 (not learnt) or 1"
-            )
-    spoken = [each["role"] == "assistant" for each in messages]
-    learnt = tuple(s and bool(w) for s, w in zip(spoken, weights, strict=True))
-    if not any(learnt):
-        why = "of weight 0" if any(spoken) else "of an assistant"
-        what = "every assistant's message is" if any(spoken) else "no message is"
-        raise DataError(f"{where}.{key}: {what} {why}, so there is nothing to learn")
-    return Dialogue(tuple(messages), learnt, tools(record.get("tools"), f"{where}.tools"))
+        system = {"role": "system", "content": record["system"]}
+        found = Dialogue((system, *found.messages), (False, *found.learnt))
+    return attrs.evolve(found, tools=called)
 
 
 def message(given: object, where: str) -> Message:
@@ -119,6 +107,32 @@ def message(given: object, where: str) -> Message:
         raise DataError(f"{where}.tool_calls: expected a list, got {type(calls).__name__}")
     kept = {k: v for k, v in given.items() if k != "weight" and v is not None}
     return {**kept, "content": content or ""}
+
+
+def said(
+    given: Sequence[object], where: str, read: Callable[[object, str], Message] = message
+) -> Dialogue:
+    """Messages as a dialogue; what an assistant says is learnt unless the message's weight is 0."""
+    messages = [read(each, f"{where}[{n}]") for n, each in enumerate(given)]
+    weights = [_weight(each, f"{where}[{n}]") for n, each in enumerate(given)]
+    learnt = [m["role"] == "assistant" and w for m, w in zip(messages, weights, strict=True)]
+    return Dialogue(tuple(messages), tuple(learnt))
+
+
+def _weight(given: Any, where: str) -> bool:
+    weight = given.get("weight")
+    if isinstance(weight, str) or weight not in (None, 0, 1):  # None: as in a column
+        raise DataError(f"{where}.weight: {weight!r}, expected 0 (not learnt) or 1")
+    return bool(weight != 0)
+
+
+def check_learnt(given: Dialogue, where: str) -> None:
+    """Raise `DataError` for messages of which nothing is learnt."""
+    if any(given.learnt):
+        return
+    spoken = any(each["role"] == "assistant" for each in given.messages)
+    why = "every assistant's message is of weight 0" if spoken else "no assistant speaks"
+    raise DataError(f"{where}: {why}, so there is nothing to learn")
 
 
 def _turn(given: object, where: str) -> Message:

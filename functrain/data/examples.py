@@ -14,19 +14,20 @@ from functrain.data.records import Records, check_on_bad_record
 from functrain.data.templates import Templated, has_template, laid_out
 from functrain.data.text import IGNORE_INDEX
 from functrain.data.tokenizers import Tokenizer
+from functrain.data.turns import REASONING
 from functrain.errors import DataError, did_you_mean
 
 Record = Mapping[str, Any]
 TokenIds = tuple[int, ...]
 Example = tuple[TokenIds, TokenIds]
 """Token ids, and labels aligned with them."""
-Message = tuple[str, str]
-"""Role and content."""
 
 Read = TypeVar("Read")
 
 ROLES = ("system", "user", "assistant")
+"""Those that lines `role: content` know."""
 SIDES = ("chosen", "rejected")
+_MEANT = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING)
 
 
 @attrs.frozen
@@ -80,63 +81,66 @@ def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
     """
     if not isinstance(record, Mapping):
         return read_completions(record, ("completion",), tokenizer, where)
-    others = "conversations" in record or {"instruction", "output"} <= record.keys()
-    if others or ("messages" in record and has_template(tokenizer)):
-        return _read_dialogue(dialogues.dialogue(record, where), tokenizer, where)
-    if "messages" not in record:
-        return read_completions(record, ("completion",), tokenizer, where)
-    for other in ("prompt", "completion"):
-        if other in record:
-            raise DataError(f"{where}: messages and {other}; give one form or the other")
-    _refuse_tools(record, where)
-    messages = _content(record["messages"], f"{where}.messages")
-    if isinstance(messages, str) or not messages:
-        raise DataError(f"{where}.messages: expected a list of messages with role and content")
-    if not _speaks(messages):
-        raise DataError(f"{where}.messages: no assistant speaks, so there is nothing to learn")
-    return _read_dialogue(dialogues.dialogue(record, where), tokenizer, where)
+    if "messages" in record and not has_template(tokenizer):
+        for other in ("prompt", "completion"):
+            if other in record:
+                raise DataError(f"{where}: messages and {other}; give one form or the other")
+    dialogue = {"messages", "conversations"} & record.keys()
+    if dialogue or {"instruction", "output"} <= record.keys():
+        return _read_dialogue(record, tokenizer, where)
+    return read_completions(record, ("completion",), tokenizer, where)
 
 
-def _read_dialogue(given: Dialogue, tokenizer: Tokenizer, where: str) -> Prompted:
+def _read_dialogue(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
     """A dialogue in the tokenizer's template; as lines where it has none."""
+    given = dialogues.dialogue(record, where)
     if isinstance(tokenizer, Templated) and has_template(tokenizer):
         ids, labels = laid_out(given, tokenizer, where)
         first = next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
         return Prompted(ids[:first], ((ids[first:], labels[first:]),))
+    key = "conversations" if "conversations" in record else "messages"
+    _check_plain(given, where, key)
     first = given.learnt.index(True)
-    said = [(str(m["role"]), str(m["content"])) for m in given.messages]
-    prompt, _ = _laid_out(said[:first], tokenizer)
-    return Prompted(prompt, (_laid_out(said[first:], tokenizer, given.learnt[first:]),))
+    return Prompted(_lines(given, tokenizer, 0, first)[0], (_lines(given, tokenizer, first),))
 
 
-def _refuse_tools(record: Record, where: str) -> None:
-    given = record["messages"]
-    messages = given if isinstance(given, Sequence) and not isinstance(given, str) else ()
-    named = [m for m in messages if isinstance(m, Mapping)]
-    if record.get("tools") or any(m.get("role") == "tool" or m.get("tool_calls") for m in named):
-        raise DataError(
-            f"{where}: tools, and the tokenizer has no chat template, which would say how they look"
-        )
+def _check_plain(given: Dialogue, where: str, key: str) -> None:
+    """Raise `DataError` for what lines `role: content` have no place for."""
+    for n, each in enumerate(given.messages):
+        at = f"{where}.{key}[{n}]"
+        if given.tools or each["role"] == "tool" or each.get("tool_calls"):
+            raise DataError(
+                f"{where}: tools, and the tokenizer has no chat template, which would say how they "
+                "look"
+            )
+        if each["role"] not in ROLES:
+            near = did_you_mean(each["role"], ROLES)
+            raise DataError(f"{at}.role: {each['role']!r} is unknown without a template; {near}")
+        for thought in REASONING:
+            if each.get(thought):
+                raise DataError(
+                    f"{at}.{thought}: the tokenizer has no chat template, which would say how it "
+                    "looks; put it into content, or take it out"
+                )
 
 
-def _templated(
-    record: Record,
-    prompt: Sequence[Any],
-    sides: Mapping[str, Sequence[Any]],
-    tokenizer: Templated,
-    where: str,
-) -> Prompted:
-    """A prompt of messages with completions of messages, in the tokenizer's template."""
-    asked = [dialogues.message(m, f"{where}.prompt[{n}]") for n, m in enumerate(prompt)]
-    tools = dialogues.tools(record.get("tools"), f"{where}.tools")
-    found: list[Example] = []
-    for side, given in sides.items():
-        said = [dialogues.message(m, f"{where}.{side}[{n}]") for n, m in enumerate(given)]
-        if not any(m["role"] == "assistant" for m in said):
-            raise DataError(f"{where}.{side}: no assistant speaks, so there is nothing to learn")
-        learnt = [False] * len(asked) + [m["role"] == "assistant" for m in said]
-        whole = Dialogue((*asked, *said), tuple(learnt), tools)
-        found.append(laid_out(whole, tokenizer, f"{where}.{side}"))
+def _parted(wholes: Mapping[str, Dialogue], end: int, tokenizer: Tokenizer, where: str) -> Prompted:
+    """Dialogues of which the first `end` messages are the prompt, the same for each."""
+    learnt = {
+        side: attrs.evolve(whole, learnt=(*[False] * end, *whole.learnt[end:]))
+        for side, whole in wholes.items()
+    }
+    for side, whole in learnt.items():
+        dialogues.check_learnt(whole, f"{where}.{side}")
+    if isinstance(tokenizer, Templated) and has_template(tokenizer):
+        return _templated(learnt, tokenizer, where)
+    prompt, _ = _lines(next(iter(wholes.values())), tokenizer, 0, end)
+    return Prompted(prompt, tuple(_lines(whole, tokenizer, end) for whole in learnt.values()))
+
+
+def _templated(wholes: Mapping[str, Dialogue], tokenizer: Templated, where: str) -> Prompted:
+    """Dialogues in the tokenizer's template: the prompt is what comes before all that is learnt."""
+    found = [laid_out(whole, tokenizer, f"{where}.{side}") for side, whole in wholes.items()]
     firsts = [next(n for n, i in enumerate(labels) if i != IGNORE_INDEX) for _, labels in found]
     begin = min(firsts)
     if any(ids[:begin] != found[0][0][:begin] for ids, _ in found):
@@ -151,23 +155,27 @@ def read_completions(
 ) -> Prompted:
     """A record's prompt with each of `sides` after it: all of them texts, or all messages."""
     _check_keys(record, ("prompt", *sides), where)
-    given = _contents(record, ("prompt", *sides), where)
-    prompt = given["prompt"]
+    texts, said = _contents(record, ("prompt", *sides), tokenizer, where)
+    if texts:
+        asked = tuple(tokenizer.encode(texts["prompt"]))
+        return Prompted(asked, tuple(_of_text(texts[s], tokenizer, f"{where}.{s}") for s in sides))
+    prompt = said["prompt"]
+    end, meant = len(prompt.messages), _meant(prompt)
     for side in sides:
-        if isinstance(prompt, list) and prompt and given[side][: len(prompt)] == prompt:
+        if prompt.messages and _meant(said[side])[:end] == meant:
             raise DataError(
                 f"{where}.{side}: begins with the prompt's messages again; give only what follows "
                 "the prompt"
             )
-    if isinstance(prompt, str):
-        asked = tuple(tokenizer.encode(prompt))
-    elif isinstance(tokenizer, Templated) and has_template(tokenizer):
-        rest = {side: record[side] for side in sides}
-        return _templated(record, record["prompt"], rest, tokenizer, where)
-    else:
-        asked, _ = _laid_out(prompt, tokenizer)
-    completions = (_completion(given[side], tokenizer, f"{where}.{side}") for side in sides)
-    return Prompted(asked, tuple(completions))
+    wholes = {
+        side: attrs.evolve(
+            prompt,
+            messages=(*prompt.messages, *said[side].messages),
+            learnt=(*prompt.learnt, *said[side].learnt),
+        )
+        for side in sides
+    }
+    return _parted(wholes, end, tokenizer, where)
 
 
 def read_pair(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
@@ -199,24 +207,22 @@ def read_unpaired(record: Record, tokenizer: Tokenizer, where: str) -> tuple[Pro
 
 
 def _read_implicit(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
-    given = _contents(record, SIDES, where)
-    chosen, rejected = (given[side] for side in SIDES)
-    if isinstance(chosen, list) and isinstance(tokenizer, Templated) and has_template(tokenizer):
-        assert isinstance(rejected, list)  # `_contents` refuses a text beside messages
-        end = 0 if chosen == rejected else len(_shared_messages(chosen, rejected))
-        if not end and chosen != rejected:
+    texts, said = _contents(record, SIDES, tokenizer, where)
+    if said:
+        chosen, rejected = (said[side] for side in SIDES)
+        for side in SIDES:
+            dialogues.check_learnt(said[side], f"{where}.{side}")
+        alike = _common(_meant(chosen), _meant(rejected))
+        if alike == len(chosen.messages) == len(rejected.messages):
+            return _parted(said, 0, tokenizer, where)
+        end = _prompted(alike, chosen, rejected)
+        if not end:
             raise _no_prompt(where)
-        rest = {side: record[side][end:] for side in SIDES}
-        return _templated(record, record["chosen"][:end], rest, tokenizer, where)
-    wholes = tuple(_completion(given[side], tokenizer, f"{where}.{side}") for side in SIDES)
-    if chosen == rejected:
+        return _parted(said, end, tokenizer, where)
+    wholes = tuple(_of_text(texts[side], tokenizer, f"{where}.{side}") for side in SIDES)
+    if texts["chosen"] == texts["rejected"]:
         return Prompted((), wholes)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt = _shared_text(chosen, rejected, [ids for ids, _ in wholes], tokenizer)
-    else:
-        assert isinstance(chosen, list)
-        assert isinstance(rejected, list)  # `_contents` refuses a text beside messages
-        prompt, _ = _laid_out(_shared_messages(chosen, rejected), tokenizer)
+    prompt = _shared_text(texts["chosen"], texts["rejected"], [ids for ids, _ in wholes], tokenizer)
     if not prompt:
         raise _no_prompt(where)
     begin = len(prompt)
@@ -230,68 +236,56 @@ def _no_prompt(where: str) -> DataError:
     )
 
 
-def _contents(record: Record, names: Sequence[str], where: str) -> dict[str, str | list[Message]]:
+def _contents(
+    record: Record, names: Sequence[str], tokenizer: Tokenizer, where: str
+) -> tuple[dict[str, str], dict[str, Dialogue]]:
+    """What is under these names: texts, or dialogues with the record's tools; the other is empty.
+
+    Tools beside texts are ignored as other keys are: what a text says of them is in it.
+    """
     given = {name: _content(record[name], f"{where}.{name}") for name in names}
-    forms = {
-        name: "text" if isinstance(value, str) else "messages" for name, value in given.items()
-    }
-    if len(set(forms.values())) > 1:
-        listed = ", ".join(f"{name} is {form}" for name, form in forms.items())
+    texts = {name: value for name, value in given.items() if isinstance(value, str)}
+    said = {name: value for name, value in given.items() if isinstance(value, Dialogue)}
+    if texts and said:
+        listed = ", ".join(f"{n} is {'text' if n in texts else 'messages'}" for n in names)
         hint = "; or leave 'prompt' out where both begin with it" if set(SIDES) < set(names) else ""
         raise DataError(f"{where}: {listed}; expected texts, or lists of messages, alone{hint}")
-    return given
+    if said:
+        tools = dialogues.tools(record.get("tools"), f"{where}.tools")
+        said = {name: attrs.evolve(each, tools=tools) for name, each in said.items()}
+    if said and not has_template(tokenizer):
+        for name, each in said.items():
+            _check_plain(each, where, name)
+    return texts, said
 
 
-def _content(value: object, where: str) -> str | list[Message]:
+def _content(value: object, where: str) -> str | Dialogue:
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         raise DataError(f"{where}: expected text or messages, got {type(value).__name__}")
-    return [_message(message, f"{where}[{number}]") for number, message in enumerate(value)]
+    return dialogues.said(value, where)
 
 
-def _message(message: object, where: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise DataError(f"{where}: expected role and content, got {type(message).__name__}")
-    _check_keys(message, ("role", "content"), where)
-    role = _text(message, "role", where)
-    if role not in ROLES:
-        raise DataError(f"{where}.role: {role!r} is unknown; {did_you_mean(role, ROLES)}")
-    content = _text(message, "content", where)
-    if role == "assistant" and not content:
-        raise DataError(f"{where}.content: empty; an assistant's turn needs text to learn from")
-    return role, content
+def _of_text(text: str, tokenizer: Tokenizer, where: str) -> Example:
+    if not text:
+        raise DataError(f"{where}: empty; a completion needs text to learn from")
+    ids = (*tokenizer.encode(text), tokenizer.end)
+    return ids, ids
 
 
-def _completion(content: str | list[Message], tokenizer: Tokenizer, where: str) -> Example:
-    if isinstance(content, str):
-        if not content:
-            raise DataError(f"{where}: empty; a completion needs text to learn from")
-        ids = (*tokenizer.encode(content), tokenizer.end)
-        return ids, ids
-    if not _speaks(content):
-        raise DataError(f"{where}: no assistant speaks, so there is nothing to learn")
-    return _laid_out(content, tokenizer)
-
-
-def _speaks(messages: Sequence[Message]) -> bool:
-    return any(role == "assistant" for role, _ in messages)
-
-
-def _laid_out(
-    messages: Sequence[Message], tokenizer: Tokenizer, learnt: Sequence[bool] | None = None
-) -> Example:
-    """Lines `role: content`; the labels are what the assistant says, or what is `learnt` of it."""
+def _lines(given: Dialogue, tokenizer: Tokenizer, begin: int, end: int | None = None) -> Example:
+    """Messages `begin` to `end` as lines `role: content`; the labels are what is learnt."""
     ids: list[int] = []
     labels: list[int] = []
-    for number, (role, content) in enumerate(messages):
+    for message, learnt in zip(given.messages[begin:end], given.learnt[begin:end], strict=True):
+        role, content = str(message["role"]), str(message["content"])
         head, said = tokenizer.encode(f"{role}: "), tokenizer.encode(content)
         if role == "assistant":
             said = [*said, tokenizer.end]
         tail = tokenizer.encode("\n")
         ids += [*head, *said, *tail]
-        counts = role == "assistant" if learnt is None else learnt[number]
-        spoken = said if counts else [IGNORE_INDEX] * len(said)
+        spoken = said if learnt else [IGNORE_INDEX] * len(said)
         labels += [*([IGNORE_INDEX] * len(head)), *spoken, *([IGNORE_INDEX] * len(tail))]
     return tuple(ids), tuple(labels)
 
@@ -307,11 +301,16 @@ def _shared_text(
     return ()
 
 
-def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    end = _common(chosen, rejected)
-    while not (_speaks(chosen[end:]) and _speaks(rejected[end:])):
-        end -= 1
-    return chosen[:end]
+def _prompted(alike: int, chosen: Dialogue, rejected: Dialogue) -> int:
+    """How many of the messages that both begin with leave something to learn of each."""
+    while alike and not (any(chosen.learnt[alike:]) and any(rejected.learnt[alike:])):
+        alike -= 1
+    return alike
+
+
+def _meant(given: Dialogue) -> list[list[Any]]:
+    """What messages say; two that differ in their ids or dates alone, say, are the same."""
+    return [[each.get(key) for key in _MEANT] for each in given.messages]
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:
@@ -327,10 +326,3 @@ def _check_keys(record: object, keys: Sequence[str], where: str) -> None:
         if key not in record:
             near = did_you_mean(key, map(str, record)) if record else "it is empty"
             raise DataError(f"{where}: no {key!r}; {near}")
-
-
-def _text(record: Record, key: str, where: str) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise DataError(f"{where}.{key}: expected text, got {type(value).__name__}")
-    return value

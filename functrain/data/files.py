@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 import glob
 import gzip
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, cast
 
 from functrain.errors import DataError
 
@@ -17,10 +21,19 @@ TEXTS = (".txt", ".md")
 RECORDS = (".jsonl", ".json", ".parquet")
 
 
+_SHOWN = 80
+_OTHERWISE = {".ndjson": ".jsonl"}
+
+
+class UnreadableError(DataError):
+    """A file that cannot be read now, whatever is in it; another time it may be."""
+
+
 def suffix_of(path: PathLike) -> str:
-    """How a file's name ends, without `.gz`."""
+    """How a file's name ends, without `.gz`, in small letters; .ndjson is .jsonl."""
     name = Path(path).name.removesuffix(".gz")
-    return Path(name).suffix
+    suffix = Path(name).suffix.lower()
+    return _OTHERWISE.get(suffix, suffix)
 
 
 def files_of(path: PathLike, known: tuple[str, ...]) -> list[Path]:
@@ -33,13 +46,12 @@ def files_of(path: PathLike, known: tuple[str, ...]) -> list[Path]:
     if not (isinstance(path, str) or hasattr(path, "__fspath__")):
         raise DataError(f"path: expected a path, got {type(path).__name__}")
     given = Path(path)
-    if given.is_dir():
+    is_directory, exists = _looked_at(given)
+    if is_directory:
         found = _inside(given)
         what = f"{path}: a directory without files"
-    elif not given.exists() and glob.has_magic(str(given)):
-        # `Path.glob` takes no absolute patterns.
-        found = sorted(map(Path, glob.glob(str(given), recursive=True)))  # noqa: PTH207
-        found = [each for each in found if not each.is_dir()]
+    elif not exists and glob.has_magic(str(given)):
+        found = _matching(given)
         what = f"{path}: no file matches"
     else:
         return [given]
@@ -49,9 +61,36 @@ def files_of(path: PathLike, known: tuple[str, ...]) -> list[Path]:
         if suffix_of(each) not in known or not each.is_file():
             raise DataError(
                 f"{each}: expected a file that ends in {' or '.join(known)}; name those that are "
-                f"meant by a pattern: {given if given.is_dir() else given.parent}/*{known[0]}"
+                f"meant by a pattern: {given if is_directory else given.parent}/*{known[0]}"
             )
     return found
+
+
+def _looked_at(path: Path) -> tuple[bool, bool]:
+    """Whether it is a directory, and whether it is there."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode), True
+    except (FileNotFoundError, NotADirectoryError):
+        return False, False
+    except (OSError, ValueError) as error:
+        shown = str(path) if len(str(path)) <= _SHOWN else f"{str(path)[:_SHOWN]}…"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"path: {shown!r} cannot be looked at ({reason})") from error
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The files that a pattern names, each once.
+
+    `**` twice names a file twice, and a link to a directory names what is in it again. Links to
+    files are files: who makes one means it.
+    """
+    # `Path.glob` takes no absolute patterns.
+    found = map(Path, glob.glob(str(pattern), recursive=True))  # noqa: PTH207
+    resolved = functools.cache(Path.resolve)
+    once: dict[Path, Path] = {}
+    for each in sorted(each for each in found if not each.is_dir()):
+        once.setdefault(resolved(each.parent) / each.name, each)
+    return list(once.values())
 
 
 def _inside(directory: Path) -> list[Path]:
@@ -59,7 +98,7 @@ def _inside(directory: Path) -> list[Path]:
     found: list[Path] = []
 
     def failed(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     for root, directories, names in os.walk(directory, onerror=failed):
         links = [name for name in directories if (Path(root) / name).is_symlink()]
@@ -68,18 +107,37 @@ def _inside(directory: Path) -> list[Path]:
 
 
 def contents(path: PathLike) -> bytes:
-    """All of a file, uncompressed where its name ends in `.gz`."""
+    """All of a file, uncompressed where its name ends in `.gz`, without a byte order mark."""
     with _reading(path):
         read = Path(path).read_bytes()
-        return gzip.decompress(read) if str(path).endswith(".gz") else read
+        read = gzip.decompress(read) if _is_compressed(path) else read
+        return read.removeprefix(codecs.BOM_UTF8)
 
 
 def lines(path: PathLike) -> Iterator[bytes]:
     """The lines of a file as `contents(path).splitlines()` has them, one in memory at a time."""
-    compressed = str(path).endswith(".gz")
-    with _reading(path), gzip.open(path) if compressed else Path(path).open("rb") as file:
-        for line in file:
-            yield from line.splitlines()
+    with _reading(path), _opened(path) as file:
+        for number, line in enumerate(file):
+            yield from (line if number else line.removeprefix(codecs.BOM_UTF8)).splitlines()
+
+
+def is_marked(path: PathLike) -> bool:
+    """Whether a file begins with a byte order mark; one that is no whole gzip file does not."""
+    try:
+        with _reading(path), _opened(path) as file:
+            return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    except UnreadableError:
+        raise
+    except DataError:
+        return False
+
+
+def _is_compressed(path: PathLike) -> bool:
+    return str(path).endswith(".gz")
+
+
+def _opened(path: PathLike) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path)) if _is_compressed(path) else Path(path).open("rb")
 
 
 @contextmanager
@@ -89,4 +147,4 @@ def _reading(path: PathLike) -> Iterator[None]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: no whole gzip file ({error})") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error

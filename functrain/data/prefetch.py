@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +24,11 @@ class Prefetched:
 
     Same batches: what is at a position is a function of the position, whoever asks. Nothing of it
     is in a state, whose cursor counts what was trained on; another position than the next (after
-    `run.send`, say) is made at once. What fails in the thread is raised where its batch is asked
-    for. `waited`: seconds that callers have waited for batches so far. Of several workers each
-    makes its own part ahead. A source that binds the architecture (`ReferenceCache`) gains nothing,
-    since one binding at a time is allowed.
+    `run.send`, say) is made at once, or when the batch in the making is: the source, which may have
+    a file or a connection, is never asked by two threads together. What fails in the thread is
+    raised where its batch is asked for, with its samples in a note. `waited`: seconds that callers
+    have waited for batches so far. Of several workers each makes its own part ahead. A source that
+    binds the architecture (`ReferenceCache`) gains nothing, since one binding at a time is allowed.
     """
 
     def __init__(self, source: Source, ahead: int = 1) -> None:
@@ -38,6 +40,7 @@ class Prefetched:
             )
         self.waited = 0.0
         self._source, self._ahead = source, ahead
+        self._reading = threading.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._pending: dict[tuple[Reading, int, int], Future[Any]] = {}
 
@@ -59,15 +62,23 @@ class Prefetched:
         """`reading(source, position, n)`; what it reads after that is on its way."""
         begun = time.perf_counter()
         given = self._pending.pop((reading, position, n), None)
-        found = reading(self._source, position, n) if given is None else given.result()
-        self.waited += time.perf_counter() - begun
         wanted = [(reading, position + n * later, n) for later in range(1, self._ahead + 1)]
         for unwanted in self._pending.keys() - wanted:
             self._pending.pop(unwanted).cancel()
+        found = self._read(reading, position, n) if given is None else given.result()
+        self.waited += time.perf_counter() - begun
         for place in wanted:
             if place not in self._pending:
-                self._pending[place] = self._pool.submit(reading, self._source, *place[1:])
+                self._pending[place] = self._pool.submit(self._read, *place)
         return found
+
+    def _read(self, reading: Reading, position: int, n: int) -> Any:
+        try:
+            with self._reading:
+                return reading(self._source, position, n)
+        except Exception as error:
+            error.add_note(f"samples {position} to {position + n - 1}")
+            raise
 
     def close(self) -> None:
         """End the thread; batches can still be asked for, and are made at once."""

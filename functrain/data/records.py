@@ -9,7 +9,16 @@ from typing import Any
 import orjson
 
 from functrain.data import columns
-from functrain.data.files import RECORDS, TEXTS, PathLike, contents, files_of, lines, suffix_of
+from functrain.data.files import (
+    RECORDS,
+    TEXTS,
+    PathLike,
+    UnreadableError,
+    contents,
+    files_of,
+    lines,
+    suffix_of,
+)
 from functrain.errors import DataError
 
 Place = tuple[str, int]
@@ -50,90 +59,42 @@ def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:
     Parquet (with pyarrow, `functrain[data]`) nulls are left out: they are what a row does not have.
 
     Errors name file and line. Empty lines are skipped. With `on_bad_record="skip"` so are lines
-    that are no object, and files that cannot be read, which are then `malformed`; what the objects
-    hold is checked by who reads them.
+    and elements that are no object, files without any, and the rest of a file that is torn, which
+    are then `malformed`; what the objects hold is checked by who reads them. A file that the disk
+    does not give is an error always: another time there would be other records.
     """
     check_on_bad_record(on_bad_record)
     paths = files_of(path, RECORDS)
     malformed: list[str] = []
     skipped = malformed if on_bad_record == "skip" else None
-    read = [_records(each, skipped) for each in paths]
-    found = [each for one in read for each in one]
+    found: list[dict[str, Any]] = []
+    places: list[Place] = []
+    for file in paths:
+        for record, number in _each(file, skipped):
+            found.append(record)
+            places.append((str(file), number))
     if not found:
         hint = f" ({malformed[0]})" if malformed else ""
         raise DataError(f"{path}: no records; expected one JSON object in each line{hint}")
-    return Records(found, [place for one in read for place in one.places], malformed, len(paths))
+    return Records(found, places, malformed, len(paths))
 
 
 def first_record(path: PathLike) -> dict[str, Any] | None:
     """The first record that is none of the malformed; of .jsonl no more is read, of .parquet a row
     group."""
-    skipped: list[str] = []
     for file in files_of(path, RECORDS):
         try:
-            for record, _ in _each(file, skipped):
+            for record, _ in _each(file, []):
                 return record
         except DataError:  # of a file that cannot be read, as of a line, the next is looked at
             continue
     return None
 
 
-def _records(path: Path, skipped: list[str] | None) -> Records:
-    try:
-        if suffix_of(path) == ".parquet":
-            found = list(columns.rows(path))
-            return Records(found, [(str(path), row) for row in range(len(found))])
-        data = contents(path)
-        if suffix_of(path) == ".json":
-            return _listed(data, str(path))
-        return _lines(data, str(path), skipped)
-    except DataError as error:
-        _passed_over(error, skipped)
-        return Records((), ())
-
-
-def _lines(data: bytes, path: str, skipped: list[str] | None) -> Records:
-    found: list[dict[str, Any]] = []
-    places: list[Place] = []
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_object(line, f"{path}:{number}"))
-            places.append((path, number))
-        except DataError as error:
-            _passed_over(error, skipped)
-    return Records(found, places)
-
-
 def check_on_bad_record(given: object) -> None:
     """Raise `DataError` for what is no way to treat a malformed record."""
     if given not in ("stop", "skip"):
         raise DataError(f"on_bad_record: {given!r}, expected 'stop' or 'skip'")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def _listed(data: bytes, path: str) -> Records:
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        hint = "; one object in each line is a .jsonl file" if b"\n{" in data else ""
-        raise DataError(f"{path}: not JSON ({error}){hint}") from error
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{path}: expected a list of objects, got {type(value).__name__}")
-    for number, each in enumerate(value):
-        if not isinstance(each, dict):
-            raise DataError(f"{path}:{number}: expected an object, got {type(each).__name__}")
-    return Records(value, [(path, number) for number in range(len(value))])
 
 
 class Documents(list[str]):
@@ -151,8 +112,9 @@ class Documents(list[str]):
 def documents(path: PathLike, *, on_bad_record: str = "stop") -> Documents:
     """The texts of records (`{"text": …}` in .jsonl, .json, .parquet), or a file as one document.
 
-    A directory or a pattern is read as by `records`, .txt and .md files among the others. With
-    `on_bad_record="skip"` records without a text, and files that are none, are `malformed`.
+    A directory or a pattern is read as by `records`, .txt and .md files among the others; a file of
+    another kind is refused. With `on_bad_record="skip"` records without a text, and files that are
+    none, are `malformed`.
     """
     check_on_bad_record(on_bad_record)
     malformed: list[str] = []
@@ -165,7 +127,15 @@ def documents(path: PathLike, *, on_bad_record: str = "stop") -> Documents:
 
 def document_files(path: PathLike) -> list[Path]:
     """The files that `documents` reads."""
-    return files_of(path, (*TEXTS, *RECORDS))
+    known = (*TEXTS, *RECORDS)
+    found = files_of(path, known)
+    for each in found:
+        if suffix_of(each) not in known and each.exists():
+            raise DataError(
+                f"{each}: expected a file that ends in {' or '.join(known)}; name it so, as what "
+                "it is: of another kind it is not known what its documents are"
+            )
+    return found
 
 
 def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
@@ -174,51 +144,86 @@ def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
     .json, .txt and .md files are read whole. What is malformed is an error, or goes to `skipped`:
     a record, or the rest of a file.
     """
+    if suffix_of(path) in RECORDS:
+        for count, (record, number) in enumerate(_each(path, skipped), start=1):
+            if isinstance(record.get("text"), str):
+                yield record["text"]
+            else:
+                where = f"{path}:{number}"
+                lack = f"{path}: record {count} has no text under 'text' ({where})"
+                _passed_over(DataError(lack), skipped)
+        return
     try:
-        yield from _texts(path, skipped)
+        yield _decoded(contents(path), str(path))
     except DataError as error:
         _passed_over(error, skipped)
 
 
-def _texts(path: Path, skipped: list[str] | None) -> Iterator[str]:
-    if suffix_of(path) not in RECORDS:
-        try:
-            yield contents(path).decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error})") from error
-        return
-    count, before = 0, len(skipped or ())
-    for record, where in _each(path, skipped):
-        count += 1
-        if isinstance(record.get("text"), str):
-            yield record["text"]
-        else:
-            lack = DataError(f"{path}: record {count} has no text under 'text' ({where})")
-            _passed_over(lack, skipped)
-    if not count and len(skipped or ()) == before:
-        raise DataError(f"{path}: no records; expected one JSON object in each line")
-
-
 def _passed_over(error: DataError, skipped: list[str] | None) -> None:
-    if skipped is None:
+    if skipped is None or isinstance(error, UnreadableError):
         raise error
     skipped.append(str(error))
 
 
-def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], str]]:
-    """The records of one file with their places, one in memory at a time where the file allows."""
-    if suffix_of(path) == ".jsonl":
-        for number, line in enumerate(lines(path), start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = _object(line, where)
-            except DataError as error:
-                _passed_over(error, skipped)
-            else:
-                yield record, where
+def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records of one file, each with its line or row.
+
+    What is malformed, or the rest of a file that is torn, is an error, or goes to `skipped`.
+    """
+    count, before = 0, len(skipped or ())
+    try:
+        for found in _objects(path, skipped):
+            count += 1
+            yield found
+        if not count and len(skipped or ()) == before:
+            what = "a row" if suffix_of(path) == ".parquet" else "one JSON object in each line"
+            raise DataError(f"{path}: no records; expected {what}")
+    except DataError as error:
+        _passed_over(error, skipped)
+
+
+def _objects(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], int]]:
+    """The same of what is no torn file; one in memory at a time where the file allows."""
+    if suffix_of(path) == ".parquet":
+        yield from ((record, row) for row, record in enumerate(columns.rows(path)))
         return
-    found = columns.rows(path) if suffix_of(path) == ".parquet" else _records(path, skipped)
-    for number, record in enumerate(found):
-        yield record, f"{path}:{number}"
+    is_list = suffix_of(path) == ".json"
+    values = enumerate(_listed(path)) if is_list else enumerate(lines(path), start=1)
+    for number, value in values:
+        where = f"{path}:{number}"
+        if not is_list and not value.strip():
+            continue
+        try:
+            record = value if is_list else _parsed(value, where)
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+        except DataError as error:
+            _passed_over(error, skipped)
+        else:
+            yield record, number
+
+
+def _listed(path: Path) -> list[Any]:
+    data = contents(path)
+    hint = "; one object in each line is a .jsonl file" if b"\n{" in data else ""
+    value = _parsed(data, str(path), hint)
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a list of objects, got {type(value).__name__}")
+    if not value:
+        raise DataError(f"{path}: no records; expected a list of objects, and it is empty")
+    return value
+
+
+def _parsed(data: bytes, where: str, hint: str = "") -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        _decoded(data, where)
+        raise DataError(f"{where}: not JSON ({error}){hint}") from error
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text ({error}); convert it to UTF-8") from error

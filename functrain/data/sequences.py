@@ -71,9 +71,10 @@ def chat(
     (Alpaca's). A completion follows its prompt as it is, and the tokenizer's `end` closes it.
     Messages, which prompt and completion may be too, are laid out by the tokenizer's chat
     template (`functrain.data.templates`), tools too, or as lines `role: content` where it has none;
-    what an assistant says, with its end, is a target unless it is in the prompt or the message's
-    `weight` is 0. Prompt and completion are tokenised apart, so that the boundary is a boundary
-    between tokens. Other keys of a record are ignored.
+    tools and reasoning, which such lines do not show, are refused there. What an assistant says,
+    with its end, is a target unless it is in the prompt or the message's `weight` is 0. Prompt and
+    completion are tokenised apart, so that the boundary is a boundary between tokens. Other keys of
+    a record are ignored.
 
     An example of more than `time` tokens loses its end (`truncation="keep_start"`), its start
     (`"keep_end"`), or of its prompt the start down to `min_prompt` tokens and only then its end

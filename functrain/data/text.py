@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import os
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,22 @@ def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.ND
         stream += tokenizer.encode(document)
         stream.append(tokenizer.end)
         ends.append(len(stream))
-    return np.array(stream, dtype=id_type(tokenizer)), np.array(ends, dtype=np.int64)
+    ids = known_ids(stream, tokenizer, lambda at: f"document {bisect.bisect_right(ends, at)}")
+    return ids, np.array(ends, dtype=np.int64)
+
+
+def known_ids(ids: list[int], tokenizer: Tokenizer, where: Callable[[int], str]) -> Ids:
+    """Ids in `id_type`; `DataError` for one outside the vocabulary, with `where(its index)`."""
+    vocabulary = tokenizer.vocabulary
+    with contextlib.suppress(OverflowError):  # of what is beyond int64 too
+        found = np.array(ids, dtype=np.int64)
+        if not ids or (found.min() >= 0 and found.max() < vocabulary):
+            return found.astype(id_type(tokenizer))
+    at = next(n for n, each in enumerate(ids) if not 0 <= each < vocabulary)
+    raise DataError(
+        f"{where(at)}: the tokenizer gives ids up to {max(ids)} and down to {min(ids)}, and says "
+        f"that its vocabulary is {vocabulary}"
+    )
 
 
 def id_type(tokenizer: Tokenizer) -> np.dtype[Any]:

@@ -15,10 +15,10 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from functrain.data.files import PathLike, suffix_of
+from functrain.data.files import PathLike, UnreadableError, is_marked, suffix_of
 from functrain.data.packing import Packed, packed_ids
 from functrain.data.records import check_on_bad_record, document_files, texts
-from functrain.data.text import Ids, TextRows, id_type
+from functrain.data.text import Ids, TextRows, id_type, known_ids
 from functrain.data.token_parts import (
     END_TYPE,
     ENDS,
@@ -29,6 +29,7 @@ from functrain.data.token_parts import (
     read,
     sync_directory,
     whole,
+    writing,
 )
 from functrain.data.tokenizers import Tokenizer, check_tokenizer
 from functrain.errors import DataError
@@ -132,11 +133,16 @@ class _Content:
     path: Path
     digest: str
     stat: tuple[int, ...]
+    marked: bool
 
     @property
     def kind(self) -> str:
-        """How it is read; its name is no part of the key."""
-        return suffix_of(self.path) + (".gz" if self.path.name.endswith(".gz") else "")
+        """How it is read; its name is no part of the key.
+
+        That of a file with a byte order mark is another, since the mark was once read as text.
+        """
+        compressed = ".gz" if self.path.name.endswith(".gz") else ""
+        return suffix_of(self.path) + compressed + (" marked" if self.marked else "")
 
     def check(self) -> None:
         """Raise `DataError` where the file has changed since: its tokens would be another's."""
@@ -159,9 +165,9 @@ def tokenized(
     .parquet a row group; .txt, .md and .json files are there whole, since the ids of a text are
     not, for every tokenizer, those of its pieces.
 
-    Raises `DataError` for what cannot be read, for a file that changes meanwhile, and for a
-    finished cache that is not as it was written: it is never mended in place, as others may have
-    it mapped.
+    Raises `DataError` for what cannot be read (a file that the disk does not give is never passed
+    over, as a record may be), for a file that changes meanwhile, and for a finished cache that is
+    not as it was written: it is never mended in place, as others may have it mapped.
     """
     check_tokenizer(tokenizer, "vocabulary", "fingerprint")
     check_on_bad_record(on_bad_record)
@@ -177,37 +183,42 @@ def tokenized(
 
 
 def _content(path: Path) -> _Content:
+    stat = _stat(path)
     try:
-        stat = _stat(path)
         with path.open("rb") as file:
-            return _Content(path, hashlib.file_digest(file, "sha256").hexdigest(), stat)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+    return _Content(path, digest, stat, is_marked(path))
 
 
 def _stat(path: Path) -> tuple[int, ...]:
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _key(contents: Sequence[_Content], tokenizer: Any, on_bad_record: str) -> str:
     told = [_FORMAT, tokenizer.fingerprint, str(tokenizer.end), str(tokenizer.vocabulary)]
     told += [f"{each.kind} {each.digest}" for each in contents]
-    told += [] if on_bad_record == "stop" else [on_bad_record]
+    # The second way of passing over: the first one left out files that a disk did not give once.
+    told += [] if on_bad_record == "stop" else [f"{on_bad_record} 2"]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]
 
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
     """Held while the files are made; who comes later waits here."""
-    try:
+    with writing(home):
         home.mkdir(parents=True, exist_ok=True)
-        with (home / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock = (home / "lock").open("ab")
+    with lock:
+        with writing(home):
+            fcntl.flock(lock, fcntl.LOCK_EX)
             sync_directory(home.parent)
-            yield
-    except OSError as error:
-        raise DataError(f"{home}: cannot be written ({error})") from error
+        yield
 
 
 def _make(
@@ -235,6 +246,10 @@ def _make(
         if not parts.documents:
             hint = f" ({_named(known[0], contents)})" if known else ""
             raise DataError(f"{home}: no documents{hint}")
+        # Also those that gave no document, or were read before a part of others: what is sealed
+        # here is found for good.
+        for each in contents:
+            each.check()
         parts.seal({"format": _FORMAT, "dtype": parts.dtype.str, "malformed": known})
 
 
@@ -244,14 +259,7 @@ def _named(bad: tuple[int, str], contents: Sequence[_Content]) -> str:
 
 
 def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
-    ids = [*tokenizer.encode(text), tokenizer.end]
-    try:
-        return np.array(ids, dtype=id_type(tokenizer))
-    except OverflowError as error:
-        raise DataError(
-            f"{path}: the tokenizer gives ids up to {max(ids)} and down to {min(ids)}, and says "
-            f"that its vocabulary is {tokenizer.vocabulary}"
-        ) from error
+    return known_ids([*tokenizer.encode(text), tokenizer.end], tokenizer, lambda _: str(path))
 
 
 class _Pending:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import orjson
 
 from functrain.data.text import Ids
+from functrain.errors import DataError
 
 IDS, ENDS, JOURNAL, MANIFEST = "ids.bin", "ends.bin", "journal", "manifest"
 END_TYPE = np.dtype("<i8")
@@ -39,6 +41,15 @@ class Part:
     files: tuple[tuple[int, int, int], ...]
 
 
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """In which an error of the disk is that the directory cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be written ({error})") from error
+
+
 class Parts:
     """Files in the making, opened where the last whole part ends; what follows it is cut off.
 
@@ -47,9 +58,10 @@ class Parts:
 
     def __init__(self, directory: Path, dtype: npt.DTypeLike) -> None:
         self.directory, self.dtype = directory, np.dtype(dtype)
-        self.parts = self._recovered()
-        self._files = [self._opened(name) for name in (IDS, ENDS, JOURNAL)]
-        sync_directory(directory)
+        with writing(directory):
+            self.parts = self._recovered()
+            self._files = [self._opened(name) for name in (IDS, ENDS, JOURNAL)]
+            sync_directory(directory)
 
     @property
     def documents(self) -> int:
@@ -71,22 +83,26 @@ class Parts:
             documents=len(lengths), tokens=len(ids), ids=_hash(raw), ends=_hash(ends), files=files
         )
         # Each durable before the next: a line in the journal is a promise about the other two.
-        for file, data in zip(self._files, (raw, ends, line(attrs.asdict(part))), strict=True):
-            _append(file, data)
+        with writing(self.directory):
+            for file, data in zip(self._files, (raw, ends, line(attrs.asdict(part))), strict=True):
+                _append(file, data)
         self.parts.append(part)
 
     def seal(self, record: Mapping[str, Any]) -> None:
         """Say that the files are whole: `record`, and the parts, under the manifest's name."""
         aside = self.directory / f"{MANIFEST}.part"
-        with aside.open("wb") as file:
-            _append(file, line({**record, "parts": [attrs.asdict(part) for part in self.parts]}))
-        _rename(aside, self.directory / MANIFEST)
-        sync_directory(self.directory)
+        text = line({**record, "parts": [attrs.asdict(part) for part in self.parts]})
+        with writing(self.directory):
+            with aside.open("wb") as file:
+                _append(file, text)
+            _rename(aside, self.directory / MANIFEST)
+            sync_directory(self.directory)
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files:
-            file.close()
+        with writing(self.directory):  # what a full disk did not take is tried once more here
+            for file in self._files:
+                file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
@@ -25,6 +26,9 @@ from functrain.data.source import Batch
 from functrain.data.tokenizers import Tokenizer, check_joinable
 from functrain.data.truncation import Truncation, fitted, has_targets
 from functrain.errors import DataError
+
+_FEW = 16
+_NO_ID = -1
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -160,15 +164,36 @@ def _mismatched(
     """
     prompts = _ring([each.prompted.prompt for each in judged])
     completions = _ring([each.prompted.completions for each in judged])
+
+    @functools.cache
+    def left(prompt: int) -> _Ring:
+        return _ring([_left(each, prompt, how) for each in judged])
+
+    def others(index: int, *more: _Ring) -> Iterator[int]:
+        elsewhere = _next(index, prompts, completions, *more)
+        return itertools.chain(elsewhere, _next(index, completions, *more))
+
+    def first(index: int, among: Iterable[int]) -> Example | None:
+        prompt = judged[index].prompted.prompt
+        fits = (how.fit(Prompted(prompt, judged[n].prompted.completions))[0] for n in among)
+        return next((x for x in fits if has_targets(x) and x != own[index]), None)
+
     found: list[Example | None] = []
     for index, each in enumerate(judged):
-        others = itertools.chain(_next(index, prompts, completions), _next(index, completions))
-        fits = (
-            how.fit(Prompted(each.prompted.prompt, judged[other].prompted.completions))[0]
-            for other in others
-        )
-        found.append(next((x for x in fits if has_targets(x) and x != own[index]), None))
+        chosen = first(index, itertools.islice(others(index), _FEW))
+        if chosen is None:
+            # Where the cut leaves the same of many, they are stepped over as those that are the
+            # same: looked at one by one, 50,000 took hours.
+            chosen = first(index, others(index, left(len(each.prompted.prompt))))
+        found.append(chosen)
     return found
+
+
+def _left(each: _Judged, prompt: int, how: Truncation) -> Hashable:
+    """What the cut leaves after a prompt of so many tokens: of it how many, and the completion."""
+    ((ids, labels),) = how.fit(Prompted((_NO_ID,) * prompt, each.prompted.completions))
+    kept = ids.count(_NO_ID)
+    return kept, ids[kept:], labels[kept:]
 
 
 @attrs.frozen

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import warnings
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from functrain.distributed import group
 from functrain.distributed.speaking import TIMEOUT
-from functrain.distributed.world import World, end
+from functrain.distributed.world import World
 from functrain.errors import ConfigError, FunctrainWarning, is_number
 
 
@@ -19,37 +18,78 @@ def world(*, device: str | None = None, timeout: float = TIMEOUT) -> World:
     """The world of this process, from the environment that torchrun sets; `ALONE` without it.
 
     `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` are read. gloo on the CPU,
-    NCCL on CUDA, where the process takes the device of its local rank. Raises `ConfigError` for an
-    environment that makes no sense, and `WorkerError` where a worker does not come in `timeout`
-    seconds.
+    NCCL on CUDA, where the process takes the device of its local rank. A process group that is
+    there already is used as it is; one that was made here ends with the last world that is open.
+    Raises `ConfigError` for an environment that makes no sense, and `WorkerError` where a worker
+    does not come in `timeout` seconds.
     """
     if not is_number(timeout) or not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout: {timeout!r}, expected a positive number of seconds")
+    where = _where(device)
     size = _number("WORLD_SIZE", 1)
-    rank = _number("RANK", 0)
-    where = torch.device(_device() if device in (None, "cuda") else device or "cpu")
-    if device == "cuda" and where.type == "cpu":
-        raise ConfigError("device: 'cuda', and this machine has none; use 'cpu'")
+    rank = _number("RANK", 0 if size == 1 else None)
+    if size != 1 and not rank < size:
+        raise ConfigError(f"RANK: {rank} of WORLD_SIZE {size}; torchrun sets both")
+    if dist.is_initialized():
+        _check_group(rank, size, where)
     if size == 1:
         return World(device=where, timeout=timeout)
-    if not 0 <= rank < size:
-        raise ConfigError(f"RANK: {rank} of WORLD_SIZE {size}; torchrun sets both")
     made = World(rank=rank, size=size, device=where, timeout=timeout)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if not dist.is_initialized():
+    if dist.is_initialized():
+        group.join(timeout)
+    else:
+        _check_address()
         backend = "gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl"
-        with made.meeting("the meeting of all workers (one may be missing)"):
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        with made.named("the meeting of all workers (one may be missing)"):
+            group.meet(backend, rank, size, timeout)
         _warn_of_stale_addresses(backend)
-        # Gloo may abort a process that ends with its threads alive.
-        atexit.register(end)
-    elif (dist.get_rank(), dist.get_world_size()) != (rank, size):
+    group.enter(made)
+    return made
+
+
+def _where(given: str | None) -> torch.device:
+    try:
+        where = torch.device(_device() if given in (None, "cuda") else given or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device: {given!r}, expected 'cpu' or 'cuda'") from error
+    if where.type == "cpu" and given != "cuda":
+        return where
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if where.type in ("cpu", "cuda") and not count:
+        raise ConfigError(f"device: {given!r}, and this machine has none; use 'cpu'")
+    if where.type == "cuda" and (where.index or 0) >= count:
+        raise ConfigError(
+            f"device: {str(where)!r}, and this machine has {count}; start as many workers on it, "
+            "and LOCAL_RANK is the number of each"
+        )
+    return where
+
+
+def _check_group(rank: int, size: int, where: torch.device) -> None:
+    """Refuse a process group that this world cannot go on with."""
+    if (dist.get_rank(), dist.get_world_size()) != (rank, size):
         raise ConfigError(
             f"world: the process group is of rank {dist.get_rank()} of {dist.get_world_size()}, "
             f"and the environment says {rank} of {size}"
         )
-    return made
+    backends = dist.get_backend_config()
+    for kind in sorted({"cpu", where.type}):
+        if size > 1 and f"{kind}:" not in backends:
+            raise ConfigError(
+                f"world: the process group, of {backends}, exchanges nothing that is on {kind}; "
+                "make it with 'cpu:gloo,cuda:nccl', or let functrain make it"
+            )
+
+
+def _check_address() -> None:
+    """Refuse what the workers cannot find each other by."""
+    if not os.environ.get("MASTER_ADDR"):
+        raise ConfigError(_missing("MASTER_ADDR"))
+    port = _number("MASTER_PORT", None)
+    if port >= 1 << 16:
+        raise ConfigError(f"MASTER_PORT: {port} in the environment, expected less than {1 << 16}")
 
 
 def _warn_of_stale_addresses(backend: str) -> None:
@@ -68,10 +108,19 @@ def _device() -> str:
     return f"cuda:{_number('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def _number(name: str, default: int) -> int:
+def _number(name: str, default: int | None) -> int:
     given = os.environ.get(name, "")
-    if not given:
+    if not given and default is not None:
         return default
+    if not given:
+        raise ConfigError(_missing(name))
     if not given.isdecimal():
         raise ConfigError(f"{name}: {given!r} in the environment, expected an integer")
     return int(given)
+
+
+def _missing(name: str) -> str:
+    return (
+        f"{name}: not in the environment, and WORLD_SIZE says that there are several workers; "
+        "start them with torchrun, which sets both"
+    )

@@ -190,7 +190,7 @@ class Sharding:
         form = exchange.hashed(b"\0".join(sorted(forms)))
         order = exchange.hashed("\0".join(self._exchanged).encode())
         told = [len(moved), form, *(int(name in reached) for name in names), order]
-        rows = self.world.numbers(told)
+        rows = self.world.gathered(torch.tensor(told), "the exchange of counts")
         if len(set(rows[:, -1].tolist())) > 1:
             raise ArchitectureError(OTHER_ORDER)
         exchange.refuse_moved(rows[:, 0], moved)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import attrs
 import numpy as np
@@ -16,10 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from functrain.distributed.exchange import hashed
+from functrain.distributed.group import store_of_group
 from functrain.errors import FunctrainError, RelayedError, WorkerError
 
 T = TypeVar("T")
 TIMEOUT = 600.0
+_NUMBERS = 8
+_NAME = 80  # bytes
+_BUSY = -1
 
 
 class Diary:
@@ -27,6 +32,8 @@ class Diary:
 
     def __init__(self) -> None:
         self.step: int | None = None
+        self.key = -1
+        self.closed = False
         self.agreed: weakref.WeakSet[Any] = weakref.WeakSet[Any]()
 
 
@@ -45,12 +52,31 @@ class Speaking:
         """Whether this is the worker that writes, saves and speaks: rank 0."""
         return self.rank == 0
 
-    def begin(self, step: int) -> None:
-        """Note the step that this worker is about to make."""
-        self._diary.step = step
+    @property
+    def closed(self) -> bool:
+        """Whether this worker has left the world."""
+        return self._diary.closed
+
+    def begin(self, step: int, key: int) -> None:
+        """Note the step that this worker is about to make, and the state's key."""
+        self._diary.step, self._diary.key = step, key
         if self.size > 1:
             with self.meeting("the beginning of a step"):
-                _store().set(_place(self.rank), str(step))
+                store_of_group().set(_place(self.rank), str(step))
+
+    def _origin(self) -> tuple[int, int]:
+        """The step and the key of the state that this worker goes on from; −1 before any."""
+        return -1 if self._diary.step is None else self._diary.step, self._diary.key
+
+    def _same_origin(self, origins: Tensor) -> None:
+        """Raise `WorkerError` unless every worker has the same `_origin`: int64 [size, 2]."""
+        for name, values in zip(("step", "key"), origins.T.tolist(), strict=True):
+            if len(set(values)) > 1:
+                raise WorkerError(
+                    f"the workers go on from different states, whose {name} is "
+                    f"{_versions([str(value) for value in values])}; give each of them the same "
+                    "state, and load the same checkpoint on all"
+                )
 
     def first_time(self, thing: object) -> bool:
         """Whether this is the first call with `thing`, the same on every worker."""
@@ -61,17 +87,32 @@ class Speaking:
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
         """An exchange with the others; one that fails is a `WorkerError` that says who is where."""
+        if self.closed or not dist.is_initialized():
+            ended = "this world is closed" if self.closed else "the process group has ended"
+            raise WorkerError(
+                f"worker {self.rank} of {self.size}: {ended}, and {what} needs the others; compute "
+                "within `with functrain.distributed.world() as world:`, with a step of that world"
+            )
+        with self.named(what):
+            yield
+
+    @contextmanager
+    def named(self, what: str) -> Iterator[None]:
+        """An exchange, or the first meeting of all, whose failure is a `WorkerError`."""
         try:
             yield
         except FunctrainError:
             raise
         except RuntimeError as error:  # how gloo, NCCL and the store report a lost peer
-            step = "" if self._diary.step is None else f", step {self._diary.step + 1}"
             raise WorkerError(
-                f"worker {self.rank} of {self.size}{step}: {what} failed, after at most "
-                f"{self.timeout:g} s: {str(error).splitlines()[0]}. {self._whereabouts()}Start all "
-                "workers again, from the newest checkpoint"
+                f"{self._here()}: {what} failed, after at most {self.timeout:g} s: "
+                f"{str(error).splitlines()[0]}. {self._whereabouts()}Start all workers again, from "
+                "the newest checkpoint"
             ) from error
+
+    def _here(self) -> str:
+        step = "" if self._diary.step is None else f", step {self._diary.step + 1}"
+        return f"worker {self.rank} of {self.size}{step}"
 
     def _whereabouts(self) -> str:
         """Where the others were last heard of; nothing before they have met."""
@@ -93,10 +134,29 @@ class Speaking:
         ]
         return f"Last heard of: {'; '.join(parts)}. "
 
-    def numbers(self, given: Sequence[int]) -> Tensor:
-        """The same count of integers of every worker: int64 [size, n], on the CPU."""
-        row = torch.tensor(list(given), dtype=torch.int64)
-        return self.gathered(row, "the exchange of counts")
+    def numbers(self, given: Sequence[int], what: str = "the exchange of counts") -> Tensor:
+        """At most eight integers of every worker, the same count of each: int64 [size, n].
+
+        On the CPU. Here workers find out that they have parted: all such exchanges have one width,
+        and begin with what they are for. Gloo itself ends the process where one worker sends more
+        than another expects, and mixes up what is of one length.
+        """
+        padding = [0] * (_NUMBERS - len(given))
+        rows = self.gathered(torch.tensor([hashed(what.encode()), *given, *padding]), what)
+        if len(set(rows[:, 0].tolist())) > 1:
+            self._parted(what)
+        return rows[:, 1 : 1 + len(given)]
+
+    def _parted(self, what: str) -> NoReturn:
+        """All have seen that they are at different exchanges; each says which is its own."""
+        step = "" if self._diary.step is None else f" (step {self._diary.step + 1})"
+        own = f"{what}{step}".encode()[:_NAME].ljust(_NAME)
+        rows = self.gathered(torch.frombuffer(bytearray(own), dtype=torch.uint8), what)
+        told = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
+        raise WorkerError(
+            f"the workers have parted, and meet in different exchanges: {_versions(told)}; let all "
+            "of them call the same things in the same order, and leave a loop after the same step"
+        )
 
     def gathered(self, tensor: Tensor, what: str) -> Tensor:
         """A tensor of one shape of every worker: [size, …]."""
@@ -110,7 +170,9 @@ class Speaking:
 
     def payloads(self, given: bytes, what: str = "an exchange") -> list[bytes]:
         """Bytes of any length of every worker."""
-        sizes = self.numbers([len(given)])[:, 0].tolist()
+        sizes = [_BUSY]
+        while _BUSY in sizes:
+            sizes = self.numbers([len(given)], what)[:, 0].tolist()
         padded = np.zeros(max(1, *sizes), np.uint8)
         padded[: len(given)] = np.frombuffer(given, np.uint8)
         rows = self.gathered(torch.from_numpy(padded), what)
@@ -121,15 +183,16 @@ class Speaking:
         return [each.decode() for each in self.payloads(given.encode(), what)]
 
     def from_first(self, make: Callable[[], str], what: str) -> str:
-        """What worker 0 makes; where it raises, so does every worker."""
+        """What worker 0 makes, however long that takes; where it raises, so does every worker."""
         if self.size == 1:
             return make()
         outcome, failure = "", None
         if self.speaks:
-            try:
-                outcome = f"+{make()}"
-            except FunctrainError as error:
-                outcome, failure = f"-{type(error).__name__}\0{error}", error
+            with self._busy(what):
+                try:
+                    outcome = f"+{make()}"
+                except Exception as error:
+                    outcome, failure = f"-{_told(error)}", error
         said = self.texts(outcome, what)[0]
         if failure is not None:
             raise failure
@@ -137,15 +200,38 @@ class Speaking:
             raise _relayed(said[1:], 0)
         return said[1:]
 
+    @contextmanager
+    def _busy(self, what: str) -> Iterator[None]:
+        """Within it a thread says now and then that this worker is still at it."""
+        done = threading.Event()
+        failures: list[WorkerError] = []
+
+        def tell() -> None:
+            try:
+                while not done.wait(self.timeout / 3):
+                    self.numbers([_BUSY], what)
+            except WorkerError as error:
+                failures.append(error)
+
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        try:
+            yield
+        finally:
+            done.set()
+            telling.join()
+        if failures:
+            raise failures[0]
+
     def for_all(self, make: Callable[[], T]) -> T:
         """What each worker makes; where one raises, so does every worker."""
         if self.size == 1:
             return make()
         made: list[T] = []
-        failure: FunctrainError | None = None
+        failure: Exception | None = None
         try:
             made.append(make())
-        except FunctrainError as error:
+        except Exception as error:
             failure = error
         if self.any(failure is not None):
             self._refused(failure)
@@ -155,7 +241,7 @@ class Speaking:
         """The sum of an integer over the workers."""
         if self.size == 1:
             return number
-        return int(self.numbers([number]).sum())
+        return int(self.numbers([number], "a sum over the workers").sum())
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any worker."""
@@ -165,7 +251,8 @@ class Speaking:
         """Raise `WorkerError`, on every worker, where they do not hold the same facts."""
         if self.size == 1:
             return
-        told = [orjson.loads(text) for text in self.payloads(orjson.dumps(dict(facts)), what)]
+        own = orjson.dumps(dict(facts))
+        told = [orjson.loads(text) for text in self.payloads(own, f"the comparison {what}")]
         names = sorted({name for each in told for name in each})
         lines = [
             f"  {name}: {_versions([each.get(name) for each in told])}"
@@ -178,8 +265,8 @@ class Speaking:
                 "the same program, options, data and checkpoint"
             )
 
-    def _refused(self, failure: FunctrainError | None) -> None:
-        said = "" if failure is None else f"{type(failure).__name__}\0{failure}"
+    def _refused(self, failure: Exception | None) -> NoReturn:
+        said = "" if failure is None else _told(failure)
         told = self.texts(said, "the exchange of an error")
         if failure is not None:
             raise failure
@@ -193,14 +280,10 @@ _PATIENCE = 3.0  # seconds that the store has for all its answers
 def _ask(size: int, found: list[str]) -> None:
     """The step that each worker was last heard of in, as far as the store answers."""
     with suppress(RuntimeError):
-        store = _store()
+        store = store_of_group()
         store.set_timeout(timedelta(seconds=2))
         for place in map(_place, range(size)):
             found += [store.get(place).decode() if store.check([place]) else "-1"]
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _place(rank: int) -> str:
@@ -218,7 +301,13 @@ def _versions(values: Sequence[str | None]) -> str:
     return "; ".join(parts)
 
 
-def _relayed(text: str, rank: int) -> RelayedError:
-    """Another worker's error, told here."""
-    kind, _, message = text.partition("\0")
-    return RelayedError(f"worker {rank} has refused ({kind}): {message}")
+def _told(error: Exception) -> str:
+    how = "refused" if isinstance(error, FunctrainError) else "failed"
+    return f"{how}\0{type(error).__name__}\0{error}"
+
+
+def _relayed(text: str, rank: int) -> WorkerError:
+    """Another worker's error, told here; a `RelayedError` where it is one of functrain's."""
+    how, kind, message = text.split("\0", 2)
+    relayed = RelayedError if how == "refused" else WorkerError
+    return relayed(f"worker {rank} has {how} ({kind}): {message}")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from functrain.distributed import exchange
+from functrain.distributed import exchange, group
 from functrain.distributed.observations import gathered_observations
 from functrain.distributed.speaking import Speaking
-from functrain.errors import BatchError, ConfigError, FunctrainError
+from functrain.errors import BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.reductions import Beside, Part, merged, tree_sum
 
@@ -27,7 +25,8 @@ class World(Speaking):
     """`size` workers, of which this is `rank`; their number 1 is no process group at all.
 
     `device`: where this worker computes. `timeout`: seconds that one waits for another before it
-    raises `WorkerError`. Use it as a context manager: leaving it ends the process group.
+    raises `WorkerError`. Use it as a context manager: leaving it waits for the others, or tells
+    them by an end of the process group that this worker has failed.
     """
 
     def part(
@@ -37,22 +36,19 @@ class World(Speaking):
 
         `even`: why each worker must have as many micro-batches as every other, if so.
         """
-        failure: FunctrainError | None = None
-        count, weight = 0, torch.zeros(0, dtype=torch.int64)
+        failure: Exception | None = None
+        count, weight, row = 0, torch.zeros(0, dtype=torch.int64), list[int]()
         try:
             count, weight = prepared()
-        except FunctrainError as error:
+            row = _numbers_of(weight)
+        except Exception as error:
             failure = error
         # The width is fixed, since a worker that has failed knows of no weight.
-        row = weight.reshape(-1).tolist()
-        if len(row) > _WEIGHTS:
-            raise ConfigError(
-                f"objective: a weight of {len(row)} numbers, expected at most {_WEIGHTS} where "
-                "there are several workers"
-            )
-        rows = self.numbers([failure is not None, count, *row, *[0] * (_WEIGHTS - len(row))])
+        row = [failure is not None, count, *self._origin(), *row, *[0] * (_WEIGHTS - len(row))]
+        rows = self.numbers(row, "the sharing out of a batch")
         if bool(rows[:, 0].any()):
             self._refused(failure)
+        self._same_origin(rows[:, 2:4])
         counts = rows[:, 1].tolist()
         if tree and self.size > 1 and (len(set(counts)) > 1 or count & (count - 1)):
             raise ConfigError(
@@ -64,7 +60,7 @@ class World(Speaking):
                 f"{even} by all workers together, and they have {counts} micro-batches; expected "
                 "the same number on each"
             )
-        whole = rows[:, 2:].sum(0)[: len(row)].view(weight.shape).to(weight.device)
+        whole = rows[:, 4:].sum(0)[: weight.numel()].view(weight.shape).to(weight.device)
         return Part(
             first=sum(counts[: self.rank]),
             total=sum(counts),
@@ -95,7 +91,8 @@ class World(Speaking):
         metrics = merged(measured, tree=tree)
         names = sorted(like)
         form = exchange.hashed(exchange.form_of(metrics))
-        rows = self.numbers([len(moved), form, *(int(name in reached) for name in names)])
+        told = torch.tensor([len(moved), form, *(int(name in reached) for name in names)])
+        rows = self.gathered(told, "the exchange of counts")
         exchange.refuse_moved(rows[:, 0], moved)
         if len(set(rows[:, 1].tolist())) > 1:
             raise BatchError(exchange.OTHER_METRICS)
@@ -142,10 +139,12 @@ class World(Speaking):
         return [source.at(at, each) for at in range(first, first + own, each)]
 
     def close(self) -> None:
-        """Wait for the others and end the process group; nothing where there is none."""
-        if self.size > 1 and dist.is_initialized():
-            self.numbers([0])
-            end()
+        """Wait for the others, for the last time; nothing in a world of one or a closed one."""
+        if self.size > 1 and not self.closed:
+            try:
+                self.numbers([], "the end of the world")
+            finally:
+                self._leave()
 
     def __enter__(self) -> Self:
         return self
@@ -158,17 +157,30 @@ class World(Speaking):
     ) -> None:
         if error is None:
             self.close()
-        elif self.size > 1:
-            end()  # without a barrier: the others may never come to it
+        elif self.size > 1 and not self.closed:
+            self._leave()  # without a barrier: the others may never come to it
+
+    def _leave(self) -> None:
+        self._diary.closed = True
+        group.leave(self)
 
 
 ALONE = World()
 """One process that is no worker of others, whatever the environment says."""
 
 
-def end() -> None:
-    """End the process group, with what was said written."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _numbers_of(weight: Tensor) -> list[int]:
+    """A weight as the integers that it is of, whose sums over the workers are exact."""
+    if weight.is_floating_point() or weight.is_complex():
+        raise ConfigError(
+            f"objective: a weight of {weight.dtype}, expected integers (int64) where there are "
+            "several workers; they count target tokens, pairs or examples, and constant factors "
+            "belong in the loss"
+        )
+    row: list[int] = weight.reshape(-1).tolist()
+    if len(row) > _WEIGHTS:
+        raise ConfigError(
+            f"objective: a weight of {len(row)} numbers, expected at most {_WEIGHTS} where "
+            "there are several workers"
+        )
+    return row

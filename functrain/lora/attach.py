@@ -15,7 +15,7 @@ from functrain import keys
 from functrain.architecture import check_fit, held_by, hold, slots
 from functrain.errors import ArchitectureError, ConfigError, did_you_mean
 from functrain.lora.config import ALL_LINEAR, LoRA
-from functrain.lora.layers import Adapted, adapted, row_norms
+from functrain.lora.layers import Adapted, adapted, passed_by, row_norms
 from functrain.trees import Tensors, owning
 from functrain.trees import whole as whole_of
 
@@ -52,7 +52,8 @@ def attach(
     bfloat16 where that is wanted. Several states of one adapted architecture share its base.
 
     Raises `ConfigError` for a pattern that matches no linear layer, and for a layer whose weight is
-    tied to another parameter or that has an adapter already.
+    tied to another parameter, that has an adapter already, or whose weight another module reads
+    without calling it (the `out_proj` of an `nn.MultiheadAttention`, Mamba's `dt_proj`).
     """
     lora = LoRA() if lora is None else lora
     if not isinstance(lora, LoRA):
@@ -112,7 +113,7 @@ def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         for name, module in architecture.named_modules()
         if name and adapted(module, trial) is not None
     }
-    tied = _tied_weights(architecture)
+    tied, passed = _tied_weights(architecture), passed_by(architecture)
     shown = getattr(architecture, "get_output_embeddings", None)
     head = shown() if callable(shown) else None
     chosen: set[str] = set()
@@ -121,15 +122,25 @@ def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
             found = [
                 name
                 for name, each in linear.items()
-                if each is not head and _weight(each) not in tied
+                if each is not head and _weight(each) not in tied and name not in passed
             ]
         else:
             found = [name for name in linear if matches(name, pattern)]
         if not found:
             missed = _missed(architecture, pattern, linear)
             raise ConfigError(f"lora targets: no linear layer's name {missed}")
+        _refuse_passed_by(found, passed)
         chosen.update(found)
     return [name for name in linear if name in chosen]
+
+
+def _refuse_passed_by(names: list[str], passed: set[str]) -> None:
+    name = next((each for each in names if each in passed), None)
+    if name is not None:
+        raise ConfigError(
+            f"lora targets: {name} is never called, since the module around it computes with its "
+            "weight, so that an adapter would have no effect; leave it out, as 'all-linear' does"
+        )
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -138,10 +149,15 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _missed(architecture: nn.Module, pattern: str, linear: Mapping[str, object]) -> str:
-    others = [n for n, _ in architecture.named_modules() if n and matches(n, pattern)]
+    modules = {name: module for name, module in architecture.named_modules() if name}
+    if pattern == ALL_LINEAR:
+        others = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n not in linear]
+    else:
+        others = [name for name in modules if matches(name, pattern)]
     if others:
-        kind = type(architecture.get_submodule(others[0])).__name__
-        return f"matches {pattern!r}: {others[0]} is {kind}"
+        kind = type(modules[others[0]]).__name__
+        own = ", which has a forward of its own" if pattern == ALL_LINEAR else ""
+        return f"matches {pattern!r}: {others[0]} is {kind}{own}"
     ends = {name.rsplit(".", 1)[-1] for name in linear}
     return f"matches {pattern!r}; {did_you_mean(pattern.rsplit('.', 1)[-1], ends)}"
 

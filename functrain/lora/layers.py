@@ -107,6 +107,16 @@ class LoRALinear(Adapted, nn.Linear):
         return f"{nn.Linear.extra_repr(self)}, rank={self.lora_A.shape[0]}"
 
 
+class LoRAFalconLinear(LoRALinear):
+    """Falcon's linear layer, which adds its bias after the product, with an adapter."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`FalconLinear`'s output."""
+        product = x @ self.weight.T
+        # Annotated as nn.Linear's, it may be None.
+        return product if self.bias is None else product + self.bias
+
+
 class LoRAConv1D(Adapted):
     """GPT-2's `Conv1D`, a linear layer whose weight is [inputs, outputs], with an adapter."""
 
@@ -129,6 +139,25 @@ def adapted(layer: nn.Module, lora: LoRA) -> Adapted | None:
     if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
         assert isinstance(layer, nn.Linear)
         return LoRALinear(layer, lora)
-    if type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers."):
+    if not type(layer).__module__.startswith("transformers."):
+        return None
+    if type(layer).__name__ == "Conv1D":
         return LoRAConv1D(layer, lora)
+    if type(layer).__name__ == "FalconLinear" and isinstance(layer, nn.Linear):
+        return LoRAFalconLinear(layer, lora)
     return None
+
+
+def passed_by(architecture: nn.Module) -> set[str]:
+    """The layers that are never called, by name: another module computes with their weights.
+
+    An adapter in their place would have no effect, in peft neither.
+    """
+    found = set()
+    for name, module in architecture.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.MultiheadAttention):
+            found.add(f"{prefix}out_proj")
+        if "A_log" in module._parameters:  # the mixers of Mamba, FalconMamba and Jamba
+            found.add(f"{prefix}dt_proj")
+    return found

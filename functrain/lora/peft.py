@@ -18,7 +18,7 @@ from functrain.architecture import check_fit, slots
 from functrain.errors import CheckpointError, ConfigError
 from functrain.lora.attach import adapter_of, attach, layers_of
 from functrain.lora.config import LoRA
-from functrain.lora.layers import LoRAConv1D
+from functrain.lora.layers import LoRAConv1D, passed_by
 from functrain.trees import Tensors, owning
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,7 +45,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "megatron_config": (None,),
 }
-_MOVING = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal")
+# The beginnings of adapters, in lower case, under which peft leaves the base as it is.
+_STILL = ("gaussian", "mica")
 
 
 def save_adapter(
@@ -124,7 +125,10 @@ def load_adapter(
     """
     where = Path(directory)
     config = _config(where / CONFIG)
-    weights = _weights(where / WEIGHTS)
+    # Those of layers that are never called have no effect in peft either.
+    passed = passed_by(architecture)
+    every = _weights(where / WEIGHTS)
+    weights = {n: t for n, t in every.items() if n.rpartition(".")[0] not in passed}
     layers = tuple(sorted({name.rpartition(".")[0] for name in weights}))
     try:
         lora = LoRA(
@@ -171,10 +175,10 @@ def _config(path: Path) -> dict[str, Any]:
                 f"{allowed[0]!r}"
             )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_MOVING):
+    if isinstance(start, str) and start.lower() not in _STILL:
         raise CheckpointError(
-            f"{path}: init_lora_weights is {start!r}, which moves the base too; save it with "
-            "peft's path_initial_model_for_weight_conversion first"
+            f"{path}: init_lora_weights is {start!r}, which moves the base too, as far as is known "
+            "here; save it with peft's path_initial_model_for_weight_conversion first"
         )
     return config
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from functrain import keys
 from functrain.architecture import bound, vocabulary_of
-from functrain.errors import BatchError, ConfigError
+from functrain.errors import BatchError, ConfigError, StateError, is_number
 from functrain.models.decoder import Cache, Decoder
 from functrain.objectives.base import logits_in
 from functrain.state import device_of
+from functrain.trees import clone
 
 
 def ends(architecture: nn.Module, end: int) -> frozenset[int]:
@@ -68,9 +71,11 @@ def generate(
     others run the whole sequence for each token.
 
     A model whose positions are learnt (`positions`) stops at the last one. Raises `BatchError` for
-    a prompt that is empty, out of range, or longer than that, `ConfigError` for the rest.
+    a prompt that is empty, out of range, or longer than that, `StateError` where logits are not
+    finite, and `ConfigError` for options that make no sense.
     """
-    with bound(architecture, params, buffers, "eval") as model:
+    # Clones, since rotary frequencies of some models are written into.
+    with bound(architecture, params, clone(buffers), "eval") as model:
         return continued(
             model,
             input_ids,
@@ -156,10 +161,18 @@ def _cache_name(model: nn.Module) -> str | None:
 
 
 def _sampled(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> int:
+    most = float(logits.max())  # NaN where any is
+    if not math.isfinite(most):
+        raise StateError(
+            f"params: the largest logit of the next token is {most}, so that no token can be "
+            "chosen; the params are not finite, or too large for the dtype"
+        )
     if temperature == 0:
         return int(logits.argmax())
-    ordered, tokens = (logits / temperature).sort(descending=True, stable=True)
-    probs = ordered[:top_k].softmax(-1)
+    ordered, tokens = logits.sort(descending=True, stable=True)
+    # From the largest down, or a low temperature would divide to infinity.
+    scaled = (ordered[:top_k] - most) / max(temperature, _LOWEST)
+    probs = scaled.softmax(-1)
     if top_p is not None:
         # A token is in while those before it hold less than top_p; the first always is.
         before = probs.cumsum(-1) - probs
@@ -167,20 +180,33 @@ def _sampled(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     return int(tokens[torch.multinomial(probs, 1)])
 
 
+# The smallest normal float32: no two logits are so near but equal ones.
+_LOWEST = torch.finfo(torch.float32).tiny
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    max_new_tokens: object, temperature: object, top_k: object, top_p: object
 ) -> None:
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: {max_new_tokens}, expected at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature: {temperature}, expected a finite number of at least 0")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k: {top_k}, expected at least 1, or None")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p: {top_p}, expected (0, 1], or None")
+    if not _is_count(max_new_tokens):
+        raise ConfigError(f"max_new_tokens: {max_new_tokens!r}, expected an integer of at least 1")
+    if not is_number(temperature) or not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature: {temperature!r}, expected a finite number of at least 0")
+    if top_k is not None and not _is_count(top_k):
+        raise ConfigError(f"top_k: {top_k!r}, expected an integer of at least 1, or None")
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+        raise ConfigError(f"top_p: {top_p!r}, expected a number in (0, 1], or None")
 
 
 def _check_prompt(input_ids: Sequence[int], vocabulary: int | None, most: int | None) -> None:
+    if not isinstance(input_ids, Sequence) or not all(isinstance(t, Integral) for t in input_ids):
+        raise BatchError(
+            f"input_ids: a {type(input_ids).__name__}, expected the token ids of one prompt as a "
+            "sequence of integers; of a tensor, ids.tolist()"
+        )
     if not input_ids:
         raise BatchError("input_ids: an empty prompt; give at least one token")
     if most is not None and len(input_ids) > most:

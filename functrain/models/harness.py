@@ -21,6 +21,7 @@ from functrain.errors import ConfigError, DataError
 from functrain.models.generate import ends, generate
 from functrain.objectives.base import logits_in
 from functrain.state import device_of
+from functrain.trees import clone
 
 Scored = tuple[float, bool]
 """A log-prob, and whether every token of it is the likeliest one."""
@@ -194,7 +195,8 @@ class _Live:
         """Each continuation after its context; the longest first, so that memory shows early."""
         order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
         found: dict[int, Scored] = {}
-        with bound(*self.values, "eval") as model:
+        architecture, params, buffers = self.values
+        with bound(architecture, params, clone(buffers), "eval") as model:
             for at in range(0, len(order), self.batch_size):
                 batch = order[at : at + self.batch_size]
                 scores = self._batch(model, [pairs[n] for n in batch])

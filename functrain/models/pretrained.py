@@ -26,7 +26,7 @@ from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
 from functrain.models.layouts import Files, layout_of
-from functrain.models.skeletons import bare, quiet, skeleton
+from functrain.models.skeletons import bare, configured, quiet, skeleton
 from functrain.trees import Tensors, owning
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -120,8 +120,7 @@ def _whole(
     if attention is not None:
         options["attn_implementation"] = attention
     module = _loaded(given, where, kind, options)
-    if getattr(module.config, "use_cache", False):
-        module.config.use_cache = False  # training asks for no next token
+    configured(module)
     architecture, params, buffers = split(module.to(device))
     if _lies_as(kind, where, given):
         # Handed over, not lent: a tensor that is named here as well would be held twice.

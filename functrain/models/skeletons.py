@@ -59,10 +59,22 @@ def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
         reason = str(error).strip() or type(error).__name__
         raise ArchitectureError(f"{path}: transformers cannot make it: {reason[:500]}") from error
-    if getattr(module.config, "use_cache", False):
-        module.config.use_cache = False  # training asks for no next token
     made: nn.Module = module
+    configured(made)
     return made
+
+
+def configured(module: nn.Module) -> None:
+    """Without what a config of transformers asks for beside the model's values.
+
+    Keys and values are kept for a next token, for which training does not ask; and RWKV divides
+    its own weights in eval mode and multiplies them back in train mode, for float16's range.
+    """
+    config: Any = module.config
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0
 
 
 @contextmanager

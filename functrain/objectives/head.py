@@ -7,7 +7,6 @@ states are taken at the projection's door, and logits are made of a few rows at 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from functrain import compilation, keys
 from functrain.architecture import bound, slots
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
+from functrain.objectives.verdicts import Verdicts
 
 Call = Callable[..., Any]
 """A model's forward, with the keywords of `MODEL_INPUTS`."""
@@ -61,7 +61,8 @@ class Head:
 
 
 # One search for each architecture that has its weights; where it has no head, the reason.
-_found: weakref.WeakKeyDictionary[nn.Module, Head | str] = weakref.WeakKeyDictionary()
+_found: Verdicts[Head | str] = Verdicts()
+_KEY = "head"
 
 
 def find_head(architecture: nn.Module) -> Head | str:
@@ -82,11 +83,11 @@ def find_head(architecture: nn.Module) -> Head | str:
     hindrance = _hindrance(architecture, projection)
     if hindrance is not None:
         return hindrance
-    found = _found.get(architecture)
+    found = _found.of(architecture).get(_KEY)
     if found is None or (isinstance(found, Head) and found.projection is not projection):
         found = _search(architecture, projection)
         if isinstance(found, Head) or has_weights(architecture):
-            _found[architecture] = found
+            _found.of(architecture)[_KEY] = found
     return found
 
 

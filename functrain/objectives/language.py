@@ -80,13 +80,13 @@ class LanguageModeling:
         """The same by another call of the model than its own."""
         check_separated(model, batch)
         total, correct = _summed(model, batch, self.head, call)
-        weight = count_targets(batch)
+        loss = m.mean(total, count_targets(batch))
         return total, Metrics(
             {
-                "loss": m.mean(total, weight),
-                "perplexity": m.exponential(total, weight),
-                "mean_token_accuracy": m.mean(correct, weight),
-                "num_tokens": m.total(weight),
+                "loss": loss,
+                "perplexity": m.exponential(loss.sum, loss.weight),
+                "mean_token_accuracy": m.mean(correct, loss.weight),
+                "num_tokens": m.total(loss.weight),
                 "padding": m.mean(*count_padding(batch)),
             }
         )

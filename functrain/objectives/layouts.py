@@ -6,7 +6,6 @@ whoever scores the batch sees no difference.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.objectives.pairs import SIDES, concatenated, last_target
 from functrain.objectives.support import check_weights, fault
+from functrain.objectives.verdicts import Verdicts
 
 LayoutName = Literal["padded", "padding_free", "shared_prompt"]
 """`padded`: a row for each sequence. `padding_free`: all in one row, and `position_ids` tell them
@@ -228,19 +228,16 @@ def _check_window(model: nn.Module, width: int) -> None:
             )
 
 
-# Of each architecture, by layout and kind of attention: whether its mask is to be added.
-_found: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, object], bool]] = (
-    weakref.WeakKeyDictionary()
-)
+# By layout: whether the mask is to be added.
+_found: Verdicts[bool] = Verdicts()
 
 
 def _supported(layout: str, model: nn.Module) -> bool:
     """Whether the mask is to be added to the scores; `ArchitectureError` without support."""
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    known = _found.setdefault(model, {})
-    if (layout, attention) not in known:
-        known[layout, attention] = _tried(layout, model)
-    return known[layout, attention]
+    known = _found.of(model)
+    if layout not in known:
+        known[layout] = _tried(layout, model)
+    return known[layout]
 
 
 def _tried(layout: str, model: nn.Module) -> bool:

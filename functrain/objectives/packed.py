@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,33 +10,31 @@ from functrain.errors import ArchitectureError
 from functrain.objectives.batches import Batch, are_packed, known_packed
 from functrain.objectives.layouts import Layout, padding_free
 from functrain.objectives.support import check_weights, fault
+from functrain.objectives.verdicts import Verdicts
 
-# Of each architecture, by its kind of attention and whether there are several rows: what is wrong.
-_found: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, bool], str | None]] = (
-    weakref.WeakKeyDictionary()
-)
+# By whether there are several rows: what is wrong.
+_found: Verdicts[str | None] = Verdicts()
 
 
 def check_separated(model: nn.Module, batch: Batch) -> None:
     """Raise `ArchitectureError` where documents of a packed batch would see each other.
 
-    Found by trying it, once for each architecture and kind of attention: of one row, and of several
+    Found by trying it, once for each architecture and config: of one row, and of several
     (flash attention in transformers separates the documents of a single row only).
     """
     if "position_ids" not in batch or "attention_mask" in batch:
         return
     several = len(batch["position_ids"]) > 1
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    known = _found.setdefault(model, {})
-    if known.get((attention, several), "") is None:
+    known = _found.of(model)
+    if known.get(several, "") is None:
         return
     packed = known_packed(batch)
     if packed is False:
         return
-    if (attention, several) not in known:
+    if several not in known:
         check_weights(model, "position_ids: several documents in a row")
-        known[attention, several] = fault(model, two_rows if several else padding_free)
-    found = known[attention, several]
+        known[several] = fault(model, two_rows if several else padding_free)
+    found = known[several]
     # Asked last: of a batch that was handed over on an accelerator it is a wait, in every step.
     if found is not None and (packed or are_packed(batch)):
         hint = ""

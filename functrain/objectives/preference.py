@@ -460,7 +460,7 @@ class PreferenceOptimization:
             difference = (odds[0] - odds[1]).detach()
             sums["log_odds_chosen"] = difference.sum()
             sums["log_odds_ratio"] = nn.functional.logsigmoid(difference).sum()
-        pairs = torch.full((), len(chosen), dtype=torch.int64, device=chosen.device)
+        pairs = torch.full((), len(chosen), dtype=torch.float64, device=chosen.device)
         return Metrics({name: m.mean(value, pairs) for name, value in sums.items()})
 
     def kept(self) -> Mapping[str, Tensor] | None:

@@ -13,9 +13,12 @@ from functrain import metrics as m
 from functrain.errors import ArchitectureError, ConfigError, is_number
 from functrain.metrics import Metrics
 from functrain.objectives.batches import MODEL_INPUTS, Batch, check_targets, count_targets
+from functrain.objectives.head import Head, find_head
 from functrain.objectives.language import LanguageModeling
 
-_TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k")
+_TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k")
+# Of the families for which transformers has no aux_loss, those that choose the likeliest.
+_LIKELIEST = ("aria_text", "hunyuan_v1_moe")
 
 
 def _coefficient(_record: object, _field: object, value: Any) -> None:
@@ -59,7 +62,11 @@ class RoutedLanguageModeling(LanguageModeling):
     def observe(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """How often each expert was chosen, float64 [experts], and of how many rows."""
         recorded, call = _recording(model)
-        call(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
+        head = find_head(model)
+        if isinstance(head, Head):
+            head.hidden(call, batch)  # no logits are made
+        else:
+            call(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
         _, counts, rows = _routed(model, recorded, batch)
         return counts, rows
 
@@ -74,7 +81,8 @@ class RoutedLanguageModeling(LanguageModeling):
     ) -> tuple[Tensor, Metrics]:
         """The summed cross entropy and the summed balance, [2]; `coupling`: f of the whole batch.
 
-        Raises `ArchitectureError` for a model without routers.
+        Raises `ArchitectureError` for a model without routers, and for one whose routers choose
+        other experts than the likeliest.
         """
         recorded, call = _recording(model)
         total, measured = self.summed(model, batch, call)
@@ -89,7 +97,8 @@ class RoutedLanguageModeling(LanguageModeling):
 def _tokens(batch: Batch) -> Tensor:
     mask: Tensor | None = batch.get("attention_mask")
     if mask is None:
-        return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+        ids = batch["input_ids"]
+        return torch.full((), ids.numel(), device=ids.device)  # which waits for no device
     return (mask != 0).sum()
 
 
@@ -105,6 +114,7 @@ def _recording(model: nn.Module) -> tuple[list[Sequence[Tensor]], Callable[..., 
         found = getattr(outputs, "router_logits", None)
         if not found:
             raise _no_routers(model)
+        _check_likeliest(model, outputs)
         recorded.append(found)
         return outputs
 
@@ -118,12 +128,50 @@ def _no_routers(model: nn.Module) -> ArchitectureError:
     )
 
 
+def _check_likeliest(model: nn.Module, outputs: Any) -> None:
+    """Raise `ArchitectureError` where others than the likeliest experts may have been chosen.
+
+    Scores of a sigmoid, a choice of groups first, biases that balance by themselves: where the
+    models of transformers have one of those it returns no `aux_loss`.
+    """
+    if getattr(outputs, "aux_loss", None) is not None:
+        return
+    config = _text_config(model)
+    kind = getattr(config, "model_type", None)
+    greedy = kind == "deepseek_v2" and getattr(config, "topk_method", None) == "greedy"
+    ours = not type(model).__module__.startswith("transformers.")
+    if not (ours or greedy or kind in _LIKELIEST):
+        raise ArchitectureError(
+            f"router: {type(model).__name__} has no aux_loss in transformers, since its routers do "
+            "not choose the experts that are likeliest by softmax (sigmoid scores, groups, a bias "
+            "for the balance): other choices would be balanced than the model's; leave router at 0"
+        )
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _chosen(model: nn.Module) -> int:
+    """How many experts each token goes to."""
+    config = _text_config(model)
+    for each in (config, getattr(config, "ffn_config", None)):
+        for name in _TOP:
+            top = getattr(each, name, None)
+            if isinstance(top, int):
+                return top
+    raise ArchitectureError(
+        f"router: the config of {type(model).__name__} does not say how many experts a token goes "
+        f"to; give it {_TOP[0]}, or leave router at 0"
+    )
+
+
 def _routed(
     model: nn.Module, recorded: Sequence[Sequence[Tensor]], batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed probabilities by expert, with history; how often each was chosen; of how many rows."""
-    config: Any = getattr(model, "config", None)
-    top = next((getattr(config, name) for name in _TOP if hasattr(config, name)), 1)
+    top = _chosen(model)
     mask: Tensor | None = batch.get("attention_mask")
     real = None if mask is None else (mask != 0).flatten()
     sums: list[Tensor] = []
@@ -138,5 +186,6 @@ def _routed(
             chosen = chosen * real.unsqueeze(1)
         sums.append(found.sum(0))
         counts.append(chosen.detach().double().sum(0))
-        rows.append(torch.tensor(len(found), device=found.device) if real is None else real.sum())
+        every = torch.full((), len(found), device=found.device) if real is None else real.sum()
+        rows.append(every)
     return torch.stack(sums).sum(0), torch.stack(counts).sum(0), torch.stack(rows).sum()

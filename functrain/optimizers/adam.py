@@ -21,11 +21,15 @@ from functrain.optimizers.base import (
     grouped,
     held_back,
     laid_out,
+    of_one_dtype,
     owned,
     rate_of,
     zero_count,
 )
 from functrain.trees import Tensors, tensors
+
+_List = list[Tensor]
+_Lists = tuple[_List, _List, _List, _List, _List, _List]
 
 
 def adamw(
@@ -202,26 +206,57 @@ class Adam:
     ) -> None:
         settings = self._options(options)
         beta1, beta2 = settings["betas"]
+        shared = {
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": settings["weight_decay"],
+            "eps": settings["eps"],
+            "lr": rate_of(learning_rate, options),
+            "amsgrad": self.amsgrad,
+            "maximize": self.maximize,
+        }
         with torch.no_grad():
-            adam_kernel(
-                [params[n] for n in names],
-                [laid_out(grads[n], params[n]) if self.fused else grads[n] for n in names],
-                [slots["exp_avg"][n] for n in names],
-                [slots["exp_avg_sq"][n] for n in names],
-                [slots["max_exp_avg_sq"][n] for n in names] if self.amsgrad else [],
-                [slots["step"][n] for n in names],
-                foreach=False,
-                fused=self.fused,
-                found_inf=_found_inf(applied) if self.fused else None,
-                decoupled_weight_decay=self.decoupled,
-                amsgrad=self.amsgrad,
-                beta1=beta1,
-                beta2=beta2,
-                lr=rate_of(learning_rate, options),
-                weight_decay=settings["weight_decay"],
-                eps=settings["eps"],
-                maximize=self.maximize,
-            )
+            if not self.fused:
+                lists = self._lists(names, grads, params, slots)
+                adam_kernel(*lists, fused=False, decoupled_weight_decay=self.decoupled, **shared)
+                return
+            for several in of_one_dtype(names, params):
+                lists = self._lists(several, grads, params, slots)
+                self._fused_kernel(lists, _found_inf(applied), shared)
+
+    def _lists(
+        self,
+        names: Sequence[str],
+        grads: Mapping[str, Tensor],
+        params: Tensors,
+        slots: Mapping[str, Tensors],
+    ) -> _Lists:
+        """What torch's kernels take, in their order."""
+        own = [params[n] for n in names]
+        given = [grads[n] for n in names]
+        if self.fused:
+            given = [laid_out(grad, param) for grad, param in zip(given, own, strict=True)]
+        maxima = [slots["max_exp_avg_sq"][n] for n in names] if self.amsgrad else []
+        first, second = ([slots[slot][n] for n in names] for slot in self._moments[:2])
+        return own, given, first, second, maxima, [slots["step"][n] for n in names]
+
+    def _fused_kernel(
+        self, lists: _Lists, found_inf: Tensor | None, options: dict[str, Any]
+    ) -> None:
+        """torch's fused kernel, called as `torch.optim` calls it, and counts with the same values.
+
+        That adds a Python number to each count, of which a tensor is made for each: on the CPU it
+        takes longer than the kernel does for a small parameter.
+        """
+        counts = lists[-1]
+        if counts[0].device.type == "cpu":
+            torch._foreach_add_(counts, torch.ones(()), alpha=1)  # without alpha, as a number
+        else:
+            torch._foreach_add_(counts, 1)
+        kernel = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        kernel(*lists, found_inf=found_inf, **options)
+        if found_inf is not None:
+            torch._foreach_sub_(counts, [found_inf] * len(counts))
 
     def _options(self, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         own = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, FunctrainError, StateError
+from functrain.errors import ConfigError, FunctrainError, StateError, is_number
 from functrain.optimizers.base import (
     Group,
     OptimizerState,
@@ -79,7 +79,8 @@ def from_torch(
     """Any `torch.optim.Optimizer` class as a pure pair: `from_torch(torch.optim.RAdam, eps=1e-6)`.
 
     The class must keep its state per parameter (tensors and numbers), as the interface says; one
-    that writes into its parameter groups, or needs a closure, is refused with `ConfigError`. What
+    that writes into its parameter groups, counts in an attribute of its own, or needs a closure, is
+    refused with `ConfigError`. What
     it writes is seen in an update of nothing, before the first one that is donated.
     """
     return Adapter(cls=cls, lr=lr, options=options, groups=groups)
@@ -214,8 +215,9 @@ class Adapter:
         slots: Mapping[str, Tensors],
     ) -> dict[str, Tensors]:
         """The slots after a step of the class; `ConfigError` for what is not to be carried."""
-        before = [dict(g) for g in optimizer.param_groups]
+        before, own = [dict(g) for g in optimizer.param_groups], _numbers(optimizer)
         optimizer.step()
+        _refuse_own_numbers(self.kind, own, _numbers(optimizer))
         _refuse_group_state(self.kind, before, optimizer.param_groups)
         _refuse_common_state(self.kind, optimizer, leaves)
         return _slots({n: _plain(optimizer.state[p], p) for n, p in leaves.items()}, slots)
@@ -352,6 +354,22 @@ def _refuse_closure(kind: str, optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError(
             f"{kind}: its step evaluates the loss again through a closure, and a pure update has "
             "gradients only; take a class whose step() needs no closure"
+        )
+
+
+def _numbers(optimizer: torch.optim.Optimizer) -> dict[str, int | float]:
+    """What an optimizer keeps as numbers on itself."""
+    return {key: value for key, value in vars(optimizer).items() if is_number(value)}
+
+
+def _refuse_own_numbers(
+    kind: str, before: Mapping[str, int | float], after: Mapping[str, int | float]
+) -> None:
+    if after != before:
+        key = next(k for k in (*after, *before) if after.get(k) != before.get(k))
+        raise ConfigError(
+            f"{kind} counts in its attribute {key!r}, which would begin anew in each update; a "
+            "pure update can carry only per-parameter state"
         )
 
 

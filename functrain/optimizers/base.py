@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -174,25 +174,41 @@ def check_update(
         )
     for name in grads.keys() - params.keys():
         raise StateError(f"grads/{name}: no parameter has this name; {did_you_mean(name, params)}")
+    dtypes = set()
     for name, grad in grads.items():
-        _check_gradient(name, grad, params[name])
+        param = params[name]
+        dtype = param.dtype
+        if (
+            not isinstance(grad, Tensor)
+            or grad.shape != param.shape
+            or grad.dtype != dtype
+            or grad.device != param.device
+        ):
+            _refuse_gradient(name, grad, param)
+        dtypes.add(dtype)
+    if not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+        _refuse_integers(grads)
 
 
-def _check_gradient(name: str, grad: object, param: Tensor) -> None:
+def _refuse_gradient(name: str, grad: object, param: Tensor) -> NoReturn:
     if not isinstance(grad, Tensor):
         raise StateError(
             f"grads/{name}: expected a tensor, got {type(grad).__name__}; leave out a parameter "
             "that has no gradient"
         )
-    if grad.shape != param.shape or grad.dtype != param.dtype or grad.device != param.device:
-        raise StateError(
-            f"grads/{name}: {_described(grad)}, expected {_described(param)} as the parameter is; "
-            "give the gradient with respect to these params"
-        )
-    if not (param.is_floating_point() or param.is_complex()):
-        raise StateError(
-            f"params/{name}: {_described(param)}, expected a floating dtype; leave it out of grads"
-        )
+    raise StateError(
+        f"grads/{name}: {_described(grad)}, expected {_described(param)} as the parameter is; "
+        "give the gradient with respect to these params"
+    )
+
+
+def _refuse_integers(grads: Mapping[str, Tensor]) -> NoReturn:
+    numbers = [n for n, g in grads.items() if not (g.is_floating_point() or g.is_complex())]
+    name = numbers[0]
+    raise StateError(
+        f"params/{name}: {_described(grads[name])}, expected a floating dtype; leave it out of "
+        "grads"
+    )
 
 
 def _described(tensor: Tensor) -> str:
@@ -203,6 +219,14 @@ def _described(tensor: Tensor) -> str:
 def laid_out(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient in the parameter's memory layout, which fused kernels take on trust as well."""
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+
+
+def of_one_dtype(names: Sequence[str], params: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The names in parts whose params are of one dtype, as a fused kernel takes them."""
+    found: dict[torch.dtype, list[str]] = {}
+    for name in names:
+        found.setdefault(params[name].dtype, []).append(name)
+    yield from found.values()
 
 
 def zero_count(params: Mapping[str, Tensor]) -> Tensor:

@@ -47,8 +47,8 @@ def here(world: World, precision: Precision, *, workers: int | None = None) -> C
             seconds = _seconds(lambda: dist.all_reduce(large), world) - latency * rounds
         inside = 2 * (world.size - 1) / world.size * BUCKET / max(seconds, 1e-9)
     return Cluster(
-        workers=workers or world.size,
-        per_node=workers or world.size,
+        workers=world.size if workers is None else workers,
+        per_node=world.size if workers is None else workers,
         memory=_memory(device, world.size),
         flops=flops,
         traffic=traffic,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,22 +38,34 @@ class JSONLTracker:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        target = Path(path)
+        self._path = Path(path)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._file = target.open("ab")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Without a buffer, in which a line that could not be written would wait for the next.
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
-            raise DataError(f"{target}: cannot be written ({error.strerror})") from error
+            raise _unwritten(self._path, error) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line."""
+        """Append a line, the whole of it or nothing; `DataError` where it cannot be written."""
         values = {name: _encoded(float(value)) for name, value in metrics.items()}
-        self._file.write(orjson.dumps({"step": step, **values}) + b"\n")
-        self._file.flush()
+        line = memoryview(orjson.dumps({"step": step, **values}) + b"\n")
+        begun = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(begun)
+            raise _unwritten(self._path, error) from error
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _unwritten(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be written ({error.strerror})")
 
 
 class Several:

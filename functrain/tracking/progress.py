@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -20,7 +21,7 @@ class Progress:
 
     Values are read only when something is drawn, so that looking costs training nothing. On a
     terminal rich draws a bar, five times a second at most; elsewhere there is a line every five
-    seconds.
+    seconds. A stream that cannot be written (its reader has gone, the disk is full) ends nothing.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Progress:
         self._total, self._stage = total, stage
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._bar = _bar(total, self._stream) if self._stream.isatty() else None
+        self._bar: Bar | None = None
+        with self._writing():
+            self._bar = _bar(total, self._stream) if self._stream.isatty() else None
         self._begun: tuple[float, int] | None = None
         self._drawn = -float("inf")
 
@@ -53,7 +56,9 @@ class Progress:
         """A step has been made."""
         if self.due(step):
             self._drawn = now = self._clock()
-            self._draw(step, self._parts(step, metrics, now))
+            parts = self._parts(step, metrics, now)
+            with self._writing():
+                self._draw(step, parts)
 
     def due(self, step: int) -> bool:
         """Whether something is to be drawn after this step, and its metrics to be read."""
@@ -66,7 +71,16 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
-            self._bar.stop()
+            with self._writing():
+                self._bar.stop()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Within it the display is written; a bar that cannot be is given up."""
+        try:
+            yield
+        except OSError:
+            self._bar = None
 
     def _parts(self, step: int, metrics: Mapping[str, float], now: float) -> list[str]:
         parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,11 +18,13 @@ import torch
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import functrain as ft
-from functrain import checkpoint
+from functrain import checkpoint, memory
+from functrain.checkpoint import layout, manifest
 from functrain.checkpoint.files import hashed
-from functrain.checkpoint.filesystem import OPERATING_SYSTEM
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.manifest import as_json, read_manifest, to_bytes
 
 OPTIMIZERS: dict[str, Any] = {
@@ -168,6 +171,56 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert ft.latest(tmp_path) == tmp_path / "step-000000000020"
     with pytest.raises(ft.CheckpointError, match="keep: last=0"):
         checkpoint.prune(tmp_path, 0)
+
+
+def test_what_could_not_be_read_just_now_is_not_put_aside(tmp_path: Path) -> None:
+    """Only what is missing, cut short or altered is damaged; an intact one stays in its place."""
+
+    class Busy(FileSystem):
+        def open(self, path: Path) -> int:
+            if path.name == "model.safetensors":
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return super().open(path)
+
+    _, first, state = _trained()
+    ft.save(tmp_path, state)
+    for again in (state, attrs.evolve(state, key=5)):
+        with pytest.raises(ft.CheckpointError, match="Too many open files"):
+            ft.save(tmp_path, again, filesystem=Busy())
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "step-000000000002"}
+
+
+def test_a_file_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
+    _, first, state = _trained()
+    (tmp_path / "step-000000000009").write_text("notes")
+    assert ft.latest(tmp_path) is None
+    path = ft.save(tmp_path, state)
+    assert ft.latest(tmp_path) == path
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+
+
+def test_two_runs_may_make_the_directory_above_at_once(tmp_path: Path) -> None:
+    class Race(FileSystem):
+        def mkdir(self, path: Path) -> None:
+            if path.name == "runs":
+                path.mkdir()
+            super().mkdir(path)
+
+    _, _, state = _trained()
+    path = ft.save(tmp_path / "runs" / "mine", state, filesystem=Race())
+    assert ft.latest(tmp_path / "runs" / "mine") == path
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_the_umask_says_who_may_save(umask: int, tmp_path: Path) -> None:
+    _, _, state = _trained()
+    before = os.umask(umask)
+    try:
+        ft.save(tmp_path, state)
+    finally:
+        os.umask(before)
+    assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_two_runs_in_one_directory_do_not_save_at_once(tmp_path: Path) -> None:
@@ -467,6 +520,97 @@ def test_numbers_that_json_has_not_come_back(best: float, tmp_path: Path) -> Non
     state = attrs.evolve(first, scheduler=attrs.evolve(first.scheduler, plateau=plateau))
     loaded = ft.load(ft.save(tmp_path, state), like=first)
     assert ft.fingerprint(loaded) == ft.fingerprint(state)
+
+
+def test_what_a_loader_keeps_may_be_long(tmp_path: Path) -> None:
+    """A list of what it has shuffled, say, and conditions: megabytes of either come back."""
+    _, first, state = _trained()
+    state = attrs.evolve(state, cursor=ft.Cursor(loader="9" * (3 << 20)))
+    ft.save(tmp_path, state, conditions={"files": "f" * (2 << 20)})
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+
+
+@pytest.mark.parametrize("what", ["loader", "conditions"])
+def test_what_is_too_long_to_be_read_is_not_saved(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that is acknowledged can be loaded."""
+    monkeypatch.setattr(manifest, "LONGEST_JSON", 1 << 16)
+    monkeypatch.setattr(layout, "LONGEST_JSON", 1 << 16)
+    _, first, state = _trained()
+    for length in (60_000, 70_000):
+        options: dict[str, Any] = {"conditions": {"name": "n" * length}}
+        if what == "loader":
+            state, options = attrs.evolve(state, cursor=ft.Cursor(loader="9" * length)), {}
+        if length < 1 << 16:
+            ft.save(tmp_path / str(length), state, **options)
+            ft.load(tmp_path / str(length), like=first)
+            continue
+        with pytest.raises(ft.CheckpointError, match=f"{what}.*bytes.*holds 65,536 at most"):
+            ft.save(tmp_path / str(length), state, **options)
+        assert ft.latest(tmp_path / str(length)) is None
+
+
+class Counting(nn.Module):
+    """A parameter and a buffer that bear the names of counts, and are below 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.count = nn.Embedding(zoo.VOCABULARY, 4), nn.Parameter(-torch.ones(4))
+        self.head = nn.ModuleDict({"en/count": nn.Linear(4, zoo.VOCABULARY)})
+        self.register_buffer("growth_count", -torch.ones(1))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return self.head["en/count"](self.embedding(input_ids) * self.count) * self.growth_count
+
+
+def test_a_parameter_may_have_the_name_of_a_count(tmp_path: Path) -> None:
+    architecture, params, buffers = ft.split(Counting())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), ema_decay=0.9)
+    first = step.init(params, buffers)
+    state, _ = step(first, zoo.batch())
+    ft.save(tmp_path, state)
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+
+
+def _resized(path: Path, file: str, size: int) -> None:
+    """The checkpoint with a manifest that gives a file another size."""
+    old = read_manifest(OPERATING_SYSTEM, path)
+    files = {**old.files, file: attrs.evolve(old.files[file], size=size)}
+    (path / "manifest.json").write_bytes(to_bytes(attrs.evolve(old, files=files)))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "bytes of tensors, far more than a state as `like` has"),
+        ("README.md", "README.md has 8796093022208 bytes, which no text has"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_before_anything_is_read(
+    file: str, message: str, tmp_path: Path
+) -> None:
+    """A sparse file of 8 TiB takes no room on a disk."""
+    _, first, state = _trained()
+    path = ft.save(tmp_path, state, beside={"README.md": "words"})
+    _resized(path, file, 1 << 43)
+    (path / file).unlink()
+    with pytest.raises(ft.CheckpointError, match=message):
+        ft.load(tmp_path, like=first)
+
+
+def test_what_there_is_no_memory_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    _, _, state = _trained()
+    ft.save(tmp_path, state)
+    monkeypatch.setattr(memory, "empty", refused)
+    message = r"buffers.* no memory for what it holds \(scale, \[1\], 4 bytes\)"
+    with pytest.raises(ft.CheckpointError, match=message):
+        checkpoint.load_tensors(tmp_path, "*")
 
 
 def test_texts_beside_are_part_of_the_checkpoint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,20 @@ def test_the_canary_hears_every_operation(index: int, monkeypatch: pytest.Monkey
     assert module.canary(torch.device("cpu")) != heard
 
 
+def test_the_canary_is_heard_anew_under_settings_that_have_no_name() -> None:
+    heard, keys = checkpoint.numerics()["canary"], set(module._cached)
+    try:
+        torch.backends.mkldnn.enabled = False
+        assert checkpoint.numerics()["canary"] == module.canary(torch.device("cpu"))
+        assert set(module._cached) - keys
+        if torch.set_flush_denormal(True):
+            assert checkpoint.numerics()["canary"] != heard
+    finally:
+        torch.set_flush_denormal(False)
+        torch.backends.mkldnn.enabled = True
+    assert checkpoint.numerics()["canary"] == heard
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_another_number_of_threads_is_named(tmp_path: Path) -> None:
     torch.set_num_threads(1)
@@ -78,6 +93,41 @@ def test_conditions_of_the_callers_own_are_compared(tmp_path: Path) -> None:
         ft.load(tmp_path, like=state, conditions={"microbatches": 4}, strict=True)
     with pytest.raises(ft.CheckpointError, match="microbatches 4 then, 2 now"):
         ft.load(tmp_path, like=state, conditions={"microbatches": 2}, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "other", "shown"),
+    [
+        ((0.9, 0.95), [0.9, 0.99], r"\[0.9, 0.95\] then"),
+        (math.inf, -math.inf, "'inf'} then, {'float': '-inf'} now"),
+        (math.nan, 0.0, "'nan'} then, 0.0 now"),
+        ({"a": (1, {"b": math.inf})}, None, "now"),
+    ],
+)
+def test_conditions_are_compared_as_a_manifest_holds_them(
+    given: Any, other: Any, shown: str, tmp_path: Path
+) -> None:
+    """It has no tuples and no infinities: the same value is the same again all the same."""
+    state = _state()
+    ft.save(tmp_path, state, conditions={"value": given})
+    ft.load(tmp_path, like=state, conditions={"value": given}, strict=True)
+    with pytest.raises(ft.CheckpointError, match=rf"value .*{shown}"):
+        ft.load(tmp_path, like=state, conditions={"value": other}, strict=True)
+
+
+@pytest.mark.parametrize("bad", [Path("x"), {1: 2}, 2**64, torch.ones(1), {3}], ids=repr)
+def test_a_condition_that_json_cannot_hold_is_named(bad: Any, tmp_path: Path) -> None:
+    state = _state()
+    with pytest.raises(ft.CheckpointError, match=r"conditions: .*expected numbers, texts"):
+        ft.save(tmp_path, state, conditions={"value": bad})
+    writer = checkpoint.BackgroundWriter(tmp_path)
+    with pytest.raises(ft.CheckpointError, match="conditions: "):
+        writer.save(state, conditions={"value": bad})
+    writer.close()
+    assert ft.latest(tmp_path) is None
+    ft.save(tmp_path, state)
+    with pytest.raises(ft.CheckpointError, match="conditions: "):
+        ft.load(tmp_path, like=state, conditions={"value": bad})
 
 
 def test_the_loop_writes_its_conditions(tmp_path: Path) -> None:

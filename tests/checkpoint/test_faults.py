@@ -28,6 +28,7 @@ from checkpoint import faults
 
 import functrain as ft
 from functrain import checkpoint, keys
+from functrain.checkpoint import background
 from functrain.checkpoint import files as checkpoint_files
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.errors import SaveWarning
@@ -178,7 +179,7 @@ def test_an_operation_of_a_prune_that_fails_is_a_warning(code: str, mode: str, b
     for at in range(operations):
         copy = faults.copy_of(run)
         failing = faults.Failing(at, CODES[code], **MODES[mode])
-        with no_descriptor_leaks(), pytest.warns(SaveWarning, match="were not removed"):
+        with no_descriptor_leaks(), pytest.warns(SaveWarning, match="not removed"):
             prune(copy, failing)
         assert failing.failed
         assert faults.loaded(copy) == 3
@@ -540,6 +541,79 @@ def test_at_most_one_background_save_is_in_flight(base: Path) -> None:
     assert gate.most == 1
     assert faults.loaded(base / "run" / "step-000000000000") == 0
     assert faults.loaded(base / "run") == 1
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """A KeyboardInterrupt in the midst of what waits here."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_interrupted_wait_leaves_what_is_being_written_alone(base: Path) -> None:
+    """Nothing is copied into its memory, and it is waited for again."""
+    gate = Gate()
+    writer = checkpoint.BackgroundWriter(base / "run", filesystem=gate)
+    writer.save(faults.states()[1])
+    with interrupted():
+        writer.save(faults.states()[2])
+    last = threading.Thread(target=lambda: writer.save(faults.states()[3]))
+    last.start()
+    last.join(0.1)
+    gate.open_gate.set()
+    last.join(60)
+    writer.close()
+    assert faults.loaded(base / "run" / "step-000000000001") == 1
+    assert faults.loaded(base / "run") == 3
+
+
+class Full(Gate):
+    """A gate before a disk without room."""
+
+    def create(self, path: Path) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failure_outlives_an_interrupted_wait(base: Path) -> None:
+    full = Full()
+    writer = checkpoint.BackgroundWriter(base / "run", filesystem=full)
+    writer.save(faults.states()[1])
+    with interrupted():
+        writer.wait()
+    full.open_gate.set()
+    with pytest.raises(ft.CheckpointError, match=r"step 1 could not be saved .*No space"):
+        writer.close()
+
+
+def test_a_closed_writer_and_no_state_are_named(base: Path) -> None:
+    with checkpoint.BackgroundWriter(base / "run") as writer:
+        bad: Any = "state"
+        with pytest.raises(ft.StateError, match="expected a TrainState"):
+            writer.save(bad)
+    with pytest.raises(ft.CheckpointError, match="closed; make another"):
+        writer.save(faults.states()[0])
+    assert not (base / "run").exists()
+
+
+def test_a_state_in_shards_is_told_how_it_is_saved(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "is_sharded", lambda _: True)
+    with checkpoint.BackgroundWriter(base / "run") as writer:
+        with pytest.raises(ft.ConfigError, match=r"shards .*every worker calls functrain\.save"):
+            writer.save(faults.states()[0])
+        assert writer.wait() is None
 
 
 def test_a_donated_step_changes_nothing_that_is_being_written(base: Path) -> None:

@@ -306,7 +306,7 @@ MANIFESTS: dict[str, Alter] = {
     "a comment": _manifest_text(lambda text: text.replace(b'"step": 3', b'"step": 3 // three')),
     "nested 300 deep": _manifest_text(lambda _: b'{"a":' + b"[" * 300 + b"]" * 300 + b"}"),
     "nested 100,000 deep": _manifest_text(lambda _: b"[" * 100_000 + b"]" * 100_000),
-    "beyond a mebibyte": _manifest_text(lambda text: text + b" " * (1 << 20)),
+    "a mebibyte of blanks": _manifest_text(lambda text: text + b" " * (1 << 20)),
     "no hash": lambda forgery: setattr(
         forgery, "final", orjson.dumps({**forgery.manifest, "sha256": None}, option=OPTIONS)
     ),
@@ -421,7 +421,7 @@ STATES: dict[str, Alter] = {
     "not UTF-8": _text(lambda text: text.replace(b"adamw", b"adam\xff")),
     "nested 300 deep": _text(lambda _: b'{"leaves":' + b"[" * 300 + b"]" * 300 + b"}"),
     "nested 100,000 deep": _text(lambda _: b"{" * 100_000),
-    "beyond a mebibyte": _text(lambda text: text + b" " * (1 << 20)),
+    "a mebibyte of blanks": _text(lambda text: text + b" " * (1 << 20)),
     "no version": lambda forgery: setattr(
         forgery, "state", {k: v for k, v in forgery.state.items() if k != "version"}
     ),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import functrain as ft
 from functrain.checkpoint import Keep, prune
 from functrain.checkpoint.manifest import step_of
+from functrain.errors import SaveWarning
 
 LOSSES = [5.0, 3.0, math.nan, 1.0, 2.0, 1.0, 4.0, math.inf]
 
@@ -61,10 +62,59 @@ def test_what_cannot_be_kept_is_named(bad: Any) -> None:
 def test_a_failure_to_remove_is_a_warning(tmp_path: Path) -> None:
     """The run goes on: what should have gone lies about, and nothing is lost."""
     _saved(tmp_path)
-    (tmp_path / "step-000000000003" / "manifest.json").write_bytes(b"{}")
-    with pytest.warns(ft.errors.SaveWarning, match="old checkpoints were not removed"):
+    (tmp_path / "step-000000000007" / "state.json").write_bytes(b"{}")
+    with pytest.warns(SaveWarning, match="old checkpoints were not removed"):
         prune(tmp_path, Keep(last=1, best=1))
     assert _left(tmp_path) == set(range(len(LOSSES)))
+
+
+def test_one_of_which_nothing_is_known_stays_and_stops_nothing(tmp_path: Path) -> None:
+    """It may be the best; those that are measured are ranked without it."""
+    _saved(tmp_path)
+    (tmp_path / "step-000000000004" / "manifest.json").write_bytes(b"{}")
+    with pytest.warns(SaveWarning, match=r"step-000000000004.*not removed"):
+        prune(tmp_path, Keep(last=1, best=1))
+    assert _left(tmp_path) == {4, 5, 7}
+
+
+@pytest.mark.parametrize("what", [".ipynb_checkpoints", "step-000000000000"])
+def test_a_foreign_directory_stays_and_every_later_save_works(what: str, tmp_path: Path) -> None:
+    """It is nobody's to remove, and no reason to save nothing more; all else of it goes."""
+    _saved(tmp_path)
+    (tmp_path / "step-000000000002" / what).mkdir()
+    with pytest.warns(SaveWarning, match=f"not removed.*{what}.*remove it by hand"):
+        prune(tmp_path, 3)
+    assert _left(tmp_path) == {5, 6, 7}
+    trash = next(tmp_path.glob(".trash-*"))
+    assert [path.name for path in trash.iterdir()] == [what]
+    architecture, params, buffers = zoo.split("tied")
+    state = ft.pretrain_step(architecture, ft.optim.adamw()).init(params, buffers)
+    for step in (2, 8):
+        with pytest.warns(SaveWarning, match=f"not removed.*{what}"):
+            ft.save(tmp_path, attrs.evolve(state, step=step))
+    # The same step again, whose other name is taken.
+    prune(tmp_path, 1)
+    assert _left(tmp_path) == {8}
+
+
+def _run(root: Path, state: Any, **options: Any) -> None:
+    architecture, _, _ = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    for _ in ft.train(step, state, zoo.Batches(), directory=root, keep=2, **options):
+        pass
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_that_has_gone_back_keeps_its_own_newest(background: bool, tmp_path: Path) -> None:
+    """Those that it has gone back from neither count nor go, and are named."""
+    architecture, params, buffers = zoo.split("tied")
+    first = ft.pretrain_step(architecture, ft.optim.adamw(1e-2)).init(params, buffers)
+    _run(tmp_path, first, steps=8, save_every=4)
+    assert _left(tmp_path) == {4, 8}
+    back = attrs.evolve(ft.load(tmp_path / "step-000000000004", like=first), step=1)
+    with pytest.warns(SaveWarning, match="step-000000000008 would be loaded as the newest.*move"):
+        _run(tmp_path, back, steps=3, save_every=1, background=background)
+    assert _left(tmp_path) == {2, 3, 4, 8}
 
 
 def test_the_loop_keeps_the_best_of_its_evaluations(tmp_path: Path) -> None:

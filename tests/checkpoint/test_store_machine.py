@@ -132,25 +132,24 @@ class Store(RuleBasedStateMachine):
         """The newest few, those that `every` divides and the best stay, and nothing else goes;
         nothing at all where one of the newest few is damaged."""
         keep = checkpoint.Keep(last=last, every=every, best=best)
-        if best is not None and not all(saved.readable for saved in self.held.values()):
-            with pytest.warns(SaveWarning, match="not removed"):
-                checkpoint.prune(self.root, keep)
-            return
+        unknown = {s for s, saved in self.held.items() if best is not None and not saved.readable}
         steps = sorted(self.held)
         kept = set(steps[-last:])
         kept |= {step for step in steps if every is not None and step % every == 0}
         measured = [
             (saved.metric, -step)
             for step, saved in self.held.items()
-            if saved.metric is not None and not math.isnan(saved.metric)
+            if saved.metric is not None and not math.isnan(saved.metric) and step not in unknown
         ]
-        kept |= {-step for _, step in sorted(measured)[: best or 0]}
+        kept |= {-step for _, step in sorted(measured)[: best or 0]} | unknown
         damaged = not all(self.held[step].sized for step in steps[-last:])
-        if damaged and set(steps) - kept:
-            with pytest.warns(SaveWarning, match="not removed"):
-                checkpoint.prune(self.root, keep)
+        nothing = damaged and bool(set(steps) - kept)
+        with (
+            pytest.warns(SaveWarning, match="not removed") if unknown or nothing else nullcontext()
+        ):
+            checkpoint.prune(self.root, keep)
+        if nothing:
             return
-        checkpoint.prune(self.root, keep)
         self.held = {step: saved for step, saved in self.held.items() if step in kept}
 
     @rule(step=STEPS, files=st.integers(0, 3))

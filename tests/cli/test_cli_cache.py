@@ -12,7 +12,7 @@ import pytest
 
 import functrain as ft
 from functrain import checkpoint
-from functrain.cli import build, directory, main, toml
+from functrain.cli import build, directory, main, sources, toml
 from functrain.cli.config import Pretrain, Text
 from functrain.data import ByteTokenizer, Packed, TextRows
 
@@ -86,10 +86,11 @@ def test_the_data_are_the_same_with_a_cache(tmp_path: Path, packing: bool) -> No
     plain = attrs.evolve(config.data, packing=packing)
     kept = attrs.evolve(plain, cache=str(tmp_path / "cache"))
     one, other = (
-        build.sources(attrs.evolve(config, data=each), ByteTokenizer())[0] for each in (plain, kept)
+        sources.sources(attrs.evolve(config, data=each), ByteTokenizer())[0]
+        for each in (plain, kept)
     )
     assert type(one) is type(other) is (Packed if packing else TextRows)
-    assert build.digest(one) == build.digest(other)
+    assert sources.digest(one) == sources.digest(other)
 
 
 def test_what_needs_no_cache_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ def test_the_file_comes_first(run_toml: Path) -> None:
         (["pretrain", "--data.train", "no.csv"], 2, "expected a file that ends in .txt"),
         (["pretrain", "--data.train", "no.bin.gz"], 2, "expected a file that ends in .txt"),
         (["sft", "--data.train", "no.txt"], 2, "expected a file that ends in .jsonl"),
+        (["pretrain", "--data.train", "no.NDJSON"], 2, "no.NDJSON is not there"),
         (["sft", "--model.from", "no/run"], 2, "model.from: no/run is not there"),
         (["dpo", "--preference.loss", "sigmoyd"], 2, "did you mean 'sigmoid'"),
         (["demo", "--scale", "huge"], 2, "scale: 'huge' is unknown; known: 'full', 'tiny'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -75,12 +76,14 @@ def _metrics(path: Path) -> list[dict[str, object]]:
 def test_demo_killed_in_each_stage_and_resumed_equals_one_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    alone, killed = tmp_path / "left alone", tmp_path / "killed"
     assert main(["demo", "--scale", "tiny", "--directory", str(alone)]) == 0
     out = capsys.readouterr().out
     expected = _fingerprint(out)
     for shown in ("text bits per byte", "trigram", "completion perplexity", "accuracy", "next"):
         assert shown in out
+    assert f"functrain generate {shlex.quote(str(alone))} " in out
+    assert f"functrain pretrain {shlex.quote(f'{alone}/pretrain/config.toml')} " in out
     assert (alone / "report.html").is_file()
 
     arguments = ["demo", "--scale", "tiny", "--directory", str(killed)]

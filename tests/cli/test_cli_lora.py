@@ -12,7 +12,7 @@ import torch
 
 import functrain as ft
 from functrain.cli import main
-from functrain.cli.build import restored, trained
+from functrain.cli.restoring import restored, trained
 
 COMMON = [
     *("--train.steps", "6", "--train.batch-size", "4", "--train.save-every", "2"),

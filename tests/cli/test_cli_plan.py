@@ -77,6 +77,8 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "pretrian"], "plan: 'pretrian'; did you mean 'pretrain'"),
         (["plan"], "functrain plan pretrain|sft|dpo [run.toml] --workers 8"),
         (["plan", "pretrain", "--device", "v100"], "device: 'v100' is unknown"),
+        (["plan", "pretrain", "--workers", "0"], "workers: 0, expected an integer of at least 1"),
+        (["plan", "sft", "--train.stepps", "3"], "run functrain plan sft --help"),
         (["plan", "pretrain", "--workers", "3"], "cannot be shared out to 3 workers"),
         (["plan", "pretrain", "--data.train", "x.bin"], "data.vocabulary: missing"),
         (["plan", "sft", "--model.from", "nowhere"], "model.from: nowhere is not there"),
@@ -89,6 +91,16 @@ def test_bad_input_is_answered(
 ) -> None:
     assert main(given) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [(["plan", "sft"], "plan sft"), (["reference"], "reference")]
+)
+def test_help_is_of_the_command_that_was_given(
+    given: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*given, "--help"]) == 0
+    assert f"usage: functrain {name} [-h]" in capsys.readouterr().out
 
 
 def test_a_file_of_blocks_has_no_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

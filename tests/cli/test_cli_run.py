@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,12 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from functrain import checkpoint, compilation, memory
-from functrain.cli import main, toml
-from functrain.errors import CheckpointError
+from functrain.cli import main, sources, toml
+from functrain.cli.lock import held
+from functrain.cli.origins import RunDirectory
+from functrain.data.packing import packed_ids
+from functrain.data.text import tokens
+from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.metrics import Metrics
 from functrain.objectives import logprobs
 from functrain.tracking import jsonl, progress
@@ -91,6 +99,7 @@ def test_a_run_leaves_what_is_needed_to_go_on_and_to_read(
     assert "text perplexity" in out
     assert "fingerprint" in out
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "config.toml",
         "tokenizer.json",
         "checkpoints",
@@ -242,6 +251,109 @@ def test_an_evaluation_may_change_unless_the_schedule_sees_it(
     assert "evaluation.every: 3, and the run has 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("which", ["train", "held_out"])
+def test_other_data_than_the_run_was_begun_with_is_refused(
+    which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is held out too, which the best are chosen by, and a schedule may follow."""
+    config, _ = _config(tmp_path, steps=2)
+    assert main(["pretrain", config]) == 0
+    changed = tmp_path / f"{which}.txt"
+    changed.write_text(changed.read_text() + " iota")
+    capsys.readouterr()
+    assert main(["pretrain", config, "--resume", "--train.steps", "4"]) == 2
+    told = f"data.{which}: {changed} is not what this run was begun with"
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+@given(st.integers(0, 999), st.booleans())
+def test_a_hash_is_of_every_token(place: int, packing: bool) -> None:
+    """Wherever the one is that is another, of rows and of packed documents."""
+    ids = np.arange(1000, dtype=np.uint16)
+    other = ids.copy()
+    other[place] += 1
+    make: Any = functools.partial(packed_ids, ends=np.arange(100, 1001, 100)) if packing else tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_HASHED", 64)
+        one, same, differs = (
+            sources.digest(make(each, time=100, batch_size=1)) for each in (ids, ids.copy(), other)
+        )
+    assert one == same != differs
+
+
+def _refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said, in one line, by a command that ends with code 2."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_one_process_at_a_time_trains_in_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other touches nothing; a lock that was left behind is nobody's."""
+    given, run = _config(tmp_path, steps=4)
+    assert main(["pretrain", given]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    more = ["pretrain", given, "--resume", "--train.steps", "6"]
+    with held(RunDirectory(str(run)), new=False):
+        assert f"{run}: another process is training here" in _refused(more, capsys)
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert main(more) == 0
+
+
+def test_of_two_that_begin_a_run_at_once_one_is_refused(tmp_path: Path) -> None:
+    """Both have found the directory empty; the second waits for nothing and changes nothing."""
+    run = RunDirectory(str(tmp_path / "run"))
+    with held(run, new=True):
+        run.config.write_text("")
+    said = "another process has begun a run here"
+    with pytest.raises(ConfigError, match=said), held(run, new=True):
+        raise AssertionError
+    with held(run, new=False):
+        pass
+
+
+def test_what_cannot_be_gone_on_with_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path, steps=4)
+    assert main(["pretrain", given]) == 0
+    config = (run / "config.toml").read_text()
+    told = _refused(["pretrain", given, "--resume", "--train.steps", "3"], capsys)
+    assert f"train.steps: 3, and {run} is at step 4 already" in told
+    assert (run / "config.toml").read_text() == config
+    told = _refused(["sft", "--directory", str(run), "--resume", "--model.from", str(run)], capsys)
+    assert f"{run}: is a run of pretrain; go on with functrain pretrain" in told
+    (run / "config.toml").unlink()
+    told = _refused(["pretrain", given, "--resume"], capsys)
+    assert "no config.toml in it there is no run to go on with; put that back" in told
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_of_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, _ = _config(tmp_path)
+    for directory in ("/proc/run", f"{given}/run"):
+        told = _refused(["pretrain", given, "--directory", directory], capsys)
+        assert f"{directory}: cannot be written" in told
+
+
+def test_a_token_that_no_model_has_is_refused_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the file and its place in it, though no batch of the run might meet it."""
+    given, run = _config(tmp_path, steps=1)
+    ids = np.full(5000, 7, dtype=np.uint16)
+    ids[4321] = 999
+    path = tmp_path / "ids.bin"
+    ids.tofile(path)
+    options = ["--data.train", str(path), "--data.vocabulary", "300", "--data.held-out", str(path)]
+    told = _refused(["pretrain", given, *options], capsys)
+    assert f"{path}: token 4321 is 999, expected in [0, 300)" in told
+    assert not run.exists()
+
+
 def test_a_config_that_cannot_be_built_leaves_no_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,6 +491,65 @@ def test_a_save_that_fails_is_loud_and_ends_the_run_or_not(
     else:
         assert code == 0
         assert "going on without it" in said
+    assert _fingerprint(run) == _fingerprint(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_run_whose_last_state_is_not_saved_is_not_finished(
+    policy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There is nothing that could go on without it; resumed, it ends as one left alone."""
+    given, run = _config(tmp_path)
+    assert main(["pretrain", given, "--directory", str(tmp_path / "alone")]) == 0
+    real = checkpoint.save
+
+    def save(directory: Path, state: Any, **options: Any) -> Path:
+        if state.step == 10:
+            raise CheckpointError("No space left on device")
+        return real(directory, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    told = _refused(["pretrain", given, "--train.on-save-error", policy], capsys)
+    assert "No space left on device" in told
+    monkeypatch.undo()
+    assert main(["pretrain", given, "--resume"]) == 0
+    assert _fingerprint(run) == _fingerprint(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_line_that_cannot_be_logged_ends_the_run_or_not(
+    policy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given, run = _config(tmp_path)
+    options = ["--train.log-every", "1", "--train.on-save-error", policy]
+    alone = [*options, "--directory", str(tmp_path / "alone")]
+    assert main(["pretrain", given, *alone]) == 0
+    real = jsonl.JSONLTracker.log
+
+    def log(tracker: jsonl.JSONLTracker, step: int, metrics: Any) -> None:
+        if step == 6:
+            raise DataError("metrics.jsonl: cannot be written (No space left on device)")
+        real(tracker, step, metrics)
+
+    monkeypatch.setattr(jsonl.JSONLTracker, "log", log)
+    code = main(["pretrain", given, *options])
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: cannot be written (No space left on device)" in said
+    if policy == "stop":
+        assert code == 2
+        monkeypatch.undo()
+        assert main(["pretrain", given, "--resume"]) == 0
+        assert _records(run) == _records(tmp_path / "alone")
+    else:
+        assert code == 0
+        assert "going on without step 6" in said
+        assert _records(run) == [r for r in _records(tmp_path / "alone") if r["step"] != 6]
     assert _fingerprint(run) == _fingerprint(tmp_path / "alone")
 
 

@@ -32,6 +32,7 @@ from functrain import checkpoint, loop
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.cli import commands, main
 from functrain.cli import run as cli_run
+from functrain.cli.directory import LOCK
 from functrain.steps import Step
 from functrain.tracking import jsonl
 
@@ -108,7 +109,7 @@ class Run:
 
     def rests(self) -> list[str]:
         """What lies about that no run leaves which was not aborted."""
-        hidden = [path.name for path in self.directory.glob(".*")]
+        hidden = [path.name for path in self.directory.glob(".*") if path.name != LOCK]
         return hidden + faults.leftovers(self.checkpoints)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from functrain import checkpoint, compilation
+from functrain.cli import evaluate as measuring
 from functrain.cli import main, toml
 from functrain.cli.config import DPO, SFT
 
@@ -233,6 +234,31 @@ def test_what_cannot_be_measured_is_refused(
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["no.txt"], "no.txt: is not there"),
+        (["{runs}/*.md"], "*.md: no file matches"),
+        (["--tasks", "mine", "--include", "{runs}/no"], "/no is no directory"),
+        (["--tasks", "mine", "--chat"], "has no chat template"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_computed(
+    runs: Path,
+    given: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def computed(*_: object, **_options: object) -> None:
+        raise AssertionError("a file was measured before all names had been looked at")
+
+    monkeypatch.setattr(measuring, "measured", computed)
+    more = [each.format(runs=runs) for each in given]
+    assert main(["evaluate", str(runs / "a"), str(runs / "text.txt"), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_page_shows_several_runs_in_the_same_charts(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +276,47 @@ def test_a_page_shows_several_runs_in_the_same_charts(
     assert "is given twice" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--to", str(page)]) == 2
     assert "expected a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["{xx", '{"step": 2, "loss": "abc"}'])
+def test_a_damaged_line_of_metrics_is_named_and_stops_what_needs_it_alone(
+    runs: Path, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "a", tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines[:2], line, *lines[3:], ""]))
+    run, named = str(tmp_path / "run"), f"{metrics}:3: "
+    for command in (
+        ["inspect", run],
+        ["diff", run, str(runs / "a")],
+        ["export", run, str(tmp_path / "exported")],
+    ):
+        assert main(command) == 0
+        assert named in capsys.readouterr().out
+    assert main(["report", run, "--to", str(tmp_path / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert "remove that line" in said
+    metrics.write_text("\n".join([*lines[:2], *lines[3:], ""]))
+    assert main(["report", run, "--to", str(tmp_path / "page.html")]) == 0
+
+
+def test_a_page_is_a_file(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(runs / "a"), "--to", str(tmp_path)]) == 2
+    assert f"to: {tmp_path} is a directory; name a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["a", "b", "c"])
+def test_a_tokenizer_that_is_gone_is_what_is_missed(
+    runs: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / stage, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    run = str(tmp_path / "run")
+    for command in (["generate", run, "one"], ["evaluate", run, str(runs / "text.txt")]):
+        assert main(command) == 2
+        assert f"{run}/tokenizer.json is missing" in capsys.readouterr().err
 
 
 def test_inspect_finds_an_altered_file(

@@ -12,7 +12,7 @@ from workers import Group
 
 import functrain as ft
 from functrain.cli import main
-from functrain.cli.build import restored
+from functrain.cli.restoring import restored
 
 COMMON = [
     *("--train.steps", "4", "--train.batch-size", "8", "--train.save-every", "2"),

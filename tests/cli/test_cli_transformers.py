@@ -13,8 +13,8 @@ import transformers
 
 import functrain as ft
 from functrain.cli import main, toml
-from functrain.cli.build import restored, trained
 from functrain.cli.config import Data
+from functrain.cli.restoring import restored, trained
 from tests.data.test_dialogues import CHATML, tokenizer
 
 COMMON = [

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from functrain.cli import main
+from functrain.checkpoint.filesystem import FileSystem
+from functrain.checkpoint.manifest import Manifest
+from functrain.cli import main, verify
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,7 @@ def test_an_altered_checkpoint_is_named(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(runs / "one" / "sft", tmp_path / "run")
-    file = tmp_path / "run" / "checkpoints" / "step-000000000009" / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    file = _altered(tmp_path / "run" / "checkpoints" / "step-000000000009")
     assert main(["verify", str(tmp_path / "run")]) == 2
     assert f"{file}: its sha256 does not match" in capsys.readouterr().err
 
@@ -96,6 +95,54 @@ def test_runs_that_part_are_told_apart(runs: Path, capsys: pytest.CaptureFixture
     ):
         assert part in said
     assert "step-000000000012" not in said.split("metrics part")[1]
+
+
+def _altered(checkpoint: Path) -> Path:
+    """One bit of its params is another, as a disk may have it."""
+    file = checkpoint / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize("step", ["step-000000000009", "step-000000000012"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_said_to_be_the_same_has_been_hashed(
+    side: int, step: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "one" / "sft", tmp_path / "copy")
+    file = _altered(tmp_path / "copy" / "checkpoints" / step)
+    given = [str(runs / "one" / "sft"), str(tmp_path / "copy")]
+    assert main(["diff", given[side], given[1 - side]]) == 2
+    assert f"{file}: its sha256 does not match" in capsys.readouterr().err
+
+
+def test_steps_that_are_the_same_are_named_in_their_order(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(runs / "one" / "sft")
+    assert main(["diff", run, run]) == 0
+    assert "the same bits at every step that both have kept: 9, 12" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile_is_passed_over(
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(runs / "one" / "sft", tmp_path / "copy")
+    real = verify.read_manifest
+
+    def pruned(filesystem: FileSystem, path: Path) -> Manifest:
+        if path.name == "step-000000000009":
+            shutil.rmtree(tmp_path / "copy" / "checkpoints" / path.name, ignore_errors=True)
+        return real(filesystem, path)
+
+    monkeypatch.setattr(verify, "read_manifest", pruned)
+    assert main(["diff", str(runs / "one" / "sft"), str(tmp_path / "copy")]) == 0
+    assert "that both have kept: 12\n" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,7 @@ def trained(record: Any, template: str | None = CHATML) -> list[str]:
     return [spell(each) for each in found]
 
 
+NO = {"content": "no"}
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1).filter(
     lambda text: text.strip() == text and "<" not in text
 )
@@ -143,6 +144,40 @@ def test_a_last_message_of_weight_0_is_not_learnt(template: str | None) -> None:
     assert given.decode([i for i in labels if i != -100]) == "b"
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED, None])
+def test_a_weight_means_the_same_in_every_form(template: str | None) -> None:
+    """As `prompt` and `completion`, as a pair's sides, and as ShareGPT has them."""
+    turns = said("a", "b", "c", "d")["messages"]
+    turns[1]["weight"] = 0
+    given: Any = ft.data.ByteTokenizer() if template is None else tokenizer(template)
+    options: dict[str, Any] = {"time": 512, "batch_size": 1}
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [
+        {**{k: v for k, v in each.items() if k == "weight"}, "from": names[each["role"]]}
+        | {"value": each["content"]}
+        for each in turns
+    ]
+    whole, *others = (
+        ft.data.chat([each], given, **options).examples[0]
+        for each in (
+            {"messages": turns},
+            {"prompt": turns[:1], "completion": turns[1:]},
+            {"conversations": shared},
+        )
+    )
+    assert others == [whole] * 2
+    assert given.decode([i for i in whole[1] if i != -100]) == "d"
+    pair = {"prompt": turns[:1], "chosen": turns[1:], "rejected": [*turns[1:3], turns[3] | NO]}
+    for record in (pair, {side: [turns[0], *pair[side]] for side in ("chosen", "rejected")}):
+        chosen, rejected = ft.data.preference([record], given, **options).examples[0]
+        assert chosen == whole
+        assert given.decode([i for i in rejected[1] if i != -100]) == "no"
+    for weight in (0, "1", 2):
+        bad = {"prompt": turns[:1], "completion": [{**turns[3], "weight": weight}]}
+        with pytest.raises(ft.DataError, match=r"completion(\[0\]\.weight: .*expected 0|: every)"):
+            ft.data.chat([bad], given, **options)
+
+
 def test_the_shapes_are_one_dialogue() -> None:
     expected = read(said("Add\n\n1 2", "3"))
     turns = [{"from": "human", "value": "Add\n\n1 2"}, {"from": "gpt", "value": "3"}]
@@ -192,6 +227,113 @@ def test_tools_and_their_calls_are_in_the_template() -> None:
         read(said("a", "b", tools=tools))
     with pytest.raises(ft.DataError, match="the tokenizer has no chat template"):
         ft.data.chat([record], ft.data.ByteTokenizer(), time=99, batch_size=1)
+
+
+CALLED = [
+    {"role": "user", "content": "time?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]},
+    {"role": "tool", "content": "9:00"},
+    {"role": "assistant", "content": "Nine."},
+]
+
+
+def test_tools_are_in_the_template_in_every_form() -> None:
+    given, tools = tokenizer(TOOLED), [{"name": "clock"}]
+    options: dict[str, Any] = {"time": 512, "batch_size": 1}
+    whole = read({"messages": CALLED, "tools": tools}, TOOLED)
+    for at in (1, 3):
+        record = {"prompt": CALLED[:at], "completion": CALLED[at:], "tools": tools}
+        ids, labels = read(record, TOOLED)
+        assert ids == whole[0]
+        assert given.spell([i for i in labels if i != -100]).endswith("Nine.<|im_end|>")
+        assert ("CALL" in given.spell([i for i in labels if i != -100])) == (at == 1)
+    bad = [*CALLED[:3], {"role": "assistant", "content": "Ten."}]
+    explicit = {"prompt": CALLED[:3], "chosen": CALLED[3:], "rejected": bad[3:], "tools": tools}
+    implicit = {"chosen": CALLED, "rejected": bad, "tools": tools}
+    one, other = (
+        ft.data.preference([each], given, **options).examples[0] for each in (explicit, implicit)
+    )
+    assert one == other
+    assert given.spell(one[0][0]) == given.render(CALLED, tools=tools)
+    asked = {"instruction": "time?", "output": "Nine.", "tools": tools}
+    assert given.spell(read(asked, TOOLED)[0]).startswith("<|im_start|>tools\nclock")
+
+
+def test_messages_that_call_otherwise_are_no_shared_prompt() -> None:
+    """The same content, and another call: each side learns its own."""
+    sides = [
+        [*CALLED[:1], {**CALLED[1], "tool_calls": [{"name": name}]}, *CALLED[2:]]
+        for name in ("clock", "calendar")
+    ]
+    given = tokenizer(TOOLED)
+    pair = {"chosen": sides[0], "rejected": sides[1]}
+    for side, (ids, labels) in zip(
+        sides, ft.data.preference([pair], given, time=512, batch_size=1).examples[0], strict=True
+    ):
+        assert given.spell(ids) == given.render(side)
+        learnt = given.spell([i for i in labels if i != -100])
+        assert learnt.startswith(f"CALL {side[1]['tool_calls'][0]['name']}")  # type: ignore[index]
+    dated = [[{**each, "id": n} for each in CALLED[:3]] + CALLED[3:] for n in (0, 1)]
+    dated[1][3] = {"role": "assistant", "content": "Ten."}
+    pair = {"chosen": dated[0], "rejected": dated[1]}
+    (_, labels), _ = ft.data.preference([pair], given, time=512, batch_size=1).examples[0]
+    assert given.spell([i for i in labels if i != -100]) == "Nine.<|im_end|>"
+
+
+ASKED = [{"role": "user", "content": "q"}]
+SPOKEN = {"role": "assistant", "content": "a"}
+CALL, THOUGHT = {"tool_calls": [{"name": "clock"}]}, {"reasoning_content": "because"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [*ASKED, SPOKEN | CALL]}, "^record 0: tools"),
+        ({"messages": [*ASKED, SPOKEN], "tools": [{"name": "f"}]}, "^record 0: tools"),
+        ({"messages": [*ASKED, SPOKEN | THOUGHT]}, r"^record 0\.messages\[1\]\.reasoning_content"),
+        (
+            {"messages": [{"role": "developer", "content": "x"}, SPOKEN]},
+            r"\[0\]\.role: 'developer'",
+        ),
+        ({"prompt": ASKED, "completion": [SPOKEN | CALL]}, "^record 0: tools"),
+        ({"prompt": CALLED[:3], "completion": [SPOKEN]}, "^record 0: tools"),
+        (
+            {"prompt": ASKED, "completion": [SPOKEN], "tools": '[{"name": "f"}]'},
+            "^record 0: tools",
+        ),
+        (
+            {"prompt": ASKED, "completion": [SPOKEN | THOUGHT]},
+            r"^record 0\.completion\[0\]\.reasoning_content: the tokenizer has no chat template",
+        ),
+        ({"prompt": ASKED, "chosen": [SPOKEN | CALL], "rejected": [SPOKEN]}, "^record 0: tools"),
+        (
+            {"chosen": [*ASKED, SPOKEN | THOUGHT], "rejected": [*ASKED, SPOKEN]},
+            r"^record 0\.chosen\[1\]\.reasoning_content",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_response", "value": "42"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            "^record 0: tools",
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "tools": '[{"name": "f"}]',
+            },
+            "^record 0: tools",
+        ),
+        ({"instruction": "q", "output": "a", "tools": [{"name": "f"}]}, "^record 0: tools"),
+    ],
+)
+def test_what_lines_have_no_place_for_is_refused_in_every_form(record: Any, message: str) -> None:
+    read: Any = ft.data.preference if "chosen" in record else ft.data.chat
+    with pytest.raises(ft.DataError, match=message):
+        read([record], ft.data.ByteTokenizer(), time=99, batch_size=1)
 
 
 def test_a_turn_is_learnt_as_it_is_when_it_is_the_last() -> None:
@@ -245,7 +387,7 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
             CHATML.replace("{{ m['role'] }}", "{{ raise_exception('no') }}"),
             "refuses",
         ),
-        (said("a"), CHATML, "no message is of an assistant"),
+        (said("a"), CHATML, "no assistant speaks"),
         (_changed(1, weight=0.5), CHATML, r"messages\[1\]\.weight: 0.5, expected 0"),
         (_changed(1, weight="1"), CHATML, r"weight: '1', expected 0"),
         (_changed(1, role="asistant"), CHATML, r"role: 'asistant' is unknown; did you mean 'ass"),

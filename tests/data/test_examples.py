@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import functrain as ft
 from functrain import data
+from functrain.data.dialogues import Message
 from functrain.data.examples import Prompted, read_pair
 
 BYTES = data.ByteTokenizer()
@@ -195,6 +196,64 @@ def test_of_messages_the_implicit_prompt_is_the_longest_shared_beginning_in_whol
     if not any(rest[: len(prompt)] == prompt for rest in rests):  # else refused as said twice
         explicit = {"prompt": prompt, "chosen": rests[0], "rejected": rests[1]}
         assert read_pair(explicit, BYTES, "record 0") == pair
+
+
+@attrs.frozen
+class _Lines:
+    """A chat template that has the messages as the lines that they are without one."""
+
+    template: str = "lines"
+    end: int = BYTES.end
+    vocabulary: int = BYTES.vocabulary
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for n, part in enumerate(text.split("¶")):
+            ids += [*([self.end] if n else []), *part.encode()]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.spell(list(ids))
+
+    def spell(self, ids: Sequence[int]) -> str:
+        return "".join("¶" if i == self.end else chr(i) for i in ids)
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Any = None, prompt: bool = False
+    ) -> str:
+        ends = {"assistant": "¶"}
+        lines = [f"{m['role']}: {m['content']}{ends.get(m['role'], '')}\n" for m in messages]
+        return "".join(lines) + "assistant: " * prompt
+
+    def generated(
+        self, messages: Sequence[Message], *, tools: Any = None
+    ) -> tuple[list[int], list[int]]:
+        raise NotImplementedError
+
+
+@given(chosen=MESSAGES, rejected=MESSAGES, shared=MESSAGES)
+def test_with_a_template_or_without_a_pair_is_read_or_refused_alike(
+    chosen: list[Any], rejected: list[Any], shared: list[Any]
+) -> None:
+    """Also where nobody speaks on a side, or nothing is there: no pair is looked at for ever."""
+
+    def outcome(tokenizer: Any) -> Any:
+        try:
+            pair = _read([*shared, *chosen], [*shared, *rejected], tokenizer)
+        except ft.DataError as error:
+            return str(error)
+        return [(*pair.prompt, *ids) for ids, _ in pair.completions], [
+            [i for i in labels if i != -100] for _, labels in pair.completions
+        ]
+
+    found = outcome(_Lines())
+    if "renders the prompt otherwise" in found:  # what is asked after the shared part differs
+        return
+    assert found == outcome(BYTES)
+    for side, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not _speaks([*shared, *messages]):
+            assert found == f"record 0.{side}: no assistant speaks, so there is nothing to learn"
+            break
 
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 import functrain as ft
 from functrain import data
-from functrain.data import columns
+from functrain.data import columns, files
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TURN = st.fixed_dictionaries(
@@ -162,3 +164,122 @@ def test_a_gzip_file_with_a_damaged_body_is_named(tmp_path: Path) -> None:
     for read in (data.records, data.documents):
         with pytest.raises(ft.DataError, match=r"a\.jsonl\.gz: no whole gzip file"):
             read(tmp_path / "a.jsonl.gz")
+
+
+def test_of_a_list_with_a_bad_element_the_others_are_read(tmp_path: Path) -> None:
+    """As of lines; and each is known by its own place."""
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "0"}, None, {"text": "2"}, [3]]))
+    with pytest.raises(ft.DataError, match=r"a\.json:1: expected an object, got NoneType"):
+        data.records(tmp_path)
+    found = data.records(tmp_path, on_bad_record="skip")
+    assert found == [{"text": "0"}, {"text": "2"}]
+    assert found.where(1) == f"{tmp_path / 'a.json'}:2"
+    assert [each.split("/")[-1] for each in found.malformed] == [
+        "a.json:1: expected an object, got NoneType",
+        "a.json:3: expected an object, got list",
+    ]
+    texts = data.documents(tmp_path, on_bad_record="skip")
+    assert (texts, texts.malformed) == (["0", "2"], found.malformed)
+
+
+def test_a_file_without_records_is_the_same_to_every_reader(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_jsonl([{"text": "one"}]))
+    (tmp_path / "b.jsonl").write_text("\n")
+    (tmp_path / "c.jsonl.gz").write_bytes(b"")
+    (tmp_path / "d.json").write_text("[]")
+    readers: tuple[Callable[..., Any], ...] = (data.records, data.documents)
+    for read in readers:
+        with pytest.raises(ft.DataError, match=r"b\.jsonl: no records; expected one JSON object"):
+            read(tmp_path)
+        with pytest.raises(ft.DataError, match=r"d\.json: no records; expected a list .* empty"):
+            read(tmp_path / "d.json")
+    found, texts = (read(tmp_path, on_bad_record="skip") for read in readers)
+    assert (len(found), len(texts), len(found.malformed)) == (1, 1, 3)
+    assert found.malformed == texts.malformed
+
+
+@given(text=TEXT, objects=OBJECTS)
+def test_a_byte_order_mark_is_no_part_of_what_a_file_says(
+    tmp_path_factory: pytest.TempPathFactory, text: str, objects: list[Any]
+) -> None:
+    path, mark = tmp_path_factory.mktemp("marked"), "\ufeff".encode()
+    for name, content in (
+        ("a.txt", text.encode()),
+        ("b.jsonl", _jsonl(objects)),
+        ("c.json", json.dumps(objects).encode()),
+    ):
+        (path / name).write_bytes(mark + content)
+        (path / f"{name}.gz").write_bytes(gzip.compress(mark + content))
+        assert files.is_marked(path / name)
+        assert files.is_marked(path / f"{name}.gz")
+    assert data.documents(path / "a.txt*") == [text] * 2
+    assert data.records(path / "[bc].*") == objects * 4
+
+
+def test_a_pattern_names_a_file_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.jsonl").write_bytes(_jsonl([{"n": 1}]))
+    assert len(data.records(tmp_path / "**" / "**" / "*.jsonl")) == 1
+    (tmp_path / "sub/loop").symlink_to(tmp_path / "sub")
+    found = data.records(tmp_path / "**" / "*.jsonl")
+    assert (len(found), found.where(0)) == (1, f"{tmp_path / 'sub/a.jsonl'}:1")
+    (tmp_path / "sub/b.jsonl").symlink_to(tmp_path / "sub/a.jsonl")  # twice, as somebody wants it
+    assert len(data.records(tmp_path / "sub" / "*.jsonl")) == 2
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonlines", "a.jsonl.bz2", "a"])
+def test_a_file_of_another_kind_is_no_document(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(_jsonl([{"text": "one"}]))
+    for read in (data.documents, lambda path: data.tokenized(path, BYTES, tmp_path / "cache")):
+        with pytest.raises(ft.DataError, match=f"{name}: expected a file that ends in .txt or .md"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.NDJSON.gz"])
+def test_names_of_the_same_kind_are_read_the_same(tmp_path: Path, name: str) -> None:
+    raw = _jsonl([{"text": "one"}, {"text": "two"}])
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    (tmp_path / "A.JSON").write_text(json.dumps([{"text": "three"}]))
+    assert data.documents(tmp_path / name) == ["one", "two"]
+    assert data.documents(tmp_path) == ["three", "one", "two"]
+    assert data.records(tmp_path)[0] == {"text": "three"}
+    found = data.tokenized(tmp_path / name, BYTES, tmp_path / "cache")
+    assert len(found.ends) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_what_is_not_utf_8_is_told_so(tmp_path: Path, encoding: str) -> None:
+    text = '{"text": "café"}'
+    for name, content in (("a.jsonl", text), ("b.json", f"[{text}]"), ("c.txt", "café")):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        with pytest.raises(ft.DataError, match=rf"{name}.*: not UTF-8 text .*convert it to UTF-8"):
+            data.documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "x/" * 5000])
+def test_what_can_be_no_path_is_refused(path: str) -> None:
+    for read in (data.records, data.documents):
+        with pytest.raises(ft.DataError, match=r"^path: .{1,100} cannot be looked at") as caught:
+            read(path)
+        assert len(str(caught.value)) < 200
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another time there would be other records; one that is torn always is."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(_jsonl([{"text": name}]))
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
+    assert len(data.records(tmp_path, on_bad_record="skip").malformed) == 1
+    real = Path.open
+
+    def broken(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "b.jsonl":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    for read in (data.records, data.documents):
+        with pytest.raises(ft.DataError, match=r"b\.jsonl: cannot be read \(Input/output error\)"):
+            read(tmp_path, on_bad_record="skip")

@@ -62,9 +62,38 @@ def test_a_failure_is_raised_where_its_batch_is_asked_for() -> None:
     with Prefetched(Watched(fails=8), 3) as source:
         source.at(0, 4)
         source.at(4, 4)
-        with pytest.raises(OSError, match="the disk is gone"):
+        with pytest.raises(OSError, match="the disk is gone") as caught:
             source.at(8, 4)
+        assert caught.value.__notes__ == ["samples 8 to 11"]
         source.at(12, 4)
+
+
+class Alone(zoo.Batches):
+    """A source that two threads at once would spoil, as they do a file's position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.most = 0, 0
+
+    def at(self, position: int, n: int) -> dict[str, Any]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.002)
+        self.inside -= 1
+        return super().at(position, n)
+
+
+@given(
+    positions=st.lists(st.sampled_from([0, 4, 8, 40, 44]), min_size=1, max_size=8),
+    ahead=st.integers(1, 3),
+)
+def test_a_source_is_asked_by_one_thread_at_a_time(positions: list[int], ahead: int) -> None:
+    """Also where another position than the next is asked for, while the next is in the making."""
+    alone = Alone()
+    with Prefetched(alone, ahead) as source:
+        for position in positions:
+            source.at(position, 4)
+    assert alone.most == 1
 
 
 def test_waiting_is_counted() -> None:

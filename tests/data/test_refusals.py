@@ -151,6 +151,19 @@ def test_a_tokenizer_that_adds_special_tokens_is_refused_where_texts_are_joined(
     assert data.text(["ab"], _Special(), **SIZES).ids.tolist() == [1, 97, 98, 256]
 
 
+@pytest.mark.parametrize("given", [-1, 257, 70_000, 2**70])
+def test_an_id_outside_the_vocabulary_is_named_by_its_document(given: int) -> None:
+    class Wrong(_Special):
+        def encode(self, text: str) -> list[int]:
+            return [given if each == "!" else ord(each) for each in text]
+
+    message = rf"^document 1: .* ids up to .*{given}.*, and says that its vocabulary is 257"
+    for make in (data.text, data.packed_text):
+        made: Any = make
+        with pytest.raises(ft.DataError, match=message if given > 0 else "down to -1"):
+            made(["a", "b!", "!"], Wrong(), **SIZES)
+
+
 class _Endless:
     def encode(self, text: str) -> list[int]:
         return [ord(each) for each in text]

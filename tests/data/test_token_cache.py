@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -318,6 +319,121 @@ def test_a_file_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) 
         data.tokenized(source, Changing(tmp_path / "notes"), tmp_path / "cache")
     _write(source, TEXTS)
     _check(data.tokenized(source, _Counting(tmp_path / "notes"), tmp_path / "cache"), TEXTS)
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir()
+    for name in ("a", "b", "c"):
+        _write(path / f"{name}.jsonl", [name])
+    return path
+
+
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Once, when the files have been hashed and the lock is held."""
+    made = token_cache._make
+
+    def wrapped(*args: Any) -> None:
+        monkeypatch.setattr(token_cache, "_make", made)
+        act()
+        made(*args)
+
+    monkeypatch.setattr(token_cache, "_make", wrapped)
+
+
+def test_a_file_that_is_away_for_a_moment_is_never_sealed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, options = _directory(tmp_path / "in"), {"on_bad_record": "skip"}
+    away = source / "b.jsonl"
+    _meanwhile(monkeypatch, lambda: away.rename(tmp_path / "away"))
+    with pytest.raises(ft.DataError, match=r"b\.jsonl: cannot be read \(No such file"):
+        data.tokenized(source, BYTES, tmp_path / "cache", **options)
+    (tmp_path / "away").rename(away)
+    found = data.tokenized(source, BYTES, tmp_path / "cache", **options)
+    assert (found.made, found.malformed) == (True, ())
+    _check(found, ["a", "b", "c"])
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_file_is_no_bad_record(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    class Failing:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Any:
+            return itertools.chain(itertools.islice(self.file, 4), self.fail())
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def fail(self) -> Any:
+            raise OSError(errno.EIO, "Input/output error")
+            yield
+
+    def open_(path: Path, *args: Any, **options: Any) -> Any:
+        file = real(path, *args, **options)
+        return Failing(file) if path == source else file
+
+    _meanwhile(monkeypatch, lambda: monkeypatch.setattr(Path, "open", open_))
+    with pytest.raises(ft.DataError, match=r"a\.jsonl: cannot be read \(Input/output error\)"):
+        data.tokenized(source, BYTES, tmp_path / "cache", on_bad_record="skip")
+    monkeypatch.setattr(Path, "open", real)
+    _check(data.tokenized(source, BYTES, tmp_path / "cache", on_bad_record="skip"), TEXTS)
+
+
+def test_a_file_that_gave_nothing_is_looked_at_before_the_cache_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no document in any part, so that no part was checked against it."""
+    source = _directory(tmp_path / "in")
+    (source / "b.jsonl").write_text("{\n")
+    _meanwhile(monkeypatch, lambda: (source / "b.jsonl").write_text("{!\n"))
+    with pytest.raises(ft.DataError, match=r"b\.jsonl: changed while it was tokenised"):
+        data.tokenized(source, BYTES, tmp_path / "cache", on_bad_record="skip")
+    assert not list((tmp_path / "cache").glob("*/manifest"))
+
+
+def test_a_file_with_a_byte_order_mark_has_a_key_of_its_own(tmp_path: Path) -> None:
+    """The mark was once a part of the text, and a cache of it may be there."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (content,) = (token_cache._content(tmp_path / "a.txt"),)
+    assert content.kind != attrs.evolve(content, marked=False).kind == ".txt"
+    _check(data.tokenized(tmp_path / "a.txt", BYTES, tmp_path / "cache"), ["one"])
+
+
+def test_an_error_of_another_is_not_said_to_be_of_the_cache(source: Path, tmp_path: Path) -> None:
+    class Lacking(_Counting):
+        def encode(self, text: str) -> list[int]:
+            raise FileNotFoundError(errno.ENOENT, "No such file", "/models/merges.txt")
+
+    with pytest.raises(FileNotFoundError, match=r"merges\.txt"):
+        data.tokenized(source, Lacking(tmp_path / "notes"), tmp_path / "cache")
+
+    class Removing(_Counting):
+        def encode(self, text: str) -> list[int]:
+            source.unlink(missing_ok=True)
+            return super().encode(text)
+
+    with pytest.raises(ft.DataError, match=r"a\.jsonl: cannot be read"):
+        data.tokenized(source, Removing(tmp_path / "notes"), tmp_path / "cache")
+
+
+def test_a_full_disk_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = token_parts._append
+
+    def full(file: Any, given: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_parts, "_append", full)
+    with pytest.raises(ft.DataError, match=r"cache/\w+: cannot be written .*No space left"):
+        data.tokenized(source, BYTES, tmp_path / "cache")
+    monkeypatch.setattr(token_parts, "_append", real)
+    _check(data.tokenized(source, BYTES, tmp_path / "cache"), TEXTS)
 
 
 def test_what_cannot_be_cached_is_named(source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 
 import functrain as ft
 from functrain import data
+from functrain.data.examples import Prompted
+from functrain.data.truncation import Truncation
 from functrain.data.unpaired import _next, _ring
 
 BYTES = data.ByteTokenizer()
 END = BYTES.end
+kto = sys.modules[data.Unpaired.__module__]  # `data.unpaired` is the function
 RECORDS = st.lists(
     st.fixed_dictionaries(
         {
@@ -258,6 +262,41 @@ def test_sorted_data_is_stepped_over_in_runs() -> None:
     for index in range(1000):
         assert next(_next(index, counted)) == (500 if index < 500 else 0)
     assert looks < 10 * 1000
+
+
+@given(records=RECORDS, time=st.integers(2, 12), mode=MODES, few=st.integers(0, 2))
+def test_stepping_over_what_is_left_alike_finds_what_looking_at_each_one_does(
+    records: list[dict[str, Any]], time: int, mode: str, few: int
+) -> None:
+    fillers = [{"prompt": "", "completion": c, "label": True} for c in ("pp", "qq")]
+    found = []
+    for looked_at in (10**9, few):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kto, "_FEW", looked_at)
+            found.append(_unpaired(*records, *fillers, time=time, truncation=mode).examples)
+    assert found[0] == found[1]
+
+
+def test_completions_of_which_the_cut_leaves_the_same_are_stepped_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits = 0
+    real = Truncation.fit
+
+    def counted(self: Truncation, given: Prompted) -> Any:
+        nonlocal fits
+        fits += 1
+        return real(self, given)
+
+    monkeypatch.setattr(Truncation, "fit", counted)
+    records = [
+        {"prompt": f"{n:09}", "completion": f"The answer is {n}", "label": True} for n in range(300)
+    ]
+    other = {"prompt": "", "completion": "Another", "label": False}
+    source = _unpaired(*records, other, time=10)
+    assert (len(source), source.dropped) == (301, 0)
+    assert {tuple(mismatched[0][9:]) for _, mismatched, _ in source.examples[:-1]} == {(65,)}
+    assert fits < 30 * len(source)
 
 
 def test_an_example_beside_which_the_cut_leaves_nothing_else_is_dropped_and_counted() -> None:

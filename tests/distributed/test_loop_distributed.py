@@ -9,6 +9,7 @@ import pytest
 from workers import Group
 
 import functrain as ft
+from functrain.errors import ConfigError
 
 
 def _leaves(directory: Path) -> dict[str, bytes]:
@@ -152,5 +153,5 @@ def test_workers_without_a_world_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
     state = step.init(params, buffers)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ft.errors.ConfigError, match="WORLD_SIZE is 2, and the step has no world"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, and the step has no world"):
         ft.train(step, state, zoo.Batches(), steps=1)

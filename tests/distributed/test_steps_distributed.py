@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from workers import Group, free_port
 
 import functrain as ft
+from functrain.errors import ConfigError
 from functrain.reductions import Tree, tree_sum
 
 STAGES: dict[str, Any] = {
@@ -324,12 +325,12 @@ def test_an_environment_that_makes_no_sense_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(name, value)
-    with pytest.raises(ft.errors.ConfigError, match=text):
+    with pytest.raises(ConfigError, match=text):
         ft.distributed.world()
 
 
 def test_a_timeout_is_a_number_of_seconds() -> None:
-    with pytest.raises(ft.errors.ConfigError, match="timeout: 0"):
+    with pytest.raises(ConfigError, match="timeout: 0"):
         ft.distributed.world(timeout=0)
 
 

@@ -11,6 +11,7 @@ import torch
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
+from models import families
 from torch.func import functional_call, vmap
 
 import functrain as ft
@@ -245,6 +246,80 @@ def test_a_target_is_found_by_name_or_by_its_end() -> None:
     architecture, params, _ = ft.split(zoo.decoder(tied=False))
     untied, _ = ft.lora.attach(architecture, params)
     assert len(ft.lora.adapter_of(untied).layers) == 14
+
+
+class Attending(torch.nn.Module):
+    """A model of torch's own attention, which reads its output projection's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(zoo.VOCABULARY, 8)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = torch.nn.Linear(8, zoo.VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
+        out, _ = self.attention(hidden, hidden, hidden, attn_mask=mask, need_weights=False)
+        logits: torch.Tensor = self.head(hidden + out)
+        return logits
+
+
+def test_a_layer_that_is_never_called_is_no_target() -> None:
+    architecture, params, _ = ft.split(Attending())
+    adapted, _ = ft.lora.attach(architecture, params)
+    assert ft.lora.adapter_of(adapted).layers == ("head",)
+    for targets in ("out_proj", "attention.*"):
+        with pytest.raises(ft.ConfigError, match=r"attention\.out_proj is never called"):
+            ft.lora.attach(architecture, params, LoRA(targets=(targets,)))
+
+
+@pytest.mark.parametrize("name", ["falcon", "falcon_mamba", "mamba"])
+def test_every_adapter_of_all_linear_is_trained(name: str) -> None:
+    architecture, params, buffers = ft.split(families.made(name))
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    assert not any("dt_proj" in each for each in adapters)
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(adapters, buffers), zoo.batch())
+    assert all(bool(t.any()) for n, t in state.params.items() if n.endswith("lora_B"))
+
+
+class Reading(torch.nn.Module):
+    """A model that computes with the weight of a layer which it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(zoo.VOCABULARY, 4)
+        self.mix, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, zoo.VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.linear(self.embedding(input_ids), self.mix.weight)
+        logits: torch.Tensor = self.head(hidden)
+        return logits
+
+
+def test_adapters_that_nothing_reaches_are_told_of_once() -> None:
+    architecture, params, buffers = ft.split(Reading())
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    state = step.init(adapters, buffers)
+    with pytest.warns(ft.errors.FunctrainWarning, match=r"'mix' .*got no gradient"):
+        state, _ = step(state, zoo.batch())
+    step(state, zoo.batch())
+
+
+class Own(torch.nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return super().forward(input) + 1
+
+
+def test_where_no_layer_can_be_adapted_it_says_why() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), Own(4, 4))
+    architecture, params, _ = ft.split(model)
+    with pytest.raises(ft.ConfigError, match=r"'all-linear': 1 is Own, which has a forward of its"):
+        ft.lora.attach(architecture, params)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 LAYERS = {
+    "falcon": ("query_key_value", "dense_4h_to_h"),
     "gpt2": ("c_attn", "c_fc"),
     "gpt_neox": ("query_key_value",),
     "llama": ("q_proj", "down_proj"),
@@ -231,6 +232,9 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: _config(d, rank_pattern={"q_proj": 4}), "rank_pattern is"),
         (lambda d: _config(d, alpha_pattern={"q_proj": 4}), "alpha_pattern is"),
         (lambda d: _config(d, init_lora_weights="pissa_niter_4"), "which moves the base too"),
+        (lambda d: _config(d, init_lora_weights="OLoRA"), "which moves the base too"),
+        (lambda d: _config(d, init_lora_weights="lora_ga"), "which moves the base too"),
+        (lambda d: _config(d, init_lora_weights="of tomorrow"), "as far as is known"),
         (lambda d: _config(d, r=4), "shape .* expected"),
         (lambda d: _config(d, r=0), "does not fit this model: lora rank: 0"),
         (lambda d: _config(d, use_dora=True), "lora_magnitude is missing"),
@@ -271,6 +275,19 @@ def test_a_config_without_a_rank_is_refused(tmp_path: Path) -> None:
     _, architecture, params, _ = based("llama")
     with pytest.raises(ft.CheckpointError, match="no 'r', which LoRA's config has"):
         ft.lora.load_adapter(tmp_path, architecture, params)
+
+
+def test_adapters_without_effect_in_peft_are_left_out(tmp_path: Path) -> None:
+    """Of Mamba's dt_proj, whose weight its mixer reads."""
+    architecture, params, buffers = based("mamba")[1:]
+    config = peft.LoraConfig(
+        r=3, target_modules=["in_proj", "dt_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(based("mamba")[0], config).eval()
+    model.save_pretrained(tmp_path)
+    adapted, adapters = ft.lora.load_adapter(tmp_path, architecture, params)
+    assert {name.split(".")[-2] for name in adapters} == {"in_proj"}
+    assert torch.equal(bound_logits(adapted, adapters, buffers), logits(model))
 
 
 def test_what_peft_has_no_place_for_is_not_written(tmp_path: Path) -> None:

@@ -113,7 +113,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **{**NARROW, "num_hidden_layers": 3}, lru_width=16, attention_window_size=16
     ),
     "rwkv": lambda: tf.RwkvConfig(
-        **SIMPLE, **ENDS, num_hidden_layers=2, attention_hidden_size=16, context_length=64
+        **SIMPLE,
+        **ENDS,
+        num_hidden_layers=2,
+        attention_hidden_size=16,
+        context_length=64,
+        rescale_every=0,  # it would write into its weights, which a binding refuses
     ),
     "seed_oss": lambda: tf.SeedOssConfig(**NARROW, attention_dropout=0.0, residual_dropout=0.0),
     "smollm3": lambda: tf.SmolLM3Config(**GROUPED),

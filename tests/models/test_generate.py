@@ -93,6 +93,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 0}, "top_k: 0"),
     ({"top_p": 0.0}, "top_p: 0.0"),
     ({"top_p": 1.1}, "top_p: 1.1"),
+    ({"input_ids": torch.tensor([1, 2])}, r"a Tensor, expected .* of a tensor, ids\.tolist"),
+    ({"input_ids": "the"}, "a str, expected the token ids"),
+    ({"input_ids": [1.5]}, "a list, expected the token ids of one prompt as a sequence of int"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens: 2.5, expected an integer"),
+    ({"temperature": None}, "temperature: None"),
+    ({"temperature": True}, "temperature: True"),
+    ({"top_k": 2.5}, "top_k: 2.5, expected an integer"),
+    ({"top_p": "x"}, "top_p: 'x', expected a number"),
 ]
 
 
@@ -101,6 +109,21 @@ def test_what_cannot_be_generated_is_named(options: dict[str, Any], message: str
     call = {"input_ids": [1], "max_new_tokens": 3, **options}
     with pytest.raises(ft.FunctrainError, match=message):
         generate(*zoo.split("decoder"), **call)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_choose_no_token(temperature: float) -> None:
+    architecture, params, buffers = zoo.split("decoder")
+    broken = ft.trees.map_leaves(lambda param: param * torch.nan, params)
+    with pytest.raises(ft.StateError, match="the largest logit of the next token is nan"):
+        generate(architecture, broken, buffers, [1], max_new_tokens=2, temperature=temperature)
+
+
+@given(logits=st.lists(st.integers(-50, 50), min_size=2, max_size=9, unique=True))
+def test_the_lowest_temperatures_are_greedy(logits: list[int]) -> None:
+    given = torch.tensor(logits, dtype=torch.float32)
+    for temperature in (5e-324, 1e-46, 1e-40, 1e-3):
+        assert _sampled(given, temperature, None, None) == int(given.argmax())
 
 
 def test_what_was_trained_is_what_is_said() -> None:

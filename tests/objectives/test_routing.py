@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
+import transformers
 from models import families
 
 import functrain as ft
 from functrain import testing
+from functrain.objectives.head import find_head
+from functrain.objectives.routing import RoutedLanguageModeling
 
 MIXTURES = ("gpt_oss", "mixtral", "olmoe", "qwen3_moe")
 EVERY = pytest.mark.parametrize("name", MIXTURES)
@@ -99,3 +102,55 @@ def test_what_has_no_routers_is_refused() -> None:
             ft.sft_step(architecture, ft.optim.sgd(), router=wrong)
     step = ft.pretrain_step(copy.deepcopy(architecture), ft.optim.sgd(), router=0.0)
     assert type(step.objective) is ft.objectives.LanguageModeling
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "lfm2_moe"])
+def test_routers_that_choose_in_another_way_are_refused(name: str) -> None:
+    """By sigmoid scores, groups and biases: the counts would not be of the model's choices."""
+    config: Any = families.CONFIGS.get(name, _lfm2)()
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    architecture, params, buffers = ft.split(model)
+    step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2), router=0.1)
+    with pytest.raises(ft.ArchitectureError, match="has no aux_loss in transformers, since its"):
+        step(step.init(params, buffers), zoo.batch())
+
+
+def _lfm2() -> Any:
+    return transformers.Lfm2MoeConfig(
+        **families.GROUPED,
+        **families.EXPERTS,
+        moe_intermediate_size=8,
+        num_dense_layers=1,
+        layer_types=["full_attention", "conv"],
+    )
+
+
+def test_as_many_choices_are_counted_as_the_model_makes(monkeypatch: Any) -> None:
+    """Aria, whose config calls their number by another name."""
+    config = transformers.AriaTextConfig(
+        **families.GROUPED, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    parts = ft.split(model)
+    with ft.bound(*parts, "eval") as bound, torch.no_grad():
+        counts, rows = RoutedLanguageModeling(router=0.1).observe(bound, zoo.batch())
+        monkeypatch.setattr("functrain.objectives.routing._TOP", ("num_experts_per_tok",))
+        with pytest.raises(ft.ArchitectureError, match="does not say how many experts"):
+            RoutedLanguageModeling(router=0.1).observe(bound, zoo.batch())
+    assert counts.sum() == 2 * rows
+
+
+def test_counting_makes_no_logits(monkeypatch: Any) -> None:
+    architecture, params, buffers = ft.split(families.made("mixtral"))
+    usual, shapes = torch.nn.Linear.forward, list[torch.Size]()
+
+    def recorded(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        if self is architecture.lm_head:
+            shapes.append(input.shape)
+        return usual(self, input)
+
+    with ft.bound(architecture, params, buffers, "eval") as bound, torch.no_grad():
+        find_head(bound)
+        monkeypatch.setattr(torch.nn.Linear, "forward", recorded)
+        RoutedLanguageModeling(router=0.1).observe(bound, zoo.batch())
+    assert [shape.numel() for shape in shapes] == [0]

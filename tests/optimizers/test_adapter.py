@@ -60,6 +60,17 @@ class InCommon(Own):
         self.state["calls"] = self.state.get("calls", 0) + 1
 
 
+class OnItself(Own):
+    """Counts its updates in an attribute, of which a pure update knows nothing."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.calls = 0
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        self.calls += 1
+
+
 class WithText(Own):
     def _update(self, group: dict[str, Any], param: Tensor) -> None:
         self.state[param]["note"] = "warm"
@@ -189,6 +200,7 @@ def test_a_class_that_needs_a_closure_is_refused_when_it_is_named(cls: Any) -> N
     [
         (InGroups, "InGroups keeps 'calls' in its parameter groups"),
         (InCommon, "InCommon keeps 'calls' in a state that no parameter owns"),
+        (OnItself, "OnItself counts in its attribute 'calls', which would begin anew"),
         (WithText, "optimizer state 'note' of a is a str; only tensors and numbers"),
     ],
 )
@@ -204,7 +216,7 @@ COUNTING = [optim.group(lambda name, _: name == "b", counting=True)]
 @pytest.mark.parametrize(
     ("cls", "groups"),
     [
-        *((cls, ()) for cls in (InGroups, InCommon, WithText, WithTextOfScalars)),
+        *((cls, ()) for cls in (InGroups, InCommon, OnItself, WithText, WithTextOfScalars)),
         (InOneGroup, COUNTING),
     ],
 )

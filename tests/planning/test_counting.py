@@ -10,7 +10,7 @@ from models import families
 from torch import Tensor, nn
 
 import functrain as ft
-from functrain.cli import build, known
+from functrain.cli import known, steps
 from functrain.cli.config import Optimizer
 from functrain.errors import ConfigError
 from functrain.models import DecoderConfig, bare, decoder
@@ -120,7 +120,7 @@ def test_moments_are_those_that_a_state_has_after_a_step(name: str) -> None:
     if name == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
     architecture, params, buffers = ft.split(decoder(SHAPE))
-    optimizer = build.optimizer(Optimizer(**NAMED[name]), 1e-3, architecture)
+    optimizer = steps.optimizer(Optimizer(**NAMED[name]), 1e-3, architecture)
     work = count(job(lambda: decoder(SHAPE), optimizer=optimizer))
     step = ft.pretrain_step(architecture, optimizer)
     state, _ = step(step.init(params, buffers), batch(300))

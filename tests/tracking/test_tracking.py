@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import resource
+import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -217,3 +220,21 @@ def test_a_report_appears_whole(tmp_path: Path) -> None:
     report.write_report(target, title="a run", stages=[report.StageRecord(name="sft", metrics=[])])
     assert "No metrics were logged" in target.read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """On a disk that fills up within it; the lines before it and after it stay readable."""
+    path = tmp_path / "metrics.jsonl"
+    with closing(jsonl.JSONLTracker(path)) as tracker:
+        tracker.log(1, {"loss": 2.0})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+            with pytest.raises(ft.DataError, match=r"cannot be written \(File too large\)"):
+                tracker.log(2, {"loss": 1.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+        tracker.log(3, {"loss": 1.0})
+    assert [record["step"] for record in jsonl.read(path)] == [1, 3]

@@ -1,0 +1,101 @@
+"""The tokenizer of a run, and what its config tells it."""
+
+from __future__ import annotations
+
+import datetime
+
+import attrs
+
+from functrain import data, models
+from functrain.cli.config import Config, Pretrain
+from functrain.cli.directory import is_tokens
+from functrain.cli.known import EMBEDDED
+from functrain.cli.origins import Origin
+from functrain.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from functrain.data.dialogues import SHAPES
+from functrain.data.pretrained import pretrained_tokenizer
+from functrain.data.templates import has_template
+from functrain.errors import ConfigError
+
+
+def tokenizer_for(config: Config, start: Origin | None) -> Tokenizer | None:
+    if start is not None:
+        found = tokenizer_of(start)
+        if found is None and start.config is None:
+            raise ConfigError(
+                f"model.from: {start.checkpoint} has no tokenizer beside its weights "
+                "(tokenizer.json), which prompts and completions need"
+            )
+        if found is None:
+            raise ConfigError(
+                f"{start.run.tokenizer} is missing: {start.checkpoint} was trained on ids of a "
+                "tokenizer of your own, which prompts and completions would need"
+            )
+        return _told(found, config)
+    assert isinstance(config, Pretrain)  # the other stages have a start
+    return None if is_tokens(config.data.train) else ByteTokenizer()
+
+
+def _told(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """With what the config tells the chat template."""
+    given, day = config.data.enable_thinking, config.data.today
+    if not isinstance(tokenizer, PretrainedTokenizer) or not has_template(tokenizer):
+        if given is not None:
+            raise ConfigError(
+                "data.enable_thinking: the tokenizer has no chat template to tell it; leave it out"
+            )
+        return tokenizer
+    return attrs.evolve(
+        tokenizer,
+        template_options={} if given is None else {"enable_thinking": given},
+        today=None if day is None else datetime.date.fromisoformat(day),
+    )
+
+
+def tokenizer_of(found: Origin) -> Tokenizer | None:
+    """The tokenizer of a model or of a run; None where a run has had ids of another's."""
+    if found.config is None:
+        return models.tokenizer_of(found.checkpoint)
+    if found.shape is None:
+        if not found.run.tokenizer_files.is_dir():
+            raise ConfigError(f"{found.run.tokenizer_files} is missing; put it back")
+        return pretrained_tokenizer(found.run.tokenizer_files)
+    if not found.run.tokenizer.is_file():
+        if isinstance(found.config, Pretrain) and is_tokens(found.config.data.train):
+            return None
+        raise ConfigError(
+            f"{found.run.tokenizer} is missing, with which this run on text was begun; put it back"
+        )
+    return data.from_json(found.run.tokenizer.read_text(encoding="utf-8"))
+
+
+def asked_with(found: Origin) -> Tokenizer | None:
+    """The tokenizer of a model, with what its run told the chat template."""
+    tokenizer = tokenizer_of(found)
+    return (
+        tokenizer if tokenizer is None or found.config is None else _told(tokenizer, found.config)
+    )
+
+
+def vocabulary_for(config: Config, tokenizer: Tokenizer | None) -> int:
+    if tokenizer is not None:
+        return tokenizer.vocabulary
+    given = config.data.vocabulary if isinstance(config, Pretrain) else None
+    if given is None:
+        raise ConfigError(
+            f"data.vocabulary: missing; {config.data.train} holds token ids, so say how many there "
+            "are"
+        )
+    return given
+
+
+def templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
+    if not has_template(tokenizer):
+        return None
+    record = None if config.data.train == EMBEDDED else data.first_record(config.data.train)
+    keys = ("prompt", "completion", "chosen", "rejected")
+    dialogues = [known for shape, known in SHAPES.items() if shape != "prompt-completion"]
+    return record is not None and (
+        any(all(key in record for key in known) for known in dialogues)
+        or any(isinstance(record.get(key), list) for key in keys)
+    )

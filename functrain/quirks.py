@@ -1,0 +1,139 @@
+"""What modules do beside computing with their values, and what a binding does about it.
+
+A bound model is a function of its params, its buffers and what it is called with. Some modules of
+torch's and of transformers' are not, by themselves: they call no submodules, remember the longest
+batch, or write into their own weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from functrain.errors import ArchitectureError
+
+
+class _Holder:
+    """One that keeps the fast path off; where an interrupt leaves it behind, it is forgotten."""
+
+
+_holders: weakref.WeakSet[_Holder] = weakref.WeakSet()
+_before = True
+
+
+@contextmanager
+def submodules_called() -> Iterator[None]:
+    """Within it, torch's transformer layers call their submodules in eval mode too.
+
+    Their fast path reads the submodules' weights and calls none of them: an adapter or a hook is
+    passed over, and the bits are not those of train mode. The switch is one for all threads, so it
+    is put back when the last of them has left. No lock is held for it, which an interrupt between
+    two lines could leave held for ever.
+    """
+    global _before
+    own = _Holder()
+    if not _holders:
+        _before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        _holders.add(own)
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        _holders.discard(own)
+        if not _holders:
+            torch.backends.mha.set_fastpath_enabled(_before)
+
+
+def dynamic_rotary(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """The rotary embeddings of transformers that keep the longest length they have seen."""
+    return tuple(m for m in modules if "max_seq_len_cached" in vars(m) and _is_dynamic(m))
+
+
+def _is_dynamic(module: nn.Module) -> bool:
+    kind: Any = getattr(module, "rope_type", "")  # or of each kind of layers its own
+    return any("dynamic" in each for each in (kind.values() if isinstance(kind, dict) else [kind]))
+
+
+@contextmanager
+def called_afresh(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, each call of these `dynamic_rotary` is as if it were their first.
+
+    Their frequencies are then those of the length that they are called with, whatever came before,
+    and the buffers that hold them stay as they are.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            own, usual = vars(module), module.forward
+            restore = _forward_put_back(own, own.get("forward"))
+            own["forward"] = _afresh(module, usual)
+            stack.callback(restore)
+        yield
+
+
+def _forward_put_back(own: dict[str, Any], before: Any) -> Callable[[], None]:
+    def restore() -> None:
+        if before is None:
+            own.pop("forward", None)
+        else:
+            own["forward"] = before
+
+    return restore
+
+
+_ORIGINAL, _LONGEST = "original_inv_freq", "max_seq_len_cached"
+
+
+def _afresh(module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        before = dict(module._buffers)
+        for name in before:
+            if name.endswith(_ORIGINAL):
+                # One for each kind of layers, where those have their own.
+                prefix = name.removesuffix(_ORIGINAL)
+                module._buffers[f"{prefix}inv_freq"] = before[name].clone()
+                setattr(module, f"{prefix}{_LONGEST}", module.original_max_seq_len)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._buffers.update(before)
+
+    return called
+
+
+def versions(params: Mapping[str, Tensor]) -> list[int]:
+    """What changes where any of them is written to; those made in inference mode do not tell."""
+    try:
+        return [param._version for param in params.values()]
+    except RuntimeError:
+        return [0 if param.is_inference() else param._version for param in params.values()]
+
+
+def written(params: Mapping[str, Tensor], before: list[int]) -> list[str]:
+    """Which of the params were written to since these `versions`."""
+    after = versions(params)
+    if after == before:
+        return []
+    return [n for n, old, new in zip(params, before, after, strict=True) if old != new]
+
+
+def scales_rows(module: nn.Module) -> bool:
+    """Whether a module is one of torch's that scales rows of its weight down as they are read.
+
+    An embedding with `max_norm`: what it writes is what it would write the next time too.
+    """
+    return getattr(module, "max_norm", None) is not None
+
+
+def write_error(name: str) -> ArchitectureError:
+    """The error for a forward that wrote into a parameter."""
+    return ArchitectureError(
+        f"{name}: the model's forward wrote into this parameter, so that what it was given (a "
+        "state's params, say) has other values now; a forward may write into buffers alone. "
+        "Transformers' RWKV does it in eval mode unless model.config.rescale_every is 0: set that "
+        "before functrain.split, or use functrain.models.from_pretrained, which does"
+    )
