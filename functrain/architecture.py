@@ -29,11 +29,10 @@ from functrain.quirks import (
     dynamic_rotary,
     scales_rows,
     submodules_called,
-    versions,
     write_error,
     written,
 )
-from functrain.trees import Tensors, digest, is_sharded, owning
+from functrain.trees import Tensors, digest, is_sharded, owning, versions
 
 Mode = Literal["train", "eval"]
 Place = tuple[dict[str, Tensor | None], str]

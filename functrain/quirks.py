@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.errors import ArchitectureError
+from functrain.trees import versions
 
 
 class _Holder:
@@ -103,14 +104,6 @@ def _afresh(module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
             module._buffers.update(before)
 
     return called
-
-
-def versions(params: Mapping[str, Tensor]) -> list[int]:
-    """What changes where any of them is written to; those made in inference mode do not tell."""
-    try:
-        return [param._version for param in params.values()]
-    except RuntimeError:
-        return [0 if param.is_inference() else param._version for param in params.values()]
 
 
 def written(params: Mapping[str, Tensor], before: list[int]) -> list[str]:

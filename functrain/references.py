@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import attrs
 import orjson
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import keys
+from functrain.appending import append
 from functrain.architecture import (
     Slots,
     bound,
@@ -278,26 +279,18 @@ class ReferenceCache:
         self._known |= fresh
         self.computed += len(fresh)
 
-    def _append(self, file: IO[bytes], data: bytes) -> None:
-        """Write all of it at the end, or nothing: half a line would spoil those after it."""
-        end, rest = file.seek(0, os.SEEK_END), memoryview(data)
+    def _append(self, file: io.FileIO, data: bytes) -> None:
         try:
-            while rest:
-                rest = rest[file.write(rest) :]
-        except BaseException as error:
-            with suppress(OSError):
-                file.truncate(end)
-            if isinstance(error, OSError):
-                raise self._unwritable(error) from error
-            raise
+            append(file, data)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> DataError:
         return DataError(f"{self.path}: cannot be written ({error.strerror}); what it has stays")
 
-    def _opened(self) -> IO[bytes]:
+    def _opened(self) -> io.FileIO:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Without a buffer, which would keep what a full disk has refused, to write it later.
             file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror})") from error
@@ -315,7 +308,7 @@ class ReferenceCache:
             raise
         return file
 
-    def _read(self, file: IO[bytes]) -> None:
+    def _read(self, file: io.FileIO) -> None:
         file.seek(0)
         data = file.read()
         header = {"format": _FORMAT, "reference": self.attach.fingerprint, "version": 1}

@@ -44,6 +44,7 @@ from functrain.trees import (
     global_norm,
     owning,
     succeeding,
+    versions,
 )
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ class Step:
         applied = finite & ~self._spike(state, result.metrics, norm)
         metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
         update = None
-        begun = _versions(state.params) if donate else 0
+        begun = versions(state.params) if donate else []
         try:
             update = self._updated(grads, state, rate, applied, donate)
             successor = self._successor(state, update, result.buffers, applied)
@@ -336,7 +337,7 @@ class Step:
             # Half of the memory may be the next state's: better no state than a torn one. What an
             # optimizer refuses before it writes leaves the state.
             refused = update is None and isinstance(error, FunctrainError)
-            if donate and not (refused and _versions(state.params) == begun):
+            if donate and not (refused and versions(state.params) == begun):
                 consume(state, None)
             raise
         return successor, metrics
@@ -513,11 +514,6 @@ class Step:
                 "skipped": m.total(~applied),
             }
         )
-
-
-def _versions(params: Mapping[str, Tensor]) -> int:
-    """What changes where any of them is written to."""
-    return sum(param._version for param in params.values())
 
 
 def _where(applied: Tensor, new: Tensors, old: Tensors) -> Tensors:

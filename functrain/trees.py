@@ -298,6 +298,20 @@ def _norms(rows: Tensor) -> Tensor:
     return norms
 
 
+def versions(params: Mapping[str, Tensor]) -> list[int]:
+    """What changes where any of them is written to; those made in inference mode do not tell."""
+    try:
+        return [param._version for param in params.values()]
+    except RuntimeError:
+        return [0 if param.is_inference() else param._version for param in params.values()]
+
+
+def by_dtype(dtypes: Mapping[str, torch.dtype]) -> list[list[str]]:
+    """The names of each dtype, in parts; a kernel or an exchange takes one of them at a time."""
+    kinds = sorted(set(dtypes.values()), key=str)
+    return [[name for name in dtypes if dtypes[name] == kind] for kind in kinds]
+
+
 def is_sharded(items: Mapping[str, Tensor]) -> bool:
     """Whether any tensor is a DTensor; without importing that, which takes a second."""
     return any(hasattr(tensor, "full_tensor") for tensor in items.values())

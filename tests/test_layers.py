@@ -14,6 +14,7 @@ import functrain
 PACKAGE = Path(functrain.__file__).parent
 LAYERS = [
     "errors",
+    "appending",
     "memory",
     "accumulators",
     "trees",

@@ -165,12 +165,7 @@ def dynamic() -> tuple[nn.Module, Any, Any]:
     config = tf.LlamaConfig(
         **{**families.GROUPED, "max_position_embeddings": 6}, rope_parameters=DYNAMIC
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = tf.AutoModelForCausalLM.from_config(config).float()
-        for parameter in model.parameters():
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return ft.split(model)
+    return families.stirred(config)
 
 
 def test_dynamic_rotary_positions_remember_no_longer_batch(dynamic: Any) -> None:

@@ -177,6 +177,7 @@ def _source(config: Config, found: Sequence[Any], tokenizer: Tokenizer | None) -
 
 
 def held_out_batches(held_out: Source | None, config: Config) -> list[Batch]:
+    """What each evaluation of a run reads."""
     if held_out is None:
         return []
     plan = config.evaluation
@@ -184,6 +185,7 @@ def held_out_batches(held_out: Source | None, config: Config) -> list[Batch]:
 
 
 def notes(source: Source, held_out: Source | None) -> list[str]:
+    """What to say of the data before a run begins, a line each."""
     notes = [f"training text: {line}" for line in getattr(source, "origin", ())]
     if isinstance(source, data.Packed):
         notes.append(f"training data: {source.packing}")

@@ -19,6 +19,7 @@ from functrain.trees import Tensors
 
 
 def step_for(config: Config, architecture: nn.Module, params: Tensors, world: World) -> Step:
+    """The step of a config's stage, which donates."""
     train, deviations = config.train, config.train.spike_deviations
     options: dict[str, Any] = {
         "schedule": schedule(config.schedule),

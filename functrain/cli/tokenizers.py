@@ -19,6 +19,7 @@ from functrain.errors import ConfigError
 
 
 def tokenizer_for(config: Config, start: Origin | None) -> Tokenizer | None:
+    """The tokenizer of a run's data; None where they are ids of another's."""
     if start is not None:
         found = tokenizer_of(start)
         if found is None and start.config is None:
@@ -78,6 +79,7 @@ def asked_with(found: Origin) -> Tokenizer | None:
 
 
 def vocabulary_for(config: Config, tokenizer: Tokenizer | None) -> int:
+    """How many tokens the model of a run is to know."""
     if tokenizer is not None:
         return tokenizer.vocabulary
     given = config.data.vocabulary if isinstance(config, Pretrain) else None
@@ -90,6 +92,7 @@ def vocabulary_for(config: Config, tokenizer: Tokenizer | None) -> int:
 
 
 def templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
+    """Whether a run's data are dialogues in a chat template; None where there is no template."""
     if not has_template(tokenizer):
         return None
     record = None if config.data.train == EMBEDDED else data.first_record(config.data.train)

@@ -14,6 +14,7 @@ from functrain.distributed.shards import Rows, rows_of
 from functrain.distributed.world import World
 from functrain.errors import ArchitectureError
 from functrain.reductions import tree_sum
+from functrain.trees import by_dtype
 
 Receive = Callable[[str, Tensor, bool], None]
 """Takes a parameter's name, this worker's rows of its gradient's sum, and whether there was a
@@ -208,9 +209,3 @@ def _pack(into: Tensor, sizes: Sequence[int], rows: Sequence[Tensor]) -> None:
         into[begin : begin + tensor.numel()] = tensor.reshape(-1)
         into[begin + tensor.numel() : begin + size] = 0
         begin += size
-
-
-def by_dtype(dtypes: Mapping[str, torch.dtype]) -> list[list[str]]:
-    """The names of each dtype."""
-    kinds = sorted(set(dtypes.values()), key=str)
-    return [[name for name in dtypes if dtypes[name] == kind] for kind in kinds]

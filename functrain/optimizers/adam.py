@@ -21,12 +21,11 @@ from functrain.optimizers.base import (
     grouped,
     held_back,
     laid_out,
-    of_one_dtype,
     owned,
     rate_of,
     zero_count,
 )
-from functrain.trees import Tensors, tensors
+from functrain.trees import Tensors, by_dtype, tensors
 
 _List = list[Tensor]
 _Lists = tuple[_List, _List, _List, _List, _List, _List]
@@ -220,7 +219,7 @@ class Adam:
                 lists = self._lists(names, grads, params, slots)
                 adam_kernel(*lists, fused=False, decoupled_weight_decay=self.decoupled, **shared)
                 return
-            for several in of_one_dtype(names, params):
+            for several in by_dtype({name: params[name].dtype for name in names}):
                 lists = self._lists(several, grads, params, slots)
                 self._fused_kernel(lists, _found_inf(applied), shared)
 

@@ -221,14 +221,6 @@ def laid_out(grad: Tensor, param: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
-def of_one_dtype(names: Sequence[str], params: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The names in parts whose params are of one dtype, as a fused kernel takes them."""
-    found: dict[torch.dtype, list[str]] = {}
-    for name in names:
-        found.setdefault(params[name].dtype, []).append(name)
-    yield from found.values()
-
-
 def zero_count(params: Mapping[str, Tensor]) -> Tensor:
     device = next((p.device for p in params.values()), torch.device("cpu"))
     return torch.zeros((), dtype=torch.int64, device=device)

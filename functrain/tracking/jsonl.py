@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 
+from functrain.appending import append
 from functrain.errors import DataError
 
 CLOCKS = ("data_seconds", "mfu", "peak_memory_gib", "tokens_per_second")
@@ -41,7 +41,6 @@ class JSONLTracker:
         self._path = Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Without a buffer, in which a line that could not be written would wait for the next.
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise _unwritten(self._path, error) from error
@@ -49,14 +48,9 @@ class JSONLTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line, the whole of it or nothing; `DataError` where it cannot be written."""
         values = {name: _encoded(float(value)) for name, value in metrics.items()}
-        line = memoryview(orjson.dumps({"step": step, **values}) + b"\n")
-        begun = self._file.seek(0, os.SEEK_END)
         try:
-            while line:
-                line = line[self._file.write(line) :]
+            append(self._file, orjson.dumps({"step": step, **values}) + b"\n")
         except OSError as error:
-            with suppress(OSError):
-                self._file.truncate(begun)
             raise _unwritten(self._path, error) from error
 
     def close(self) -> None:

@@ -463,6 +463,18 @@ def test_the_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def _full_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full for the save of a step."""
+    real = checkpoint.save
+
+    def save(directory: Path, state: Any, **options: Any) -> Path:
+        if state.step == step:
+            raise CheckpointError("No space left on device")
+        return real(directory, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+
+
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_save_that_fails_is_loud_and_ends_the_run_or_not(
     policy: str,
@@ -473,14 +485,7 @@ def test_a_save_that_fails_is_loud_and_ends_the_run_or_not(
     """A disk that is full for the first save, and has room again for the others."""
     given, run = _config(tmp_path)
     assert main(["pretrain", given, "--directory", str(tmp_path / "alone")]) == 0
-    real = checkpoint.save
-
-    def save(directory: Path, state: Any, **options: Any) -> Path:
-        if state.step == 4:
-            raise CheckpointError("No space left on device")
-        return real(directory, state, **options)
-
-    monkeypatch.setattr(checkpoint, "save", save)
+    _full_at(4, monkeypatch)
     code = main(["pretrain", given, "--train.on-save-error", policy])
     said = capsys.readouterr().err
     assert "No space left on device" in said
@@ -504,14 +509,7 @@ def test_a_run_whose_last_state_is_not_saved_is_not_finished(
     """There is nothing that could go on without it; resumed, it ends as one left alone."""
     given, run = _config(tmp_path)
     assert main(["pretrain", given, "--directory", str(tmp_path / "alone")]) == 0
-    real = checkpoint.save
-
-    def save(directory: Path, state: Any, **options: Any) -> Path:
-        if state.step == 10:
-            raise CheckpointError("No space left on device")
-        return real(directory, state, **options)
-
-    monkeypatch.setattr(checkpoint, "save", save)
+    _full_at(10, monkeypatch)
     told = _refused(["pretrain", given, "--train.on-save-error", policy], capsys)
     assert "No space left on device" in told
     monkeypatch.undo()

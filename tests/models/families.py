@@ -9,6 +9,8 @@ import torch
 import transformers as tf
 import zoo
 
+import functrain as ft
+
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 PLAIN: dict[str, Any] = {
@@ -156,3 +158,13 @@ def without_dropout(model: Any) -> Any:
             if isinstance(getattr(module, key, None), float):
                 setattr(module, key, 0.0)
     return model
+
+
+def stirred(config: Any) -> tuple[Any, Any, Any]:
+    """A model of a config, split, whose tokens differ by more than a fresh one's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = tf.AutoModelForCausalLM.from_config(config).float()
+        for parameter in model.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return ft.split(model)

@@ -17,17 +17,8 @@ from functrain.objectives.language import LanguageModeling
 from functrain.objectives.verdicts import _KEPT, Verdicts
 
 
-def _stirred(config: Any) -> tuple[Any, Any, Any]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).float()
-        for parameter in model.parameters():
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return ft.split(model)
-
-
 def test_a_cache_that_is_switched_on_later_mixes_documents_and_is_refused() -> None:
-    architecture, params, buffers = _stirred(families.CONFIGS["llama"]())
+    architecture, params, buffers = families.stirred(families.CONFIGS["llama"]())
     position = torch.tensor([[*range(7), *range(5)]])
     ids = zoo.batch(examples=1, time=12)["input_ids"]
     labels = ids.masked_fill(position == 0, -100)
@@ -44,7 +35,8 @@ def test_a_cache_that_is_switched_on_later_mixes_documents_and_is_refused() -> N
 
 def test_a_soft_cap_that_is_set_later_counts_in_a_head_by_chunks(monkeypatch: Any) -> None:
     monkeypatch.setattr("functrain.objectives.chunks.WORTH", 1)
-    parts = _stirred(transformers.Gemma2Config(**families.NARROW, final_logit_softcapping=None))
+    config = transformers.Gemma2Config(**families.NARROW, final_logit_softcapping=None)
+    parts = families.stirred(config)
     for cap in (None, 0.5, None):
         parts[0].config.final_logit_softcapping = cap
         losses = [
