@@ -143,7 +143,8 @@ class Form:
     def check(self, state: TrainState) -> None:
         """Raise `StateError` for what is no state, or one of another step."""
         check_state(state)
-        check_fit(state.params, self.places.params, "params")
+        if not self.places.take(state.params):
+            check_fit(state.params, self.places.params, "params")
         if is_sharded(state.params) != (self.sharding is not None):
             raise StateError(
                 "params: this step is sharded and this state is not; make it "

@@ -14,7 +14,7 @@ from functrain.trees import Tensors
 
 def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
     """What the forward sees: private values, which share the params' memory or are casts."""
-    kept = places.statistical
+    kept = params if precision.cast is None else places.statistical
     return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
 
 

@@ -198,11 +198,10 @@ class ValueAndGrad:
         ready = [to_device(each, device) for each in micro_batches]
         if part is None:
             part = Part(first=0, total=len(ready), weight=self.weight(ready))
-        weight = part.weight.to(device) if weight is None else weight
+        weight = part.weight.to(device, non_blocking=True) if weight is None else weight
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
         total = GradientSum(leaves, params, tree=part.tree)
-        factor = scale_loss(weight.double().reciprocal(), scaler)
         measured_all: list[Metrics] = []
         own = OwnBuffers.of(buffers, self.places, self.precision)
         with (
@@ -211,9 +210,7 @@ class ValueAndGrad:
             self._bound(leaves, own.values, total) as model,
             activations.checkpointed(model, self.checkpointed),
             self._compiled(model),
-            accumulators.accumulating(
-                self.places.modules, Accumulating(total.trains, total.sum_of, factor)
-            )
+            self._accumulating(total, weight, scaler)
             if self.direct and not part.tree  # as a tree the bits are those of shards too
             else nullcontext(),
         ):
@@ -250,6 +247,14 @@ class ValueAndGrad:
             beside=beside,
         )
         return Gradients(grads=Tensors(found), buffers=left, metrics=metrics)
+
+    def _accumulating(
+        self, total: GradientSum, weight: Tensor, scaler: LossScale | None
+    ) -> AbstractContextManager[None]:
+        """Large tables' gradients are added to their sums where they are made."""
+        factor = scale_loss(weight.double().reciprocal(), scaler)
+        given = Accumulating(total.trains, total.sum_of, factor)
+        return accumulators.accumulating(self.places.modules, given)
 
     def _beside(self, params: Mapping[str, Tensor], part: Part) -> Beside | None:
         """Sums over the workers that begin in the last backward pass, which goes from the end."""
@@ -482,9 +487,12 @@ class Accumulated:
             parts = split_batch(batch, self.microbatches)
             return self.gradient(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
         # Checked once and whole: what is wrong is said in the words of the batch that was given.
-        (whole,) = self.gradient.checked(batch)
+        (whole,) = self.gradient.checked(batch, whole=False)
         parts = split_batch(whole, self.microbatches)
-        return self.gradient.of_checked(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
+        weight = self.gradient.weight(parts)
+        self.gradient.objective.check_weight(weight)
+        part = Part(first=0, total=len(parts), weight=weight)
+        return self.gradient.of_checked(params, buffers, parts, part=part, **options)  # pyrefly: ignore[open-unpacking]
 
     def _shared(
         self,

@@ -43,7 +43,8 @@ class Metric:
         """The reading: a 0-d float64 tensor."""
         if self.reading == "total":
             return self.sum
-        mean = (self.sum / self.weight).sum()
+        mean = self.sum / self.weight
+        mean = mean.sum() if mean.ndim else mean
         return mean.exp() if self.reading == "exp" else mean
 
 
@@ -64,9 +65,8 @@ def exponential(total_loss: Tensor | float, weight: Tensor | float) -> Metric:
 
 def _scalar(value: Tensor | float) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=torch.float64)
-    value = value.detach() if value.requires_grad else value
-    return value.to(torch.float64)
+        return torch.scalar_tensor(value, dtype=torch.float64)
+    return (value.detach() if value.requires_grad else value).double()
 
 
 class Metrics(Mapping[str, Tensor]):

@@ -7,7 +7,7 @@ The arithmetic is PyTorch's: autocast for the forward, and the kernels behind
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import attrs
 import torch
@@ -63,11 +63,20 @@ def scale_loss(loss: Tensor, scaler: LossScale | None) -> Tensor:
     return loss if scaler is None else loss * scaler.scale.to(loss.device)
 
 
-def unscale(grads: Mapping[str, Tensor], scaler: LossScale | None) -> Tensors:
-    """The gradients divided by the scale, as a multiplication by its reciprocal like GradScaler."""
-    if scaler is None:
+def unscale(
+    grads: Mapping[str, Tensor], scaler: LossScale | None, *, donate: bool = False
+) -> Tensors:
+    """The gradients divided by the scale, as a multiplication by its reciprocal like GradScaler.
+
+    `donate=True` does it in place.
+    """
+    if scaler is None or not grads:
         return tensors(grads)
     inverse = scaler.scale.double().reciprocal().float()
+    if donate:
+        leaves = list(grads.values())
+        torch._foreach_mul_(leaves, inverse.to(leaves[0].device))
+        return tensors(grads)
     return map_leaves(lambda grad: grad * inverse.to(grad.device), grads)
 
 
@@ -108,8 +117,9 @@ class Precision:
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of the forward on `device`."""
         if self.autocast is None:
-            # Also where the caller has autocast on: the bits are a function of the arguments.
-            return torch.autocast(device.type, enabled=False)
+            # Off where the caller has it on: the bits are a function of the arguments.
+            on = torch.is_autocast_enabled(device.type)
+            return torch.autocast(device.type, enabled=False) if on else nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
 
     def leaf(self, param: Tensor) -> Tensor:

@@ -123,9 +123,12 @@ def writable_state(state: TrainState, trainable: Collection[str]) -> TrainState:
     That is what it shares with an earlier state (which a pure step made it of, leaving some
     parameters as they were), or came from a mapping of the user's.
     """
+    params = writable(state.params, trainable)
     slots = {slot: writable(items) for slot, items in state.optimizer.slots.items()}
+    if params is state.params and all(slots[s] is t for s, t in state.optimizer.slots.items()):
+        return state
     optimizer = attrs.evolve(state.optimizer, slots=slots)
-    return attrs.evolve(state, params=writable(state.params, trainable), optimizer=optimizer)
+    return attrs.evolve(state, params=params, optimizer=optimizer)
 
 
 def refuse_aliases(

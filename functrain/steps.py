@@ -32,6 +32,7 @@ from functrain.precision import POLICIES, LossScale, Precision, policy, unscale,
 from functrain.reductions import Reduction, reduction_name
 from functrain.schedules import Plateau, Schedule
 from functrain.state import (
+    SchedulerState,
     TrainState,
     check_state,
     consume,
@@ -318,19 +319,18 @@ class Step:
                 f"objective {self.objective.name!r}: its metrics have no 'loss', by which a step "
                 "that is not finite is known; add metrics.mean(total, weight)"
             )
-        unscaled = unscale(result.grads, state.scaler)
+        unscaled = unscale(result.grads, state.scaler, donate=True)  # the step's own
         norm = self._norm(unscaled)
         applied = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
         grads, transformed = self._clipped(unscaled, state.params, norm)
-        finite = applied & torch.isfinite(transformed)
-        applied = finite & ~self._spike(state, result.metrics, norm)
+        finite = applied if transformed is norm else applied & torch.isfinite(transformed)
+        applied = self._unless_spike(state, result.metrics, norm, finite)
         metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
         update = None
         begun = versions(state.params) if donate else []
         try:
             update = self._updated(grads, state, rate, applied, donate)
-            successor = self._successor(state, update, result.buffers, applied)
-            successor = self._counted(state, successor, metrics, finite, applied)
+            successor = self._successor(state, update, result.buffers, metrics, finite, applied)
             if donate:
                 consume(state, successor)
         except BaseException as error:
@@ -347,56 +347,50 @@ class Step:
         state: TrainState,
         update: tuple[Tensors, OptimizerState],
         buffers: Tensors,
+        metrics: Metrics,
+        finite: Tensor,
         applied: Tensor,
     ) -> TrainState:
+        """The state after a step; the loss scale goes by `finite`, since a spike is no overflow."""
         params, optimizer = update
-        count = state.scheduler.count
+        counted, scaler, guard = state.scheduler, state.scaler, state.guard
+        count = counted.count + applied.to(counted.count.dtype)
+        if scaler is not None:
+            scaler = update_loss_scale(scaler, finite)
+        if self.guard is not None and guard is not None:
+            guard = self.guard.observe(guard, metrics["loss"], metrics["grad_norm"], applied)
         return attrs.evolve(
             state,
             step=state.step + 1,
             params=params,
             buffers=_where(applied, buffers, state.buffers),
             optimizer=optimizer,
-            scheduler=attrs.evolve(state.scheduler, count=count + applied.to(count.dtype)),
-            average=self._averaged(state.average, params, applied),
-        )
-
-    def _spike(self, state: TrainState, metrics: Metrics, norm: Tensor) -> Tensor:
-        if self.guard is None or state.guard is None:
-            return torch.zeros((), dtype=torch.bool, device=norm.device)
-        return self.guard.spike(state.guard, metrics["loss"], norm).to(norm.device)
-
-    def _counted(
-        self,
-        state: TrainState,
-        successor: TrainState,
-        metrics: Metrics,
-        finite: Tensor,
-        applied: Tensor,
-    ) -> TrainState:
-        """With the loss scale, the guard and what the objective carries; a spike is no overflow."""
-        scaler, guard = state.scaler, state.guard
-        if scaler is not None:
-            scaler = update_loss_scale(scaler, finite)
-        if self.guard is not None and guard is not None:
-            guard = self.guard.observe(guard, metrics["loss"], metrics["grad_norm"], applied)
-        return attrs.evolve(
-            successor,
+            scheduler=SchedulerState(count=count, plateau=counted.plateau),
             scaler=scaler,
             guard=guard,
-            reference=self._moved_reference(successor, applied),
+            average=self._averaged(state.average, params, applied),
+            reference=self._moved_reference(state, params, applied),
             running=self._advanced_running(state.running, metrics, applied),
         )
 
-    def _moved_reference(self, successor: TrainState, applied: Tensor) -> Tensors | None:
+    def _unless_spike(
+        self, state: TrainState, metrics: Metrics, norm: Tensor, finite: Tensor
+    ) -> Tensor:
+        if self.guard is None or state.guard is None:
+            return finite
+        return finite & ~self.guard.spike(state.guard, metrics["loss"], norm).to(norm.device)
+
+    def _moved_reference(
+        self, state: TrainState, params: Tensors, applied: Tensor
+    ) -> Tensors | None:
         """α·π + (1−α)·ref where the step is a multiple of k (TR-DPO, 2404.09656)."""
-        objective, reference = self._carrying, successor.reference
+        objective, reference = self._carrying, state.reference
         if objective is None or reference is None:
             return reference
         mixup = objective.reference_mixup
-        if mixup is None or successor.step % objective.reference_sync:
+        if mixup is None or (state.step + 1) % objective.reference_sync:
             return reference
-        return _where(applied, self._moved(reference, successor.params, mixup), reference)
+        return _where(applied, self._moved(reference, params, mixup), reference)
 
     def _moved(self, values: Tensors, params: Tensors, weight: float) -> Tensors:
         """`values` moved towards the params, of what trains alone.
@@ -467,11 +461,9 @@ class Step:
             grads, given.optimizer, given.params, rate, applied=applied, donate=donate
         )
         if donate:
-            slots = {
-                slot: owning(items, own.get(slot, items.keys()))
-                for slot, items in optimizer.slots.items()
-            }
-            return owning(params, kept), attrs.evolve(optimizer, slots=slots)
+            for slot, items in optimizer.slots.items():
+                owning(items, own.get(slot, items.keys()))
+            return owning(params, kept), optimizer
         before = state.optimizer.slots
         slots = {
             slot: succeeding(items, before.get(slot, Tensors()))

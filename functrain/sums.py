@@ -12,7 +12,7 @@ from torch import Tensor
 from functrain import memory
 from functrain.errors import ArchitectureError
 from functrain.reductions import Beside, Tree, added
-from functrain.trees import Tensors
+from functrain.trees import Tensors, alike
 
 
 class GradientSum:
@@ -28,8 +28,9 @@ class GradientSum:
         self, leaves: Mapping[str, Tensor], params: Mapping[str, Tensor], *, tree: bool = False
     ) -> None:
         self._tree = Tree(added) if tree else None
-        self._leaves = leaves
+        self._leaves, self._params = leaves, params
         self.dtypes = {name: param.dtype for name, param in params.items()}
+        self._narrow = frozenset(n for n, leaf in leaves.items() if leaf.dtype != self.dtypes[n])
         self._wide: dict[str, Tensor] = {}
         self._reached: set[str] = set()
         self._received = False
@@ -50,7 +51,7 @@ class GradientSum:
         self._added = 1 if branch is None else 2
         for name, grad in (branch or {}).items():
             leaf = self._leaves[name]
-            if self._received or leaf.dtype != self.dtypes[name]:
+            if self._received or name in self._narrow:
                 self._wide[name] = grad
             else:
                 leaf.grad = grad
@@ -99,8 +100,8 @@ class GradientSum:
         if name in self._direct:  # since this pass: `grads` adds the two
             return
         assert leaf.grad is not None  # it has just been accumulated
-        grad = self._taken(name, leaf, leaf.grad)
-        if grad is None:
+        grad = leaf.grad
+        if not self._taken(name, leaf, grad):
             grad = self._wide.pop(name)
         whole = self._folded(name, grad)
         own = begun or whole is not leaf.grad
@@ -127,18 +128,18 @@ class GradientSum:
         `a[None] + b[None]` autograd hands both leaves the same (torch 2.13), in which an ordinary
         loop's second backward pass adds for both.
         """
-        taken: list[str] = []
-        seen: set[int] = set()
-        for name, leaf in self._new.items():
-            grad = leaf.grad
-            if grad is None or (grad := self._taken(name, leaf, grad)) is None:
-                continue
-            taken.append(name)
-            address = grad.untyped_storage().data_ptr()
-            if address in seen:
-                leaf.grad = grad.clone()
-            elif address:  # empty ones have none
-                seen.add(address)
+        taken = {name: grad for name, leaf in self._new.items() if (grad := leaf.grad) is not None}
+        # Asked of all at once: a model has hundreds.
+        if self._narrow or not all(grad.layout is torch.strided for grad in taken.values()):
+            taken = {n: g for n, g in taken.items() if self._taken(n, self._leaves[n], g)}
+        places = [grad.untyped_storage().data_ptr() for grad in taken.values()]
+        if len(set(places)) < len(places):
+            seen: set[int] = set()
+            for (name, grad), address in zip(taken.items(), places, strict=True):
+                if address in seen:
+                    self._leaves[name].grad = grad.clone()
+                elif address:  # empty ones have none
+                    seen.add(address)
         if self._tree is None:
             for name in taken:
                 del self._new[name]
@@ -148,22 +149,28 @@ class GradientSum:
             for leaf in self._leaves.values():
                 leaf.grad = None
 
-    def _taken(self, name: str, leaf: Tensor, grad: Tensor) -> Tensor | None:
-        """A gradient that its leaf keeps; one that is narrower than its sum is widened."""
+    def _taken(self, name: str, leaf: Tensor, grad: Tensor) -> bool:
+        """Whether a leaf keeps its gradient; one that is narrower than its sum is widened."""
         if grad.layout is not torch.strided:
             raise ArchitectureError(
                 f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
                 "take; build its nn.Embedding with sparse=False"
             )
-        if leaf.dtype == self.dtypes[name]:
-            return grad
+        if name not in self._narrow:
+            return True
         wide = grad.to(self.dtypes[name])
         self._wide[name] = self._wide[name].add_(wide) if name in self._wide else wide
         leaf.grad = None
-        return None
+        return False
 
     def grads(self) -> Tensors:
-        """The sum over all micro-batches, but for what was told to be there."""
+        """The sum over all micro-batches, but for what was told to be there.
+
+        They are known to be like the params: autograd sees to that, after hooks too.
+        """
+        return alike(self._total(), self._params)
+
+    def _total(self) -> Tensors:
         if self._tree is None:
             return self._summed()
         if not self._ending:

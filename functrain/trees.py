@@ -13,7 +13,6 @@ from collections.abc import (
     Iterator,
     KeysView,
     Mapping,
-    Sequence,
     ValuesView,
 )
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from functrain.errors import ConsumedStateError, StateError, did_you_mean
+from functrain.norms import all_row_norms
 
 
 class Tensors(dict[str, Tensor]):
@@ -33,16 +33,18 @@ class Tensors(dict[str, Tensor]):
     donated step has reused the memory, every access raises `ConsumedStateError`.
 
     It knows which of the tensors no other mapping of functrain's holds (`own`): a donated step
-    writes into the memory of those alone, and into copies of the others.
+    writes into the memory of those alone, and into copies of the others. Gradients know
+    which params they are `like`, so that an optimizer does not look at hundreds of them again.
     """
 
-    __slots__ = ("_consumed_by", "_own")
+    __slots__ = ("_consumed_by", "_like", "_own")
 
     def __init__(
         self, items: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (), /, **named: Tensor
     ) -> None:
         self._consumed_by: str | None = None
         self._own: frozenset[str] = frozenset()
+        self._like: Mapping[str, Tensor] | None = None
         if isinstance(items, Tensors):
             items._own = frozenset()
             if not named:
@@ -196,6 +198,17 @@ def succeeding(new: Mapping[str, Tensor], old: Tensors) -> Tensors:
     return owning(items, items.keys() - both)
 
 
+def alike(items: Tensors, params: Mapping[str, Tensor]) -> Tensors:
+    """`items` itself, known to have dense tensors of the params' shapes, dtypes and devices."""
+    items._like = params
+    return items
+
+
+def are_like(items: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
+    """Whether that is known of `items`, and of these very params."""
+    return isinstance(items, Tensors) and items._like is params
+
+
 def select(items: Mapping[str, Tensor], *patterns: str) -> Tensors:
     """The tensors whose names match one of the shell patterns; a pattern without match raises."""
     return _sharing(items, {name: items[name] for name in _matching(items, patterns)})
@@ -232,70 +245,11 @@ def global_norm(items: Mapping[str, Tensor]) -> Tensor:
     row, and then over the rows in order: leaves that are sharded by rows have the same norm, to the
     bit.
     """
-    norms = row_norms([whole(leaf) for leaf in items.values()])
-    if not norms:
+    leaves = [whole(leaf) for leaf in items.values()]
+    if not leaves:
         return torch.zeros((), dtype=torch.float64)
-    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms))
+    norm: Tensor = torch.linalg.vector_norm(all_row_norms(leaves))
     return norm
-
-
-_PIECE = 1 << 16
-"""So many numbers are copied to float64 at a time: what stays in a core's cache."""
-
-_SMALL = 1 << 14
-"""Of no more numbers a tensor is laid beside others: calling a kernel would take longer."""
-
-
-def row_norms(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The Euclidean norms of the rows of each tensor, float64 [rows]; of a vector, magnitudes.
-
-    Small tensors whose rows are of one length are taken together: a model has hundreds of them, and
-    calling the kernels for each takes longer than the kernels do.
-    """
-    found: dict[int, Tensor] = {}
-    alike: dict[tuple[int, torch.dtype, torch.device], list[tuple[int, int, Tensor]]] = {}
-    for at, leaf in enumerate(leaves):
-        rows = _rows(leaf)
-        count, *width = rows.shape
-        if count * (width[0] if width else 1) > _SMALL:
-            found[at] = _row_norms(rows)
-        else:
-            kind = width[0] if width else -1, rows.dtype, rows.device
-            alike.setdefault(kind, []).append((at, count, rows))
-    for several in alike.values():
-        places, counts, parts = zip(*several, strict=True)
-        norms = _row_norms(torch.cat(parts))
-        found |= zip(places, torch.split_with_sizes(norms, counts), strict=True)
-    return [found[at] for at in range(len(leaves))]
-
-
-def _rows(leaf: Tensor) -> Tensor:
-    """A tensor as a matrix of its rows; of fewer dimensions, as a vector."""
-    leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    dims = leaf.ndim
-    if dims > 2:
-        return leaf.flatten(1)
-    return leaf if dims else leaf.reshape(1)
-
-
-def _row_norms(rows: Tensor) -> Tensor:
-    if rows.ndim < 2:
-        return rows.to(torch.float64).abs()
-    if rows.device.type != "cpu":
-        return _norms(rows)
-    # In pieces: the CPU's kernel makes a copy of its argument in float64.
-    count = max(2, _PIECE // max(1, rows.shape[1]))
-    if len(rows) <= count:
-        return _norms(rows)
-    return torch.cat([_norms(piece) for piece in torch.split(rows, count)])
-
-
-def _norms(rows: Tensor) -> Tensor:
-    if len(rows) == 1:
-        # A single row would be shared out to the threads, and summed in another order.
-        return _norms(rows.expand(2, -1))[:1]
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms
 
 
 def versions(params: Mapping[str, Tensor]) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 import functrain as ft
-from functrain import accumulators, keys
+from functrain import accumulators, keys, trees
 from functrain import architecture as binding
 from functrain.errors import BatchError, ConfigError
 from functrain.forward import OwnBuffers
@@ -55,6 +55,39 @@ def _same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 # What the gradient is.
+
+
+def test_gradients_are_known_to_be_like_their_params_and_no_others() -> None:
+    """An optimizer looks at every tensor of any other mapping, one of the same tensors too."""
+    architecture, params, buffers = ft.split(zoo.decoder())
+    gradient = ft.value_and_grad(LanguageModeling(), architecture)
+    grads = gradient(params, buffers, zoo.batch()).grads
+    assert trees.are_like(grads, params)
+    clipped, _ = ft.clip_by_global_norm(grads, 1e-3, donate=True)
+    assert trees.are_like(clipped, params)
+    for others in (Tensors(grads), dict(grads), ft.clip_by_value(grads, 1.0)):
+        assert not trees.are_like(others, params)
+    assert not trees.are_like(grads, params.copy())
+    assert not trees.are_like(params, params)
+
+
+@pytest.mark.parametrize("changed", [lambda g: g[:1], lambda g: g.double(), lambda g: g.to("meta")])
+def test_a_models_hook_cannot_change_what_a_gradient_is(changed: Any) -> None:
+    """By which the fused kernel, which takes sizes on trust, would read past its end."""
+
+    class Hooked(nn.Sequential):
+        def forward(self, input_ids: Tensor) -> Any:
+            self[1].weight.register_hook(changed)
+            return super().forward(input_ids)
+
+    architecture, params, buffers = ft.split(Hooked(nn.Embedding(7, 4), nn.Linear(4, 7)))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), head="full")
+    state = step.init(params, buffers)
+    before = ft.fingerprint(state)
+    ids = torch.arange(6).view(2, 3)
+    with pytest.raises(RuntimeError, match=r"hook .* has changed the"):
+        step(state, {"input_ids": ids, "labels": ids}, donate=True)
+    assert ft.fingerprint(state) == before
 
 
 @EVERY

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import mtrand
 
 from functrain import keys
 
@@ -96,6 +97,29 @@ def test_the_global_generators_are_as_they_were(fails: bool) -> None:
     except ZeroDivisionError:
         pass
     assert _generators() == before
+
+
+@pytest.mark.parametrize("made", [np.random.MT19937, np.random.PCG64])
+@pytest.mark.parametrize("drawn", [0, 1, 2, 3])
+def test_numpys_generator_goes_on_with_the_second_of_a_pair(made: Any, drawn: int) -> None:
+    """Normal numbers are drawn by twos; the generator is the one that was there, of any kind."""
+    own = mtrand.get_bit_generator()
+    found = []
+    try:
+        for inside in (False, True):
+            there = made(3)
+            mtrand.set_bit_generator(there)
+            np.random.randn(drawn)
+            if inside:
+                with keys.seeded(1):
+                    np.random.randn(drawn + 1)
+                    with keys.seeded(2):
+                        np.random.randn()
+                assert mtrand.get_bit_generator() is there
+            found.append(np.random.randn(3).tolist())
+    finally:
+        mtrand.set_bit_generator(own)
+    assert found[0] == found[1]
 
 
 def test_an_inner_seed_leaves_the_outer_draws_as_they_are() -> None:

@@ -17,6 +17,7 @@ LAYERS = [
     "appending",
     "memory",
     "accumulators",
+    "norms",
     "trees",
     "keys",
     "quirks",

@@ -71,6 +71,8 @@ def test_unscaling_has_the_bits_of_a_grad_scalers(seed: int, scale: float) -> No
     for name, leaf in leaves.items():
         assert torch.equal(ours[name], leaf.grad)
         assert torch.equal(given_[name], values[name]), "unscaling is pure"
+    ft.unscale(given_, ft.init_loss_scale(scale), donate=True)
+    assert all(torch.equal(given_[name], ours[name]) for name in ours)
 
 
 def test_a_scaled_loss_has_scaled_gradients() -> None:

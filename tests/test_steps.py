@@ -775,7 +775,7 @@ def test_a_donated_step_that_fails_after_the_update_leaves_no_torn_state(
         raise ft.ConfigError("the guard has no place for it")
 
     step, state = _made(schedule=1e-2)
-    monkeypatch.setattr(step.__class__, "_counted", fail)
+    monkeypatch.setattr(step.__class__, "_successor", fail)
     with pytest.raises(ft.ConfigError, match="no place"):
         step(state, zoo.batch(), donate=True)
     with pytest.raises(ft.ConsumedStateError):

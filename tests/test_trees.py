@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from functrain import trees
+from functrain import norms, trees
 from functrain.errors import ConsumedStateError, StateError
 from functrain.trees import Tensors
 
@@ -45,8 +45,8 @@ def test_the_order_does_not_reach_the_bits_of_the_norm(names: list[str], data: A
         n: torch.rand(5, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names)
     }
     shuffled = {name: items[name] for name in data.draw(st.permutations(names))}
-    norms = [trees.global_norm(Tensors(each)) for each in (items, shuffled)]
-    assert torch.equal(*norms)
+    found = [trees.global_norm(Tensors(each)) for each in (items, shuffled)]
+    assert torch.equal(*found)
 
 
 LEAVES = st.tuples(
@@ -68,17 +68,17 @@ def test_the_norms_of_rows_do_not_depend_on_what_is_beside(
         leaf = torch.randn(shape, generator=generator).to(dtype)
         leaves.append(leaf.transpose(0, -1) if turned and leaf.ndim else leaf)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trees, "_SMALL", small)
-        found = trees.row_norms(leaves)
+        patch.setattr(norms, "_SMALL", small)
+        found = norms.row_norms(leaves)
         assert len(found) == len(leaves)
-        for leaf, norms in zip(leaves, found, strict=True):
-            (alone,) = trees.row_norms([leaf])
-            assert norms.equal(alone)
+        for leaf, each in zip(leaves, found, strict=True):
+            (alone,) = norms.row_norms([leaf])
+            assert each.equal(alone)
             wide = leaf.flatten(1) if leaf.ndim > 1 else leaf.reshape(-1, 1)
             wide = torch.view_as_real(wide).flatten(1) if leaf.is_complex() else wide
             if leaf.ndim or not leaf.is_complex():
                 expected = torch.linalg.vector_norm(wide.double(), dim=1)
-                torch.testing.assert_close(norms, expected, rtol=1e-14, atol=0.0)
+                torch.testing.assert_close(each, expected, rtol=1e-14, atol=0.0)
 
 
 def test_tensors_that_are_sorted_already_are_not_copied() -> None:

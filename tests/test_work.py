@@ -23,12 +23,14 @@ SHAPE = DecoderConfig(vocabulary=VOCABULARY, width=32, layers=2, heads=2, hidden
 TABLE = VOCABULARY * 32 * 4
 
 BUDGETS: dict[str, tuple[int, float]] = {
-    "pretrain": (477, 26.9),
-    "pretrain, 4 micro-batches": (1_230, 69.3),
-    "pretrain, pure": (557, 30.9),
-    "pretrain, whole logits": (340, 73.9),
-    "dpo": (915, 70.2),
-    "dpo, shared prompt": (1_003, 56.5),
+    "pretrain": (470, 26.9),
+    "pretrain, 4 micro-batches": (1_229, 69.3),
+    "pretrain, pure": (550, 30.9),
+    "pretrain, fp16": (611, 36.7),
+    "pretrain, canonical, 4 micro-batches": (1_205, 76.1),
+    "pretrain, whole logits": (331, 73.9),
+    "dpo": (909, 70.2),
+    "dpo, shared prompt": (997, 56.5),
 }
 """Kernel calls, and bytes of new memory in units of the embedding table's, of one step.
 
@@ -87,6 +89,8 @@ def _work(name: str) -> tuple[int, float]:
         batch = _pairs()
         step = ft.dpo_step(architecture, optimizer, **options)
     else:
+        options["precision"] = "fp16" if "fp16" in name else "fp32"
+        options["reduction"] = "canonical" if "canonical" in name else "fast"
         options["head"] = "full" if "whole" in name else "auto"
         step = ft.pretrain_step(architecture, optimizer, **options)
     state, _ = step(step.init(params, buffers), batch)  # what is found once is found

@@ -33,10 +33,11 @@ from functrain.distributed.units import Binding, Unit, Values, find_units
 from functrain.distributed.world import World
 from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.metrics import Metrics
+from functrain.norms import row_norms
 from functrain.optimizers import OptimizerState
 from functrain.reductions import Beside, Part, tree_sum
 from functrain.state import TrainState, consume
-from functrain.trees import Tensors, is_sharded, owning, row_norms
+from functrain.trees import Tensors, is_sharded, owning
 
 Update = Callable[..., tuple[Tensors, OptimizerState]]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import torch
@@ -25,7 +25,7 @@ from functrain.optimizers.base import (
     rate_of,
     zero_count,
 )
-from functrain.trees import Tensors, by_dtype, tensors
+from functrain.trees import Tensors, are_like, by_dtype, tensors
 
 _List = list[Tensor]
 _Lists = tuple[_List, _List, _List, _List, _List, _List]
@@ -144,7 +144,8 @@ class Adam:
         self._check_slots(slots, grads, params)
         for options, names in grouped(self.groups, params, grads):
             self._kernel(options, names, grads, params, slots, learning_rate, applied)
-        return params, attrs.evolve(state, count=advanced(state.count, applied), slots=slots)
+        count = advanced(state.count, applied)
+        return params, OptimizerState(kind=state.kind, count=count, slots=slots)
 
     def check(
         self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
@@ -164,34 +165,34 @@ class Adam:
             missing = grads.keys() - slots[slot].keys() if slot in slots else set(grads)
             if missing:
                 raise StateError(f"state/{slot}: no {min(missing)}; {_FRESH}")
-        moments = [(slot, slots[slot]) for slot in self._moments]
-        for name, grad in grads.items():
-            if grad.layout is not torch.strided:
-                raise StateError(
-                    f"grads/{name}: sparse, expected a dense gradient; give .to_dense() of it, or "
-                    "take from_torch(torch.optim.SparseAdam)"
-                )
-            param = params[name]
-            shape, strides = param.shape, param.stride()
-            for slot, values in moments:
-                value = values[name]
-                if value.shape != shape or (self.fused and value.stride() != strides):
-                    self._refuse(slot, name, value, param)
+        if not are_like(grads, params):
+            _refuse_sparse(grads)
+        # Lists are compared, not tensors in turn: a model has hundreds.
+        own = [params[name] for name in grads]
+        shapes, strides = [p.shape for p in own], [p.stride() for p in own]
+        for slot in self._moments:
+            values = [slots[slot][name] for name in grads]
+            same = [value.shape for value in values] == shapes
+            if not same or (self.fused and [value.stride() for value in values] != strides):
+                for name, value, param in zip(grads, values, own, strict=True):
+                    self._check_moment(slot, name, value, param)
+        for name in grads:
             count = slots["step"][name]
             if count.ndim:
-                self._refuse("step", name, count, count.new_zeros(()))
+                self._check_moment("step", name, count, count.new_zeros(()))
 
-    def _refuse(self, slot: str, name: str, value: Tensor, like: Tensor) -> NoReturn:
+    def _check_moment(self, slot: str, name: str, value: Tensor, like: Tensor) -> None:
         where = f"state/{slot}/{name}"
         if value.shape != like.shape:
             raise StateError(
                 f"{where}: shape {list(value.shape)}, expected {list(like.shape)}; {_FRESH}"
             )
-        raise StateError(
-            f"{where}: strides {value.stride()}, expected the parameter's {like.stride()} for the "
-            f"fused kernel; give params[{name!r}].contiguous() to init and update, or take "
-            "fused=False"
-        )
+        if self.fused and value.stride() != like.stride():
+            raise StateError(
+                f"{where}: strides {value.stride()}, expected the parameter's {like.stride()} for "
+                f"the fused kernel; give params[{name!r}].contiguous() to init and update, or take "
+                "fused=False"
+            )
 
     def _kernel(
         self,
@@ -267,6 +268,15 @@ class Adam:
                 "and lr_scale"
             )
         return {"lr": self.lr, **own, **given}
+
+
+def _refuse_sparse(grads: Mapping[str, Tensor]) -> None:
+    for name, grad in grads.items():
+        if grad.layout is not torch.strided:
+            raise StateError(
+                f"grads/{name}: sparse, expected a dense gradient; give .to_dense() of it, or "
+                "take from_torch(torch.optim.SparseAdam)"
+            )
 
 
 _FRESH = "the state was made for other params; begin anew with init(params)"

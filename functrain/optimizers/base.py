@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.errors import ConfigError, StateError, did_you_mean, is_number
-from functrain.trees import Tensors
+from functrain.trees import Tensors, are_like
 
 Predicate = Callable[[str, Tensor], bool]
 
@@ -174,6 +174,8 @@ def check_update(
         )
     for name in grads.keys() - params.keys():
         raise StateError(f"grads/{name}: no parameter has this name; {did_you_mean(name, params)}")
+    if are_like(grads, params):
+        return
     dtypes = set()
     for name, grad in grads.items():
         param = params[name]

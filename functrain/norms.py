@@ -1,0 +1,135 @@
+"""Norms of the rows of many tensors, by a few kernels.
+
+A global norm is taken row by row and then over the rows, so that it is the same of tensors that are
+shared out by rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+_PIECE = 1 << 16
+"""So many numbers are copied to float64 at a time: what stays in a core's cache."""
+
+_SMALL = 1 << 14
+"""Of no more numbers a tensor is laid beside others: calling a kernel would take longer."""
+
+
+def row_norms(leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The Euclidean norms of the rows of each tensor, float64 [rows]; of a vector, magnitudes."""
+    if not leaves:
+        return ()
+    counts = [_form(leaf.shape, leaf.dtype)[0] for leaf in leaves]
+    return torch.split_with_sizes(all_row_norms(leaves), counts)
+
+
+def all_row_norms(leaves: Sequence[Tensor]) -> Tensor:
+    """`row_norms` of all tensors, one after the other: float64 [rows]."""
+    shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
+    laid = _laid_together(tuple(shapes), tuple(dtypes), _SMALL)
+    norms = torch.cat([_row_norms(each.rows(leaves)) for each in laid.several])
+    if laid.places is None:
+        return norms
+    if norms.device.type == "cpu":
+        return norms[torch.from_numpy(laid.places)]
+    # To send the places there would be a wait.
+    parts = zip(laid.taken, torch.split_with_sizes(norms, laid.counts), strict=True)
+    return torch.cat([part for _, part in sorted(parts, key=operator.itemgetter(0))])
+
+
+@attrs.frozen(eq=False)
+class _Several:
+    """Which tensors are taken together; `plain`: whether each is a matrix or a vector, and real."""
+
+    places: list[int]
+    plain: bool
+
+    def rows(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Their rows, all as long, as one matrix; of vectors, a vector."""
+        several = [leaves[at] for at in self.places]
+        if not self.plain:
+            several = [_as_rows(leaf) for leaf in several]
+        return several[0] if len(several) == 1 else torch.cat(several)
+
+
+@attrs.frozen(eq=False)
+class _Laid:
+    """Which tensors are taken together, and where their rows are then; None where in order.
+
+    `taken`: the tensors in the order in which they are taken, with their `counts` of rows.
+    """
+
+    several: list[_Several]
+    taken: list[int]
+    counts: list[int]
+    places: np.ndarray[Any, Any] | None
+
+
+@functools.lru_cache(maxsize=64)
+def _laid_together(
+    shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], small: int
+) -> _Laid:
+    """Together are those of up to `small` numbers whose rows are of one length.
+
+    A model has hundreds of them, and calling the kernels for each takes longer than the kernels do.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    forms = [_form(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    for at, (shape, dtype, form) in enumerate(zip(shapes, dtypes, forms, strict=True)):
+        kind = (*form[1:], dtype) if shape.numel() <= small else (at,)
+        alike.setdefault(kind, []).append(at)
+    several = [
+        _Several(
+            places, all(len(shapes[at]) in (1, 2) and not dtypes[at].is_complex for at in places)
+        )
+        for places in alike.values()
+    ]
+    taken = [at for each in several for at in each.places]
+    counts = [forms[at][0] for at in taken]
+    if taken == sorted(taken):
+        return _Laid(several, taken, counts, None)
+    ends = np.cumsum(counts)
+    rows = {at: np.arange(end - n, end) for at, end, n in zip(taken, ends, counts, strict=True)}
+    places = np.concatenate([rows[at] for at in range(len(shapes))])
+    return _Laid(several, taken, counts, places)
+
+
+def _form(shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of a tensor's rows, [rows, length]; of fewer dimensions than two, [numbers]."""
+    count, *width = (*shape, 2) if dtype.is_complex else shape or (1,)
+    return (count, math.prod(width)) if width else (count,)
+
+
+def _as_rows(leaf: Tensor) -> Tensor:
+    return (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(
+        _form(leaf.shape, leaf.dtype)
+    )
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    if rows.ndim < 2:
+        return rows.to(torch.float64).abs()
+    if rows.device.type != "cpu":
+        return _norms(rows)
+    # In pieces: the CPU's kernel makes a copy of its argument in float64.
+    count = max(2, _PIECE // max(1, rows.shape[1]))
+    if len(rows) <= count:
+        return _norms(rows)
+    return torch.cat([_norms(piece) for piece in torch.split(rows, count)])
+
+
+def _norms(rows: Tensor) -> Tensor:
+    if len(rows) == 1:
+        # A single row would be shared out to the threads, and summed in another order.
+        return _norms(rows.expand(2, -1))[:1]
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms
