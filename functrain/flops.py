@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import torch
+from torch import Tensor
 
 from functrain import activations
 from functrain.architecture import bound
@@ -61,7 +64,7 @@ def counter(*, recomputed: bool = True) -> Any:
 
 
 def _unknown() -> dict[Any, Any]:
-    """The operations that PyTorch's counter does not know, with the formulas of their like."""
+    """The operations that PyTorch's counter does not know, or of which it knows too much."""
     aten = torch.ops.aten
     like = {
         aten.addmm_: aten.addmm,
@@ -70,7 +73,8 @@ def _unknown() -> dict[Any, Any]:
             aten._scaled_dot_product_flash_attention_backward
         ),
     }
-    return {operation: _formula(known) for operation, known in like.items()}
+    own = {aten._grouped_mm: _grouped, aten.convolution_backward: _convolution_backward}
+    return {**{operation: _formula(known) for operation, known in like.items()}, **own}
 
 
 def _formula(known: Any) -> Any:
@@ -81,3 +85,32 @@ def _formula(known: Any) -> Any:
 
     count._get_raw = True  # type: ignore[attr-defined]  # it takes shapes from tensors already
     return count
+
+
+def _grouped(one: Sequence[int], other: Sequence[int], *_more: Any, **_options: Any) -> int:
+    """Products of groups, as a mixture's experts are: each row is multiplied with its own alone."""
+    # Where the groups are columns of the other, each of `one`'s meets its part of them.
+    groups = one[0] if len(one) > len(other) else 1
+    return 2 * math.prod(one) * other[-1] // groups
+
+
+def _convolution_backward(
+    grad: Tensor, inputs: Tensor, weight: Tensor, *options: Any, out_val: Any
+) -> int:
+    """Each gradient takes what the forward pass takes.
+
+    PyTorch counts a weight's as if every channel were convolved with every other: of a convolution
+    by channels, as Mamba has it, as many times too much as there are channels.
+    """
+    from torch.utils.flop_counter import conv_flop_count
+
+    del out_val
+    *_, transposed, _padding, _groups, needed = options
+    forward = conv_flop_count(
+        list(inputs.shape), list(weight.shape), list(grad.shape), transposed=transposed
+    )
+    gradients: int = needed[0] + needed[1]
+    return gradients * forward
+
+
+_convolution_backward._get_raw = True  # type: ignore[attr-defined]  # it takes tensors

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -20,6 +21,8 @@ import functrain as ft
 from functrain import accumulators, keys
 from functrain.architecture import emptied, held_values
 from functrain.checkpoint.filesystem import FileSystem
+from functrain.cli.clock import Clock
+from functrain.data import Prefetched
 from functrain.deferred import recording
 from functrain.distributed import exchange
 from functrain.loop import conditions
@@ -626,6 +629,21 @@ def measured(_options: Any) -> dict[str, Any]:
     with ft.distributed.world(timeout=60) as world:
         found = ft.planning.here(world, POLICIES["fp32"])
         return attrs.asdict(found)
+
+
+def clocked(options: Any) -> dict[str, Any]:
+    """What the clock of a run counts of a step, and the rows of what it calls the model with."""
+    rows: set[int] = set()
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made(options, world)
+        step.architecture.register_forward_pre_hook(
+            lambda _module, _args, given: rows.add(len(given["input_ids"])), with_kwargs=True
+        )
+        source = Ragged()
+        built: Any = SimpleNamespace(step=step, data=source, source=source, evaluation=[])
+        config: Any = SimpleNamespace(train=SimpleNamespace(peak_tflops=1.0, steps=9))
+        clock = Clock(config, built, state, Prefetched(source))
+        return {"flops": clock._flops, "rows": sorted(rows)}
 
 
 def command(options: Any) -> dict[str, Any]:

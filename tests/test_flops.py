@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from models import families
+from torch import nn
 
 import functrain as ft
+from functrain.flops import counter
 from functrain.models import DecoderConfig, decoder
 from functrain.objectives import chunks
 
@@ -60,6 +64,44 @@ def test_what_is_recomputed_counts_where_it_is_asked_for() -> None:
     weights, attention = 4 * 16 * 16 + 2 * 16 * 32, 2 * 2 * ROWS * TIME * TIME * 16
     again = 2 * (2 * ROWS * TIME * weights + attention)
     assert ft.flops_of(recomputing, state, _batch()) == alone + again
+
+
+def _of(config: Any) -> int:
+    architecture, params, buffers = families.stirred(config)
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    ids = _batch()["input_ids"] % 31
+    return ft.flops_of(step, step.init(params, buffers), {"input_ids": ids, "labels": ids})
+
+
+def test_a_mixture_takes_what_the_experts_of_a_token_take() -> None:
+    """Two of 24 are a layer of 48; and a router of 4 in each of 2 layers."""
+    dense = transformers.LlamaConfig(**{**families.GROUPED, "intermediate_size": 48})
+    routers = 2 * 6 * ROWS * TIME * 16 * 4
+    assert _of(families.CONFIGS["mixtral"]()) == _of(dense) + routers
+
+
+@pytest.mark.parametrize("shapes", [((8, 4), (2, 4, 12)), ((2, 8, 4), (4, 12))])
+def test_each_row_or_column_is_multiplied_with_its_own_group(shapes: Any) -> None:
+    """In the products of experts and in those of their gradients."""
+    given = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    ends = torch.tensor([4, 8 if len(shapes[0]) == 2 else 12], dtype=torch.int32)
+    with counter() as counted:
+        torch._grouped_mm(*given, offs=ends).square().sum().backward()
+    assert counted.get_total_flops() == 3 * 2 * 8 * 4 * 12
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.ConvTranspose1d])
+def test_each_gradient_of_a_convolution_takes_what_it_takes(make: Any, groups: int) -> None:
+    """Also where channels are convolved by themselves."""
+    convolution = make(8, 8, 4, groups=groups)
+    with counter() as counted:
+        out = convolution(torch.ones(2, 8, 32, requires_grad=True))
+        forward = counted.get_total_flops()
+        out.sum().backward()
+    places = 32 if convolution.transposed else 29
+    assert forward == 2 * 2 * places * 4 * 8 * 8 // groups
+    assert counted.get_total_flops() == 3 * forward
 
 
 def test_bad_input_is_the_steps() -> None:

@@ -198,19 +198,9 @@ def test_dynamic_rotary_positions_are_those_of_transformers(dynamic: Any) -> Non
 
 
 def test_generation_leaves_the_frequencies_of_longrope_alone() -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0, 1.1],
-        "long_factor": [4.0, 8.0],
-        "original_max_position_embeddings": 8,
-    }
-    config = tf.Phi3Config(
-        **{**families.GROUPED, "max_position_embeddings": 32},
-        original_max_position_embeddings=8,
-        rope_parameters=rope,
+    architecture, params, buffers = ft.split(
+        tf.AutoModelForCausalLM.from_config(families.longrope()).float()
     )
-    architecture, params, buffers = ft.split(tf.AutoModelForCausalLM.from_config(config).float())
     before = ft.trees.clone(buffers)
     ft.models.generate(architecture, params, buffers, [1, 2, 3], max_new_tokens=12)
     assert all(torch.equal(buffers[name], before[name]) for name in buffers)

@@ -164,7 +164,10 @@ class Init:
 
 @attrs.frozen(kw_only=True)
 class Evaluate:
-    """A model over files: perplexity of text and completions, and which of a pair it likes."""
+    """A model over files: perplexity of text and completions, and which of a pair it likes.
+
+    Documents and examples are laid out and cut as the run itself lays out and cuts its own.
+    """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory, or a checkpoint in one."""

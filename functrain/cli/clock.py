@@ -14,7 +14,7 @@ from functrain.cli.build import Built
 from functrain.cli.config import DPO, SFT, Pretrain
 from functrain.data import Prefetched
 from functrain.flops import flops_of
-from functrain.loop import world_of
+from functrain.loop import read, world_of
 from functrain.metrics import Metrics
 from functrain.state import TrainState, device_of
 
@@ -25,44 +25,57 @@ class Clock:
     def __init__(
         self, config: Pretrain | SFT | DPO, built: Built, state: TrainState, source: Prefetched
     ) -> None:
-        size = world_of(built.step).size
-        self._peak = None if config.train.peak_tflops is None else config.train.peak_tflops * size
+        world, peak = world_of(built.step), config.train.peak_tflops
+        self._peak = None if peak is None else peak * world.size
         self._flops = 0
         if self._peak is not None:
-            batch = built.data.at(state.cursor.samples, built.source.batch_size)
-            self._flops = flops_of(built.step, state, batch, recomputed=False)
+            # Of what each worker has of a batch: the whole may be more than its memory holds.
+            own = read(built.step, built.data, state.cursor.samples, built.source.batch_size)
+            self._flops = world.total(flops_of(built.step, state, own, recomputed=False))
+        self._evaluated = config.evaluation.every if built.evaluation else None
+        self._last = config.train.steps
         self._counted: Tensor | None = None
         self._made = torch.zeros(())
+        self._before: dict[str, float] = {}
         self._device, self._source = device_of(state.params), source
         self._step, self._tokens, self._waited = state.step, state.cursor.tokens, source.waited
         self._since = time.perf_counter()
 
-    def saw(self, metrics: Metrics) -> None:
-        """A step has been made. Nothing is read."""
-        if self._peak is None:  # then nothing is made of it
-            return
-        made = metrics.metric("padding").weight.double()
-        # The operations of the first batch were counted; others take as many more as are larger.
-        self._counted = made if self._counted is None else self._counted
-        self._made = self._made.to(made.device) + made
+    def saw(self, state: TrainState, metrics: Metrics) -> None:
+        """A step has been made. Nothing is read, but before a step that ends in an evaluation."""
+        if self._peak is not None:
+            made = metrics.metric("padding").weight.double()
+            # The operations of the first batch were counted; others take as many more as are
+            # larger.
+            self._counted = made if self._counted is None else self._counted
+            self._made = self._made.to(made.device) + made
+        following = state.step + 1
+        if self._evaluated and (following % self._evaluated == 0 or following == self._last):
+            float(metrics["loss"])  # waits for an accelerator: until now is the steps' time
+            self._before = self._rates(state)
 
     def measured(self, state: TrainState, metrics: Metrics) -> dict[str, float]:
-        """Of the steps that have ended since; `metrics` are the last one's, and have been read."""
-        now, waited = time.perf_counter(), self._source.waited
-        elapsed, steps = max(now - self._since, 1e-9), state.step - self._step
-        tokens = state.cursor.tokens - self._tokens
+        """Of the steps that have ended since; `metrics` are the last one's, and have been read.
+
+        The rates of a step that has ended in an evaluation, whose time is not its own, are those of
+        the steps before it.
+        """
+        rates = self._before if "eval_loss" in metrics else self._rates(state)
+        waited, steps = self._source.waited, state.step - self._step
         found = {
             "data_seconds": (waited - self._waited) / steps,
             "peak_memory_gib": memory.peak(self._device) / 2**30,
         }
-        self._step, self._tokens = state.step, state.cursor.tokens
-        self._since, self._waited = now, waited
-        made, self._made = self._made, torch.zeros_like(self._made)
-        if "eval_loss" in metrics:  # an evaluation's time is not the step's
-            return found
-        found["tokens_per_second"] = tokens / elapsed
+        self._step, self._tokens, self._waited = state.step, state.cursor.tokens, waited
+        self._made = torch.zeros_like(self._made)
+        self._since = time.perf_counter()
+        return found | rates
+
+    def _rates(self, state: TrainState) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        found = {"tokens_per_second": (state.cursor.tokens - self._tokens) / elapsed}
         if self._peak is not None and self._counted is not None:
-            flops = self._flops * float(made / self._counted)
+            flops = self._flops * float(self._made / self._counted)
             found["mfu"] = flops / elapsed / (self._peak * 1e12)
         return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from functrain import data, optimizers
+from functrain.cli.config import Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.ending import unreferenced
 from functrain.cli.known import EMBEDDED
@@ -157,10 +158,25 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[s
     assert model.tokenizer is not None  # `check` has refused text without one
     try:
         kind, found = _read(model, file)
-        make: Any = {"text": data.text, "completions": data.chat, "pairs": data.preference}[kind]
-        return kind, make(found, model.tokenizer, **options)
+        make, more = _as_trained(model.config, kind)
+        return kind, make(found, model.tokenizer, **options, **more)
     except DataError as error:
         raise error if file in str(error) else DataError(f"{file}: {error}") from error
+
+
+def _as_trained(config: Config | None, kind: str) -> tuple[Any, dict[str, Any]]:
+    """What makes rows or examples, with options: as of the run's own held-out data.
+
+    Else a model that has learnt from documents apart would be measured on documents that see each
+    other.
+    """
+    if kind == "text":
+        apart = isinstance(config, Pretrain) and config.data.packing
+        return data.packed_text if apart else data.text, {}
+    make = data.chat if kind == "completions" else data.preference
+    if config is None or isinstance(config, Pretrain):
+        return make, {}
+    return make, {n: getattr(config.data, n) for n in ("truncation", "min_prompt")}
 
 
 def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:

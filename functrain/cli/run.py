@@ -318,7 +318,7 @@ def _trained(
             evaluate_every=config.evaluation.every if built.evaluation else None,
         ):
             state = now
-            clock.saw(metrics)
+            clock.saw(state, metrics)
             last = state.step == plan.steps
             # A stop logs nothing of its own, so that the file is an uninterrupted run's.
             logged = last or state.step % plan.log_every == 0 or "eval_loss" in metrics

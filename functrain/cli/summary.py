@@ -15,7 +15,7 @@ from functrain.cli.facts import recorded
 from functrain.cli.origins import RunDirectory
 from functrain.cli.run import Outcome
 from functrain.cli.samples import Prompt
-from functrain.data import ByteTokenizer, Tokenizer
+from functrain.data import Tokenizer
 from functrain.objectives import UnpairedOptimization
 from functrain.objectives.batches import Batch
 from functrain.tracking import report
@@ -157,11 +157,9 @@ def bits_per_byte(
 
     The ends of documents and other special tokens are predicted too, and only text is divided by.
     """
+    counted: Any = tokenizer  # those of the command line all count
     targets = (row[row >= 0] for batch in batches for row in batch["labels"][:, 1:])
-    if isinstance(tokenizer, ByteTokenizer):
-        count = sum(int((row != tokenizer.end).sum()) for row in targets)
-    else:
-        count = sum(len(tokenizer.decode(row.tolist()).encode()) for row in targets)
+    count: int = sum(counted.count_bytes(row.tolist()) for row in targets)
     if not count:
         return math.nan  # special tokens alone
     nats = float(record["eval_loss"]) * float(record["eval_num_tokens"])

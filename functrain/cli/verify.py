@@ -195,5 +195,6 @@ def _logged(one: Path, other: Path) -> Iterator[str]:
 
 def _apart(what: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(one.keys() | other.keys()):
-        if one.get(name) != other.get(name):
-            yield f"{what} {name}: {one.get(name)!r} and {other.get(name)!r}".lstrip()
+        first, second = one.get(name), other.get(name)
+        if first is not second and first != second:  # NaN is not equal to itself
+            yield f"{what} {name}: {first!r} and {second!r}".lstrip()

@@ -57,6 +57,22 @@ class PretrainedTokenizer:
         """The text of ids, without special tokens."""
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
+    def count_bytes(self, ids: Iterable[int]) -> int:
+        """How many bytes of UTF-8 the text of ids has, special tokens left out.
+
+        Of a tokenizer over bytes also where ids begin or end within a character, which `decode`
+        makes U+FFFD of, three bytes for each piece of it.
+        """
+        given = list(ids)
+        rust = getattr(self.inner, "backend_tokenizer", None)
+        if type(getattr(rust, "decoder", None)).__name__ != "ByteLevel":
+            return len(self.decode(given).encode())
+        # A piece has a letter for each of its bytes; what was added is written as it is.
+        added = self.inner.added_tokens_decoder
+        said = [added[i].content for i in given if i in added and not added[i].special]
+        pieces = self.inner.convert_ids_to_tokens([i for i in given if i not in added])
+        return sum(len(text.encode()) for text in said) + sum(map(len, filter(None, pieces)))
+
     @property
     def template(self) -> str | None:
         """Its chat template (Jinja), the default one where it has several."""

@@ -91,6 +91,10 @@ class ByteTokenizer:
                 )
         return bytes(i for i in given if i != self.end).decode(errors="replace")
 
+    def count_bytes(self, ids: Iterable[int]) -> int:
+        """How many bytes the text of ids has; of a torn character those that are there."""
+        return sum(i != self.end for i in ids)
+
     @property
     def fingerprint(self) -> str:
         """A text that is another where ids are."""

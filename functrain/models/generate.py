@@ -138,26 +138,40 @@ class _Past:
 
 
 def _next_logits(model: nn.Module, ids: Sequence[int], past: _Past, device: torch.device) -> Tensor:
-    given = torch.tensor([ids[past.seen :]], device=device)
     if isinstance(model, Decoder):
+        given = torch.tensor([ids[past.seen :]], device=device)
         past.seen = len(ids)
         logits: Tensor = model(given, cache=past.own)
         return logits[0, -1].float()
-    name = _cache_name(model)
-    outputs = model(input_ids=given, **({name: past.theirs, "use_cache": True} if name else {}))
+    known = inspect.signature(model.forward).parameters
+    name = _cache_name(model, known)
+    if past.seen <= _short(model) < len(ids):
+        past.seen, past.theirs = 0, None  # it was made with the frequencies of short sequences
+    options: dict[str, Any] = {name: past.theirs, "use_cache": True} if name else {}
+    given = torch.tensor([ids[past.seen :]], device=device)
+    if past.seen and "position_ids" in known:
+        # A model whose first layers keep no keys may take what it has kept for empty.
+        options["position_ids"] = torch.arange(past.seen, len(ids), device=device).unsqueeze(0)
+    outputs = model(input_ids=given, **options)
     past.theirs = getattr(outputs, name, None) if name else None
     past.seen = 0 if past.theirs is None else len(ids)
     logits = logits_in(outputs)
     return logits[0, -1].float()
 
 
-def _cache_name(model: nn.Module) -> str | None:
+def _cache_name(model: nn.Module, known: Collection[str]) -> str | None:
     """What a model of transformers calls what it keeps; None where it keeps nothing."""
     if not hasattr(model, "generation_config"):
         return None
-    known = inspect.signature(model.forward).parameters
     # The second is its name before transformers 5.24.
     return next((name for name in ("cache", "past_key_values") if name in known), None)
+
+
+def _short(model: nn.Module) -> float:
+    """The length after which all rotary frequencies of a model are others, as Phi-3's are."""
+    rope = getattr(getattr(model, "config", None), "rope_parameters", None) or {}
+    longrope = rope.get("rope_type") == "longrope"
+    return float(rope["original_max_position_embeddings"]) if longrope else math.inf
 
 
 def _sampled(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> int:

@@ -26,6 +26,9 @@ from functrain.trees import clone
 Scored = tuple[float, bool]
 """A log-prob, and whether every token of it is the likeliest one."""
 _LONGEST = 2048
+_READ = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
+"""Of the options of a generation what is read, and the values of others that change nothing."""
 
 
 def _longest(architecture: nn.Module) -> int:
@@ -158,6 +161,12 @@ class _Live:
 
     def _generated(self, context: str, options: Mapping[str, Any], number: int) -> str:
         """`number`: of the request, so that the repeats of a sampled one differ."""
+        unknown = {n: v for n, v in options.items() if n not in _READ and v != _NEUTRAL.get(n)}
+        if unknown:
+            raise ConfigError(
+                f"harness: a task asks for {unknown}, which generation here does not heed; known: "
+                f"{', '.join(_READ)}"
+            )
         count, stops = options["max_gen_toks"], [text for text in options["until"] if text]
         if count >= self.time:
             raise ConfigError(

@@ -203,6 +203,20 @@ class _Halves(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+class _Grouped(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Products of a mixture's experts, of which PyTorch knows the shapes in bf16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        one, other, *options = args
+        shape = [one.shape[-2], other.shape[-1]]
+        if one.ndim == other.ndim:  # the gradient of weights, or whole batches
+            shape.insert(0, len(options[0] if one.ndim == 2 else one))
+        return one.new_empty(shape)
+
+
 @attrs.frozen(kw_only=True)
 class _Run:
     activations: int
@@ -232,6 +246,7 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
             torch.enable_grad(),
             bound(job.architecture, leaves, buffers, "train", places=places) as model,
             activations.checkpointed(model, activations.matching(model, job.checkpoint)),
+            _Grouped(),  # type: ignore[no-untyped-call]
             counted,
             living.gradients_of(leaves.values()),
             living,

@@ -70,22 +70,36 @@ def curve(
     return Curve(name, found, dots)
 
 
+def _is_drawn(value: float) -> bool:
+    """Whether a value has a place; NaN, infinities and what is near them have none."""
+    return abs(value) <= _FURTHEST
+
+
+_FURTHEST = 1e300
+"""Beyond it a range, its margins or the next power of ten may be no number."""
+
+
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` points, among them the lowest and the highest of each stretch."""
+    """At most `most` points, among them the lowest and the highest of each stretch.
+
+    What is not drawn is left out, but where there is nothing else in a stretch: there it is a gap.
+    """
     if len(points) <= most:
         return list(points)
     stretches = most // 2
     kept: list[Point] = []
     for number in range(stretches):
         begin, end = (len(points) * n // stretches for n in (number, number + 1))
-        stretch = sorted(points[begin:end], key=lambda point: point[1])
+        # NaN is neither below nor above anything, so nothing could be sorted by it.
+        placed = [point for point in points[begin:end] if _is_drawn(point[1])]
+        stretch = sorted(placed, key=lambda point: point[1]) or points[begin : begin + 1]
         kept += sorted({stretch[0], stretch[-1]})
     return kept
 
 
 def drawn(chart: Chart) -> str:
     """The chart as an SVG element; nothing where no value is finite."""
-    values = [v for c in chart.curves for _, v in c.points if math.isfinite(v)]
+    values = [v for c in chart.curves for _, v in c.points if _is_drawn(v)]
     steps = [s for c in chart.curves for s, _ in c.points]
     if not values:
         return ""
@@ -174,7 +188,7 @@ def _lines(each: Curve, across: Scale, up: Scale, number: int) -> Iterator[str]:
 def _unbroken(points: Sequence[Point], positive: bool) -> Iterator[list[Point]]:
     stretch: list[Point] = []
     for point in points:
-        if math.isfinite(point[1]) and (point[1] > 0 or not positive):
+        if _is_drawn(point[1]) and (point[1] > 0 or not positive):
             stretch.append(point)
         elif stretch:
             yield stretch

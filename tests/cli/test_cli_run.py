@@ -20,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functrain import checkpoint, compilation, memory
+from functrain import checkpoint, compilation, loop, memory
 from functrain.cli import main, sources, toml
 from functrain.cli.lock import held
 from functrain.cli.origins import RunDirectory
@@ -634,6 +634,30 @@ def test_steps_that_are_not_logged_are_in_the_clock_of_those_that_are(
     assert all(rate > 4 * 4 * 31 / elapsed for rate, _ in rates)
     flops = [mfu / rate for rate, mfu in rates]
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)  # of a token
+
+
+@pytest.mark.parametrize("pause", [0.0, 1e9], ids=["drawn", "not drawn"])
+def test_an_evaluation_takes_no_rate_away(
+    pause: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each logged step ends in one: rates are of the steps before it, without its time."""
+    evaluate = loop.evaluate
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return evaluate(*args)
+
+    monkeypatch.setattr(loop, "evaluate", slow)
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", pause)
+    given, run = _config(tmp_path, steps=10)
+    options = ["--train.log-every", "4", "--evaluation.every", "4", "--train.peak-tflops", "0.5"]
+    assert main(["pretrain", given, *options]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 4, 8, 10]
+    assert all("eval_loss" in line for line in lines)
+    assert all(line["tokens_per_second"] > 4 * 4 * 31 / 0.5 for line in lines[1:])
+    of_a_token = [line["mfu"] / line["tokens_per_second"] for line in lines[1:]]
+    assert of_a_token == pytest.approx([of_a_token[0]] * 3, rel=1e-9)
 
 
 def test_what_a_save_takes_is_not_the_next_steps_time(

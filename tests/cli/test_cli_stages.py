@@ -217,6 +217,32 @@ def test_a_model_is_measured_on_files_of_every_kind(
     assert line.split()[1:3] == ["completions", "7"]
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_what_is_measured_is_laid_out_as_the_run_has_it(
+    stage: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents apart where the run packs them, and the end of an example where it keeps that."""
+    if stage == "pretrain":
+        texts = [{"text": chr(ord("a") + i) * (3 + 2 * i)} for i in range(12)]
+        data = _jsonl(tmp_path / "texts.jsonl", texts)  # type: ignore[arg-type]
+        options = ["--data.packing", "--model.width", "16", "--model.layers", "1"]
+        options += ["--model.heads", "2"]
+    else:
+        long = [{**each, "completion": " and".join([" 1"] * i)} for i, each in enumerate(CHATS, 1)]
+        data = _jsonl(tmp_path / "long.jsonl", long)  # type: ignore[arg-type]
+        options = ["--model.from", str(runs / "a"), "--data.truncation", "prompt_first"]
+        options += ["--data.min-prompt", "9"]
+    run = tmp_path / "run"
+    given = ["--directory", str(run), "--data.train", data, "--data.held-out", data, *options]
+    assert main([stage, *given, *COMMON]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), data, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+    assert found["tokens"] == last["eval_num_tokens"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

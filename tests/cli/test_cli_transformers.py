@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import functrain as ft
 from functrain.cli import main, toml
 from functrain.cli.config import Data
 from functrain.cli.restoring import restored, trained
+from functrain.cli.summary import bits_per_byte
 from tests.data.test_dialogues import CHATML, tokenizer
 
 COMMON = [
@@ -192,6 +194,17 @@ def test_it_is_measured_before_any_run(runs: Path, capsys: Any) -> None:
     bits = chats["loss"] * chats["tokens"] / 0.6931471805599453 / count
     assert chats["bits_per_byte"] == pytest.approx(bits)
     assert (pairs["kind"], pairs["examples"]) == ("pairs", 12)
+
+
+def test_bits_per_byte_go_by_the_text_wherever_rows_end() -> None:
+    """Between the bytes of a character too."""
+    given, documents = tokenizer(), ["每个字是三个字节", "каждая буква два", "and one"]
+    size = sum(len(text.encode()) for text in documents) - 1  # the first token is not predicted
+    for time in (5, 8, 99):
+        batches = ft.data.all_batches(ft.data.text(documents, given, time=time, batch_size=2))
+        tokens = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
+        record = {"eval_loss": math.log(2), "eval_num_tokens": tokens}
+        assert bits_per_byte(record, batches, given) == pytest.approx(tokens / size)
 
 
 def test_what_was_begun_over_another_model_is_not_resumed(

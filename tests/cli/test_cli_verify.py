@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.checkpoint.manifest import Manifest
 from functrain.cli import main, verify
+from functrain.tracking.jsonl import JSONLTracker
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +152,14 @@ def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for command in (["verify", str(tmp_path)], ["diff", str(tmp_path), str(tmp_path)]):
         assert main(command) == 2
         assert f"{tmp_path}: no run's directory" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_no_number_in_both_runs_does_not_part_them(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "other")]
+    for run, norm in zip(runs, (1.0, 2.0), strict=True):
+        run.mkdir()
+        (run / "config.toml").write_text("")
+        with closing(JSONLTracker(run / "metrics.jsonl")) as tracker:
+            tracker.log(1, {"loss": math.nan})
+            tracker.log(2, {"loss": math.nan, "grad_norm": norm})
+    assert list(verify._logged(*runs)) == ["metrics part at step 2:", "  grad_norm: 1.0 and 2.0"]

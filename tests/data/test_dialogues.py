@@ -541,3 +541,25 @@ def _texts(tmp_path: Path) -> Path:
     path = tmp_path / "a.txt"
     path.write_text("hello there")
     return path
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="<")), cut=st.integers(0, 99))
+def test_bytes_are_counted_wherever_ids_are_cut(text: str, cut: int) -> None:
+    """Within a character too; special tokens are no text, and others that were added are."""
+    given = tokenizer()
+    given.inner.add_tokens(["<think>"])
+    ids = given.encode(f"{text}<think><|im_end|>{text}")
+    assert given.inner.convert_tokens_to_ids("<think>") in ids
+    assert given.end in ids
+    found = [given.count_bytes(each) for each in (ids[:cut], ids[cut:])]
+    assert sum(found) == 2 * len(text.encode()) + len("<think>")
+
+
+def test_bytes_of_other_tokenizers_are_those_of_their_text() -> None:
+    words = {"a": 0, "bc": 1, "<end>": 2}
+    inner = Tokenizer(models.WordLevel(words, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    assert PretrainedTokenizer(fast).count_bytes([0, 1, 2]) == len("a bc")
+    own = data.ByteTokenizer()
+    assert own.count_bytes([*own.encode("é")[1:], own.end]) == 1

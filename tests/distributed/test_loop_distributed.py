@@ -31,6 +31,12 @@ def test_state_metrics_and_checkpoint_are_those_of_one_worker(
     assert len(list((tmp_path / "2").glob("step-*"))) == 2
 
 
+def test_the_operations_of_a_step_are_counted_of_each_workers_own_part(group: Group) -> None:
+    """No worker has the micro-batches of all for it, and the sum is what one worker counts."""
+    (alone,) = group.values("clocked", 1)
+    assert group.values("clocked", 2) == [alone, alone]
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_checkpoint_of_shards_is_that_of_one_worker_to_the_byte(
     group: Group, tmp_path: Path, size: int

@@ -138,6 +138,22 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
+def longrope() -> Any:
+    """A Phi-3 whose rotary frequencies are others from 9 tokens on."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.1],
+        "long_factor": [4.0, 8.0],
+        "original_max_position_embeddings": 8,
+    }
+    return tf.Phi3Config(
+        **{**GROUPED, "max_position_embeddings": 32},
+        original_max_position_embeddings=8,
+        rope_parameters=rope,
+    )
+
+
 def made(name: str, seed: int = 0) -> Any:
     """A fresh model of a family, with the same weights each time, in float32."""
     with torch.random.fork_rng():

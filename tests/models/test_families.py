@@ -107,18 +107,46 @@ def test_its_head_is_found_and_gives_the_same_loss(name: str, monkeypatch: Any) 
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
+def _generated(parts: Any, prompt: list[int], count: int) -> list[int]:
+    """So many new tokens, with the logits of the whole sequence; how long each call's input was."""
+    lengths: list[int] = []
+    logits: list[torch.Tensor] = []
+
+    def called(_module: Any, _args: Any, options: Any, outputs: Any) -> None:
+        lengths.append(options["input_ids"].shape[1])
+        logits.append(outputs.logits[0, -1])
+
+    handle = parts[0].register_forward_hook(called, with_kwargs=True)
+    ids = [*prompt, *ft.models.generate(*parts, prompt, max_new_tokens=count)]
+    handle.remove()
+    assert len(ids) == len(prompt) + count
+    with ft.bound(*parts, "eval") as model:
+        for end, kept in enumerate(logits, start=len(prompt)):
+            whole = _logits(model, torch.tensor([ids[:end]]))[0, -1]
+            torch.testing.assert_close(kept, whole, rtol=1e-3, atol=1e-4)
+    return lengths
+
+
 @EVERY
 def test_what_it_keeps_changes_no_token(name: str) -> None:
     """Generated with its keys and values kept, and over the whole sequence for each token."""
-    parts = ft.split(families.made(name))
-    seen: list[int] = []
-    parts[0].register_forward_pre_hook(
-        lambda _module, _args, options: seen.append(options["input_ids"].shape[1]), with_kwargs=True
+    parts = families.stirred(families.CONFIGS[name]())
+    lengths = _generated(parts, [1, 2, 3], 8)
+    assert lengths == ([*range(3, 11)] if name in KEEPS_NOTHING else [3] + [1] * 7)
+
+
+def test_a_model_whose_first_layers_keep_no_keys_is_told_where_it_is() -> None:
+    config = transformers.MiniMaxConfig(
+        **families.GROUPED,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        block_size=4,
+        layer_types=["linear_attention", "full_attention"],
     )
-    kept = ft.models.generate(*parts, [1, 2, 3], max_new_tokens=8)
-    assert seen == ([*range(3, 11)] if name in KEEPS_NOTHING else [3] + [1] * 7)
-    ids = [1, 2, 3]
-    with ft.bound(*parts, "eval") as model, torch.no_grad():
-        for _ in range(8):
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    assert kept == ids[3:]
+    assert _generated(families.stirred(config), [1, 2, 3], 8) == [3] + [1] * 7
+
+
+def test_what_was_kept_of_a_short_sequence_is_made_again_for_a_long_one() -> None:
+    """All frequencies of Phi-3's positions are others after a length."""
+    lengths = _generated(families.stirred(families.longrope()), [1, 2, 3], 12)
+    assert lengths == [3, *[1] * 5, 9, *[1] * 5]

@@ -233,6 +233,16 @@ def test_generation_heeds_what_a_task_asks(tmp_path: Path) -> None:
     assert found == live.generate_until([sampled] * 3)
 
 
+def test_what_generation_does_not_heed_is_refused() -> None:
+    """Greedy text would be taken for that of a beam search."""
+    live = ft.models.harness(*decoder(), ft.data.ByteTokenizer())
+    plain, neutral = {"max_gen_toks": 3}, {"num_beams": 1, "repetition_penalty": 1.0}
+    found = live.generate_until([Request(("abc", plain)), Request(("abc", plain | neutral))])
+    assert found[0] == found[1]
+    with pytest.raises(ft.ConfigError, match=r"a task asks for \{'num_beams': 10\}, which generat"):
+        live.generate_until([Request(("abc", plain | {"num_beams": 10}))])
+
+
 def test_a_stop_may_be_a_special_token() -> None:
     given = tokenizer()
     live = ft.models.harness(*decoder(), given)

@@ -75,7 +75,9 @@ def test_bytes_and_operations_are_those_of_a_gradient(
     assert 0.9 * taken < planned < 1.25 * taken
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma2", "qwen2", "mistral", "mixtral", "deepseek_v3", "mamba"]
+)
 def test_models_of_transformers_are_counted(name: str) -> None:
     module = families.made(name)
     count_of = sum(p.numel() for p in module.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 import resource
 import signal
 from contextlib import closing
@@ -128,14 +129,32 @@ def test_on_a_terminal_a_bar_is_redrawn() -> None:
     assert "\x1b[" in stream.getvalue()
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
-def test_thinning_keeps_the_extremes_and_the_order(values: list[float]) -> None:
-    points = [(float(i), v) for i, v in enumerate(values)]
+@given(
+    count=st.integers(1, 3000),
+    seed=st.integers(0, 99),
+    broken=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+def test_thinning_keeps_the_extremes_and_the_order(
+    count: int, seed: int, broken: float, value: float
+) -> None:
+    draw = random.Random(seed)
+    values = [value if draw.random() < broken else draw.uniform(-9, 9) for _ in range(count)]
+    points = list(enumerate(values))
     thin = charts.thinned(points, 100)
-    assert len(thin) <= max(100, 1)
-    assert thin == sorted(set(thin))
-    assert {min(v for _, v in thin), max(v for _, v in thin)} == {min(values), max(values)}
-    assert set(thin) <= set(points)
+    assert len(thin) <= 100
+    assert [step for step, _ in thin] == sorted({step for step, _ in thin})
+    assert all(value is values[step] for step, value in thin)
+    kept, whole = ({v for _, v in each if math.isfinite(v)} for each in (thin, points))
+    assert bool(kept) == bool(whole)
+    if kept:
+        assert {min(kept), max(kept)} == {min(whole), max(whole)}
+
+
+def test_a_stretch_without_a_value_stays_a_gap() -> None:
+    points = [(float(i), math.nan if 400 <= i < 600 else 1.0) for i in range(1000)]
+    svg = charts.drawn(charts.Chart("Loss", (charts.Curve("train", tuple(points)),)))
+    assert svg.count("<polyline") == 2
 
 
 @given(low=st.floats(-1e9, 1e9), width=st.floats(1e-6, 1e9))
@@ -154,7 +173,7 @@ class Sample:
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
-VALUES = st.floats(width=32) | st.sampled_from([math.nan, math.inf, 0.0, 1e-30, 1e30])
+VALUES = st.floats() | st.sampled_from([math.nan, math.inf, 0.0, 1e-30, 1e30, 1.7e308])
 
 
 @given(
