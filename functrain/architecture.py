@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 import orjson
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from functrain.errors import ArchitectureError, StateError, did_you_mean
+from functrain.errors import ArchitectureError, ConfigError, StateError, did_you_mean
 from functrain.quirks import (
     called_afresh,
     dynamic_rotary,
@@ -32,7 +32,7 @@ from functrain.quirks import (
     write_error,
     written,
 )
-from functrain.trees import Tensors, digest, is_sharded, owning, versions
+from functrain.trees import Tensors, digest, in_order, is_sharded, owning, versions
 
 Mode = Literal["train", "eval"]
 Place = tuple[dict[str, Tensor | None], str]
@@ -93,8 +93,9 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     """Take the weights out of `module`: `(architecture, params, buffers)`.
 
     The architecture is `module` itself, now on the meta device; `params` and `buffers` are its
-    tensors (not copies) by their own names. A tied parameter has one name, its first; buffers
-    that are not persistent are kept, since the forward needs them.
+    tensors by their own names; copies of those alone that are not contiguous, as a checkpoint reads
+    them. A tied parameter has one name, its first; buffers that are not persistent are kept, since
+    the forward needs them.
 
     Raises `ArchitectureError` for a module on the meta device, for one whose parameters share
     storage without being the same parameter, and for a buffer over a parameter's memory.
@@ -102,8 +103,8 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})
     emptied(module)
-    detached = Tensors({name: tensor.detach() for name, tensor in params.items()})
-    return module, owning(detached), Tensors({n: t.detach() for n, t in buffers.items()})
+    ours = Tensors({name: in_order(tensor.detach()) for name, tensor in params.items()})
+    return module, owning(ours), Tensors({n: in_order(t.detach()) for n, t in buffers.items()})
 
 
 def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -393,8 +394,10 @@ def bound(
     architecture holds in shards.
 
     Raises `ArchitectureError` when names do not match the architecture's, and at the end where the
-    model has written into `params` (but for embeddings with `max_norm`).
+    model has written into `params` (but for embeddings with `max_norm`); `ConfigError` for another
+    `mode`.
     """
+    check_mode(mode)
     if is_sharded(dict(itertools.islice(params.items(), 1))):
         raise ArchitectureError(
             "params: in shards, of which each worker has some rows; bind the whole, of "
@@ -433,6 +436,12 @@ def bound(
                 entries[key] = tensor
             for module, training in zip(places.modules, modes, strict=True):
                 _set_mode(module, training)
+
+
+def check_mode(mode: object, where: str = "") -> None:
+    """Raise `ConfigError` for what is no mode: by another word dropout would be off, silently."""
+    if mode not in get_args(Mode):
+        raise ConfigError(f"{where}mode: {mode!r}, expected 'train' or 'eval'")
 
 
 def _refuse_written(names: list[str], places: Slots) -> None:

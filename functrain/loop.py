@@ -57,16 +57,17 @@ def train(
         for state, metrics in run:
             ...                                     # stop with `break`; nothing else runs
 
-    `steps` (calls), `tokens` (targets trained on) and `epochs` are totals since the stage began,
-    as the state counts them, so that a resumed run is the same call; the first to be reached ends
-    it. The batch is `source.at(state.cursor.samples, batch_size)`, or that of a stream after
-    `state.cursor.loader`, where its state after the batch then is. With `evaluation`, the metrics
-    of every `evaluate_every`-th step and of the last hold `eval_…` too, and a `reduce_on_plateau`
-    schedule sees `eval_loss`. With `directory`, every `save_every`-th state and the last are
-    saved before they are yielded, and those kept that `keep` names: the newest few, or a `Keep`
-    of the newest, of every so many steps, and of the best by an evaluation. Where the directory has
-    later steps, which this run has gone back from, these neither count nor go, and a `SaveWarning`
-    names them; a step that is there with another state is refused.
+    `steps` (calls), `tokens` (targets trained on, by `labels`, int64 [batch, time]) and `epochs`
+    are totals since the stage began, as the state counts them, so that a resumed run is the same
+    call; the first to be reached ends it. The batch is `source.at(state.cursor.samples,
+    batch_size)`, or that of a stream after `state.cursor.loader`, where its state after the batch
+    then is. With `evaluation`, the metrics of every `evaluate_every`-th step and of the last hold
+    `eval_…` too, and a `reduce_on_plateau` schedule sees `eval_loss`. With `directory`, every
+    `save_every`-th state and the last are saved before they are yielded, and those kept that
+    `keep` names: the newest few, or a `Keep` of the newest, of every so many steps, and of the best
+    by an evaluation. Where the directory has later steps, which this run has gone back from, these
+    neither count nor go, and a `SaveWarning` names them; a step that is there with another state is
+    refused.
 
     `beside` are texts to lie with each checkpoint, as for `functrain.save`.
 
@@ -325,6 +326,11 @@ def _advanced(
     state, metrics = step(state, batch)
     # Counted here, where the batch still is on the CPU: the step's own count is on its device.
     tokens = moved.tokens + world_of(step).total(int(targets_in(batch)))
+    if plan.tokens is not None and not tokens:
+        raise ConfigError(
+            "tokens: the batch has no labels, int64 [batch, time], of which they are counted, so "
+            "the total would never be reached; give steps or epochs"
+        )
     state = attrs.evolve(state, cursor=attrs.evolve(moved, tokens=tokens))
     if plan.evaluates(state) and plan.evaluation is not None:
         measured = evaluate(step, state, plan.evaluation)

@@ -520,11 +520,24 @@ def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:
     """`schedule(count)` as a 0-d float64 tensor, without waiting for an accelerator.
 
     `count` is at most `bound` (the calls so far). On an accelerator the value is looked up in a
-    table there, because reading the count back would stall the queue.
+    table there, because reading the count back would stall the queue. Raises `ConfigError` for a
+    value that is no learning rate, at `count` or there at `bound`.
     """
     if count.device.type == "cpu":
-        return torch.tensor(schedule(int(count)), dtype=torch.float64)
+        return torch.tensor(_value(schedule, int(count)), dtype=torch.float64)
+    _value(schedule, bound)
     return _looked_up(schedule, count, bound)
+
+
+def _value(schedule: Schedule, count: int) -> float:
+    """The learning rate after `count` updates; with one that is NaN so would the params be."""
+    value = float(schedule(count))
+    if not 0 <= value < math.inf:
+        raise ConfigError(
+            f"schedule: {value} after {count} applied updates, expected a finite number of at "
+            "least 0; look at what it gives beyond its total"
+        )
+    return value
 
 
 def _looked_up(schedule: Schedule, count: Tensor, bound: int) -> Tensor:
@@ -535,5 +548,13 @@ def _looked_up(schedule: Schedule, count: Tensor, bound: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _table(schedule: Schedule, size: int, device: str) -> Tensor:
-    values = [schedule(count) for count in range(size)]
+    values = [_ahead(schedule, count) for count in range(size)]
     return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _ahead(schedule: Schedule, count: int) -> float:
+    """A value that may never be asked for: of a function that ends with the run, NaN after it."""
+    try:
+        return float(schedule(count))
+    except Exception:
+        return math.nan

@@ -16,7 +16,7 @@ from functrain.keys import MAX_KEY
 from functrain.optimizers import OptimizerState
 from functrain.precision import LossScale
 from functrain.schedules import PlateauState
-from functrain.trees import Tensors, clone, digest, storages, writable
+from functrain.trees import Tensors, clone, digest, storages, tensors, writable
 
 Leaf = Tensor | int | float | str | None
 
@@ -59,8 +59,9 @@ class TrainState:
     """
 
     step: int
-    params: Tensors
-    buffers: Tensors
+    # A plain mapping, of a state that is evolved by hand, is taken too.
+    params: Tensors = attrs.field(converter=tensors)
+    buffers: Tensors = attrs.field(converter=tensors)
     optimizer: OptimizerState
     scheduler: SchedulerState
     scaler: LossScale | None

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from functrain.errors import ConsumedStateError, StateError, did_you_mean
 from functrain.norms import all_row_norms
@@ -293,6 +294,17 @@ def laid_out(tensor: Tensor, like: Any) -> Tensor:
     # Without a rank whose values all take, nothing is sent.
     found = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return found.clone()  # else these rows would hold the whole
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """A tensor laid out as it is read from a file: itself, or a copy where its strides are others.
+
+    Of a transposed matrix a kernel may give other bits than of the same numbers in order, so that a
+    state would go on otherwise than what was saved of it and loaded again.
+    """
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        return tensor
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 def digest(tensor: Tensor) -> str:

@@ -71,6 +71,17 @@ def test_split_takes_the_tensors_themselves(name: str) -> None:
     assert [p.shape for p in architecture.parameters()] == [p.shape for p in params.values()]
 
 
+def test_what_is_not_contiguous_is_copied_as_a_checkpoint_reads_it() -> None:
+    module = nn.Linear(3, 2)
+    module.weight = nn.Parameter(torch.arange(6.0).view(3, 2).t())
+    module.register_buffer("rows", torch.ones(1).expand(4))
+    module.register_buffer("frequencies", torch.tensor([1 + 2j]).conj())
+    _, params, buffers = ft.split(module)
+    assert params["weight"].tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert all(t.is_contiguous() and not t.is_conj() for t in (*params.values(), *buffers.values()))
+    assert buffers["frequencies"].tolist() == [1 - 2j]
+
+
 @EVERY
 def test_bound_the_architecture_is_the_module(name: str) -> None:
     """The same outputs, bit for bit; afterwards it has no weights again."""

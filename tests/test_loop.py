@@ -9,10 +9,13 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 import zoo
 
 import functrain as ft
+from functrain import testing
 from functrain.loop import conditions
+from functrain.metrics import mean
 
 
 def _run(**options: Any) -> tuple[Any, Any]:
@@ -190,6 +193,54 @@ def test_tokens_of_pairs_are_those_of_both_sides() -> None:
     )
     sides = [(zoo.pairs()[s]["labels"][:, 1:] != -100).sum() for s in ("chosen", "rejected")]
     assert state.cursor.tokens == int(sum(sides)) == float(metrics["num_tokens"])
+
+
+class Regression:
+    """An objective of one's own, over batches that have no tokens."""
+
+    name, mode, batch_coupled = "regression", "train", False
+
+    def check(self, batch: Any, vocabulary: Any) -> None:
+        assert set(batch) <= {"x", "labels"}
+
+    def weight(self, batch: Any) -> Any:
+        return torch.tensor(len(batch["x"]))
+
+    def check_weight(self, weight: Any) -> None:
+        assert weight > 0
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        total = model(batch["x"]).square().sum()
+        return total, ft.Metrics({"loss": mean(total, self.weight(batch))})
+
+    def kept(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "labels", [None, torch.zeros(4, dtype=torch.int64), torch.zeros(4, 2)], ids=["none", "1d", "2d"]
+)
+def test_an_objective_of_ones_own_is_trained_on_batches_of_its_own(
+    labels: Any, tmp_path: Path
+) -> None:
+    """Without tokens none are counted, and a total of them, never reached, is refused."""
+
+    class Numbers(zoo.Batches):
+        def at(self, position: int, n: int) -> Any:
+            x = torch.arange(position, position + n).view(n, 1) / 10
+            return {"x": x} if labels is None else {"x": x, "labels": labels}
+
+    architecture, params, buffers = ft.split(torch.nn.Linear(1, 2))
+    objective: Any = Regression()
+    step = ft.make_step(objective, ft.optim.sgd(0.1), architecture=architecture, microbatches=2)
+    state = step.init(params, buffers)
+    testing.assert_resumable(step, state, Numbers(), 3, tmp_path)
+    held_out = [Numbers().at(8, 4)]
+    *_, (last, measured) = ft.train(step, state, Numbers(), steps=3, evaluation=held_out)
+    assert last.cursor == ft.Cursor(samples=12, tokens=0)
+    assert float(measured["eval_loss"]) < float(measured["loss"])
+    with pytest.raises(ft.ConfigError, match=r"tokens: the batch has no labels, int64 \[batch, t"):
+        next(ft.train(step, state, Numbers(), tokens=100))
 
 
 def test_the_first_total_to_be_reached_ends_it() -> None:

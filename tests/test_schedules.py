@@ -11,13 +11,15 @@ from typing import Any
 import attrs
 import pytest
 import torch
+import zoo
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import optimization as namesakes
 
-from functrain import schedules
+import functrain as ft
+from functrain import optim, schedules
 from functrain.errors import ConfigError
 
 PEAKS = st.sampled_from([3e-4, 1e-3, 0.1, 1.0, 2.5])
@@ -532,3 +534,28 @@ def test_the_learning_rate_on_an_accelerator_is_the_schedules_own(name: str) -> 
             torch.cuda.set_sync_debug_mode("default")
         assert rate.device.type == "cuda"
         assert float(rate) == schedule(count)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e-9])
+def test_a_schedule_of_ones_own_that_gives_no_learning_rate_is_refused(bad: float) -> None:
+    """At the count, before anything is donated; what lies beyond the run is never asked for."""
+    architecture, params, buffers = zoo.split("tied")
+    values = (1e-2, 0.0, bad)
+    optimizer = optim.adamw()
+    step = ft.pretrain_step(architecture, optimizer, schedule=lambda n: values[n], donate=True)
+    state = step.init(params, buffers)
+    for _ in range(2):
+        state, _ = step(state, zoo.batch())
+    with pytest.raises(ConfigError, match=f"schedule: {bad} after 2 applied updates, expected a f"):
+        step(state, zoo.batch())
+    assert state.step == 2
+
+
+def test_a_table_ends_where_a_schedule_does() -> None:
+    """On an accelerator, where more values are looked up ahead than a run may ask for."""
+    rates = [1e-2, 1e-3, -1.0]
+    found = schedules._table(rates.__getitem__, 5, "cpu")
+    assert found[:3].tolist() == rates
+    assert bool(found[3:].isnan().all())
+    with pytest.raises(ConfigError, match=r"schedule: -1\.0 after 2 applied updates"):
+        schedules._value(rates.__getitem__, 2)

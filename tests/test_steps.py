@@ -375,6 +375,19 @@ def test_params_that_did_fit_are_not_taken_for_granted(donate: bool) -> None:
     step(state, zoo.batch(), donate=donate)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_state_evolved_with_a_plain_mapping_is_a_state(donate: bool) -> None:
+    """In whatever order; and a donated step leaves the mapping's tensors to who gave them."""
+    step, state = _made()
+    given = {name: state.params[name] * 2 for name in reversed(state.params)}
+    before = {name: ft.trees.digest(tensor) for name, tensor in given.items()}
+    expected, _ = step(attrs.evolve(state, params=ft.trees.tensors(given)), zoo.batch())
+    evolved = attrs.evolve(state, params=given)  # type: ignore[arg-type]
+    found, _ = step(evolved, zoo.batch(), donate=donate)
+    assert ft.fingerprint(found) == ft.fingerprint(expected)
+    assert {name: ft.trees.digest(tensor) for name, tensor in given.items()} == before
+
+
 def test_a_donated_step_copies_nothing_that_is_its_own() -> None:
     step, state = _made()
     addresses = [tensor.data_ptr() for tensor in state.params.values()]
@@ -828,6 +841,23 @@ def test_an_objective_without_a_loss_among_its_metrics_is_named() -> None:
     architecture, params, buffers = zoo.split("tied")
     step = ft.make_step(Nameless(), ft.optim.adamw(), architecture=architecture)
     with pytest.raises(ft.ConfigError, match=r"objective 'pretrain': its metrics have no 'loss'"):
+        step(step.init(params, buffers), zoo.batch())
+
+
+def test_what_is_no_objective_is_refused_when_the_step_is_made() -> None:
+    """By another word than `eval` or `train` dropout would be off, silently."""
+    architecture, params, buffers = zoo.split("normed")
+    bad: list[tuple[Any, str]] = [
+        (lambda _model, _batch: 0, "objective: <lambda>, expected .* it has no name"),
+        (LanguageModeling, "objective: LanguageModeling, expected .* it has not been called"),
+        (LanguageModeling(mode="training"), "'pretrain': mode: 'training', expected 'train' or"),  # type: ignore[arg-type]
+    ]
+    for objective, message in bad:
+        with pytest.raises(ft.ConfigError, match=message):
+            ft.make_step(objective, ft.optim.adamw(), architecture=architecture)
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    step = attrs.evolve(step, objective=bad[-1][0])
+    with pytest.raises(ft.ConfigError, match="mode: 'training'"):
         step(step.init(params, buffers), zoo.batch())
 
 

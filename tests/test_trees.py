@@ -260,6 +260,22 @@ def test_a_digest_tells_what_equality_does_not() -> None:
     assert trees.digest(torch.zeros(0)) != trees.digest(torch.zeros(0, 2))
 
 
+def test_what_is_in_order_is_left_and_what_is_not_is_copied() -> None:
+    matrix = torch.arange(6.0).view(2, 3)
+    for already in (matrix, matrix[:1], torch.zeros(()), torch.zeros(0, 3)):
+        assert trees.in_order(already) is already
+    conjugate = torch.tensor([1 + 2j, 3 - 1j]).conj()
+    for other in (matrix.t(), matrix[:, ::2], torch.ones(1).expand(4), conjugate, conjugate.imag):
+        found = trees.in_order(other)
+        assert found.is_contiguous()
+        assert not found.is_conj()
+        assert not found.is_neg()
+        assert torch.equal(found, other)
+        assert trees.digest(found)
+    sparse = matrix.to_sparse()
+    assert trees.in_order(sparse) is sparse
+
+
 def test_storages_are_shared_by_views_and_not_by_clones() -> None:
     base = torch.ones(4)
     shared = trees.storages({"whole": base, "view": base[2:]})

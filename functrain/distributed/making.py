@@ -11,7 +11,7 @@ from functrain.architecture import split as whole_split
 from functrain.deferred import built
 from functrain.distributed.shards import rows_made
 from functrain.distributed.world import World
-from functrain.trees import Tensors
+from functrain.trees import Tensors, in_order
 
 
 def split(make: Callable[[], nn.Module], world: World) -> tuple[nn.Module, Tensors, Tensors]:
@@ -22,4 +22,5 @@ def split(make: Callable[[], nn.Module], world: World) -> tuple[nn.Module, Tenso
     module, recorded = world.for_all(lambda: built(make))
     given, kept = world.for_all(lambda: emptied(module))
     own = rows_made(given, world, recorded.made)
-    return module, own, Tensors({n: recorded.made(t).to(world.device) for n, t in kept.items()})
+    whole = {n: in_order(recorded.made(t).to(world.device)) for n, t in kept.items()}
+    return module, own, Tensors(whole)

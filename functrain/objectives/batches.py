@@ -116,18 +116,21 @@ def count_targets(batch: Batch) -> Tensor:
 
 
 def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
-    """`count_targets` of a batch of any form: what is trained on, chosen and rejected both."""
+    """`count_targets` of a batch of any form: what is trained on, chosen and rejected both.
+
+    0 where an objective of one's own reads something else: no `labels`, int64 [batch, time].
+    """
     if not isinstance(batch, Mapping):
-        return torch.stack([targets_in(each) for each in batch]).sum()
-    if "labels" in batch:
-        return count_targets(batch)
-    # Mismatched completions (KTO's) are scored, not trained on.
-    nested = [
-        value
-        for key, value in batch.items()
-        if isinstance(value, Mapping) and "labels" in value and key != "mismatched"
-    ]
-    return torch.stack([count_targets(each) for each in nested]).sum()
+        found = [targets_in(each) for each in batch]
+    elif "labels" in batch:
+        labels = batch["labels"]
+        are_tokens = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 2
+        found = [count_targets(batch)] if are_tokens else []
+    else:
+        # Mismatched completions (KTO's) are scored, not trained on.
+        sides = (v for k, v in batch.items() if isinstance(v, Mapping) and k != "mismatched")
+        found = [targets_in(side) for side in sides]
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.int64)
 
 
 def beginnings(position_ids: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from functrain.optimizers.base import (
     zero_count,
 )
 from functrain.optimizers.composite import Form, form, has_parts, is_composite, parts, put_together
-from functrain.trees import Tensors, tensors
+from functrain.trees import Tensors, in_order, tensors, versions
 
 
 def sgd(
@@ -79,9 +79,10 @@ def from_torch(
     """Any `torch.optim.Optimizer` class as a pure pair: `from_torch(torch.optim.RAdam, eps=1e-6)`.
 
     The class must keep its state per parameter (tensors and numbers), as the interface says; one
-    that writes into its parameter groups, counts in an attribute of its own, or needs a closure, is
-    refused with `ConfigError`. What
-    it writes is seen in an update of nothing, before the first one that is donated.
+    that writes into its parameter groups, counts in an attribute of its own (a number or a tensor),
+    or needs a closure, is refused with `ConfigError`. What it writes is seen in an update of
+    nothing, before the first one that is donated. Lists and dicts there are taken for caches, which
+    begin anew in each update.
     """
     return Adapter(cls=cls, lr=lr, options=options, groups=groups)
 
@@ -92,8 +93,9 @@ class Adapter:
 
     The class creates its per-parameter state at its first update, so `slots` is empty before. A
     Python number in that state is kept as a 0-d tensor under `slot.number`, which is how it is
-    known again: a tensor may be 0-d as well. A tensor of the class's that wraps others (8-bit
-    moments) is kept as its parts; see `functrain.optimizers.composite`.
+    known again: a tensor may be 0-d as well; a None as an empty one under `slot.none`. A tensor of
+    the class's that wraps others (8-bit moments) is kept as its parts; see
+    `functrain.optimizers.composite`.
     """
 
     cls: Callable[..., torch.optim.Optimizer]
@@ -215,10 +217,10 @@ class Adapter:
         slots: Mapping[str, Tensors],
     ) -> dict[str, Tensors]:
         """The slots after a step of the class; `ConfigError` for what is not to be carried."""
-        before, own = [dict(g) for g in optimizer.param_groups], _numbers(optimizer)
+        own, groups = _seen(vars(optimizer)), [_seen(g) for g in optimizer.param_groups]
         optimizer.step()
-        _refuse_own_numbers(self.kind, own, _numbers(optimizer))
-        _refuse_group_state(self.kind, before, optimizer.param_groups)
+        _refuse_own_state(self.kind, own, vars(optimizer))
+        _refuse_group_state(self.kind, groups, optimizer.param_groups)
         _refuse_common_state(self.kind, optimizer, leaves)
         return _slots({n: _plain(optimizer.state[p], p) for n, p in leaves.items()}, slots)
 
@@ -295,42 +297,60 @@ def _adds_into_gradients(group: Mapping[str, Any]) -> bool:
     return bool(group["foreach"]) or any(p.device.type != "cpu" for p in group["params"])
 
 
-_NUMBER = ".number"
+_NUMBER, _NONE = ".number", ".none"
 
 
 def _plain(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-    """A parameter's state in plain tensors and numbers."""
+    """A parameter's state in plain tensors and numbers.
+
+    Laid out as the parameter is, where a fused kernel goes by that; else as a checkpoint reads it:
+    `torch.linalg.qr`, say, which SOAP calls, gives a matrix by its columns.
+    """
     found: dict[str, Any] = {}
     for slot, value in state.items():
-        found.update(parts(slot, value) if is_composite(value, param) else [(slot, value)])
+        if is_composite(value, param):
+            found.update(parts(slot, value))
+        elif not isinstance(value, Tensor) or value.layout is not torch.strided:
+            found[slot] = value
+        else:
+            found[slot] = value if value.stride() == param.stride() else in_order(value)
     return found
 
 
-def _entry(slot: str, value: Tensor) -> tuple[str, Tensor | float]:
+def _entry(slot: str, value: Tensor) -> tuple[str, Tensor | float | None]:
     """An entry of the class's state, from a slot."""
     if slot.endswith(_NUMBER):
         return slot.removesuffix(_NUMBER), value.item()
+    if slot.endswith(_NONE):
+        return slot.removesuffix(_NONE), None
     return slot, value
 
 
 def _slots(
     states: Mapping[str, Mapping[str, Any]], before: Mapping[str, Tensors]
 ) -> dict[str, Tensors]:
-    slots: dict[str, dict[str, Tensor]] = {slot: dict(t) for slot, t in before.items()}
+    # Nothing of these parameters from before: what the class has taken out would be back in the
+    # next update, and so would a number in the place of which there is a tensor now.
+    slots = {s: {n: t for n, t in own.items() if n not in states} for s, own in before.items()}
     for name, state in states.items():
-        for slot, value in state.items():
-            if value is None:
-                continue
-            if not isinstance(value, Tensor | int | float):
-                raise ConfigError(
-                    f"optimizer state {slot!r} of {name} is a {type(value).__name__}; "
-                    "only tensors and numbers can be carried and saved"
-                )
-            if isinstance(value, Tensor):
-                slots.setdefault(slot, {})[name] = value.detach()
-            else:
-                slots.setdefault(slot + _NUMBER, {})[name] = _as_tensor(value)
-    return {slot: Tensors(items) for slot, items in sorted(slots.items())}
+        for entry, value in state.items():
+            slot, kept = _slot(entry, value, name)
+            slots.setdefault(slot, {})[name] = kept
+    return {slot: Tensors(items) for slot, items in sorted(slots.items()) if items}
+
+
+def _slot(entry: str, value: Any, name: str) -> tuple[str, Tensor]:
+    """A slot, from an entry of the class's state."""
+    if isinstance(value, Tensor):
+        return entry, value.detach()
+    if value is None:
+        return entry + _NONE, torch.empty(0)
+    if isinstance(value, int | float):
+        return entry + _NUMBER, _as_tensor(value)
+    raise ConfigError(
+        f"optimizer state {entry!r} of {name} is a {type(value).__name__}; only tensors and "
+        "numbers can be carried and saved"
+    )
 
 
 def _as_tensor(value: float | bool) -> Tensor:
@@ -357,28 +377,36 @@ def _refuse_closure(kind: str, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _numbers(optimizer: torch.optim.Optimizer) -> dict[str, int | float]:
-    """What an optimizer keeps as numbers on itself."""
-    return {key: value for key, value in vars(optimizer).items() if is_number(value)}
+_Seen = Mapping[str, tuple[Any, int]]
 
 
-def _refuse_own_numbers(
-    kind: str, before: Mapping[str, int | float], after: Mapping[str, int | float]
-) -> None:
-    if after != before:
-        key = next(k for k in (*after, *before) if after.get(k) != before.get(k))
-        raise ConfigError(
-            f"{kind} counts in its attribute {key!r}, which would begin anew in each update; a "
-            "pure update can carry only per-parameter state"
-        )
+def _seen(entries: Mapping[str, Any]) -> _Seen:
+    """What is there, with the version of a tensor, which a write into it moves."""
+    held = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    found = dict(zip(held, versions(held), strict=True))
+    return {key: (value, found.get(key, 0)) for key, value in entries.items()}
 
 
-def _refuse_group_state(
-    kind: str, before: list[dict[str, Any]], after: list[dict[str, Any]]
-) -> None:
-    for old, new in zip(before, after, strict=True):
-        for key in new:
-            if key != "params" and (key not in old or old[key] is not new[key]):
+def _refuse_own_state(kind: str, before: _Seen, after: Mapping[str, Any]) -> None:
+    now = _seen(after)
+    for key in (*now, *before):
+        old, new = before.get(key, (None, 0)), now.get(key, (None, 0))
+        if isinstance(old[0], Tensor) or isinstance(new[0], Tensor):
+            changed = old[0] is not new[0] or old[1] != new[1]
+        else:
+            changed = (is_number(old[0]) or is_number(new[0])) and old != new
+        if changed:
+            raise ConfigError(
+                f"{kind} counts in its attribute {key!r}, which would begin anew in each update; a "
+                "pure update can carry only per-parameter state"
+            )
+
+
+def _refuse_group_state(kind: str, before: list[_Seen], after: list[dict[str, Any]]) -> None:
+    for old, group in zip(before, after, strict=True):
+        for key, (value, version) in _seen(group).items():
+            same = key in old and old[key][0] is value and old[key][1] == version
+            if key != "params" and not same:
                 raise ConfigError(
                     f"{kind} keeps {key!r} in its parameter groups; a pure update can carry only "
                     "per-parameter state"

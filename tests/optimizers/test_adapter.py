@@ -71,6 +71,57 @@ class OnItself(Own):
         self.calls += 1
 
 
+class OnItselfInATensor(Own):
+    """As PSGD Kron's class: the tensor stays, and what is in it moves."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.calls = torch.zeros((), dtype=torch.int32)
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        self.calls += 1
+
+
+class InATensorOfGroups(Own):
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        torch.optim.Optimizer.__init__(self, params, {"lr": lr, "calls": torch.zeros(())})
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        group["calls"] += 1
+
+
+class Constant(Own):
+    """Writes what is there already: no state."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.rate, self.table = float("0.5"), torch.ones(2)
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        self.rate = float("0.5")
+        param.sub_(param.grad * self.rate * self.table[0])
+
+
+class Changing(Own):
+    """An entry is a number before it is a tensor, one is None before, and one is taken out."""
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state[param]
+        if not state:
+            state.update(calls=0, mean=0, last=None)
+        state["calls"] += 1
+        if state["last"] is not None:
+            param.sub_(state["last"] * group["lr"])
+        if state["calls"] > 1:
+            state["mean"] = state["mean"] * 0.5 + param.grad
+            state["last"] = param.grad * 0.25
+        if "ahead" in state:
+            param.sub_(state.pop("ahead") * group["lr"])
+        else:
+            state["ahead"] = param.grad * 0.75
+        param.sub_((param.grad + state["mean"]) * group["lr"])
+
+
 class WithText(Own):
     def _update(self, group: dict[str, Any], param: Tensor) -> None:
         self.state[param]["note"] = "warm"
@@ -129,6 +180,32 @@ def test_numbers_and_scalar_tensors_come_back_as_what_they_were() -> None:
     assert kinds["calls.number"] == torch.int64
     assert kinds["size.number"] == torch.float64
     assert kinds["warm.number"] == torch.bool
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_entry_may_become_something_else_or_go(donate: bool) -> None:
+    """To the bits of the class itself: nothing that an update has left behind comes back."""
+    optimizer = optim.from_torch(Changing)
+    params, state = clone(PARAMS), optimizer.init(PARAMS)
+    leaves = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in PARAMS.items()}
+    theirs = Changing(leaves.values())
+    for count in range(1, 6):
+        grads = {name: grad * count for name, grad in GRADS.items()}
+        for name, leaf in leaves.items():
+            leaf.grad = grads[name].clone()
+        theirs.param_groups[0]["lr"] = 0.1
+        theirs.step()
+        params, state = optimizer.update(grads, state, params, 0.1, donate=donate)
+        assert all(torch.equal(params[name], leaf) for name, leaf in leaves.items())
+        moments = {"mean.number", "last.none"} if count == 1 else {"mean", "last"}
+        ahead = {"ahead"} if count % 2 else set()
+        assert state.slots.keys() == {"calls.number"} | moments | ahead
+
+
+def test_what_an_update_leaves_as_it_was_is_no_state() -> None:
+    optimizer = optim.from_torch(Constant)
+    new, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, 0.1)
+    assert torch.equal(new["a"], PARAMS["a"] - 0.25)
 
 
 def test_the_state_begins_empty() -> None:
@@ -201,6 +278,8 @@ def test_a_class_that_needs_a_closure_is_refused_when_it_is_named(cls: Any) -> N
         (InGroups, "InGroups keeps 'calls' in its parameter groups"),
         (InCommon, "InCommon keeps 'calls' in a state that no parameter owns"),
         (OnItself, "OnItself counts in its attribute 'calls', which would begin anew"),
+        (OnItselfInATensor, "OnItselfInATensor counts in its attribute 'calls', which"),
+        (InATensorOfGroups, "InATensorOfGroups keeps 'calls' in its parameter groups"),
         (WithText, "optimizer state 'note' of a is a str; only tensors and numbers"),
     ],
 )
