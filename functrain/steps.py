@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -457,9 +458,10 @@ class Step:
         update = self.optimizer.update
         if self._sharding is not None:
             update = self._sharding.placed(update)
-        params, optimizer = update(
-            grads, given.optimizer, given.params, rate, applied=applied, donate=donate
-        )
+        with self._drawing(state):
+            params, optimizer = update(
+                grads, given.optimizer, given.params, rate, applied=applied, donate=donate
+            )
         if donate:
             for slot, items in optimizer.slots.items():
                 owning(items, own.get(slot, items.keys()))
@@ -470,6 +472,13 @@ class Step:
             for slot, items in optimizer.slots.items()
         }
         return succeeding(params, state.params), attrs.evolve(optimizer, slots=slots)
+
+    def _drawing(self, state: TrainState) -> AbstractContextManager[None]:
+        """Where an optimizer may draw, as SGLD's noise: from the state's key alone."""
+        if not optimizers.may_draw(self.optimizer):
+            return nullcontext()
+        key = keys.derive(state.key, "optimizer", state.step)
+        return keys.seeded(key, device_of(state.params))
 
     def _clipped(
         self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], norm: Tensor

@@ -238,6 +238,33 @@ def test_no_bit_depends_on_how_numbers_lay_in_memory(optimizer: Any, tmp_path: P
         state, _ = step(state, zoo.batch())
 
 
+class Noisy(torch.optim.Optimizer):
+    """Langevin dynamics: a descent with noise, which the class draws itself."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_((param.grad + torch.randn_like(param)) * group["lr"])
+
+
+def test_what_an_optimizer_draws_is_of_the_states_key(tmp_path: Path) -> None:
+    parts = [("noisy", ft.optim.is_any, ft.optim.from_torch(Noisy))]
+    for optimizer in (parts[0][2], ft.optim.partition(parts)):
+        step, state = _started("tied", "pretrain", optimizer=optimizer)
+        testing.assert_pure(step, state, zoo.batch())
+        testing.assert_donation_equal(step, state, zoo.batch())
+        testing.assert_resumable(
+            step, state, zoo.Batches(), state.step + 2, tmp_path / step.optimizer.kind
+        )
+        other = attrs.evolve(state, key=state.key + 1)
+        one, two = (step(each, zoo.batch())[0].params["mix.bias"] for each in (state, other))
+        assert not torch.equal(one, two)
+
+
 @EVERY
 @given(batch=testing.pairs(zoo.VOCABULARY))
 def test_preference_laws(name: str, batch: Any) -> None:

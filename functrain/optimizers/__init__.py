@@ -15,6 +15,7 @@ from functrain.optimizers.partition import (
     is_any,
     is_elementwise,
     is_hidden_matrix,
+    may_draw,
     muon,
     partition,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "is_any",
     "is_elementwise",
     "is_hidden_matrix",
+    "may_draw",
     "muon",
     "no_decay",
     "partition",

@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from functrain import keys
 from functrain.errors import ConfigError, FunctrainError, StateError, is_number
 from functrain.optimizers.base import (
     Group,
@@ -123,6 +124,11 @@ class Adapter:
         """The name of the class."""
         return getattr(self.cls, "__name__", type(self.cls).__name__)
 
+    @property
+    def is_torchs(self) -> bool:
+        """Whether the class is one of torch's own, of which more is known."""
+        return getattr(self.cls, "__module__", "").startswith("torch.optim.")
+
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
         """No slots yet: the class makes them at the first update.
 
@@ -203,7 +209,8 @@ class Adapter:
             dense = grads[name].layout is torch.strided
             leaf.grad = torch.zeros_like(leaf if dense else grads[name])
         try:
-            self._stepped(self._optimizer(leaves, self.lr), leaves, {})
+            with keys.kept(next(iter(leaves.values())).device):  # what it draws is not drawn
+                self._stepped(self._optimizer(leaves, self.lr), leaves, {})
         except FunctrainError:
             raise
         except Exception:  # of a class that does not take zeros nothing is known
@@ -232,7 +239,8 @@ class Adapter:
             like = torch.zeros_like(leaf)
             like.grad = torch.zeros_like(leaf)
             optimizer = self._optimizer({name: like}, self.lr)
-            optimizer.step()
+            with keys.kept(leaf.device):
+                optimizer.step()
             self._forms[kind] = {slot: form(v) for slot, v in optimizer.state[like].items()}
         try:
             return put_together(own, self._forms[kind])
@@ -247,7 +255,7 @@ class Adapter:
         self, optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor]
     ) -> frozenset[str]:
         """Whose gradients the class is known not to write into: of torch's own, all but SGD's."""
-        if not getattr(self.cls, "__module__", "").startswith("torch.optim."):
+        if not self.is_torchs:
             return frozenset()
         if self.cls is not torch.optim.SGD:
             return frozenset(leaves)

@@ -303,3 +303,12 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     if isinstance(optimizer, Adapter):
         return optimizer.cls in _ELEMENTWISE
     return isinstance(optimizer, Adam)
+
+
+def may_draw(optimizer: Optimizer) -> bool:
+    """Whether an update may draw random numbers: of classes, all but torch's own."""
+    if isinstance(optimizer, Partition):
+        return any(may_draw(part) for _, _, part in optimizer.parts)
+    if isinstance(optimizer, Adapter):
+        return not optimizer.is_torchs
+    return not isinstance(optimizer, Adam)
