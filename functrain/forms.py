@@ -17,7 +17,7 @@ from functrain.optimizers import Optimizer, OptimizerState
 from functrain.precision import Precision
 from functrain.schedules import Plateau, Schedule
 from functrain.state import SchedulerState, TrainState, check_state, checked_key, device_of
-from functrain.trees import Tensors, clone, is_sharded, owning, storages, tensors
+from functrain.trees import Tensors, clone, in_order, is_sharded, owning, storages, tensors
 
 if TYPE_CHECKING:
     from functrain.distributed.sharding import Sharding
@@ -99,6 +99,9 @@ class Form:
         return attrs.evolve(state, slots=slots)
 
     def _own(self, params: Mapping[str, Tensor]) -> Tensors:
+        ordered = {name: in_order(param) for name, param in params.items()}
+        if any(ordered[name] is not param for name, param in params.items()):
+            params = Tensors(ordered)
         if not self.donated:
             return tensors(params)
         shared = storages(self.kept).keys() & storages(params).keys()

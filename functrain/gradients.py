@@ -320,8 +320,11 @@ class ValueAndGrad:
         objective = self.objective if objective is None else objective
         with _indexing():
             if coupling is not None and isinstance(objective, Coupled):
-                return objective(model, batch, coupling)
-            return objective(model, batch)
+                found = objective(model, batch, coupling)
+            else:
+                found = objective(model, batch)
+        _check_measured(found, objective)
+        return found
 
     def values(self, params: Mapping[str, Tensor]) -> Tensors:
         """What the forward sees of the params; see `forward_values`."""
@@ -360,13 +363,34 @@ class ValueAndGrad:
 
     def weight(self, micro_batches: Sequence[Batch]) -> Tensor:
         """The weight of all micro-batches together: what their summed losses are divided by."""
-        return torch.stack([self.objective.weight(each) for each in micro_batches]).sum(0)
+        found = [self.objective.weight(each) for each in micro_batches]
+        if not all(isinstance(weight, Tensor) for weight in found):
+            raise ConfigError(
+                f"objective {self.objective.name!r}: its weight is a {type(found[0]).__name__}, "
+                "expected a tensor, 0-d, by which the summed loss is divided"
+            )
+        return torch.stack(found).sum(0)
 
     def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
         leaves = self.values(params)
         for name in self.places.trainable & leaves.keys():
             leaves[name].requires_grad_()
         return leaves
+
+
+def _check_measured(found: object, objective: Objective) -> None:
+    """Raise `ConfigError` unless an objective of the user's gave what an objective gives."""
+    match found:
+        case (Tensor(), Metrics()):
+            return
+        case (_, _):
+            given = " and ".join(type(each).__name__ for each in found)
+        case _:
+            given = type(found).__name__
+    raise ConfigError(
+        f"objective {objective.name!r}: it returned {given}, expected (total, metrics): the summed "
+        "loss, a tensor, and functrain.metrics.Metrics"
+    )
 
 
 def _check_reached(loss: Tensor) -> None:

@@ -416,7 +416,11 @@ class Step:
         plateau = state.scheduler.plateau
         if isinstance(self.schedule, Plateau):
             if plateau is None:
-                raise StateError("scheduler.plateau: missing; this state was made by another step")
+                raise StateError(
+                    "scheduler.plateau: missing, since this state was made by a step with another "
+                    "schedule; go on with attrs.evolve(state, scheduler=attrs.evolve("
+                    "state.scheduler, plateau=schedule.init()))"
+                )
             return torch.tensor(plateau.learning_rate, dtype=torch.float64)
         return schedules.learning_rate(self.schedule, state.scheduler.count, bound=state.step)
 

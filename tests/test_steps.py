@@ -861,6 +861,48 @@ def test_what_is_no_objective_is_refused_when_the_step_is_made() -> None:
         step(step.init(params, buffers), zoo.batch())
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda total, _found: total, "it returned Tensor, expected"),
+        (lambda total, found: (total, dict(found)), "it returned Tensor and dict, expected"),
+        (lambda total, found: (float(total.detach()), found), "it returned float and Metrics, expected"),
+    ],
+)
+def test_what_an_objective_of_ones_own_gives_is_looked_at(returned: Any, message: str) -> None:
+    class Own(LanguageModeling):
+        def __call__(self, model: Any, batch: Any) -> Any:
+            return returned(*super().__call__(model, batch))
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Own(name="own"), ft.optim.adamw(), architecture=architecture)
+    with pytest.raises(ft.ConfigError, match=f"objective 'own': {message}"):
+        step(step.init(params, buffers), zoo.batch())
+
+
+def test_a_weight_that_is_no_tensor_is_named() -> None:
+    class Own(LanguageModeling):
+        def weight(self, batch: Any) -> Any:
+            return int(super().weight(batch))
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Own(name="own"), ft.optim.adamw(), architecture=architecture)
+    with pytest.raises(ft.ConfigError, match="objective 'own': its weight is a int, expected"):
+        step(step.init(params, buffers), zoo.batch())
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_params_that_do_not_come_of_split_are_put_in_order(donate: bool) -> None:
+    """As a checkpoint reads them: a state by columns could go on with other bits than loaded."""
+    architecture, params, buffers = zoo.split("tied")
+    columns = {n: p.t().contiguous().t() if p.ndim == 2 else p for n, p in params.items()}
+    assert not all(p.is_contiguous() for p in columns.values())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), donate=donate)
+    state = step.init(columns, buffers)
+    assert all(p.is_contiguous() for p in state.params.values())
+    assert ft.fingerprint(state) == ft.fingerprint(step.init(params, buffers))
+
+
 def test_a_reference_of_some_of_the_params_is_refused_at_every_level() -> None:
     architecture, params, _ = zoo.split("tied")
     some = ft.trees.Tensors({"mix.bias": params["mix.bias"]})
