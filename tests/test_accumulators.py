@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrain as ft
 from functrain import accumulators
-from functrain.gradients import Gradients, value_and_grad
+from functrain.gradients import Gradients, accumulate, value_and_grad
 from functrain.metrics import Metrics
 from functrain.objectives import chunks
 from functrain.objectives.language import LanguageModeling
@@ -49,6 +49,17 @@ class Model(nn.Module):
         return self.lm_head
 
 
+class Unshown(Model):
+    """Its head is its embedding, and no step is told: the logits are made whole."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding)
+        self.lm_head.weight = embedding.weight
+
+    def get_output_embeddings(self) -> Any:
+        return None
+
+
 class Scaled(nn.Embedding):
     """An embedding with a forward of its own, as Gemma has it."""
 
@@ -67,9 +78,11 @@ class Doubled(LanguageModeling):
         return 2 * total, measured
 
 
-def _model(embedding: type[nn.Embedding] = nn.Embedding, **options: Any) -> nn.Module:
+def _model(
+    embedding: type[nn.Embedding] = nn.Embedding, *, kind: type[Model] = Model, **options: Any
+) -> nn.Module:
     with ft.keys.seeded(5):
-        return Model(embedding(zoo.VOCABULARY, 8, **options)).double()
+        return kind(embedding(zoo.VOCABULARY, 8, **options)).double()
 
 
 def _found(
@@ -141,6 +154,7 @@ EMBEDDINGS: dict[str, Any] = {
     "scaled": lambda: _model(Scaled),
     "hooked": lambda: _hooked(),
     "frozen": lambda: _frozen(),
+    "tied to the unknown": lambda: _model(kind=Unshown),
 }
 
 
@@ -165,6 +179,25 @@ def test_every_kind_of_embedding(name: str) -> None:
     _same(ours, theirs)
     if name == "padded":
         assert not ours["embedding.weight"][PADDING].any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_canonical_sums_are_a_tree_of_every_gradient(tied: bool) -> None:
+    """Whatever its size: a table's own sum would have another order, and other bits."""
+    architecture, params, buffers = ft.split(zoo.decoder(tied=tied))
+    gradient = accumulate(value_and_grad(LanguageModeling(), architecture), 4, tree=True)
+    prints = []
+    for table in (0, NEVER):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(accumulators, "TABLE", table)
+            grads = gradient(params, buffers, zoo.batch(1, 8)).grads
+        prints.append({name: ft.trees.digest(grad) for name, grad in grads.items()})
+    assert prints[0] == prints[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModeling, "direct", False)
+        plain = accumulate(value_and_grad(LanguageModeling(), architecture), 4, tree=True)
+        grads = plain(params, buffers, zoo.batch(1, 8)).grads
+    assert {name: ft.trees.digest(grad) for name, grad in grads.items()} == prints[0]
 
 
 def test_an_objective_that_changes_its_sum_is_told() -> None:

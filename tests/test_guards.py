@@ -108,23 +108,46 @@ def test_the_guarded_step_is_pure_and_its_donation_the_same() -> None:
         testing.assert_donation_equal(step, state, batch)
 
 
-@given(st.lists(st.floats(0.1, 10.0), min_size=0, max_size=20), st.floats(0.0, 100.0))
+@given(
+    st.lists(st.floats(0.1, 10.0), min_size=0, max_size=20),
+    st.floats(2.7, 3.3),
+    st.sampled_from(["loss", "norm"]),
+)
 def test_a_spike_is_what_lies_so_many_deviations_above_the_mean(
-    values: list[float], value: float
+    values: list[float], above: float, watched: str
 ) -> None:
+    """Near the limit, where another variance would be seen; of the losses and of the norms."""
     guard = ft.SpikeGuard(window=8, deviations=3.0)
+    one = torch.ones((), dtype=torch.float64)
+
+    def both(value: float) -> dict[str, Any]:
+        return {"loss": one, "norm": one, watched: one * value}
+
     state = guard.init(CPU)
-    yes = torch.tensor(True)
     for each in values:
-        state = guard.observe(state, torch.tensor(each).double(), torch.tensor(1.0), yes)
-    newest = values[-8:]
-    expected = False
-    if len(values) >= 4:
-        limit = statistics.mean(newest) + 3.0 * statistics.stdev(newest)
-        if math.isclose(value, limit, rel_tol=1e-9):
-            return
-        expected = value > limit
-    assert bool(guard.spike(state, torch.tensor(value).double(), torch.tensor(1.0))) is expected
+        state = guard.observe(state, **both(each), applied=torch.tensor(True))
+    if len(values) < 4:  # half a window has not been seen yet
+        assert not guard.spike(state, **both(1e6))
+        return
+    mean, deviation = statistics.mean(values[-8:]), statistics.stdev(values[-8:])
+    value, limit = mean + above * deviation, mean + 3.0 * deviation
+    if not math.isclose(value, limit, rel_tol=1e-9):
+        assert bool(guard.spike(state, **both(value))) is (value > limit)
+
+
+@given(st.lists(st.booleans(), max_size=12))
+def test_what_was_skipped_is_counted_in_a_row_and_leaves_the_window(applied: list[bool]) -> None:
+    guard = ft.SpikeGuard(window=4)
+    state = guard.init(CPU)
+    for number, yes in enumerate(applied):
+        value = torch.tensor(1.0 + number)
+        state = guard.observe(state, value, 2 * value, torch.tensor(yes))
+    kept = [1.0 + number for number, yes in enumerate(applied) if yes]
+    assert int(state.count) == len(kept)
+    assert int(state.skips) == [*reversed(applied), True].index(True)
+    for values, size in ((state.losses, 1), (state.norms, 2)):
+        seen = values[: len(kept)].tolist()
+        assert sorted(seen) == [size * each for each in kept[-4:]]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ import zoo
 
 import functrain as ft
 from functrain import testing
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM
+from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
+from functrain.errors import SaveWarning
 from functrain.loop import conditions
 from functrain.metrics import mean
 
@@ -110,6 +113,69 @@ def test_states_are_saved_before_they_are_yielded(tmp_path: Path) -> None:
         "step-000000000004",
         "step-000000000005",
     ]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_lies_with_each_state_of_a_run(background: bool, tmp_path: Path) -> None:
+    """The evaluation's metrics of that step alone, what its bits depend on, and the texts."""
+    step, state = _run(precision="bf16", microbatches=2)
+    run = ft.train(
+        step,
+        state,
+        zoo.Batches(),
+        steps=3,
+        evaluation=[zoo.batch(100)],
+        evaluate_every=2,
+        directory=tmp_path,
+        save_every=1,
+        background=background,
+        beside={"config.json": "{}\n"},
+    )
+    measured = [metrics.to_dict() for _, metrics in run]
+    found = checkpoints(tmp_path)
+    assert len(found) == len(measured) == 3
+    for path, metrics in zip(found, measured, strict=True):
+        manifest = read_manifest(OPERATING_SYSTEM, path)
+        evaluated = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+        assert manifest.metrics == evaluated
+        assert manifest.numerics.items() >= conditions(step, zoo.Batches().batch_size).items()
+        assert (path / "config.json").read_text() == "{}\n"
+    assert "eval_loss" in measured[1].keys() & measured[2].keys() - measured[0].keys()
+
+
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_a_save_that_fails_in_the_background_is_met_at_the_next_step(
+    on_save_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waiting(ft.checkpoint.BackgroundWriter):
+        """Whose saves have ended when it is asked."""
+
+        def check(self) -> None:
+            self.wait()
+
+    monkeypatch.setattr("functrain.loop.BackgroundWriter", Waiting)
+    step, state = _run()
+    ft.save(tmp_path, attrs.evolve(state, step=2))  # which the run's own must not replace
+    run = ft.train(
+        step,
+        state,
+        zoo.Batches(),
+        steps=6,
+        directory=tmp_path,
+        save_every=2,
+        background=True,
+        on_save_error=on_save_error,
+    )
+    assert [now.step for now, _ in itertools.islice(run, 2)] == [1, 2]
+    if on_save_error == "stop":
+        with pytest.raises(ft.CheckpointError, match="holds another state"):
+            next(run)
+        return
+    with pytest.warns(SaveWarning, match="holds another state"):
+        next(run)
+    *_, (last, _) = run
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 4, 6]
+    assert ft.fingerprint(ft.load(tmp_path, like=state)) == ft.fingerprint(last)
 
 
 def test_a_donating_run_equals_a_pure_one(tmp_path: Path) -> None:
@@ -275,6 +341,26 @@ def test_what_a_plateau_schedule_sees_is_the_evaluations_loss() -> None:
         step, state, zoo.Batches(), steps=1, evaluation=[zoo.batch(100)], evaluate_every=1
     )
     assert state.scheduler.plateau.best == float(metrics["eval_loss"]) != float(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"precision": "bf16"},
+        {"microbatches": 2},
+        {"reduction": "canonical"},
+        {"compile": True},
+        {"compile": True, "checkpoint": "mix"},
+        {"batch_size": 8},
+    ],
+    ids=repr,
+)
+def test_what_changes_the_bits_of_a_run_changes_its_conditions(other: dict[str, Any]) -> None:
+    """So that whoever resumes under others is told; each beside what is least unlike it."""
+    step, _ = _run(compile="checkpoint" in other)
+    given = {"batch_size": 4, **other}
+    size = given.pop("batch_size")
+    assert conditions(attrs.evolve(step, **given), size) != conditions(step, 4)
 
 
 @pytest.mark.parametrize(

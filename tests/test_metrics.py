@@ -47,6 +47,13 @@ def test_merged_parts_are_the_whole(parts: list[list[float]]) -> None:
     assert _merged([_measured(part) for part in parts]).to_dict() == _values(whole)
 
 
+def test_several_sums_with_a_weight_each_are_read_as_their_quotients_sum() -> None:
+    """So is a perplexity of them: the exponential of the whole, not of each."""
+    sums, weights = torch.tensor([1.0, 3.0]), torch.tensor([2, 4])
+    assert float(m.mean(sums, weights).value) == 1.25
+    assert float(m.exponential(sums, weights).value) == pytest.approx(math.exp(1.25))
+
+
 @given(parts=PARTS, data=st.data())
 def test_merging_is_associative_and_commutative(parts: list[list[float]], data: Any) -> None:
     measured = [_measured(part) for part in parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -45,6 +46,34 @@ def test_the_metrics_have_the_names_that_dashboards_know() -> None:
     assert float(metrics["perplexity"]) == pytest.approx(float(metrics["loss"].exp()))
     targets = (zoo.batch()["labels"][:, 1:] != -100).sum()
     assert float(metrics["num_tokens"]) == int(targets)
+
+
+@pytest.mark.parametrize("by_chunks", [False, True])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_metrics_of_a_batch_are_their_formulas(by_chunks: bool, microbatches: int) -> None:
+    """Of targets of which some are the mode, and of a mode that is often token 0: what stands for
+    no target while it is looked for."""
+    module = zoo.decoder(biased=True)
+    with torch.no_grad():
+        module.lm_head.bias.neg_()
+    ids, labels = zoo.batch()["input_ids"], zoo.batch()["labels"]
+    logits = module(ids)[:, :-1].detach().double()
+    modes, targets = logits.argmax(-1), labels[:, 1:]
+    targets[:, ::2] = torch.where(targets == -100, -100, modes)[:, ::2]
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    count, right = int((targets != -100).sum()), int((targets == modes).sum())
+    assert 0 < right < count
+    assert bool((modes[targets == -100] == 0).any())
+    architecture, params, buffers = ft.split(module)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), microbatches=microbatches)
+    with pytest.MonkeyPatch.context() as patch:
+        if by_chunks:
+            patch.setattr("functrain.objectives.chunks.BUDGET", 0)
+        _, metrics = step(step.init(params, buffers), {"input_ids": ids, "labels": labels})
+    assert float(metrics["loss"]) == pytest.approx(float(nll), rel=1e-5)
+    assert float(metrics["perplexity"]) == pytest.approx(float(nll.exp()), rel=1e-5)
+    assert float(metrics["mean_token_accuracy"]) == pytest.approx(right / count)
+    assert float(metrics["num_tokens"]) == count
 
 
 def _options(record: type) -> set[str]:
@@ -298,6 +327,44 @@ def test_evaluation_is_in_eval_mode_and_of_every_stage() -> None:
     assert {"eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"} <= set(measured)
 
 
+def test_what_is_drawn_in_an_evaluation_is_of_the_states_key() -> None:
+    """Of a model that drops in eval mode too; the global generators are as before."""
+
+    class Dropping(zoo.Tied):
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            out = super().forward(*args, **rest)
+            return {"logits": torch.nn.functional.dropout(out["logits"], 0.5)}
+
+    architecture, params, buffers = ft.split(Dropping())
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    before = torch.get_rng_state()
+    one, again, other = (
+        ft.evaluate(step, step.init(params, buffers, seed=seed), [zoo.batch()]).to_dict()
+        for seed in (1, 1, 2)
+    )
+    assert one == again != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda params: ft.trees.select(params, "*"),
+        lambda params: ft.trees.zero(params, "mix.*"),
+        lambda params: params.copy(),
+        lambda params: ft.trees.Tensors(params),
+    ],
+    ids=["select", "zero", "copy", "Tensors"],
+)
+def test_what_was_taken_of_a_states_params_is_not_written_by_a_donation(taken: Any) -> None:
+    step, state = _made()
+    state, _ = step(state, zoo.batch())
+    kept = taken(state.params)
+    before = {name: ft.trees.digest(tensor) for name, tensor in kept.items()}
+    step(state, zoo.batch(1), donate=True)
+    assert {name: ft.trees.digest(tensor) for name, tensor in kept.items()} == before
+
+
 class Routed(zoo.Tied):
     """A parameter that the loss reaches only where the batch has a mask."""
 
@@ -310,6 +377,23 @@ class Routed(zoo.Tied):
         if attention_mask is not None:
             hidden = hidden + self.extra(hidden)
         return self.head(self.norm(hidden))
+
+
+def test_a_parameter_has_the_gradient_of_the_micro_batches_that_reach_it() -> None:
+    """Whichever they are, and in whatever order the gradients are summed."""
+    architecture, params, buffers = ft.split(Routed())
+    gradient = ft.value_and_grad(LanguageModeling(), architecture)
+    for routed in itertools.product([False, True], repeat=4):
+        parts = [zoo.batch(seed) for seed in range(4)]
+        for part, yes in zip(parts, routed, strict=True):
+            if yes:
+                part["attention_mask"] = torch.ones_like(part["input_ids"])
+        fast, tree = (
+            dict(ft.accumulate(gradient, 1, tree=tree)(params, buffers, parts).grads)
+            for tree in (False, True)
+        )
+        assert ("extra.weight" in fast) is any(routed)
+        torch.testing.assert_close(tree, fast, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", [ft.optim.adamw(1e-2), ft.optim.sgd(1e-1, momentum=0.9)])

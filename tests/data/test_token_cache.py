@@ -200,6 +200,64 @@ def test_a_kill_at_any_operation_loses_one_part_at_most(
     assert operation == 3 * 4 + 2
 
 
+class _Disk:
+    """What a power cut leaves of a cache, after each sync: what was synced, and nothing else.
+
+    A file as it was at its last sync, under the names that its directory had at that one's.
+    """
+
+    def __init__(self, cache: Path, patch: pytest.MonkeyPatch) -> None:
+        self._cache, self._fsync = cache, os.fsync
+        self._files: dict[int, bytes] = {}
+        self._names: dict[int, dict[str, int]] = {}
+        self.moments: list[dict[str, dict[str, bytes]]] = [{}]
+        patch.setattr(os, "fsync", self._synced)
+
+    def _synced(self, handle: int) -> None:
+        self._fsync(handle)
+        number = os.fstat(handle).st_ino
+        for path in (self._cache, *self._cache.rglob("*")):
+            if path.stat().st_ino != number:
+                continue
+            if path.is_dir():
+                self._names[number] = {e.name: e.stat().st_ino for e in path.iterdir()}
+            else:
+                self._files[number] = path.read_bytes()
+        homes = self._names.get(self._cache.stat().st_ino, {})
+        self.moments.append(
+            {
+                home: {
+                    name: self._files.get(file, b"")
+                    for name, file in self._names.get(number, {}).items()
+                }
+                for home, number in homes.items()
+            }
+        )
+
+
+def test_a_power_cut_at_any_moment_loses_nothing_that_was_said_to_be_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        disk = _Disk(tmp_path / "cache", patch)
+        data.tokenized(source, BYTES, tmp_path / "cache")
+    counts = []
+    for moment, homes in enumerate(disk.moments):
+        cache = tmp_path / f"cache-{moment}"
+        counting = _Counting(tmp_path / f"notes-{moment}", fingerprint=BYTES.fingerprint)
+        for home, files in homes.items():
+            (cache / home).mkdir(parents=True)
+            for name, content in files.items():
+                (cache / home / name).write_bytes(content)
+        found = data.tokenized(source, counting, cache)
+        _check(found, TEXTS)
+        counts.append(counting.count())
+    # Each part of three documents is there once its line of the journal is.
+    assert counts == sorted(counts, reverse=True)
+    assert set(counts) == {12, 9, 6, 3, 0}
+    assert not found.made
+
+
 def test_kills_one_after_another_come_to_an_end(source: Path, tmp_path: Path) -> None:
     """Each in its second part, or as it puts the manifest in place, and the next goes on."""
     cache = tmp_path / "cache"
@@ -298,7 +356,10 @@ def test_the_key_is_content_and_tokenizer_not_names(source: Path, tmp_path: Path
     first = data.tokenized(source, BYTES, cache)
     moved = shutil.copy(source, tmp_path / "b.jsonl")
     assert not data.tokenized(moved, BYTES, cache).made
-    assert data.tokenized(source, _Counting(tmp_path / "notes"), cache).made
+    counting = _Counting(tmp_path / "notes")
+    assert data.tokenized(source, counting, cache).made
+    for other in ({"end": 0}, {"vocabulary": 300}, {"fingerprint": "another"}):
+        assert data.tokenized(source, attrs.evolve(counting, **other), cache).made
     shutil.copy(source, tmp_path / "c.txt")  # the same bytes, read as another thing
     assert data.tokenized(tmp_path / "c.txt", BYTES, cache).made
     _write(source, TEXTS[:-1])
@@ -308,17 +369,28 @@ def test_the_key_is_content_and_tokenizer_not_names(source: Path, tmp_path: Path
     _check(first, TEXTS)  # still mapped
 
 
-def test_a_file_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
+_LONG = [each * 1000 for each in TEXTS]  # more than is read ahead
+
+
+@pytest.mark.parametrize(
+    ("texts", "others"), [(TEXTS, ["another"]), (_LONG, [each.upper() for each in _LONG])]
+)
+def test_a_file_that_changes_meanwhile_is_refused(
+    source: Path, tmp_path: Path, texts: Sequence[str], others: Sequence[str]
+) -> None:
+    """Also where it keeps its size; and no part of it is kept for when it is what it was."""
+    _write(source, texts)
+
     class Changing(_Counting):
         def encode(self, text: str) -> list[int]:
             if self.count() == 7:
-                _write(source, ["another"])
+                _write(source, others)
             return super().encode(text)
 
     with pytest.raises(ft.DataError, match=r"a\.jsonl: changed while it was tokenised"):
         data.tokenized(source, Changing(tmp_path / "notes"), tmp_path / "cache")
-    _write(source, TEXTS)
-    _check(data.tokenized(source, _Counting(tmp_path / "notes"), tmp_path / "cache"), TEXTS)
+    _write(source, texts)
+    _check(data.tokenized(source, _Counting(tmp_path / "notes"), tmp_path / "cache"), texts)
 
 
 def _directory(path: Path) -> Path:

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from workers import Group
 
+from functrain import metrics as m
 from functrain.distributed import exchange
 from functrain.errors import ArchitectureError
+from functrain.metrics import Metric, Metrics
+from functrain.trees import digest
 
 SIZES = (3, 40, 1, 12, 100, 7, 0, 25)
 
@@ -150,3 +153,47 @@ def test_most_is_sent_before_the_backward_pass_has_ended(
     for sent, of in group.values("beside", 2, options):
         assert of > 4
         assert sent >= of - 1  # the last has the embedding's
+
+
+class _Told:
+    """A world whose workers are asked one after another; the last one hears of all."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._told: list[bytes] = []
+
+    def payloads(self, given: bytes, what: str = "") -> list[bytes]:
+        self._told.append(given)
+        return self._told
+
+
+def _leaves(metrics: Metrics) -> list[tuple[str, str, str, str]]:
+    every = [(name, metrics.metric(name)) for name in metrics]
+    return [(name, each.reading, digest(each.sum), digest(each.weight)) for name, each in every]
+
+
+VALUES = st.one_of(st.floats(), st.lists(st.floats(), min_size=1, max_size=3))
+MADE = st.fixed_dictionaries(
+    {}, optional={"a": st.tuples(VALUES, st.sampled_from(["mean", "total", "exp"])), "b": st.none()}
+)
+
+
+@given(turns=st.lists(MADE, max_size=9), size=st.integers(1, 4))
+def test_metrics_come_back_in_the_order_of_the_turns_with_their_bits(
+    turns: list[dict[str, Any]], size: int
+) -> None:
+    """Whoever has made which: turn i is worker i's modulo their number."""
+    made = [
+        Metrics(
+            {
+                name: m.total(index)
+                if given is None
+                else Metric(*[torch.tensor(given[0], dtype=torch.float64)] * 2, given[1])
+                for name, given in each.items()
+            }
+        )
+        for index, each in enumerate(turns)
+    ]
+    world = _Told(size)
+    found = [exchange.gathered_metrics(world, made[rank::size]) for rank in range(size)][-1]
+    assert [_leaves(each) for each in found] == [_leaves(each) for each in made]

@@ -214,11 +214,34 @@ def _alone(reduction: Any, **options: Any) -> tuple[Any, Any]:
     return step, step.init(params, buffers, seed=1)
 
 
+def joined(one: str, other: str) -> str:
+    """A sum that shows its order."""
+    return f"({one}+{other})"
+
+
+@given(count=st.integers(1, 40), paired=st.booleans())
+def test_a_tree_is_halved_at_the_largest_power_of_two(count: int, paired: bool) -> None:
+    """For ever, or the bits of runs would part; `paired`: every second leaf added beforehand."""
+
+    def halved(leaves: list[str]) -> str:
+        if len(leaves) == 1:
+            return leaves[0]
+        middle = 1 << ((len(leaves) - 1).bit_length() - 1)
+        return joined(halved(leaves[:middle]), halved(leaves[middle:]))
+
+    leaves = [str(leaf) for leaf in range(count)]
+    tree = Tree(joined)
+    for leaf in leaves:
+        before = tree.pop() if paired else None
+        if before is None:
+            tree.push(leaf)
+        else:
+            tree.push(joined(before, leaf), 2)
+    assert tree.total() == halved(leaves)
+
+
 @given(branches=st.integers(2, 9), level=st.integers(1, 4))
 def test_a_branch_of_the_tree_is_the_tree_of_its_leaves(branches: int, level: int) -> None:
-    def joined(one: str, other: str) -> str:
-        return f"({one}+{other})"
-
     width = 2**level
     leaves = [str(leaf) for leaf in range(branches * width)]
     parts = [leaves[begin : begin + width] for begin in range(0, len(leaves), width)]

@@ -75,10 +75,28 @@ def test_at_the_start_it_is_its_base_to_the_bit(name: str, form: str) -> None:
     architecture, params, buffers = zoo.split(name)
     adapted, adapters = ft.lora.attach(architecture, params, FORMS[form])
     assert torch.equal(logits(adapted, adapters, buffers), logits(architecture, params, buffers))
-    reference = ft.lora.reference(
-        adapted, stirred(ft.trees.select(adapters, "*.lora_*")) | adapters
-    )
+    trained = adapters | stirred(ft.trees.select(adapters, "*.lora_*"))
+    assert not torch.equal(logits(adapted, trained, buffers), logits(adapted, adapters, buffers))
+    reference = ft.lora.reference(adapted, trained)
     assert torch.equal(logits(adapted, reference, buffers), logits(architecture, params, buffers))
+
+
+def test_each_layer_begins_with_an_adapter_of_its_own() -> None:
+    """By its name and the seed, whichever others there are; of the size of `nn.Linear`'s weight."""
+    architecture, params, _ = zoo.split("decoder")
+
+    def first(*targets: str, seed: int = 0) -> Any:
+        lora = LoRA(rank=64, targets=targets)
+        return ft.trees.select(ft.lora.attach(architecture, params, lora, seed=seed)[1], "*lora_A")
+
+    every, some = first("all-linear"), first("q_proj", "o_proj")
+    assert some.keys() < every.keys()
+    assert all(torch.equal(every[name], some[name]) for name in some)
+    assert len({ft.trees.digest(tensor) for tensor in every.values()}) == len(every)
+    assert not any(torch.equal(t, every[n]) for n, t in first("all-linear", seed=1).items())
+    for tensor in every.values():
+        limit = tensor.shape[1] ** -0.5
+        assert 0.9 * limit < float(tensor.abs().max()) <= limit
 
 
 @EVERY
@@ -175,6 +193,11 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         over(state, zoo.batch())
     with pytest.raises(ft.CheckpointError, match="frozen params that this was trained over"):
         ft.load(tmp_path, like=over.init(theirs, buffers))
+    for base in (slots(other).base, None):
+        with pytest.raises(ft.CheckpointError, match="were trained over other frozen ones"):
+            ft.checkpoint.load_model(tmp_path, theirs, buffers, base=base)
+    kept, _ = ft.checkpoint.load_model(tmp_path, adapters, buffers, base=state.base)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in state.params.items())
     plain = ft.sft_step(architecture, ft.optim.adamw(1e-2))
     strange = attrs.evolve(plain.init(params, buffers), base=state.base)
     with pytest.raises(ft.StateError, match="holds no frozen params"):
@@ -377,6 +400,19 @@ def test_a_base_of_half_precision_stays_as_it_is() -> None:
         assert {t.dtype for t in ft.lora.merged(adapted, state.params)[1].values()} == {
             torch.bfloat16
         }
+
+
+def test_a_base_of_half_precision_is_merged_with_one_rounding() -> None:
+    """Of the sum in float32: of an adapter that is rounded first, a part would be lost."""
+    architecture, params, _ = zoo.split("decoder", torch.bfloat16)
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2, alpha=3))
+    adapters = stirred(adapters)
+    _, merged = ft.lora.merged(adapted, adapters)
+    names = [name.removesuffix(".lora_A") for name in ft.trees.select(adapters, "*.lora_A")]
+    for name in names:
+        delta = (adapters[f"{name}.lora_B"] @ adapters[f"{name}.lora_A"]) * 1.5
+        expected = (params[f"{name}.weight"].float() + delta).bfloat16()
+        assert torch.equal(merged[f"{name}.weight"], expected), name
 
 
 def test_the_head_is_found_over_a_frozen_base(monkeypatch: Any) -> None:

@@ -163,27 +163,32 @@ def test_training_moves_the_margin_the_right_way() -> None:
 
 
 def test_token_metrics_are_over_the_completions() -> None:
+    """Some targets of both sides are the mode."""
     step, state = _reference_step("tied")
     batch = zoo.pairs()
-    _, metrics = step(state, batch)
     model = zoo.model("tied").eval()
-    entropy, targets, correct, level = 0.0, 0, 0, {"chosen": 0.0, "rejected": 0.0}
-    counts = {"chosen": 0, "rejected": 0}
+    entropy, targets, correct = 0.0, 0, {"chosen": 0, "rejected": 0}
+    level, counts = {"chosen": 0.0, "rejected": 0.0}, {"chosen": 0, "rejected": 0}
     for side in level:
         logits = model(batch[side]["input_ids"])["logits"].detach()[:, :-1].double()
         labels = batch[side]["labels"][:, 1:]
         mask = labels != -100
+        modes = logits.argmax(-1)
+        labels[:, ::2] = torch.where(mask, modes, labels)[:, ::2]
         p = logits.softmax(-1)
         entropy += float((-(p * p.log()).sum(-1) * mask).sum())
         counts[side] = int(mask.sum())
         targets += counts[side]
         level[side] = float((logits.mean(-1) * mask).sum()) / counts[side]
-        if side == "chosen":
-            correct = int(((logits.argmax(-1) == labels) & mask).sum())
+        correct[side] = int(((modes == labels) & mask).sum())
+        assert 0 < correct[side] < counts[side]
+    _, metrics = step(state, batch)
     assert float(metrics["entropy"]) == pytest.approx(entropy / targets, rel=1e-5)
-    assert float(metrics["mean_token_accuracy"]) == pytest.approx(correct / counts["chosen"])
+    accuracy = correct["chosen"] / counts["chosen"]
+    assert float(metrics["mean_token_accuracy"]) == pytest.approx(accuracy)
     for side, value in level.items():
         assert float(metrics[f"logits/{side}"]) == pytest.approx(value, rel=1e-4, abs=1e-6)
+    assert float(metrics["num_tokens"]) == targets
 
 
 def _heard(**options: Any) -> tuple[Any, Any, Any]:

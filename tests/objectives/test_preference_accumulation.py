@@ -134,6 +134,26 @@ def test_micro_batches_on_their_own_would_be_another_loss(case: str) -> None:
     assert abs(mean - whole) > 1e-6
 
 
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "bco_pair"])
+def test_the_first_of_two_passes_leaves_no_trace_in_the_buffers(loss: str) -> None:
+    """BatchNorm has seen as much as where one pass is all that there is."""
+    architecture, params, buffers = zoo.split("normed")
+    left = []
+    for name in ("sigmoid", loss):
+        step = ft.dpo_step(
+            architecture,
+            ft.optim.adamw(),
+            reference=ft.trees.clone(params),
+            loss=name,
+            dropout=True,
+            microbatches=2,
+        )
+        state, _ = step(step.init(params, buffers), zoo.pairs())
+        left.append({key: ft.trees.digest(tensor) for key, tensor in state.buffers.items()})
+        assert int(state.buffers["norm.num_batches_tracked"]) == 2
+    assert left[0] == left[1]
+
+
 @EVERY
 def test_an_evaluation_is_independent_of_the_batch_size(case: str) -> None:
     """Of the order too, and it disturbs nothing; a coupled loss is that of all batches together."""

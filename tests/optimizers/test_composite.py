@@ -37,8 +37,9 @@ class Halves(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: Mapping[str, Tensor], context: float, _size: Any, _stride: Any
+        inner: Mapping[str, Tensor], context: float, size: Any, stride: Any
     ) -> Halves:
+        assert all(each.shape == size and each.stride() == stride for each in inner.values())
         return Halves(inner["high"], inner["low"], context)
 
     @classmethod
@@ -76,24 +77,27 @@ class Wrapping(torch.optim.Optimizer):
                 param.sub_(new * group["lr"])
 
 
-def params() -> Tensors:
+def params(rows: int = 3) -> Tensors:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"a": (3, 4), "b": (4,), "c": (3, 4)}
+    shapes = {"a": (rows, 4), "b": (4,), "c": (rows, 4)}
     return Tensors({n: torch.randn(s, generator=generator) for n, s in shapes.items()})
 
 
-def gradients(number: int) -> Tensors:
+def gradients(number: int, rows: int = 3) -> Tensors:
     generator = torch.Generator().manual_seed(number + 1)
-    return Tensors({n: torch.randn(p.shape, generator=generator) for n, p in params().items()})
+    shapes = {name: param.shape for name, param in params(rows).items()}
+    return Tensors({n: torch.randn(s, generator=generator) for n, s in shapes.items()})
 
 
-def run(optimizer: Any, steps: int, *, donate: bool = False, renew: bool = False) -> Any:
-    values = clone(params())
+def run(
+    optimizer: Any, steps: int, *, donate: bool = False, renew: bool = False, rows: int = 3
+) -> Any:
+    values = clone(params(rows))
     state = optimizer.init(values)
     for number in range(steps):
         if renew:  # as a process does that has just been started
             optimizer = attrs.evolve(optimizer)
-        values, state = optimizer.update(gradients(number), state, values, 0.1, donate=donate)
+        values, state = optimizer.update(gradients(number, rows), state, values, 0.1, donate=donate)
     return values, state
 
 
@@ -129,6 +133,13 @@ def test_a_fresh_record_and_a_donated_one_give_the_same() -> None:
     plain = run(own(), 4)
     assert same(plain, run(own(), 4, renew=True))
     assert same(plain, run(own(), 4, donate=True))
+
+
+def test_one_record_serves_models_of_several_sizes() -> None:
+    """What it has found out of a parameter's state is of that parameter's shape."""
+    optimizer = own()
+    for rows in (3, 5, 3):
+        assert same(run(optimizer, 3, rows=rows), run(own(), 3, rows=rows))
 
 
 def test_a_context_that_differs_by_group_comes_back_to_its_parameter() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import functrain as ft
 from functrain import optim
 from functrain.errors import ConfigError, StateError
+from functrain.optimizers import is_elementwise
 from functrain.trees import Tensors, digest
 
 
@@ -164,6 +165,43 @@ def _hidden(module: nn.Module) -> set[str]:
     return {name for name, tensor in module.named_parameters() if where(name, tensor)}
 
 
+@attrs.frozen
+class Told:
+    """An optimizer that notes whether it was told to apply its update."""
+
+    seen: list[bool | None] = attrs.field(factory=list)
+    lr: float = 1e-2
+    kind: str = "told"
+
+    def init(self, params: Any) -> Any:
+        return optim.sgd().init(params)
+
+    def update(self, grads: Any, state: Any, params: Any, *_: Any, **options: Any) -> Any:
+        applied = options["applied"]
+        self.seen.append(None if applied is None else bool(applied))
+        return params, state
+
+
+def test_a_part_is_told_what_the_whole_is() -> None:
+    """An accelerator's kernels decide by it, each for itself."""
+    told = Told()
+    optimizer = optim.partition([("told", optim.is_any, told)])
+    params = zoo.split("tied")[1]
+    for applied in (None, torch.tensor(True)):
+        optimizer.update({}, optimizer.init(params), params, 1e-2, applied=applied)
+    assert told.seen == [None, True]
+
+
+def test_what_updates_element_by_element_is_known_in_every_part() -> None:
+    """Of some rows alone another kind would make another update."""
+    rest = ("rest", optim.is_any, optim.sgd())
+    assert is_elementwise(
+        optim.partition([("hidden", optim.is_hidden_matrix, optim.adamw()), rest])
+    )
+    assert not is_elementwise(optim.muon())
+    assert not is_elementwise(optim.partition([("all", optim.is_any, optim.adafactor())]))
+
+
 HIDDEN = {"c.0.weight", "c.1.weight", "e.in_proj_weight", "e.out_proj.weight"}
 
 
@@ -173,6 +211,10 @@ def test_hidden_matrices_are_known_by_the_architecture(tied: bool, after_split: 
     """Whatever the names; 16 is a number of positions and a width, so that no head is of it."""
     module = Model(tied=tied)
     assert _hidden(ft.split(module)[0] if after_split else module) == HIDDEN
+
+
+def test_a_tied_weight_is_no_hidden_matrix_though_the_vocabulary_is_a_width() -> None:
+    assert _hidden(Model(vocabulary=8, tied=True)) == HIDDEN
 
 
 def test_where_the_vocabulary_is_a_width_the_name_tells_the_output_projection() -> None:
