@@ -28,7 +28,7 @@ from functrain.errors import ArchitectureError, BatchError, ConfigError, Functra
 from functrain.forward import OwnBuffers, forward_buffers, forward_values
 from functrain.lora import adapter_of, is_adapted
 from functrain.metrics import Metrics
-from functrain.objectives.base import Coupled, Objective, is_direct
+from functrain.objectives.base import Coupled, Objective, check_objective, is_direct
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
@@ -457,6 +457,7 @@ def value_and_grad(
     `checkpoint`: a pattern of modules whose activations are recomputed (`functrain.activations`).
     `shards`: how the model computes with params of which each worker has some rows.
     """
+    check_objective(objective)
     if not isinstance(compile, bool):
         raise ConfigError(f"compile: {compile!r}, expected True or False")
     if compile:

@@ -198,7 +198,14 @@ def _check_stream(
 
 
 def _batch_size(given: int | None, source: Source | Stream) -> int | None:
-    return source.batch_size if given is None and not isinstance(source, Stream) else given
+    if given is not None or isinstance(source, Stream):
+        return given
+    found: int | None = getattr(source, "batch_size", None)
+    if found is None:
+        raise ConfigError(
+            f"batch_size: a source of the type {type(source).__name__} has none; give it to train"
+        )
+    return found
 
 
 def _samples(epochs: float | None, source: Source | Stream) -> int | None:

@@ -520,41 +520,47 @@ def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:
     """`schedule(count)` as a 0-d float64 tensor, without waiting for an accelerator.
 
     `count` is at most `bound` (the calls so far). On an accelerator the value is looked up in a
-    table there, because reading the count back would stall the queue. Raises `ConfigError` for a
-    value that is no learning rate, at `count` or there at `bound`.
+    table there, because reading the count back would stall the queue. `ConfigError` for a schedule
+    of the user's own that gives no learning rate: below 0 a step would climb, silently.
     """
     if count.device.type == "cpu":
-        return torch.tensor(_value(schedule, int(count)), dtype=torch.float64)
-    _value(schedule, bound)
+        return torch.tensor(_rate(schedule, int(count)), dtype=torch.float64)
     return _looked_up(schedule, count, bound)
 
 
-def _value(schedule: Schedule, count: int) -> float:
-    """The learning rate after `count` updates; with one that is NaN so would the params be."""
-    value = float(schedule(count))
-    if not 0 <= value < math.inf:
+def _rate(schedule: Schedule, count: int) -> float:
+    value = schedule(count)
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0 <= rate < math.inf:
         raise ConfigError(
-            f"schedule: {value} after {count} applied updates, expected a finite number of at "
-            "least 0; look at what it gives beyond its total"
+            f"schedule: {value!r} after {count} updates, expected a finite learning rate of at "
+            "least 0"
         )
-    return value
+    return rate
 
 
 def _looked_up(schedule: Schedule, count: Tensor, bound: int) -> Tensor:
     size = max(1024, 1 << (bound + 1).bit_length())
+    table, known = _table(schedule, size, str(count.device))
+    if bound >= known:
+        _rate(schedule, known)  # raises what it raised
     # Not `table[count]`: indexing with a 0-d integer tensor reads it back on the host.
-    return torch.take(_table(schedule, size, str(count.device)), count)
+    return torch.take(table, count)
 
 
 @functools.lru_cache(maxsize=16)
-def _table(schedule: Schedule, size: int, device: str) -> Tensor:
-    values = [_ahead(schedule, count) for count in range(size)]
-    return torch.tensor(values, dtype=torch.float64, device=device)
+def _table(schedule: Schedule, size: int, device: str) -> tuple[Tensor, int]:
+    """The first `size` learning rates, and how many there are before the schedule fails.
 
-
-def _ahead(schedule: Schedule, count: int) -> float:
-    """A value that may never be asked for: of a function that ends with the run, NaN after it."""
+    It may fail beyond the end of the run, which is nearer: a list of learning rates does.
+    """
+    values: list[float] = []
     try:
-        return float(schedule(count))
+        values.extend(_rate(schedule, count) for count in range(size))
     except Exception:
-        return math.nan
+        values.append(math.nan)
+        return torch.tensor(values, dtype=torch.float64, device=device), len(values) - 1
+    return torch.tensor(values, dtype=torch.float64, device=device), size

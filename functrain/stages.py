@@ -8,11 +8,10 @@ from typing import Any, TypedDict, Unpack
 import attrs
 from torch import Tensor, nn
 
-from functrain.architecture import check_mode
 from functrain.distributed import World
 from functrain.errors import ConfigError, did_you_mean
 from functrain.guards import SpikeGuard
-from functrain.objectives.base import Objective
+from functrain.objectives.base import Objective, check_objective
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.layouts import LayoutName
 from functrain.objectives.logprobs import HeadMode
@@ -59,13 +58,13 @@ def make_step(
     too. The other options are described at `Step`. Raises `ConfigError` for what cannot be
     combined.
     """
-    _check_objective(objective)
     _check_known(objective, options)
     if not isinstance(architecture, nn.Module):
         raise ConfigError(
             f"architecture: expected the nn.Module that functrain.split returns first, got "
             f"{type(architecture).__name__}"
         )
+    check_objective(objective)
     is_optimizer(None, None, optimizer)
     return Step(
         objective=objective,
@@ -74,22 +73,6 @@ def make_step(
         schedule=optimizer.lr if schedule is None else schedule,
         **options,  # pyrefly: ignore[open-unpacking]
     )
-
-
-_PARTS = ("name", "mode", "batch_coupled", "check", "weight", "check_weight", "kept", "__call__")
-
-
-def _check_objective(given: Any) -> None:
-    """Raise `ConfigError` for what is no `functrain.objectives.Objective`, or has no mode."""
-    missing = [part for part in _PARTS if not hasattr(given, part)]
-    if isinstance(given, type) or missing:
-        name = getattr(given, "__name__", type(given).__name__)
-        why = "it has not been called" if isinstance(given, type) else f"it has no {missing[0]}"
-        raise ConfigError(
-            f"objective: {name}, expected one of functrain.objectives, or of your own with all "
-            f"that functrain.objectives.Objective names; {why}"
-        )
-    check_mode(given.mode, f"objective {given.name!r}: ")
 
 
 def _check_known(objective: Objective, options: Iterable[str]) -> None:

@@ -222,7 +222,11 @@ def fingerprint(state: TrainState) -> str:
 
 
 def clone_state(state: TrainState) -> TrainState:
-    """The same values in memory of their own, for a branch beside a donating step."""
+    """The same values in memory of their own, for a branch beside a donating step.
+
+    Of params alone `functrain.trees.clone` makes one.
+    """
+    check_state(state, "clone")
     return attrs.evolve(
         state,
         params=clone(state.params),

@@ -123,6 +123,10 @@ class Step:
 
     @_sharding.default
     def _found_sharding(self) -> Sharding | None:
+        if self.world is not None and not isinstance(self.world, World):
+            raise ConfigError(
+                f"world: {self.world!r}, expected functrain.distributed.world(), or None"
+            )
         if not self.sharded:
             return None
         if self.world is None:
@@ -193,6 +197,12 @@ class Step:
         )
 
     def __attrs_post_init__(self) -> None:
+        if self.guard is not None and not isinstance(self.guard, SpikeGuard):
+            raise ConfigError(f"guard: {self.guard!r}, expected a functrain.SpikeGuard(), or None")
+        if self.transform is not None and not callable(self.transform):
+            raise ConfigError(
+                f"transform: {self.transform!r}, expected a function of (grads, params), or None"
+            )
         norm, decay = self.max_grad_norm, self.ema_decay
         if norm is not None and not (is_number(norm) and 0 < norm < float("inf")):
             raise ConfigError(f"max_grad_norm: {norm!r}, expected a positive finite number or None")
@@ -490,6 +500,11 @@ class Step:
         """The gradients as they are applied, and their norm before the clipping."""
         if self.transform is not None:
             grads = self.transform(grads, params)
+            if not isinstance(grads, Mapping):
+                raise ConfigError(
+                    f"transform: it returned a {type(grads).__name__}, expected the gradients, a "
+                    "mapping by name"
+                )
             norm = global_norm(grads)
         if self.max_grad_norm is None:
             return grads, norm

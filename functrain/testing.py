@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from functrain.checkpoint import load, save
 from functrain.clipping import clip_by_global_norm
 from functrain.data.source import Source
 from functrain.data.streams import Stream
-from functrain.errors import ConsumedStateError
+from functrain.errors import ConfigError, ConsumedStateError
 from functrain.evaluation import evaluate
 from functrain.gradients import Gradients
 from functrain.loop import train
@@ -59,6 +60,12 @@ TOLERANCE: Mapping[torch.dtype, float] = {
 what a step computes in one (`precision`), whatever it keeps."""
 
 
+def _require(holds: bool, otherwise: str) -> None:
+    """A law: not an `assert`, which `python -O` leaves out."""
+    if not holds:
+        raise AssertionError(otherwise)
+
+
 def first_difference(one: TrainState, other: TrainState) -> str | None:
     """The path of the first leaf whose bits differ between two states; None where none does."""
     ours, theirs = fingerprints(one), fingerprints(other)
@@ -71,7 +78,7 @@ def first_difference(one: TrainState, other: TrainState) -> str | None:
 def assert_same(one: TrainState, other: TrainState, what: str) -> None:
     """Both states have the same bits in every leaf."""
     path = first_difference(one, other)
-    assert path is None, f"{what}: the states part at {path}"
+    _require(path is None, f"{what}: the states part at {path}")
 
 
 def assert_pure(step: Step, state: TrainState, batch: Batch) -> None:
@@ -83,13 +90,13 @@ def assert_pure(step: Step, state: TrainState, batch: Batch) -> None:
     before, given, generators = fingerprints(state), _digests(batch), _generators()
     slots = [id(p) for p in step.architecture.parameters()]
     first, metrics = step(state, batch, donate=False)
-    assert fingerprints(state) == before, "the step changed the state that it was given"
-    assert _digests(batch) == given, "the step changed the batch that it was given"
-    assert _generators() == generators, "the step moved a global random generator"
-    assert [id(p) for p in step.architecture.parameters()] == slots, "the architecture changed"
+    _require(fingerprints(state) == before, "the step changed the state that it was given")
+    _require(_digests(batch) == given, "the step changed the batch that it was given")
+    _require(_generators() == generators, "the step moved a global random generator")
+    _require([id(p) for p in step.architecture.parameters()] == slots, "the architecture changed")
     second, again = step(state, batch, donate=False)
     assert_same(first, second, "the same call twice")
-    assert _bits(metrics) == _bits(again), "the same call twice gave other metrics"
+    _require(_bits(metrics) == _bits(again), "the same call twice gave other metrics")
 
 
 def assert_donation_equal(step: Step, state: TrainState, batch: Batch) -> None:
@@ -98,7 +105,7 @@ def assert_donation_equal(step: Step, state: TrainState, batch: Batch) -> None:
     given = clone_state(state)
     donated, same = step(given, batch, donate=True)
     assert_same(pure, donated, "donated and pure")
-    assert _bits(metrics) == _bits(same), "donated and pure gave other metrics"
+    _require(_bits(metrics) == _bits(same), "donated and pure gave other metrics")
     for name in ("params", "step", "optimizer"):
         try:
             getattr(given, name)
@@ -134,7 +141,7 @@ def assert_packing_isolated(step: Step, state: TrainState, batch: Batch) -> None
     A batch as `functrain.data.packed` makes it; a model that does not keep documents apart fails.
     """
     step.objective.check(batch, step.value_and_grad.vocabulary)
-    assert are_packed(batch), "not a packed batch: no row holds several documents"
+    _require(are_packed(batch), "not a packed batch: no row holds several documents")
     ids, labels = batch["input_ids"], batch["labels"]
     documents = beginnings(batch["position_ids"]).flatten().cumsum(0).view_as(ids)
     limit = step.value_and_grad.vocabulary or int(ids.max()) + 1
@@ -147,9 +154,10 @@ def assert_packing_isolated(step: Step, state: TrainState, batch: Batch) -> None
         apart = torch.where(own[:, 1:], 0.0, (after - before).abs())
         row, place = (int(n) for n in own.nonzero()[0])
         most = 10 * tolerance * max(1.0, float(before.abs().max()))
-        assert float(apart.max()) <= most, (
+        _require(
+            float(apart.max()) <= most,
             f"another document sees the one that begins at {[row, place]}: a log-prob is "
-            f"{float(apart.max()):.3g} off"
+            f"{float(apart.max()):.3g} off",
         )
 
 
@@ -172,21 +180,23 @@ def assert_clip_laws(grads: Mapping[str, Tensor], max_norm: float) -> None:
     themselves; those below the limit are the same bits."""
     norm = float(global_norm(grads))
     clipped, measured = clip_by_global_norm(grads, max_norm)
-    assert float(measured) == norm, "clipping reports another norm than it clips by"
+    _require(float(measured) == norm, "clipping reports another norm than it clips by")
     after = float(global_norm(clipped))
-    assert after <= max_norm * (1 + 1e-6), f"norm {after} after clipping to {max_norm}"
+    _require(after <= max_norm * (1 + 1e-6), f"norm {after} after clipping to {max_norm}")
     if norm + 1e-6 < max_norm:
-        assert all(torch.equal(clipped[n], g) for n, g in grads.items()), "clipped below the limit"
+        same = all(torch.equal(clipped[name], grad) for name, grad in grads.items())
+        _require(same, "clipped below the limit")
     factor = after / norm if norm else 1.0
     for name, grad in grads.items():
         slack = 1e-6 * factor * float(grad.abs().max()) + 1e-30 if grad.numel() else 0.0
-        assert torch.allclose(clipped[name], grad * factor, rtol=1e-5, atol=slack), (
-            f"{name} points elsewhere after clipping"
+        _require(
+            torch.allclose(clipped[name], grad * factor, rtol=1e-5, atol=slack),
+            f"{name} points elsewhere after clipping",
         )
     twice, _ = clip_by_global_norm(clipped, max_norm)
     slack = 1e-5 + 2e-6 / max_norm  # torch's factor has an epsilon of 1e-6 beside the norm
     for name, grad in clipped.items():
-        assert torch.allclose(twice[name], grad, rtol=slack, atol=0.0), f"{name} clipped twice"
+        _require(torch.allclose(twice[name], grad, rtol=slack, atol=0.0), f"{name} clipped twice")
 
 
 def assert_evaluation_invariant(
@@ -198,8 +208,8 @@ def assert_evaluation_invariant(
     for order in (1, -1):
         cut = evaluate(step, state, list(_cut(batch, parts))[::order])
         _assert_metrics_close(whole, cut, _tolerance(step, state), f"parts {list(parts)}")
-    assert fingerprint(state) == before, "the evaluation changed the state"
-    assert _generators() == generators, "the evaluation moved a global random generator"
+    _require(fingerprint(state) == before, "the evaluation changed the state")
+    _require(_generators() == generators, "the evaluation moved a global random generator")
 
 
 def assert_resumable(
@@ -212,7 +222,10 @@ def assert_resumable(
     states = [clone_state(state)]
     run = train(step, clone_state(state), source, steps=steps)
     states += [clone_state(now) for now, _ in run]
-    assert len(states) > 1, f"nothing was run: {steps} is a total, and this is step {state.step}"
+    _require(
+        len(states) > 1,
+        f"nothing was run: {steps} is a total, and this is step {state.step}",
+    )
     for saved in states[:-1]:
         at = saved.step
         loaded = load(save(directory, saved), like=saved)
@@ -224,22 +237,22 @@ def assert_resumable(
 
 
 def assert_preference_laws(step: Step, state: TrainState, batch: Batch) -> None:
-    """At the reference the margin is 0; swapping the pair negates it; given log-probs are used.
+    """At the reference the margin is 0; swapping the pair negates it.
 
     `step` is a `dpo_step` whose reference is `state.params`, at β and a loss of its own.
     """
-    assert isinstance(step.objective, PreferenceOptimization), "not a preference step"
+    _require(isinstance(step.objective, PreferenceOptimization), "not a preference step")
     measured = evaluate(step, state, [batch])
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         value = float(measured[f"eval_{name}"])
-        assert value == 0.0, f"{name} is {value} where the policy is the reference"
+        _require(value == 0.0, f"{name} is {value} where the policy is the reference")
     moved, _ = step(state, batch, donate=False)
     moved, _ = step(moved, batch, donate=False)
     swapped = {**batch, "chosen": batch["rejected"], "rejected": batch["chosen"]}
     margin = float(evaluate(step, moved, [batch])["eval_rewards/margins"])
     opposite = float(evaluate(step, moved, [swapped])["eval_rewards/margins"])
     tolerance = 1e-5 + 1e-4 * abs(margin)
-    assert abs(margin + opposite) <= tolerance, f"margin {margin}, and {opposite} when swapped"
+    _require(abs(margin + opposite) <= tolerance, f"margin {margin}, and {opposite} when swapped")
 
 
 def _digests(batch: Batch) -> dict[str, Any]:
@@ -260,8 +273,12 @@ def _bits(metrics: Metrics) -> dict[str, str]:
 
 
 def _cut(batch: Batch, parts: Sequence[int]) -> Iterator[Batch]:
-    examples, bounds = examples_in(batch), [0, *itertools.accumulate(parts)]
-    assert bounds[-1] == examples, f"parts {list(parts)} are not the batch's {examples} examples"
+    bounds = [0, *itertools.accumulate(parts)]
+    if bounds[-1] != examples_in(batch) or min(parts) < 1:
+        raise ConfigError(
+            f"parts: {list(parts)}, expected positive integers that add up to the batch's "
+            f"{examples_in(batch)} examples"
+        )
     for start, stop in itertools.pairwise(bounds):
         yield _rows(batch, start, stop)
 
@@ -276,9 +293,11 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
 def _padded(batch: Batch, columns: int) -> Batch:
     if "input_ids" not in batch:
         sides = {k: v for k, v in batch.items() if isinstance(v, Mapping) and "input_ids" in v}
-        assert sides, f"a batch of {sorted(batch)}, of which nothing is known to be padded"
+        _require(bool(sides), f"a batch of {sorted(batch)}, of which nothing is known to be padded")
         return {**batch, **{side: _padded(each, columns) for side, each in sides.items()}}
-    assert not are_packed(batch), "a packed batch: with a mask beside it it would be another one"
+    _require(
+        not are_packed(batch), "a packed batch: with a mask beside it it would be another one"
+    )
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     fill = {"labels": IGNORE_INDEX}
     masked = {**batch, "attention_mask": mask}
@@ -293,25 +312,38 @@ def _tolerance(step: Step, state: TrainState) -> float:
 
 
 def _assert_close(one: Gradients, other: Gradients, tolerance: float, what: str) -> None:
-    assert one.grads.keys() == other.grads.keys(), f"{what}: gradients of other parameters"
+    _require(one.grads.keys() == other.grads.keys(), f"{what}: gradients of other parameters")
     scale = float(global_norm(one.grads))
     for name, grad in one.grads.items():
         apart = float(global_norm({name: grad - other.grads[name]}))
-        assert apart <= tolerance * max(scale, 1e-3), (
-            f"{what}: the gradient of {name} is {apart:.3g} off, at a global norm of {scale:.3g}"
+        _require(
+            apart <= tolerance * max(scale, 1e-3),
+            f"{what}: the gradient of {name} is {apart:.3g} off, at a global norm of {scale:.3g}",
         )
     _assert_metrics_close(one.metrics, other.metrics, tolerance, what)
 
 
 def _assert_metrics_close(one: Metrics, other: Metrics, tolerance: float, what: str) -> None:
-    assert set(one) == set(other), f"{what}: other metrics"
+    _require(set(one) == set(other), f"{what}: other metrics")
     for name in one:
         if name == "padding":  # how a batch is padded is free
             continue
         if one.metric(name).empty and other.metric(name).empty:  # a mean over nothing, NaN
             continue
         a, b = float(one[name]), float(other[name])
-        assert abs(a - b) <= 10 * tolerance * max(1.0, abs(a)), f"{what}: {name} {a} and {b}"
+        _require(abs(a - b) <= 10 * tolerance * max(1.0, abs(a)), f"{what}: {name} {a} and {b}")
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Names the extra where a package is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"strategies need {error.name}, which is not installed: "
+            "pip install 'functrain[testing]'"
+        ) from error
 
 
 def batches(
@@ -321,7 +353,8 @@ def batches(
 
     Every example has a target at least; `input_ids` and `labels`: int64 [batch, time].
     """
-    from hypothesis import strategies as st
+    with _extra():
+        from hypothesis import strategies as st
 
     def build(seed: int, examples: int, time: int, ignored: float) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -343,7 +376,8 @@ def pairs(
     vocabulary: int, *, max_examples: int = 4, max_time: int = 10
 ) -> SearchStrategy[dict[str, dict[str, Tensor]]]:
     """A Hypothesis strategy: preference batches, chosen and rejected of different lengths."""
-    from hypothesis import strategies as st
+    with _extra():
+        from hypothesis import strategies as st
 
     def build(chosen: dict[str, Tensor], cut: int, seed: int) -> dict[str, dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -360,7 +394,8 @@ def pairs(
 
 def partitions(total: int) -> SearchStrategy[list[int]]:
     """A Hypothesis strategy: lists of positive integers that add up to `total`."""
-    from hypothesis import strategies as st
+    with _extra():
+        from hypothesis import strategies as st
 
     def cut(marks: set[int]) -> list[int]:
         bounds = [0, *sorted(marks), total]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import functrain as ft
 from functrain import architecture as binding
-from functrain.errors import ArchitectureError
+from functrain.errors import ArchitectureError, ConfigError
 from functrain.trees import Tensors
 
 EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
@@ -329,3 +329,13 @@ def test_the_vocabulary_is_known_where_it_can_be_told() -> None:
     for positions in ("wpe", "position_embedding", "pos_emb"):
         assert binding.vocabulary_of(Named(other=positions)) == 19
     assert binding.vocabulary_of(nn.Linear(2, 2)) is None
+
+
+def test_another_mode_is_refused() -> None:
+    """It would be eval: no dropout, and BatchNorm by its statistics."""
+    architecture, params, buffers = zoo.split("tied")
+    with (
+        pytest.raises(ConfigError, match="mode: 'training', expected 'train' or 'eval'"),
+        ft.bound(architecture, params, buffers, "training"),  # type: ignore[arg-type]
+    ):
+        pass

@@ -405,7 +405,12 @@ def test_what_is_no_architecture_is_named() -> None:
 
 def test_what_is_no_state_is_named(tmp_path: Any) -> None:
     step, state = _step()
-    for use in (ft.fingerprint, step.adopt, lambda s: ft.evaluate(step, s, [zoo.batch()])):
+    for use in (
+        ft.fingerprint,
+        ft.clone,
+        step.adopt,
+        lambda s: ft.evaluate(step, s, [zoo.batch()]),
+    ):
         with pytest.raises(ft.StateError, match=r"expected a TrainState, .* got int"):
             use(3)
     with pytest.raises(ft.StateError, match=r"expected a TrainState, .* got Tensors"):
@@ -424,3 +429,33 @@ def test_a_sparse_gradient_is_named() -> None:
     step = ft.pretrain_step(architecture, ft.optim.adamw())
     with pytest.raises(ft.ArchitectureError, match=r"embedding.weight: its gradient is sparse"):
         step(step.init(params, buffers), zoo.batch())
+
+
+def _objective(**members: Any) -> Any:
+    """The language modelling objective as a user's own class, with other members."""
+    made = ft.objectives.LanguageModeling()
+    names = ("name", "mode", "batch_coupled", "check", "weight", "check_weight", "kept")
+    found = {name: getattr(made, name) for name in names}
+    call = staticmethod(made.__call__)
+    kept = {n: each for n, each in {**found, "__call__": call, **members}.items() if each != "none"}
+    return type("Own", (), {n: staticmethod(e) if callable(e) else e for n, e in kept.items()})()
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda model, batch: model(**batch), r"<lambda> has no name, mode, .*kept; expected one"),
+        (torch.nn.CrossEntropyLoss(), "CrossEntropyLoss has no name, mode"),
+        (ft.objectives.LanguageModeling, r"it has not been made: LanguageModeling\(\)"),
+        (_objective(kept="none"), "Own has no kept; expected one"),
+        (_objective(mode="training"), "mode: 'training', expected 'train' or 'eval'"),
+        (_objective(mode=True), "mode: True, expected 'train' or 'eval'"),
+    ],
+)
+def test_what_is_no_objective_is_named(objective: Any, message: str) -> None:
+    """Another mode than these two was eval, so that a model with dropout trained without it."""
+    architecture, params, buffers = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match=message):
+        ft.make_step(objective, ft.optim.adamw(), architecture=architecture)
+    step = ft.make_step(_objective(), ft.optim.adamw(), architecture=architecture)
+    step(step.init(params, buffers), zoo.batch())

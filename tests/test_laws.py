@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 
 import functrain as ft
 from functrain import keys, testing
+from functrain.errors import ConfigError
 from functrain.objectives.language import LanguageModeling
 
 EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
@@ -406,3 +409,25 @@ def test_a_deep_copy_of_the_batch_is_the_same_batch() -> None:
     one, _ = step(state, batch)
     other, _ = step(state, copy.deepcopy(batch))
     testing.assert_same(one, other, "a copied batch")
+
+
+def test_a_law_holds_where_python_leaves_asserts_out() -> None:
+    """`python -O`: a law by an `assert` would pass whatever the model does."""
+    tree = ast.parse(Path(testing.__file__).read_text())
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+
+
+@pytest.mark.parametrize("parts", [[3], [1, 4], [4, 0], []])
+def test_parts_that_are_no_partition_are_named(parts: list[int]) -> None:
+    """They would be another batch, and the law would blame the model."""
+    step, state = _started("tied", "pretrain")
+    for law in (testing.assert_accumulation_invariant, testing.assert_evaluation_invariant):
+        with pytest.raises(ConfigError, match=r"add up to the batch's 4 examples"):
+            law(step, state, zoo.batch(), parts)
+
+
+def test_the_extra_of_the_strategies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    for make in (testing.batches, testing.pairs, testing.partitions):
+        with pytest.raises(ConfigError, match=r"functrain\[testing\]"):
+            make(4)

@@ -223,6 +223,10 @@ def test_a_misplaced_argument_is_named() -> None:
         ft.train(state, step, zoo.Batches(), steps=1)  # type: ignore[arg-type]
     with pytest.raises(ft.ConfigError, match=r"type list has no at\(position, n\)"):
         ft.train(step, state, [zoo.batch()], steps=1)  # type: ignore[arg-type]
+    sizeless = type("Own", (), {"at": lambda self, position, n: zoo.batch(position, n)})()
+    with pytest.raises(ft.ConfigError, match="batch_size: a source of the type Own has none"):
+        ft.train(step, state, sizeless, steps=1)
+    next(ft.train(step, state, sizeless, steps=1, batch_size=2))
     run = ft.train(step, state, zoo.Batches(), steps=2)
     next(run)
     with pytest.raises(ft.StateError, match=r"send: expected a TrainState, .* got int"):

@@ -519,6 +519,34 @@ def test_a_look_up_reads_nothing_back() -> None:
     assert seen == ["aten.take.default"]
 
 
+@pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf, None, "x"])
+@pytest.mark.parametrize("give", [schedules.learning_rate, schedules._looked_up])
+def test_what_is_no_learning_rate_is_refused_when_it_is_reached(give: Any, bad: Any) -> None:
+    """Below 0 a step would climb, and NaN would end the params, both without a word."""
+    rates = (1e-3, 0.0, bad)
+
+    def schedule(count: int) -> float:
+        return rates[count]
+
+    for count in range(2):
+        assert float(give(schedule, torch.tensor(count), bound=count)) == rates[count]
+    with pytest.raises(ConfigError, match="after 2 updates, expected a finite learning rate"):
+        give(schedule, torch.tensor(2), bound=2)
+
+
+def test_a_list_of_learning_rates_need_not_be_longer_than_the_run() -> None:
+    """The table of an accelerator is made for more counts than there will be."""
+    rates = tuple(0.1 * count for count in range(5))
+
+    def schedule(count: int) -> float:
+        return rates[count]
+
+    for count in range(5):
+        assert float(schedules._looked_up(schedule, torch.tensor(count), count)) == rates[count]
+    with pytest.raises(IndexError):
+        schedules._looked_up(schedule, torch.tensor(5), 5)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"reduce_on_plateau"}))
@@ -546,16 +574,6 @@ def test_a_schedule_of_ones_own_that_gives_no_learning_rate_is_refused(bad: floa
     state = step.init(params, buffers)
     for _ in range(2):
         state, _ = step(state, zoo.batch())
-    with pytest.raises(ConfigError, match=f"schedule: {bad} after 2 applied updates, expected a f"):
+    with pytest.raises(ConfigError, match=f"schedule: {bad} after 2 updates, expected a f"):
         step(state, zoo.batch())
     assert state.step == 2
-
-
-def test_a_table_ends_where_a_schedule_does() -> None:
-    """On an accelerator, where more values are looked up ahead than a run may ask for."""
-    rates = [1e-2, 1e-3, -1.0]
-    found = schedules._table(rates.__getitem__, 5, "cpu")
-    assert found[:3].tolist() == rates
-    assert bool(found[3:].isnan().all())
-    with pytest.raises(ConfigError, match=r"schedule: -1\.0 after 2 applied updates"):
-        schedules._value(rates.__getitem__, 2)

@@ -97,16 +97,17 @@ class MapSource:
 
 
 def all_batches(
-    source: MapSource, batch_size: int | None = None, *, limit: int | None = None
+    source: Source, batch_size: int | None = None, *, limit: int | None = None
 ) -> list[Batch]:
     """The whole source once, in the given order, or its first samples up to `limit`.
 
-    The last batch may be shorter. For evaluation.
+    The last batch may be shorter. For evaluation. A source of your own that is no `MapSource` is
+    read as it is, from position 0 on.
     """
     size = source.batch_size if batch_size is None else batch_size
     at_least_one("batch_size", size)
     if limit is not None:
         at_least_one("limit", limit)
-    ordered = source.ordered()
+    ordered = source.ordered() if isinstance(source, MapSource) else source
     total = len(source) if limit is None else min(limit, len(source))
     return [ordered.at(begin, min(size, total - begin)) for begin in range(0, total, size)]

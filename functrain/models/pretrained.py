@@ -9,6 +9,7 @@ no file holds (rotary frequencies); each tensor then moves into memory of its ow
 from __future__ import annotations
 
 import functools
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,7 +218,10 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError),
+        struct.error,  # of a GGUF file that was cut in its header
+    ) as error:
         reason = str(error).strip() or type(error).__name__
         raise ArchitectureError(f"{given}: transformers cannot load it: {reason[:500]}") from error
     module, report = loaded

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import Mode
-from functrain.errors import ArchitectureError
+from functrain.architecture import Mode, check_mode
+from functrain.errors import ArchitectureError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import MODEL_INPUTS, Batch
 from functrain.trees import Tensors
@@ -62,6 +62,23 @@ class Objective(Protocol):
     def kept(self) -> Mapping[str, Tensor] | None:
         """Tensors that the objective reads at every step and nobody may overwrite."""
         ...
+
+
+_MEMBERS = ("name", "mode", "batch_coupled", "check", "weight", "check_weight", "kept", "__call__")
+
+
+def check_objective(given: Any) -> None:
+    """Raise `ConfigError` for what is no `Objective`: a function of a loss, say, or a class."""
+    if isinstance(given, type):
+        raise ConfigError(f"objective: it has not been made: {given.__name__}()")
+    missing = [name for name in _MEMBERS if not hasattr(given, name)]
+    if missing:
+        raise ConfigError(
+            f"objective: {getattr(given, '__name__', type(given).__name__)} has no "
+            f"{', '.join(missing)}; expected one of functrain.objectives, or an object with all "
+            "of functrain.objectives.Objective"
+        )
+    check_mode(given.mode, f"objective {given.name!r}: ")
 
 
 @runtime_checkable

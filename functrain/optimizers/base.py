@@ -145,6 +145,11 @@ def no_decay(architecture: nn.Module) -> Group:
 def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
     """The class over one matrix, with its own complaints as `ConfigError`."""
     name = getattr(cls, "__name__", repr(cls))
+    if not is_number(options.get("lr", 0.0)):
+        raise ConfigError(
+            f"{name}: lr is a {type(options['lr']).__name__}, expected a number; params are given "
+            "to step.init, not to the optimizer"
+        )
     try:
         return cls([torch.zeros(2, 2)], **options)
     except AssertionError as error:

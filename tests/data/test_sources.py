@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,6 +162,13 @@ def test_all_batches_hold_everything_once(make: Any) -> None:
     sizes = [len(_first(batch)) for batch in data.all_batches(source, 7)]
     assert sum(sizes) == len(source)
     assert all(size == 7 for size in sizes[:-1])
+
+
+def test_all_batches_of_a_source_of_ones_own() -> None:
+    """What `functrain.evaluate` says to take for any source."""
+    batches = data.all_batches(zoo.Batches(length=7), 3)
+    assert [len(batch["labels"]) for batch in batches] == [3, 3, 1]
+    assert torch.equal(batches[1]["input_ids"], zoo.batch(3, 3)["input_ids"])
 
 
 @EVERY

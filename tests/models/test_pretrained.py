@@ -172,6 +172,16 @@ def gguf_file(path: Path) -> None:
     writer.close()
 
 
+def test_a_gguf_file_that_was_cut_is_refused(tmp_path: Path) -> None:
+    """By an interrupted download, in its header or in its weights."""
+    gguf_file(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    for size in (4, 30, 400, len(whole) // 2):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ft.ArchitectureError, match=r"cut\.gguf: transformers cannot load it"):
+            ft.models.from_pretrained(tmp_path / "cut.gguf")
+
+
 def test_a_gguf_file_is_read_and_exported(tmp_path: Path, capfd: Any) -> None:
     gguf_file(tmp_path / "tiny.gguf")
     architecture, params, buffers, found = ft.models.from_pretrained(tmp_path / "tiny.gguf")
