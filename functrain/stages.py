@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from functrain.distributed import World
 from functrain.errors import ConfigError, did_you_mean
 from functrain.guards import SpikeGuard
-from functrain.objectives.base import Objective, check_objective
+from functrain.objectives.base import Objective
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.layouts import LayoutName
 from functrain.objectives.logprobs import HeadMode
@@ -64,7 +64,6 @@ def make_step(
             f"architecture: expected the nn.Module that functrain.split returns first, got "
             f"{type(architecture).__name__}"
         )
-    check_objective(objective)
     is_optimizer(None, None, optimizer)
     return Step(
         objective=objective,

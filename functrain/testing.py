@@ -295,9 +295,7 @@ def _padded(batch: Batch, columns: int) -> Batch:
         sides = {k: v for k, v in batch.items() if isinstance(v, Mapping) and "input_ids" in v}
         _require(bool(sides), f"a batch of {sorted(batch)}, of which nothing is known to be padded")
         return {**batch, **{side: _padded(each, columns) for side, each in sides.items()}}
-    _require(
-        not are_packed(batch), "a packed batch: with a mask beside it it would be another one"
-    )
+    _require(not are_packed(batch), "a packed batch: with a mask beside it it would be another one")
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     fill = {"labels": IGNORE_INDEX}
     masked = {**batch, "attention_mask": mask}

@@ -941,7 +941,10 @@ def test_an_objective_is_looked_at_when_a_step_is_evolved_too() -> None:
     [
         (lambda total, _found: total, "it returned Tensor, expected"),
         (lambda total, found: (total, dict(found)), "it returned Tensor and dict, expected"),
-        (lambda total, found: (float(total.detach()), found), "it returned float and Metrics, expected"),
+        (
+            lambda total, found: (float(total.detach()), found),
+            "it returned float and Metrics, expected",
+        ),
     ],
 )
 def test_what_an_objective_of_ones_own_gives_is_looked_at(returned: Any, message: str) -> None:
