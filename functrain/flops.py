@@ -14,6 +14,7 @@ from functrain import activations
 from functrain.architecture import bound
 from functrain.gradients import Batches
 from functrain.objectives.head import find_head
+from functrain.objectives.support import check_causal
 from functrain.state import TrainState
 from functrain.steps import Step
 
@@ -35,7 +36,8 @@ def flops_of(step: Step, state: TrainState, batch: Batches, *, recomputed: bool 
     step.check(state)
     values, places = step.value_and_grad.values(state.params), step.value_and_grad.places
     with bound(step.architecture, values, state.buffers, places=places) as model:
-        find_head(model)  # which calls the model the first time
+        find_head(model)  # which calls the model the first time, and so does the next
+        check_causal(model)
     with counter(recomputed=recomputed) as counted:
         step.gradient(
             state.params,

@@ -51,13 +51,17 @@ def submodules_called() -> Iterator[None]:
 
 
 def dynamic_rotary(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
-    """The rotary embeddings of transformers that keep the longest length they have seen."""
+    """The rotary embeddings of transformers that write a batch's frequencies into their buffers.
+
+    "dynamic" keeps those of the longest length it has seen, "longrope" (Phi-3) those of the last.
+    """
     return tuple(m for m in modules if "max_seq_len_cached" in vars(m) and _is_dynamic(m))
 
 
 def _is_dynamic(module: nn.Module) -> bool:
     kind: Any = getattr(module, "rope_type", "")  # or of each kind of layers its own
-    return any("dynamic" in each for each in (kind.values() if isinstance(kind, dict) else [kind]))
+    kinds = kind.values() if isinstance(kind, dict) else [kind]
+    return any("dynamic" in each or each == "longrope" for each in kinds)
 
 
 @contextmanager

@@ -160,8 +160,10 @@ def test_the_switch_of_the_fast_path_is_put_back_when_the_last_binding_ends() ->
     assert enabled()
 
 
-@pytest.fixture
-def dynamic() -> tuple[nn.Module, Any, Any]:
+@pytest.fixture(params=["dynamic", "longrope"])
+def dynamic(request: Any) -> tuple[nn.Module, Any, Any]:
+    if request.param == "longrope":
+        return families.stirred(families.longrope())
     config = tf.LlamaConfig(
         **{**families.GROUPED, "max_position_embeddings": 6}, rope_parameters=DYNAMIC
     )
@@ -172,12 +174,12 @@ def test_dynamic_rotary_positions_remember_no_longer_batch(dynamic: Any) -> None
     """Neither within a binding nor from one to the next, nor in the state."""
     architecture, params, buffers = dynamic
     step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2))
-    state, batch = step.init(params, buffers), zoo.batch(time=10)
+    state, batch = step.init(params, buffers), zoo.batch(time=8)
     expected = ft.fingerprint(step(state, batch)[0])
     longer, _ = step(state, zoo.batch(time=20))
     assert ft.fingerprint(step(state, batch)[0]) == expected
     assert all(torch.equal(longer.buffers[name], state.buffers[name]) for name in state.buffers)
-    several = [zoo.batch(time=time) for time in (10, 20)]
+    several = [zoo.batch(time=time) for time in (8, 20)]
     forward = ft.evaluate(step, state, several)["eval_loss"]
     assert ft.evaluate(step, state, several[::-1])["eval_loss"] == forward
 

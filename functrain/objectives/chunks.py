@@ -57,13 +57,15 @@ def exceeds(rows: int, vocabulary: int, budget: int) -> bool:
 class Projection:
     """The values of a head: weight [vocabulary, width], bias [vocabulary] or None.
 
-    `finish`: what the model makes of the projected rows (a soft cap, a scale), or None.
+    `finish`: what the model makes of the projected rows (a soft cap, a scale), or None. `dtype`: in
+    which they are projected; None: in that of `computed_in`, where the loss is taken.
     """
 
     weight: Tensor
     bias: Tensor | None
     finish: Finish | None = None
     budget: int = BUDGET
+    dtype: torch.dtype | None = None
 
     def chunks(self, rows: int, share: int = 1) -> Iterator[slice]:
         """The rows in as few parts as a share of the budget has room for, in multiples of 16.
@@ -182,11 +184,17 @@ def _apply(function: type[torch.autograd.Function], *arguments: object) -> tuple
     return found
 
 
+def computed_in(hidden: Tensor) -> torch.dtype:
+    """The dtype in which a projection of hidden states is computed here, under autocast or not."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:  # which it leaves alone
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
 def _in_dtype(hidden: Tensor, projection: Projection) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states and values in the dtype in which the projection is computed."""
-    kind, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = computed_in(hidden) if projection.dtype is None else projection.dtype
     bias = projection.bias
     return (
         hidden.to(dtype),
@@ -330,7 +338,9 @@ class _Gradients:
                 self.weight.add_(torch.mm(rows.t(), scaled, out=self._product))
         if self.bias is not None:
             ones = torch.ones_like(hidden[:, :1]) if scale is None else scale.to(hidden.dtype)
-            self.bias.add_(torch.mm(rows.t(), ones).squeeze(1))
+            # Without `out` autocast would narrow what the model keeps out of it.
+            found = torch.mm(rows.t(), ones, out=rows.new_empty(rows.shape[1], 1))
+            self.bias.add_(found.squeeze(1))
 
     def found(self) -> tuple[Tensor | None, ...]:
         """Of hidden states, weight and bias, in their dtype."""

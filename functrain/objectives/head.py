@@ -19,6 +19,7 @@ from functrain import compilation, keys
 from functrain.architecture import bound, slots
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
+from functrain.objectives.chunks import computed_in
 from functrain.objectives.verdicts import Verdicts
 
 Call = Callable[..., Any]
@@ -41,7 +42,8 @@ class Head:
     def hidden(self, call: Call, batch: Batch) -> Tensor:
         """The hidden states [batch, time, width] that the projection would have taken.
 
-        The model is called as ever, but the projection is handed no rows, so it makes none.
+        The model is called as ever, but the projection is handed no rows, so it makes none. In the
+        dtype in which it would have been computed: a model may turn autocast off for its head.
         """
         taken: list[Tensor] = []
         with _entered(self.projection, taken):
@@ -159,7 +161,8 @@ def _search(architecture: nn.Module, projection: nn.Linear) -> Head | str:
 def _fault(architecture: nn.Module, head: Head) -> str | None:
     """What is wrong with the rest of a forward.
 
-    Its parameters are NaN, and so is one of the rows: the others must not see it.
+    Its parameters are NaN, and so is one of the rows: the others, which are the same, must not see
+    it. Nor what the model was called with, of which the rest is told nothing.
     """
     nothing = {
         name: torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
@@ -170,12 +173,16 @@ def _fault(architecture: nn.Module, head: Head) -> str | None:
     row = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)
     rows = row.repeat(3, 1)
     rows[0] = torch.nan
+    ids = torch.arange(3, 0, -1, device=weight.device).unsqueeze(0) % len(weight)
     with calm(architecture, nothing):
         finished = _finished(head, architecture, rows)
+        among = _finished(head, architecture, rows, ids)
     if finished.shape != rows.shape:
         return "its logits are of another shape"
     if bool(finished[1:].isnan().any()):
         return "what it makes of a row of logits depends on parameters, or on other rows"
+    if not all(row.equal(finished[1]) for row in (finished[2], *among[1:])):
+        return "what it makes of a row of logits depends on its place, or on the tokens"
     return None
 
 
@@ -222,7 +229,7 @@ def calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None
 @contextmanager
 def _entered(projection: nn.Linear, taken: list[Tensor]) -> Iterator[None]:
     def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        taken.append(inputs[0])
+        taken.append(inputs[0].to(computed_in(inputs[0])))
         return (inputs[0][..., :0, :],)
 
     handle = projection.register_forward_pre_hook(enter)
@@ -262,8 +269,8 @@ class _Trunk(nn.Module):
         return _Outputs(last_hidden_state=self._hidden)
 
 
-def _finished(head: Head, model: nn.Module, rows: Tensor) -> Tensor:
-    """The rest of the model's forward, from the projection's output on."""
+def _finished(head: Head, model: nn.Module, rows: Tensor, ids: Tensor | None = None) -> Tensor:
+    """The rest of the model's forward, from the projection's output on; `ids`: one 0 by default."""
     assert head.trunk is not None
     trunk = model._modules[head.trunk]
 
@@ -273,7 +280,8 @@ def _finished(head: Head, model: nn.Module, rows: Tensor) -> Tensor:
     handle = head.projection.register_forward_hook(leave)
     hidden = head.projection.weight.new_empty(1, 0, head.projection.in_features)
     model._modules[head.trunk] = _Trunk(trunk, hidden)
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
+    if ids is None:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
     try:
         outputs = model(input_ids=ids)
     finally:

@@ -25,6 +25,7 @@ from functrain.objectives.chunks import summed_cross_entropy
 from functrain.objectives.logprobs import HeadMode, head_mode, hidden_rows
 from functrain.objectives.modes import are_modes
 from functrain.objectives.packed import check_separated
+from functrain.objectives.support import check_causal
 
 
 @attrs.frozen(kw_only=True)
@@ -78,6 +79,7 @@ class LanguageModeling:
         self, model: nn.Module, batch: Batch, call: Callable[..., object]
     ) -> tuple[Tensor, Metrics]:
         """The same by another call of the model than its own."""
+        check_causal(model)
         check_separated(model, batch)
         total, correct = _summed(model, batch, self.head, call)
         loss = m.mean(total, count_targets(batch))

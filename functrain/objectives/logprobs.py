@@ -27,6 +27,7 @@ from functrain.objectives.chunks import Projection
 from functrain.objectives.head import Head, find_head
 from functrain.objectives.layouts import Layout
 from functrain.objectives.modes import are_modes
+from functrain.objectives.support import check_causal
 
 HeadMode = Literal["auto", "full"]
 """`auto`: by chunks where they are large. `full`: the model's logits as they are, always."""
@@ -133,7 +134,8 @@ def hidden_rows(
                 places, hidden = found, hidden.index_select(0, found)
     if places is not None:
         targets = targets[places]
-    return HiddenRows(hidden, targets, places, _projection(model, shown, values, budget))
+    projection = _projection(model, shown, values, budget, hidden.dtype)
+    return HiddenRows(hidden, targets, places, projection)
 
 
 def _tell_whole(model: nn.Module, reason: str) -> None:
@@ -149,7 +151,11 @@ def _places(targets: Tensor) -> Tensor:
 
 
 def _projection(
-    model: nn.Module, head: Head, values: Mapping[str, Tensor] | None, budget: int
+    model: nn.Module,
+    head: Head,
+    values: Mapping[str, Tensor] | None,
+    budget: int,
+    dtype: torch.dtype,
 ) -> Projection:
     weight: Tensor = head.projection.weight
     bias: Tensor | None = head.projection.bias
@@ -157,7 +163,9 @@ def _projection(
         # What an architecture holds itself has no other value.
         weight = values.get(head.weight, weight)
         bias = None if head.bias is None else values.get(head.bias, bias)
-    return Projection(weight=weight, bias=bias, finish=head.finish(model), budget=budget)
+    return Projection(
+        weight=weight, bias=bias, finish=head.finish(model), budget=budget, dtype=dtype
+    )
 
 
 def token_scores(
@@ -175,6 +183,7 @@ def token_scores(
 
     Without `detailed` only `logps` and `correct` are computed, the others are 0.
     """
+    check_causal(model)
     rows = hidden_rows(
         model, batch, call=call, values=values, head=head, budget=budget, layout=layout
     )

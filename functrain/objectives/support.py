@@ -1,7 +1,11 @@
-"""Whether a model supports a way to lay out sequences, found by trying it on a few tokens."""
+"""What a model does with sequences, found by trying it on a few tokens.
+
+Whether it supports a way to lay them out, and whether it predicts tokens from those before them.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from functrain.architecture import vocabulary_of
-from functrain.errors import ArchitectureError
+from functrain.errors import ArchitectureError, FunctrainWarning
 from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.objectives.head import calm, has_weights
+from functrain.objectives.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from functrain.objectives.layouts import Layout
@@ -25,6 +30,52 @@ def check_weights(model: nn.Module, what: str) -> None:
             f"{what}, and the architecture has no weights to try it with; call it within "
             "functrain.bound, as a step does"
         )
+
+
+# Of which it has been tried whether they are causal.
+_tried: Verdicts[bool] = Verdicts()
+
+
+def check_causal(model: nn.Module) -> None:
+    """Warn of a model whose logits depend on tokens that come after them: an encoder, say.
+
+    It sees what it is to predict, and its loss tends to nothing. Found by trying it, once for each
+    architecture and config. Raises `ArchitectureError` for an encoder-decoder of transformers.
+    """
+    known = _tried.of(model)
+    if "causal" in known or not has_weights(model):
+        return
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ArchitectureError(
+            f"{type(model).__name__}: an encoder-decoder, whose encoder sees every token that is "
+            "to be predicted; take a model that is a decoder alone (…ForCausalLM)"
+        )
+    known["causal"] = True
+    if _sees_ahead(model):
+        warnings.warn(
+            f"{type(model).__name__}: its logits depend on tokens that come after them, so that it "
+            "sees what it is to predict, and its loss says little of next tokens; give it a causal "
+            "mask (a model of transformers that may be an encoder: is_decoder=True in its config, "
+            "before it is made)",
+            FunctrainWarning,
+            stacklevel=2,
+        )
+
+
+def _sees_ahead(model: nn.Module) -> bool:
+    """Whether the last of a few tokens changes the logits before it; False where nobody can tell.
+
+    Of three sequences that begin alike the last two tokens are others in the second. Where the
+    first and the third differ as well, something else is the reason.
+    """
+    try:
+        with calm(model, _stirred(model)):
+            ids = _trial(model)[0]["input_ids"][:1].repeat(3, 1)
+            ids[1, -2:] = (ids[1, -2:] + 1) % (vocabulary_of(model) or 2)
+            one, other, again = logits_of(model, {"input_ids": ids})[:, :-2]
+            return _apart(again, one) <= _limit(model) < _apart(other, one)
+    except Exception:  # whatever a foreign forward raises, a step will too; or nothing is finite
+        return False
 
 
 def fault(model: nn.Module, make: Callable[[Batch], Layout]) -> str | None:

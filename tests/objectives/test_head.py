@@ -23,6 +23,7 @@ from functrain.objectives.head import Head, find_head
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.logprobs import TokenScores, hidden_rows, token_scores
 from functrain.objectives.reference import reference_scores
+from functrain.objectives.support import check_causal
 
 transformers = pytest.importorskip("transformers")
 
@@ -441,6 +442,7 @@ def test_the_model_is_called_once(name: str, name_of_call: str) -> None:
     model = _model(name)
     found = find_head(model)
     assert isinstance(found, Head)
+    check_causal(model)
     trunk = model.model if name == "decoder" else model.base_model
     calls = {"model": 0, "trunk": 0}
 
@@ -549,6 +551,10 @@ UNUSABLE: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda model, rows: rows * model.body.power,
         "depends on parameters",
     ),
+    "its place": (
+        lambda _, rows: rows * torch.linspace(0.5, 1.5, rows.shape[1]).unsqueeze(1),
+        "on its place",
+    ),
     "a call of the trunk": (lambda model, rows: model.body.mix(rows[..., :8]), "is called"),
 }
 
@@ -583,6 +589,22 @@ def test_what_cannot_be_made_of_a_chunk_hides_the_head(what: str, grads: bool) -
     assert reason in found
     with _chunked():
         assert hidden_rows(model, _batch()) is None
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_what_is_made_of_a_row_for_its_tokens_hides_the_head(every: bool) -> None:
+    """By the first token of a sequence, or by each: of neither the chunks of rows know anything."""
+    prior = torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64)
+
+    class Conditioned(Finished):
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            asked = input_ids if every else input_ids[:, :1]
+            logits = super().forward(input_ids)["logits"]
+            return {"logits": logits + prior[asked].unsqueeze(-1) ** 2}
+
+    found = find_head(Conditioned())
+    assert isinstance(found, str)
+    assert "or on the tokens" in found
 
 
 def test_without_a_trunk_by_name_there_is_no_calling_what_follows() -> None:
@@ -749,7 +771,7 @@ def test_the_search_moves_neither_buffers_nor_generators_nor_modes() -> None:
     before, state = model.calls, torch.get_rng_state()
     with _left_alone(model):
         assert isinstance(find_head(model), Head)
-    assert modes == [False, False]
+    assert modes == [False] * 3  # one token, and twice what follows the projection
     assert model.calls is before
     assert float(before) == 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -792,6 +814,28 @@ def test_the_precision_of_the_first_call_does_not_matter() -> None:
         found = find_head(Nameless(lambda _, rows: rows.float()).to(dtype))
         assert isinstance(found, Head), found
         assert found.trunk is None
+
+
+def test_a_head_that_is_kept_out_of_autocast_is_so_by_chunks() -> None:
+    """Logits in float32, as the model wants them, where the step's precision is bf16."""
+
+    class Precise(Finished):
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            hidden = self.body(input_ids)["last_hidden_state"]
+            with torch.autocast("cpu", enabled=False):
+                return {"logits": self.lm_head(hidden.float())}
+
+    architecture, params, buffers = ft.split(Precise().float())
+    found = []
+    for mode in ("auto", "full"):
+        objective = LanguageModeling(head=mode)  # type: ignore[arg-type]
+        gradient = ft.value_and_grad(objective, architecture, precision="bf16")
+        with _chunked():
+            found.append(gradient(params, buffers, _batch()))
+    ours, whole = found
+    assert float(ours.metrics["loss"]) == pytest.approx(float(whole.metrics["loss"]), rel=1e-6)
+    for name, grad in whole.grads.items():
+        _assert_near(ours.grads[name], grad, 1e-6, name)
 
 
 def test_a_projection_that_is_not_reached_is_named() -> None:
