@@ -372,7 +372,7 @@ def test_a_law_is_not_held_by_nothing(tmp_path: Path) -> None:
     step, state = _started("tied", "pretrain")
     with pytest.raises(AssertionError, match="nothing was run: 2 is a total, and this is step 2"):
         testing.assert_resumable(step, state, zoo.Batches(), 2, tmp_path)
-    with pytest.raises(AssertionError, match=r"parts \[1, 2\] are not the batch's 4 examples"):
+    with pytest.raises(ConfigError, match=r"parts: \[1, 2\], expected .* the batch's 4 examples"):
         testing.assert_accumulation_invariant(step, state, zoo.batch(), [1, 2])
     ids = torch.arange(4).expand(2, 4)
     packed = {"input_ids": ids, "labels": ids, "position_ids": ids % 2}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functrain import memory, trees
+from functrain import memory, norms, trees
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' glibc")
 
@@ -106,7 +106,7 @@ def test_the_norm_of_a_large_leaf_is_taken_in_pieces(size: tuple[int, ...]) -> N
     turned = leaf.t() if leaf.ndim == 2 else leaf
     with Normed() as normed:
         norm = trees.global_norm({"leaf": leaf, "turned": turned})
-    assert normed.elements <= max(trees._PIECE, 2 * max(size, default=1))
+    assert normed.elements <= max(norms._PIECE, 2 * max(size, default=1))
     rows = sum(size[:2]) if size else 2
     assert normed.copied <= 8 * max(rows, 2 * leaf.numel() if leaf.ndim < 2 else 0)
     expected = torch.linalg.vector_norm(torch.stack([leaf, leaf]).double())
