@@ -24,7 +24,7 @@ def _digests(*items: Any) -> dict[str, str]:
     ("name", "size", "dtype"),
     [
         ("llama", 2, "float32"),
-        ("qwen2", 3, "bfloat16"),
+        pytest.param("qwen2", 3, "bfloat16", marks=pytest.mark.long),
         ("deepseek_v3", 3, "bfloat16"),
         ("codegen", 2, "bfloat16"),
     ],

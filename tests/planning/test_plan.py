@@ -155,6 +155,7 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused() -> None:
         plan(JOB, attrs.evolve(CLUSTER, workers=3))
 
 
+@pytest.mark.long
 def test_this_machine_is_measured_by_its_workers(group: Group) -> None:
     first, second = group.values("measured", 2)
     assert first == second
