@@ -167,10 +167,13 @@ class ValueAndGrad:
     ) -> Gradients:
         """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
         checked = self.checked(batch)
+        whole = self.weight(checked)
+        self.objective.check_weight(whole)
         return self.of_checked(
             params,
             buffers,
             checked,
+            part=Part(first=0, total=len(checked), weight=whole),
             key=key,
             weight=weight,
             scaler=scaler,
@@ -183,21 +186,19 @@ class ValueAndGrad:
         buffers: Mapping[str, Tensor],
         micro_batches: Sequence[Batch],
         *,
+        part: Part,
         key: int,
         weight: Tensor | None,
         scaler: LossScale | None,
         objective: Objective | None = None,
-        part: Part | None = None,
     ) -> Gradients:
         """The same of micro-batches that `checked` has seen, or that are slices of what it saw.
 
-        They are `part` of a logical batch, or by default the whole.
+        They are `part` of a logical batch.
         """
         objective = self.objective if objective is None else objective
         device = next((p.device for p in params.values()), torch.device("cpu"))
         ready = [to_device(each, device) for each in micro_batches]
-        if part is None:
-            part = Part(first=0, total=len(ready), weight=self.weight(ready))
         weight = part.weight.to(device, non_blocking=True) if weight is None else weight
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -334,11 +335,8 @@ class ValueAndGrad:
         """What the forward sees of the buffers; see `forward_buffers`."""
         return forward_buffers(buffers, self.places, self.precision)
 
-    def checked(self, batch: Batches, *, whole: bool = True) -> list[Batch]:
-        """The micro-batches, each checked; `BatchError` names what is wrong in which.
-
-        Their weight only where they are the `whole` of a batch: a part may be without a target.
-        """
+    def checked(self, batch: Batches) -> list[Batch]:
+        """The micro-batches, each checked; `BatchError` names what is wrong in which."""
         if isinstance(batch, Mapping):
             micro_batches: list[Batch] = [batch]
         elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
@@ -357,8 +355,6 @@ class ValueAndGrad:
                 if len(micro_batches) == 1:
                     raise
                 raise BatchError(f"micro-batch {index}: {error}") from error
-        if whole:
-            self.objective.check_weight(self.weight(micro_batches))
         return micro_batches
 
     def weight(self, micro_batches: Sequence[Batch]) -> Tensor:
@@ -504,22 +500,12 @@ class Accumulated:
             "scaler": scaler,
             "objective": objective,
         }
-        if isinstance(self.gradient, ValueAndGrad) and (self.tree or self.workers is not None):
-            return self._shared(self.gradient, params, buffers, batch, options)
-        if not isinstance(batch, Mapping):
-            return self.gradient(params, buffers, batch, **options)  # pyrefly: ignore[open-unpacking]
-        if not isinstance(self.gradient, ValueAndGrad):
-            parts = split_batch(batch, self.microbatches)
-            return self.gradient(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
-        # Checked once and whole: what is wrong is said in the words of the batch that was given.
-        (whole,) = self.gradient.checked(batch, whole=False)
-        parts = split_batch(whole, self.microbatches)
-        weight = self.gradient.weight(parts)
-        self.gradient.objective.check_weight(weight)
-        part = Part(first=0, total=len(parts), weight=weight)
-        return self.gradient.of_checked(params, buffers, parts, part=part, **options)  # pyrefly: ignore[open-unpacking]
+        if isinstance(self.gradient, ValueAndGrad):
+            return self._checked(self.gradient, params, buffers, batch, options)
+        parts = split_batch(batch, self.microbatches) if isinstance(batch, Mapping) else batch
+        return self.gradient(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
 
-    def _shared(
+    def _checked(
         self,
         gradient: ValueAndGrad,
         params: Mapping[str, Tensor],
@@ -527,12 +513,16 @@ class Accumulated:
         batch: Batches,
         options: _Options,
     ) -> Gradients:
-        """Of a batch that is a part of a logical one, or is summed as a tree."""
+        """Of a batch that is checked before it is cut.
+
+        So what is wrong is said in the words of the batch that was given. It may be a part of a
+        logical one, and without a target then.
+        """
         size = 1 if self.workers is None else self.workers.size
         ready: list[Batch] = []
 
         def prepared() -> tuple[int, Tensor]:
-            given = gradient.checked(batch, whole=False)
+            given = gradient.checked(batch)
             parts = self.microbatches // size if isinstance(batch, Mapping) else 1
             ready.extend(cut for each in given for cut in split_batch(each, parts))
             return len(ready), gradient.weight(ready)

@@ -212,20 +212,14 @@ class ByColumns(zoo.Tied):
         return self.head(self.norm(hidden.cumsum(1) @ self.back))
 
 
-class Rotated(torch.optim.Optimizer):
+class Rotated(zoo.Own):
     """As SOAP: momentum in a basis that is made anew by QR, whose matrix is one by columns."""
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                grad, state = param.grad.view(len(param), -1), self.state[param]
-                past = state.get("basis", torch.eye(len(param)))
-                state["basis"] = torch.linalg.qr(grad @ grad.t() + past)[0]
-                param.sub_((state["basis"] @ (past.t() @ grad)).view_as(param) * group["lr"])
+    def _update(self, group: dict[str, Any], param: Any) -> None:
+        grad, state = param.grad.view(len(param), -1), self.state[param]
+        past = state.get("basis", torch.eye(len(param)))
+        state["basis"] = torch.linalg.qr(grad @ grad.t() + past)[0]
+        param.sub_((state["basis"] @ (past.t() @ grad)).view_as(param) * group["lr"])
 
 
 @pytest.mark.parametrize("optimizer", [ft.optim.adamw(), ft.optim.from_torch(Rotated)])
@@ -241,17 +235,11 @@ def test_no_bit_depends_on_how_numbers_lay_in_memory(optimizer: Any, tmp_path: P
         state, _ = step(state, zoo.batch())
 
 
-class Noisy(torch.optim.Optimizer):
+class Noisy(zoo.Own):
     """Langevin dynamics: a descent with noise, which the class draws itself."""
 
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.sub_((param.grad + torch.randn_like(param)) * group["lr"])
+    def _update(self, group: dict[str, Any], param: Any) -> None:
+        param.sub_((param.grad + torch.randn_like(param)) * group["lr"])
 
 
 def test_what_an_optimizer_draws_is_of_the_states_key(tmp_path: Path) -> None:

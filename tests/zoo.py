@@ -97,6 +97,23 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 """The models that every law is applied to."""
 
 
+class Own(torch.optim.Optimizer):
+    """An optimizer class of a user's own; `_update`, of a parameter, is what tells them apart."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(group, param)
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        raise NotImplementedError
+
+
 def model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A fresh model of `MODELS` with the same weights each time."""
     with keys.seeded(7):

@@ -16,6 +16,7 @@ from functrain.cli.ending import unreferenced
 from functrain.cli.known import EMBEDDED
 from functrain.cli.origins import origin
 from functrain.cli.restoring import Trained, trained
+from functrain.cli.sources import cut_options, text_maker
 from functrain.cli.summary import bits_per_byte
 from functrain.cli.tokenizers import asked_with
 from functrain.data.files import RECORDS, TEXTS, files_of, suffix_of
@@ -171,12 +172,9 @@ def _as_trained(config: Config | None, kind: str) -> tuple[Any, dict[str, Any]]:
     other.
     """
     if kind == "text":
-        apart = isinstance(config, Pretrain) and config.data.packing
-        return data.packed_text if apart else data.text, {}
+        return text_maker(config), {}
     make = data.chat if kind == "completions" else data.preference
-    if config is None or isinstance(config, Pretrain):
-        return make, {}
-    return make, {n: getattr(config.data, n) for n in ("truncation", "min_prompt")}
+    return make, {} if config is None or isinstance(config, Pretrain) else cut_options(config)
 
 
 def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:

@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 
 from functrain import data, keys
-from functrain.cli.config import DPO, Config, Pretrain
+from functrain.cli.config import DPO, SFT, Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
 from functrain.compilation import LIMIT
@@ -163,17 +163,31 @@ def _rows(config: Config) -> dict[str, Any]:
 def _source(config: Config, found: Sequence[Any], tokenizer: Tokenizer | None) -> Source:
     if tokenizer is None:
         raise ConfigError("data: text needs a tokenizer; pretrain on text, or on ids throughout")
-    make: Any = {"pretrain": data.text, "sft": data.chat, "dpo": data.preference}[config.stage]
-    if isinstance(config, Pretrain) and config.data.packing:
-        make = data.packed_text
+    make: Any = {
+        "pretrain": text_maker(config),
+        "sft": data.chat,
+        "dpo": data.preference,
+    }[config.stage]
     if isinstance(config, DPO) and config.preference.unpaired:
         make = data.unpaired
     options: dict[str, Any] = {}
     if not isinstance(config, Pretrain):
-        names = ["truncation", "min_prompt", "group_by_length", "pad_to_multiple_of"]
-        options = {name: getattr(config.data, name) for name in [*names, "on_bad_record"]}
+        options = cut_options(config)
+        for name in ("group_by_length", "pad_to_multiple_of", "on_bad_record"):
+            options[name] = getattr(config.data, name)
     made: Source = make(found, tokenizer, **_rows(config), **options)
     return made
+
+
+def text_maker(config: Config | None) -> Any:
+    """What makes rows of text: with documents apart where a run packs."""
+    packs = isinstance(config, Pretrain) and config.data.packing
+    return data.packed_text if packs else data.text
+
+
+def cut_options(config: SFT | DPO) -> dict[str, Any]:
+    """How a run cuts its examples."""
+    return {"truncation": config.data.truncation, "min_prompt": config.data.min_prompt}
 
 
 def held_out_batches(held_out: Source | None, config: Config) -> list[Batch]:

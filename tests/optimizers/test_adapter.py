@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from zoo import Own
 
 from functrain import optim
 from functrain.errors import ConfigError
@@ -15,23 +16,6 @@ from functrain.trees import Tensors, clone, digest
 
 PARAMS = Tensors(a=torch.ones(3, 2), b=torch.tensor(2.0, dtype=torch.float64))
 GRADS = Tensors(a=torch.full((3, 2), 0.5), b=torch.tensor(0.25, dtype=torch.float64))
-
-
-class Own(torch.optim.Optimizer):
-    """A class of a user's own; `_updated` is what distinguishes the ones below."""
-
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(group, param)
-
-    def _update(self, group: dict[str, Any], param: Tensor) -> None:
-        raise NotImplementedError
 
 
 class Counting(Own):
