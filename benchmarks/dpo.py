@@ -10,8 +10,9 @@ those that count. Both score the completions, log rewards, entropy, accuracy and
 must come to the same losses. Time is the median of a process's steps; ratios are of the same round.
 Memory is the peak of the process above what it held when the model had been loaded; a second model,
 or the reference as a value, is above. `precomputed` has the reference's log-probs ahead, in both;
-`shared` computes the prompt of a pair once; `lean` keeps the memory it frees
-(`functrain.keep_pages`) and computes the activations of the blocks again in the backward pass.
+`shared` computes the prompt of a pair once, `kept` keeps the memory it frees
+(`functrain.keep_pages`), and `lean` also computes the activations of the blocks again in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ RATE, BETA = 1e-5, 0.1
 BASES = {
     "functrain": "trl",
     "functrain shared": "trl",
+    "functrain shared kept": "trl",
     "functrain lean": "trl",
     "trl": "trl",
     "functrain precomputed": "trl precomputed",
@@ -80,11 +82,12 @@ def ours(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
     """Steps of `functrain.dpo_step`, donated, in one of the ways that are told of above."""
     import functrain as ft
 
-    if more == "lean":
+    ways = more.split()
+    if "kept" in ways or "lean" in ways:
         ft.keep_pages()
     model = llama(vocabulary)
     model.generate  # noqa: B018  (loads what transformers loads late, before memory is counted)
-    precomputed = more == "precomputed"
+    precomputed = "precomputed" in ways
     clock = Clock()
     architecture, params, buffers = ft.split(model)
     reference = None if precomputed else ft.trees.clone(params)
@@ -95,8 +98,8 @@ def ours(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
         beta=BETA,
         microbatches=microbatches,
         max_grad_norm=1.0,
-        layout="shared_prompt" if more == "shared" else "padded",
-        checkpoint="model.layers.*" if more == "lean" else None,
+        layout="shared_prompt" if "shared" in ways else "padded",
+        checkpoint="model.layers.*" if "lean" in ways else None,
         donate=True,
     )
     state = step.init(params, buffers)

@@ -27,7 +27,8 @@ class Accumulating:
     """`sum_of`: where a leaf's gradient is summed, or None for what is no leaf that trains.
 
     Who asks has a gradient: what is asked for is there, zeros at first. `trains`: whether there
-    would be one. `factor`: what a summed loss is multiplied by before its gradient is taken; 0-d.
+    would be one. `factor`: what a summed loss is multiplied by before its gradient is taken; 0-d,
+    or [k] where it is k sums.
     """
 
     trains: Callable[[Tensor], bool]

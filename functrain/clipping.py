@@ -26,6 +26,7 @@ def clip_by_global_norm(
     spreads to every gradient: test it before.
     """
     _check_positive("max_norm", max_norm)
+    _check_named("grads", grads)
     norm = global_norm(grads) if norm is None else norm
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     leaves = list(grads.values())
@@ -52,6 +53,7 @@ def _narrowed(factor: Tensor, leaves: list[Tensor]) -> Tensor:
 def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:
     """Each element clamped to [−limit, limit]."""
     _check_positive("limit", limit)
+    _check_named("grads", grads)
     return map_leaves(lambda grad: grad.clamp(-limit, limit), grads)
 
 
@@ -69,6 +71,8 @@ def adaptive_clip(
     """
     _check_positive("factor", factor)
     _check_positive("eps", eps)
+    _check_named("grads", grads)
+    _check_named("params", params)
 
     def clipped(grad: Tensor, param: Tensor) -> Tensor:
         limit = factor * _unit_norm(param).clamp(min=eps)
@@ -84,6 +88,15 @@ def _unit_norm(tensor: Tensor) -> Tensor:
         return tensor.abs()
     norm: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
     return norm
+
+
+def _check_named(name: str, given: object) -> None:
+    """Raise `ConfigError` for the parameters of a module, say, whose gradients torch clips."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"{name}: {type(given).__name__}, expected a mapping of names to tensors, as "
+            "functrain.value_and_grad gives its grads"
+        )
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from functrain import keys
 from functrain.distributed import ALONE, gathered_metrics
-from functrain.errors import BatchError
+from functrain.errors import BatchError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, to_device
 from functrain.state import TrainState, device_of
@@ -46,6 +46,10 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     the loss couples them; the result is that of one worker alone, to the bit.
     Raises `BatchError` where there is nothing to evaluate.
     """
+    if not isinstance(step, Step):
+        raise ConfigError(
+            f"step: {type(step).__name__}; expected evaluate(step, state, batches), in this order"
+        )
     step.check(state)
     gradient = step.value_and_grad
     device = device_of(state.params)

@@ -99,7 +99,9 @@ class AttachReference:
         if tuple(sides) == SIDES:
             joined = concatenated(batch["chosen"], batch["rejected"])
             layout = laid_out(self.layout, model, joined)
-            scores = reference_scores(model, self.reference, joined, head=self.head, layout=layout)
+            scores = reference_scores(
+                model, self.reference, joined, head=self.head, layout=layout, paired=True
+            )
             halves = (scores.logps if self.by_token else scores.sums).chunk(2)
             return {s: self._cut(half, batch[s]) for s, half in zip(sides, halves, strict=True)}
         found = {}

@@ -289,7 +289,8 @@ class Step:
         params, moments, schedule and average stay, the loss scale backs off, `skipped` is 1.
         Nothing here waits for an accelerator, but for optimizers of the adapter (all but the fused
         Adam).
-        `donate` overrides the record's own for this call.
+        `donate` overrides the record's own for this call: what was taken out of the old state, as
+        by `dict(state.params)`, is overwritten too, and `functrain.trees.clone` keeps it.
 
         Raises `BatchError` before any compute, `StateError` for a state of another step,
         `ConsumedStateError` for a donated one, `AliasError` where donating would overwrite the

@@ -459,3 +459,25 @@ def test_what_is_no_objective_is_named(objective: Any, message: str) -> None:
         ft.make_step(objective, ft.optim.adamw(), architecture=architecture)
     step = ft.make_step(_objective(), ft.optim.adamw(), architecture=architecture)
     step(step.init(params, buffers), zoo.batch())
+
+
+def test_arguments_in_another_order_are_answered_with_theirs() -> None:
+    step, state = _step()
+    given: Any = (state, step)
+    with pytest.raises(ft.ConfigError, match=r"step: TrainState; expected evaluate\(step, state"):
+        ft.evaluate(*given, [zoo.batch()])
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda given: ft.clip_by_global_norm(given, 1.0),
+        lambda given: ft.clip_by_value(given, 1.0),
+        lambda given: ft.adaptive_clip(given, {}),
+        lambda given: ft.adaptive_clip({}, given),
+    ],
+)
+def test_parameters_of_a_module_are_no_gradients(clip: Any) -> None:
+    """What torch's clipping takes."""
+    with pytest.raises(ft.ConfigError, match=r"(grads|params): generator, expected a mapping"):
+        clip(torch.nn.Linear(2, 2).parameters())

@@ -221,7 +221,7 @@ def test_only_rows_with_a_target_are_projected(name: str) -> None:
 
 
 def test_a_preference_step_projects_each_completion_token_of_policy_and_reference() -> None:
-    """The policy's twice, for its backward pass, and the reference's once."""
+    """Once each; as a tree over micro-batches the policy's once more, for its backward pass."""
     step, state = _begun("llama", "dpo")
     step(state, _batch("dpo"))
     batch = _batch("dpo", 1)
@@ -229,12 +229,16 @@ def test_a_preference_step_projects_each_completion_token_of_policy_and_referenc
     targets = sum(int((labels[:, 1:] != -100).sum()) for labels in sides)
     with _Projected() as seen:
         step(state, batch)
+    assert (seen.by_chunks, seen.whole) == (2 * targets, 0)
+    tree = attrs.evolve(step, reduction="canonical")
+    with _Projected() as seen:
+        tree(state, batch)
     assert (seen.by_chunks, seen.whole) == (3 * targets, 0)
 
 
 @pytest.mark.parametrize("name", ["decoder", "llama, checkpointed", *BIASED_NAMES])
 @pytest.mark.parametrize("stage", ["dpo", "dpo mix", "bco", "kto"])
-def test_where_log_probs_stay_for_the_backward_pass_it_is_the_same(
+def test_where_log_probs_may_stay_it_is_the_same(
     name: str, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a budget of half of the rows: policy and reference project each of them once, and obey."""
@@ -290,8 +294,7 @@ def _in_eval_mode(name: str, stage: str) -> tuple[Any, Any]:
 
 
 BUDGETS = st.sampled_from([0, 16 * ROW])
-"""Always by chunks; and those parts of a batch whole that are small enough, or their log-probs kept
-for the backward pass."""
+"""Always by chunks; and those parts of a batch whole that are small enough, or pairs at once."""
 
 
 @SOME_AND_BIASED

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import zoo
 
 import functrain as ft
+from functrain.objectives import chunks
 from functrain.references import example_keys
 
 PRECISIONS = ["fp32", "bf16", "fp16", "bf16_params"]
@@ -59,6 +60,34 @@ def test_online_and_attached_are_the_same_bits(name: str, precision: str, by_tok
     assert ft.fingerprint(state) == ft.fingerprint(other)
     assert metrics.to_dict() == measured.to_dict()
     assert float(metrics["rewards/margins"]) != 0
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """On which products of other rows have other bits."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+def test_online_and_attached_are_the_same_bits_by_chunks_too(
+    layout: Any, by_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both make the logits of whole pairs, as another product could have other bits."""
+    monkeypatch.setattr(chunks, "WORTH", 0)
+    monkeypatch.setattr(chunks, "BUDGET", 0)
+    architecture, params, buffers, reference = _parts()
+    online = ft.dpo_step(architecture, ft.optim.adamw(1e-2), reference=reference, layout=layout)
+    ahead = ft.dpo_step(architecture, ft.optim.adamw(1e-2), layout=layout)
+    attach = ft.attach_reference(architecture, reference, buffers, by_token=by_token, layout=layout)
+    batch = zoo.pairs(examples=12, time=9)
+    state, metrics = online(online.init(params, buffers, seed=3), batch)
+    other, measured = ahead(ahead.init(params, buffers, seed=3), attach(batch))
+    assert metrics.to_dict() == measured.to_dict()
+    assert ft.fingerprint(state) == ft.fingerprint(other)
 
 
 def test_kto_takes_attached_log_probs_too() -> None:

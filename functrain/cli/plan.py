@@ -82,6 +82,8 @@ def _job(config: Config) -> Job:
     architecture, params, buffers = _bare(config)
     made = optimizer(config.optimizer, config.schedule.peak, architecture)
     preference = config.preference if isinstance(config, DPO) else None
+    pairs = None if preference is None or preference.unpaired else preference
+    coupled = pairs is not None and any(objectives.LOSSES[n].coupled for n in pairs.mix)
     return Job(
         architecture=architecture,
         params=params,
@@ -93,6 +95,9 @@ def _job(config: Config) -> Job:
         precision=policy(config.train.precision),
         checkpoint=config.train.checkpointed,
         sides=1 if preference is None else 2,
+        paired=pairs is not None
+        and config.train.reduction == "fast"
+        and not (coupled and config.train.microbatches == 1),
         reference=preference is not None
         and preference.cache is None
         and (preference.unpaired or any(objectives.LOSSES[n].reference for n in preference.mix)),

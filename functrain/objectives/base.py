@@ -109,10 +109,12 @@ class Coupled(Protocol):
 class Direct(Protocol):
     """An objective whose loss the gradient function differentiates once, and nobody else.
 
-    Where `direct` is true, it takes no gradient itself, and a summed cross entropy by chunks, if it
-    has one, is its loss as it is. Then gradients of large tables are summed where they are made
-    (`functrain.accumulators`): less time, less memory, the same to rounding. It is asked by
-    `is_direct`: a subclass that computes another loss is not direct unless it says so itself.
+    Where `direct` is true, nobody does anything to the loss that it returns. A summed cross entropy
+    by chunks, if it has one, is that loss as it is; and `slopes` that it gives for log-probs by
+    chunks are the gradient of that loss times the accumulation's factor. Then gradients of large
+    tables are summed where they are made (`functrain.accumulators`): less time, less memory, the
+    same to rounding. It is asked by `is_direct`: a subclass that computes another loss is not
+    direct unless it says so itself.
     """
 
     @property

@@ -10,7 +10,8 @@ weight's gradient once for each would cost more than is saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import attrs
@@ -23,14 +24,16 @@ from functrain.objectives.batches import IGNORE_INDEX
 from functrain.objectives.modes import are_modes_of
 
 BUDGET = 1 << 26
-"""Bytes of logits that may exist at once, float32; what a finish makes of them comes on top."""
+"""Bytes of logits that may exist at once, float32; what a finish makes of them comes on top, and so
+do details of scores, on the CPU a quarter."""
 
 WORTH = 1 << 20
 """Of so many bytes of logits on one chunk or more is worth it: an ordinary cross entropy goes over
 them about three times more often."""
 
 KEPT = 2
-"""So many budgets of log-probs may stay for the backward pass, which is then spared a product."""
+"""Of so many budgets logits may be there as a whole, where that spares the product that makes them
+again: all of a batch's until the backward pass, or one pair's until its gradient has been taken."""
 
 COLUMNS, NARROW = 384, 1024
 """On the CPU logits are made so many columns at a time where hidden states are narrower than this.
@@ -68,14 +71,25 @@ class Projection:
     dtype: torch.dtype | None = None
 
     def chunks(self, rows: int, share: int = 1) -> Iterator[slice]:
-        """The rows in as few parts as a share of the budget has room for, in multiples of 16.
+        """The rows in as few parts as that share of the budget has room for, in multiples of 16.
 
         Alike in size as far as that goes, so that no more is taken than so many parts need.
         """
-        most = max(16, self.budget // (4 * self.weight.shape[0] * share) // 16 * 16)
-        parts = max(1, -(-rows // most))
+        parts = max(1, -(-rows // self._most(share)))
         size = max(16, -(-rows // (16 * parts)) * 16)
         return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
+
+    def _most(self, share: int) -> int:
+        """How many rows a share of the budget has room for."""
+        return max(16, self.budget // (4 * self.weight.shape[0] * share) // 16 * 16)
+
+    def fits(self, rows: int) -> bool:
+        """Whether a chunk has room for so many rows."""
+        return rows <= self._most(1)
+
+    def may_stay(self, rows: int) -> bool:
+        """Whether the log-probs of so many rows may stay until their gradient has been taken."""
+        return not exceeds(rows, len(self.weight), KEPT * self.budget)
 
 
 @attrs.frozen(eq=False)
@@ -90,6 +104,10 @@ class Scores:
     correct: Tensor
     level: Tensor
     collision: Tensor
+
+
+Slopes = Callable[[int, Scores], Tensor]
+"""Of a group by its place, and its scores: d loss / d log-prob, float [rows of the group]."""
 
 
 def summed_cross_entropy(
@@ -115,7 +133,13 @@ def summed_cross_entropy(
 
 
 def scored(
-    hidden: Tensor, targets: Tensor, projection: Projection, *, detailed: bool = True
+    hidden: Tensor,
+    targets: Tensor,
+    projection: Projection,
+    *,
+    detailed: bool = True,
+    groups: Sequence[int] | None = None,
+    slopes: Slopes | None = None,
 ) -> Scores:
     """The log-prob of each target [n], float32 or more, and what `Scores` holds beside.
 
@@ -123,9 +147,36 @@ def scored(
     all rows are no more than `KEPT` budgets it finds them there (a second one makes them again, the
     same to rounding). `detailed=False` leaves entropy, level and collision at 0: they cost about as
     much as the log-probs.
+
+    `groups`: how many rows belong together, one after another: the logits of a group are made at
+    once where they are no more than `KEPT` budgets. `slopes`: what the backward pass will be given
+    for them, where that is known of the scores of a group alone, as of a pair of DPO. Then its
+    gradient is taken while its logits are there: those of larger groups alone are made again, and
+    none stays. There is one backward pass then. Other slopes than those that were said are a
+    `ConfigError`; on an accelerator, where to ask would be a wait, gradients of NaN. They are not
+    asked where no gradient is wanted, nor in fp16, whose gradients wait for their loss scale.
     """
     hidden, weight, bias = _in_dtype(hidden, projection)
-    return _scored(hidden, targets, projection, weight, bias, detailed=detailed)
+    return _scored(
+        hidden, targets, projection, weight, bias, detailed=detailed, groups=groups, slopes=slopes
+    )
+
+
+def grouped(sizes: Sequence[int], projection: Projection) -> list[int]:
+    """How many of the neighbours that have so many rows a group takes: what a chunk has room for.
+
+    One that has more is a group of its own.
+    """
+    counts: list[int] = []
+    rows = 0
+    for size in sizes:
+        if counts and projection.fits(rows + size):
+            counts[-1] += 1
+            rows += size
+        else:
+            counts.append(1)
+            rows = size
+    return counts
 
 
 def _scored(
@@ -136,16 +187,55 @@ def _scored(
     bias: Tensor | None,
     *,
     detailed: bool,
+    groups: Sequence[int] | None = None,
+    slopes: Slopes | None = None,
 ) -> Scores:
     _check_targets(targets, len(weight))
-    few = not exceeds(len(hidden), len(weight), KEPT * projection.budget)
+    few = projection.may_stay(len(hidden))
     few = few and projection.finish is None and hidden.dtype.itemsize >= 4
-    # What is made beside a chunk's logits is as large: where all may stay, chunks are smaller; also
-    # without history, since a product of other rows may have other bits, and a reference none.
-    share, kept = 4 if few else 1, few and torch.is_grad_enabled()
+    # Of the shape alone: a product of other rows may have other bits, and a reference no history.
+    parts = _parts(len(hidden), projection, groups)
+    graded = torch.is_grad_enabled()
+    # At unit scale small probabilities are zeros in fp16: the gradient waits for its scale.
+    slopes = slopes if graded and hidden.dtype != torch.float16 else None
     direct = _direct(projection, hidden)
-    arguments = (hidden, weight, bias, targets, projection, detailed, share, kept, direct)
-    return Scores(*_apply(_Scored, *arguments))
+    options = _Options(
+        detailed=detailed,
+        parts=parts,
+        kept=few and graded and slopes is None,
+        into=None if direct is None else direct.into,
+        slopes=slopes,
+    )
+    return Scores(*_apply(_Scored, hidden, weight, bias, targets, projection, options))
+
+
+def _parts(rows: int, projection: Projection, groups: Sequence[int] | None) -> list[list[slice]]:
+    """The chunks of each group, in their order; without groups, those of all rows."""
+    if groups is None:
+        return [list(projection.chunks(rows))]
+    parts: list[list[slice]] = []
+    for begin, end in pairwise(accumulate(groups, initial=0)):
+        if projection.may_stay(end - begin):
+            parts.append([slice(begin, end)])
+        else:
+            cut = projection.chunks(end - begin)
+            parts.append([slice(begin + at.start, begin + at.stop) for at in cut])
+    return parts
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Options:
+    """How scores are taken: what of `scored` is not a tensor with a gradient.
+
+    `parts`: the chunks of each group. `kept`: whether all logits stay for the backward pass.
+    `into`: where the weight's gradient is summed.
+    """
+
+    detailed: bool
+    parts: list[list[slice]]
+    kept: bool
+    into: Tensor | None
+    slopes: Slopes | None
 
 
 @attrs.frozen(eq=False)
@@ -212,12 +302,12 @@ class _Rows:
         weight: Tensor,
         bias: Tensor | None,
         projection: Projection,
+        chunks: list[slice],
         *,
-        share: int = 1,
         kept: bool = False,
     ) -> None:
         self._weight, self._bias, self._finish = weight, bias, projection.finish
-        self.chunks = list(projection.chunks(len(hidden), share))
+        self.chunks = chunks
         most = max((each.stop - each.start for each in self.chunks), default=0)
         size = len(hidden) if kept else most
         make = memory.empty if kept else memory.scratch
@@ -342,6 +432,12 @@ class _Gradients:
             found = torch.mm(rows.t(), ones, out=rows.new_empty(rows.shape[1], 1))
             self.bias.add_(found.squeeze(1))
 
+    def hold(self, factor: Tensor | None) -> None:
+        """Multiply what all other gradients come of, or else what there is."""
+        every = [each for each in (self.hidden, self.weight, self.bias) if each is not None]
+        if factor is not None and every:
+            every[0].mul_(factor)
+
     def found(self) -> tuple[Tensor | None, ...]:
         """Of hidden states, weight and bias, in their dtype."""
         self._product = None
@@ -382,7 +478,7 @@ class _Summed(torch.autograd.Function):
         graded: bool,
         direct: _Direct | None,
     ) -> tuple[Tensor, Tensor]:
-        rows = _Rows(hidden, weight, bias, projection)
+        rows = _Rows(hidden, weight, bias, projection, list(projection.chunks(len(hidden))))
         needed = ctx.needs_input_grad
         grads: _Gradients | None = None
         into, factor = (None, None) if direct is None else (direct.into, direct.factor)
@@ -410,10 +506,7 @@ class _Summed(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
-        given: list[_Gradients] = ctx.grads
-        if not given:
-            raise RuntimeError("the chunked loss has given its gradient away: one backward pass")
-        grads = given.pop()
+        grads: _Gradients = _given_once(ctx.grads)
         _check_factor(ctx.factor, grad_outputs[0])
         for grad in (grads.hidden, None if ctx.factor is not None else grads.weight, grads.bias):
             if grad is not None:
@@ -435,8 +528,61 @@ def _check_factor(factor: Tensor | None, given: Tensor) -> None:
         )
 
 
+class _Measures:
+    """What `Scores` holds, of a chunk's logits, which become its log-probs.
+
+    Details of a part of the budget at a time, since what is made beside the logits is as large. On
+    the CPU of a quarter; on an accelerator the calls would take longer than what they compute.
+    """
+
+    def __init__(self, projection: Projection, *, detailed: bool) -> None:
+        self._projection, self._detailed = projection, detailed
+        self._second: Tensor | None = None
+
+    def of(self, logits: Tensor, targets: Tensor) -> list[tuple[Tensor, ...]]:
+        """As the fields of `Scores`, each [rows, 1]; the logits are overwritten."""
+        if not self._detailed:
+            return [self._taken(logits, targets)]
+        slices = self._projection.chunks(len(logits), 4 if logits.device.type == "cpu" else 1)
+        return [self._taken(logits[at], targets[at]) for at in slices]
+
+    def _taken(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        column, valid = _columns(targets)
+        correct = are_modes_of(logits, column) & valid
+        level = logits.mean(-1, keepdim=True) if self._detailed else None
+        torch.log_softmax(logits, -1, out=logits)
+        logps = logits.gather(1, column).masked_fill(~valid, 0.0)
+        entropy = collision = level
+        if self._detailed:
+            if self._second is None or len(self._second) < len(logits):
+                self._second = _buffer((len(logits), logits.shape[1]), logits, logits.dtype)
+            products = torch.exp(logits, out=self._second[: len(logits)])
+            collision = 2 * torch.linalg.vector_norm(products, dim=-1, keepdim=True).log()
+            logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0·log 0 is 0
+            entropy = -products.mul_(logits).sum(-1, keepdim=True)
+        empty = torch.zeros_like(logps)
+        extras = (
+            empty if each is None else each.masked_fill(~valid, 0.0)
+            for each in (entropy, level, collision)
+        )
+        entropy, level, collision = extras
+        return logps, entropy, correct, level, collision
+
+
+def _joined(found: list[tuple[Tensor, ...]], hidden: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `Scores`, each [rows]."""
+    if not found:
+        none = hidden.new_zeros(0, 1, dtype=_wide(hidden.dtype))
+        found = [(none, none, none.bool(), none, none)]
+    return tuple(torch.cat(each).squeeze(1) for each in zip(*found, strict=True))
+
+
 class _Scored(torch.autograd.Function):
-    """The log-prob of each target; the backward pass makes the logits again."""
+    """The log-prob of each target.
+
+    Its gradient is taken in the forward pass where the slopes are known, and else in the backward
+    pass, of the logits that stayed or are made again.
+    """
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
@@ -446,45 +592,46 @@ class _Scored(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         projection: Projection,
-        detailed: bool,
-        share: int,
-        kept: bool,
-        direct: _Direct | None,
+        options: _Options,
     ) -> tuple[Tensor, ...]:
-        kept = kept and any(ctx.needs_input_grad)
-        rows = _Rows(hidden, weight, bias, projection, share=share, kept=kept)
+        needed = ctx.needs_input_grad
+        slopes = options.slopes if any(needed) else None
+        every = [at for group in options.parts for at in group]
+        kept = options.kept and any(needed)
+        rows = _Rows(hidden, weight, bias, projection, every, kept=kept)
+        grads = None if slopes is None else _Gradients(hidden, weight, bias, needed, options.into)
+        measures = _Measures(projection, detailed=options.detailed)
         found: list[tuple[Tensor, ...]] = []
-        second: Tensor | None = None
-        for at in rows.chunks:
-            column, valid = _columns(targets[at])
-            logits = rows.of(hidden, at, graded=False)
-            correct = are_modes_of(logits, column) & valid
-            level = logits.mean(-1, keepdim=True) if detailed else None
-            torch.log_softmax(logits, -1, out=logits)
-            logps = logits.gather(1, column).masked_fill(~valid, 0.0)
-            entropy = collision = level
-            if detailed:
-                if second is None:
-                    second = _buffer((len(logits), len(weight)), logits, logits.dtype)
-                products = torch.exp(logits, out=second[: len(logits)])
-                collision = 2 * torch.linalg.vector_norm(products, dim=-1, keepdim=True).log()
-                logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0·log 0 is 0
-                entropy = -products.mul_(logits).sum(-1, keepdim=True)
-            empty = torch.zeros_like(logps)
-            extras = (
-                empty if each is None else each.masked_fill(~valid, 0.0)
-                for each in (entropy, level, collision)
-            )
-            found.append((logps, correct, *extras))
-        if not found:
-            none = hidden.new_zeros(0, 1, dtype=_wide(hidden.dtype))
-            found.append((none, none.bool(), none, none, none))
-        parts = [torch.cat(each).squeeze(1) for each in zip(*found, strict=True)]
-        logps, correct, entropy, level, collision = parts
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        known: list[Tensor] = []
+        for index, group in enumerate(options.parts):
+            before, normed = len(found), hidden
+            at_once = grads is not None and len(group) == 1
+            for at in group:
+                normed = rows.of(hidden, at, graded=at_once)
+                found += measures.of(normed, targets[at])
+            if slopes is None or grads is None:
+                continue
+            slope = slopes(index, Scores(*_joined(found[before:], hidden)))
+            known.append(slope)
+            sizes = [at.stop - at.start for at in group]
+            for at, scale in zip(group, torch.split(-slope.unsqueeze(1), sizes), strict=True):
+                if at_once:  # its log-probs are still there
+                    probabilities = normed.exp_()
+                else:
+                    logits = rows.of(hidden, at, graded=True)
+                    probabilities = torch.softmax(logits, -1, out=logits)
+                rest = _less_targets(probabilities, *_columns(targets[at]))
+                grads.add(at, hidden[at], rows.before_finish(rest), scale)
+        logps, entropy, correct, level, collision = _joined(found, hidden)
+        ahead: list[tuple[_Gradients, Tensor]] | None = None
+        if grads is not None:
+            none = hidden.new_zeros(0, dtype=_wide(hidden.dtype))
+            ahead = [(grads, torch.cat([*known, none]))]
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets)
         whole: list[Tensor] = [] if rows.kept is None else [rows.kept]
-        ctx.projection, ctx.kept = projection, whole
-        ctx.into = None if direct is None else direct.into
+        ctx.ahead, ctx.kept, ctx.every = ahead, whole, every
+        ctx.projection, ctx.into = projection, options.into
         ctx.autocast = _autocast(hidden.device.type)
         ctx.mark_non_differentiable(entropy, correct, level, collision)
         return logps, entropy, correct, level, collision
@@ -494,6 +641,11 @@ class _Scored(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
+        ahead: list[tuple[_Gradients, Tensor]] | None = ctx.ahead
+        if ahead is not None:
+            grads, known = _given_once(ahead)
+            grads.hold(_check_slopes(known, grad_outputs[0]))
+            return (*grads.found(), None, None, None)
         hidden, weight, bias, targets = ctx.saved_tensors
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.into)
         kept: list[Tensor] = ctx.kept
@@ -501,8 +653,8 @@ class _Scored(torch.autograd.Function):
             # What is found there is overwritten, and can be found once.
             slope = _less_targets(kept.pop().exp_(), *_columns(targets))
             grads.add(slice(0, len(hidden)), hidden, slope, -grad_outputs[0].unsqueeze(1))
-            return (*grads.found(), None, None, None, None, None, None)
-        rows = _Rows(hidden, weight, bias, ctx.projection)
+            return (*grads.found(), None, None, None)
+        rows = _Rows(hidden, weight, bias, ctx.projection, ctx.every)
         with ctx.autocast:  # the model's own, where a finish of it is called again
             for at in rows.chunks:
                 column, valid = _columns(targets[at])
@@ -514,4 +666,33 @@ class _Scored(torch.autograd.Function):
                     grads.add(at, hidden[at], rows.before_finish(slope.mul_(scale)), None)
                 else:
                     grads.add(at, hidden[at], rows.before_finish(slope), scale)
-        return (*grads.found(), None, None, None, None, None, None)
+        return (*grads.found(), None, None, None)
+
+
+def _given_once(given: list[Any]) -> Any:
+    """What the forward pass has left for the backward pass."""
+    if not given:
+        raise RuntimeError("the chunked loss has given its gradient away: one backward pass")
+    return given.pop()
+
+
+def _check_slopes(known: Tensor, given: Tensor) -> Tensor | None:
+    """Raise `ConfigError` where a loss is not the one whose slopes its objective has said.
+
+    On an accelerator, where that would be a wait: a factor of its gradients, 1 or NaN.
+    """
+    if not len(known):
+        return None
+    apart = (given - known).abs()
+    most = known.abs().nan_to_num().max().clamp(min=torch.finfo(known.dtype).tiny)
+    same = (apart <= 1e-3 * most) | (given.isnan() & known.isnan()) | (given == known)
+    if known.device.type != "cpu":
+        return torch.where(same.all(), 1.0, torch.nan)
+    if bool(same.all()):
+        return None
+    at = int(apart.nan_to_num(torch.inf).masked_fill(same, -1.0).argmax())
+    raise ConfigError(
+        f"objective: the slope of one of its log-probs is {float(given[at])}, and it said "
+        f"{float(known[at])} when they were computed; where its loss is another one, give it "
+        "direct = False"
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import attrs
@@ -81,17 +82,23 @@ class TokenScores:
         )
 
 
+PairSlopes = Callable[[slice, TokenScores], Tensor]
+"""Of some pairs, and the scores of both their sides: d loss / d log-prob, [2 · pairs, time − 1]."""
+
+
 @attrs.frozen(eq=False)
 class HiddenRows:
     """The hidden states of the rows that predict something, their targets, and the projection.
 
-    `places`: which of the flattened [batch, time − 1] they are; None: all.
+    `places`: which of the flattened [batch, time − 1] they are; None: all. `pairs`: of a paired
+    batch how many rows each pair has, in their order; else None.
     """
 
     hidden: Tensor
     targets: Tensor
     places: Tensor | None
     projection: Projection
+    pairs: Sequence[int] | None = None
 
 
 def hidden_rows(
@@ -103,12 +110,14 @@ def hidden_rows(
     head: HeadMode = "auto",
     budget: int | None = None,
     layout: Layout | None = None,
+    paired: bool = False,
 ) -> HiddenRows | None:
     """The rows to be scored by chunks; None where the logits are to be taken whole.
 
     `call` and `values`: another forward than the model's own, with these params. `budget`: bytes of
     logits, `chunks.BUDGET` where it is None. `layout`: the batch as the model is called with it,
-    where that is not as it is.
+    where that is not as it is. `paired`: the second half of the batch are the other sides of the
+    first; the rows come pair by pair.
     """
     budget = chunks.BUDGET if budget is None else budget
     if head == "full":
@@ -123,19 +132,38 @@ def hidden_rows(
         return None
     call = model if call is None else call
     places: Tensor | None = None
-    if layout is not None:
+    if layout is not None or targets.device.type == "cpu":  # on an accelerator it would be a wait
         places = _places(targets)
+    sizes: list[int] | None = None
+    if paired:
+        places, sizes = _by_pairs(places, batch["labels"])
+    if layout is not None:
+        assert places is not None
         hidden = layout.gathered(shown.hidden(call, layout.inputs), places)
     else:
-        hidden = shown.hidden(call, batch)[:, :-1].flatten(0, 1)
-        if targets.device.type == "cpu":  # on an accelerator it would be a wait
-            found = _places(targets)
-            if len(found) < len(targets):
-                places, hidden = found, hidden.index_select(0, found)
+        hidden = shown.hidden(call, batch)
+        if places is not None and not paired and len(places) == len(targets):
+            places = None
+        if places is None:
+            hidden = hidden[:, :-1].flatten(0, 1)
+        else:  # a last token of each sequence predicts nothing
+            time = batch["labels"].shape[1] - 1
+            hidden = hidden.flatten(0, 1).index_select(0, places + places // time)
     if places is not None:
         targets = targets[places]
     projection = _projection(model, shown, values, budget, hidden.dtype)
-    return HiddenRows(hidden, targets, places, projection)
+    return HiddenRows(hidden, targets, places, projection, sizes)
+
+
+def _by_pairs(places: Tensor | None, labels: Tensor) -> tuple[Tensor, list[int]]:
+    """The places of the first pair, chosen before rejected, then of the next; how many each has."""
+    count, time = len(labels) // 2, labels.shape[1] - 1
+    if places is None:
+        every = torch.arange(2 * count * time, device=labels.device).view(2, count, time)
+        return every.transpose(0, 1).flatten(), [2 * time] * count
+    pair = places // time % count
+    sizes: list[int] = torch.bincount(pair, minlength=count).tolist()
+    return places[pair.argsort(stable=True)], sizes
 
 
 def _tell_whole(model: nn.Module, reason: str) -> None:
@@ -178,19 +206,29 @@ def token_scores(
     detailed: bool = True,
     budget: int | None = None,
     layout: Layout | None = None,
+    paired: bool = False,
+    slopes: PairSlopes | None = None,
 ) -> TokenScores:
     """The scores of a batch of sequences; arguments as for `hidden_rows`.
 
-    Without `detailed` only `logps` and `correct` are computed, the others are 0.
+    Without `detailed` only `logps` and `correct` are computed, the others are 0. `slopes`, of a
+    `paired` batch: what the backward pass will give the log-probs of some pairs, which by chunks
+    spares time and memory (`chunks.scored`).
     """
     check_causal(model)
     rows = hidden_rows(
-        model, batch, call=call, values=values, head=head, budget=budget, layout=layout
+        model,
+        batch,
+        call=call,
+        values=values,
+        head=head,
+        budget=budget,
+        layout=layout,
+        paired=paired,
     )
     call = model if call is None else call
     if rows is not None:
-        found = chunks.scored(rows.hidden, rows.targets, rows.projection, detailed=detailed)
-        return _placed(found, rows.places, batch["labels"])
+        return _scored_by_chunks(rows, batch["labels"], detailed=detailed, slopes=slopes)
     if layout is None:
         return scores_of(logits_of(call, batch), batch["labels"], detailed=detailed)
     targets = batch["labels"][:, 1:].flatten()
@@ -198,6 +236,44 @@ def token_scores(
     logits = layout.gathered(logits_of(call, layout.inputs), places)
     scores = _scores(logits.unsqueeze(0), targets[places].unsqueeze(0), detailed=detailed)
     return _placed(scores, places, batch["labels"])
+
+
+def _scored_by_chunks(
+    rows: HiddenRows, labels: Tensor, *, detailed: bool, slopes: PairSlopes | None
+) -> TokenScores:
+    if rows.pairs is None or rows.places is None:
+        found = chunks.scored(rows.hidden, rows.targets, rows.projection, detailed=detailed)
+        return _placed(found, rows.places, labels)
+    places, count, time = rows.places, len(labels) // 2, labels.shape[1] - 1
+    counts = chunks.grouped(rows.pairs, rows.projection)
+    pairs = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
+    sizes = [sum(rows.pairs[each]) for each in pairs]
+    begins = list(accumulate(sizes, initial=0))
+
+    def of_group(index: int, scores: chunks.Scores) -> Tensor:
+        assert slopes is not None
+        group = pairs[index]
+        here = places[begins[index] : begins[index + 1]]
+        # Where they are in a batch of these pairs alone.
+        spared = torch.where(here < count * time, group.start, count + group.start - counts[index])
+        here = here - spared * time
+        slope = slopes(group, _placed(scores, here, sides_of(labels, group)))
+        return slope.flatten()[here]
+
+    found = chunks.scored(
+        rows.hidden,
+        rows.targets,
+        rows.projection,
+        detailed=detailed,
+        groups=sizes,
+        slopes=None if slopes is None else of_group,
+    )
+    return _placed(found, places, labels)
+
+
+def sides_of(values: Tensor, pairs: slice) -> Tensor:
+    """Of values [2 · pairs, …], chosen above rejected, those of some pairs, in the same order."""
+    return torch.cat([half[pairs] for half in values.chunk(2)])
 
 
 def _placed(

@@ -143,11 +143,10 @@ def concatenated(chosen: Batch, rejected: Batch) -> Batch:
     return {key: torch.cat([padded(chosen, key), padded(rejected, key)]) for key in chosen}
 
 
-def reference_tokens(attached: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """Attached log-probs by token, chosen above rejected, in the shape and dtype of `like`."""
-    time = like.shape[1]
+def reference_tokens(attached: Mapping[str, Tensor], time: int) -> Tensor:
+    """Attached log-probs by token, chosen above rejected: [2 · pairs, time], padded with 0."""
     sides = (attached[side] for side in SIDES)
-    return torch.cat([F.pad(each, (0, time - each.shape[1])) for each in sides]).to(like.dtype)
+    return torch.cat([F.pad(each, (0, time - each.shape[1])) for each in sides])
 
 
 def sequence_labels(side: Batch) -> Tensor:

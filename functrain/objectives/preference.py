@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from functrain import accumulators
 from functrain import metrics as m
 from functrain.architecture import Mode
 from functrain.errors import BatchError, boolean
@@ -24,8 +25,10 @@ from functrain.objectives.layouts import (
 )
 from functrain.objectives.logprobs import (
     HeadMode,
+    PairSlopes,
     TokenScores,
     head_mode,
+    sides_of,
     token_metrics,
     token_scores,
 )
@@ -46,6 +49,7 @@ from functrain.objectives.options import (
     within,
 )
 from functrain.objectives.pairs import (
+    SIDES,
     check_pairs,
     concatenated,
     reference_tokens,
@@ -71,6 +75,10 @@ class Coupling:
         linear = (self.chosen * logps.chosen).sum() + (self.rejected * logps.rejected).sum()
         return self.value + (linear - linear.detach())
 
+    def of(self, pairs: slice) -> Coupling:
+        """The slopes of some pairs; the value stays the micro-batch's."""
+        return attrs.evolve(self, chosen=self.chosen[pairs], rejected=self.rejected[pairs])
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class Observed:
@@ -78,6 +86,40 @@ class Observed:
 
     logps: PairLogps
     weights: Tensor | None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Known:
+    """What a loss reads of pairs beside the policy's log-probs, chosen above rejected.
+
+    `mask` [2 · pairs, time − 1]: where completions have a target. `reference`: its log-probs in
+    nats, by token as the mask or summed [2 · pairs]; None where there is none.
+    """
+
+    mask: Tensor
+    reference: Tensor | None
+    coupling: Coupling | None
+
+    def of(self, pairs: slice) -> _Known:
+        """The same of some of the pairs."""
+        return _Known(
+            mask=sides_of(self.mask, pairs),
+            reference=None if self.reference is None else sides_of(self.reference, pairs),
+            coupling=None if self.coupling is None else self.coupling.of(pairs),
+        )
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Taken:
+    """The summed loss of pairs (as `weight`), and what it was taken of.
+
+    Of some pairs of a micro-batch under a coupling only the gradient of `total` is theirs.
+    """
+
+    total: Tensor
+    scores: TokenScores
+    logps: PairLogps
+    negative: dict[Likelihood, Tensor]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -246,61 +288,116 @@ class PreferenceOptimization:
         """
         joined = concatenated(batch["chosen"], batch["rejected"])
         layout = laid_out(self.layout, model, joined)
-        scores, sequence = self._scored(model, batch, joined, layout)
-        logps = self._logps(model, batch, joined, scores, layout)
-        observed = Observed(logps=logps, weights=self._weights(scores))
-        pair_loss = self._pair_loss(observed, coupling)
-        negative: dict[Likelihood, Tensor] = {
-            "completion": -scores.logps.chunk(2)[0].sum(),
-            "sequence": -sequence,
-        }
-        kinds = self.likelihoods()
-        total, weight = pair_loss, self.weight(batch)
-        if kinds:
-            terms = [factor * negative[kind] for kind, factor in kinds.items()]
-            total = torch.stack([pair_loss, *terms])
+        known = self._known(model, batch, joined, layout, coupling)
+        whole = token_scores(
+            model,
+            {**joined, "labels": self._labels(batch, joined)},
+            head=self.head,
+            layout=layout,
+            paired=True,
+            slopes=self._slopes(known),
+        )
+        taken = self._taken(whole, known)
+        scores, negative, weight = taken.scores, taken.negative, self.weight(batch)
         chosen_tokens = scores.lengths.chunk(2)[0].sum()
         padding = count_padding(joined) if layout is None else layout.count_padding()
         measured = {
-            "loss": m.mean(total, weight),
+            "loss": m.mean(taken.total, weight),
             "perplexity": m.exponential(negative["completion"], chosen_tokens),
             "padding": m.mean(*padding),
         }
+        kinds = self.likelihoods()
         for kind in kinds:
             name = "nll_loss" if len(kinds) == 1 else f"nll_loss/{kind}"
             measured[name] = m.mean(negative[kind], self._tokens(batch, kind))
-        pair_metrics = self._pair_metrics(logps, scores)
-        return total, Metrics(measured) | pair_metrics | token_metrics(scores)
+        pair_metrics = self._pair_metrics(taken.logps, scores)
+        return taken.total, Metrics(measured) | pair_metrics | token_metrics(scores)
 
-    def _scored(
-        self, model: nn.Module, batch: Batch, joined: Batch, layout: Layout | None
-    ) -> tuple[TokenScores, Tensor]:
-        """The scores of the completions; and Σ log p over the whole chosen sequences, or 0."""
+    def _labels(self, batch: Batch, joined: Batch) -> Tensor:
+        """What is scored: the completions; of chosen sequences all, where a likelihood is of it."""
+        labels: Tensor = joined["labels"]
         if "sequence" not in self.likelihoods():
-            scores = token_scores(model, joined, head=self.head, layout=layout)
-            return scores, scores.logps.new_zeros(())
-        time = joined["labels"].shape[1]
+            return labels
         whole = sequence_labels(batch["chosen"])
+        time = labels.shape[1]
         whole = nn.functional.pad(whole, (0, time - whole.shape[1]), value=IGNORE_INDEX)
-        labels = torch.cat([whole, joined["labels"][len(whole) :]])
-        whole_batch = {**joined, "labels": labels}
-        scores = token_scores(model, whole_batch, head=self.head, layout=layout)
-        sequence = scores.logps.chunk(2)[0].sum()
-        return scores.masked(joined["labels"][:, 1:] != IGNORE_INDEX), sequence
+        return torch.cat([whole, labels[len(whole) :]])
 
-    def _logps(
+    def _known(
         self,
         model: nn.Module,
         batch: Batch,
         joined: Batch,
-        scores: TokenScores,
         layout: Layout | None,
-    ) -> PairLogps:
+        coupling: Coupling | None = None,
+    ) -> _Known:
+        """What is known of the pairs before the policy has scored them: the reference goes first.
+
+        So its forward does not find the policy's activations in memory.
+        """
+        mask = joined["labels"][:, 1:] != IGNORE_INDEX
+        reference: Tensor | None = None
+        if self.referred and "reference_logps" in batch:
+            attached = batch["reference_logps"]
+            if attached["chosen"].ndim == 1:
+                reference = torch.cat([attached[side] for side in SIDES])
+            else:
+                reference = reference_tokens(attached, mask.shape[1])
+        elif self.referred:
+            assert self.reference is not None  # `check` has refused the batch otherwise
+            reference = reference_scores(
+                model, self.reference, joined, head=self.head, layout=layout, paired=True
+            ).logps
+        return _Known(mask=mask, reference=reference, coupling=coupling)
+
+    def _slopes(self, known: _Known) -> PairSlopes | None:
+        """What the gradient of the step gives the log-probs of pairs, where that can be told.
+
+        Within an accumulation, which says what the sum will be multiplied by, and of losses that
+        need no other pairs.
+        """
+        under = accumulators.current()
+        if under is None or (self.batch_coupled and known.coupling is None):
+            return None
+
+        def slopes(pairs: slice, scores: TokenScores) -> Tensor:
+            with torch.enable_grad():
+                leaf = scores.logps.detach().requires_grad_()
+                taken = self._taken(attrs.evolve(scores, logps=leaf), known.of(pairs))
+                (slope,) = torch.autograd.grad((taken.total * under.factor).sum(), leaf)
+            return slope
+
+        return slopes
+
+    def _taken(self, whole: TokenScores, known: _Known) -> _Taken:
+        """The summed loss of pairs whose log-probs are there, with what it is made of."""
+        kinds = self.likelihoods()
+        scores = whole.masked(known.mask) if "sequence" in kinds else whole
+        logps = self._logps(scores, known)
+        pair_loss = self._pair_loss(
+            Observed(logps=logps, weights=self._weights(scores)), known.coupling
+        )
+        negative: dict[Likelihood, Tensor] = {
+            "completion": -scores.logps.chunk(2)[0].sum(),
+            "sequence": -whole.logps.chunk(2)[0].sum(),
+        }
+        total = pair_loss
+        if kinds:
+            terms = [factor * negative[kind] for kind, factor in kinds.items()]
+            total = torch.stack([pair_loss, *terms])
+        return _Taken(total=total, scores=scores, logps=logps, negative=negative)
+
+    def _logps(self, scores: TokenScores, known: _Known) -> PairLogps:
         chosen, rejected = self._sums(scores.logps, scores.mask)
         lengths = scores.lengths.chunk(2)
-        reference: tuple[Tensor | None, Tensor | None] = None, None
-        if self.referred:
-            reference = self._reference_sums(model, batch, joined, scores, layout)
+        reference: Sequence[Tensor | None] = (None, None)
+        if known.reference is not None:
+            given = known.reference.to(scores.logps.dtype)
+            if given.ndim == 1:
+                reference = given.chunk(2)
+            else:
+                # Whoever attached them may have scored prompts and padding too.
+                reference = self._sums(torch.where(scores.mask, given, 0.0), scores.mask)
         return PairLogps(
             chosen=chosen,
             rejected=rejected,
@@ -311,28 +408,6 @@ class PreferenceOptimization:
             divergence=divergence_of(self.divergence, self.divergence_alpha),
             normalized=self.length_normalized,
         )
-
-    def _reference_sums(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        joined: Batch,
-        scores: TokenScores,
-        layout: Layout | None,
-    ) -> tuple[Tensor, Tensor]:
-        if "reference_logps" not in batch:
-            assert self.reference is not None  # `check` has refused the batch otherwise
-            given = reference_scores(
-                model, self.reference, joined, head=self.head, layout=layout
-            ).logps
-            return self._sums(given, scores.mask)
-        attached = batch["reference_logps"]
-        if attached["chosen"].ndim == 1:
-            dtype = scores.logps.dtype
-            return attached["chosen"].to(dtype), attached["rejected"].to(dtype)
-        tokens = reference_tokens(attached, scores.logps)
-        # Whoever attached them may have scored prompts and padding too.
-        return self._sums(torch.where(scores.mask, tokens, 0.0), scores.mask)
 
     def _sums(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Σ over completion tokens, chosen and rejected; what `ld_alpha` weighs, weighed."""
@@ -386,11 +461,11 @@ class PreferenceOptimization:
         """The pairs of a micro-batch, without history: the first of two passes."""
         joined = concatenated(batch["chosen"], batch["rejected"])
         layout = laid_out(self.layout, model, joined)
-        scores = token_scores(model, joined, head=self.head, detailed=self.wpo, layout=layout)
-        return Observed(
-            logps=self._logps(model, batch, joined, scores, layout),
-            weights=self._weights(scores),
+        known = self._known(model, batch, joined, layout)
+        scores = token_scores(
+            model, joined, head=self.head, detailed=self.wpo, layout=layout, paired=True
         )
+        return Observed(logps=self._logps(scores, known), weights=self._weights(scores))
 
     def couple(self, observed: Sequence[Observed]) -> list[Coupling]:
         """For each micro-batch, the whole batch's loss as a function of its own log-probs."""

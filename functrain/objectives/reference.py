@@ -22,6 +22,7 @@ def reference_scores(
     *,
     head: HeadMode = "auto",
     layout: Layout | None = None,
+    paired: bool = False,
 ) -> TokenScores:
     """`token_scores` of the bound `model` with `reference` in place of its params; logps alone.
 
@@ -41,6 +42,7 @@ def reference_scores(
                 head=head,
                 detailed=False,
                 layout=layout,
+                paired=paired,
             )
     finally:
         for module, training in modes:

@@ -38,9 +38,11 @@ class Job:
 
     `architecture`, `params`, `buffers`: as `functrain.models.bare` makes them, the params without
     values. `rows`: sequences of `time` tokens in the whole batch, in `microbatches` equal parts.
-    `sides`: how many forwards a row has, 2 for pairs. `reference`: whether frozen params score each
-    row as well. `average`: whether a moving average is kept. `donate`: whether the state's memory
-    is used again.
+    `sides`: how many forwards a row has, 2 for pairs and KTO. `paired`: whether they are pairs
+    whose gradient of the head is taken with their logits: of DPO, summed fast and not in shards,
+    nor under a loss that couples the pairs of a single micro-batch. `reference`: whether frozen
+    params score each row as well. `average`: whether a moving average is kept. `donate`: whether
+    the state's memory is used again.
     """
 
     architecture: nn.Module = attrs.field(repr=False)
@@ -53,6 +55,7 @@ class Job:
     precision: Precision = attrs.field(default=POLICIES["fp32"], converter=policy)
     checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
     sides: int = 1
+    paired: bool = False
     reference: bool = False
     average: bool = False
     donate: bool = True
@@ -271,15 +274,17 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
             flops=flops,
         )
     products = 2 * made * head.numel()
-    # Of pairs the logits are made once more in the backward pass.
-    times = 3 + (job.sides > 1)
+    # Log-probs make their logits once more for the gradient, but for pairs that may stay.
+    stays = not chunks.exceeds(job.time * job.sides, len(head), chunks.KEPT * chunks.BUDGET)
+    stays = stays and job.paired and job.precision.autocast != torch.float16
+    times = 3 + (job.sides > 1 and not stays)
     flops += times * products + job.reference * (forward + products)
     return _Run(
         activations=living.most,
         forward=before,
         # The head's own gradient is there first.
         together=living.together + head.numel() * 4,
-        head=_head_bytes(made, head),
+        head=_head_bytes(made, head, job.time * job.sides if stays else 0, job.sides > 1),
         head_weight=head.numel() * 4,
         flops=flops,
     )
@@ -329,17 +334,20 @@ def _forward(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     return head.hidden(model, {"input_ids": ids}), projection.weight
 
 
-def _head_bytes(rows: int, weight: Tensor) -> int:
+def _head_bytes(rows: int, weight: Tensor, pair: int, scored: bool) -> int:
     """What the head takes while its logits are there, beside the gradient that it is summed into.
 
     Logits of a chunk, or all of them where they are few; then as ordinary cross entropy has them:
-    logits, their log-softmax and its gradient.
+    logits, their log-softmax and its gradient. Of pairs that stay, of so many rows (else 0), at
+    least those of one. What is `scored` has details, of a quarter of a chunk at a time.
     """
     vocabulary, width = weight.shape
     hidden = rows * width * weight.dtype.itemsize
-    if not chunks.are_worth(rows, vocabulary):
+    if not chunks.are_worth(rows, vocabulary, chunks.BUDGET):
         return 3 * rows * vocabulary * 4 + hidden
-    return min(chunks.BUDGET, rows * vocabulary * 4) + hidden
+    most = min(chunks.BUDGET, rows * vocabulary * 4)
+    most = max(most, pair * vocabulary * 4)
+    return most + scored * min(most, chunks.BUDGET // 4) + hidden
 
 
 _GROWTH = 1.02

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrain.accumulators import Accumulating, accumulating
+from functrain.errors import ConfigError
 from functrain.objectives import chunks
 from functrain.objectives.chunks import Projection, scored, summed_cross_entropy
 
@@ -227,6 +229,161 @@ def test_scores_and_their_gradients_are_those_of_whole_logits(
     plain = torch.autograd.grad(logps, theirs, case.upstream())
     for one, other in zip(gradients, plain, strict=True):
         _assert_near(one, other, tolerance, "gradient")
+
+
+GROUPS = st.lists(st.integers(0, 40), max_size=5)
+
+
+def _grouped(case: Case, sizes: list[int]) -> list[int]:
+    """These groups, as far as there are rows, and one of the rest."""
+    found: list[int] = []
+    for size in sizes:
+        found.append(min(size, case.rows - sum(found)))
+    return [*found, case.rows - sum(found)]
+
+
+@example(
+    case=Case(rows=70, width=3, vocabulary=7, rows_at_once=16),
+    sizes=[40, 20],
+    detailed=True,
+    direct=True,
+)
+@example(
+    case=Case(rows=70, width=3, vocabulary=7, rows_at_once=16, finish="cap in place"),
+    sizes=[40, 20],
+    detailed=True,
+    direct=False,
+)
+@given(case=CASES, sizes=GROUPS, detailed=st.booleans(), direct=st.booleans())
+def test_slopes_that_are_known_have_the_gradients_of_whole_logits(
+    case: Case, sizes: list[int], detailed: bool, direct: bool
+) -> None:
+    """And the scores of a pass without a gradient, to the bit; each group is asked once."""
+    ours, theirs, targets = case.leaves(), case.leaves(), case.targets()
+    groups = _grouped(case, sizes)
+    with torch.no_grad():
+        alone = scored(ours[0], targets, case.projection(ours), detailed=detailed, groups=groups)
+    asked: list[int] = []
+
+    def slopes(index: int, scores: chunks.Scores) -> Tensor:
+        here = slice(sum(groups[:index]), sum(groups[: index + 1]))
+        for name in ("logps", "entropy", "correct", "level", "collision"):
+            assert getattr(scores, name).equal(getattr(alone, name)[here]), name
+        asked.append(index)
+        return case.upstream()[here]
+
+    with _taking(ours, direct=direct) as taken:
+        found = scored(
+            ours[0],
+            targets,
+            case.projection(ours),
+            detailed=detailed,
+            groups=groups,
+            slopes=slopes,
+        )
+        gradients = taken(found.logps, case.upstream())
+    assert asked == list(range(len(groups)))
+    for name in ("logps", "entropy", "correct", "level", "collision"):
+        assert getattr(found, name).equal(getattr(alone, name)), name
+    normed = case.logits(theirs).log_softmax(-1)
+    chosen = normed.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    logps = torch.where(targets != -100, chosen, 0.0)
+    tolerance = TOLERANCE[case.dtype]
+    _assert_near(found.logps, logps, tolerance, "logps")
+    plain = torch.autograd.grad(logps, theirs, case.upstream())
+    for one, other in zip(gradients, plain, strict=True):
+        _assert_near(one, other, tolerance, "gradient")
+
+
+@given(sizes=st.lists(st.integers(0, 60), max_size=12), rows_at_once=st.sampled_from([16, 48]))
+def test_neighbours_share_a_chunk_as_far_as_it_has_room(
+    sizes: list[int], rows_at_once: int
+) -> None:
+    case = Case(rows=1, width=1, vocabulary=9, rows_at_once=rows_at_once)
+    counts = chunks.grouped(sizes, case.projection(case.leaves()))
+    assert sum(counts) == len(sizes)
+    assert all(counts)
+    begins = [sum(counts[:at]) for at in range(len(counts) + 1)]
+    rows = [sum(sizes[one:other]) for one, other in pairwise(begins)]
+    for count, size, after in zip(counts, rows, begins[1:], strict=True):
+        assert count == 1 or size <= rows_at_once
+        assert after == len(sizes) or size + sizes[after] > rows_at_once
+
+
+def _known(case: Case, leaves: list[Tensor], slope: Tensor) -> Tensor:
+    def slopes(index: int, _scores: chunks.Scores) -> Tensor:
+        return slope[20 * index : 20 * (index + 1)]
+
+    found = scored(
+        leaves[0], case.targets(), case.projection(leaves), groups=[20, 20], slopes=slopes
+    )
+    return found.logps
+
+
+@pytest.mark.parametrize("factor", [0.99, -1.0, 0.0, torch.nan, torch.inf])
+def test_another_slope_than_was_known_is_refused(factor: float) -> None:
+    """A gradient that was taken for another loss is never given."""
+    case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16, ignored=0.0)
+    slope = case.upstream()
+    given = slope.clone()
+    given[slope.abs().argmax()] *= factor
+    with pytest.raises(ConfigError, match=r"objective: the slope of one of its log-probs.*direct"):
+        _known(case, case.leaves(), slope).backward(given)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e-300, 0.0])
+def test_what_rounding_does_to_a_slope_is_not_refused(size: float) -> None:
+    case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16, ignored=0.0)
+    slope = case.upstream() * size
+    leaves = case.leaves()
+    _known(case, leaves, slope).backward(slope * 1.0005)
+    assert leaves[0].grad is not None
+    single = attrs.evolve(case, dtype=torch.float32)
+    small = single.upstream() * 1e-43
+    _known(single, single.leaves(), small).backward(small + 1e-45)
+
+
+def test_of_slopes_on_an_accelerator_others_make_the_gradients_nan() -> None:
+    """Where to refuse them would be a wait; what is held back is what all others come of."""
+    slope = torch.tensor([1.0, torch.nan, torch.inf, 0.0], device="meta")
+    factor = chunks._check_slopes(slope, slope)
+    assert factor is not None
+    assert factor.device.type == "meta"
+    case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16, ignored=0.0)
+    for needed in range(1, 8):
+        leaves = case.leaves()
+        wanted = tuple(bool(needed >> index & 1) for index in range(3))
+        grads = chunks._Gradients(leaves[0], leaves[1], leaves[2], wanted, None)
+        grads.hold(torch.tensor(torch.nan))
+        first = next(grad for grad in grads.found() if grad is not None)
+        assert bool(first.isnan().all())
+
+
+def test_a_gradient_of_known_slopes_is_given_once() -> None:
+    case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16)
+    logps = _known(case, case.leaves(), case.upstream())
+    logps.backward(case.upstream(), retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        logps.backward(case.upstream())
+
+
+def test_slopes_are_asked_where_a_gradient_is_wanted_and_not_in_half_precision() -> None:
+    """In fp16 a gradient waits for its loss scale."""
+    case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16, dtype=torch.float32)
+
+    def forbidden(_index: int, _scores: chunks.Scores) -> Tensor:
+        raise AssertionError
+
+    leaves = case.leaves()
+    options: dict[str, Any] = {"groups": [40], "slopes": forbidden}
+    with torch.no_grad():
+        scored(leaves[0], case.targets(), case.projection(leaves), **options)
+    bare = [leaf.detach() for leaf in leaves]
+    scored(bare[0], case.targets(), case.projection(bare), **options)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = scored(leaves[0], case.targets(), case.projection(leaves), **options)
+    found.logps.sum().backward()
+    assert leaves[0].grad is not None
 
 
 @pytest.mark.parametrize("finish", sorted(FINISHES))
@@ -696,6 +853,31 @@ def test_what_stays_for_the_backward_pass_is_two_budgets_at_most(dtype: torch.dt
 
     assert _peak(score) <= wide * (chunks.KEPT + 0.25) * budget + small
     assert _peak(lambda: kept[0].sum().backward()) <= gradients
+
+
+def test_of_known_slopes_one_group_is_there_at_a_time() -> None:
+    """Beside its logits a quarter of a budget, however many rows there are; and nothing stays."""
+    case = Case(rows=640, width=8, vocabulary=8_000, rows_at_once=64, dtype=torch.float32)
+    budget = 64 * 8_000 * 4
+    leaves = case.leaves()
+    gradients = sum(leaf.numel() for leaf in leaves) * 4
+    small = 640 * 200 + (1 << 17)
+    ones = torch.ones(640)
+    kept: list[Tensor] = []
+
+    def score() -> None:
+        given = case.projection(leaves)
+        found = scored(
+            leaves[0],
+            case.targets(),
+            given,
+            groups=[80] * 8,
+            slopes=lambda index, _: ones[80 * index : 80 * (index + 1)],
+        )
+        kept.append(found.logps)
+
+    assert _peak(score) <= (80 / 64 + 0.25) * budget + gradients + small
+    assert _peak(lambda: kept[0].sum().backward()) <= gradients + small
 
 
 def test_the_buffer_of_the_logits_is_made_once() -> None:

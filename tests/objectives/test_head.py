@@ -21,7 +21,7 @@ from functrain import keys
 from functrain.objectives import chunks, head
 from functrain.objectives.head import Head, find_head
 from functrain.objectives.language import LanguageModeling
-from functrain.objectives.logprobs import TokenScores, hidden_rows, token_scores
+from functrain.objectives.logprobs import TokenScores, _by_pairs, hidden_rows, token_scores
 from functrain.objectives.reference import reference_scores
 from functrain.objectives.support import check_causal
 
@@ -852,3 +852,17 @@ def test_a_projection_that_is_not_reached_is_named() -> None:
     with _left_alone(model), _chunked(), pytest.raises(ft.ArchitectureError, match="head='full'"):
         LanguageModeling()(model, _batch())
     LanguageModeling(head="full")(model, _batch())
+
+
+def test_pairs_are_in_one_order_whether_all_places_are_scored_or_some() -> None:
+    """On an accelerator all are; a pair is its chosen side, and then the rejected one."""
+    labels = torch.zeros(6, 4, dtype=torch.int64)
+    every, sizes = _by_pairs(None, labels)
+    assert every.tolist() == [0, 1, 2, 9, 10, 11, 3, 4, 5, 12, 13, 14, 6, 7, 8, 15, 16, 17]
+    assert sizes == [6, 6, 6]
+    same, counted = _by_pairs(torch.arange(18), labels)
+    assert same.equal(every)
+    assert counted == sizes
+    some, fewer = _by_pairs(torch.tensor([1, 2, 4, 9, 13, 14, 17]), labels)
+    assert some.tolist() == [1, 2, 9, 4, 13, 14, 17]
+    assert fewer == [3, 3, 1]

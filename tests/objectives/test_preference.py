@@ -223,7 +223,7 @@ def test_the_reference_is_in_eval_mode_without_history_whatever_the_policy_is(
     architecture.calls.clear()
     step(state, zoo.pairs())
     modes = [(call["training"], call["history"]) for call in architecture.calls]
-    assert modes == 2 * [(dropout, True), (False, False)]
+    assert modes == 2 * [(False, False), (dropout, True)]
 
 
 def test_log_probs_given_ahead_are_used_where_there_is_a_reference_too() -> None:

@@ -19,6 +19,7 @@ import functrain as ft
 from functrain import testing
 from functrain.objectives import chunks
 from functrain.objectives.losses import LOSSES, Options
+from functrain.objectives.pairs import sequence_labels
 from functrain.objectives.preference import PreferenceOptimization
 
 ROUNDING = 1e-12
@@ -140,6 +141,70 @@ def test_chunks_change_no_loss_and_no_gradient(
     size = max(float(grad.abs().max()) for grad in whole.grads.values())
     for name, grad in whole.grads.items():
         torch.testing.assert_close(grad, cut.grads[name], rtol=0, atol=ROUNDING * size, msg=name)
+
+
+class _Indirect(PreferenceOptimization):
+    """The same loss, differentiated in the backward pass alone."""
+
+    @property
+    def direct(self) -> bool:
+        return False
+
+
+PAIRED = pytest.mark.parametrize("case", [case for case in CASES if case != "kto"])
+
+
+@PAIRED
+@ARCHITECTURES
+@pytest.mark.parametrize("budget", [64, 1 << 12])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_gradients_taken_with_the_logits_are_those_of_a_backward_pass(
+    case: str,
+    architecture: str,
+    budget: int,
+    microbatches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether the logits of a pair may stay or not; and every pair of the batch is asked once."""
+    monkeypatch.setattr(chunks, "BUDGET", budget)
+    monkeypatch.setattr(chunks, "WORTH", 0)
+    step, state = _started(case, architecture)
+    step = attrs.evolve(step, microbatches=microbatches)
+    asked: list[int] = []
+    original = chunks.scored
+
+    def spying(*given: Any, slopes: Any = None, **options: Any) -> Any:
+        def counted(index: int, scores: Any) -> Tensor:
+            asked.append(len(scores.logps))
+            return slopes(index, scores)
+
+        return original(*given, slopes=counted if slopes else None, **options)
+
+    monkeypatch.setattr(chunks, "scored", spying)
+    objective: Any = step.objective
+    fields = {
+        field.name: getattr(objective, field.name)
+        for field in attrs.fields(PreferenceOptimization)
+        if not field.name.startswith("_")
+    }
+    batch = formulas.batch_of(case)
+    ahead = step.gradient(state.params, state.buffers, batch)
+    scored = sum(asked)
+    asked.clear()
+    other = attrs.evolve(step, objective=_Indirect(**fields))
+    later = other.gradient(state.params, state.buffers, batch)
+    assert not asked
+    whole = objective.batch_coupled and microbatches == 1
+    sides = (batch["chosen"], batch["rejected"])
+    targets = sum(int((side["labels"][:, 1:] != -100).sum()) for side in sides)
+    if "sequence" in objective.likelihoods():
+        targets -= int((batch["chosen"]["labels"][:, 1:] != -100).sum())
+        targets += int((sequence_labels(batch["chosen"])[:, 1:] != -100).sum())
+    assert scored == (0 if whole else targets)
+    _assert_equal(ahead.metrics.to_dict(), later.metrics.to_dict(), ROUNDING)
+    size = max(float(grad.abs().max()) for grad in later.grads.values())
+    for name, grad in later.grads.items():
+        torch.testing.assert_close(grad, ahead.grads[name], rtol=0, atol=ROUNDING * size, msg=name)
 
 
 AT_LOG_TWO = ("sigmoid", "sigmoid_norm", "forward_kl", "alpha", "ld", "aot", "aot_unpaired")

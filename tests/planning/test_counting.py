@@ -177,11 +177,80 @@ def test_an_optimizer_that_needs_memory_is_named(inside: bool) -> None:
         count(job(lambda: decoder(SHAPE), optimizer=optimizer))
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("stays", [True, False], ids=["a pair stays", "no pair stays"])
+def test_operations_and_bytes_of_pairs_are_those_of_a_gradient(
+    stays: bool, microbatches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their reference: one product more of the head, two where a pair is too large to stay."""
+    pair = 2 * (TIME if stays else TIME - 2) * 300 * 4
+    monkeypatch.setattr(chunks, "BUDGET", pair // chunks.KEPT)
+    monkeypatch.setattr(chunks, "WORTH", 0)
+    architecture, params, buffers = ft.split(decoder(SHAPE))
+    options: dict[str, Any] = {"microbatches": microbatches}
+    step = ft.dpo_step(architecture, ft.optim.adamw(), reference=ft.trees.clone(params), **options)
+    sides = batch(300)
+    given = {"chosen": sides, "rejected": {k: t.flip(0) for k, t in sides.items()}}
+    work = count(job(lambda: decoder(SHAPE), sides=2, paired=True, reference=True, **options))
+    state = step.init(params, buffers)
+    logits = 2 * TIME * 300 * 4 if stays else chunks.BUDGET
+    hidden = 2 * ROWS * TIME // microbatches * 128 * 4
+    assert work.head == logits + chunks.BUDGET // 4 + hidden
+    # The last token of a row predicts nothing, so no logits are made of it.
+    products = 4 if stays else 5
+    last = products * 2 * 2 * ROWS * 128 * 300
+    assert microbatches * work.flops - last == ft.flops_of(step, state, given)
+    planned = total(work.gradients) + work.beside(microbatches) + work.buffers
+    taken = _taken(step, state, given)
+    assert 0.9 * taken < planned < 1.25 * taken
+
+
+@pytest.mark.parametrize("why", ["fp16", "canonical", "coupled", "kto"])
+def test_log_probs_whose_gradient_waits_make_their_logits_again(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a step does, of pairs that could stay."""
+    monkeypatch.setattr(chunks, "BUDGET", 2 * TIME * 300 * 4 // chunks.KEPT)
+    monkeypatch.setattr(chunks, "WORTH", 0)
+    architecture, params, buffers = ft.split(decoder(SHAPE))
+    options: dict[str, Any] = {"reference": ft.trees.clone(params)}
+    sides = batch(300)
+    given: dict[str, Any] = {"chosen": sides, "rejected": {k: t.flip(0) for k, t in sides.items()}}
+    make = ft.dpo_step
+    if why == "kto":
+        make = ft.kto_step  # type: ignore[assignment]
+        desirable = torch.arange(ROWS) % 2 == 0
+        given = {"completion": sides, "mismatched": given["rejected"], "desirable": desirable}
+    elif why == "coupled":
+        options["loss"] = "aot"
+    else:
+        options |= {"precision": "fp16"} if why == "fp16" else {"reduction": "canonical"}
+    step = make(architecture, ft.optim.adamw(), **options)
+    precision = options.get("precision", "fp32")
+    paired = why == "fp16"
+    work = count(
+        job(
+            lambda: decoder(SHAPE),
+            sides=2,
+            paired=paired,
+            reference=True,
+            precision=precision,
+        )
+    )
+    found = ft.flops_of(step, step.init(params, buffers), given)
+    product = 2 * 2 * ROWS * 128 * 300
+    if why == "kto":
+        # What is only scored has no backward pass.
+        assert found < work.flops
+    else:
+        assert work.flops - 5 * product == found
+
+
 def test_a_reference_is_a_third_more() -> None:
     alone, beside = (
         count(job(lambda: decoder(SHAPE), reference=r, sides=2)).flops for r in (False, True)
     )
-    # The head's products are made four times of pairs, and attention's scores again backward.
+    # The head's products are made four times, and attention's scores again in the backward pass.
     assert 1.25 < beside / alone < 1.34
 
 
