@@ -3,11 +3,16 @@
 An embedding's gradient is a dense [vocabulary, width] of zeros but for the rows of a batch, and a
 head's is another; an ordinary backward pass fills one for each micro-batch and adds it to the sum
 of those before. Within `accumulating` both are added to the sum as they are made.
+
+An embedding is of another class meanwhile. In compiled code, where a compiler is not told of sums
+that are written to, that one looks up by an operator of our own, whose backward operator adds the
+rows, and returns the gradient of a number that nobody reads, so that it is not left out.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -17,6 +22,8 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from functrain.errors import ConfigError
 
 TABLE = 1 << 20
 """Embeddings of so many bytes are worth it."""
@@ -37,6 +44,7 @@ class Accumulating:
 
 
 _current: ContextVar[Accumulating | None] = ContextVar("accumulating", default=None)
+_tables: ContextVar[list[Tensor]] = ContextVar("tables")
 
 
 def current() -> Accumulating | None:
@@ -45,50 +53,108 @@ def current() -> Accumulating | None:
 
 
 @contextmanager
-def accumulating(modules: Sequence[nn.Module], given: Accumulating) -> Iterator[None]:
+def accumulating(
+    modules: Sequence[nn.Module], given: Accumulating, *, compiled: bool = False
+) -> Iterator[None]:
     """Within it, large embeddings among `modules` and heads by chunks add to `given`'s sums.
 
     For one forward and one backward pass of each loss, whose gradient is asked of these leaves and
     of nothing else. Embeddings are left alone on accelerators, where an ordinary gradient is summed
-    in a fixed order and a scattered one is not, and under compilation, which sees no hooks.
+    in a fixed order and a scattered one is not, and in a model that its user has compiled.
+    `compiled`: by `functrain.compilation`.
     """
-    token = _current.set(given)
+    large = [m for m in modules if isinstance(m, nn.Embedding) and _is_worth(m)]
+    if compiled:
+        large = [m for m in large if given.trains(m.weight) and not _compiles_autograd()]
+    elif large and any(_is_compiled(module) for module in modules):
+        large.clear()
+    token, tables = _current.set(given), _tables.set([module.weight for module in large])
     try:
-        with ExitStack() as hooks:
-            large = [m for m in modules if isinstance(m, nn.Embedding) and _plain(m)]
-            if large and not any(_compiled(module) for module in modules):
-                for module in large:
-                    # Before hooks of the user's own, which see what this one returns.
-                    handle = module.register_forward_hook(_looking_up(given), prepend=True)
-                    hooks.callback(handle.remove)
+        with ExitStack() as changes:
+            for place, module in enumerate(large):
+                changes.enter_context(_replaced(module, place, _Operated if compiled else _Looked))
             yield
     finally:
+        _tables.reset(tables)
         _current.reset(token)
 
 
-def _compiled(module: nn.Module) -> bool:
+def _compiles_autograd() -> bool:
+    """Whether the backward pass is compiled as a whole, which leaves out what nobody reads."""
+    from torch._dynamo import config
+
+    return bool(config.compiled_autograd)
+
+
+def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
-def _plain(module: nn.Embedding) -> bool:
-    """Whether a module does what `F.embedding` does, on a table that is worth it."""
-    usual = type(module).forward is nn.Embedding.forward and "forward" not in vars(module)
-    options = module.sparse or module.scale_grad_by_freq or module.max_norm is not None
+def _is_worth(module: nn.Embedding) -> bool:
+    """Whether a module has a large table, on the CPU, and looks it up as `F.embedding` does."""
     weight = module._parameters.get("weight")
-    large = weight is not None and weight.device.type == "cpu" and weight.nbytes >= TABLE
-    return usual and large and not options
+    if weight is None or weight.device.type != "cpu" or weight.nbytes < TABLE:
+        return False
+    options = module.sparse or module.scale_grad_by_freq or module.max_norm is not None
+    return not options and "forward" not in vars(module)
 
 
-def _looking_up(given: Accumulating) -> Callable[..., Tensor | None]:
-    def hook(module: nn.Embedding, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor | None:
-        weight = module.weight
-        if not (torch.is_grad_enabled() and inputs and given.trains(weight)):
-            return None
+@contextmanager
+def _replaced(module: nn.Embedding, place: int, base: type[nn.Embedding]) -> Iterator[None]:
+    """Within it, an embedding is of a class that has `base` in the place of `nn.Embedding`.
+
+    A class, and no forward of its own: compiled code is guarded by what it is, and the forward of
+    a subclass, as Gemma's, which scales what it looks up, finds it by `super()`.
+    """
+    own = type(module)
+    lent = {_PLACE: place, _UNREAD: torch.zeros((), device="cpu", requires_grad=True)}
+    try:
+        vars(module).update(lent)
+        module.__class__ = _above(base, own)  # type: ignore[arg-type]
+        yield
+    finally:
+        module.__class__ = own
+        for name in lent:
+            vars(module).pop(name, None)
+
+
+_PLACE, _UNREAD = "_functrain_place", "_functrain_unread"
+
+
+@functools.cache
+def _above(base: type[nn.Embedding], own: type[nn.Embedding]) -> type[nn.Embedding]:
+    bases = (base,) if own is nn.Embedding else (own, base)
+    try:
+        return type(own.__name__, bases, {"__module__": own.__module__})
+    except TypeError:  # a metaclass, or what a class asks of its subclasses: it has dense gradients
+        return own
+
+
+class _Looked(nn.Embedding):
+    """An embedding whose gradient is added row by row to its sum."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """As `nn.Embedding`'s."""
+        given, weight = _current.get(), self.weight
+        if given is None or not (torch.is_grad_enabled() and given.trains(weight)):
+            return super().forward(input)
         into = functools.partial(given.sum_of, weight)
-        found: Tensor = _Lookup.apply(weight, inputs[0], module.padding_idx, into)  # type: ignore[no-untyped-call]
+        found: Tensor = _Lookup.apply(weight, input, self.padding_idx, into)  # type: ignore[no-untyped-call]
         return found
 
-    return hook
+
+class _Operated(nn.Embedding):
+    """The same by the operator, in compiled code."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """As `nn.Embedding`'s."""
+        weight = self.weight
+        if not (torch.is_grad_enabled() and weight.requires_grad):  # a reference, a frozen copy
+            return super().forward(input)
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        place, unread = getattr(self, _PLACE), getattr(self, _UNREAD)
+        found: Tensor = _operator(_LOOK_UP)(weight, input, unread, place, padding)
+        return found
 
 
 class _Lookup(torch.autograd.Function):
@@ -112,10 +178,96 @@ class _Lookup(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
-        into = ctx.into()
-        rows = grad_outputs[0].flatten(0, -2).to(into.dtype)
-        ids = ids.flatten()
-        if ctx.padding is not None:
-            rows = rows.masked_fill((ids == ctx.padding).unsqueeze(1), 0.0)
-        into.index_add_(0, ids, rows)
+        _add_rows(ctx.into(), grad_outputs[0], ids, ctx.padding)
         return None, None, None, None
+
+
+def _add_rows(into: Tensor, grad: Tensor, ids: Tensor, padding: int | None) -> None:
+    rows = grad.flatten(0, -2).to(into.dtype)
+    ids = ids.flatten()
+    if padding is not None:
+        rows = rows.masked_fill((ids == padding).unsqueeze(1), 0.0)
+    into.index_add_(0, ids, rows)
+
+
+# Compiled code is kept on disk by the operators' names and not by what they do: where that
+# changes, so must the names.
+_LOOK_UP, _ADD_ROWS = "look_up_1", "add_rows_1"
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.functrain, name).default
+
+
+@torch.library.custom_op(
+    f"functrain::{_LOOK_UP}",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor ids, Tensor unread, int place, int padding) -> Tensor",
+)
+def _look_up(weight: Tensor, ids: Tensor, unread: Tensor, place: int, padding: int) -> Tensor:
+    """`F.embedding`; `place`: among the tables; `padding`: the id without a gradient, or −1.
+
+    Raises `ConfigError` for a weight that is not the table's.
+    """
+    tables = _tables.get([])
+    if len(tables) <= place or tables[place].data_ptr() != weight.data_ptr():
+        raise ConfigError(
+            "compile: an embedding is called with gradients on another weight than the state's "
+            "own; where the objective calls the model so, give it direct = False"
+        )
+    return F.embedding(ids, weight)
+
+
+@torch.library.custom_op(
+    f"functrain::{_ADD_ROWS}",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor ids, int place, int padding, int call) -> Tensor",
+)
+def _add_rows_of(grad: Tensor, ids: Tensor, place: int, padding: int, call: int) -> Tensor:
+    """A gradient's rows are added to the sum of a table; the gradient of what nobody reads.
+
+    `call`: which one it is in its graph. A compiler takes two of the same arguments for one.
+    """
+    given = _current.get()
+    into = None if given is None else given.sum_of(_tables.get()[place])
+    assert into is not None  # the forward pass has looked, and this one is within the same
+    _add_rows(into, grad, ids, None if padding < 0 else padding)
+    return grad.new_zeros((), dtype=torch.get_default_dtype())
+
+
+@_look_up.register_fake
+def _(weight: Tensor, ids: Tensor, unread: Tensor, place: int, padding: int) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+@_add_rows_of.register_fake
+def _(grad: Tensor, ids: Tensor, place: int, padding: int, call: int) -> Tensor:
+    return grad.new_empty((), dtype=torch.get_default_dtype())
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ids, _, ctx.place, ctx.padding = inputs
+    ctx.save_for_backward(ids)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (ids,) = ctx.saved_tensors
+    unread = _operator(_ADD_ROWS)(grad, ids, ctx.place, ctx.padding, _numbered())
+    return None, None, unread, None, None
+
+
+# How many calls the graph that is being traced has so far.
+_calls: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+
+
+def _numbered() -> int:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    tracing = get_proxy_mode()
+    if tracing is None:
+        return 0
+    _calls[tracing] = _calls.get(tracing, -1) + 1
+    return _calls[tracing]
+
+
+_look_up.register_autograd(_backward, setup_context=_keep)

@@ -34,7 +34,9 @@ LIMIT = 16
 """Shapes that a unit is compiled for; with more, compiling takes longer than it saves."""
 
 BACKEND = "inductor"
-_VARIANTS = 4  # of each shape: with gradients and without, in train and eval mode
+# Of each shape: with gradients and without, in train and eval mode, and whether the gradients of
+# large tables are summed where they are made.
+_VARIANTS = 8
 _SETTINGS: dict[str, Any] = {
     # By default dynamo goes on uncompiled where it has compiled too often, and says so in a log.
     "fail_on_recompile_limit_hit": True,

@@ -255,7 +255,7 @@ class ValueAndGrad:
         """Large tables' gradients are added to their sums where they are made."""
         factor = scale_loss(weight.double().reciprocal(), scaler)
         given = Accumulating(total.trains, total.sum_of, factor)
-        return accumulators.accumulating(self.places.modules, given)
+        return accumulators.accumulating(self.places.modules, given, compiled=self.compile)
 
     def _beside(self, params: Mapping[str, Tensor], part: Part) -> Beside | None:
         """Sums over the workers that begin in the last backward pass, which goes from the end."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrain as ft
-from functrain import accumulators
+from functrain import accumulators, compilation
 from functrain.gradients import Gradients, accumulate, value_and_grad
 from functrain.metrics import Metrics
 from functrain.objectives import chunks
@@ -24,6 +24,7 @@ from functrain.objectives.unpaired import UnpairedOptimization
 
 NEVER = 1 << 60
 PADDING = 4
+LENT = (accumulators._PLACE, accumulators._UNREAD)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,22 @@ class Model(nn.Module):
         return self.lm_head
 
 
+class Deep(nn.Module):
+    """The same below a module that can be compiled without its head."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.body = Model(embedding)
+        self.lm_head, self.body.lm_head = self.body.lm_head, nn.Linear(8, 8, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.body(input_ids))
+        return logits
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+
 class Unshown(Model):
     """Its head is its embedding, and no step is told: the logits are made whole."""
 
@@ -67,6 +84,13 @@ class Scaled(nn.Embedding):
         return super().forward(input) * 2
 
 
+class Final(nn.Embedding):
+    """A class that has no subclasses."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("final")
+
+
 @attrs.frozen(kw_only=True)
 class Doubled(LanguageModeling):
     """An objective whose loss is not the sum as it is, though it says so."""
@@ -79,23 +103,35 @@ class Doubled(LanguageModeling):
 
 
 def _model(
-    embedding: type[nn.Embedding] = nn.Embedding, *, kind: type[Model] = Model, **options: Any
+    embedding: type[nn.Embedding] = nn.Embedding, *, kind: Any = Model, **options: Any
 ) -> nn.Module:
     with ft.keys.seeded(5):
-        return kind(embedding(zoo.VOCABULARY, 8, **options)).double()
+        module: nn.Module = kind(embedding(zoo.VOCABULARY, 8, **options)).double()
+        return module
 
 
 def _found(
-    objective: Any, module: nn.Module, batches: list[Any], *, table: int, head: str = "auto"
+    objective: Any,
+    module: nn.Module,
+    batches: list[Any],
+    *,
+    table: int,
+    head: str = "auto",
+    compile: bool = False,  # noqa: A002
 ) -> Gradients:
     """The gradients over micro-batches, with tables from so many bytes on summed directly."""
     if head != "auto":
         objective = attrs.evolve(objective, head=head)
     architecture, params, buffers = ft.split(module)
+    classes = [type(each) for each in architecture.modules()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accumulators, "TABLE", table)
-        found = value_and_grad(objective, architecture)(params, buffers, batches, key=3)
+        patch.setattr(compilation, "BACKEND", "aot_eager")
+        gradient = value_and_grad(objective, architecture, compile=compile)
+        found = gradient(params, buffers, batches, key=3)
     assert accumulators.current() is None
+    assert [type(each) for each in architecture.modules()] == classes
+    assert not any(name in vars(m) for m in architecture.modules() for name in LENT)
     assert not any(m._forward_hooks for m in architecture.modules() if type(m) is not nn.Embedding)
     return found
 
@@ -147,38 +183,187 @@ def test_loss_and_gradients_are_those_of_dense_ones(
 
 
 EMBEDDINGS: dict[str, Any] = {
-    "plain": lambda: _model(),
-    "padded": lambda: _model(padding_idx=PADDING),
-    "by frequency": lambda: _model(scale_grad_by_freq=True),
-    "bounded": lambda: _model(max_norm=1.5),
-    "scaled": lambda: _model(Scaled),
-    "hooked": lambda: _hooked(),
-    "frozen": lambda: _frozen(),
-    "tied to the unknown": lambda: _model(kind=Unshown),
+    "plain": lambda kind: _model(kind=kind),
+    "padded": lambda kind: _model(kind=kind, padding_idx=PADDING),
+    "by frequency": lambda kind: _model(kind=kind, scale_grad_by_freq=True),
+    "bounded": lambda kind: _model(kind=kind, max_norm=1.5),
+    "scaled": lambda kind: _model(Scaled, kind=kind),
+    "final": lambda kind: _model(Final, kind=kind),
+    "hooked": lambda kind: _hooked(_model(kind=kind)),
+    "frozen": lambda kind: _frozen(_model(kind=kind)),
+    "tied to the unknown": lambda _: _model(kind=Unshown),
 }
 
 
-def _hooked() -> nn.Module:
-    model = _model()
-    model.embedding.register_forward_hook(lambda _m, _i, output: output * 3)  # type: ignore[union-attr, operator]
+def _embedding(model: nn.Module) -> nn.Embedding:
+    (found,) = (each for each in model.modules() if isinstance(each, nn.Embedding))
+    return found
+
+
+def _hooked(model: nn.Module) -> nn.Module:
+    _embedding(model).register_forward_hook(lambda _m, _i, output: output * 3)
     return model
 
 
-def _frozen() -> nn.Module:
-    model = _model()
-    model.embedding.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+def _frozen(model: nn.Module) -> nn.Module:
+    _embedding(model).weight.requires_grad_(False)
     return model
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows are added to tables, each time that some are."""
+    counts: list[int] = []
+    add = accumulators._add_rows
+
+    def counted(into: Tensor, grad: Tensor, *rest: Any) -> None:
+        counts.append(grad.flatten(0, -2).shape[0])
+        add(into, grad, *rest)
+
+    monkeypatch.setattr(accumulators, "_add_rows", counted)
+    return counts
+
+
+DENSE = ("by frequency", "bounded", "final", "frozen")
 
 
 @pytest.mark.parametrize("name", sorted(EMBEDDINGS))
-def test_every_kind_of_embedding(name: str) -> None:
+def test_every_kind_of_embedding(name: str, added: list[int]) -> None:
+    """Below a class of its own too; one with options is left alone."""
     batches = [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)]
     batches[0]["input_ids"][:, 0] = PADDING
-    ours = _grads(LanguageModeling(), EMBEDDINGS[name](), batches, table=0)
-    theirs = _grads(LanguageModeling(), EMBEDDINGS[name](), batches, table=NEVER, head="full")
+    ours = _grads(LanguageModeling(), EMBEDDINGS[name](Model), batches, table=0)
+    assert added == ([] if name in DENSE else [27, 12])
+    theirs = _grads(LanguageModeling(), EMBEDDINGS[name](Model), batches, table=NEVER, head="full")
     _same(ours, theirs)
     if name == "padded":
         assert not ours["embedding.weight"][PADDING].any()
+
+
+# An embedding with max_norm writes into its weight, which torch 2.13 does not compile.
+@pytest.mark.parametrize("name", sorted(EMBEDDINGS.keys() - {"bounded"}))
+def test_every_kind_of_embedding_in_compiled_code(name: str, added: list[int]) -> None:
+    """By the operator."""
+    batches = [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)]
+    batches[0]["input_ids"][:, 0] = PADDING
+    ours = _grads(LanguageModeling(), EMBEDDINGS[name](Deep), batches, table=0, compile=True)
+    assert added == ([] if name in DENSE else [27, 12])
+    theirs = _grads(LanguageModeling(), EMBEDDINGS[name](Deep), batches, table=NEVER, head="full")
+    _same(ours, theirs)
+    if name == "padded":
+        assert not ours["body.embedding.weight"][PADDING].any()
+
+
+@pytest.mark.parametrize(("stage", "tied"), [("pretrain", True), ("dpo", False)])
+def test_compiled_code_adds_the_rows_itself(stage: str, tied: bool, added: list[int]) -> None:
+    """Also beside a reference, which is compiled without gradients."""
+    module = zoo.decoder(tied=tied, layers=1).double()
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    objective, batches = _case(stage, 3, params)
+    ours = _found(objective, module, batches, table=0, compile=True)
+    assert len(added) == len(batches)
+    plain = zoo.decoder(tied=tied, layers=1).double()
+    theirs = _found(objective, plain, batches, table=NEVER, head="full")
+    _same(dict(ours.grads), dict(theirs.grads))
+    torch.testing.assert_close(ours.metrics["loss"], theirs.metrics["loss"], rtol=1e-11, atol=1e-13)
+
+
+def test_an_embedding_that_trains_alone_in_compiled_code(added: list[int]) -> None:
+    """Nothing else of what is compiled has a gradient that autograd asks for."""
+
+    def found(**options: Any) -> dict[str, Tensor]:
+        model = _model(kind=Deep)
+        model.requires_grad_(False)
+        _embedding(model).weight.requires_grad_()
+        return _grads(
+            LanguageModeling(), model, [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)], **options
+        )
+
+    ours = found(table=0, compile=True)
+    assert added == [27, 12]
+    assert list(ours) == ["body.embedding.weight"]
+    _same(ours, found(table=NEVER, head="full"))
+
+
+@attrs.frozen(kw_only=True)
+class Elsewhere(LanguageModeling):
+    """An objective that calls the model once more, on other values, with a gradient or without."""
+
+    direct = True
+    change: Any = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
+        total, measured = super().__call__(model, batch)
+        values = {name: self.change(value) for name, value in model.named_parameters()}
+        logits = torch.func.functional_call(model, values, (batch["input_ids"],))
+        return total + logits.sum(), measured
+
+
+def test_compiled_code_adds_no_rows_of_another_weight(added: list[int]) -> None:
+    batches = [zoo.batch(1, 3, 9)]
+
+    def found(change: Any, **options: Any) -> dict[str, Tensor]:
+        return _grads(Elsewhere(change=change), _model(kind=Deep), batches, **options)
+
+    ours = found(Tensor.detach, table=0, compile=True)
+    assert added == [27]
+    _same(ours, found(Tensor.detach, table=NEVER, head="full"))
+    with pytest.raises(ft.ConfigError, match=r"another weight than the state's .* direct = False"):
+        found(lambda value: 2 * value, table=0, compile=True)
+
+
+def test_a_compiled_backward_pass_has_dense_gradients(added: list[int]) -> None:
+    """It would leave out an operator whose result nobody reads."""
+    batches = [zoo.batch(1, 3, 9)]
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        ours = _grads(LanguageModeling(), _model(kind=Deep), batches, table=0, compile=True)
+    assert not added
+    _same(ours, _grads(LanguageModeling(), _model(kind=Deep), batches, table=NEVER, head="full"))
+
+
+def test_two_equal_calls_are_not_taken_for_one(added: list[int]) -> None:
+    """Of a sum both have the same gradient, and a compiler would do alike things once."""
+
+    class Again(Model):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            found: Tensor = self.embedding(input_ids) + self.embedding(input_ids)
+            return found
+
+    class Twice(Deep):
+        def __init__(self, embedding: nn.Embedding) -> None:
+            super().__init__(embedding)
+            self.body = Again(embedding)
+
+    batches = [zoo.batch(1, 3, 9)]
+    ours = _grads(LanguageModeling(), _model(kind=Twice), batches, table=0, compile=True)
+    assert added == [27, 27]
+    theirs = _grads(LanguageModeling(), _model(kind=Twice), batches, table=NEVER, head="full")
+    _same(ours, theirs)
+
+
+def test_two_tables_each_have_their_own_rows(added: list[int]) -> None:
+    """In compiled code they are told apart by their places."""
+
+    class Positions(Model):
+        def __init__(self, embedding: nn.Embedding) -> None:
+            super().__init__(embedding)
+            self.positions = nn.Embedding(12, 8)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+            found: Tensor = self.embedding(input_ids).cumsum(1) * self.positions(places)
+            return found
+
+    class Both(Deep):
+        def __init__(self, embedding: nn.Embedding) -> None:
+            super().__init__(embedding)
+            self.body = Positions(embedding)
+
+    batches = [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)]
+    ours = _grads(LanguageModeling(), _model(kind=Both), batches, table=0, compile=True)
+    assert sorted(added) == [12, 12, 27, 27]
+    theirs = _grads(LanguageModeling(), _model(kind=Both), batches, table=NEVER, head="full")
+    _same(ours, theirs)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -265,7 +450,8 @@ def test_nothing_is_left_behind_by_an_error() -> None:
     assert not any(each._forward_hooks for each in architecture.modules())
 
 
-def test_a_table_that_the_loss_does_not_reach_has_no_gradient() -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_table_that_the_loss_does_not_reach_has_no_gradient(compile: bool) -> None:  # noqa: A002
     """What is looked up and then detached: a sum of zeros would decay it."""
 
     class Beside(Model):
@@ -276,6 +462,14 @@ def test_a_table_that_the_loss_does_not_reach_has_no_gradient() -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return super().forward(input_ids) + self.side(input_ids).sum().detach()
 
-    grads = _grads(LanguageModeling(), Beside(), [zoo.batch(1, 2, 5)], table=0)
+    class Whole(Beside):
+        """Compiled with its head, which it does not show."""
+
+        def get_output_embeddings(self) -> Any:
+            return None
+
+    model = Whole() if compile else Beside()
+    batches = [zoo.batch(1, 2, 5)]
+    grads = _grads(LanguageModeling(), model, batches, table=0, compile=compile)
     assert "embedding.weight" in grads
     assert "side.weight" not in grads

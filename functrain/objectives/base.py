@@ -113,8 +113,9 @@ class Direct(Protocol):
     by chunks, if it has one, is that loss as it is; and `slopes` that it gives for log-probs by
     chunks are the gradient of that loss times the accumulation's factor. Then gradients of large
     tables are summed where they are made (`functrain.accumulators`): less time, less memory, the
-    same to rounding. It is asked by `is_direct`: a subclass that computes another loss is not
-    direct unless it says so itself.
+    same to rounding. With gradients the model is called on the params alone that it is bound with,
+    not on copies or functions of them. It is asked by `is_direct`: a subclass that computes another
+    loss is not direct unless it says so itself.
     """
 
     @property
