@@ -4,9 +4,9 @@ An embedding's gradient is a dense [vocabulary, width] of zeros but for the rows
 head's is another; an ordinary backward pass fills one for each micro-batch and adds it to the sum
 of those before. Within `accumulating` both are added to the sum as they are made.
 
-An embedding is of another class meanwhile. In compiled code, where a compiler is not told of sums
-that are written to, that one looks up by an operator of our own, whose backward operator adds the
-rows, and returns the gradient of a number that nobody reads, so that it is not left out.
+An embedding is of another class meanwhile. Compiled code may not write to a sum that it is not told
+of: there the class looks up by an operator of our own, whose backward operator adds the rows, and
+returns the gradient of a number that nobody reads, so that it is not left out.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ def accumulating(
     For one forward and one backward pass of each loss, whose gradient is asked of these leaves and
     of nothing else. Embeddings are left alone on accelerators, where an ordinary gradient is summed
     in a fixed order and a scattered one is not, and in a model that its user has compiled.
-    `compiled`: by `functrain.compilation`.
+    `compiled`: by `functrain.compilation`. Then a call on another weight raises `ConfigError`; they
+    are left alone where torch compiles the backward pass as a whole.
     """
     large = [m for m in modules if isinstance(m, nn.Embedding) and _is_worth(m)]
-    if compiled:
-        large = [m for m in large if given.trains(m.weight) and not _compiles_autograd()]
-    elif large and any(_is_compiled(module) for module in modules):
+    large = [module for module in large if given.trains(module.weight)]
+    if large and (_compiles_autograd() if compiled else any(map(_is_compiled, modules))):
         large.clear()
-    token, tables = _current.set(given), _tables.set([module.weight for module in large])
+    weights: list[Tensor] = [module.weight for module in large]
+    token, tables = _current.set(given), _tables.set(weights)
     try:
         with ExitStack() as changes:
             for place, module in enumerate(large):
@@ -91,11 +92,12 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _is_worth(module: nn.Embedding) -> bool:
-    """Whether a module has a large table, on the CPU, and looks it up as `F.embedding` does."""
+    """Whether a module has a large table, on the CPU, and neither options nor a forward beside."""
     weight = module._parameters.get("weight")
     if weight is None or weight.device.type != "cpu" or weight.nbytes < TABLE:
         return False
     options = module.sparse or module.scale_grad_by_freq or module.max_norm is not None
+    options = options or (module.padding_idx is not None and module.padding_idx < 0)
     return not options and "forward" not in vars(module)
 
 
@@ -106,27 +108,40 @@ def _replaced(module: nn.Embedding, place: int, base: type[nn.Embedding]) -> Ite
     A class, and no forward of its own: compiled code is guarded by what it is, and the forward of
     a subclass, as Gemma's, which scales what it looks up, finds it by `super()`.
     """
-    own = type(module)
+    own, names = type(module), vars(module)
     lent = {_PLACE: place, _UNREAD: torch.zeros((), device="cpu", requires_grad=True)}
+    before = {name: names[name] for name in lent if name in names}
     try:
-        vars(module).update(lent)
-        module.__class__ = _above(base, own)  # type: ignore[arg-type]
+        names.update(lent)
+        _change(module, _above(base, own))  # type: ignore[arg-type]
         yield
     finally:
-        module.__class__ = own
         for name in lent:
-            vars(module).pop(name, None)
+            names.pop(name, None)
+        names.update(before)
+        _change(module, own)
 
 
 _PLACE, _UNREAD = "_functrain_place", "_functrain_unread"
 
 
+def _change(module: nn.Module, kind: type[Any]) -> None:
+    object.__setattr__(module, "__class__", kind)  # not by a class's own
+
+
 @functools.cache
-def _above(base: type[nn.Embedding], own: type[nn.Embedding]) -> type[nn.Embedding]:
+def _above(base: type[Any], own: type[Any]) -> type[Any]:
+    """A class with `base` below it, or `own`, whose gradients are dense then.
+
+    That is for a class which is told of its subclasses: this one is none of its user's.
+    """
+    if type(own) is not type or hasattr(own.__init_subclass__, "__func__"):
+        return own
     bases = (base,) if own is nn.Embedding else (own, base)
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
     try:
-        return type(own.__name__, bases, {"__module__": own.__module__})
-    except TypeError:  # a metaclass, or what a class asks of its subclasses: it has dense gradients
+        return type(own.__name__, bases, names)
+    except TypeError:  # no order of their bases is that of both
         return own
 
 
@@ -183,7 +198,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def _add_rows(into: Tensor, grad: Tensor, ids: Tensor, padding: int | None) -> None:
-    rows = grad.flatten(0, -2).to(into.dtype)
+    rows = grad.reshape(ids.numel(), into.shape[1]).to(into.dtype)
     ids = ids.flatten()
     if padding is not None:
         rows = rows.masked_fill((ids == padding).unsqueeze(1), 0.0)
@@ -207,13 +222,14 @@ def _operator(name: str) -> Any:
 def _look_up(weight: Tensor, ids: Tensor, unread: Tensor, place: int, padding: int) -> Tensor:
     """`F.embedding`; `place`: among the tables; `padding`: the id without a gradient, or −1.
 
-    Raises `ConfigError` for a weight that is not the table's.
+    Raises `ConfigError` for a weight whose memory is not the table's.
     """
     tables = _tables.get([])
     if len(tables) <= place or tables[place].data_ptr() != weight.data_ptr():
         raise ConfigError(
             "compile: an embedding is called with gradients on another weight than the state's "
-            "own; where the objective calls the model so, give it direct = False"
+            "own; where the model does so take head='full', and where an objective of your own "
+            "does, give it direct = False"
         )
     return F.embedding(ids, weight)
 

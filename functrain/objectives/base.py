@@ -113,9 +113,10 @@ class Direct(Protocol):
     by chunks, if it has one, is that loss as it is; and `slopes` that it gives for log-probs by
     chunks are the gradient of that loss times the accumulation's factor. Then gradients of large
     tables are summed where they are made (`functrain.accumulators`): less time, less memory, the
-    same to rounding. With gradients the model is called on the params alone that it is bound with,
-    not on copies or functions of them. It is asked by `is_direct`: a subclass that computes another
-    loss is not direct unless it says so itself.
+    same to rounding. Wherever gradients are on, the model is called only with the params that it is
+    bound to, never with copies or functions of them, and no gradient of its activations is taken.
+    It is asked by `is_direct`: a subclass that computes another loss is not direct unless it says
+    so itself.
     """
 
     @property
