@@ -85,14 +85,14 @@ class Scaled(nn.Embedding):
 
 
 class Final(nn.Embedding):
-    """A class that has no subclasses."""
+    """A class that refuses subclasses."""
 
     def __init_subclass__(cls) -> None:
         raise ValueError("final")
 
 
 class Strict(Scaled):
-    """A class that takes no attributes of other names."""
+    """A class whose objects let nobody set their class."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":
