@@ -21,7 +21,7 @@ from functrain.objectives.batches import (
     count_padding,
     count_targets,
 )
-from functrain.objectives.chunks import summed_cross_entropy
+from functrain.objectives.cross_entropy import summed_cross_entropy
 from functrain.objectives.logprobs import HeadMode, head_mode, hidden_rows
 from functrain.objectives.modes import are_modes
 from functrain.objectives.packed import check_separated

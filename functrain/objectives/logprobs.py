@@ -28,6 +28,7 @@ from functrain.objectives.chunks import Projection
 from functrain.objectives.head import Head, find_head
 from functrain.objectives.layouts import Layout
 from functrain.objectives.modes import are_modes
+from functrain.objectives.scores import Scores, scored
 from functrain.objectives.support import check_causal
 
 HeadMode = Literal["auto", "full"]
@@ -213,7 +214,7 @@ def token_scores(
 
     Without `detailed` only `logps` and `correct` are computed, the others are 0. `slopes`, of a
     `paired` batch: what the backward pass will give the log-probs of some pairs, which by chunks
-    spares time and memory (`chunks.scored`).
+    spares time and memory (`functrain.objectives.scores`).
     """
     check_causal(model)
     rows = hidden_rows(
@@ -242,7 +243,7 @@ def _scored_by_chunks(
     rows: HiddenRows, labels: Tensor, *, detailed: bool, slopes: PairSlopes | None
 ) -> TokenScores:
     if rows.pairs is None or rows.places is None:
-        found = chunks.scored(rows.hidden, rows.targets, rows.projection, detailed=detailed)
+        found = scored(rows.hidden, rows.targets, rows.projection, detailed=detailed)
         return _placed(found, rows.places, labels)
     places, count, time = rows.places, len(labels) // 2, labels.shape[1] - 1
     counts = chunks.grouped(rows.pairs, rows.projection)
@@ -250,7 +251,7 @@ def _scored_by_chunks(
     sizes = [sum(rows.pairs[each]) for each in pairs]
     begins = list(accumulate(sizes, initial=0))
 
-    def of_group(index: int, scores: chunks.Scores) -> Tensor:
+    def of_group(index: int, scores: Scores) -> Tensor:
         assert slopes is not None
         group = pairs[index]
         here = places[begins[index] : begins[index + 1]]
@@ -260,7 +261,7 @@ def _scored_by_chunks(
         slope = slopes(group, _placed(scores, here, sides_of(labels, group)))
         return slope.flatten()[here]
 
-    found = chunks.scored(
+    found = scored(
         rows.hidden,
         rows.targets,
         rows.projection,
@@ -276,9 +277,7 @@ def sides_of(values: Tensor, pairs: slice) -> Tensor:
     return torch.cat([half[pairs] for half in values.chunk(2)])
 
 
-def _placed(
-    found: chunks.Scores | TokenScores, places: Tensor | None, labels: Tensor
-) -> TokenScores:
+def _placed(found: Scores | TokenScores, places: Tensor | None, labels: Tensor) -> TokenScores:
     """Scores of rows, where they are in [batch, time − 1]; `places` as in `HiddenRows`."""
     mask = labels[:, 1:] != IGNORE_INDEX
 

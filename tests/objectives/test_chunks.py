@@ -20,8 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrain.accumulators import Accumulating, accumulating
 from functrain.errors import ConfigError
-from functrain.objectives import chunks
-from functrain.objectives.chunks import Projection, scored, summed_cross_entropy
+from functrain.objectives import chunks, scores
+from functrain.objectives.chunks import Projection
+from functrain.objectives.cross_entropy import summed_cross_entropy
+from functrain.objectives.head_gradients import Gradients
+from functrain.objectives.scores import Scores, scored
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """How far rounding may take a result, relative to its norm."""
@@ -265,7 +268,7 @@ def test_slopes_that_are_known_have_the_gradients_of_whole_logits(
         alone = scored(ours[0], targets, case.projection(ours), detailed=detailed, groups=groups)
     asked: list[int] = []
 
-    def slopes(index: int, scores: chunks.Scores) -> Tensor:
+    def slopes(index: int, scores: Scores) -> Tensor:
         here = slice(sum(groups[:index]), sum(groups[: index + 1]))
         for name in ("logps", "entropy", "correct", "level", "collision"):
             assert getattr(scores, name).equal(getattr(alone, name)[here]), name
@@ -311,7 +314,7 @@ def test_neighbours_share_a_chunk_as_far_as_it_has_room(
 
 
 def _known(case: Case, leaves: list[Tensor], slope: Tensor) -> Tensor:
-    def slopes(index: int, _scores: chunks.Scores) -> Tensor:
+    def slopes(index: int, _scores: Scores) -> Tensor:
         return slope[20 * index : 20 * (index + 1)]
 
     found = scored(
@@ -346,14 +349,14 @@ def test_what_rounding_does_to_a_slope_is_not_refused(size: float) -> None:
 def test_of_slopes_on_an_accelerator_others_make_the_gradients_nan() -> None:
     """Where to refuse them would be a wait; what is held back is what all others come of."""
     slope = torch.tensor([1.0, torch.nan, torch.inf, 0.0], device="meta")
-    factor = chunks._check_slopes(slope, slope)
+    factor = scores._check_slopes(slope, slope)
     assert factor is not None
     assert factor.device.type == "meta"
     case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16, ignored=0.0)
     for needed in range(1, 8):
         leaves = case.leaves()
         wanted = tuple(bool(needed >> index & 1) for index in range(3))
-        grads = chunks._Gradients(leaves[0], leaves[1], leaves[2], wanted, None)
+        grads = Gradients(leaves[0], leaves[1], leaves[2], wanted, None)
         grads.hold(torch.tensor(torch.nan))
         first = next(grad for grad in grads.found() if grad is not None)
         assert bool(first.isnan().all())
@@ -371,7 +374,7 @@ def test_slopes_are_asked_where_a_gradient_is_wanted_and_not_in_half_precision()
     """In fp16 a gradient waits for its loss scale."""
     case = Case(rows=40, width=4, vocabulary=7, rows_at_once=16, dtype=torch.float32)
 
-    def forbidden(_index: int, _scores: chunks.Scores) -> Tensor:
+    def forbidden(_index: int, _scores: Scores) -> Tensor:
         raise AssertionError
 
     leaves = case.leaves()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import functrain as ft
 from functrain import testing
 from functrain.models.decoder import Decoder
-from functrain.objectives import chunks, layouts
+from functrain.objectives import chunks, layouts, logprobs
 from functrain.objectives.logprobs import token_scores
 from functrain.objectives.pairs import concatenated
 
@@ -400,9 +400,9 @@ def test_logits_are_made_of_rows_that_have_a_target() -> None:
         token_scores(model, joined, layout=made, head="full")
         handle.remove()
         with _head(True), pytest.MonkeyPatch.context() as patch:
-            original = chunks.scored
+            original = logprobs.scored
             patch.setattr(
-                chunks,
+                logprobs,
                 "scored",
                 lambda hidden, *given, **options: (
                     rows.append(len(hidden)) or original(hidden, *given, **options)

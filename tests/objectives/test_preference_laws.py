@@ -17,7 +17,7 @@ from torch import Tensor
 
 import functrain as ft
 from functrain import testing
-from functrain.objectives import chunks
+from functrain.objectives import chunks, logprobs
 from functrain.objectives.losses import LOSSES, Options
 from functrain.objectives.pairs import sequence_labels
 from functrain.objectives.preference import PreferenceOptimization
@@ -115,13 +115,13 @@ def test_logits_are_made_by_chunks_where_the_budget_is_small(
 ) -> None:
     """What the fixture promises, of policy and reference."""
     seen: list[int] = []
-    original = chunks.scored
+    original = logprobs.scored
 
     def spying(hidden: Tensor, targets: Tensor, projection: Any, **options: Any) -> Any:
         seen.append(len(list(projection.chunks(len(hidden)))))
         return original(hidden, targets, projection, **options)
 
-    monkeypatch.setattr(chunks, "scored", spying)
+    monkeypatch.setattr(logprobs, "scored", spying)
     _evaluated("sigmoid", "decoder", formulas.batch_of("sigmoid"))
     assert len(seen) == (2 if head == "chunks" else 0)
     assert all(each > 1 for each in seen)
@@ -171,7 +171,7 @@ def test_gradients_taken_with_the_logits_are_those_of_a_backward_pass(
     step, state = _started(case, architecture)
     step = attrs.evolve(step, microbatches=microbatches)
     asked: list[int] = []
-    original = chunks.scored
+    original = logprobs.scored
 
     def spying(*given: Any, slopes: Any = None, **options: Any) -> Any:
         def counted(index: int, scores: Any) -> Tensor:
@@ -180,7 +180,7 @@ def test_gradients_taken_with_the_logits_are_those_of_a_backward_pass(
 
         return original(*given, slopes=counted if slopes else None, **options)
 
-    monkeypatch.setattr(chunks, "scored", spying)
+    monkeypatch.setattr(logprobs, "scored", spying)
     objective: Any = step.objective
     fields = {
         field.name: getattr(objective, field.name)

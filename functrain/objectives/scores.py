@@ -1,0 +1,291 @@
+"""Log-probabilities of targets over a head, by chunks.
+
+What a loss makes of them is not known here. Where it says what their slopes will be, as a loss of
+pairs does once a pair is scored, their gradient is taken while the logits are there; else the
+backward pass takes it, of logits that stayed or are made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from functrain.errors import ConfigError
+from functrain.objectives.chunks import (
+    Projection,
+    Rows,
+    applied,
+    buffer,
+    check_targets,
+    columns,
+    in_dtype,
+    widened,
+)
+from functrain.objectives.head_gradients import Gradients, given_once, less_targets, weight_sum
+from functrain.objectives.modes import are_modes_of
+
+
+@attrs.frozen(eq=False)
+class Scores:
+    """Of each target: its log-prob (with its history), and of its distribution, without:
+
+    entropy in nats, whether the target is its mode, the mean logit, and log Σ_v p(v)².
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    correct: Tensor
+    level: Tensor
+    collision: Tensor
+
+
+Slopes = Callable[[int, Scores], Tensor]
+"""Of a group by its place, and its scores: d loss / d log-prob, float [rows of the group]."""
+
+
+def scored(
+    hidden: Tensor,
+    targets: Tensor,
+    projection: Projection,
+    *,
+    detailed: bool = True,
+    groups: Sequence[int] | None = None,
+    slopes: Slopes | None = None,
+) -> Scores:
+    """The log-prob of each target [n], float32 or more, and what `Scores` holds beside.
+
+    0 where the target is −100. The backward pass makes each chunk's logits again; where those of
+    all rows are no more than `KEPT` budgets it finds them there (a second one makes them again, the
+    same to rounding). `detailed=False` leaves entropy, level and collision at 0: they cost about as
+    much as the log-probs.
+
+    `groups`: how many rows belong together, one after another: the logits of a group are made at
+    once where they are no more than `KEPT` budgets. `slopes`: what the backward pass will be given
+    for them, where that is known of the scores of a group alone, as of a pair of DPO. Then its
+    gradient is taken while its logits are there: those of larger groups alone are made again, and
+    none stays. There is one backward pass then. Other slopes than those that were said are a
+    `ConfigError`; on an accelerator, where to ask would be a wait, gradients of NaN. They are not
+    asked where no gradient is wanted, nor in fp16, whose gradients wait for their loss scale.
+    """
+    hidden, weight, bias = in_dtype(hidden, projection)
+    check_targets(targets, len(weight))
+    few = projection.may_stay(len(hidden))
+    few = few and projection.finish is None and hidden.dtype.itemsize >= 4
+    # Of the shape alone: a product of other rows may have other bits, and a reference no history.
+    parts = _parts(len(hidden), projection, groups)
+    graded = torch.is_grad_enabled()
+    # At unit scale small probabilities are zeros in fp16: the gradient waits for its scale.
+    slopes = slopes if graded and hidden.dtype != torch.float16 else None
+    direct = weight_sum(projection, hidden)
+    options = _Options(
+        detailed=detailed,
+        parts=parts,
+        kept=few and graded and slopes is None,
+        into=None if direct is None else direct.into,
+        slopes=slopes,
+    )
+    return Scores(*applied(_Scored, hidden, weight, bias, targets, projection, options))
+
+
+def _parts(rows: int, projection: Projection, groups: Sequence[int] | None) -> list[list[slice]]:
+    """The chunks of each group, in their order; without groups, those of all rows."""
+    if groups is None:
+        return [list(projection.chunks(rows))]
+    parts: list[list[slice]] = []
+    for begin, end in pairwise(accumulate(groups, initial=0)):
+        if projection.may_stay(end - begin):
+            parts.append([slice(begin, end)])
+        else:
+            cut = projection.chunks(end - begin)
+            parts.append([slice(begin + at.start, begin + at.stop) for at in cut])
+    return parts
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Options:
+    """How scores are taken: what of `scored` is not a tensor with a gradient.
+
+    `parts`: the chunks of each group. `kept`: whether all logits stay for the backward pass.
+    `into`: where the weight's gradient is summed.
+    """
+
+    detailed: bool
+    parts: list[list[slice]]
+    kept: bool
+    into: Tensor | None
+    slopes: Slopes | None
+
+
+class _Measures:
+    """What `Scores` holds, of a chunk's logits, which become its log-probs.
+
+    Details of a part of the budget at a time, since what is made beside the logits is as large. On
+    the CPU of a quarter; on an accelerator the calls would take longer than what they compute.
+    """
+
+    def __init__(self, projection: Projection, *, detailed: bool) -> None:
+        self._projection, self._detailed = projection, detailed
+        self._second: Tensor | None = None
+
+    def of(self, logits: Tensor, targets: Tensor) -> list[tuple[Tensor, ...]]:
+        """As the fields of `Scores`, each [rows, 1]; the logits are overwritten."""
+        if not self._detailed:
+            return [self._taken(logits, targets)]
+        slices = self._projection.chunks(len(logits), 4 if logits.device.type == "cpu" else 1)
+        return [self._taken(logits[at], targets[at]) for at in slices]
+
+    def _taken(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        column, valid = columns(targets)
+        correct = are_modes_of(logits, column) & valid
+        level = logits.mean(-1, keepdim=True) if self._detailed else None
+        torch.log_softmax(logits, -1, out=logits)
+        logps = logits.gather(1, column).masked_fill(~valid, 0.0)
+        entropy = collision = level
+        if self._detailed:
+            if self._second is None or len(self._second) < len(logits):
+                self._second = buffer((len(logits), logits.shape[1]), logits, logits.dtype)
+            products = torch.exp(logits, out=self._second[: len(logits)])
+            collision = 2 * torch.linalg.vector_norm(products, dim=-1, keepdim=True).log()
+            logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0·log 0 is 0
+            entropy = -products.mul_(logits).sum(-1, keepdim=True)
+        empty = torch.zeros_like(logps)
+        extras = (
+            empty if each is None else each.masked_fill(~valid, 0.0)
+            for each in (entropy, level, collision)
+        )
+        entropy, level, collision = extras
+        return logps, entropy, correct, level, collision
+
+
+def _joined(found: list[tuple[Tensor, ...]], hidden: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `Scores`, each [rows]."""
+    if not found:
+        none = hidden.new_zeros(0, 1, dtype=widened(hidden.dtype))
+        found = [(none, none, none.bool(), none, none)]
+    return tuple(torch.cat(each).squeeze(1) for each in zip(*found, strict=True))
+
+
+class _Scored(torch.autograd.Function):
+    """The log-prob of each target.
+
+    Its gradient is taken in the forward pass where the slopes are known, and else in the backward
+    pass, of the logits that stayed or are made again.
+    """
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        projection: Projection,
+        options: _Options,
+    ) -> tuple[Tensor, ...]:
+        needed = ctx.needs_input_grad
+        slopes = options.slopes if any(needed) else None
+        every = [at for group in options.parts for at in group]
+        kept = options.kept and any(needed)
+        rows = Rows(hidden, weight, bias, projection, every, kept=kept)
+        grads = None if slopes is None else Gradients(hidden, weight, bias, needed, options.into)
+        measures = _Measures(projection, detailed=options.detailed)
+        found: list[tuple[Tensor, ...]] = []
+        known: list[Tensor] = []
+        for index, group in enumerate(options.parts):
+            before, normed = len(found), hidden
+            at_once = grads is not None and len(group) == 1
+            for at in group:
+                normed = rows.of(hidden, at, graded=at_once)
+                found += measures.of(normed, targets[at])
+            if slopes is None or grads is None:
+                continue
+            slope = slopes(index, Scores(*_joined(found[before:], hidden)))
+            known.append(slope)
+            sizes = [at.stop - at.start for at in group]
+            for at, scale in zip(group, torch.split(-slope.unsqueeze(1), sizes), strict=True):
+                if at_once:  # its log-probs are still there
+                    probabilities = normed.exp_()
+                else:
+                    logits = rows.of(hidden, at, graded=True)
+                    probabilities = torch.softmax(logits, -1, out=logits)
+                rest = less_targets(probabilities, *columns(targets[at]))
+                grads.add(at, hidden[at], rows.before_finish(rest), scale)
+        logps, entropy, correct, level, collision = _joined(found, hidden)
+        ahead: list[tuple[Gradients, Tensor]] | None = None
+        if grads is not None:
+            none = hidden.new_zeros(0, dtype=widened(hidden.dtype))
+            ahead = [(grads, torch.cat([*known, none]))]
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets)
+        whole: list[Tensor] = [] if rows.kept is None else [rows.kept]
+        ctx.ahead, ctx.kept, ctx.every = ahead, whole, every
+        ctx.projection, ctx.into = projection, options.into
+        ctx.autocast = _autocast(hidden.device.type)
+        ctx.mark_non_differentiable(entropy, correct, level, collision)
+        return logps, entropy, correct, level, collision
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        ahead: list[tuple[Gradients, Tensor]] | None = ctx.ahead
+        if ahead is not None:
+            grads, known = given_once(ahead)
+            grads.hold(_check_slopes(known, grad_outputs[0]))
+            return (*grads.found(), None, None, None)
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grads = Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.into)
+        kept: list[Tensor] = ctx.kept
+        if kept:
+            # What is found there is overwritten, and can be found once.
+            slope = less_targets(kept.pop().exp_(), *columns(targets))
+            grads.add(slice(0, len(hidden)), hidden, slope, -grad_outputs[0].unsqueeze(1))
+            return (*grads.found(), None, None, None)
+        rows = Rows(hidden, weight, bias, ctx.projection, ctx.every)
+        with ctx.autocast:  # the model's own, where a finish of it is called again
+            for at in rows.chunks:
+                column, valid = columns(targets[at])
+                logits = rows.of(hidden, at, graded=True)
+                slope = less_targets(torch.softmax(logits, -1, out=logits), column, valid)
+                scale = -grad_outputs[0][at].unsqueeze(1)
+                if hidden.dtype == torch.float16:
+                    # Before it is narrowed, as a loss scale means it.
+                    grads.add(at, hidden[at], rows.before_finish(slope.mul_(scale)), None)
+                else:
+                    grads.add(at, hidden[at], rows.before_finish(slope), scale)
+        return (*grads.found(), None, None, None)
+
+
+def _autocast(kind: str) -> torch.autocast:
+    """Autocast as it is now, to be entered again in the backward pass."""
+    return torch.autocast(
+        kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+    )
+
+
+def _check_slopes(known: Tensor, given: Tensor) -> Tensor | None:
+    """Raise `ConfigError` where a loss is not the one whose slopes its objective has said.
+
+    On an accelerator, where that would be a wait: a factor of its gradients, 1 or NaN.
+    """
+    if not len(known):
+        return None
+    apart = (given - known).abs()
+    most = known.abs().nan_to_num().max().clamp(min=torch.finfo(known.dtype).tiny)
+    same = (apart <= 1e-3 * most) | (given.isnan() & known.isnan()) | (given == known)
+    if known.device.type != "cpu":
+        return torch.where(same.all(), 1.0, torch.nan)
+    if bool(same.all()):
+        return None
+    at = int(apart.nan_to_num(torch.inf).masked_fill(same, -1.0).argmax())
+    raise ConfigError(
+        f"objective: the slope of one of its log-probs is {float(given[at])}, and it said "
+        f"{float(known[at])} when they were computed; where its loss is another one, give it "
+        "direct = False"
+    )
