@@ -31,7 +31,8 @@ TABLE = 1 << 20
 
 @attrs.frozen(eq=False)
 class Accumulating:
-    """`sum_of`: where a leaf's gradient is summed, or None for what is no leaf that trains.
+    """`sum_of`: where a leaf's gradient is summed, or None for what is no leaf that trains, or has
+    a hook, which is to be told of its gradient.
 
     Who asks has a gradient: what is asked for is there, zeros at first. `trains`: whether there
     would be one. `factor`: what a summed loss is multiplied by before its gradient is taken; 0-d,
@@ -181,20 +182,23 @@ class _Lookup(torch.autograd.Function):
         weight: Tensor,
         ids: Tensor,
         padding: int | None,
-        into: Callable[[], Tensor],
+        into: Callable[[], Tensor | None],
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding, ctx.into = padding, into
+        ctx.padding, ctx.into, ctx.shape, ctx.dtype = padding, into, weight.shape, weight.dtype
         return F.embedding(ids, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, *grad_outputs: Any
-    ) -> tuple[None, ...]:
+    ) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        _add_rows(ctx.into(), grad_outputs[0], ids, ctx.padding)
-        return None, None, None, None
+        into, dense = ctx.into(), None
+        if into is None:
+            into = dense = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ids.device)
+        _add_rows(into, grad_outputs[0], ids, ctx.padding)
+        return dense, None, None, None
 
 
 def _add_rows(into: Tensor, grad: Tensor, ids: Tensor, padding: int | None) -> None:
@@ -246,7 +250,11 @@ def _add_rows_of(grad: Tensor, ids: Tensor, place: int, padding: int, call: int)
     """
     given = _current.get()
     into = None if given is None else given.sum_of(_tables.get()[place])
-    assert into is not None  # the forward pass has looked, and this one is within the same
+    if into is None:
+        raise ConfigError(
+            "compile: an embedding's weight has a hook, which compiled code would not call; give "
+            "the step transform= for its gradient, or leave compile out"
+        )
     _add_rows(into, grad, ids, None if padding < 0 else padding)
     return grad.new_zeros((), dtype=torch.get_default_dtype())
 

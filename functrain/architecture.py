@@ -7,12 +7,13 @@ into its parameter slots for as long as a loss *and its gradient* are computed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, get_args
@@ -21,6 +22,7 @@ import attrs
 import orjson
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from functrain.errors import ArchitectureError, ConfigError, StateError, did_you_mean
@@ -32,7 +34,7 @@ from functrain.quirks import (
     write_error,
     written,
 )
-from functrain.trees import Tensors, digest, in_order, is_sharded, owning, versions
+from functrain.trees import Tensors, digest, has_hooks, in_order, is_sharded, owning, versions
 
 Mode = Literal["train", "eval"]
 Place = tuple[dict[str, Tensor | None], str]
@@ -97,8 +99,10 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     them. A tied parameter has one name, its first; buffers that are not persistent are kept, since
     the forward needs them.
 
-    Raises `ArchitectureError` for a module on the meta device, for one whose parameters share
-    storage without being the same parameter, and for a buffer over a parameter's memory.
+    Raises `ArchitectureError` for a module on the meta device or with parameters that its first
+    call would make, for parameters that share storage without being the same parameter or have
+    hooks on their gradients, and for a buffer, or what else is in an attribute, over the memory of
+    a parameter or of another buffer.
     """
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})
@@ -111,6 +115,12 @@ def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parameters and buffers that are in a module's slots, by name."""
     if not isinstance(module, nn.Module):
         raise ArchitectureError(f"split: expected an nn.Module, got {type(module).__name__}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ArchitectureError(
+                f"{name}: it has no shape before the module's first call; call the module once on "
+                "a batch, or give its layers their sizes"
+            )
     places = slots(module)
     params = {name: _tensor_at(at) for name, at in places.params.items()}
     return params, {name: _tensor_at(at) for name, at in places.buffers.items()}
@@ -119,8 +129,10 @@ def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Put the slots of a module on the meta device; what was in them, as `values_of`."""
     params, buffers = values_of(module)
+    _refuse_hooks(params)
     _refuse_shared(params)
     _refuse_shared_buffers(params, buffers)
+    _refuse_kept(module, params)
     places = slots(module)
     for name, tensor in params.items():
         empty = nn.Parameter(
@@ -240,6 +252,17 @@ def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
+    """A step takes gradients of values of its own, of which such a hook would not hear."""
+    for name, param in params.items():
+        if has_hooks(param):
+            raise ArchitectureError(
+                f"{name}: it has a hook on its gradient, which no step would call; remove it "
+                "before functrain.split, and give the step the same as "
+                "transform=lambda grads, params: …"
+            )
+
+
 def _refuse_shared(params: Mapping[str, Tensor]) -> None:
     seen: dict[tuple[int, int], str] = {}
     for name, tensor in params.items():
@@ -259,20 +282,62 @@ def _refuse_shared_buffers(params: Mapping[str, Tensor], buffers: Mapping[str, T
     plain = {n: b for n, b in buffers.items() if b.numel() and _has_storage(b)}
     if not plain:
         return
-    beside: dict[int, list[str]] = {}
+    beside: dict[int, dict[str, Tensor]] = {}
     for name, param in params.items():
         if param.numel():
-            beside.setdefault(_storage(param), []).append(name)
+            beside.setdefault(_storage(param), {})[name] = param
     for name, buffer in plain.items():
         begin, end = _extent(buffer)
-        for other in beside.get(_storage(buffer), ()):
-            first, last = _extent(params[other])
+        others = beside.setdefault(_storage(buffer), {})
+        for other, tensor in others.items():
+            first, last = _extent(tensor)
             if begin < last and first < end:
                 raise ArchitectureError(
                     f"{name} is a buffer over the memory of the parameter {other}, and would keep "
                     "the old values when that is trained; use the parameter itself in the forward, "
                     "or register a clone of it"
+                    if other in params
+                    else f"{name} and {other} are buffers over the same memory, and each would "
+                    "keep its own values when the other is written to; make one of them a view "
+                    "of the other in the forward, or register a clone"
                 )
+        others[name] = buffer
+
+
+def _refuse_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """A forward that reads a parameter elsewhere than in its slot would read the old values."""
+    names = {_storage(param): name for name, param in params.items() if param.numel()}
+    for path, each in module.named_modules():
+        if isinstance(each, nn.RNNBase):  # its own list is made anew of what is in the slots
+            continue
+        for key, value in vars(each).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            for tensor in _tensors_in(value):
+                name = names.get(_storage(tensor)) if _has_storage(tensor) else None
+                if name is not None and tensor.numel():
+                    where = f"{path}.{key}" if path else key
+                    raise ArchitectureError(
+                        f"{where} holds the parameter {name} beside its slot, and would keep the "
+                        "old values when that is trained; take the parameter itself in the forward"
+                    )
+
+
+def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in an attribute, and in what is within it."""
+    if isinstance(value, Tensor):
+        yield value
+    if not depth:
+        return
+    within: Iterable[object] = ()
+    if isinstance(value, functools.partial):
+        within = (*value.args, *value.keywords.values())
+    elif isinstance(value, Mapping):
+        within = value.values()
+    elif isinstance(value, list | tuple | set):
+        within = value
+    for each in within:
+        yield from _tensors_in(each, depth - 1)
 
 
 def _has_storage(tensor: Tensor) -> bool:

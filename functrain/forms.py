@@ -48,10 +48,11 @@ class Form:
     ) -> TrainState:
         """The state before the first step; see `Step.init`."""
         self._check_values(params, buffers)
-        if self.sharding is None:
-            return self._initial(params, buffers, seed)
-        rows = self.sharding.local(params)
-        return self.sharding.whole_state(self._initial(rows, buffers, seed))
+        with torch.inference_mode(False):  # what is made in it cannot be trained
+            if self.sharding is None:
+                return self._initial(params, buffers, seed)
+            rows = self.sharding.local(params)
+            return self.sharding.whole_state(self._initial(rows, buffers, seed))
 
     def _initial(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], seed: int
@@ -99,7 +100,7 @@ class Form:
         return attrs.evolve(state, slots=slots)
 
     def _own(self, params: Mapping[str, Tensor]) -> Tensors:
-        ordered = {name: in_order(param) for name, param in params.items()}
+        ordered = {name: _plain(in_order(param)) for name, param in params.items()}
         if any(ordered[name] is not param for name, param in params.items()):
             params = Tensors(ordered)
         if not self.donated:
@@ -143,11 +144,23 @@ class Form:
                 "dtype of the compute"
             )
 
+    def _check_kinds(self, params: Mapping[str, Tensor]) -> None:
+        """Raise `StateError` for params that cannot be trained as they are, as `init` does."""
+        if any(param.is_inference() for param in params.values()):
+            raise StateError(
+                "params: made under torch.inference_mode(), so they cannot be trained; go on with "
+                "functrain.clone(state), or leave that mode where they are made or loaded"
+            )
+        if {param.dtype for param in params.values()} != {torch.float32}:
+            for name in sorted(self.places.trainable):
+                self._check_dtype(name, params[name])
+
     def check(self, state: TrainState) -> None:
         """Raise `StateError` for what is no state, or one of another step."""
         check_state(state)
         if not self.places.take(state.params):
             check_fit(state.params, self.places.params, "params")
+        self._check_kinds(state.params)
         if is_sharded(state.params) != (self.sharding is not None):
             raise StateError(
                 "params: this step is sharded and this state is not; make it "
@@ -187,6 +200,13 @@ class Form:
         expected: Mapping[str, Tensor] = objective.init_running(device_of(state.params)) or {}
         if expected.keys() != (state.running or {}).keys():
             raise _apart("running", "what the objective carries")
+
+
+def _plain(param: Tensor) -> Tensor:
+    """A parameter's values, without a history, and not those of inference mode."""
+    if param.requires_grad:  # a mapping of a module's own parameters
+        param = param.detach()
+    return param.clone() if param.is_inference() else param
 
 
 def _apart(field: str, about: str, whose: str = "this step") -> StateError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import attrs
+import torch
 from torch import Tensor
 
 from functrain.architecture import Slots
+from functrain.errors import ArchitectureError
 from functrain.precision import Precision
 from functrain.trees import Tensors
 
@@ -51,14 +53,34 @@ class OwnBuffers:
 
         One that was cast and not written to is the given one, unrounded. Where nothing was cast
         every buffer is taken: BatchNorm's kernel writes without moving the version.
+
+        Raises `ArchitectureError` for one of another shape, or of a dtype that the given one does
+        not hold: a state keeps its form, by which it is loaded again.
         """
         left = {}
         for name, buffer in after.items():
             given = self.given[name]
+            self._check(name, buffer)
             cast = buffer.dtype != given.dtype
             same = cast and _written(buffer) == self._begun[name]
             left[name] = given if same else buffer.detach().to(given.dtype)
         return Tensors(left)
+
+    def _check(self, name: str, buffer: Tensor) -> None:
+        given, bound = self.given[name], self.values[name]
+        if buffer.shape != given.shape:
+            raise ArchitectureError(
+                f"buffers/{name}: the forward left it with shape {list(buffer.shape)}, expected "
+                f"{list(given.shape)} as before; keep what grows outside of the buffers, or "
+                "register it at its full size"
+            )
+        if buffer.dtype in (given.dtype, bound.dtype):
+            return
+        if torch.promote_types(buffer.dtype, given.dtype) != given.dtype:
+            raise ArchitectureError(
+                f"buffers/{name}: the forward left it as {buffer.dtype}, expected {given.dtype} as "
+                "before, which would round it; register it in the dtype that it comes to"
+            )
 
     def moved(self, after: Mapping[str, Tensor]) -> list[str]:
         """The buffers that the forward has written to."""

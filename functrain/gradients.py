@@ -29,7 +29,7 @@ from functrain.forward import OwnBuffers, forward_buffers, forward_values
 from functrain.lora import adapter_of, is_adapted
 from functrain.metrics import Metrics
 from functrain.objectives.base import Coupled, Objective, check_objective, is_direct
-from functrain.objectives.batches import Batch, split_batch, to_device
+from functrain.objectives.batches import Batch, batch_versions, split_batch, to_device
 from functrain.objectives.head import Head, find_head
 from functrain.precision import LossScale, Precision, policy, scale_loss
 from functrain.reductions import Beside, Part, Workers, merged
@@ -199,6 +199,7 @@ class ValueAndGrad:
         objective = self.objective if objective is None else objective
         device = next((p.device for p in params.values()), torch.device("cpu"))
         ready = [to_device(each, device) for each in micro_batches]
+        begun = batch_versions(ready)
         weight = part.weight.to(device, non_blocking=True) if weight is None else weight
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -210,6 +211,7 @@ class ValueAndGrad:
             torch.enable_grad(),
             self._bound(leaves, own.values, total) as model,
             activations.checkpointed(model, self.checkpointed),
+            _casts_of_its_own(),
             self._compiled(model),
             self._accumulating(total, weight, scaler)
             if self.direct and not part.tree  # as a tree the bits are those of shards too
@@ -230,6 +232,7 @@ class ValueAndGrad:
                         torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
                     total.add()
                     measured_all.append(measured)
+            _refuse_written(batch_versions(ready), begun)
             after = bound_buffers(self.places)
         grads, left = total.grads(), own.left(after)
         if is_adapted(self.architecture):
@@ -387,6 +390,28 @@ def _check_measured(found: object, objective: Objective) -> None:
         f"objective {objective.name!r}: it returned {given}, expected (total, metrics): the summed "
         "loss, a tensor, and functrain.metrics.Metrics"
     )
+
+
+@contextmanager
+def _casts_of_its_own() -> Iterator[None]:
+    """Within the caller's autocast, torch would keep the leaves' casts until that ends.
+
+    And with each of them a leaf and its gradient.
+    """
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _refuse_written(after: Mapping[str, int], begun: Mapping[str, int]) -> None:
+    """Raise `ArchitectureError` for a model that has written into its batch, which is another's."""
+    names = [name for name, version in begun.items() if after[name] != version]
+    if names:
+        raise ArchitectureError(
+            f"architecture: its forward has written into the batch ({', '.join(names)}), which "
+            "would be another one in the next epoch; write into a clone of it"
+        )
 
 
 def _check_reached(loss: Tensor) -> None:

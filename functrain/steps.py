@@ -300,7 +300,11 @@ class Step:
         self.check(state)
         device = device_of(state.params)
         donate = self.donate if donate is None else donate
-        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             if self.world is not None and self.world.size > 1:
                 self.world.begin(state.step, state.key)
                 if self.world.first_time(self):
@@ -334,7 +338,7 @@ class Step:
         unscaled = unscale(result.grads, state.scaler, donate=True)  # the step's own
         norm = self._norm(unscaled)
         applied = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
-        grads, transformed = self._clipped(unscaled, state.params, norm)
+        grads, transformed = self._clipped(unscaled, state.params, norm, donate)
         finite = applied if transformed is norm else applied & torch.isfinite(transformed)
         applied = self._unless_spike(state, result.metrics, norm, finite)
         metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
@@ -496,9 +500,10 @@ class Step:
         return keys.seeded(key, device_of(state.params))
 
     def _clipped(
-        self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], norm: Tensor
+        self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], norm: Tensor, donate: bool
     ) -> tuple[Mapping[str, Tensor], Tensor]:
         """The gradients as they are applied, and their norm before the clipping."""
+        own = grads
         if self.transform is not None:
             grads = self.transform(grads, params)
             if not isinstance(grads, Mapping):
@@ -508,12 +513,15 @@ class Step:
                 )
             norm = global_norm(grads)
         if self.max_grad_norm is None:
+            if grads is not own and donate:  # an optimizer may write into them
+                grads = {n: t if t is own.get(n) else t.clone() for n, t in grads.items()}
             return grads, norm
         # Gradients of the step's own are scaled in place; those of a transform may be anybody's.
         # Not by the fused kernel, which divides by its grad_scale: a quarter of the gradients
         # would have another last bit than torch's clipping gives, to spare 0.2 % of a large step.
-        own = self.transform is None
-        clipped, _ = clip_by_global_norm(grads, self.max_grad_norm, norm=norm, donate=own)
+        clipped, _ = clip_by_global_norm(
+            grads, self.max_grad_norm, norm=norm, donate=self.transform is None
+        )
         return clipped, norm
 
     def _averaged(

@@ -12,7 +12,7 @@ from torch import Tensor
 from functrain import memory
 from functrain.errors import ArchitectureError
 from functrain.reductions import Beside, Tree, added
-from functrain.trees import Tensors, alike
+from functrain.trees import Tensors, alike, has_hooks
 
 
 class GradientSum:
@@ -61,8 +61,14 @@ class GradientSum:
         return id(leaf) in self._names
 
     def sum_of(self, leaf: Tensor) -> Tensor | None:
-        """Where gradients of a leaf that trains may be summed as they are made."""
+        """Where gradients of a leaf that trains may be summed as they are made.
+
+        None where a hook is to see them, which a forward may have put on its weight.
+        """
         name = self._names.get(id(leaf))
+        # At the end there are some of `telling`'s.
+        if has_hooks(leaf) if not self._ending else leaf._backward_hooks:
+            return None
         if name is not None and name not in self._direct:
             self._direct[name] = memory.zeros(leaf.shape, self.dtypes[name], leaf.device)
         return None if name is None else self._direct[name]

@@ -129,6 +129,8 @@ class Tensors(dict[str, Tensor]):
         """A mapping of the same tensors, which lives on when this one is consumed."""
         return Tensors(self)
 
+    __copy__ = copy
+
     def __repr__(self) -> str:
         if self._consumed_by is not None:
             return f"Tensors(consumed by {self._consumed_by})"
@@ -164,13 +166,29 @@ def tensors(items: Mapping[str, Tensor]) -> Tensors:
 
 
 def map_leaves(function: Callable[[Tensor], Tensor], items: Mapping[str, Tensor]) -> Tensors:
-    """`function` of every tensor, under the same names."""
-    return Tensors({name: function(tensor) for name, tensor in items.items()})
+    """`function` of every tensor, under the same names.
+
+    It may give the tensor itself, or a view of it.
+    """
+    mapped = {name: function(tensor) for name, tensor in items.items()}
+    if isinstance(items, Tensors) and items.own:
+        owning(items, [name for name in items.own if not _share(items[name], mapped[name])])
+    return Tensors(mapped)
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether a write into the memory of one is seen in the other."""
+    if one is other:
+        return True
+    one, other = rows_here(one), rows_here(other)
+    plain = not (is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(other))
+    return plain and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def clone(items: Mapping[str, Tensor]) -> Tensors:
     """The same values in memory of their own."""
-    return owning(map_leaves(lambda tensor: tensor.detach().clone(), items))
+    with torch.inference_mode(False):  # what is made in it cannot be trained
+        return owning(map_leaves(lambda tensor: tensor.detach().clone(), items))
 
 
 def owning(items: Tensors, names: Iterable[str] | None = None) -> Tensors:
@@ -259,6 +277,11 @@ def versions(params: Mapping[str, Tensor]) -> list[int]:
         return [param._version for param in params.values()]
     except RuntimeError:
         return [0 if param.is_inference() else param._version for param in params.values()]
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody is to be told of a tensor's gradient."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def by_dtype(dtypes: Mapping[str, torch.dtype]) -> list[list[str]]:

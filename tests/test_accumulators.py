@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrain as ft
 from functrain import accumulators, compilation
+from functrain.errors import ConfigError
 from functrain.gradients import Gradients, accumulate, value_and_grad
 from functrain.metrics import Metrics
 from functrain.objectives import chunks
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.objectives.unpaired import UnpairedOptimization
+from functrain.trees import Tensors
 
 NEVER = 1 << 60
 PADDING = 4
@@ -75,6 +77,18 @@ class Unshown(Model):
 
     def get_output_embeddings(self) -> Any:
         return None
+
+
+class Hooked(Deep):
+    """Teaches its two last tokens alone, by a hook on the weight of its embedding."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        weight = self.body.embedding.weight
+        if weight.requires_grad:
+            rows = torch.zeros(len(weight), 1)
+            rows[-2:] = 1
+            weight.register_hook(lambda grad: grad * rows)
+        return super().forward(input_ids)
 
 
 class Scaled(nn.Embedding):
@@ -231,6 +245,32 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(accumulators, "_add_rows", counted)
     return counts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_hook_on_a_tables_weight_is_told_of_its_gradient(
+    tied: bool,
+    compile: bool,  # noqa: A002
+    added: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which is dense then. Compiled code would not call it, and a hook is refused there."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    architecture, params, buffers = ft.split(Hooked(nn.Embedding(zoo.VOCABULARY, 8)))
+    if tied:
+        architecture.lm_head.weight = architecture.body.embedding.weight
+        params = Tensors({name: t for name, t in params.items() if name != "lm_head.weight"})
+    gradient = value_and_grad(LanguageModeling(), architecture, compile=compile)
+    batches = [zoo.batch(1), zoo.batch(2)]
+    if compile:
+        with pytest.raises(ConfigError, match=r"compile: an embedding's weight has a hook"):
+            gradient(params, buffers, batches)
+        return
+    grads = gradient(params, buffers, batches).grads
+    assert added == [32, 32]
+    found = grads["body.embedding.weight"].any(1).nonzero().flatten().tolist()
+    assert found == [zoo.VOCABULARY - 2, zoo.VOCABULARY - 1]
 
 
 DENSE = ("by frequency", "bounded", "final", "frozen")

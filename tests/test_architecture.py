@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -186,6 +188,73 @@ def test_a_buffer_beside_a_parameter_or_without_memory_is_not_refused() -> None:
     module.register_buffer("empty", flat[2:2])
     module.register_buffer("sparse", torch.eye(3).to_sparse())
     assert list(ft.split(module)[2]) == ["after", "empty", "sparse"]
+
+
+def test_buffers_over_the_same_memory_are_refused() -> None:
+    """A forward's writes into one would not be seen in the other."""
+    module = nn.Linear(2, 3)
+    module.register_buffer("stats", torch.zeros(2, 3))
+    module.register_buffer("mean", module.stats[0])
+    message = r"stats and mean are buffers over the same memory, .*; make one of them a view"
+    with pytest.raises(ArchitectureError, match=message):
+        ft.split(module)
+    module.mean = module.stats[0].clone()
+    assert list(ft.split(module)[2]) == ["mean", "stats"]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda weight: weight.view(-1),
+        lambda weight: functools.partial(nn.functional.linear, weight=weight),
+        lambda weight: {"heads": [(weight.detach()[1:], None)]},
+    ],
+    ids=["a view", "a partial", "within a mapping"],
+)
+@pytest.mark.parametrize("at", ["kept", "0.kept"])
+def test_a_parameter_in_an_attribute_is_refused(kept: Callable[[Tensor], Any], at: str) -> None:
+    """A forward that reads it there would read the old values, and none in a slot."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    owner = module if at == "kept" else module[0]
+    owner.kept = kept(module[1].weight)
+    message = rf"^{re.escape(at)} holds the parameter 1\.weight beside its slot, .* in the forward$"
+    with pytest.raises(ArchitectureError, match=message):
+        ft.split(module)
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    owner.kept = kept(module[1].weight.detach().clone())
+    ft.split(module)
+
+
+def test_a_recurrent_layers_own_list_is_no_reason() -> None:
+    """It is made anew of what is in the slots."""
+    architecture, params, buffers = ft.split(nn.LSTM(2, 3))
+    changed = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
+    with ft.bound(architecture, changed, buffers) as model:
+        outputs, _ = model(torch.ones(4, 2))
+    assert not outputs.any()
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_parameters_gradient_is_refused(register: str) -> None:
+    """No step would call it; without it the module is split as ever."""
+    module = nn.Linear(2, 3)
+    handle = getattr(module.weight, register)(lambda grad: None)
+    with pytest.raises(ArchitectureError, match=r"^weight: it has a hook .* transform=lambda"):
+        ft.split(module)
+    assert module.weight.device.type == "cpu"
+    handle.remove()
+    assert list(ft.split(module)[1]) == ["bias", "weight"]
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("layer", [lambda: nn.LazyLinear(3), nn.LazyBatchNorm1d])
+def test_a_module_whose_shapes_are_not_known_yet_is_refused(layer: Callable[[], Any]) -> None:
+    module = nn.Sequential(layer())
+    message = r"^0\.weight: it has no shape before the module's first call; call the module once"
+    with pytest.raises(ArchitectureError, match=message):
+        ft.split(module)
+    module(torch.ones(4, 2))
+    assert "0.weight" in ft.split(module)[1]
 
 
 @pytest.mark.parametrize(

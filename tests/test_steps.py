@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import itertools
 import random
@@ -17,6 +18,7 @@ import zoo
 
 import functrain as ft
 from functrain import testing
+from functrain.errors import ArchitectureError, StateError
 from functrain.objectives import LanguageModeling, PreferenceOptimization
 from functrain.stages import PreferenceOptions, StepOptions
 
@@ -353,8 +355,11 @@ def test_what_is_drawn_in_an_evaluation_is_of_the_states_key() -> None:
         lambda params: ft.trees.zero(params, "mix.*"),
         lambda params: params.copy(),
         lambda params: ft.trees.Tensors(params),
+        copy.copy,
+        lambda params: ft.trees.map_leaves(lambda leaf: leaf.cpu(), params),
+        lambda params: ft.trees.map_leaves(lambda leaf: leaf.flatten()[1:], params),
     ],
-    ids=["select", "zero", "copy", "Tensors"],
+    ids=["select", "zero", "copy", "Tensors", "copy.copy", "mapped to itself", "mapped to a view"],
 )
 def test_what_was_taken_of_a_states_params_is_not_written_by_a_donation(taken: Any) -> None:
     step, state = _made()
@@ -504,6 +509,112 @@ def test_the_callers_contexts_change_no_bit() -> None:
             after, _ = step(state, batch)
         assert ft.fingerprint(after) == expected
         step(after, zoo.batch())
+
+
+def test_in_inference_mode_a_state_is_made_and_cloned_that_can_be_trained() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), ema_decay=0.9)
+    expected = ft.fingerprint(step(step.init(params, buffers), zoo.batch())[0])
+    with torch.inference_mode():
+        state = step.init(params, buffers)
+        branch, adopted = ft.clone(state), step.adopt(state)
+        made_there = step.init(ft.trees.map_leaves(torch.clone, params), buffers)
+        batch = zoo.batch()
+        taken = attrs.evolve(state, params=ft.trees.map_leaves(torch.clone, params))
+    step(adopted, batch)
+    for each in (state, branch, made_there):
+        assert ft.fingerprint(step(each, batch)[0]) == expected
+    step(branch, batch, donate=True)
+    with pytest.raises(StateError, match=r"params: made under torch.inference_mode\(\)"):
+        step(taken, batch)
+    assert ft.fingerprint(step(ft.clone(taken), batch)[0]) == expected
+
+
+def test_within_autocast_a_step_keeps_no_casts_of_its_own() -> None:
+    """They would stay until it ends, each with a leaf and its gradient."""
+    step, state = _made(precision="bf16")
+    step(state, zoo.batch())
+    counts = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            step(state, zoo.batch())
+            gc.collect()
+            counts.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
+    assert counts[0] == counts[1] == counts[2]
+
+
+class Writing(zoo.Tied):
+    """Masks tokens in the memory of its batch."""
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        input_ids[:, 0] = 0
+        return super().forward(input_ids, **given)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_model_that_writes_into_its_batch_is_told(microbatches: int) -> None:
+    architecture, params, buffers = ft.split(Writing())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), microbatches=microbatches)
+    message = r"its forward has written into the batch \(input_ids\).*; write into a clone of it"
+    with pytest.raises(ArchitectureError, match=message):
+        step(step.init(params, buffers), zoo.batch())
+
+
+class Growing(zoo.Tied):
+    """Leaves its buffer in another form."""
+
+    left: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        self.seen = type(self).left(self.seen)
+        return super().forward(input_ids, **given)
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (lambda seen: torch.cat([seen, seen]), r"with shape \[2\], expected \[1\] as before"),
+        (lambda seen: seen * 0.5, "as torch.float32, expected torch.int64 as before"),
+        (lambda seen: seen + 1, None),
+        (lambda seen: (seen + 1).int(), None),
+    ],
+    ids=["longer", "rounded", "counted", "narrower"],
+)
+def test_a_buffer_keeps_its_form(
+    left: Any, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which a checkpoint is loaded again; what the old form holds is taken."""
+    monkeypatch.setattr(Growing, "left", left, raising=False)
+    architecture, params, buffers = ft.split(Growing())
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    state = step.init(params, buffers)
+    if message is None:
+        state, _ = step(state, zoo.batch())
+        assert state.buffers["seen"].tolist() == [1]
+        assert state.buffers["seen"].dtype == torch.int64
+        return
+    with pytest.raises(ArchitectureError, match=f"buffers/seen: the forward left it {message}"):
+        step(state, zoo.batch())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.bfloat16, "dtype torch.bfloat16, in which small updates are lost"),
+        (torch.int32, "dtype torch.int32, which cannot be trained"),
+    ],
+)
+def test_params_that_are_evolved_are_looked_at_as_those_of_init(
+    dtype: torch.dtype, message: str
+) -> None:
+    step, state = _made()
+    narrow = {name: tensor.to(dtype) for name, tensor in state.params.items()}
+    with pytest.raises(StateError, match=message):
+        step(attrs.evolve(state, params=narrow), zoo.batch())
 
 
 def test_threads_with_models_of_their_own_have_the_bits_of_one() -> None:
@@ -834,6 +945,52 @@ def test_what_a_transform_returns_is_not_written_to() -> None:
 
     step, state = _made(transform=params_themselves, max_grad_norm=0.1)
     testing.assert_pure(step, state, zoo.batch())
+
+
+def test_an_optimizer_that_writes_into_gradients_does_not_write_into_a_transforms() -> None:
+    """Donated or not; SGD adds Nesterov's momentum in the gradients' memory."""
+    kept: dict[str, Any] = {}
+
+    def the_first(grads: Any, params: Any) -> Any:
+        del params
+        return kept or (kept.update(ft.trees.clone(grads)) or kept)
+
+    optimizer = ft.optim.sgd(1e-2, momentum=0.9, nesterov=True, foreach=True)
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, optimizer, transform=the_first)
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    before = ft.trees.clone(kept)
+    pure, _ = step(state, zoo.batch())
+    donated, _ = step(state, zoo.batch(), donate=True)
+    assert ft.fingerprint(pure) == ft.fingerprint(donated)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_a_step_makes_of_a_modules_own_parameters_has_no_history(donate: bool) -> None:
+    """Nor its average, nor what a transform with weights of its own tells of the gradients."""
+    module = zoo.model("tied")
+    module.unused = torch.nn.Parameter(torch.ones(2))
+    architecture, params, buffers = ft.split(module)
+    own = {name: torch.nn.Parameter(tensor) for name, tensor in params.items()}
+    scale = torch.nn.Parameter(torch.tensor(0.5))
+    step = ft.pretrain_step(
+        architecture,
+        ft.optim.adamw(),
+        ema_decay=0.9,
+        transform=lambda grads, params: {n: scale * (g + params[n]) for n, g in grads.items()},
+    )
+    state = step.init(own, buffers)
+    for seed in range(2):
+        state, metrics = step(state, zoo.batch(seed), donate=donate)
+        assert not any(value.requires_grad for value in metrics.values())
+    assert state.average is not None
+    for tensor in (*state.params.values(), *state.average.values()):
+        assert not tensor.requires_grad
+    assert all(param.grad is None for param in own.values())
+    state, _ = step(attrs.evolve(state, params=own), zoo.batch())
+    assert state.average is not None
+    assert not any(tensor.requires_grad for tensor in state.average.values())
 
 
 def test_a_donated_step_interrupted_before_the_update_leaves_the_state(

@@ -253,6 +253,17 @@ def examples_in(batch: Batch) -> int:
     raise BatchError("batch: empty; expected input_ids and labels, or chosen and rejected")
 
 
+def batch_versions(batches: Sequence[Batch]) -> dict[str, int]:
+    """What changes where a tensor of any of the micro-batches is written to, by its name."""
+    found: dict[str, int] = {}
+    for batch in batches:
+        for name, value in batch.items():
+            inner = batch_versions([value]).values() if isinstance(value, Mapping) else ()
+            own = 0 if isinstance(value, Mapping) else value._version
+            found[name] = found.get(name, 0) + own + sum(inner)
+    return found
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; its tensors themselves where they are there already.
 
@@ -261,7 +272,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {
         key: to_device(value, device)
         if isinstance(value, Mapping)
-        else value.to(device, non_blocking=True)
+        # One that was made in inference mode takes no part in a backward pass; a copy does.
+        else (value.clone() if value.is_inference() else value).to(device, non_blocking=True)
         for key, value in batch.items()
     }
     if "position_ids" in batch and "attention_mask" not in batch:
