@@ -477,7 +477,7 @@ def parting(options: Any) -> None:
     with ft.distributed.world(timeout=20) as world:
         other = world.rank == 1
         how = options["how"]
-        step, state = made({"step": {"sharded": how == "saves alone"}}, world)
+        step, state = made({"step": {"sharded": how in ("saves alone", "evaluates alone")}}, world)
         seen = []
         for number in range(3):
             if how == "leaves" and other and number == 2:
@@ -491,6 +491,8 @@ def parting(options: Any) -> None:
                 step = attrs.evolve(step, max_grad_norm=0.01)
             if how == "saves alone" and other and number == 2:
                 ft.save(options["directory"], state, world=world)
+            if how == "evaluates alone" and other and number == 2:
+                ft.evaluate(step, state, [zoo.batch()])
             state, _ = step(state, own_part(step, batches("pretrain", number), world))
 
 
