@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import platform
@@ -73,9 +74,10 @@ def _leaves(record: Any, name: str) -> Iterator[tuple[str, str]]:
     elif isinstance(record, Mapping):
         for key in sorted(record):
             yield from _leaves(record[key], f"{name}.{key}")
-    elif attrs.has(type(record)):
+    elif attrs.has(type(record)) or dataclasses.is_dataclass(type(record)):
         yield name, type(record).__name__
-        for field in attrs.fields(type(record)):
+        found = attrs.fields if attrs.has(type(record)) else dataclasses.fields
+        for field in found(type(record)):
             if field.name not in _ELSEWHERE and not (not field.init and field.name[0] == "_"):
                 yield from _leaves(getattr(record, field.name), f"{name}.{field.name}")
     elif isinstance(record, _FUNCTIONS):
@@ -83,7 +85,7 @@ def _leaves(record: Any, name: str) -> Iterator[tuple[str, str]]:
     elif isinstance(record, Sequence) and not isinstance(record, str | bytes):
         yield name, str([dict(_leaves(each, "")) for each in record])
     elif isinstance(record, Set):
-        yield name, str(sorted(map(str, record)))
+        yield name, _text(record) or str(sorted(map(str, record)))
     else:
         text = repr(record)
         # An address is another in every process.

@@ -43,7 +43,8 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     the weight of all batches, so that neither batch size nor order matters (but to a model that
     draws in eval mode). Changes nothing: no state is returned, and the global random generators are
     as before. The workers of the step's world are each given all batches and share them out, unless
-    the loss couples them; the result is that of one worker alone, to the bit.
+    the loss couples them; the result is that of one worker alone, to the bit. Where the state is in
+    shards all must call this, at the same point, and `WorkerError` says who does not.
     Raises `BatchError` where there is nothing to evaluate.
     """
     if not isinstance(step, Step):
@@ -52,6 +53,9 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
         )
     step.check(state)
     gradient = step.value_and_grad
+    if step.world is not None and gradient.shards is not None:
+        # The params of blocks are gathered before anything is told: who is elsewhere is seen here.
+        step.world.numbers([], "an evaluation")
     device = device_of(state.params)
     measured: list[Metrics] = []
     weight = torch.zeros((), dtype=torch.int64)

@@ -205,7 +205,10 @@ def map_tensors(record: R, function: Callable[[str, Tensor], Tensor], prefix: st
 
 
 def fingerprints(state: TrainState) -> dict[str, str]:
-    """A hash for each leaf: sha256 of a tensor's dtype, shape and bytes, `repr` of a number."""
+    """A hash for each leaf: sha256 of a tensor's dtype, shape and bytes, `repr` of a number.
+
+    Of a state in shards all workers must ask for them, as for `fingerprint`.
+    """
     check_state(state)
     return {
         path: digest(leaf) if isinstance(leaf, Tensor) else repr(leaf)
@@ -214,7 +217,11 @@ def fingerprints(state: TrainState) -> dict[str, str]:
 
 
 def fingerprint(state: TrainState) -> str:
-    """The hash over all leaves, hexadecimal; equal if and only if every leaf has the same bits."""
+    """The hash over all leaves, hexadecimal; equal if and only if every leaf has the same bits.
+
+    Of a state in shards all workers must ask for it at the same point, for their rows are gathered:
+    `if world.speaks: print(fingerprint(state))` would end in an error of torch's, or of gloo's.
+    """
     hasher = hashlib.sha256()
     for path, leaf in fingerprints(state).items():
         hasher.update(f"{path}\0{leaf}\0".encode())

@@ -262,7 +262,7 @@ def global_norm(items: Mapping[str, Tensor]) -> Tensor:
 
     Accumulated in float64: an fp32 sum of squares overflows long before a gradient does. Row by
     row, and then over the rows in order: leaves that are sharded by rows have the same norm, to the
-    bit.
+    bit; all workers must ask for it, for their rows are gathered.
     """
     leaves = [whole(leaf) for leaf in items.values()]
     if not leaves:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
 import os
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -26,7 +27,7 @@ from functrain.data import Prefetched
 from functrain.deferred import recording
 from functrain.distributed import exchange
 from functrain.loop import conditions
-from functrain.objectives import chunks
+from functrain.objectives import LanguageModeling, chunks
 from functrain.precision import POLICIES, Precision
 from functrain.trees import is_sharded, rows_here
 
@@ -194,9 +195,31 @@ class Outside(Blocks):
         return {"logits": self.head(self.norm(hidden))}
 
 
+class Experts(zoo.Tied):
+    """A mixture of four experts, which returns what its router says; two for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_experts_per_tok=2)
+        self.router = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, output_router_logits: bool = False, **inputs: Any) -> Any:  # type: ignore[override]
+        hidden = self.embedding(inputs["input_ids"])
+        routed = self.router(hidden)
+        top = routed.softmax(-1).topk(2)
+        parts = torch.zeros_like(routed).scatter(-1, top.indices, top.values)
+        for part, expert in zip(parts.unbind(-1), self.experts, strict=True):
+            hidden = hidden + part.unsqueeze(-1) * expert(hidden)
+        found = SimpleNamespace(logits=self.head(self.norm(hidden)))
+        if output_router_logits:
+            found.router_logits = (routed.flatten(0, 1),)
+        return found
+
+
 def model(options: Any) -> nn.Module:
     """The model of a test."""
-    kinds: dict[Any, Any] = {"twins": Twins, "no twins": NoTwins}
+    kinds: dict[Any, Any] = {"twins": Twins, "no twins": NoTwins, "experts": Experts}
     kinds |= {"never": Never, True: Partial, "shared": Shared, "own": Own, "random": Random}
     kinds |= {"permuted": Permuted, "outside": Outside}
     partial = options.get("partial")
@@ -207,6 +230,70 @@ def decoder(options: Any) -> dict[str, Any]:
     """The shape of the model; `odd` shapes leave some workers with fewer rows or none."""
     odd = {"width": 18, "heads": 3, "kv_heads": 1, "hidden": 29, "layers": 3}
     return {"dropout": 0.1, **(odd if options.get("odd") else {})}
+
+
+@attrs.frozen(eq=False)
+class Sums:
+    """A record of attrs."""
+
+    total: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plain:
+    """A record of the standard library."""
+
+    total: Any
+    count: Any
+
+
+class Named(NamedTuple):
+    """A tuple with names."""
+
+    total: Any
+    count: Any
+
+
+OBSERVATIONS: dict[str, Any] = {
+    "tuple": lambda total, count: (total, count),
+    "dict": lambda total, count: {"total": total, "list": [count]},
+    "named tuple": Named,
+    "deep": lambda total, count: Sums(total=(), count={"all": (None, [Plain(total, count)])}),
+}
+"""A sum, 0-d, and a count, [1], in records of many kinds."""
+
+
+def numbers_in(record: Any) -> list[torch.Tensor]:
+    """The tensors of one of `OBSERVATIONS`, in order."""
+    if isinstance(record, torch.Tensor):
+        return [record]
+    if isinstance(record, Sums | Plain):
+        record = [record.total, record.count]
+    values = record.values() if isinstance(record, dict) else record or ()
+    return [tensor for each in values for tensor in numbers_in(each)]
+
+
+@attrs.frozen(kw_only=True)
+class Weighing(LanguageModeling):
+    """Weighs the loss by the mean token of the whole batch, which a micro-batch tells as `kind`."""
+
+    kind: str
+    batch_coupled: bool = attrs.field(default=True, init=False)
+
+    def observe(self, _model: Any, batch: Any) -> Any:
+        ids = batch["input_ids"]
+        return OBSERVATIONS[self.kind](ids.double().sum(), torch.tensor([ids.numel()]))
+
+    def couple(self, observed: Any) -> Any:
+        totals, counts = zip(*map(numbers_in, observed), strict=True)
+        mean = torch.stack(totals).sum() / torch.cat(counts).sum()
+        return [mean for _ in observed]
+
+    def __call__(self, model: Any, batch: Any, coupling: Any = None) -> Any:
+        assert coupling is not None
+        total, measured = super().__call__(model, batch)
+        return total * coupling.to(total.dtype), measured
 
 
 def made(options: Any, world: Any) -> tuple[Any, Any]:
@@ -248,6 +335,8 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
         given = {"reference": reference, "dropout": True, **given}
     make = getattr(ft, f"{stage}_step")
     step = make(architecture, ft.optim.adamw(weight_decay=0.1), world=world, **given)
+    if options.get("observes") is not None:
+        step = attrs.evolve(step, objective=Weighing(kind=options["observes"]))
     own = params if options.get("apart") else ft.trees.clone(params)
     return step, step.init(own, buffers, seed=5)
 
@@ -388,7 +477,7 @@ def parting(options: Any) -> None:
     with ft.distributed.world(timeout=20) as world:
         other = world.rank == 1
         how = options["how"]
-        step, state = made({"step": {"sharded": how == "saves alone"}}, world)
+        step, state = made({"step": {"sharded": how in ("saves alone", "evaluates alone")}}, world)
         seen = []
         for number in range(3):
             if how == "leaves" and other and number == 2:
@@ -402,6 +491,8 @@ def parting(options: Any) -> None:
                 step = attrs.evolve(step, max_grad_norm=0.01)
             if how == "saves alone" and other and number == 2:
                 ft.save(options["directory"], state, world=world)
+            if how == "evaluates alone" and other and number == 2:
+                ft.evaluate(step, state, [zoo.batch()])
             state, _ = step(state, own_part(step, batches("pretrain", number), world))
 
 
@@ -415,6 +506,24 @@ def scaled(options: Any) -> None:
 
         step, state = made({"step": {"transform": transform}}, world)
         step(state, own_part(step, batches("pretrain", 0), world))
+
+
+def observing(options: Any) -> list[float]:
+    """What all workers have observed, of which this one tells its `own` by its rank: `how`."""
+    with ft.distributed.world(timeout=20) as world:
+        number = torch.tensor(float(world.rank))
+        own: dict[str, Any] = {
+            "nothing": {"mean": 3.0},
+            "an array": (number, number.numpy()),
+            "a matrix": number.expand(1, 1),
+            "other keys": {f"number {world.rank}": number},
+            "other dtypes": number.to(torch.float64 if world.rank else torch.float32),
+            "other numbers": (number, world.rank),
+            "more of them": (number,) * (1 + world.rank),
+            "other lengths": number.expand(world.rank),
+        }
+        (one, two) = world.observations([own[options["how"]]])
+        return [*one.tolist(), *two.tolist()]
 
 
 def fractions(_options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -102,17 +103,25 @@ def test_functions_that_hold_each_other_have_an_end() -> None:
     assert described(even, "f")["f.odd.even"] == "function"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Standard:
+    names: Any
+
+
 def _unhashed() -> dict[str, str]:
-    return described(lambda n: n in {"a", "b", "c"} or HOLDING, "f")
+    names = {"a", "b", "c", "d", "e"}
+    function = described(lambda n: n in names or HOLDING, "f")
+    nested = [_Standard(names), _Record({"within": {frozenset(names)}})]
+    return {**function, **described(_Standard((names, nested)), "record")}
 
 
-def test_another_process_describes_a_function_the_same() -> None:
+def test_another_process_describes_what_it_has_the_same() -> None:
     """Neither addresses nor the order of sets, which is another in each."""
     program = "import test_agreement; print(test_agreement._unhashed())"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     output = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1"},
         capture_output=True,
         check=True,
     )
@@ -127,6 +136,8 @@ class _Record:
 def test_a_difference_within_a_record_has_its_path() -> None:
     one, other = (described(_Record(_enclosing(n)), "step") for n in (1, 2))
     assert {name for name in one if one[name] != other[name]} == {"step.schedule.factor"}
+    one, other = (described(_Standard({"some": (each, 1)}), "step") for each in (0, -1))
+    assert {name for name in one if one[name] != other[name]} == {"step.names.some"}
 
 
 def test_what_changes_the_bits_is_compared() -> None:

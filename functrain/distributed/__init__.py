@@ -14,6 +14,10 @@ Or, with `sharded=True`, each worker keeps some rows of the state: the same step
 params of a model that no worker has room for:
 
     architecture, params, buffers = ft.distributed.split(lambda: MyModel(config), world)
+
+What reads such a state gathers rows of all workers, so all must call it, in the same order:
+`gathered`, `ft.evaluate`, `ft.fingerprint`, `ft.trees.global_norm` and `digest`, `ft.save`. What
+worker 0 alone shall print is asked for before `if world.speaks:`.
 """
 
 from __future__ import annotations

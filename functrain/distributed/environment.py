@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,8 @@ def world(*, device: str | None = None, timeout: float = TIMEOUT) -> World:
     where = _where(device)
     size = _number("WORLD_SIZE", 1)
     rank = _number("RANK", 0 if size == 1 else None)
-    if size != 1 and not rank < size:
-        raise ConfigError(f"RANK: {rank} of WORLD_SIZE {size}; torchrun sets both")
+    if not rank < size:
+        _refuse_rank(rank, size)
     if dist.is_initialized():
         _check_group(rank, size, where)
     if size == 1:
@@ -65,6 +66,15 @@ def _where(given: str | None) -> torch.device:
             "and LOCAL_RANK is the number of each"
         )
     return where
+
+
+def _refuse_rank(rank: int, size: int) -> NoReturn:
+    if not os.environ.get("WORLD_SIZE"):
+        raise ConfigError(
+            f"WORLD_SIZE: not in the environment, and RANK is {rank}, so there are several "
+            "workers; start them with torchrun, which sets both"
+        )
+    raise ConfigError(f"RANK: {rank} of WORLD_SIZE {size}; torchrun sets both")
 
 
 def _check_group(rank: int, size: int, where: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from functrain.distributed.exchange import hashed
 from functrain.errors import ConfigError
+
+_SIMPLE = (bool, int, float, str, type(None))
+_EXCHANGE = "the exchange of observations"
 
 
 class _Gathering(Protocol):
@@ -23,25 +28,37 @@ class _Gathering(Protocol):
 def gathered_observations(world: _Gathering, observed: Sequence[Any]) -> list[Any]:
     """The observations of all workers, those of worker 0 first.
 
-    An observation is a tensor or an attrs record of them, each [examples] or 0-d; the workers have
-    equally many, which `World.part` has seen to for those of a tree.
+    An observation is a tensor, [examples] or 0-d, or a record of them: of attrs, a dataclass, a
+    tuple, a list, or a mapping (which comes back as a dict), within each other or not. Functions,
+    texts and plain numbers beside them are this worker's own. The workers have equally many, which
+    `World.part` has seen to for those of a tree, and of one form: the same names, dtypes, texts and
+    plain numbers. Raises `ConfigError` for others, and for an observation without a tensor.
     """
     rows = [list(_tensors(each)) for each in observed]
-    counts = torch.tensor([len(rows), *(len(t) for row in rows for t in row)], dtype=torch.int64)
-    if len({*world.gathered(counts[:1], "the exchange of observations").flatten().tolist()}) > 1:
+    for each, row in zip(observed, rows, strict=True):
+        if not row:
+            raise ConfigError(_unknown(each, "without any tensor"))
+    form = hashed("\n".join(map(_form, observed)).encode())
+    told = world.gathered(torch.tensor([len(rows), form]), _EXCHANGE)
+    if len(set(told[:, 0].tolist())) > 1:
         raise ConfigError(
             "micro-batches: the loss couples the examples of a batch, and the workers have "
             "different numbers of micro-batches; give each the same number"
         )
-    lengths = world.gathered(counts[1:], "the exchange of observations")
+    if len(set(told[:, 1].tolist())) > 1:
+        raise ConfigError(
+            "observation: its names, dtypes, texts or plain numbers are other ones on one worker "
+            "than on another; let observe return a record of one form, and what depends on the "
+            "batch as tensors"
+        )
+    flat = [tensor.reshape(-1) for row in rows for tensor in row]
+    own = torch.tensor([len(tensor) for tensor in flat], dtype=torch.int64)
+    lengths = world.gathered(own, _EXCHANGE)
     longest = max(1, int(lengths.max())) if lengths.numel() else 1
-    flat = [t.reshape(-1) for row in rows for t in row]
     everyone: list[list[Tensor]] = []
-    for index, own in enumerate(flat):
-        padded = pad(own, (0, longest - own.numel()))
-        every = world.gathered(padded, "the exchange of observations")
-        sizes = lengths[:, index].tolist()
-        everyone.append([every[r, :n] for r, n in enumerate(sizes)])
+    for index, tensor in enumerate(flat):
+        every = world.gathered(pad(tensor, (0, longest - len(tensor))), _EXCHANGE)
+        everyone.append([every[r, :n] for r, n in enumerate(lengths[:, index].tolist())])
     found: list[Any] = []
     for rank in range(world.size):
         parts = iter(each[rank] for each in everyone)
@@ -49,25 +66,71 @@ def gathered_observations(world: _Gathering, observed: Sequence[Any]) -> list[An
     return found
 
 
+def _inner(record: Any) -> Mapping[Any, Any] | None:
+    """What a record is made of, by name or place; None for what is no record."""
+    kind = type(record)
+    if attrs.has(kind):
+        return {f.name: getattr(record, f.name) for f in attrs.fields(kind) if f.init}
+    if dataclasses.is_dataclass(kind):
+        return {f.name: getattr(record, f.name) for f in dataclasses.fields(kind) if f.init}
+    if isinstance(record, Mapping):
+        return record
+    if isinstance(record, (tuple, list)):
+        return dict(enumerate(record))
+    return None
+
+
 def _tensors(record: Any) -> Iterator[Tensor]:
     if isinstance(record, Tensor):
-        if record.ndim != 1:
+        if record.ndim > 1:
             raise ConfigError(
                 f"observation: a tensor of shape {list(record.shape)}; between workers an "
-                "objective's observations are tensors [examples]"
+                "objective's observations are tensors [examples] or 0-d"
             )
         yield record.detach()
-    elif attrs.has(type(record)):
-        for field in attrs.fields(type(record)):
-            yield from _tensors(getattr(record, field.name))
+        return
+    inner = _inner(record)
+    if inner is None and not isinstance(record, _SIMPLE) and not callable(record):
+        raise ConfigError(_unknown(record, "which may hold what only this worker has seen"))
+    for each in (inner or {}).values():
+        yield from _tensors(each)
+
+
+def _unknown(given: Any, what: str) -> str:
+    return (
+        f"observation: a {type(given).__name__}, {what}; between workers let observe return "
+        "tensors, [examples] or 0-d, or an attrs record, a dataclass, a tuple, a list or a mapping "
+        "of them"
+    )
+
+
+def _form(record: Any) -> str:
+    """What must be the same of an observation on every worker."""
+    if isinstance(record, Tensor):
+        return f"{record.dtype} {record.ndim}"
+    inner = _inner(record)
+    if inner is not None:
+        parts = [f"{key!r}: {_form(each)}" for key, each in inner.items()]
+        return f"{type(record).__qualname__} {parts}"
+    return repr(record) if isinstance(record, _SIMPLE) else type(record).__qualname__
 
 
 def _rebuilt(record: Any, parts: Iterator[Tensor]) -> Any:
     """`record` with the next parts in the places of its tensors."""
     if isinstance(record, Tensor):
-        return next(parts)
-    if not attrs.has(type(record)):
+        part = next(parts)
+        return part if record.ndim else part.reshape(())
+    inner = _inner(record)
+    if inner is None:
         return record
-    fields = [field for field in attrs.fields(type(record)) if field.init]
-    changes = {field.alias: _rebuilt(getattr(record, field.name), parts) for field in fields}
-    return attrs.evolve(record, **changes)
+    made = {key: _rebuilt(each, parts) for key, each in inner.items()}
+    if attrs.has(type(record)):
+        fields = [field for field in attrs.fields(type(record)) if field.init]
+        return attrs.evolve(record, **{field.alias: made[field.name] for field in fields})
+    if dataclasses.is_dataclass(type(record)):
+        return dataclasses.replace(record, **made)
+    if isinstance(record, Mapping):
+        return made
+    if hasattr(record, "_make"):  # a tuple with names
+        return type(record)._make(made.values())
+    return type(record)(list(made.values()))

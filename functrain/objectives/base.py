@@ -91,7 +91,11 @@ class Coupled(Protocol):
     """
 
     def observe(self, model: nn.Module, batch: Batch) -> Any:
-        """What the others need to know of a micro-batch."""
+        """What the others need to know of a micro-batch.
+
+        Where there are several workers a tensor, [examples] or 0-d, or a record of tensors: of
+        attrs, a dataclass, a tuple, a list or a mapping.
+        """
         ...
 
     def couple(self, observed: Sequence[Any]) -> Sequence[Any]:

@@ -29,6 +29,14 @@ def _coefficient(_record: object, _field: object, value: Any) -> None:
         )
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Routed:
+    """How often each expert was chosen, float64 [experts], and of how many rows, 0-d."""
+
+    counts: Tensor
+    rows: Tensor
+
+
 @attrs.frozen(kw_only=True)
 class RoutedLanguageModeling(LanguageModeling):
     """`LanguageModeling` plus `router` times E · Σ_e f_e · p_e, over all layers (2101.03961).
@@ -59,8 +67,8 @@ class RoutedLanguageModeling(LanguageModeling):
         """As `LanguageModeling`'s, of the targets."""
         check_targets(weight[0], "labels")
 
-    def observe(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """How often each expert was chosen, float64 [experts], and of how many rows."""
+    def observe(self, model: nn.Module, batch: Batch) -> Routed:
+        """The choices of a micro-batch: the first of two passes."""
         recorded, call = _recording(model)
         head = find_head(model)
         if isinstance(head, Head):
@@ -68,12 +76,12 @@ class RoutedLanguageModeling(LanguageModeling):
         else:
             call(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
         _, counts, rows = _routed(model, recorded, batch)
-        return counts, rows
+        return Routed(counts=counts, rows=rows)
 
-    def couple(self, observed: Sequence[Any]) -> Sequence[Any]:
+    def couple(self, observed: Sequence[Routed]) -> list[Tensor]:
         """The part of all rows that chose each expert, for every micro-batch."""
-        counts = torch.stack([counts for counts, _ in observed]).sum(0)
-        rows = torch.stack([rows for _, rows in observed]).sum()
+        counts = torch.stack([each.counts for each in observed]).sum(0)
+        rows = torch.stack([each.rows for each in observed]).sum()
         return [counts / rows] * len(observed)
 
     def __call__(

@@ -65,6 +65,28 @@ def test_an_environment_in_which_nobody_can_meet_is_refused(
         ft.distributed.world()
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (None, "WORLD_SIZE: not in the environment, and RANK is 3,"),
+        ("", "WORLD_SIZE: not in the environment, and RANK is 3,"),
+        ("1", "RANK: 3 of WORLD_SIZE 1"),
+    ],
+)
+def test_a_rank_that_is_not_of_a_single_process_is_refused(
+    monkeypatch: pytest.MonkeyPatch, size: str | None, text: str
+) -> None:
+    """Else each process would take itself for worker 0; rank 0 may be alone."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ConfigError, match=text):
+        ft.distributed.world()
+    monkeypatch.setenv("RANK", "0")
+    assert ft.distributed.world().size == 1
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:1"])
 def test_a_device_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, device: str

@@ -48,6 +48,7 @@ def test_a_store_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPa
             "a batch (step 3) on worker 0; the comparison before the first step (step 3) on w",
         ),
         ("saves alone", "a batch (step 3) on worker 0; the name of a save (step 2) on worker 1"),
+        ("evaluates alone", "a batch (step 3) on worker 0; an evaluation (step 2) on worker 1"),
     ],
 )
 def test_workers_that_part_are_told_where(

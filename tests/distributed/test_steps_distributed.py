@@ -15,6 +15,8 @@ import functrain as ft
 from functrain.errors import ConfigError
 from functrain.reductions import Tree, tree_sum
 
+# Their weight is large, so that it would be seen if each worker balanced its own part alone.
+ROUTED = {"partial": "experts", "step": {"router": 1.0}}
 STAGES: dict[str, Any] = {
     "pretrain": {},
     "overflow": {"overflow": True, "steps": 8},
@@ -22,6 +24,7 @@ STAGES: dict[str, Any] = {
     "coupled": {"stage": "dpo", "step": {"loss": "aot"}},
     "running": {"stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
     "kto": {"stage": "kto"},
+    "routers in balance": ROUTED,
     "small buckets": {"bucket": 100},
     "a parameter that some parts do not reach": {"partial": True},
 }
@@ -52,6 +55,7 @@ SHARDED: dict[str, Any] = {
     "coupled": {"stage": "dpo", "step": {"loss": "aot"}},
     "running": {"stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
     "kto": {"stage": "kto"},
+    "routers in balance": ROUTED,
     "a parameter that some parts do not reach": {"partial": True},
     "a parameter that nothing reaches": {"partial": "never"},
     "a module that all blocks share": {"partial": "shared"},
@@ -168,6 +172,7 @@ FAST: dict[str, Any] = {
     "a tied table": {"tables": True},
     "a tied table in one micro-batch": {"tables": True, "step": {"microbatches": 2}},
     "logits by chunks": {"chunks": True},
+    "routers in balance": ROUTED,
 }
 
 

@@ -133,11 +133,11 @@ def test_as_many_choices_are_counted_as_the_model_makes(monkeypatch: Any) -> Non
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     parts = ft.split(model)
     with ft.bound(*parts, "eval") as bound, torch.no_grad():
-        counts, rows = RoutedLanguageModeling(router=0.1).observe(bound, zoo.batch())
+        routed = RoutedLanguageModeling(router=0.1).observe(bound, zoo.batch())
         monkeypatch.setattr("functrain.objectives.routing._TOP", ("num_experts_per_tok",))
         with pytest.raises(ft.ArchitectureError, match="does not say how many experts"):
             RoutedLanguageModeling(router=0.1).observe(bound, zoo.batch())
-    assert counts.sum() == 2 * rows
+    assert routed.counts.sum() == 2 * routed.rows
 
 
 def test_counting_makes_no_logits(monkeypatch: Any) -> None:
