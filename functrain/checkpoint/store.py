@@ -65,8 +65,8 @@ def save(
     `metrics` are written into the manifest, for `prune` to keep the best by. So are the numerics
     that the bits depend on, and `conditions`, the caller's own part of them (the number of
     micro-batches, say). `beside` are texts to lie with them, by their file names: with a
-    `config.json` (`functrain.models.config_files`) transformers reads the directory as it is. Peak
-    memory is the state's own: nothing is copied from the CPU.
+    `config.json` (`functrain.models.config_files`, which says for which models) transformers reads
+    the directory as it is. Peak memory is the state's own: nothing is copied from the CPU.
 
     A state in shards is saved by every worker of its `world`, in a directory that all of them see:
     each writes its rows, into the very files that one process would have written.
