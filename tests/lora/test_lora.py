@@ -305,6 +305,22 @@ def test_a_layer_that_kernels_read_is_no_target(name: str) -> None:
         ft.lora.attach(architecture, params, LoRA(targets=("in_proj", "out_proj")))
 
 
+def test_a_mixer_that_calls_its_out_proj_everywhere_keeps_its_adapter() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.JambaConfig(
+        **families.GROUPED,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
+    )
+    architecture, params, _ = families.stirred(config)
+    _, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    assert any(name.endswith("mamba.out_proj.lora_A") for name in adapters)
+    assert not any("dt_proj" in name for name in adapters)
+
+
 @pytest.mark.parametrize("name", ["falcon", "falcon_mamba", "mamba"])
 def test_every_adapter_of_all_linear_is_trained(name: str) -> None:
     architecture, params, buffers = ft.split(families.made(name))
