@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, is_number
 from functrain.trees import Tensors, global_norm, map_leaves, tensors
 
 
@@ -100,5 +100,5 @@ def _check_named(name: str, given: object) -> None:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"{name}: {value}, expected a positive finite number")
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name}: {value!r}, expected a positive finite number")

@@ -13,6 +13,7 @@ import attrs
 
 from functrain.agreement import described
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
+from functrain.checkpoint.manifest import checked_texts
 from functrain.data.prefetch import Prefetched
 from functrain.data.source import Source
 from functrain.data.streams import Stream
@@ -23,6 +24,7 @@ from functrain.errors import (
     DivergedError,
     RelayedError,
     SaveWarning,
+    boolean,
     is_number,
 )
 from functrain.evaluation import checked_batches, evaluate
@@ -84,7 +86,7 @@ def train(
     Where the step donates, a yielded state is consumed by the next iteration.
 
     Raises `DivergedError` where the step's guard has skipped too many steps in a row, and
-    `ConfigError` for a total or an interval that makes no sense, before the first step.
+    `ConfigError` for a total, an interval or another argument that makes no sense, at the call.
     """
     if not isinstance(step, Step) or not isinstance(state, TrainState):
         given = ", ".join(type(each).__name__ for each in (step, state))
@@ -104,7 +106,7 @@ def train(
         batch_size=_batch_size(batch_size, source),
         evaluation=_batches(step, evaluation),
         evaluate_every=evaluate_every,
-        directory=None if directory is None else Path(directory),
+        directory=directory,
         save_every=save_every,
         keep=keep,
         background=background,
@@ -228,6 +230,24 @@ def _keep(given: int | Keep | None) -> Keep | None:
     return given if given is None or isinstance(given, Keep) else Keep(last=given)
 
 
+def _directory(given: str | os.PathLike[str] | None) -> Path | None:
+    if given is None:
+        return None
+    try:
+        if given != "":  # it would be the working directory
+            return Path(given)
+    except TypeError:
+        pass
+    raise ConfigError(f"directory: {given!r}, expected a path, or None to save nothing")
+
+
+def _texts(_record: object, _field: object, value: Mapping[str, str] | None) -> None:
+    try:
+        checked_texts(value)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class _Plan:
     """The arguments of `train`, checked."""
@@ -238,11 +258,11 @@ class _Plan:
     batch_size: int | None = attrs.field(validator=_positive)
     evaluation: list[Batch] | None
     evaluate_every: int | None = attrs.field(validator=_positive)
-    directory: Path | None
+    directory: Path | None = attrs.field(converter=_directory)
     save_every: int | None = attrs.field(validator=_positive)
     keep: Keep | None = attrs.field(converter=_keep)
-    background: bool
-    beside: Mapping[str, str] | None
+    background: bool = attrs.field(validator=boolean)
+    beside: Mapping[str, str] | None = attrs.field(validator=_texts)
     on_save_error: str
 
     def __attrs_post_init__(self) -> None:

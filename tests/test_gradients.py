@@ -663,8 +663,8 @@ def test_adaptive_clipping_is_a_transform_of_a_step() -> None:
         torch.testing.assert_close(after.params[name], value - expected[name], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
-def test_limits_are_positive_and_finite(bad: float) -> None:
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan, "1.0", None, True, [1.0]])
+def test_limits_are_positive_and_finite(bad: Any) -> None:
     grads = {"a": torch.ones(2)}
     with pytest.raises(ConfigError, match=r"max_norm: .*expected a positive finite number"):
         ft.clip_by_global_norm(grads, bad)

@@ -207,13 +207,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"epochs": float("nan")}, "epochs: nan"),
     ({"epochs": float("inf")}, "epochs: inf"),
     ({"epochs": "1"}, "epochs: '1'"),
+    ({"steps": 1, "background": "no"}, "background: 'no', expected True or False"),
+    ({"steps": 1, "background": 1}, "background: 1, expected True or False"),
+    ({"steps": 1, "directory": ""}, r"directory: '', expected a path, or None to save nothing"),
+    ({"steps": 1, "directory": 3}, "directory: 3, expected a path"),
+    ({"steps": 1, "beside": 3}, "beside: 3, expected a mapping of file names to texts"),
+    ({"steps": 1, "beside": {"a.txt": 3}}, r"beside: a\.txt is 3, expected a text"),
+    ({"steps": 1, "beside": {"a.py": ""}}, r"beside: 'a\.py', expected a plain name"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_bad_arguments_are_answered_at_the_call(options: Any, message: str) -> None:
     step, state = _run()
-    with pytest.raises(ft.FunctrainError, match=message):
+    with pytest.raises((ft.ConfigError, ft.BatchError), match=message):
         ft.train(step, state, zoo.Batches(), **options)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from functrain import memory
 from functrain.checkpoint.environment import conditioned
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
+from functrain.checkpoint.layout import check_numbers
+from functrain.checkpoint.manifest import checked_metrics, checked_texts
 from functrain.checkpoint.retention import Keep
 from functrain.checkpoint.store import prune, save_under
 from functrain.errors import CheckpointError, ConfigError, SaveWarning
@@ -82,7 +84,8 @@ class BackgroundWriter:
         """Copy the state, and begin to write the copy; waits for the save before.
 
         What `keep` does not hold on to goes afterwards, as by `prune(…, saved=…)`. Raises
-        `ConfigError` for a state in shards, and `CheckpointError` once the writer is closed.
+        `ConfigError` for a state in shards, `CheckpointError` once the writer is closed, and
+        at once what `save` raises before it writes anything.
         """
         check_state(state)
         if is_sharded(state.params):
@@ -92,10 +95,12 @@ class BackgroundWriter:
             )
         if self._closed:
             raise CheckpointError("BackgroundWriter: it is closed; make another to save on")
+        check_numbers(state)
+        values = checked_metrics(metrics)
+        checked_texts(beside)
         self.wait()
         # Here, because a thread of its own has its own number of threads.
         under = conditioned(device_of(state.params), conditions)
-        values = {name: float(value) for name, value in (metrics or {}).items()}
         before, self._memory = self._memory, dict[str, Tensor]()
         copy, used = _copied(state, before)
         self._pending = self._pool.submit(self._write, copy, used, values, under, beside or {})

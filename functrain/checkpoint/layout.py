@@ -23,9 +23,10 @@ from functrain.checkpoint.manifest import (
     decoded,
     encoded,
     is_format,
+    is_text,
     parsed_json,
 )
-from functrain.errors import CheckpointError, did_you_mean
+from functrain.errors import CheckpointError, StateError, did_you_mean
 from functrain.keys import MAX_KEY
 from functrain.state import Leaf, TrainState, leaves
 from functrain.trees import Tensors, owning
@@ -33,6 +34,7 @@ from functrain.trees import Tensors, owning
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
 _COUNTS = ("optimizer/count", "scheduler/count", "guard/count", "scaler/growth_count")
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
+_INTEGERS = ("step", "key", "cursor/samples", "cursor/tokens")
 _LARGEST = {"step": MOST_STEPS}
 _SOUND: Mapping[str, Callable[[Any], bool]] = {
     "scaler/growth_factor": lambda factor: 1 < factor < math.inf,
@@ -159,12 +161,35 @@ def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
                 raise CheckpointError(f"{where}: {path} is negative, which it cannot become")
             if path == "scaler/scale" and not bool(((leaf > 0) & leaf.isfinite()).all()):
                 raise CheckpointError(f"{where}: {path} is {leaf.tolist()}, no loss scale")
-        elif isinstance(leaf, int) and not 0 <= leaf <= _LARGEST.get(path, MAX_KEY):
-            raise CheckpointError(
-                f"{where}: {path} is {leaf}, expected 0 to {_LARGEST.get(path, MAX_KEY)}"
-            )
-        elif path in _SOUND and not _SOUND[path](leaf):
-            raise CheckpointError(f"{where}: {path} is {leaf}, which no training comes to")
+        elif (fault := _fault(path, leaf)) is not None:
+            raise CheckpointError(f"{where}: {path} is {fault}")
+
+
+def _fault(path: str, leaf: Leaf) -> str | None:
+    """What a number of a state is that it cannot be."""
+    most = _LARGEST.get(path, MAX_KEY)
+    if isinstance(leaf, int) and not 0 <= leaf <= most:
+        return f"{leaf}, expected 0 to {most}"
+    if path in _SOUND and not _SOUND[path](leaf):
+        return f"{leaf}, which no training comes to"
+    return None
+
+
+def check_numbers(state: TrainState) -> None:
+    """Raise `StateError` for a number or a text that no load would take; before anything is saved.
+
+    A state that was evolved by hand may have one.
+    """
+    for path, leaf in leaves(state):
+        if isinstance(leaf, Tensor):
+            continue
+        fault = _fault(path, leaf)
+        if path in _INTEGERS and type(leaf) is not int:
+            fault = f"{leaf!r}, expected an integer"
+        elif isinstance(leaf, str) and not is_text(leaf):
+            fault = "no text that UTF-8 can hold"
+        if fault is not None:
+            raise StateError(f"state: {path} is {fault}; no load would take it")
 
 
 def _negative(tensor: Tensor) -> bool:

@@ -151,13 +151,54 @@ def _encoded_within(value: Any) -> Any:
     return encoded(value)
 
 
-def checked_name(name: str, where: str = "beside") -> str:
+def is_text(value: object) -> bool:
+    """Whether a value is a text that UTF-8 can hold: not with half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def checked_name(name: object, where: str = "beside") -> str:
     """The name of a text that lies with the state; any other raises `CheckpointError`."""
-    if not _BESIDE.fullmatch(name) or name in (MANIFEST, STATE):
+    if not isinstance(name, str) or not _BESIDE.fullmatch(name) or name in (MANIFEST, STATE):
+        shown = name[:99] if isinstance(name, str) else name
         raise CheckpointError(
-            f"{where}: {name[:99]!r}, expected a plain name that ends in .json, .txt, .md or .jinja"
+            f"{where}: {shown!r}, expected a plain name that ends in .json, .txt, .md or .jinja"
         )
     return name
+
+
+def checked_texts(given: Mapping[str, str] | None) -> dict[str, bytes]:
+    """The texts that are to lie with a state, as bytes; `CheckpointError` for what is none."""
+    if given is not None and not isinstance(given, Mapping):
+        raise CheckpointError(f"beside: {given!r}, expected a mapping of file names to texts")
+    texts: dict[str, bytes] = {}
+    for name, text in (given or {}).items():
+        checked_name(name)
+        if not isinstance(text, str):
+            raise CheckpointError(f"beside: {name} is {text!r:.99}, expected a text")
+        if not is_text(text):
+            raise CheckpointError(f"beside: {name} is no text that UTF-8 can hold")
+        texts[name] = bounded(text.encode(), f"beside: {name}", LONGEST_TEXT)
+    return texts
+
+
+def checked_metrics(given: Mapping[str, float] | None) -> dict[str, float]:
+    """What was measured, as numbers; `CheckpointError` for what is none."""
+    if given is not None and not isinstance(given, Mapping):
+        raise CheckpointError(f"metrics: {given!r}, expected a mapping of names to numbers")
+    metrics: dict[str, float] = {}
+    for name, value in (given or {}).items():
+        if not is_text(name):
+            raise CheckpointError(f"metrics: {name!r}, expected a name")
+        try:
+            metrics[name] = float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"metrics: {name!r} is {value!r:.99}, expected a number"
+            ) from error
+    return metrics
 
 
 def encoded(value: Any) -> Any:

@@ -24,14 +24,13 @@ from functrain.checkpoint.filesystem import (
     remove_directory,
     sync_directory,
 )
-from functrain.checkpoint.layout import encode
+from functrain.checkpoint.layout import check_numbers, encode
 from functrain.checkpoint.manifest import (
-    LONGEST_TEXT,
     MANIFEST,
     Manifest,
     PathLike,
-    bounded,
-    checked_name,
+    checked_metrics,
+    checked_texts,
     checkpoints,
     directory_name,
     read_manifest,
@@ -65,8 +64,11 @@ def save(
     `metrics` are written into the manifest, for `prune` to keep the best by. So are the numerics
     that the bits depend on, and `conditions`, the caller's own part of them (the number of
     micro-batches, say). `beside` are texts to lie with them, by their file names: with a
-    `config.json` (`functrain.models.config_files`) transformers reads the directory as it is. Peak
-    memory is the state's own: nothing is copied from the CPU.
+    `config.json` (`functrain.models.config_files`, which says for which models) transformers reads
+    the directory as it is. Peak memory is the state's own: nothing is copied from the CPU.
+
+    Raises `StateError` for numbers that no load would take (a step of more than twelve digits), and
+    `CheckpointError` for metrics and texts that are none, before anything is written.
 
     A state in shards is saved by every worker of its `world`, in a directory that all of them see:
     each writes its rows, into the very files that one process would have written.
@@ -90,10 +92,10 @@ def save_under(
 ) -> Path:
     """`save` with numerics that were found before: another thread has its own number of threads."""
     root = Path(directory)
-    found = {name: float(value) for name, value in (metrics or {}).items()}
+    check_numbers(state)
+    found = checked_metrics(metrics)
     texts: dict[str, Contents] = {
-        checked_name(name): [memoryview(bounded(text.encode(), f"beside: {name}", LONGEST_TEXT))]
-        for name, text in (beside or {}).items()
+        name: [memoryview(text)] for name, text in checked_texts(beside).items()
     }
     if is_sharded(state.params):
         # Here, since it stands on this module.

@@ -15,7 +15,7 @@ from functrain import keys
 from functrain.architecture import check_fit, held_by, hold, slots
 from functrain.errors import ArchitectureError, ConfigError, did_you_mean
 from functrain.lora.config import ALL_LINEAR, LoRA
-from functrain.lora.layers import Adapted, adapted, passed_by, row_norms
+from functrain.lora.layers import Adapted, adapted, never_called, read_by_kernels, row_norms, unfit
 from functrain.trees import Tensors, owning
 from functrain.trees import whole as whole_of
 
@@ -52,8 +52,10 @@ def attach(
     bfloat16 where that is wanted. Several states of one adapted architecture share its base.
 
     Raises `ConfigError` for a pattern that matches no linear layer, and for a layer whose weight is
-    tied to another parameter, that has an adapter already, or whose weight another module reads
-    without calling it (the `out_proj` of an `nn.MultiheadAttention`, Mamba's `dt_proj`).
+    tied to another parameter, that has an adapter already, that is more than a weight and a bias (a
+    parametrized one), or whose weight another module reads without calling it (the `out_proj` of an
+    `nn.MultiheadAttention`, Mamba's `dt_proj` and, on CUDA, its `out_proj`). A layer's hooks are
+    those of the adapted one: they are around layer and adapter.
     """
     lora = LoRA() if lora is None else lora
     if not isinstance(lora, LoRA):
@@ -113,7 +115,8 @@ def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         for name, module in architecture.named_modules()
         if name and adapted(module, trial) is not None
     }
-    tied, passed = _tied_weights(architecture), passed_by(architecture)
+    tied = _tied_weights(architecture)
+    never, kernels = never_called(architecture), read_by_kernels(architecture)
     shown = getattr(architecture, "get_output_embeddings", None)
     head = shown() if callable(shown) else None
     chosen: set[str] = set()
@@ -122,23 +125,37 @@ def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
             found = [
                 name
                 for name, each in linear.items()
-                if each is not head and _weight(each) not in tied and name not in passed
+                if each is not head and _weight(each) not in tied and name not in never | kernels
             ]
         else:
             found = [name for name in linear if matches(name, pattern)]
+            _refuse_unfit(architecture, pattern, found)
         if not found:
             missed = _missed(architecture, pattern, linear)
             raise ConfigError(f"lora targets: no linear layer's name {missed}")
-        _refuse_passed_by(found, passed)
+        _refuse_passed_by(found, never, "never called")
+        _refuse_passed_by(found, kernels, "passed by on CUDA")
         chosen.update(found)
     return [name for name in linear if name in chosen]
 
 
-def _refuse_passed_by(names: list[str], passed: set[str]) -> None:
+def _refuse_unfit(architecture: nn.Module, pattern: str, found: list[str]) -> None:
+    """Refuse layers that are more than linear where they are named, and not one of many matches."""
+    if found and any(each in pattern for each in "*?["):
+        return
+    for name, module in architecture.named_modules():
+        if name and matches(name, pattern) and (reason := unfit(module)) is not None:
+            raise ConfigError(
+                f"lora targets: {name} cannot be adapted: {reason}; leave it out, as 'all-linear' "
+                "does"
+            )
+
+
+def _refuse_passed_by(names: list[str], passed: set[str], how: str) -> None:
     name = next((each for each in names if each in passed), None)
     if name is not None:
         raise ConfigError(
-            f"lora targets: {name} is never called, since the module around it computes with its "
+            f"lora targets: {name} is {how}, since the module around it computes with its "
             "weight, so that an adapter would have no effect; leave it out, as 'all-linear' does"
         )
 
@@ -155,8 +172,9 @@ def _missed(architecture: nn.Module, pattern: str, linear: Mapping[str, object])
     else:
         others = [name for name in modules if matches(name, pattern)]
     if others:
-        kind = type(modules[others[0]]).__name__
-        own = ", which has a forward of its own" if pattern == ALL_LINEAR else ""
+        kind, reason = type(modules[others[0]]).__name__, unfit(modules[others[0]])
+        own = f", and {reason}" if reason else ", which has a forward of its own"
+        own = own if pattern == ALL_LINEAR else ""
         return f"matches {pattern!r}: {others[0]} is {kind}{own}"
     ends = {name.rsplit(".", 1)[-1] for name in linear}
     return f"matches {pattern!r}; {did_you_mean(pattern.rsplit('.', 1)[-1], ends)}"

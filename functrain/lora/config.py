@@ -27,8 +27,8 @@ class LoRA:
 
     `rank`: rows of A and columns of B. `alpha`: the scale, over the rank, or with `rslora` over its
     square root (2312.03732). `targets`: shell patterns of the names of linear layers, each also as
-    the end of a name after a dot, `q_proj`; or `all-linear`, all but the head, what is tied, and
-    what is never called.
+    the end of a name after a dot, `q_proj`; or `all-linear`, all but the head, what is tied, what
+    is never called or passed by on CUDA, and what is more than a weight and a bias.
     `dropout`: on what goes into A, in train mode. `dora`: a magnitude for each output is trained as
     well (2402.09353). `train`: patterns of parameters that are trained beside the adapters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ class Adapted(nn.Module):
     bias: nn.Parameter  # or None, as nn.Linear annotates it
 
     def adapt(self, layer: nn.Module, lora: LoRA) -> None:
-        """Take the layer's parameters, and room for an adapter, on the meta device."""
+        """Take the layer's parameters and hooks, and room for an adapter, on the meta device."""
         nn.Module.__init__(self)
-        self.__dict__.update({k: v for k, v in vars(layer).items() if not k.startswith("_")})
+        own = {k: v for k, v in vars(layer).items() if not k.startswith("_") or "hook" in k}
+        self.__dict__.update(own)
         self.training = layer.training
         self.scaling, self.dropout = lora.scaling, lora.dropout
         for name, parameter in layer._parameters.items():
@@ -135,20 +137,42 @@ class LoRAConv1D(Adapted):
 
 
 def adapted(layer: nn.Module, lora: LoRA) -> Adapted | None:
-    """The layer with an adapter; None for one that is not linear, or has a forward of its own."""
+    """The layer with an adapter; None for one that is not linear, or `unfit`."""
+    kind = _kind(layer)
+    return None if kind is None or unfit(layer) is not None else kind(layer, lora)
+
+
+def _kind(layer: nn.Module) -> Callable[[Any, LoRA], Adapted] | None:
     if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
-        assert isinstance(layer, nn.Linear)
-        return LoRALinear(layer, lora)
+        return LoRALinear
     if not type(layer).__module__.startswith("transformers."):
         return None
     if type(layer).__name__ == "Conv1D":
-        return LoRAConv1D(layer, lora)
+        return LoRAConv1D
     if type(layer).__name__ == "FalconLinear" and isinstance(layer, nn.Linear):
-        return LoRAFalconLinear(layer, lora)
+        return LoRAFalconLinear
     return None
 
 
-def passed_by(architecture: nn.Module) -> set[str]:
+def unfit(layer: nn.Module) -> str | None:
+    """Why a layer cannot be adapted though it computes as a linear one: it is more than that.
+
+    One that is parametrized (`torch.nn.utils.parametrizations.weight_norm`), say, has no weight to
+    put an adapter beside, and what else a layer holds the adapted one would be without.
+    """
+    if _kind(layer) is None:
+        return None
+    if "weight" not in layer._parameters:
+        return "its weight is computed of other tensors"
+    held = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
+    return f"it holds {min(held)!r} beside its weight and bias" if held else None
+
+
+# Mixers with a state space of Mamba's that call their out_proj on every device.
+_CALLING = ("JambaMambaMixer", "ZambaMambaMixer")
+
+
+def never_called(architecture: nn.Module) -> set[str]:
     """The layers that are never called, by name: another module computes with their weights.
 
     An adapter in their place would have no effect, in peft neither.
@@ -161,3 +185,17 @@ def passed_by(architecture: nn.Module) -> set[str]:
         if "A_log" in module._parameters:  # the mixers of Mamba, FalconMamba and Jamba
             found.add(f"{prefix}dt_proj")
     return found
+
+
+def read_by_kernels(architecture: nn.Module) -> set[str]:
+    """The layers that are called on a CPU, and whose weights CUDA's fast kernels read, by name.
+
+    The out_proj of Mamba's mixers, old and new (Dao & Gu, 2405.21060). An adapter in their place
+    would have no effect there, and peft refuses it. Of gated delta nets, which have A_log but no
+    D, it is called everywhere.
+    """
+    return {
+        f"{name}.out_proj" if name else "out_proj"
+        for name, module in architecture.named_modules()
+        if module._parameters.keys() >= {"A_log", "D"} and type(module).__name__ not in _CALLING
+    }

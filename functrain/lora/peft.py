@@ -18,7 +18,7 @@ from functrain.architecture import check_fit, slots
 from functrain.errors import CheckpointError, ConfigError
 from functrain.lora.attach import adapter_of, attach, layers_of
 from functrain.lora.config import LoRA
-from functrain.lora.layers import LoRAConv1D, passed_by
+from functrain.lora.layers import LoRAConv1D, never_called
 from functrain.trees import Tensors, owning
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,7 +58,11 @@ def save_adapter(
 ) -> Path:
     """Write the adapters as peft reads them, with `base` as the name or path of their model.
 
-    The two files are written whole or not at all. Raises `ConfigError` where params are trained
+    Both files are on the disk before either is put in place. Over an adapter that is there the old
+    config goes first, so that no weights ever lie under another's: who is killed at that moment
+    leaves a directory without a config, which every reader refuses.
+
+    Raises `CheckpointError` where the disk refuses, and `ConfigError` where params are trained
     beside the adapters, which peft keeps by whole modules: merge and export those.
     """
     from safetensors.torch import save
@@ -89,8 +93,8 @@ def save_adapter(
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _write(target / WEIGHTS, save(weights, {"format": "pt"}))
-        _write(target / CONFIG, orjson.dumps(config, option=options))
+        weights_file = save(weights, {"format": "pt"})
+        _write(target, {WEIGHTS: weights_file, CONFIG: orjson.dumps(config, option=options)})
     except OSError as error:
         raise CheckpointError(
             f"{target}: the adapter could not be written ({error.strerror or error})"
@@ -103,13 +107,20 @@ def _name(name: str) -> str:
     return f"{_PREFIX}{layer}.{_SUFFIXES[part]}"
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+    temporary = {name: directory / f".{name}.tmp" for name in files}
+    try:
+        for name, data in files.items():
+            with temporary[name].open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        (directory / CONFIG).unlink(missing_ok=True)
+        for name in files:
+            temporary[name].replace(directory / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -126,7 +137,7 @@ def load_adapter(
     where = Path(directory)
     config = _config(where / CONFIG)
     # Those of layers that are never called have no effect in peft either.
-    passed = passed_by(architecture)
+    passed = never_called(architecture)
     every = _weights(where / WEIGHTS)
     weights = {n: t for n, t in every.items() if n.rpartition(".")[0] not in passed}
     layers = tuple(sorted({name.rpartition(".")[0] for name in weights}))

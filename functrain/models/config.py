@@ -13,6 +13,10 @@ from functrain.models.decoder import Decoder, DecoderConfig
 # The rotary embedding of the built-in decoder has no last position; transformers wants a number.
 _POSITIONS = 131_072
 
+CONFIG = "config.json"
+ARCHITECTURE = "architecture.json"
+"""`config.json` where transformers must not find it; `skeleton` reads either."""
+
 
 def config_files(architecture: nn.Module) -> dict[str, str]:
     """`config.json` and, where there is one, `generation_config.json`, by their names.
@@ -21,17 +25,32 @@ def config_files(architecture: nn.Module) -> dict[str, str]:
     other module nothing. Given to `functrain.save(…, beside=…)`, they make each checkpoint a
     directory that `AutoModelForCausalLM.from_pretrained` reads. For adapters nothing: their
     checkpoints hold no model, and one that looked like it would be read as random weights.
+
+    For a model with persistent buffers (the `e_score_correction_bias` of DeepSeek-V3) the first is
+    named `architecture.json`, by which functrain's commands alone find it: a checkpoint keeps
+    buffers in a file that transformers passes by, so that it would read them as they are at their
+    start. `functrain.export` writes such a model for it.
     """
     if lora.is_adapted(architecture):
         return {}
     if isinstance(architecture, Decoder):
-        return {"config.json": json.dumps(_llama(architecture.config), indent=2) + "\n"}
+        return {CONFIG: json.dumps(_llama(architecture.config), indent=2) + "\n"}
     found: dict[str, str] = {}
     for name in ("config", "generation_config"):
         config: Any = getattr(architecture, name, None)
         if hasattr(config, "to_diff_dict") and hasattr(config, "to_json_string"):
             found[f"{name}.json"] = _text(config, type(architecture).__name__)
+    if CONFIG in found and _has_persistent_buffers(architecture):
+        found[ARCHITECTURE] = found.pop(CONFIG)
     return found
+
+
+def _has_persistent_buffers(architecture: nn.Module) -> bool:
+    return any(
+        buffer is not None and name not in module._non_persistent_buffers_set
+        for module in architecture.modules()
+        for name, buffer in module._buffers.items()
+    )
 
 
 def _text(config: Any, architecture: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from functrain.architecture import emptied
 from functrain.deferred import built
 from functrain.errors import ArchitectureError
+from functrain.models.config import ARCHITECTURE, CONFIG
 from functrain.trees import Tensors
 
 
@@ -37,6 +38,9 @@ def bare(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], T
 def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
     """The causal model that the `config.json` in `path` describes, with its first, random weights.
 
+    Or the `architecture.json` of a checkpoint that is no directory of transformers'
+    (`functrain.models.config_files`).
+
     Raises `ArchitectureError` for a description that transformers does not take.
     """
     try:
@@ -47,9 +51,11 @@ def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn
             "pip install 'functrain[hf]'"
         ) from error
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    whole = (path / CONFIG).is_file() or not (path / ARCHITECTURE).is_file()
+    described = path if whole else path / ARCHITECTURE
     try:
         config = AutoConfig.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
+            str(described), local_files_only=True, trust_remote_code=False
         )
         with quiet():
             make: Any = AutoModelForCausalLM

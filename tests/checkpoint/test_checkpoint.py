@@ -564,6 +564,61 @@ class Counting(nn.Module):
         return self.head["en/count"](self.embedding(input_ids) * self.count) * self.growth_count
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 10**12}, r"step is 1000000000000, expected 0 to 999999999999"),
+        ({"step": -1}, r"step is -1, expected 0 to"),
+        ({"step": True}, r"step is True, expected an integer"),
+        ({"key": 2.0}, r"key is 2\.0, expected an integer"),
+        ({"cursor": ft.Cursor(samples=2**63)}, r"cursor/samples is 9223372036854775808, expected"),
+        ({"cursor": ft.Cursor(tokens=2**64)}, r"cursor/tokens is 18446744073709551616, expected"),
+        ({"cursor": ft.Cursor(samples=-1)}, r"cursor/samples is -1, expected"),
+        ({"cursor": ft.Cursor(loader="\ud800")}, r"cursor/loader is no text that UTF-8 can hold"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(change: Any, message: str, tmp_path: Path) -> None:
+    _, _, state = _trained(steps=0)
+    state = attrs.evolve(state, **change)
+    with pytest.raises(ft.StateError, match=message):
+        ft.save(tmp_path / "run", state)
+    with (
+        ft.checkpoint.BackgroundWriter(tmp_path / "run") as writer,
+        pytest.raises(ft.StateError, match=message),
+    ):
+        writer.save(state)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": {"loss": None}}, "metrics: 'loss' is None, expected a number"),
+        ({"metrics": {"loss": "low"}}, "metrics: 'loss' is 'low', expected a number"),
+        ({"metrics": {"loss": torch.ones(2)}}, r"metrics: 'loss' is tensor.*, expected a number"),
+        ({"metrics": {3: 1.0}}, "metrics: 3, expected a name"),
+        ({"metrics": {"\ud800": 1.0}}, r"metrics: '\\ud800', expected a name"),
+        ({"metrics": "low"}, "metrics: 'low', expected a mapping of names to numbers"),
+        ({"beside": 3}, "beside: 3, expected a mapping of file names to texts"),
+        ({"beside": {"a.txt": 3}}, r"beside: a\.txt is 3, expected a text"),
+        ({"beside": {"a.txt": "\ud800"}}, r"beside: a\.txt is no text that UTF-8 can hold"),
+        ({"beside": {3: "a"}}, "beside: 3, expected a plain name"),
+    ],
+)
+def test_what_lies_with_a_state_is_looked_at_before_anything_is_written(
+    options: Any, message: str, tmp_path: Path
+) -> None:
+    _, _, state = _trained(steps=0)
+    with pytest.raises(ft.CheckpointError, match=message):
+        ft.save(tmp_path / "run", state, **options)
+    with (
+        ft.checkpoint.BackgroundWriter(tmp_path / "run") as writer,
+        pytest.raises(ft.CheckpointError, match=message),
+    ):
+        writer.save(state, **options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_parameter_may_have_the_name_of_a_count(tmp_path: Path) -> None:
     architecture, params, buffers = ft.split(Counting())
     step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), ema_decay=0.9)

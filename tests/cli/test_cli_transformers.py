@@ -42,6 +42,24 @@ PAIRS = [
     for i in range(12)
 ]
 
+SMALL_EXPERTS: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+}
+
 
 def jsonl(path: Path, records: list[Any]) -> list[str]:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -144,6 +162,35 @@ def test_a_checkpoint_is_a_model_with_its_tokenizer(runs: Path) -> None:
     state = restored(str(runs / "whole")).state
     for name, value in model.named_parameters():
         assert torch.equal(state.params[name], value), name
+
+
+def test_a_run_of_a_model_with_persistent_buffers_is_found_again(tmp_path: Path) -> None:
+    """Its checkpoints are none of transformers' (`functrain.models.config_files`)."""
+    given = tokenizer()
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        vocab_size=given.vocabulary,
+        first_k_dense_replace=0,
+        **SMALL_EXPERTS,
+        eos_token_id=given.end,
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.add_(torch.rand_like(buffer))
+    model.save_pretrained(tmp_path / "model")
+    given.save(tmp_path / "model")
+    chats = jsonl(tmp_path / "sft.jsonl", CHATS)
+    start = ["--model.from", str(tmp_path / "model"), "--directory", str(tmp_path / "run")]
+    assert main(["sft", *start, *chats, *COMMON, "--train.steps", "1"]) == 0
+    found = trained(str(tmp_path / "run"))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    biases = {n: t for n, t in found.buffers.items() if n.endswith("e_score_correction_bias")}
+    assert biases
+    for name, value in {**found.params, **biases}.items():
+        assert torch.equal(theirs[name], value), name
+        assert value.any(), name
 
 
 @RUNS

@@ -297,11 +297,36 @@ def test_a_layer_that_is_never_called_is_no_target() -> None:
             ft.lora.attach(architecture, params, LoRA(targets=(targets,)))
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_layer_that_kernels_read_is_no_target(name: str) -> None:
+    """Mamba's out_proj: called on a CPU, its weight read by the fast kernels of CUDA."""
+    architecture, params, _ = ft.split(families.made(name))
+    with pytest.raises(ft.ConfigError, match=r"mixer\.out_proj is passed by on CUDA"):
+        ft.lora.attach(architecture, params, LoRA(targets=("in_proj", "out_proj")))
+
+
+def test_a_mixer_that_calls_its_out_proj_everywhere_keeps_its_adapter() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.JambaConfig(
+        **families.GROUPED,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
+    )
+    architecture, params, _ = families.stirred(config)
+    _, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    assert any(name.endswith("mamba.out_proj.lora_A") for name in adapters)
+    assert not any("dt_proj" in name for name in adapters)
+
+
 @pytest.mark.parametrize("name", ["falcon", "falcon_mamba", "mamba"])
 def test_every_adapter_of_all_linear_is_trained(name: str) -> None:
     architecture, params, buffers = ft.split(families.made(name))
     adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
-    assert not any("dt_proj" in each for each in adapters)
+    passed = ("dt_proj", "mixer.out_proj")
+    assert not any(f".{each}." in name for each in passed for name in adapters)
     step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
     state, _ = step(step.init(adapters, buffers), zoo.batch())
     assert all(bool(t.any()) for n, t in state.params.items() if n.endswith("lora_B"))
@@ -343,6 +368,81 @@ def test_where_no_layer_can_be_adapted_it_says_why() -> None:
     architecture, params, _ = ft.split(model)
     with pytest.raises(ft.ConfigError, match=r"'all-linear': 1 is Own, which has a forward of its"):
         ft.lora.attach(architecture, params)
+
+
+class Hooked(torch.nn.Module):
+    """An embedding and two linear layers, the first as it is given."""
+
+    def __init__(self, mix: torch.nn.Module) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(zoo.VOCABULARY, 8)
+        self.mix, self.head = mix, torch.nn.Linear(8, zoo.VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.mix(self.embedding(input_ids)))
+        return logits
+
+
+def test_hooks_of_a_layer_are_those_of_the_adapted_one() -> None:
+    """Before and after, with keywords too: the adapter is within them, as when it is merged."""
+    layer = torch.nn.Linear(8, 8)
+    layer.register_forward_pre_hook(lambda _, given: (given[0] * 3,))
+    layer.register_forward_pre_hook(lambda _, given, more: (given, more), with_kwargs=True)
+    layer.register_forward_hook(lambda _, given, out: out.tanh())
+    architecture, params, buffers = ft.split(Hooked(layer))
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2, targets=("mix",)))
+    expected = logits(architecture, params, buffers)
+    assert torch.equal(logits(adapted, adapters, buffers), expected)
+    trained = stirred(adapters)
+    base, merged = ft.lora.merged(adapted, trained)
+    found = logits(adapted, trained, buffers)
+    assert not torch.allclose(found, expected, atol=1e-3)
+    torch.testing.assert_close(found, logits(base, merged, buffers))
+
+
+def _with_a_buffer() -> torch.nn.Linear:
+    layer = torch.nn.Linear(8, 8)
+    layer.register_buffer("gain", torch.ones(8))
+    return layer
+
+
+def _with_a_module() -> torch.nn.Linear:
+    layer = torch.nn.Linear(8, 8)
+    layer.add_module("inner", torch.nn.Identity())
+    return layer
+
+
+def _with_a_parameter() -> torch.nn.Linear:
+    layer = torch.nn.Linear(8, 8)
+    layer.register_parameter("gain", torch.nn.Parameter(torch.ones(8)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 8)),
+            r"its weight is computed of other tensors",
+        ),
+        (
+            lambda: torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 8)),
+            r"its weight is computed of other tensors",
+        ),
+        (_with_a_buffer, "it holds 'gain' beside its weight and bias"),
+        (_with_a_module, "it holds 'inner' beside its weight and bias"),
+        (_with_a_parameter, "it holds 'gain' beside its weight and bias"),
+    ],
+)
+def test_a_layer_that_is_more_than_linear_is_no_target(make: Any, message: str) -> None:
+    architecture, params, buffers = ft.split(Hooked(make()))
+    adapted, adapters = ft.lora.attach(architecture, params)
+    assert ft.lora.adapter_of(adapted).layers == ("head",)
+    assert torch.equal(logits(adapted, adapters, buffers), logits(architecture, params, buffers))
+    with pytest.raises(ft.ConfigError, match=rf"mix cannot be adapted: {message}"):
+        ft.lora.attach(architecture, params, LoRA(targets=("mix",)))
+    with pytest.raises(ft.ConfigError, match=rf"mix cannot be adapted: {message}"):
+        ft.lora.attach(architecture, params, LoRA(targets=("head", "m[ij]x")))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +291,72 @@ def test_adapters_without_effect_in_peft_are_left_out(tmp_path: Path) -> None:
     assert torch.equal(bound_logits(adapted, adapters, buffers), logits(model))
 
 
+@pytest.mark.parametrize("name", ["falcon_mamba", "mamba", "mamba2"])
+def test_peft_reads_all_linear_of_a_mamba(name: str, tmp_path: Path) -> None:
+    """It refuses an adapter of the out_proj, whose weight the mixer's kernels read."""
+    ordinary, architecture, params, buffers = based(name)
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2))
+    adapters = ft.trees.Tensors({n: t + 0.1 for n, t in adapters.items()})
+    ft.lora.save_adapter(tmp_path, adapted, adapters)
+    model = peft.PeftModel.from_pretrained(ordinary, tmp_path).eval()
+    assert torch.equal(logits(model), bound_logits(adapted, adapters, buffers))
+
+
+def test_an_adapter_of_a_layer_that_kernels_read_is_refused(tmp_path: Path) -> None:
+    """And not dropped, as one without effect is: on a CPU it has one."""
+    _, architecture, params, _ = based("mamba")
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(targets=("in_proj",)))
+    ft.lora.save_adapter(tmp_path, adapted, adapters)
+    path = tmp_path / "adapter_model.safetensors"
+    items = load_file(path)
+    save_file({n.replace(".in_proj.", ".out_proj."): t for n, t in items.items()}, path)
+    with pytest.raises(ft.CheckpointError, match=r"mixer\.out_proj is passed by on CUDA"):
+        ft.lora.load_adapter(tmp_path, architecture, params)
+
+
 def test_what_peft_has_no_place_for_is_not_written(tmp_path: Path) -> None:
     adapted, adapters, _ = ours("llama", "plain", train=("norm.weight",))
     with pytest.raises(ft.ConfigError, match="are trained beside the adapters"):
         ft.lora.save_adapter(tmp_path, adapted, adapters)
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+def test_an_adapter_that_cannot_be_written_is_never_half_of_another(
+    call: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Old, or refused, or new: wherever the disk fails, no weights lie under another's config."""
+    _, architecture, params, _ = based("llama")
+
+    def saved(alpha: float) -> Any:
+        adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2, alpha=alpha))
+        adapters = ft.trees.Tensors({n: t + alpha for n, t in adapters.items()})
+        ft.lora.save_adapter(tmp_path, adapted, adapters)
+        return adapters
+
+    old = saved(1.0)
+    calls = iter(range(1, 5))
+
+    def failing(act: Any) -> Any:
+        def acted(*given: Any) -> Any:
+            if next(calls) == call:
+                raise OSError(5, "Input/output error")
+            return act(*given)
+
+        return acted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", failing(os.fsync))
+        patch.setattr(Path, "replace", failing(Path.replace))
+        with pytest.raises(ft.CheckpointError, match="could not be written"):
+            saved(4.0)
+    assert not list(tmp_path.glob(".*"))
+    if call > 2:  # the files have been written, and are put in place
+        with pytest.raises(ft.CheckpointError, match=r"adapter_config\.json: cannot be read"):
+            ft.lora.load_adapter(tmp_path, architecture, params)
+    else:
+        adapted, adapters = ft.lora.load_adapter(tmp_path, architecture, params)
+        assert ft.lora.adapter_of(adapted).lora.alpha == 1.0
+        assert all(torch.equal(adapters[n], old[n]) for n in old)
 
 
 def test_an_adapted_model_is_exported_merged(tmp_path: Path) -> None:

@@ -162,6 +162,10 @@ def made(name: str, seed: int = 0) -> Any:
         # What a family begins with at 0 or 1 would hide a weight that is in the wrong place.
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * 0.02)
+        kept = model.state_dict()
+        for each, buffer in model.named_buffers():
+            if each in kept:
+                buffer.add_(torch.rand_like(buffer))
     return model.eval()
 
 
