@@ -22,6 +22,7 @@ from functrain.errors import CheckpointError, ConfigError
 from functrain.models.card import card
 from functrain.models.config import config_files
 from functrain.models.decoder import Decoder
+from functrain.models.layouts import is_wide, kept_wide
 from functrain.state import TrainState, check_state, fingerprint
 
 MARK = "functrain.json"
@@ -47,7 +48,9 @@ def export(
     transformers has put together in memory is taken apart again), the tokenizer's files with its
     chat template, and a `README.md` with `data`, `config`, `metrics`, step and fingerprint.
     `tokenizer`: one of `functrain.models.from_pretrained`, or of transformers. `dtype`: what the
-    floating params are written as, their own unless given. Adapters are merged into the weights.
+    floating params are written as, their own unless given; those that transformers keeps in float32
+    beside narrower ones (routers, say), and buffers, are as they are. Adapters are merged into the
+    weights.
 
     The directory appears whole, under its name, after everything is on the disk; an export that is
     there already is replaced. Returns its path.
@@ -66,7 +69,7 @@ def export(
             "built-in decoder, so nothing would load it; save its params with functrain.save"
         )
     check_fit(params, slots(architecture).params, "params")
-    weights = _weights(architecture, {**state.buffers, **params}, kind)
+    weights = _weights(architecture, params, state.buffers, kind)
     text = card(
         name=name or target.name,
         architecture=architecture,
@@ -128,13 +131,20 @@ def _merged(
 
 
 def _weights(
-    architecture: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None
+    architecture: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """What a file holds: params, and the buffers that are persistent; cast where that is asked."""
+    """What a file holds: params, cast where that is asked, and the buffers that are persistent."""
+    values = {**buffers, **params}
     held = {name: values[name] for name in architecture.state_dict() if name in values}
     if dtype is None:
         return held
-    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in held.items()}
+    # transformers does not round these when it loads, so rounded here they would stay so.
+    wide = kept_wide(architecture, dtype)
+    cast = {n for n in held.keys() & params.keys() if not is_wide(n, wide)}
+    return {n: t.to(dtype) if n in cast and t.is_floating_point() else t for n, t in held.items()}
 
 
 def _write_decoder(architecture: Decoder, weights: Mapping[str, Tensor], directory: Path) -> None:

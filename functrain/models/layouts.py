@@ -150,7 +150,7 @@ class Layout:
         """The dtype that a tensor of this name has in the model."""
         if not tensor.is_floating_point():
             return tensor.dtype
-        return torch.float32 if any(re.search(each, name) for each in self.wide) else self.dtype
+        return torch.float32 if is_wide(name, self.wide) else self.dtype
 
     def buffers(self, made: Mapping[str, Tensor]) -> Tensors:
         """The buffers of a model, those of its files as they are there."""
@@ -177,7 +177,7 @@ def layout_of(
     found = slots(architecture)
     kept = {n for n in found.buffers if n not in _passing(architecture, found.buffers)}
     others = _others(architecture, found.params)
-    wide = _wide(architecture, dtype)
+    wide = kept_wide(architecture, dtype)
     try:
         layout = _renamed(files, architecture, {*found.params, *kept, *others}, dtype, wide)
     except (AttributeError, TypeError):
@@ -208,12 +208,17 @@ def layout_of(
     return layout if same else None
 
 
-def _wide(architecture: Any, dtype: torch.dtype) -> tuple[str, ...]:
+def kept_wide(architecture: Any, dtype: torch.dtype) -> tuple[str, ...]:
     """Patterns of what a model of transformers keeps in float32, as transformers tells them."""
     plan = getattr(architecture, "_get_dtype_plan", None)
     if not callable(plan):
         return ()
     return tuple(pattern.replace("*", ".*") for pattern in plan(dtype))
+
+
+def is_wide(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor of this name is among what the patterns of `kept_wide` are of."""
+    return any(re.search(each, name) for each in patterns)
 
 
 def _renamed(

@@ -250,6 +250,27 @@ def test_an_export_is_written_in_the_dtype_that_was_asked_for(tmp_path: Path) ->
     assert architecture.config.dtype != torch.bfloat16  # the architecture is as it was
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "rwkv"])
+def test_an_export_keeps_wide_what_transformers_does(name: str, dtype: str, tmp_path: Path) -> None:
+    """Routers, their biases (buffers), norms: what it loads is what it makes of the original."""
+    model = families.made(name)
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.add_(30 + 0.05 * torch.randn_like(buffer))
+    model.save_pretrained(tmp_path / "theirs")
+    architecture, params, buffers, _ = ft.models.from_pretrained(tmp_path / "theirs")
+    state = ft.pretrain_step(architecture, ft.optim.sgd()).init(params, buffers)
+    out = ft.export(state, architecture, tmp_path / "ours", dtype=dtype)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    found = load(out, dtype="auto").state_dict()
+    expected = load(tmp_path / "theirs", dtype=getattr(torch, dtype)).state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key], tensor), key
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_built_in_decoder_is_exported_as_a_llama(tied: bool, tmp_path: Path) -> None:
     architecture, params, buffers = ft.split(zoo.decoder(tied=tied))
