@@ -55,8 +55,9 @@ def export(
     The directory appears whole, under its name, after everything is on the disk; an export that is
     there already is replaced. Returns its path.
 
-    Raises `CheckpointError` for a directory that holds something else, and where the disk refuses;
-    `ConfigError` for an architecture that is neither of transformers nor the built-in decoder.
+    Raises `CheckpointError` for a directory that holds something else, beside an export too, and
+    where the disk refuses; `ConfigError` for an architecture that is neither of transformers nor
+    the built-in decoder.
     """
     check_state(state)
     target = Path(directory)
@@ -109,6 +110,28 @@ def _check_target(target: Path) -> None:
             f"{target}: holds {names[0]!r} and is no export of functrain's (it has no {MARK}); "
             "export to a fresh directory, or empty it"
         )
+    known = _marked(target / MARK) if names else set()
+    others = [name for name in names if name not in known]
+    if others:
+        raise CheckpointError(
+            f"{target}: holds {others[0]!r}, which is not of the export that is there ({MARK} "
+            "lists its files) and would be deleted with it; move it away, or export to a fresh "
+            "directory"
+        )
+
+
+def _marked(path: Path) -> set[str]:
+    """The names of an export's files, as its mark lists them, and the mark's own."""
+    try:
+        found = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}, expected the list of an export's files") from error
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, dict):
+        raise CheckpointError(
+            f"{path}: lists no files, as that of an export does; export to a fresh directory"
+        )
+    return {*files, MARK}
 
 
 def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:

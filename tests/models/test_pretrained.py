@@ -291,15 +291,33 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     ft.export(state, architecture, mine)  # an empty one is fine
-    (mine / "left over").write_text("")
+    (mine / "config.json").write_text("")
     ft.export(state, architecture, mine)
-    assert not (mine / "left over").exists()
+    assert (mine / "config.json").read_text()
     with pytest.raises(ft.CheckpointError, match=r"is no export of functrain's"):
         ft.export(state, architecture, tmp_path / "theirs")
     (tmp_path / "file").write_text("")
     with pytest.raises(ft.CheckpointError, match="is there and no directory"):
         ft.export(state, architecture, tmp_path / "file")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "theirs"]
+
+
+def test_what_others_have_put_beside_an_export_is_not_deleted(tmp_path: Path) -> None:
+    saved(tmp_path / "theirs")
+    architecture, state = trained(tmp_path / "theirs")
+    out = ft.export(state, architecture, tmp_path / "ours")
+    (out / "notes.md").write_text("mine")
+    (out / ".git").mkdir()
+    for name in (".git", "notes.md"):  # in the order of names
+        with pytest.raises(ft.CheckpointError, match=rf"holds '{name}', which is not of the export"):
+            ft.export(state, architecture, out)
+        (out / name).rename(tmp_path / name)
+    spoilt = {"{": "expected the list", "[]": "no files", '{"files": ["config.json"]}': "no files"}
+    for text, message in spoilt.items():
+        (out / "functrain.json").write_text(text)
+        with pytest.raises(ft.CheckpointError, match=rf"functrain\.json: .*{message}"):
+            ft.export(state, architecture, out)
+    assert (out / "config.json").exists()
 
 
 def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
