@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from functrain import lora
 from functrain.architecture import check_fit, slots
 from functrain.checkpoint import format as safetensors
+from functrain.data.pretrained import PretrainedTokenizer
 from functrain.errors import CheckpointError, ConfigError
 from functrain.models.card import card
 from functrain.models.config import config_files
@@ -215,7 +216,7 @@ def _write_tokenizer(tokenizer: Any, directory: Path) -> None:
     if hasattr(tokenizer, "save"):
         tokenizer.save(directory)
     elif hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(str(directory))
+        PretrainedTokenizer(tokenizer).save(directory)
     else:
         raise ConfigError(
             f"tokenizer: {type(tokenizer).__name__} cannot be saved as transformers reads it; give "

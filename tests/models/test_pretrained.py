@@ -240,6 +240,26 @@ def test_an_export_is_what_transformers_loads(tmp_path: Path) -> None:
     assert all(torch.equal(state.params[n], p) for n, p in again.params.items())
 
 
+def test_every_chat_template_goes_along(tmp_path: Path) -> None:
+    """Into an export, and beside a checkpoint, where names are those of files alone."""
+    templates = {"default": TEMPLATE, "tool_use": "{{ messages }}{{ tools }}"}
+    saved(tmp_path / "theirs")
+    several = tokenizer()
+    several.chat_template = templates
+    several.save_pretrained(tmp_path / "theirs")
+    architecture, params, buffers, found = ft.models.from_pretrained(tmp_path / "theirs")
+    assert found is not None
+    state = ft.pretrain_step(architecture, ft.optim.sgd()).init(params, buffers)
+    paths = [ft.save(tmp_path / "run", state, beside=found.files())]
+    for given in (found, found.inner):
+        paths.append(ft.export(state, architecture, tmp_path / "ours", tokenizer=given))
+    for path in paths:
+        assert transformers.AutoTokenizer.from_pretrained(path).chat_template == templates
+        again = ft.models.tokenizer_of(path)
+        assert again is not None
+        assert again.fingerprint == found.fingerprint
+
+
 def test_an_export_is_written_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
     saved(tmp_path / "theirs")
     architecture, state = trained(tmp_path / "theirs")
