@@ -59,7 +59,8 @@ def save_adapter(
     """Write the adapters as peft reads them, with `base` as the name or path of their model.
 
     The two files are written whole or not at all. Raises `ConfigError` where params are trained
-    beside the adapters, which peft keeps by whole modules: merge and export those.
+    beside the adapters, which peft keeps by whole modules: merge and export those; and
+    `CheckpointError` for a directory that holds a model, and where the disk refuses.
     """
     from safetensors.torch import save
 
@@ -86,6 +87,12 @@ def save_adapter(
         "inference_mode": True,
     }
     target = Path(directory)
+    if (target / "config.json").exists():
+        # transformers would put them on that model whenever it loads it, merged or not.
+        raise CheckpointError(
+            f"{target}: holds a model (config.json), to which transformers would apply the adapters "
+            "from then on; give them a directory of their own"
+        )
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from functrain.checkpoint.format import DTYPES as _DTYPES
 from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
+from functrain.lora.peft import CONFIG as ADAPTERS
 from functrain.models.layouts import Files, layout_of
 from functrain.models.skeletons import bare, configured, quiet, skeleton
 from functrain.trees import Tensors, owning
@@ -156,6 +157,7 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
 def _located(path: Path) -> tuple[Path, dict[str, Any]]:
     """The directory of a model, and what transformers must be told beside it."""
     if path.is_file() and path.suffix == ".gguf":
+        _refuse_adapters(path.parent, path.name)
         return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
         what = (
@@ -179,7 +181,17 @@ def _located(path: Path) -> tuple[Path, dict[str, Any]]:
             "files, say) are not read: load them with transformers, and save_pretrained them"
         )
     _check_config(path / "config.json")
+    _refuse_adapters(path, "config.json")
     return path, {"use_safetensors": True}
+
+
+def _refuse_adapters(directory: Path, beside: str) -> None:
+    """transformers would apply them where peft is there, and give another model elsewhere."""
+    if (directory / ADAPTERS).exists():
+        raise ArchitectureError(
+            f"{directory}: {ADAPTERS} lies beside {beside}; move the adapters to a directory of "
+            "their own, load the model, and put them on it with functrain.lora.load_adapter"
+        )
 
 
 def _check_config(path: Path) -> None:

@@ -108,6 +108,10 @@ def _without_a_weight(directory: Path) -> None:
             "gptq",
         ),
         (_without_a_weight, "lacks model.norm.weight, which would be random"),
+        (
+            lambda d: (d / "adapter_config.json").write_text("{}"),
+            "adapter_config.json lies beside config.json; .*functrain.lora.load_adapter",
+        ),
     ],
 )
 def test_what_is_no_whole_model_is_refused(spoil: Any, message: str, tmp_path: Path) -> None:
