@@ -186,6 +186,8 @@ def _write_transformers(
     directory: Path,
     max_shard_size: str | int,
 ) -> None:
+    from safetensors import SafetensorError
+
     from functrain.models.skeletons import quiet
 
     config = architecture.config
@@ -198,6 +200,8 @@ def _write_transformers(
             architecture.save_pretrained(
                 str(directory), state_dict=weights, max_shard_size=max_shard_size
             )
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"export: transformers refuses to save it: {error}") from error
     finally:
@@ -213,15 +217,23 @@ def _write_transformers(
 
 
 def _write_tokenizer(tokenizer: Any, directory: Path) -> None:
-    if hasattr(tokenizer, "save"):
+    if not hasattr(tokenizer, "save"):
+        tokenizer = _of_transformers(tokenizer)
+    try:
         tokenizer.save(directory)
-    elif hasattr(tokenizer, "save_pretrained"):
-        PretrainedTokenizer(tokenizer).save(directory)
-    else:
+    except Exception as error:
+        if type(error) is Exception:  # what tokenizers raises where the disk refuses
+            raise OSError(str(error)) from error
+        raise
+
+
+def _of_transformers(tokenizer: Any) -> PretrainedTokenizer:
+    if not hasattr(tokenizer, "save_pretrained"):
         raise ConfigError(
             f"tokenizer: {type(tokenizer).__name__} cannot be saved as transformers reads it; give "
             "one of functrain.models.from_pretrained or of transformers, or leave it out"
         )
+    return PretrainedTokenizer(tokenizer)
 
 
 def _mark(state: TrainState, directory: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +361,29 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch:
         ft.export(state, architecture, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file of this process becomes longer: a disk that is full, for whoever writes one."""
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+
+
+def test_a_full_disk_is_said_whoever_writes(tmp_path: Path) -> None:
+    """safetensors and tokenizers have errors of their own for it."""
+    saved(tmp_path / "theirs")
+    architecture, state = trained(tmp_path / "theirs")
+    large = tokenizer()
+    large.add_tokens([f"word {n}" for n in range(2000)])
+    for size in (4_000, 100_000):  # bytes: the weights do not fit, then the tokenizer
+        with small_files(size), pytest.raises(ft.CheckpointError, match=r"File too large.*as it"):
+            ft.export(state, architecture, tmp_path / "ours", tokenizer=large)
+        assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_what_nothing_would_load_is_not_exported(tmp_path: Path) -> None:
