@@ -90,8 +90,8 @@ def save_adapter(
     if (target / "config.json").exists():
         # transformers would put them on that model whenever it loads it, merged or not.
         raise CheckpointError(
-            f"{target}: holds a model (config.json), to which transformers would apply the adapters "
-            "from then on; give them a directory of their own"
+            f"{target}: holds a model (config.json), to which transformers would then apply the "
+            "adapters; give them a directory of their own"
         )
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
     try:

@@ -8,11 +8,8 @@ no file holds (rotary frequencies); each tensor then moves into memory of its ow
 
 from __future__ import annotations
 
-import functools
-import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +24,7 @@ from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
 from functrain.lora.peft import CONFIG as ADAPTERS
+from functrain.models.gguf_files import header_of, no_bar, passed_over, refuse_scaling
 from functrain.models.layouts import Files, layout_of
 from functrain.models.skeletons import bare, configured, quiet, skeleton
 from functrain.trees import Tensors, owning
@@ -71,8 +69,9 @@ def from_pretrained(
     that are fused) are made one at a time; of a GGUF file, and of weights that the model has no
     place for, each worker has the whole for a moment.
 
-    Raises `ArchitectureError` for a path without such a model, for quantised weights, and where
-    weights are missing or of other shapes, since those would be random.
+    Raises `ArchitectureError` for a path without such a model, for quantised weights, for a GGUF
+    file whose rotary frequencies are scaled (Llama 3.1, Phi-3 of 128k), which transformers does not
+    read, and where weights are missing or of other shapes, since those would be random.
     """
     kind = _dtype(dtype)
     given = Path(path)
@@ -220,8 +219,11 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
         ) from error
     from safetensors import SafetensorError
 
+    header = header_of(given) if "gguf_file" in options else None
+    if header is not None:
+        refuse_scaling(given, header)
     try:
-        with quiet(), _no_bar("gguf_file" in options):
+        with quiet(), nullcontext() if header is None else no_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(where),
                 dtype=dtype,
@@ -230,10 +232,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
                 output_loading_info=True,
                 **options,
             )
-    except (
-        *(OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError),
-        struct.error,  # of a GGUF file that was cut in its header
-    ) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip() or type(error).__name__
         raise ArchitectureError(f"{given}: transformers cannot load it: {reason[:500]}") from error
     module, report = loaded
@@ -244,6 +243,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
             "model than config.json says, or incomplete"
         )
     unknown = sorted(report["unexpected_keys"])
+    unknown += [] if header is None else passed_over(header, module)
     if unknown:
         warnings.warn(
             f"{given}: {type(module).__name__} has no place for {_some(unknown)}; they are left "
@@ -286,25 +286,6 @@ def tokenizer_of(path: str | Path) -> PretrainedTokenizer | None:
     if given.suffix != ".gguf" and not any((given / name).is_file() for name in _TOKENIZERS):
         return None
     return pretrained_tokenizer(given)
-
-
-@contextmanager
-def _no_bar(gguf: bool) -> Iterator[None]:
-    """Without the bar over a GGUF file's tensors, which heeds no switch of transformers'."""
-    if not gguf:
-        yield
-        return
-    from transformers import modeling_gguf_pytorch_utils
-
-    module: Any = modeling_gguf_pytorch_utils
-    shown = getattr(module, "tqdm", None)
-    if shown is not None:
-        module.tqdm = functools.partial(shown, disable=True)
-    try:
-        yield
-    finally:
-        if shown is not None:
-            module.tqdm = shown
 
 
 def _some(names: list[str]) -> str:

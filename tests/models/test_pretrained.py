@@ -133,14 +133,20 @@ def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"no")
     with pytest.raises(ft.ArchitectureError, match=r"give the file: .*model\.gguf"):
         ft.models.from_pretrained(tmp_path)
-    with pytest.raises(ft.ArchitectureError, match="cannot load it"):
+    with pytest.raises(ft.ArchitectureError, match="cannot be read as a GGUF file: ends after 2"):
+        ft.models.from_pretrained(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(20))
+    with pytest.raises(ft.ArchitectureError, match="begins with b'GGML'"):
         ft.models.from_pretrained(tmp_path / "model.gguf")
     with pytest.raises(ft.ArchitectureError, match="dtype: 'int8', expected a floating one"):
         ft.models.from_pretrained(tmp_path, dtype="int8")
 
 
-def gguf_file(path: Path) -> None:
-    """A tiny Llama with a byte-level tokenizer, as llama.cpp's files have it."""
+def gguf_file(path: Path, scaling: str = "", **tensors: int) -> None:
+    """A tiny Llama with a byte-level tokenizer, as llama.cpp's files have it.
+
+    `scaling`: that of its rotary frequencies. `tensors`: further ones of ones, with their sizes.
+    """
     gguf = pytest.importorskip("gguf")
     rng = np.random.default_rng(0)
     tokens = ["<|end|>", *map(chr, range(33, 94)), "Ġ", "Ċ", "AB"]
@@ -173,6 +179,10 @@ def gguf_file(path: Path) -> None:
     }
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32) * 0.1)
+    for name, size in tensors.items():
+        writer.add_tensor(name, np.ones(size, np.float32))
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -185,7 +195,7 @@ def test_a_gguf_file_that_was_cut_is_refused(tmp_path: Path) -> None:
     whole = (tmp_path / "tiny.gguf").read_bytes()
     for size in (4, 30, 400, len(whole) // 2):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        with pytest.raises(ft.ArchitectureError, match=r"cut\.gguf: transformers cannot load it"):
+        with pytest.raises(ft.ArchitectureError, match=r"cut\.gguf: .*(within its header|load it)"):
             ft.models.from_pretrained(tmp_path / "cut.gguf")
 
 
@@ -206,6 +216,29 @@ def test_a_gguf_file_is_read_and_exported(tmp_path: Path, capfd: Any) -> None:
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
     assert transformers.AutoTokenizer.from_pretrained(out).encode("AB") == found.encode("AB")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "tensors", "message"),
+    [
+        ("", {"rope_freqs.weight": 4}, r"\(rope_freqs\.weight\)"),
+        ("", {"rope_factors_long.weight": 4}, r"\(rope_factors_long\.weight\)"),
+        ("yarn", {}, r"\(llama\.rope\.scaling\.type = yarn\)"),
+    ],
+)
+def test_a_gguf_file_of_scaled_frequencies_is_refused(
+    scaling: str, tensors: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    """llama.cpp writes them so for Llama 3.1 and Phi-3; transformers passes over them."""
+    gguf_file(tmp_path / "tiny.gguf", scaling, **tensors)
+    with pytest.raises(ft.ArchitectureError, match=rf"are scaled {message}.*give the directory"):
+        ft.models.from_pretrained(tmp_path / "tiny.gguf")
+
+
+def test_tensors_of_a_gguf_file_without_a_place_are_said(tmp_path: Path) -> None:
+    gguf_file(tmp_path / "tiny.gguf", "none", **{"blk.0.attn_q.bias": 32, "other.weight": 2})
+    with pytest.warns(ft.errors.WeightsWarning, match=r"for blk\.0\.attn_q\.bias, other\.weight;"):
+        ft.models.from_pretrained(tmp_path / "tiny.gguf")
 
 
 def test_weights_without_a_place_are_said(tmp_path: Path) -> None:
@@ -257,10 +290,11 @@ def test_every_chat_template_goes_along(tmp_path: Path) -> None:
     architecture, params, buffers, found = ft.models.from_pretrained(tmp_path / "theirs")
     assert found is not None
     state = ft.pretrain_step(architecture, ft.optim.sgd()).init(params, buffers)
-    paths = [ft.save(tmp_path / "run", state, beside=found.files())]
-    for given in (found, found.inner):
-        paths.append(ft.export(state, architecture, tmp_path / "ours", tokenizer=given))
-    for path in paths:
+    for path in (
+        ft.save(tmp_path / "run", state, beside=found.files()),
+        ft.export(state, architecture, tmp_path / "ours", tokenizer=found),
+        ft.export(state, architecture, tmp_path / "too", tokenizer=found.inner),
+    ):
         assert transformers.AutoTokenizer.from_pretrained(path).chat_template == templates
         again = ft.models.tokenizer_of(path)
         assert again is not None
@@ -336,7 +370,7 @@ def test_what_others_have_put_beside_an_export_is_not_deleted(tmp_path: Path) ->
     (out / "notes.md").write_text("mine")
     (out / ".git").mkdir()
     for name in (".git", "notes.md"):  # in the order of names
-        with pytest.raises(ft.CheckpointError, match=rf"holds '{name}', which is not of the export"):
+        with pytest.raises(ft.CheckpointError, match=rf"holds '{name}', which is not"):
             ft.export(state, architecture, out)
         (out / name).rename(tmp_path / name)
     spoilt = {"{": "expected the list", "[]": "no files", '{"files": ["config.json"]}': "no files"}
