@@ -26,7 +26,7 @@ from functrain.errors import ArchitectureError, WeightsWarning
 from functrain.lora.peft import CONFIG as ADAPTERS
 from functrain.models.gguf_files import header_of, no_bar, passed_over, refuse_scaling
 from functrain.models.layouts import Files, layout_of
-from functrain.models.skeletons import bare, configured, quiet, skeleton
+from functrain.models.skeletons import REFUSALS, bare, configured, quiet, skeleton
 from functrain.trees import Tensors, owning
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -137,9 +137,9 @@ def _lies_as(dtype: torch.dtype, where: Path, given: Path) -> bool:
         return False  # its blocks are taken apart into memory of their own
     from safetensors import safe_open
 
-    for path in sorted(where.glob("*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            if any(_DTYPES.get(file.get_slice(name).get_dtype()) == dtype for name in file.keys()):  # noqa: SIM118
+    for name in sorted({*Files.of(where).places.values()}):
+        with safe_open(str(where / name), framework="pt") as file:
+            if any(_DTYPES.get(file.get_slice(key).get_dtype()) == dtype for key in file.keys()):  # noqa: SIM118
                 return True
     return False
 
@@ -217,6 +217,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
             f"{given}: models are read with {error.name}, which is not installed: "
             "pip install 'functrain[hf]'"
         ) from error
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     header = header_of(given) if "gguf_file" in options else None
@@ -232,7 +233,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*REFUSALS, StrictDataclassError, SafetensorError) as error:
         reason = str(error).strip() or type(error).__name__
         raise ArchitectureError(f"{given}: transformers cannot load it: {reason[:500]}") from error
     module, report = loaded

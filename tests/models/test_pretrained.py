@@ -107,6 +107,13 @@ def _without_a_weight(directory: Path) -> None:
         (lambda d: _edited(d / "config.json", hidden_size=32), "cannot load it"),
         (lambda d: _edited(d / "config.json", num_hidden_layers=3), "lacks model.layers.2"),
         (
+            lambda d: _edited(d / "config.json", rms_norm_eps="1e-5"),
+            "'rms_norm_eps' expected float",
+        ),
+        (lambda d: _edited(d / "config.json", hidden_size=17), "17.* is not a multiple of"),
+        (lambda d: _edited(d / "config.json", num_hidden_layers=[2]), "expected int"),
+        (lambda d: _edited(d / "config.json", num_attention_heads=0), "by zero"),
+        (
             lambda d: _edited(d / "config.json", quantization_config={"quant_method": "gptq"}),
             "gptq",
         ),
@@ -122,6 +129,23 @@ def test_what_is_no_whole_model_is_refused(spoil: Any, message: str, tmp_path: P
     spoil(tmp_path)
     with pytest.raises(ft.ArchitectureError, match=message):
         ft.models.from_pretrained(tmp_path)
+
+
+def test_a_description_that_transformers_refuses_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for changes in ({"rms_norm_eps": "1e-5"}, {"hidden_size": 17}, {"dtype": "x"}):
+        _edited(tmp_path / "config.json", **changes)
+        with pytest.raises(ft.ArchitectureError, match="transformers cannot make it"):
+            ft.models.skeleton(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_files_that_are_not_of_the_weights_are_not_opened(shards: bool, tmp_path: Path) -> None:
+    """A pointer of git-lfs, say, for weights in another layout."""
+    model = saved(tmp_path, max_shard_size="6KB" if shards else "5GB")
+    (tmp_path / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    params = ft.models.from_pretrained(tmp_path).params
+    assert all(torch.equal(params[name], p) for name, p in model.named_parameters())
 
 
 def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
