@@ -23,7 +23,7 @@ from functrain.errors import CheckpointError, ConfigError
 from functrain.models.card import card
 from functrain.models.config import config_files
 from functrain.models.decoder import Decoder
-from functrain.models.layouts import is_wide, kept_wide
+from functrain.models.layouts import further_names, is_wide, kept_wide
 from functrain.state import TrainState, check_state, fingerprint
 
 MARK = "functrain.json"
@@ -101,6 +101,12 @@ def export(
 
 
 def _check_target(target: Path) -> None:
+    if target.name in ("", ".."):
+        # A directory in which a process is would be replaced under it by one of the same name.
+        raise CheckpointError(
+            f"{target}: has no name of its own, under which an export appears whole; export to a "
+            "directory below it"
+        )
     if not target.exists() and not target.is_symlink():
         return
     if target.is_symlink() or not target.is_dir():
@@ -160,15 +166,21 @@ def _weights(
     buffers: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """What a file holds: params, cast where that is asked, and the buffers that are persistent."""
+    """What a file holds: params, cast where that is asked, and the buffers that are persistent.
+
+    What modules share has each of its names, but one alone where the config ties them.
+    """
     values = {**buffers, **params}
     held = {name: values[name] for name in architecture.state_dict() if name in values}
-    if dtype is None:
-        return held
-    # transformers does not round these when it loads, so rounded here they would stay so.
-    wide = kept_wide(architecture, dtype)
-    cast = {n for n in held.keys() & params.keys() if not is_wide(n, wide)}
-    return {n: t.to(dtype) if n in cast and t.is_floating_point() else t for n, t in held.items()}
+    if dtype is not None:
+        # transformers does not round these when it loads, so rounded here they would stay so.
+        wide = kept_wide(architecture, dtype)
+        for name in held.keys() & params.keys():
+            if held[name].is_floating_point() and not is_wide(name, wide):
+                held[name] = held[name].to(dtype)
+    # Copies: a file of safetensors has no memory twice.
+    again = {n: f for n, f in further_names(architecture).items() if f in held and n not in held}
+    return held | {name: held[first].clone() for name, first in again.items()}
 
 
 def _write_decoder(architecture: Decoder, weights: Mapping[str, Tensor], directory: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from functrain.architecture import slots
 from functrain.distributed import World
 from functrain.errors import ArchitectureError
+from functrain.models.decoder import Decoder
 from functrain.trees import Tensors, owning
 
 
@@ -270,3 +271,30 @@ def _others(architecture: nn.Module, names: Mapping[str, object]) -> dict[str, s
     every = dict(architecture.named_parameters(remove_duplicate=False))
     first = {id(tensor): name for name, tensor in every.items() if name in names}
     return {name: first[id(tensor)] for name, tensor in every.items() if name not in names}
+
+
+def further_names(architecture: nn.Module) -> dict[str, str]:
+    """The further names of what modules share, each with its first, but of what the config ties.
+
+    Whoever makes the model by its config must find a tensor under each.
+    """
+    first: dict[int, str] = {}
+    kept = architecture.state_dict(keep_vars=True)
+    tensors = {name: each for name, each in kept.items() if isinstance(each, Tensor)}
+    found = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    tied = _tied(architecture)
+    return {
+        name: other
+        for name, other in found.items()
+        if name != other and tied.get(name, name) != tied.get(other, other)
+    }
+
+
+def _tied(architecture: Any) -> Mapping[str, str]:
+    """What the config ties, each name with the one that it is tied to."""
+    if isinstance(architecture, Decoder):
+        tied = {"lm_head.weight": "model.embed_tokens.weight"}
+        return tied if architecture.config.tied else {}
+    tell = getattr(architecture, "get_expanded_tied_weights_keys", None)
+    found: Mapping[str, str] = tell(all_submodels=True) if callable(tell) else {}
+    return found

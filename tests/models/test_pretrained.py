@@ -370,6 +370,35 @@ def test_the_built_in_decoder_is_exported_as_a_llama(tied: bool, tmp_path: Path)
         torch.testing.assert_close(theirs, model(ids), rtol=1e-4, atol=1e-5)
 
 
+def _head_is_embedding(model: Any) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def _one_feed_forward(model: Any) -> None:
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("tie", [_head_is_embedding, _one_feed_forward])
+def test_what_the_config_does_not_tie_is_written_by_every_name(
+    name: str, tie: Any, tmp_path: Path
+) -> None:
+    """transformers would draw the others at random: of an export, and of a checkpoint."""
+    model = families.made(name)
+    tie(model)
+    architecture, params, buffers = ft.split(model)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    out = ft.export(state, architecture, tmp_path / "ours", dtype="float64")
+    ids = zoo.batch()["input_ids"]
+    with ft.bound(architecture, state.params, state.buffers, "eval") as bound, torch.no_grad():
+        expected = bound(input_ids=ids).logits
+    found = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids=ids).logits, expected)
+    assert ft.models.config_files(architecture) == {}
+
+
 def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     saved(tmp_path / "theirs")
     architecture, state = trained(tmp_path / "theirs")
@@ -403,6 +432,21 @@ def test_what_others_have_put_beside_an_export_is_not_deleted(tmp_path: Path) ->
         with pytest.raises(ft.CheckpointError, match=rf"functrain\.json: .*{message}"):
             ft.export(state, architecture, out)
     assert (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("directory", [".", "", "..", "here/.."])
+def test_an_export_does_not_replace_the_directory_it_is_called_from(
+    directory: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Where the process would then be in one that is deleted."""
+    saved(tmp_path / "theirs")
+    architecture, state = trained(tmp_path / "theirs")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ft.CheckpointError, match=r"has no name .* export to a directory below it"):
+        ft.export(state, architecture, directory)
+    assert ft.export(state, architecture, "below") == Path("below")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "theirs"]
 
 
 def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
