@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.architecture import slots
+from functrain.checkpoint.format import DTYPES
 from functrain.distributed import World
 from functrain.errors import ArchitectureError
 from functrain.models.decoder import Decoder
@@ -65,6 +66,17 @@ class Files:
             with safe_open(str(self.path / file), framework="pt") as opened:
                 for name in (name for name, place in self.places.items() if place == file):
                     found[name] = torch.Size(opened.get_slice(name).get_shape())
+        return found
+
+    def dtypes(self) -> dict[str, torch.dtype | None]:
+        """The dtype of every tensor in the files; None for one that a checkpoint cannot hold."""
+        from safetensors import safe_open
+
+        found: dict[str, torch.dtype | None] = {}
+        for file in sorted({*self.places.values()}):
+            with safe_open(str(self.path / file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    found[name] = DTYPES.get(opened.get_slice(name).get_dtype())
         return found
 
 
@@ -228,6 +240,38 @@ def _renamed(
     """As transformers names what is in the files; None where the model has no place for one."""
     same = {name: name for name in files.places if name in known}
     plain = Layout(files, same, (), dtype, wide)
+    naming = _naming(architecture, known)
+    if naming is None:
+        # Another version of it, which will convert the whole where something is to be converted.
+        return plain if len(same) == len(files.places) else None
+    direct: dict[str, str] = {}
+    made: dict[str, Made] = {}
+    for name in sorted(files.places, key=naming.order):
+        to, pattern = naming.of(name)
+        if to not in known or to in direct:
+            return None
+        if pattern is None:
+            direct[to] = name
+            continue
+        made.setdefault(to, Made(naming.converters[pattern], architecture, to))
+        made[to].sources.append((pattern, name))
+    return attrs.evolve(plain, direct=direct, made=tuple(made.values()))
+
+
+@attrs.frozen(eq=False)
+class _Naming:
+    """`of`: the model's name for one of the files, and the pattern of the converter that takes it.
+
+    `converters`: by their patterns. `order`: in which they are to be given tensors.
+    """
+
+    of: Callable[[str], tuple[str, str | None]]
+    converters: Mapping[str, Any]
+    order: Callable[[str], Any]
+
+
+def _naming(architecture: Any, known: set[str]) -> _Naming | None:
+    """As transformers names what is in the files; None where its version does so in another way."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -237,27 +281,38 @@ def _renamed(
             rename_source_key,
         )
     except ImportError:
-        # Another version of it, which will convert the whole where something is to be converted.
-        return plain if len(same) == len(files.places) else None
+        return None
     steps: Any = get_model_conversion_mapping(architecture)
     converters = [each for each in steps if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     renamings = [each for each in steps if isinstance(each, WeightRenaming)]
     prefix, has = architecture.base_model_prefix, dict.fromkeys(known, True)
-    direct: dict[str, str] = {}
-    made: dict[str, Made] = {}
-    for name in sorted(files.places, key=dot_natural_key):
+
+    def of(name: str) -> tuple[str, str | None]:
         to, pattern = rename_source_key(name, renamings, converters, prefix, has)
-        if to not in known and name in known:
-            to, pattern = name, None
-        if to not in known or to in direct:
-            return None
-        if pattern is None:
-            direct[to] = name
-            continue
-        made.setdefault(to, Made(by_pattern[pattern], architecture, to))
-        made[to].sources.append((pattern, name))
-    return attrs.evolve(plain, direct=direct, made=tuple(made.values()))
+        return (name, None) if to not in known and name in known else (to, pattern)
+
+    return _Naming(of, by_pattern, dot_natural_key)
+
+
+def refuse_codes(files: Files, architecture: nn.Module) -> None:
+    """Raise `ArchitectureError` for floating weights that the files have as another kind of number.
+
+    Those are codes, whose scales are elsewhere or lost; transformers casts them as they are.
+    """
+    kinds = files.dtypes().items()
+    odd = {name: kind for name, kind in kinds if kind and not kind.is_floating_point}
+    if not odd:
+        return
+    kept = architecture.state_dict(keep_vars=True)
+    floating = {n for n, t in kept.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    naming = _naming(architecture, floating)
+    for name, kind in odd.items():
+        if (naming.of(name)[0] if naming else name) in floating:
+            raise ArchitectureError(
+                f"{files.path}: {name} is {str(kind).removeprefix('torch.')}, expected a floating "
+                "dtype; quantised weights cannot be trained, take the model that they were made of"
+            )
 
 
 def _passing(architecture: nn.Module, names: Mapping[str, object]) -> set[str]:

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from functrain import memory
 from functrain.architecture import split
-from functrain.checkpoint.format import DTYPES as _DTYPES
 from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
 from functrain.lora.peft import CONFIG as ADAPTERS
 from functrain.models.gguf_files import header_of, no_bar, passed_over, refuse_scaling
-from functrain.models.layouts import Files, layout_of
+from functrain.models.layouts import Files, layout_of, refuse_codes
 from functrain.models.skeletons import REFUSALS, bare, configured, quiet, skeleton
 from functrain.trees import Tensors, owning
 
@@ -104,6 +103,7 @@ def _row_by_row(
         exact = world.for_all(lambda: bare(lambda: skeleton(where, torch.float32, attention)))[2]
         made = Tensors({name: exact[name].to(buffer.dtype) for name, buffer in made.items()})
     files = world.for_all(lambda: Files.of(where))
+    world.for_all(lambda: refuse_codes(files, module))
     layout = world.for_all(lambda: layout_of(files, module, params, kind))
     if world.any(layout is None):
         return None
@@ -121,6 +121,8 @@ def _whole(
     if attention is not None:
         options["attn_implementation"] = attention
     module = _loaded(given, where, kind, options)
+    if "gguf_file" not in options:
+        refuse_codes(Files.of(where), module)
     configured(module)
     architecture, params, buffers = split(module.to(device))
     if _lies_as(kind, where, given):
@@ -135,13 +137,7 @@ def _lies_as(dtype: torch.dtype, where: Path, given: Path) -> bool:
     """Whether a file has tensors of the very dtype, which are then its pages and no casts."""
     if given.suffix == ".gguf":
         return False  # its blocks are taken apart into memory of their own
-    from safetensors import safe_open
-
-    for name in sorted({*Files.of(where).places.values()}):
-        with safe_open(str(where / name), framework="pt") as file:
-            if any(_DTYPES.get(file.get_slice(key).get_dtype()) == dtype for key in file.keys()):  # noqa: SIM118
-                return True
-    return False
+    return dtype in Files.of(where).dtypes().values()
 
 
 def _dtype(given: str | torch.dtype) -> torch.dtype:

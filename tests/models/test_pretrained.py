@@ -148,6 +148,31 @@ def test_files_that_are_not_of_the_weights_are_not_opened(shards: bool, tmp_path
     assert all(torch.equal(params[name], p) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize(("family", "part"), [("llama", "norm"), ("mixtral", "experts.1")])
+def test_weights_that_are_not_floating_are_refused(
+    family: str, part: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """They are codes of numbers; cast they would be another model's."""
+    saved(tmp_path, family)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(weights) if part in name)
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    said = str(dtype).removeprefix("torch.")
+    with pytest.raises(ft.ArchitectureError, match=rf"{name} is {said}, expected a floating dtype"):
+        ft.models.from_pretrained(tmp_path)
+
+
+def test_integers_that_are_none_of_its_weights_are_read(tmp_path: Path) -> None:
+    """Buffers of integers, and what the model has no place for."""
+    saved(tmp_path, "bloom")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "codes": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.warns(ft.errors.WeightsWarning, match="no place for codes"):
+        ft.models.from_pretrained(tmp_path)
+
+
 def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ft.ArchitectureError, match=r"not there .*fetch it first"):
         ft.models.from_pretrained(tmp_path / "nowhere")
