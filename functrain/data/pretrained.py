@@ -157,7 +157,7 @@ class PretrainedTokenizer:
         """A hash of all its files: another where ids are."""
         hasher = hashlib.sha256()
         with tempfile.TemporaryDirectory() as directory:
-            self.save(Path(directory))
+            self.inner.save_pretrained(directory)
             for path in sorted(Path(directory).rglob("*")):
                 if path.is_file():
                     content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -165,8 +165,11 @@ class PretrainedTokenizer:
         return hasher.hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write its files into a directory, as transformers reads them."""
-        self.inner.save_pretrained(str(directory))
+        """Write its files into a directory, as transformers reads them, with nothing below it."""
+        several = isinstance(getattr(self.inner, "chat_template", None), Mapping)
+        # In a file each, all chat templates but the default one would be in a directory below.
+        options = {"save_jinja_files": False} if several else {}
+        self.inner.save_pretrained(str(directory), **options)
 
 
 def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:

@@ -62,8 +62,9 @@ def save_adapter(
     config goes first, so that no weights ever lie under another's: who is killed at that moment
     leaves a directory without a config, which every reader refuses.
 
-    Raises `CheckpointError` where the disk refuses, and `ConfigError` where params are trained
-    beside the adapters, which peft keeps by whole modules: merge and export those.
+    Raises `CheckpointError` for a directory that holds a model, and where the disk refuses;
+    `ConfigError` where params are trained beside the adapters, which peft keeps by whole modules:
+    merge and export those.
     """
     from safetensors.torch import save
 
@@ -90,6 +91,12 @@ def save_adapter(
         "inference_mode": True,
     }
     target = Path(directory)
+    if (target / "config.json").exists():
+        # transformers would put them on that model whenever it loads it, merged or not.
+        raise CheckpointError(
+            f"{target}: holds a model (config.json), to which transformers would then apply the "
+            "adapters; give them a directory of their own"
+        )
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
     try:
         target.mkdir(parents=True, exist_ok=True)

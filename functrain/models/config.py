@@ -9,6 +9,7 @@ from torch import nn
 
 from functrain import lora
 from functrain.models.decoder import Decoder, DecoderConfig
+from functrain.models.layouts import further_names
 
 # The rotary embedding of the built-in decoder has no last position; transformers wants a number.
 _POSITIONS = 131_072
@@ -24,14 +25,15 @@ def config_files(architecture: nn.Module) -> dict[str, str]:
     For a model of transformers its own; for the built-in decoder a Llama's, which it is; for any
     other module nothing. Given to `functrain.save(…, beside=…)`, they make each checkpoint a
     directory that `AutoModelForCausalLM.from_pretrained` reads. For adapters nothing: their
-    checkpoints hold no model, and one that looked like it would be read as random weights.
+    checkpoints hold no model, and one that looked like it would be read as random weights. So would
+    what modules share without the config's word: a checkpoint has one name of it, an export all.
 
     For a model with persistent buffers (the `e_score_correction_bias` of DeepSeek-V3) the first is
     named `architecture.json`, by which functrain's commands alone find it: a checkpoint keeps
     buffers in a file that transformers passes by, so that it would read them as they are at their
     start. `functrain.export` writes such a model for it.
     """
-    if lora.is_adapted(architecture):
+    if lora.is_adapted(architecture) or further_names(architecture):
         return {}
     if isinstance(architecture, Decoder):
         return {CONFIG: json.dumps(_llama(architecture.config), indent=2) + "\n"}

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from functrain import lora
 from functrain.architecture import check_fit, slots
 from functrain.checkpoint import format as safetensors
+from functrain.data.pretrained import PretrainedTokenizer
 from functrain.errors import CheckpointError, ConfigError
 from functrain.models.card import card
 from functrain.models.config import config_files
 from functrain.models.decoder import Decoder
+from functrain.models.layouts import further_names, is_wide, kept_wide
 from functrain.state import TrainState, check_state, fingerprint
 
 MARK = "functrain.json"
@@ -47,13 +49,16 @@ def export(
     transformers has put together in memory is taken apart again), the tokenizer's files with its
     chat template, and a `README.md` with `data`, `config`, `metrics`, step and fingerprint.
     `tokenizer`: one of `functrain.models.from_pretrained`, or of transformers. `dtype`: what the
-    floating params are written as, their own unless given. Adapters are merged into the weights.
+    floating params are written as, their own unless given; those that transformers keeps in float32
+    beside narrower ones (routers, say), and buffers, are as they are. Adapters are merged into the
+    weights.
 
     The directory appears whole, under its name, after everything is on the disk; an export that is
     there already is replaced. Returns its path.
 
-    Raises `CheckpointError` for a directory that holds something else, and where the disk refuses;
-    `ConfigError` for an architecture that is neither of transformers nor the built-in decoder.
+    Raises `CheckpointError` for a directory that holds something else, beside an export too, and
+    where the disk refuses; `ConfigError` for an architecture that is neither of transformers nor
+    the built-in decoder.
     """
     check_state(state)
     target = Path(directory)
@@ -66,7 +71,7 @@ def export(
             "built-in decoder, so nothing would load it; save its params with functrain.save"
         )
     check_fit(params, slots(architecture).params, "params")
-    weights = _weights(architecture, {**state.buffers, **params}, kind)
+    weights = _weights(architecture, params, state.buffers, kind)
     text = card(
         name=name or target.name,
         architecture=architecture,
@@ -96,6 +101,12 @@ def export(
 
 
 def _check_target(target: Path) -> None:
+    if target.name in ("", ".."):
+        # A directory in which a process is would be replaced under it by one of the same name.
+        raise CheckpointError(
+            f"{target}: has no name of its own, under which an export appears whole; export to a "
+            "directory below it"
+        )
     if not target.exists() and not target.is_symlink():
         return
     if target.is_symlink() or not target.is_dir():
@@ -106,6 +117,28 @@ def _check_target(target: Path) -> None:
             f"{target}: holds {names[0]!r} and is no export of functrain's (it has no {MARK}); "
             "export to a fresh directory, or empty it"
         )
+    known = _marked(target / MARK) if names else set()
+    others = [name for name in names if name not in known]
+    if others:
+        raise CheckpointError(
+            f"{target}: holds {others[0]!r}, which is not of the export that is there ({MARK} "
+            "lists its files) and would be deleted with it; move it away, or export to a fresh "
+            "directory"
+        )
+
+
+def _marked(path: Path) -> set[str]:
+    """The names of an export's files, as its mark lists them, and the mark's own."""
+    try:
+        found = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}, expected the list of an export's files") from error
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, dict):
+        raise CheckpointError(
+            f"{path}: lists no files, as that of an export does; export to a fresh directory"
+        )
+    return {*files, MARK}
 
 
 def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
@@ -128,13 +161,26 @@ def _merged(
 
 
 def _weights(
-    architecture: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None
+    architecture: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """What a file holds: params, and the buffers that are persistent; cast where that is asked."""
+    """What a file holds: params, cast where that is asked, and the buffers that are persistent.
+
+    What modules share has each of its names, but one alone where the config ties them.
+    """
+    values = {**buffers, **params}
     held = {name: values[name] for name in architecture.state_dict() if name in values}
-    if dtype is None:
-        return held
-    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in held.items()}
+    if dtype is not None:
+        # transformers does not round these when it loads, so rounded here they would stay so.
+        wide = kept_wide(architecture, dtype)
+        for name in held.keys() & params.keys():
+            if held[name].is_floating_point() and not is_wide(name, wide):
+                held[name] = held[name].to(dtype)
+    # Copies: a file of safetensors has no memory twice.
+    again = {n: f for n, f in further_names(architecture).items() if f in held and n not in held}
+    return held | {name: held[first].clone() for name, first in again.items()}
 
 
 def _write_decoder(architecture: Decoder, weights: Mapping[str, Tensor], directory: Path) -> None:
@@ -152,6 +198,8 @@ def _write_transformers(
     directory: Path,
     max_shard_size: str | int,
 ) -> None:
+    from safetensors import SafetensorError
+
     from functrain.models.skeletons import quiet
 
     config = architecture.config
@@ -164,6 +212,8 @@ def _write_transformers(
             architecture.save_pretrained(
                 str(directory), state_dict=weights, max_shard_size=max_shard_size
             )
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"export: transformers refuses to save it: {error}") from error
     finally:
@@ -179,15 +229,23 @@ def _write_transformers(
 
 
 def _write_tokenizer(tokenizer: Any, directory: Path) -> None:
-    if hasattr(tokenizer, "save"):
+    if not hasattr(tokenizer, "save"):
+        tokenizer = _of_transformers(tokenizer)
+    try:
         tokenizer.save(directory)
-    elif hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(str(directory))
-    else:
+    except Exception as error:
+        if type(error) is Exception:  # what tokenizers raises where the disk refuses
+            raise OSError(str(error)) from error
+        raise
+
+
+def _of_transformers(tokenizer: Any) -> PretrainedTokenizer:
+    if not hasattr(tokenizer, "save_pretrained"):
         raise ConfigError(
             f"tokenizer: {type(tokenizer).__name__} cannot be saved as transformers reads it; give "
             "one of functrain.models.from_pretrained or of transformers, or leave it out"
         )
+    return PretrainedTokenizer(tokenizer)
 
 
 def _mark(state: TrainState, directory: Path) -> None:

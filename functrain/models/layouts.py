@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from functrain.architecture import slots
+from functrain.checkpoint.format import DTYPES
 from functrain.distributed import World
 from functrain.errors import ArchitectureError
+from functrain.models.decoder import Decoder
 from functrain.trees import Tensors, owning
 
 
@@ -64,6 +66,17 @@ class Files:
             with safe_open(str(self.path / file), framework="pt") as opened:
                 for name in (name for name, place in self.places.items() if place == file):
                     found[name] = torch.Size(opened.get_slice(name).get_shape())
+        return found
+
+    def dtypes(self) -> dict[str, torch.dtype | None]:
+        """The dtype of every tensor in the files; None for one that a checkpoint cannot hold."""
+        from safetensors import safe_open
+
+        found: dict[str, torch.dtype | None] = {}
+        for file in sorted({*self.places.values()}):
+            with safe_open(str(self.path / file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    found[name] = DTYPES.get(opened.get_slice(name).get_dtype())
         return found
 
 
@@ -150,7 +163,7 @@ class Layout:
         """The dtype that a tensor of this name has in the model."""
         if not tensor.is_floating_point():
             return tensor.dtype
-        return torch.float32 if any(re.search(each, name) for each in self.wide) else self.dtype
+        return torch.float32 if is_wide(name, self.wide) else self.dtype
 
     def buffers(self, made: Mapping[str, Tensor]) -> Tensors:
         """The buffers of a model, those of its files as they are there."""
@@ -177,7 +190,7 @@ def layout_of(
     found = slots(architecture)
     kept = {n for n in found.buffers if n not in _passing(architecture, found.buffers)}
     others = _others(architecture, found.params)
-    wide = _wide(architecture, dtype)
+    wide = kept_wide(architecture, dtype)
     try:
         layout = _renamed(files, architecture, {*found.params, *kept, *others}, dtype, wide)
     except (AttributeError, TypeError):
@@ -208,12 +221,17 @@ def layout_of(
     return layout if same else None
 
 
-def _wide(architecture: Any, dtype: torch.dtype) -> tuple[str, ...]:
+def kept_wide(architecture: Any, dtype: torch.dtype) -> tuple[str, ...]:
     """Patterns of what a model of transformers keeps in float32, as transformers tells them."""
     plan = getattr(architecture, "_get_dtype_plan", None)
     if not callable(plan):
         return ()
     return tuple(pattern.replace("*", ".*") for pattern in plan(dtype))
+
+
+def is_wide(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor of this name is among what the patterns of `kept_wide` are of."""
+    return any(re.search(each, name) for each in patterns)
 
 
 def _renamed(
@@ -222,6 +240,38 @@ def _renamed(
     """As transformers names what is in the files; None where the model has no place for one."""
     same = {name: name for name in files.places if name in known}
     plain = Layout(files, same, (), dtype, wide)
+    naming = _naming(architecture, known)
+    if naming is None:
+        # Another version of it, which will convert the whole where something is to be converted.
+        return plain if len(same) == len(files.places) else None
+    direct: dict[str, str] = {}
+    made: dict[str, Made] = {}
+    for name in sorted(files.places, key=naming.order):
+        to, pattern = naming.of(name)
+        if to not in known or to in direct:
+            return None
+        if pattern is None:
+            direct[to] = name
+            continue
+        made.setdefault(to, Made(naming.converters[pattern], architecture, to))
+        made[to].sources.append((pattern, name))
+    return attrs.evolve(plain, direct=direct, made=tuple(made.values()))
+
+
+@attrs.frozen(eq=False)
+class _Naming:
+    """`of`: the model's name for one of the files, and the pattern of the converter that takes it.
+
+    `converters`: by their patterns. `order`: in which they are to be given tensors.
+    """
+
+    of: Callable[[str], tuple[str, str | None]]
+    converters: Mapping[str, Any]
+    order: Callable[[str], Any]
+
+
+def _naming(architecture: Any, known: set[str]) -> _Naming | None:
+    """As transformers names what is in the files; None where its version does so in another way."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -231,27 +281,38 @@ def _renamed(
             rename_source_key,
         )
     except ImportError:
-        # Another version of it, which will convert the whole where something is to be converted.
-        return plain if len(same) == len(files.places) else None
+        return None
     steps: Any = get_model_conversion_mapping(architecture)
     converters = [each for each in steps if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     renamings = [each for each in steps if isinstance(each, WeightRenaming)]
     prefix, has = architecture.base_model_prefix, dict.fromkeys(known, True)
-    direct: dict[str, str] = {}
-    made: dict[str, Made] = {}
-    for name in sorted(files.places, key=dot_natural_key):
+
+    def of(name: str) -> tuple[str, str | None]:
         to, pattern = rename_source_key(name, renamings, converters, prefix, has)
-        if to not in known and name in known:
-            to, pattern = name, None
-        if to not in known or to in direct:
-            return None
-        if pattern is None:
-            direct[to] = name
-            continue
-        made.setdefault(to, Made(by_pattern[pattern], architecture, to))
-        made[to].sources.append((pattern, name))
-    return attrs.evolve(plain, direct=direct, made=tuple(made.values()))
+        return (name, None) if to not in known and name in known else (to, pattern)
+
+    return _Naming(of, by_pattern, dot_natural_key)
+
+
+def refuse_codes(files: Files, architecture: nn.Module) -> None:
+    """Raise `ArchitectureError` for floating weights that the files have as another kind of number.
+
+    Those are codes, whose scales are elsewhere or lost; transformers casts them as they are.
+    """
+    kinds = files.dtypes().items()
+    odd = {name: kind for name, kind in kinds if kind and not kind.is_floating_point}
+    if not odd:
+        return
+    kept = architecture.state_dict(keep_vars=True)
+    floating = {n for n, t in kept.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    naming = _naming(architecture, floating)
+    for name, kind in odd.items():
+        if (naming.of(name)[0] if naming else name) in floating:
+            raise ArchitectureError(
+                f"{files.path}: {name} is {str(kind).removeprefix('torch.')}, expected a floating "
+                "dtype; quantised weights cannot be trained, take the model that they were made of"
+            )
 
 
 def _passing(architecture: nn.Module, names: Mapping[str, object]) -> set[str]:
@@ -265,3 +326,30 @@ def _others(architecture: nn.Module, names: Mapping[str, object]) -> dict[str, s
     every = dict(architecture.named_parameters(remove_duplicate=False))
     first = {id(tensor): name for name, tensor in every.items() if name in names}
     return {name: first[id(tensor)] for name, tensor in every.items() if name not in names}
+
+
+def further_names(architecture: nn.Module) -> dict[str, str]:
+    """The further names of what modules share, each with its first, but of what the config ties.
+
+    Whoever makes the model by its config must find a tensor under each.
+    """
+    first: dict[int, str] = {}
+    kept = architecture.state_dict(keep_vars=True)
+    tensors = {name: each for name, each in kept.items() if isinstance(each, Tensor)}
+    found = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    tied = _tied(architecture)
+    return {
+        name: other
+        for name, other in found.items()
+        if name != other and tied.get(name, name) != tied.get(other, other)
+    }
+
+
+def _tied(architecture: Any) -> Mapping[str, str]:
+    """What the config ties, each name with the one that it is tied to."""
+    if isinstance(architecture, Decoder):
+        tied = {"lm_head.weight": "model.embed_tokens.weight"}
+        return tied if architecture.config.tied else {}
+    tell = getattr(architecture, "get_expanded_tied_weights_keys", None)
+    found: Mapping[str, str] = tell(all_submodels=True) if callable(tell) else {}
+    return found

@@ -8,11 +8,8 @@ no file holds (rotary frequencies); each tensor then moves into memory of its ow
 
 from __future__ import annotations
 
-import functools
-import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +19,13 @@ from torch import Tensor, nn
 
 from functrain import memory
 from functrain.architecture import split
-from functrain.checkpoint.format import DTYPES as _DTYPES
 from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
-from functrain.models.layouts import Files, layout_of
-from functrain.models.skeletons import bare, configured, quiet, skeleton
+from functrain.lora.peft import CONFIG as ADAPTERS
+from functrain.models.gguf_files import header_of, no_bar, passed_over, refuse_scaling
+from functrain.models.layouts import Files, layout_of, refuse_codes
+from functrain.models.skeletons import REFUSALS, bare, configured, quiet, skeleton
 from functrain.trees import Tensors, owning
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -70,8 +68,9 @@ def from_pretrained(
     that are fused) are made one at a time; of a GGUF file, and of weights that the model has no
     place for, each worker has the whole for a moment.
 
-    Raises `ArchitectureError` for a path without such a model, for quantised weights, and where
-    weights are missing or of other shapes, since those would be random.
+    Raises `ArchitectureError` for a path without such a model, for quantised weights, for a GGUF
+    file whose rotary frequencies are scaled (Llama 3.1, Phi-3 of 128k), which transformers does not
+    read, and where weights are missing or of other shapes, since those would be random.
     """
     kind = _dtype(dtype)
     given = Path(path)
@@ -104,6 +103,7 @@ def _row_by_row(
         exact = world.for_all(lambda: bare(lambda: skeleton(where, torch.float32, attention)))[2]
         made = Tensors({name: exact[name].to(buffer.dtype) for name, buffer in made.items()})
     files = world.for_all(lambda: Files.of(where))
+    world.for_all(lambda: refuse_codes(files, module))
     layout = world.for_all(lambda: layout_of(files, module, params, kind))
     if world.any(layout is None):
         return None
@@ -121,6 +121,8 @@ def _whole(
     if attention is not None:
         options["attn_implementation"] = attention
     module = _loaded(given, where, kind, options)
+    if "gguf_file" not in options:
+        refuse_codes(Files.of(where), module)
     configured(module)
     architecture, params, buffers = split(module.to(device))
     if _lies_as(kind, where, given):
@@ -135,13 +137,7 @@ def _lies_as(dtype: torch.dtype, where: Path, given: Path) -> bool:
     """Whether a file has tensors of the very dtype, which are then its pages and no casts."""
     if given.suffix == ".gguf":
         return False  # its blocks are taken apart into memory of their own
-    from safetensors import safe_open
-
-    for path in sorted(where.glob("*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            if any(_DTYPES.get(file.get_slice(name).get_dtype()) == dtype for name in file.keys()):  # noqa: SIM118
-                return True
-    return False
+    return dtype in Files.of(where).dtypes().values()
 
 
 def _dtype(given: str | torch.dtype) -> torch.dtype:
@@ -156,6 +152,7 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
 def _located(path: Path) -> tuple[Path, dict[str, Any]]:
     """The directory of a model, and what transformers must be told beside it."""
     if path.is_file() and path.suffix == ".gguf":
+        _refuse_adapters(path.parent, path.name)
         return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
         what = (
@@ -179,7 +176,17 @@ def _located(path: Path) -> tuple[Path, dict[str, Any]]:
             "files, say) are not read: load them with transformers, and save_pretrained them"
         )
     _check_config(path / "config.json")
+    _refuse_adapters(path, "config.json")
     return path, {"use_safetensors": True}
+
+
+def _refuse_adapters(directory: Path, beside: str) -> None:
+    """transformers would apply them where peft is there, and give another model elsewhere."""
+    if (directory / ADAPTERS).exists():
+        raise ArchitectureError(
+            f"{directory}: {ADAPTERS} lies beside {beside}; move the adapters to a directory of "
+            "their own, load the model, and put them on it with functrain.lora.load_adapter"
+        )
 
 
 def _check_config(path: Path) -> None:
@@ -206,10 +213,14 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
             f"{given}: models are read with {error.name}, which is not installed: "
             "pip install 'functrain[hf]'"
         ) from error
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    header = header_of(given) if "gguf_file" in options else None
+    if header is not None:
+        refuse_scaling(given, header)
     try:
-        with quiet(), _no_bar("gguf_file" in options):
+        with quiet(), nullcontext() if header is None else no_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(where),
                 dtype=dtype,
@@ -218,10 +229,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
                 output_loading_info=True,
                 **options,
             )
-    except (
-        *(OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError),
-        struct.error,  # of a GGUF file that was cut in its header
-    ) as error:
+    except (*REFUSALS, StrictDataclassError, SafetensorError) as error:
         reason = str(error).strip() or type(error).__name__
         raise ArchitectureError(f"{given}: transformers cannot load it: {reason[:500]}") from error
     module, report = loaded
@@ -232,6 +240,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
             "model than config.json says, or incomplete"
         )
     unknown = sorted(report["unexpected_keys"])
+    unknown += [] if header is None else passed_over(header, module)
     if unknown:
         warnings.warn(
             f"{given}: {type(module).__name__} has no place for {_some(unknown)}; they are left "
@@ -274,25 +283,6 @@ def tokenizer_of(path: str | Path) -> PretrainedTokenizer | None:
     if given.suffix != ".gguf" and not any((given / name).is_file() for name in _TOKENIZERS):
         return None
     return pretrained_tokenizer(given)
-
-
-@contextmanager
-def _no_bar(gguf: bool) -> Iterator[None]:
-    """Without the bar over a GGUF file's tensors, which heeds no switch of transformers'."""
-    if not gguf:
-        yield
-        return
-    from transformers import modeling_gguf_pytorch_utils
-
-    module: Any = modeling_gguf_pytorch_utils
-    shown = getattr(module, "tqdm", None)
-    if shown is not None:
-        module.tqdm = functools.partial(shown, disable=True)
-    try:
-        yield
-    finally:
-        if shown is not None:
-            module.tqdm = shown
 
 
 def _some(names: list[str]) -> str:

@@ -22,6 +22,12 @@ from functrain.errors import ArchitectureError
 from functrain.models.config import ARCHITECTURE, CONFIG
 from functrain.trees import Tensors
 
+REFUSALS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RuntimeError, ImportError),
+)
+"""What transformers raises for a config of other values than it takes, by where it meets them."""
+
 
 def bare(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], Tensors]:
     """A module whose weights are nowhere: `(architecture, params, buffers)`.
@@ -50,6 +56,8 @@ def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn
             f"{path}: models are read with {error.name}, which is not installed: "
             "pip install 'functrain[hf]'"
         ) from error
+    from huggingface_hub.errors import StrictDataclassError
+
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     whole = (path / CONFIG).is_file() or not (path / ARCHITECTURE).is_file()
     described = path if whole else path / ARCHITECTURE
@@ -62,7 +70,7 @@ def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn
             module = make.from_config(config, dtype=dtype, trust_remote_code=False, **options)
             if (path / "generation_config.json").is_file():
                 module.generation_config = GenerationConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except (*REFUSALS, StrictDataclassError) as error:
         reason = str(error).strip() or type(error).__name__
         raise ArchitectureError(f"{path}: transformers cannot make it: {reason[:500]}") from error
     made: nn.Module = module

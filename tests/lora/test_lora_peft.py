@@ -359,6 +359,15 @@ def test_an_adapter_that_cannot_be_written_is_never_half_of_another(
         assert all(torch.equal(adapters[n], old[n]) for n in old)
 
 
+def test_adapters_are_not_written_beside_a_model(tmp_path: Path) -> None:
+    """transformers would apply them to it, which is not their base where they are merged."""
+    adapted, adapters, _ = ours("llama", "plain")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ft.CheckpointError, match=r"holds a model \(config\.json\).*of their own"):
+        ft.lora.save_adapter(tmp_path, adapted, adapters)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_an_adapted_model_is_exported_merged(tmp_path: Path) -> None:
     import transformers
 

@@ -9,7 +9,7 @@ import torch
 from models import families
 
 import functrain as ft
-from functrain.models.layouts import Files, Layout, layout_of
+from functrain.models.layouts import Files, Layout, further_names, layout_of
 from functrain.models.skeletons import bare, skeleton
 
 CONVERTED = ("deepseek_v3", "mixtral", "olmoe", "qwen3_moe")
@@ -22,7 +22,9 @@ def _layout(path: Path, dtype: torch.dtype) -> tuple[Layout | None, dict[str, to
 
 @pytest.mark.parametrize("name", sorted(families.CONFIGS))
 def test_every_family_is_read_tensor_by_tensor(name: str, tmp_path: Path) -> None:
-    families.made(name).save_pretrained(tmp_path)
+    ordinary = families.made(name)
+    assert further_names(ordinary) == {}, "the config ties all that is shared"
+    ordinary.save_pretrained(tmp_path)
     dtype = torch.float32 if name in CONVERTED[::2] else torch.bfloat16
     layout, params = _layout(tmp_path, dtype)
     assert layout is not None
