@@ -62,7 +62,7 @@ EXTRAS = {
     "cli": {"tyro", "cattrs", "rich", "jinja2"},
     "tracking": {"rich", "jinja2"},
     "testing": {"hypothesis"},
-    "models": {"transformers"},
+    "models": {"transformers", "huggingface_hub"},
     "data": {"transformers", "jinja2", "pyarrow"},
 }
 
