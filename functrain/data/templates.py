@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.data.text import IGNORE_INDEX
-from functrain.data.turns import Render, check_said, holds, lacks_end, turn_by_turn
+from functrain.data.turns import Render, check_said, has_end, holds, turn_by_turn
 from functrain.errors import DataError
 
 Spans = list[tuple[int, int]]
@@ -86,7 +86,8 @@ def laid_out(
         ids, labels = _by_generation(given, tokenizer, tools, where)
     else:
         spans = _spans(given, whole, rendered) if complete else None
-        if spans is None or lacks_end(given.messages, whole, spans):
+        first = given.learnt.index(True)
+        if spans is None or not has_end(rendered, given.messages[: first + 1]):
             whole, spans = turn_by_turn(given, rendered, where)
         ids, labels = _by_spans(whole, spans, tokenizer, where)
     if all(label == IGNORE_INDEX for label in labels):

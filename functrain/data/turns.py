@@ -43,8 +43,9 @@ def turn_by_turn(
     """The text of a dialogue, and where in it what is learnt begins and ends.
 
     Where a turn ends by another token once more follows, its end is not learnt there; that of the
-    last is. Where it ends by none, it does by the token that opens what follows, or the user's next
-    turn. Raises `DataError` with the message whose place in the template cannot be told exactly.
+    last is. Where it ends by none, it does by the token that opens what follows, or would: the
+    user's next turn, or the tool's after a call. Raises `DataError` with the message whose place in
+    the template cannot be told exactly.
     """
     messages = given.messages
     learnt = [n for n, each in enumerate(given.learnt) if each]
@@ -70,13 +71,18 @@ def _turn(
     follows, found_later = _after(
         rendered([*past, *messages[n + 1 : following]], prompt=following is not None)
     )
-    if not (found and found_later and now.endswith(end)):
+    # What stands between content and a call may, where a call is all that is said, be how the
+    # prompt ends: it is there already.
+    overlap = max(0, len(before) + len(end) - len(now)) if now.startswith(before) else 0
+    shown = found and found_later and now.endswith(end) and follows.startswith(end[:overlap])
+    if not shown:
         if not holds(now, messages[n]):
             raise DataError(_lost(n, messages[n], where))
         raise DataError(
             f"{where}.messages[{n}]: the chat template does not show where this turn ends; give "
             "the tokenizer a template with {% generation %}"
         )
+    end, follows = end[overlap:], follows[overlap:]
     said = now[len(before) : len(now) - len(end)]
     opening = before[_common(before, now) :]
     content = str(messages[n]["content"])
@@ -87,7 +93,7 @@ def _turn(
     if not holds(opening + said, messages[n]):
         raise DataError(_lost(n, messages[n], where))
     ends = _common(end, follows)
-    if _has_end(rendered, messages[:n]):
+    if has_end(rendered, messages[: n + 1]):
         return Turn(said, follows, ends)
     if not follows[ends:].strip():
         follows += _opened(rendered, past)
@@ -100,12 +106,6 @@ def _after(text: str) -> tuple[str, bool]:
     return rest, bool(found)
 
 
-def _has_end(rendered: Render, before: Sequence[Message]) -> bool:
-    """Whether a turn of mere content ends by something."""
-    end, _ = _after(rendered([*before, {"role": "assistant", "content": _STANDIN}]))
-    return bool(end.strip())
-
-
 def _opening(text: str) -> int:
     """How far a text is the token that it opens with."""
     first = _TOKEN.match(text.lstrip())
@@ -113,11 +113,14 @@ def _opening(text: str) -> int:
 
 
 def _opened(rendered: Render, past: Sequence[Message]) -> str:
-    """The token by which the user would go on."""
+    """The token by which the user would go on, or the tool that was called."""
+    end, _ = _after(rendered(past))
+    role = "tool" if past[-1].get("tool_calls") else "user"
     try:
-        more, _ = _after(rendered([*past, {"role": "user", "content": "x"}]))
+        more, _ = _after(rendered([*past, {"role": role, "content": "x"}]))
     except DataError:  # a template that has no place for it
         return ""
+    more = more.removeprefix(end)
     return more[: _opening(more)]
 
 
@@ -198,7 +201,9 @@ def check_said(given: Dialogue, rendered: Render, where: str) -> None:
                 )
 
 
-def lacks_end(messages: Sequence[Message], whole: str, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a stretch that is learnt ends with its very content, so by no token of its own."""
-    said = {str(each["content"]).strip() for each in messages if each["role"] == "assistant"}
-    return any(whole[begin:end].endswith(text) for begin, end in spans for text in said if text)
+def has_end(rendered: Render, messages: Sequence[Message]) -> bool:
+    """Whether the last of these, an assistant's, ends by something where it calls no tool."""
+    *before, last = messages
+    kept = {key: value for key, value in last.items() if key != "tool_calls"}
+    end, _ = _after(rendered([*before, {**kept, "content": _STANDIN}]))
+    return bool(end.strip())

@@ -40,6 +40,20 @@ FORGETFUL = (
     "{% if m['role'] == 'assistant' and loop.last %}(thinking){% endif %}{{ m['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As some families do: a line break stands between content and calls; the last turn ends otherwise.
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.get('tool_calls') or [] %}{{ '\n' if m['content'] }}CALL {{ c['name'] }}"
+    "{% endfor %}<|im_{{ 'stop' if loop.last and m['role'] == 'assistant' else 'end' }}|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As some families do: what opens the next turn is all that a turn ends by.
+ENDLESS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].replace('</think>', '</think>\n') }}"
+    "{% for c in m.get('tool_calls') or [] %}<call>{{ c['name'] }}</call>{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 NO_SYSTEM = CHATML.replace(
     "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"
 )
@@ -235,6 +249,42 @@ CALLED = [
     {"role": "tool", "content": "9:00"},
     {"role": "assistant", "content": "Nine."},
 ]
+
+
+def test_a_turn_that_is_a_mere_call_stands_as_the_template_has_it() -> None:
+    """Where each turn stands as it is when it is the last: without what parts content and call."""
+    given = tokenizer(CALLING)
+    messages = [*CALLED, *said("And now?", "Ten.")["messages"]]
+    ids, _ = read({"messages": messages}, CALLING)
+    asked = given.render(messages[:1], prompt=True)
+    assert given.spell(ids).startswith(f"{asked}CALL clock<|im_end|>\n<|im_start|>tool\n9:00")
+    assert trained({"messages": messages}, CALLING) == ["CALL clock", "Nine.", "Ten.<|im_stop|>"]
+    spoken = [messages[0], {**messages[1], "content": "I look."}, *messages[2:]]
+    assert trained({"messages": spoken}, CALLING)[0] == "I look.\nCALL clock"
+
+
+def test_a_mere_call_that_is_parted_otherwise_in_the_past_is_refused() -> None:
+    parted = CALLING.replace("{{ '\n' if", "{{ ('\n' if m == messages[-1] else ' ') if")
+    messages = [*CALLED, *said("And now?", "Ten.")["messages"]]
+    with pytest.raises(ft.DataError, match=r"messages\[1\]: the chat template does not show where"):
+        read({"messages": messages}, parted)
+
+
+@pytest.mark.parametrize(
+    ("turns", "learnt"),
+    [
+        (said("a", "b")["messages"], ["b<|user|>"]),
+        (said("a", "<think>t</think>b")["messages"], ["<think>t</think>\nb<|user|>"]),
+        (CALLED[:2], ["<call>clock</call><|tool|>"]),
+        (CALLED, ["<call>clock</call><|tool|>", "Nine.<|user|>"]),
+        ([*said("a", "b")["messages"], *CALLED[:2]], ["b<|user|>", "<call>clock</call><|tool|>"]),
+    ],
+)
+def test_what_opens_the_next_turn_is_learnt_where_none_ends_by_itself(
+    turns: list[Any], learnt: list[str]
+) -> None:
+    """That of the tool after a call, also where what is said is not its content to the letter."""
+    assert trained({"messages": turns}, ENDLESS) == learnt
 
 
 def test_tools_are_in_the_template_in_every_form() -> None:
