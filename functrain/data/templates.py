@@ -127,7 +127,8 @@ def _spans(given: Dialogue, whole: str, rendered: Render) -> Spans | None:
         if not learnt:
             continue
         before = rendered(given.messages[:number], prompt=True)
-        after = rendered(given.messages[: number + 1])
+        last = number + 1 == len(given.messages)
+        after = whole if last else rendered(given.messages[: number + 1])
         if not (whole.startswith(after) and after.startswith(before) and len(after) > len(before)):
             return None
         found.append((len(before), len(before) + len(after[len(before) :].rstrip())))

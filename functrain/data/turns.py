@@ -11,9 +11,9 @@ in the past: one row cannot hold both, and training templates choose the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.errors import DataError
@@ -50,10 +50,11 @@ def turn_by_turn(
     messages = given.messages
     learnt = [n for n, each in enumerate(given.learnt) if each]
     text = rendered(messages[: learnt[0]], prompt=True)
+    ended = has_end(rendered, messages[: learnt[0] + 1])
     _check_there(messages, range(learnt[0]), text, where)
     spans = []
     for n, following in zip(learnt, [*learnt[1:], None], strict=True):
-        turn = _turn(messages, n, following, rendered, where)
+        turn = _turn(messages, n, following, rendered, where, ended=ended)
         _check_there(messages, range(n + 1, following or len(messages)), turn.follows, where)
         begin, text = len(text), text + turn.said + turn.follows
         whole = turn.said + turn.follows[: turn.ends]
@@ -62,8 +63,15 @@ def turn_by_turn(
 
 
 def _turn(
-    messages: Sequence[Message], n: int, following: int | None, rendered: Render, where: str
+    messages: Sequence[Message],
+    n: int,
+    following: int | None,
+    rendered: Render,
+    where: str,
+    *,
+    ended: bool,
 ) -> Turn:
+    """`ended`: whether the template ends turns by something."""
     before, now = rendered(messages[:n], prompt=True), rendered(messages[: n + 1])
     kept = {key: value for key, value in messages[n].items() if key not in REASONING}
     past = [*messages[:n], {**kept, "content": _STANDIN}]
@@ -93,7 +101,7 @@ def _turn(
     if not holds(opening + said, messages[n]):
         raise DataError(_lost(n, messages[n], where))
     ends = _common(end, follows)
-    if has_end(rendered, messages[: n + 1]):
+    if ended:
         return Turn(said, follows, ends)
     if not follows[ends:].strip():
         follows += _opened(rendered, past)
@@ -184,9 +192,11 @@ def check_said(given: Dialogue, rendered: Render, where: str) -> None:
     They stand beside a message's content, so that a template may drop them and nothing is amiss but
     what is learnt.
     """
+    keys = ("tool_calls", *REASONING)
+    shown = {key: _shown(given.messages, key, rendered) for key in keys}
     for n, each in enumerate(given.messages):
-        for key in ("tool_calls", *REASONING):
-            if not each.get(key):
+        for key in keys:
+            if not each.get(key) or n in shown[key]:
                 continue
             less = {name: value for name, value in each.items() if name != key}
             upto = [*given.messages[:n], each]
@@ -199,6 +209,44 @@ def check_said(given: Dialogue, rendered: Render, where: str) -> None:
                     f"{where}.messages[{n}].{key}: the chat template has no place for it; put it "
                     "into content, take it out, or give the tokenizer a template that has it"
                 )
+
+
+def _shown(messages: Sequence[Message], key: str, rendered: Render) -> set[int]:
+    """The messages of which what is under a key is seen in the text of the whole.
+
+    All are told by one text, each by a mark of its own: looked at one by one, a dialogue of some
+    hundred calls took most of its time here. One that is not seen may yet have its place where it
+    is the last, as reasoning has.
+    """
+    marks = {n: f"x{n}{_STANDIN}" for n, each in enumerate(messages) if each.get(key)}
+    if not marks:
+        return set()
+    try:
+        text = rendered(
+            [_marked(m, key, marks[n]) if n in marks else m for n, m in enumerate(messages)]
+        )
+    except DataError:  # a template that does not take the mark
+        return set()
+    return {n for n, mark in marks.items() if mark in text}
+
+
+def _marked(message: Message, key: str, mark: str) -> Message:
+    """A message with a mark in its reasoning, or in the arguments of its calls."""
+    if key != "tool_calls":
+        return {**message, key: mark} if isinstance(message[key], str) else message
+    return {**message, key: [_marked_call(call, mark) for call in message[key]]}
+
+
+def _marked_call(call: Any, mark: str) -> Any:
+    """Arguments are told from all else: a tool's answer may name the tool, as the call does."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _marked_call(call["function"], mark)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, Mapping):
+        return {**call, "arguments": {**arguments, mark: 1}}
+    return {**call, "arguments": f'{{"{mark}": 1}}'} if isinstance(arguments, str) else call
 
 
 def has_end(rendered: Render, messages: Sequence[Message]) -> bool:

@@ -251,6 +251,29 @@ CALLED = [
 ]
 
 
+def calling(count: int) -> list[dict[str, Any]]:
+    """So many calls with arguments, each with its answer."""
+    return [
+        message
+        for n in range(count)
+        for message in (
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"name": "add", "arguments": {"a": n}}],
+            },
+            {"role": "tool", "content": f"{n}"},
+        )
+    ]
+
+
+TOOLED_ARGUMENTS, CALLING_ARGUMENTS = (
+    each.replace("{{ c['name'] }}", "{{ c['name'] }}{{ c['arguments'] }}")
+    for each in (TOOLED, CALLING)
+)
+MARKED_ARGUMENTS = MARKED.replace("<|im_end|>{% endg", "{{ m.tool_calls }}<|im_end|>{% endg")
+
+
 def test_a_turn_that_is_a_mere_call_stands_as_the_template_has_it() -> None:
     """Where each turn stands as it is when it is the last: without what parts content and call."""
     given = tokenizer(CALLING)
@@ -261,6 +284,40 @@ def test_a_turn_that_is_a_mere_call_stands_as_the_template_has_it() -> None:
     assert trained({"messages": messages}, CALLING) == ["CALL clock", "Nine.", "Ten.<|im_stop|>"]
     spoken = [messages[0], {**messages[1], "content": "I look."}, *messages[2:]]
     assert trained({"messages": spoken}, CALLING)[0] == "I look.\nCALL clock"
+
+
+@pytest.mark.parametrize(
+    ("template", "for_each"), [(TOOLED_ARGUMENTS, 2), (MARKED_ARGUMENTS, 0), (CALLING_ARGUMENTS, 4)]
+)
+def test_a_dialogue_of_many_calls_is_rendered_a_few_times_for_each(
+    template: str, for_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how much a call more is rendered more often; each time is one of the whole before it."""
+    counted: list[int] = []
+    render = PretrainedTokenizer.render
+
+    def counting(self: PretrainedTokenizer, *given: Any, **options: Any) -> str:
+        counted.append(1)
+        return render(self, *given, **options)
+
+    monkeypatch.setattr(PretrainedTokenizer, "render", counting)
+    times = []
+    for calls in (3, 8):
+        counted.clear()
+        read({"messages": [CALLED[0], *calling(calls), CALLED[3]]}, template)
+        times.append(len(counted))
+    assert times[1] - times[0] == 5 * for_each
+
+
+def test_a_call_that_the_template_leaves_out_is_refused_among_others() -> None:
+    """It has a place for calls, but none beside content; and the answers name the tool."""
+    named = "{{ messages[loop.index0 - 1].tool_calls[0].name if m['role'] == 'tool' }}"
+    template = TOOLED_ARGUMENTS.replace("or [] %}", "or [] if not m['content'] %}")
+    template = template.replace("{{ m['content'] }}", named + "{{ m['content'] }}", 1)
+    messages = [CALLED[0], *calling(3), CALLED[3]]
+    messages[3] = {**messages[3], "content": "Again."}
+    with pytest.raises(ft.DataError, match=r"messages\[3\]\.tool_calls: the chat template has no"):
+        read({"messages": messages}, template)
 
 
 def test_a_mere_call_that_is_parted_otherwise_in_the_past_is_refused() -> None:
