@@ -154,10 +154,19 @@ class PretrainedTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all its files: another where ids are."""
+        """A hash of all its files: another where ids are.
+
+        Without the truncation and padding that its files may ask for: `encode` does neither, and
+        the first call of it takes them out.
+        """
         hasher = hashlib.sha256()
+        if getattr(self.inner, "split_special_tokens", False):  # in none of its files
+            hasher.update(b"split_special_tokens\0")
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory))
+            rust = getattr(self.inner, "backend_tokenizer", None)
+            if getattr(rust, "truncation", None) or getattr(rust, "padding", None):
+                _uncut(Path(directory) / "tokenizer.json")
             for path in sorted(Path(directory).rglob("*")):
                 if path.is_file():
                     content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -167,6 +176,16 @@ class PretrainedTokenizer:
     def save(self, directory: Path) -> None:
         """Write its files into a directory, as transformers reads them."""
         self.inner.save_pretrained(str(directory))
+
+
+def _uncut(path: Path) -> None:
+    """Take truncation and padding out of a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(path))
+    found.no_truncation()
+    found.no_padding()
+    found.save(str(path))
 
 
 def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:

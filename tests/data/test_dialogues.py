@@ -644,6 +644,25 @@ def test_a_fingerprint_is_of_what_gives_the_ids(tmp_path: Path) -> None:
     assert not data.tokenized(_texts(tmp_path), two, tmp_path / "cache").made
 
 
+def test_a_fingerprint_is_without_truncation_and_padding() -> None:
+    """A tokenizer.json may ask for both; they are gone once something has been encoded."""
+    plain, other = tokenizer(), tokenizer()
+    other.inner.backend_tokenizer.enable_truncation(4)
+    other.inner.backend_tokenizer.enable_padding()
+    found = other.fingerprint
+    assert found == plain.fingerprint
+    assert other.inner.backend_tokenizer.truncation is not None  # it is not changed by being asked
+    other.encode("hello there")
+    assert other.fingerprint == found
+
+
+def test_a_fingerprint_tells_whether_special_tokens_are_split() -> None:
+    plain, other = tokenizer(), tokenizer()
+    other.inner.split_special_tokens = True
+    assert other.encode("<|im_end|>") != plain.encode("<|im_end|>")
+    assert other.fingerprint != plain.fingerprint
+
+
 def _texts(tmp_path: Path) -> Path:
     path = tmp_path / "a.txt"
     path.write_text("hello there")
