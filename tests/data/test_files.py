@@ -77,6 +77,25 @@ def test_a_directory_is_read_in_the_order_of_names_and_says_where(tmp_path: Path
     assert data.records(tmp_path / "**" / "2.*") == [{"n": 2}]
 
 
+def test_records_keep_their_places_in_a_list_that_is_changed(tmp_path: Path) -> None:
+    """Also where another equals them; what is put in is known by its number."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(_jsonl([{"prompt": "q", "completion": text} for text in ("a", "b", "", "a")]))
+    found = data.records(path)
+    found.reverse()
+    assert [found.where(n) for n in range(4)] == [f"{path}:{n}" for n in (4, 3, 2, 1)]
+    assert found.first(2).where(1) == f"{path}:3"
+    with pytest.raises(ft.DataError, match=r"a\.jsonl:3\.completion: empty"):
+        data.chat(found, data.ByteTokenizer(), time=9, batch_size=1)
+    del found[1]
+    found.append({"prompt": "q", "completion": ""})
+    assert [found.where(n) for n in (1, 2, -2, 3)] == [f"{path}:{n}" for n in (2, 1, 1)] + [
+        "record 3"
+    ]
+    with pytest.raises(ft.DataError, match=r"^record 3\.completion: empty"):
+        data.chat(found, data.ByteTokenizer(), time=9, batch_size=1)
+
+
 @pytest.mark.parametrize("name", ["notes.csv", ".hidden", "sub/x.bin", "x.gz", "text.txt"])
 def test_a_file_of_no_known_kind_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
