@@ -63,8 +63,9 @@ class Records(list[dict[str, Any]]):
             return self.places[index]
         number = self._numbers.get(id(record))
         # Of a copy the ids are those of another's records.
-        known = number is not None and self._placed[number] is record
-        return self.places[number] if known else None
+        if number is None or self._placed[number] is not record:
+            return None
+        return self.places[number]
 
     @functools.cached_property
     def _numbers(self) -> dict[int, int]:

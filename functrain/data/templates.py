@@ -82,7 +82,7 @@ def laid_out(
         raise DataError(f"{where}.tools: the chat template has no place for them")
     check_said(given, rendered, where)
     complete = all(holds(whole, each) for each in given.messages)
-    if complete and _GENERATION.search(tokenizer.template or ""):
+    if complete and _is_marked(tokenizer):
         ids, labels = _by_generation(given, tokenizer, tools, where)
     else:
         spans = _spans(given, whole, rendered) if complete else None
@@ -96,6 +96,15 @@ def laid_out(
             "learn; check where it has {% generation %}"
         )
     return tuple(ids), tuple(labels)
+
+
+def _is_marked(tokenizer: Templated) -> bool:
+    """Whether the template marks what the assistant says, and its tokens can be told by that.
+
+    A tokenizer of transformers that is written in Python has no places of its tokens in the text.
+    """
+    fast = getattr(getattr(tokenizer, "inner", None), "is_fast", True)
+    return fast and _GENERATION.search(tokenizer.template or "") is not None
 
 
 def _by_generation(

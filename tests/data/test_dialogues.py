@@ -535,6 +535,28 @@ def test_an_all_zero_mask_is_refused() -> None:
         read(said("a", "b"), empty)
 
 
+def test_a_tokenizer_in_python_learns_by_prefixes_what_a_template_marks() -> None:
+    """It does not tell where its tokens are in the text, so that the marks are of no use."""
+    given = PretrainedTokenizer(transformers.ByT5Tokenizer())
+    given.inner.chat_template = MARKED
+    ids, labels = ft.data.chat([said("a", "b", "c", "d")], given, time=512, batch_size=1).examples[
+        0
+    ]
+    assert given.spell(ids) == given.render(said("a", "b", "c", "d")["messages"])
+    assert given.spell([i for i in labels if i != -100]) == "b<|im_end|>d<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_lone_surrogate_is_a_malformed_record(template: str) -> None:
+    given, bad = tokenizer(template), said("a", "b\ud800")
+    options: dict[str, Any] = {"time": 512, "batch_size": 1}
+    for record in (bad, {"prompt": "a", "completion": "b\ud800"}):
+        with pytest.raises(ft.DataError, match="text: not encodable as UTF-8"):
+            ft.data.chat([record], given, **options)
+    kept = ft.data.chat([bad, said("a", "b")], given, on_bad_record="skip", **options).counts
+    assert (kept.kept, kept.malformed) == (1, 1)
+
+
 def test_weights_need_a_stretch_for_each_message() -> None:
     joined = MARKED.replace("\n{% else %}", "{% else %}").replace(
         "<|im_start|>assistant\n{% gen", "{% gen"
