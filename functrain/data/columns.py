@@ -15,7 +15,8 @@ _DIALOGUES = ("messages", "conversations", "prompt", "completion", "chosen", "re
 def rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as records, read a group at a time.
 
-    Raises `DataError` where pyarrow is not installed, or does not read the file.
+    Raises `DataError` where pyarrow is not installed, or does not read the file, and for a value
+    that Python has none for: text that is not UTF-8, a year after 9999, an unknown time zone.
     """
     try:
         import pyarrow
@@ -33,6 +34,11 @@ def rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         if isinstance(error, OSError) and error.errno:  # of a damaged file there is none
             raise UnreadableError(f"{path}: cannot be read ({reason})") from error
         raise DataError(f"{path}: no Parquet file that can be read ({reason})") from error
+    except (ValueError, OverflowError, KeyError) as error:
+        raise DataError(
+            f"{path}: holds a value that cannot be read ({type(error).__name__}: {error}); write "
+            "the file without its column, or as text in UTF-8"
+        ) from error
 
 
 def are_columns(records: object) -> bool:

@@ -26,7 +26,10 @@ class _Torchdata(Door):
     loader: Any
     collate: Collate
     kind = "torchdata"
-    endless = "an epoch of it has no batch: give it more samples than batch_size"
+    endless = (
+        "give it more samples than batch_size, and let an iterable dataset go on for ever with "
+        ".repeat(None)"
+    )
     restarts = True
 
     def first(self) -> Any:
@@ -107,12 +110,16 @@ class _Iterable(Door):
 def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStream:
     """A `StatefulDataLoader` of torchdata: its batches, in the processes that it has.
 
-    A batch is what its `collate_fn` makes, or what `collate` makes of that. At the end of its data
-    the loader begins its next epoch, in the next order, its processes anew. Exact on resume if what
-    it iterates is: a dataset with an index, or an iterable one with a `state_dict` that is. What a
-    dataset draws from a generator of its own is in no state.
+    A batch is what its `collate_fn` makes, or what `collate` makes of that. At the end of a dataset
+    with an index the loader begins its next epoch, in the next order, its processes anew. So it
+    does with an iterable one that, opened at its state there, has nothing left, and then begins
+    anew; another (of Hugging Face's, or without a state once the run has been resumed) is to go on
+    for ever, `.repeat(None)`. Exact on resume if what it iterates is: a dataset with an index, or
+    an iterable one with a `state_dict` that is. What a dataset draws from a generator of its own is
+    in no state.
 
-    Raises `DataError` for a loader without state, as torch's own `DataLoader` is.
+    Raises `DataError` for a loader without state, as torch's own `DataLoader` is; and, when they
+    are read, at the end of data that do not begin anew.
     """
     _check_methods(
         loader, ("state_dict", "load_state_dict", "__iter__"), "torchdata's StatefulDataLoader"

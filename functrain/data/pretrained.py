@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from functrain.data.tokenizers import utf8
 from functrain.errors import DataError
 
 _ASKED = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
@@ -50,7 +51,11 @@ class PretrainedTokenizer:
         return int(found)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; a special token that is written in it is that token."""
+        """The ids of a text; a special token that is written in it is that token.
+
+        Raises `DataError` for a text with a lone surrogate.
+        """
+        utf8(text)  # of which tokenizers say only that it is no text
         return list(self.inner.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -108,7 +113,8 @@ class PretrainedTokenizer:
     ) -> str:
         """The messages in the chat template; with `prompt` up to where the assistant would speak.
 
-        Raises `DataError` where there is no template, and with what a template itself refuses.
+        Raises `DataError` where there is no template, with what a template itself refuses, and for
+        a lone surrogate.
         """
         from jinja2.exceptions import TemplateError
 
@@ -119,11 +125,13 @@ class PretrainedTokenizer:
             )
         options = {**self.told, "tokenize": False, "add_generation_prompt": prompt}
         try:
-            return str(self.inner.apply_chat_template(list(messages), tools=tools, **options))
+            text = str(self.inner.apply_chat_template(list(messages), tools=tools, **options))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             # Beside what it refuses itself: arguments of a tool as an object, say, that it adds to
             # a text.
             raise DataError(f"chat template: refuses the messages: {error}") from error
+        utf8(text)
+        return text
 
     def generated(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None
@@ -154,10 +162,19 @@ class PretrainedTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all its files: another where ids are."""
+        """A hash of all its files: another where ids are.
+
+        Without the truncation and padding that its files may ask for: `encode` does neither, and
+        the first call of it takes them out.
+        """
         hasher = hashlib.sha256()
+        if getattr(self.inner, "split_special_tokens", False):  # in none of its files
+            hasher.update(b"split_special_tokens\0")
         with tempfile.TemporaryDirectory() as directory:
             self.inner.save_pretrained(directory)
+            rust = getattr(self.inner, "backend_tokenizer", None)
+            if getattr(rust, "truncation", None) or getattr(rust, "padding", None):
+                _uncut(Path(directory) / "tokenizer.json")
             for path in sorted(Path(directory).rglob("*")):
                 if path.is_file():
                     content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -170,6 +187,16 @@ class PretrainedTokenizer:
         # In a file each, all chat templates but the default one would be in a directory below.
         options = {"save_jinja_files": False} if several else {}
         self.inner.save_pretrained(str(directory), **options)
+
+
+def _uncut(path: Path) -> None:
+    """Take truncation and padding out of a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(path))
+    found.no_truncation()
+    found.no_padding()
+    found.save(str(path))
 
 
 def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:

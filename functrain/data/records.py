@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,27 +29,48 @@ Place = tuple[str, int]
 class Records(list[dict[str, Any]]):
     """The objects of files; `where(n)` is the file and line of one, for messages.
 
-    `malformed`: what was wrong with each line that was passed over. `files`: how many were read.
+    As a list it may be shuffled, cut and added to: a record keeps its place, and one that was put
+    in has none. `malformed`: what was wrong with each line that was passed over. `files`: how many
+    were read.
     """
 
     def __init__(
         self,
         items: Iterable[dict[str, Any]],
-        places: Sequence[Place],
+        places: Sequence[Place | None],
         malformed: Sequence[str] = (),
         files: int = 1,
     ) -> None:
         super().__init__(items)
         self.places, self.malformed, self.files = tuple(places), tuple(malformed), files
+        self._placed = tuple(self)
 
     def where(self, index: int) -> str:
-        """The file and the line of a record."""
-        path, line = self.places[index]
-        return f"{path}:{line}"
+        """The file and the line of a record; `record n` where it has none."""
+        place = self._place(index)
+        return f"record {index}" if place is None else f"{place[0]}:{place[1]}"
 
     def first(self, count: int | None) -> Records:
         """So many of them, the first; all where it is None."""
-        return Records(self[:count], self.places[:count], self.malformed, self.files)
+        found = self[:count]
+        return Records(
+            found, [self._place(n) for n in range(len(found))], self.malformed, self.files
+        )
+
+    def _place(self, index: int) -> Place | None:
+        record = self[index]
+        if 0 <= index < len(self._placed) and self._placed[index] is record:
+            return self.places[index]
+        number = self._numbers.get(id(record))
+        # Of a copy the ids are those of another's records.
+        if number is None or self._placed[number] is not record:
+            return None
+        return self.places[number]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[int, int]:
+        """Where each record was, by what it is: one that equals it may be of another line."""
+        return {id(record): number for number, record in enumerate(self._placed)}
 
 
 def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -143,11 +144,13 @@ class LoaderStream:
             ) from error
 
     def _next(self, place: _Place) -> Any:
-        for found in self._batches or ():
+        assert self._batches is not None  # opened
+        # Their truth is not asked for: that of torchdata's is their length, and many have none.
+        for found in self._batches:
             return found
         if self._door.restarts:
             self._restart(place)
-            for found in self._batches or ():
+            for found in self._batches:
                 return found
         raise DataError(
             f"loader: the stream ended after {place.samples:,} samples{self._door.left_over()}; "
@@ -156,8 +159,18 @@ class LoaderStream:
 
     def _restart(self, place: _Place) -> None:
         """By way of its state, so that a run resumed at the end of an epoch has the same next."""
-        for _ in self._opened(place):
-            raise DataError("loader: went on after its end; give it data that stay the same")
+        try:
+            more = list(itertools.islice(self._opened(place), 1))
+        except DataError as error:  # of an iterable dataset without a state, say
+            raise DataError(
+                f"loader: ended after {place.samples:,} samples, and is not opened at its end for "
+                f"the next epoch ({type(error.__cause__).__name__}); {self._door.endless}"
+            ) from error
+        if more:
+            raise DataError(
+                f"loader: ended after {place.samples:,} samples, and goes on when it is opened at "
+                f"its end; give it data that stay the same; {self._door.endless}"
+            )
         self._batches = self._door.again()
 
 

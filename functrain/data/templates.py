@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.data.text import IGNORE_INDEX
-from functrain.data.turns import Render, check_said, holds, lacks_end, turn_by_turn
+from functrain.data.turns import Render, check_said, has_end, holds, turn_by_turn
 from functrain.errors import DataError
 
 Spans = list[tuple[int, int]]
@@ -82,11 +82,12 @@ def laid_out(
         raise DataError(f"{where}.tools: the chat template has no place for them")
     check_said(given, rendered, where)
     complete = all(holds(whole, each) for each in given.messages)
-    if complete and _GENERATION.search(tokenizer.template or ""):
+    if complete and _is_marked(tokenizer):
         ids, labels = _by_generation(given, tokenizer, tools, where)
     else:
         spans = _spans(given, whole, rendered) if complete else None
-        if spans is None or lacks_end(given.messages, whole, spans):
+        first = given.learnt.index(True)
+        if spans is None or not has_end(rendered, given.messages[: first + 1]):
             whole, spans = turn_by_turn(given, rendered, where)
         ids, labels = _by_spans(whole, spans, tokenizer, where)
     if all(label == IGNORE_INDEX for label in labels):
@@ -95,6 +96,15 @@ def laid_out(
             "learn; check where it has {% generation %}"
         )
     return tuple(ids), tuple(labels)
+
+
+def _is_marked(tokenizer: Templated) -> bool:
+    """Whether the template marks what the assistant says, and its tokens can be told by that.
+
+    A tokenizer of transformers that is written in Python has no places of its tokens in the text.
+    """
+    fast = getattr(getattr(tokenizer, "inner", None), "is_fast", True)
+    return fast and _GENERATION.search(tokenizer.template or "") is not None
 
 
 def _by_generation(
@@ -126,7 +136,8 @@ def _spans(given: Dialogue, whole: str, rendered: Render) -> Spans | None:
         if not learnt:
             continue
         before = rendered(given.messages[:number], prompt=True)
-        after = rendered(given.messages[: number + 1])
+        last = number + 1 == len(given.messages)
+        after = whole if last else rendered(given.messages[: number + 1])
         if not (whole.startswith(after) and after.startswith(before) and len(after) > len(before)):
             return None
         found.append((len(before), len(before) + len(after[len(before) :].rstrip())))

@@ -64,6 +64,14 @@ def check_joinable(tokenizer: Tokenizer) -> None:
         )
 
 
+def utf8(text: str) -> bytes:
+    """The bytes of a text; `DataError` for a lone surrogate, which has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"text: not encodable as UTF-8 ({error.reason})") from error
+
+
 @attrs.frozen
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, and 256 for the end of a document."""
@@ -73,10 +81,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The bytes; `decode(encode(text)) == text` for any text without lone surrogates."""
-        try:
-            return list(text.encode())
-        except UnicodeEncodeError as error:
-            raise DataError(f"text: not encodable as UTF-8 ({error.reason})") from error
+        return list(utf8(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; ends are left out, and a torn character becomes U+FFFD.

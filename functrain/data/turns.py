@@ -11,9 +11,9 @@ in the past: one row cannot hold both, and training templates choose the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.errors import DataError
@@ -43,16 +43,18 @@ def turn_by_turn(
     """The text of a dialogue, and where in it what is learnt begins and ends.
 
     Where a turn ends by another token once more follows, its end is not learnt there; that of the
-    last is. Where it ends by none, it does by the token that opens what follows, or the user's next
-    turn. Raises `DataError` with the message whose place in the template cannot be told exactly.
+    last is. Where it ends by none, it does by the token that opens what follows, or would: the
+    user's next turn, or the tool's after a call. Raises `DataError` with the message whose place in
+    the template cannot be told exactly.
     """
     messages = given.messages
     learnt = [n for n, each in enumerate(given.learnt) if each]
     text = rendered(messages[: learnt[0]], prompt=True)
+    ended = has_end(rendered, messages[: learnt[0] + 1])
     _check_there(messages, range(learnt[0]), text, where)
     spans = []
     for n, following in zip(learnt, [*learnt[1:], None], strict=True):
-        turn = _turn(messages, n, following, rendered, where)
+        turn = _turn(messages, n, following, rendered, where, ended=ended)
         _check_there(messages, range(n + 1, following or len(messages)), turn.follows, where)
         begin, text = len(text), text + turn.said + turn.follows
         whole = turn.said + turn.follows[: turn.ends]
@@ -61,8 +63,15 @@ def turn_by_turn(
 
 
 def _turn(
-    messages: Sequence[Message], n: int, following: int | None, rendered: Render, where: str
+    messages: Sequence[Message],
+    n: int,
+    following: int | None,
+    rendered: Render,
+    where: str,
+    *,
+    ended: bool,
 ) -> Turn:
+    """`ended`: whether the template ends turns by something."""
     before, now = rendered(messages[:n], prompt=True), rendered(messages[: n + 1])
     kept = {key: value for key, value in messages[n].items() if key not in REASONING}
     past = [*messages[:n], {**kept, "content": _STANDIN}]
@@ -70,13 +79,18 @@ def _turn(
     follows, found_later = _after(
         rendered([*past, *messages[n + 1 : following]], prompt=following is not None)
     )
-    if not (found and found_later and now.endswith(end)):
+    # What stands between content and a call may, where a call is all that is said, be how the
+    # prompt ends: it is there already.
+    overlap = max(0, len(before) + len(end) - len(now)) if now.startswith(before) else 0
+    shown = found and found_later and now.endswith(end) and follows.startswith(end[:overlap])
+    if not shown:
         if not holds(now, messages[n]):
             raise DataError(_lost(n, messages[n], where))
         raise DataError(
             f"{where}.messages[{n}]: the chat template does not show where this turn ends; give "
             "the tokenizer a template with {% generation %}"
         )
+    end, follows = end[overlap:], follows[overlap:]
     said = now[len(before) : len(now) - len(end)]
     opening = before[_common(before, now) :]
     content = str(messages[n]["content"])
@@ -87,7 +101,7 @@ def _turn(
     if not holds(opening + said, messages[n]):
         raise DataError(_lost(n, messages[n], where))
     ends = _common(end, follows)
-    if _has_end(rendered, messages[:n]):
+    if ended:
         return Turn(said, follows, ends)
     if not follows[ends:].strip():
         follows += _opened(rendered, past)
@@ -100,12 +114,6 @@ def _after(text: str) -> tuple[str, bool]:
     return rest, bool(found)
 
 
-def _has_end(rendered: Render, before: Sequence[Message]) -> bool:
-    """Whether a turn of mere content ends by something."""
-    end, _ = _after(rendered([*before, {"role": "assistant", "content": _STANDIN}]))
-    return bool(end.strip())
-
-
 def _opening(text: str) -> int:
     """How far a text is the token that it opens with."""
     first = _TOKEN.match(text.lstrip())
@@ -113,11 +121,14 @@ def _opening(text: str) -> int:
 
 
 def _opened(rendered: Render, past: Sequence[Message]) -> str:
-    """The token by which the user would go on."""
+    """The token by which the user would go on, or the tool that was called."""
+    end, _ = _after(rendered(past))
+    role = "tool" if past[-1].get("tool_calls") else "user"
     try:
-        more, _ = _after(rendered([*past, {"role": "user", "content": "x"}]))
+        more, _ = _after(rendered([*past, {"role": role, "content": "x"}]))
     except DataError:  # a template that has no place for it
         return ""
+    more = more.removeprefix(end)
     return more[: _opening(more)]
 
 
@@ -181,9 +192,11 @@ def check_said(given: Dialogue, rendered: Render, where: str) -> None:
     They stand beside a message's content, so that a template may drop them and nothing is amiss but
     what is learnt.
     """
+    keys = ("tool_calls", *REASONING)
+    shown = {key: _shown(given.messages, key, rendered) for key in keys}
     for n, each in enumerate(given.messages):
-        for key in ("tool_calls", *REASONING):
-            if not each.get(key):
+        for key in keys:
+            if not each.get(key) or n in shown[key]:
                 continue
             less = {name: value for name, value in each.items() if name != key}
             upto = [*given.messages[:n], each]
@@ -198,7 +211,47 @@ def check_said(given: Dialogue, rendered: Render, where: str) -> None:
                 )
 
 
-def lacks_end(messages: Sequence[Message], whole: str, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a stretch that is learnt ends with its very content, so by no token of its own."""
-    said = {str(each["content"]).strip() for each in messages if each["role"] == "assistant"}
-    return any(whole[begin:end].endswith(text) for begin, end in spans for text in said if text)
+def _shown(messages: Sequence[Message], key: str, rendered: Render) -> set[int]:
+    """The messages of which what is under a key is seen in the text of the whole.
+
+    All are told by one text, each by a mark of its own: looked at one by one, a dialogue of some
+    hundred calls took most of its time here. One that is not seen may yet have its place where it
+    is the last, as reasoning has.
+    """
+    marks = {n: f"x{n}{_STANDIN}" for n, each in enumerate(messages) if each.get(key)}
+    if not marks:
+        return set()
+    try:
+        text = rendered(
+            [_marked(m, key, marks[n]) if n in marks else m for n, m in enumerate(messages)]
+        )
+    except DataError:  # a template that does not take the mark
+        return set()
+    return {n for n, mark in marks.items() if mark in text}
+
+
+def _marked(message: Message, key: str, mark: str) -> Message:
+    """A message with a mark in its reasoning, or in the arguments of its calls."""
+    if key != "tool_calls":
+        return {**message, key: mark} if isinstance(message[key], str) else message
+    return {**message, key: [_marked_call(call, mark) for call in message[key]]}
+
+
+def _marked_call(call: Any, mark: str) -> Any:
+    """Arguments are told from all else: a tool's answer may name the tool, as the call does."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _marked_call(call["function"], mark)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, Mapping):
+        return {**call, "arguments": {**arguments, mark: 1}}
+    return {**call, "arguments": f'{{"{mark}": 1}}'} if isinstance(arguments, str) else call
+
+
+def has_end(rendered: Render, messages: Sequence[Message]) -> bool:
+    """Whether the last of these, an assistant's, ends by something where it calls no tool."""
+    *before, last = messages
+    kept = {key: value for key, value in last.items() if key != "tool_calls"}
+    end, _ = _after(rendered([*before, {**kept, "content": _STANDIN}]))
+    return bool(end.strip())

@@ -24,11 +24,10 @@ from functrain.data.pairs import differ
 from functrain.data.sequences import padded
 from functrain.data.source import Batch
 from functrain.data.tokenizers import Tokenizer, check_joinable
-from functrain.data.truncation import Truncation, fitted, has_targets
+from functrain.data.truncation import MODES, Truncation, fitted, has_targets
 from functrain.errors import DataError
 
 _FEW = 16
-_NO_ID = -1
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -184,16 +183,17 @@ def _mismatched(
         if chosen is None:
             # Where the cut leaves the same of many, they are stepped over as those that are the
             # same: looked at one by one, 50,000 took hours.
-            chosen = first(index, others(index, left(len(each.prompted.prompt))))
+            # Of prompts that fill the time the cut leaves the same, however long they are.
+            chosen = first(index, others(index, left(min(len(each.prompted.prompt), how.time))))
         found.append(chosen)
     return found
 
 
 def _left(each: _Judged, prompt: int, how: Truncation) -> Hashable:
     """What the cut leaves after a prompt of so many tokens: of it how many, and the completion."""
-    ((ids, labels),) = how.fit(Prompted((_NO_ID,) * prompt, each.prompted.completions))
-    kept = ids.count(_NO_ID)
-    return kept, ids[kept:], labels[kept:]
+    ((ids, labels),) = each.prompted.completions
+    head, tail = MODES[how.mode](prompt, len(ids), how.time, how.min_prompt)
+    return len(range(prompt)[head]), ids[tail], labels[tail]
 
 
 @attrs.frozen

@@ -40,6 +40,20 @@ FORGETFUL = (
     "{% if m['role'] == 'assistant' and loop.last %}(thinking){% endif %}{{ m['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As some families do: a line break stands between content and calls; the last turn ends otherwise.
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.get('tool_calls') or [] %}{{ '\n' if m['content'] }}CALL {{ c['name'] }}"
+    "{% endfor %}<|im_{{ 'stop' if loop.last and m['role'] == 'assistant' else 'end' }}|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As some families do: what opens the next turn is all that a turn ends by.
+ENDLESS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].replace('</think>', '</think>\n') }}"
+    "{% for c in m.get('tool_calls') or [] %}<call>{{ c['name'] }}</call>{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 NO_SYSTEM = CHATML.replace(
     "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"
 )
@@ -237,6 +251,99 @@ CALLED = [
 ]
 
 
+def calling(count: int) -> list[dict[str, Any]]:
+    """So many calls with arguments, each with its answer."""
+    return [
+        message
+        for n in range(count)
+        for message in (
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"name": "add", "arguments": {"a": n}}],
+            },
+            {"role": "tool", "content": f"{n}"},
+        )
+    ]
+
+
+TOOLED_ARGUMENTS, CALLING_ARGUMENTS = (
+    each.replace("{{ c['name'] }}", "{{ c['name'] }}{{ c['arguments'] }}")
+    for each in (TOOLED, CALLING)
+)
+MARKED_ARGUMENTS = MARKED.replace("<|im_end|>{% endg", "{{ m.tool_calls }}<|im_end|>{% endg")
+
+
+def test_a_turn_that_is_a_mere_call_stands_as_the_template_has_it() -> None:
+    """Where each turn stands as it is when it is the last: without what parts content and call."""
+    given = tokenizer(CALLING)
+    messages = [*CALLED, *said("And now?", "Ten.")["messages"]]
+    ids, _ = read({"messages": messages}, CALLING)
+    asked = given.render(messages[:1], prompt=True)
+    assert given.spell(ids).startswith(f"{asked}CALL clock<|im_end|>\n<|im_start|>tool\n9:00")
+    assert trained({"messages": messages}, CALLING) == ["CALL clock", "Nine.", "Ten.<|im_stop|>"]
+    spoken = [messages[0], {**messages[1], "content": "I look."}, *messages[2:]]
+    assert trained({"messages": spoken}, CALLING)[0] == "I look.\nCALL clock"
+
+
+@pytest.mark.parametrize(
+    ("template", "for_each"), [(TOOLED_ARGUMENTS, 2), (MARKED_ARGUMENTS, 0), (CALLING_ARGUMENTS, 4)]
+)
+def test_a_dialogue_of_many_calls_is_rendered_a_few_times_for_each(
+    template: str, for_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how much a call more is rendered more often; each time is one of the whole before it."""
+    counted: list[int] = []
+    render = PretrainedTokenizer.render
+
+    def counting(self: PretrainedTokenizer, *given: Any, **options: Any) -> str:
+        counted.append(1)
+        return render(self, *given, **options)
+
+    monkeypatch.setattr(PretrainedTokenizer, "render", counting)
+    times = []
+    for calls in (3, 8):
+        counted.clear()
+        read({"messages": [CALLED[0], *calling(calls), CALLED[3]]}, template)
+        times.append(len(counted))
+    assert times[1] - times[0] == 5 * for_each
+
+
+def test_a_call_that_the_template_leaves_out_is_refused_among_others() -> None:
+    """It has a place for calls, but none beside content; and the answers name the tool."""
+    named = "{{ messages[loop.index0 - 1].tool_calls[0].name if m['role'] == 'tool' }}"
+    template = TOOLED_ARGUMENTS.replace("or [] %}", "or [] if not m['content'] %}")
+    template = template.replace("{{ m['content'] }}", named + "{{ m['content'] }}", 1)
+    messages = [CALLED[0], *calling(3), CALLED[3]]
+    messages[3] = {**messages[3], "content": "Again."}
+    with pytest.raises(ft.DataError, match=r"messages\[3\]\.tool_calls: the chat template has no"):
+        read({"messages": messages}, template)
+
+
+def test_a_mere_call_that_is_parted_otherwise_in_the_past_is_refused() -> None:
+    parted = CALLING.replace("{{ '\n' if", "{{ ('\n' if m == messages[-1] else ' ') if")
+    messages = [*CALLED, *said("And now?", "Ten.")["messages"]]
+    with pytest.raises(ft.DataError, match=r"messages\[1\]: the chat template does not show where"):
+        read({"messages": messages}, parted)
+
+
+@pytest.mark.parametrize(
+    ("turns", "learnt"),
+    [
+        (said("a", "b")["messages"], ["b<|user|>"]),
+        (said("a", "<think>t</think>b")["messages"], ["<think>t</think>\nb<|user|>"]),
+        (CALLED[:2], ["<call>clock</call><|tool|>"]),
+        (CALLED, ["<call>clock</call><|tool|>", "Nine.<|user|>"]),
+        ([*said("a", "b")["messages"], *CALLED[:2]], ["b<|user|>", "<call>clock</call><|tool|>"]),
+    ],
+)
+def test_what_opens_the_next_turn_is_learnt_where_none_ends_by_itself(
+    turns: list[Any], learnt: list[str]
+) -> None:
+    """That of the tool after a call, also where what is said is not its content to the letter."""
+    assert trained({"messages": turns}, ENDLESS) == learnt
+
+
 def test_tools_are_in_the_template_in_every_form() -> None:
     given, tools = tokenizer(TOOLED), [{"name": "clock"}]
     options: dict[str, Any] = {"time": 512, "batch_size": 1}
@@ -428,6 +535,28 @@ def test_an_all_zero_mask_is_refused() -> None:
         read(said("a", "b"), empty)
 
 
+def test_a_tokenizer_in_python_learns_by_prefixes_what_a_template_marks() -> None:
+    """It does not tell where its tokens are in the text, so that the marks are of no use."""
+    given = PretrainedTokenizer(transformers.ByT5Tokenizer())
+    given.inner.chat_template = MARKED
+    ids, labels = ft.data.chat([said("a", "b", "c", "d")], given, time=512, batch_size=1).examples[
+        0
+    ]
+    assert given.spell(ids) == given.render(said("a", "b", "c", "d")["messages"])
+    assert given.spell([i for i in labels if i != -100]) == "b<|im_end|>d<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_lone_surrogate_is_a_malformed_record(template: str) -> None:
+    given, bad = tokenizer(template), said("a", "b\ud800")
+    options: dict[str, Any] = {"time": 512, "batch_size": 1}
+    for record in (bad, {"prompt": "a", "completion": "b\ud800"}):
+        with pytest.raises(ft.DataError, match="text: not encodable as UTF-8"):
+            ft.data.chat([record], given, **options)
+    kept = ft.data.chat([bad, said("a", "b")], given, on_bad_record="skip", **options).counts
+    assert (kept.kept, kept.malformed) == (1, 1)
+
+
 def test_weights_need_a_stretch_for_each_message() -> None:
     joined = MARKED.replace("\n{% else %}", "{% else %}").replace(
         "<|im_start|>assistant\n{% gen", "{% gen"
@@ -535,6 +664,25 @@ def test_a_fingerprint_is_of_what_gives_the_ids(tmp_path: Path) -> None:
     source = data.tokenized(_texts(tmp_path), one, tmp_path / "cache")
     assert source.ids.tolist() == [*one.encode("hello there"), one.end]
     assert not data.tokenized(_texts(tmp_path), two, tmp_path / "cache").made
+
+
+def test_a_fingerprint_is_without_truncation_and_padding() -> None:
+    """A tokenizer.json may ask for both; they are gone once something has been encoded."""
+    plain, other = tokenizer(), tokenizer()
+    other.inner.backend_tokenizer.enable_truncation(4)
+    other.inner.backend_tokenizer.enable_padding()
+    found = other.fingerprint
+    assert found == plain.fingerprint
+    assert other.inner.backend_tokenizer.truncation is not None  # it is not changed by being asked
+    other.encode("hello there")
+    assert other.fingerprint == found
+
+
+def test_a_fingerprint_tells_whether_special_tokens_are_split() -> None:
+    plain, other = tokenizer(), tokenizer()
+    other.inner.split_special_tokens = True
+    assert other.encode("<|im_end|>") != plain.encode("<|im_end|>")
+    assert other.fingerprint != plain.fingerprint
 
 
 def _texts(tmp_path: Path) -> Path:

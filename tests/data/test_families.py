@@ -233,11 +233,27 @@ def test_calls_of_tools_are_learnt_and_their_answers_are_not(family: str) -> Non
     assert "add" in learnt[0]
     assert "It is six." in learnt[-1]
     if family == "glm4moe":
+        _, mere = read(model, {"messages": messages[:2], "tools": [ADD]})
+        assert mere == learnt[:1]
         assert [text.rsplit("<", 1)[1] for text in learnt] == ["|observation|>", "|user|>"]
         return
     assert "What is it?" not in whole
     if family != "gemma4":  # one turn there, in which the answer of the tool stands apart
         assert learnt[-1] == alone(model, messages, 3, [ADD])
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    "family", ["gptoss", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
+)
+def test_a_mere_call_is_what_the_template_has_it_be(family: str, thinking: bool) -> None:
+    """Also where another turn follows, so that the template renders the call otherwise or not."""
+    model, messages = of(family, enable_thinking=thinking), [*called(), *says("And?", "No more.")]
+    if "<think>" in model.render(messages[:1], prompt=True)[-12:]:  # then it is to begin so
+        messages[1]["content"] = messages[3]["content"] = "<think>\nhm\n</think>\n\n"
+        messages[3]["content"] += "It is six."
+    row, _ = read(model, {"messages": messages, "tools": [ADD]})
+    assert row.startswith(model.render(messages[:2], tools=[ADD]).rstrip())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "phi3_5", "qwen2_5", "llama3", "qwen3_vl"])

@@ -77,6 +77,46 @@ def test_a_directory_is_read_in_the_order_of_names_and_says_where(tmp_path: Path
     assert data.records(tmp_path / "**" / "2.*") == [{"n": 2}]
 
 
+@pytest.mark.parametrize("what", ["no UTF-8", "a year", "a time zone"])
+def test_a_value_of_parquet_that_python_has_none_for_is_malformed(
+    what: str, tmp_path: Path
+) -> None:
+    """The rest of its file is left out with it; other files are read."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    offsets, text = (pyarrow.py_buffer(each) for each in (bytes(4) + b"\2\0\0\0", b"\xff\xfe"))
+    values = {
+        "no UTF-8": lambda: pyarrow.StringArray.from_buffers(1, offsets, text),
+        "a year": lambda: pyarrow.array([2**60], pyarrow.timestamp("us")),
+        "a time zone": lambda: pyarrow.array([1], pyarrow.timestamp("us", "Mars/Olympus")),
+    }
+    parquet.write_table(pyarrow.table({"text": ["a"], "x": values[what]()}), tmp_path / "a.parquet")
+    _parquet(tmp_path / "b.parquet", [{"text": "b"}])
+    with pytest.raises(ft.DataError, match=r"a\.parquet: holds a value that cannot be read"):
+        data.documents(tmp_path)
+    found = data.documents(tmp_path, on_bad_record="skip")
+    assert (list(found), len(found.malformed)) == (["b"], 1)
+
+
+def test_records_keep_their_places_in_a_list_that_is_changed(tmp_path: Path) -> None:
+    """Also where another equals them; what is put in is known by its number."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(_jsonl([{"prompt": "q", "completion": text} for text in ("a", "b", "", "a")]))
+    found = data.records(path)
+    found.reverse()
+    assert [found.where(n) for n in range(4)] == [f"{path}:{n}" for n in (4, 3, 2, 1)]
+    assert found.first(2).where(1) == f"{path}:3"
+    with pytest.raises(ft.DataError, match=r"a\.jsonl:3\.completion: empty"):
+        data.chat(found, data.ByteTokenizer(), time=9, batch_size=1)
+    del found[1]
+    found.append({"prompt": "q", "completion": ""})
+    assert [found.where(n) for n in (1, 2, -2, 3)] == [f"{path}:{n}" for n in (2, 1, 1)] + [
+        "record 3"
+    ]
+    with pytest.raises(ft.DataError, match=r"^record 3\.completion: empty"):
+        data.chat(found, data.ByteTokenizer(), time=9, batch_size=1)
+
+
 @pytest.mark.parametrize("name", ["notes.csv", ".hidden", "sub/x.bin", "x.gz", "text.txt"])
 def test_a_file_of_no_known_kind_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()

@@ -197,6 +197,73 @@ def test_what_workers_have_prefetched_is_not_in_the_state(tmp_path: Path) -> Non
     assert stream.after(taken.loader).batch["input_ids"][:, 0].tolist() == [3, 4, 5]
 
 
+class _Iterable(torch.utils.data.IterableDataset[Any]):
+    """Whose iterators have a state, and no length, as few iterable datasets have one."""
+
+    def __iter__(self) -> Any:
+        return _Iterator()
+
+
+class _Iterator:
+    def __init__(self) -> None:
+        self.examples = _Counting()
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return _example(next(iter(self.examples))["n"])
+
+    def state_dict(self) -> dict[str, int]:
+        return self.examples.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.examples.load_state_dict(state)
+
+
+class _Sampler(torch.utils.data.Sampler[int]):
+    """Without a length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(LENGTH - 1, -1, -1))
+
+
+def _loader_of(dataset: Any, **options: Any) -> Any:
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    return data.torchdata_stream(module.StatefulDataLoader(dataset, batch_size=SIZE, **options))
+
+
+@pytest.mark.parametrize(
+    ("make", "first"),
+    [
+        (lambda: _loader_of(_Iterable(), drop_last=True), 0),
+        (lambda: _loader_of(_Indexed(), sampler=_Sampler(), drop_last=True), LENGTH - 1),
+    ],
+    ids=["dataset", "sampler"],
+)
+def test_what_has_no_length_is_read_over_epochs(make: Callable[[], Any], first: int) -> None:
+    whole = list(itertools.islice(_taken(make()), 8))
+    assert [ids[0] for ids, _ in whole[:: LENGTH // SIZE]] == [first] * 3
+    for at in range(len(whole)):
+        rest = list(itertools.islice(_taken(make(), whole[at][1]), 7 - at))
+        assert [ids for ids, _ in rest] == [ids for ids, _ in whole[at + 1 :]]
+
+
+class _Stateless(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        for n in range(LENGTH):
+            yield _example(n)
+
+
+def test_data_that_do_not_begin_anew_end_with_what_to_do() -> None:
+    """Without a state of their own, after a resume: torchdata then counts twice what it passed."""
+    first = _loader_of(_Stateless(), drop_last=True).after(None)
+    resumed = _taken(_loader_of(_Stateless(), drop_last=True), first.loader)
+    message = r"ended after 9 samples, and is not opened .*\.repeat\(None\)"
+    with pytest.raises(ft.DataError, match=message):
+        list(itertools.islice(resumed, 9))
+
+
 def test_a_shuffle_buffer_loses_examples_and_says_so() -> None:
     """The library's own limit: should it ever keep its buffer, the warning is to go."""
     datasets = pytest.importorskip("datasets")

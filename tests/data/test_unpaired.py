@@ -299,6 +299,28 @@ def test_completions_of_which_the_cut_leaves_the_same_are_stepped_over(
     assert fits < 30 * len(source)
 
 
+def test_what_is_left_is_looked_at_once_for_all_prompts_that_fill_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = 0
+    real = kto._left
+
+    def counted(*given: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return real(*given)
+
+    monkeypatch.setattr(kto, "_left", counted)
+    records = [
+        {"prompt": "p" * (20 + n), "completion": f"The answer is {n}", "label": True}
+        for n in range(100)
+    ]
+    other = {"prompt": "", "completion": "Another", "label": False}
+    source = _unpaired(*records, other, time=10, truncation="prompt_first")
+    assert len(source) == 101
+    assert looks == len(source)
+
+
 def test_an_example_beside_which_the_cut_leaves_nothing_else_is_dropped_and_counted() -> None:
     """Its prompt takes all but one token, which begins every completion."""
     long = {"prompt": "p" * 30, "completion": "xa", "label": True}
