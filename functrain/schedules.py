@@ -367,8 +367,8 @@ class PlateauState:
 class Plateau:
     """The learning rate falls by `factor` when evaluations stop improving.
 
-    torch's `ReduceLROnPlateau`. `functrain.train` shows it each evaluation's `eval_loss`; a loop
-    of your own calls `step.observe(state, value)`.
+    torch's `ReduceLROnPlateau`. `functrain.train` shows it the `eval_loss` of every
+    `evaluate_every`-th step; a loop of your own calls `step.observe(state, value)`.
     """
 
     peak: float = attrs.field(validator=_positive)

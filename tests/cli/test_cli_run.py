@@ -251,6 +251,23 @@ def test_an_evaluation_may_change_unless_the_schedule_sees_it(
     assert "evaluation.every: 3, and the run has 5" in capsys.readouterr().err
 
 
+def test_a_schedule_that_sees_evaluations_is_the_same_wherever_a_sitting_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed with more steps, and made again up to a step at which nothing was to be seen."""
+    given, run = _config(tmp_path, steps=9)
+    seen = ["--schedule.name", "reduce_on_plateau", "--schedule.warmup", "None"]
+    seen += ["--schedule.patience", "0", "--schedule.peak", "3", "--evaluation.every", "2"]
+    seen += ["--train.save-every", "3", "--train.keep", "9"]
+    assert main(["pretrain", given, *seen]) == 0
+    other = [*seen, "--directory", str(tmp_path / "two")]
+    assert main(["pretrain", given, *other, "--train.steps", "3"]) == 0
+    assert main(["pretrain", given, *other, "--resume"]) == 0
+    assert _fingerprint(tmp_path / "two") == _fingerprint(run)
+    assert main(["verify", str(run), "--replay", "0..3"]) == 0
+    assert main(["verify", str(tmp_path / "two"), "--replay", "0..9"]) == 0
+
+
 @pytest.mark.parametrize("which", ["train", "held_out"])
 def test_other_data_than_the_run_was_begun_with_is_refused(
     which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
