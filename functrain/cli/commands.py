@@ -140,7 +140,7 @@ def stage_arguments(
     given = list(rest)
     config: Any = None
     if given and not given[0].startswith("-"):
-        config = toml.read_as(Path(given.pop(0)), stage)
+        config = _reopened(toml.read_as(Path(given.pop(0)), stage))
     late = next((each for each in given if each.endswith(".toml")), None)
     if late is not None:
         raise ConfigError(
@@ -149,6 +149,17 @@ def stage_arguments(
         )
     default = cls() if config is None else cls(config=config)
     return _parsed(cls, command, given, default)
+
+
+def _reopened(config: Any) -> Any:
+    """A config without the end of its schedule, where a run has filled that in: with its steps.
+
+    So a new run has its own end, and one that is resumed has that which it was begun with.
+    """
+    schedule = config.schedule
+    if config.data.sha256 is None or schedule.total != config.train.steps:
+        return config
+    return attrs.evolve(config, schedule=attrs.evolve(schedule, total=None))
 
 
 def reference(command: str, rest: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ from functrain.cli.origins import RunDirectory
 from functrain.cli.samples import GATHERED, Prompt, bytes_to_gather, prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.cli.sources import digest
+from functrain.cli.steps import rates_after
 from functrain.compilation import cache_directory
 from functrain.data import ByteTokenizer, Prefetched, PretrainedTokenizer
 from functrain.distributed import ALONE, World
@@ -282,6 +283,9 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
         f"thread{'s' if config.train.threads != 1 else ''}, "
         f"{several}{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
     )
+    after = rates_after(config.schedule, config.train.steps)
+    if after is not None:
+        say(f"{config.stage}: {after}")
 
 
 def _trained(

@@ -209,6 +209,52 @@ def test_a_longer_total_goes_on_to_the_bit_of_the_longer_run(tmp_path: Path) -> 
     assert toml.read_any(run / "config.toml").train.steps == 15
 
 
+def test_a_new_run_of_a_runs_config_ends_its_schedule_with_its_own_steps(tmp_path: Path) -> None:
+    """Unless the total was given: then of the config's, or of the command's options."""
+    given, run = _config(tmp_path, steps=2)
+    cosine = ["--schedule.name", "cosine", "--schedule.warmup", "1"]
+    assert main(["pretrain", given, *cosine]) == 0
+    assert toml.read_any(run / "config.toml").schedule.total == 2
+    for name, source, total, options in (
+        ("open", run, 3, []),
+        ("given", run, 5, ["--schedule.total", "5"]),
+        ("the same", run, 2, ["--schedule.total", "2"]),
+        ("inherited", tmp_path / "given", 5, []),
+    ):
+        more = ["--directory", str(tmp_path / name), "--train.steps", "3", *options]
+        assert main(["pretrain", str(source / "config.toml"), *more]) == 0
+        assert toml.read_any(tmp_path / name / "config.toml").schedule.total == total
+    alone, other = _config(tmp_path, "alone", steps=3)
+    assert main(["pretrain", alone, *cosine]) == 0
+    assert _fingerprint(other) == _fingerprint(tmp_path / "open") != _fingerprint(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "then"),
+    [
+        ("cosine", "then goes on between 0 and 0.01"),
+        ("linear", "then stays at 0"),
+        ("constant_with_warmup", None),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_told_with_what_comes_after_it(
+    name: str, then: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path, steps=4)
+    assert main(["pretrain", given, "--schedule.name", name]) == 0
+    assert "schedule.total" not in capsys.readouterr().err
+    again = ["pretrain", str(run / "config.toml"), "--resume"]
+    assert main([*again, "--train.steps", "6"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("schedule.total") == (then is not None)
+    if then is not None:
+        assert f"{name} ends after 4 updates (schedule.total), and the run after 6 steps" in said
+        assert f"the learning rate {then}" in said
+        assert toml.read_any(run / "config.toml").schedule.total == 4
+    assert main(again) == 0  # it is finished
+    assert "schedule.total" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
