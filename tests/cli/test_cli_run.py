@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import json
@@ -29,7 +30,7 @@ from functrain.data.text import tokens
 from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.metrics import Metrics
 from functrain.objectives import logprobs
-from functrain.tracking import jsonl, progress
+from functrain.tracking import jsonl, progress, whole
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -578,6 +579,22 @@ def test_a_run_whose_last_state_is_not_saved_is_not_finished(
     monkeypatch.undo()
     assert main(["pretrain", given, "--resume"]) == 0
     assert _fingerprint(run) == _fingerprint(tmp_path / "alone")
+
+
+def test_a_report_that_cannot_be_written_takes_nothing_of_the_result_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path, steps=4)
+
+    def full(_path: Path, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole, "write", full)
+    assert main(["pretrain", given]) == 0
+    said = capsys.readouterr().out
+    assert "finished, 4 of 4 steps" in said
+    assert f"report       {run}/report.html: cannot be written (No space left on device)" in said
+    assert f"`functrain report {run} --to FILE`" in said
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
