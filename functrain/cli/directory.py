@@ -114,16 +114,22 @@ def resolved(config: C, *, threads: int, device: str) -> C:
     config = attrs.evolve(config, schedule=schedule, train=train)
     if isinstance(config, Pretrain):
         return config
+    start = started_from(config)
+    model = attrs.evolve(
+        config.model, from_=str(start.checkpoint), sha256=start.sha256, shape=start.shape
+    )
+    return attrs.evolve(config, model=model, data=_told(config.data, start))
+
+
+def started_from(config: SFT | DPO) -> Origin:
+    """What a run starts from; `ConfigError` where it was begun from another."""
     start = origin(config.model.from_)
     if config.model.sha256 not in (None, start.sha256):
         raise ConfigError(
             f"model.from: {start.checkpoint} is not what this run started from (another hash); "
             "put the old checkpoint back, or start a new run"
         )
-    model = attrs.evolve(
-        config.model, from_=str(start.checkpoint), sha256=start.sha256, shape=start.shape
-    )
-    return attrs.evolve(config, model=model, data=_told(config.data, start))
+    return start
 
 
 def _told(data: Data, start: Origin) -> Data:

@@ -92,8 +92,9 @@ def test_a_start_that_has_changed_is_refused(
     model = attrs.evolve(config.model, sha256="0" * 64)
     (run / "config.toml").write_text(toml.dumps(attrs.evolve(config, model=model)))
     resumed = ["sft", str(run / "config.toml"), "--directory", str(run), "--resume"]
-    assert main(resumed) == 2
-    assert "is not what this run started from" in capsys.readouterr().err
+    for command in (resumed, ["verify", str(run), "--replay", "4..6"]):
+        assert main(command) == 2
+        assert "is not what this run started from" in capsys.readouterr().err
 
 
 def test_data_that_have_changed_are_refused(
