@@ -162,7 +162,31 @@ def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
     config = attrs.evolve(config, data=given)
     if not isinstance(config, Pretrain):
         config = attrs.evolve(config, model=Start(from_=config.model.from_))
-    return resolved(config, threads=threads, device=device)
+    config = resolved(config, threads=threads, device=device)
+    _check_read(config)
+    return config
+
+
+def _check_read(config: Config) -> None:
+    """Raise `ConfigError` for what was given and a new run would not read: it would do nothing."""
+    data, best = config.data, config.train.keep_best
+    evaluated = data.held_out is not None or data.train == EMBEDDED
+    if not evaluated and config.schedule.name == "reduce_on_plateau":
+        raise ConfigError(
+            "schedule.name: 'reduce_on_plateau' follows the held-out loss, and nothing is held "
+            "out; give data.held_out, or another schedule"
+        )
+    if not evaluated and best is not None:
+        raise ConfigError(
+            f"train.keep_best: {best}, and nothing is held out by whose loss the best would be "
+            "known; give data.held_out, or leave it out"
+        )
+    built_in = isinstance(config, Pretrain) or config.model.shape is not None
+    for name in ("enable_thinking", "today"):
+        if built_in and getattr(data, name) is not None:
+            raise ConfigError(
+                f"data.{name}: the tokenizer has no chat template to tell it; leave it out"
+            )
 
 
 def _holds_something(directory: Path) -> bool:

@@ -429,6 +429,26 @@ def test_a_config_that_cannot_be_built_leaves_no_directory(
     assert not run.exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--schedule.name", "reduce_on_plateau"], "'reduce_on_plateau' follows the held-out loss"),
+        (["--train.keep-best", "2"], "train.keep_best: 2, and nothing is held out by whose loss"),
+        (["--data.enable-thinking", "True"], "data.enable_thinking: the tokenizer has no chat"),
+        (["--data.today", "1999-12-31"], "data.today: the tokenizer has no chat template to tell"),
+    ],
+)
+def test_what_a_new_run_would_not_read_is_refused(
+    override: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run on text, of which nothing is held out."""
+    given, run = _config(tmp_path)
+    unmeasured = ["--data.held-out", "None", "--schedule.warmup", "None"]
+    constant = ["--schedule.name", "constant"]
+    assert message in _refused(["pretrain", given, *unmeasured, *constant, *override], capsys)
+    assert not run.exists()
+
+
 def test_a_truncated_checkpoint_is_refused_with_a_way_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
