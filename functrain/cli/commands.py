@@ -58,6 +58,9 @@ def check_extras() -> None:
 def stage(command: str, rest: Sequence[str]) -> int:
     """`functrain pretrain|sft|dpo [run.toml] [--overrides] [--resume]`."""
     arguments = stage_arguments(command, rest)
+    train, resume = arguments.config.train, arguments.resume or _restarted()
+    if resume and rest and not rest[0].startswith("-"):
+        _check_place(Path(rest[0]), command, arguments.config.directory)
     from functrain.cli.directory import check_files
 
     if not _several():  # else it is said once, when all have met
@@ -68,7 +71,6 @@ def stage(command: str, rest: Sequence[str]) -> int:
     from functrain.cli.summary import conclude
     from functrain.distributed import world
 
-    train, resume = arguments.config.train, arguments.resume or _restarted()
     with stopping() as stop, world(device=train.device, timeout=train.timeout) as workers:
         own = say if workers.speaks else _silent
         outcome = run_stage(arguments.config, resume=resume, stop=stop, say=own, world=workers)
@@ -78,6 +80,20 @@ def stage(command: str, rest: Sequence[str]) -> int:
             return 0
         own(f"stopped at step {outcome.state.step}; go on with: {how_to_go_on(outcome.config)}")
         return stop.exit_code
+
+
+def _check_place(file: Path, stage: str, directory: str) -> None:
+    """Raise `ConfigError` for the config of a run that was moved: another would begin elsewhere."""
+    here = file.parent
+    if file.name != "config.toml" or not (here / "checkpoints").is_dir():
+        return
+    moved = Path(directory).resolve() != here.resolve()
+    # Unless another directory was asked for.
+    if moved and toml.read_as(file, stage).directory == directory:
+        raise ConfigError(
+            f"{file}: is of a run that was begun in {directory} and lies in {here} now (looked "
+            f"from {Path.cwd()}); to go on with it, give --directory {shlex.quote(str(here))}"
+        )
 
 
 def _several() -> bool:

@@ -393,6 +393,25 @@ def test_what_cannot_be_gone_on_with_is_said(
     assert "no config.toml in it there is no run to go on with; put that back" in told
 
 
+def test_the_config_of_a_run_that_was_moved_begins_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path, steps=2)
+    assert main(["pretrain", given]) == 0
+    moved = run.rename(tmp_path / "moved")
+    again = ["pretrain", str(moved / "config.toml"), "--resume", "--train.steps", "3"]
+    told = _refused(again, capsys)
+    assert f"of a run that was begun in {run} and lies in {moved} now" in told
+    assert f"give --directory {moved}" in told
+    assert not run.exists()
+    assert main([*again, "--directory", str(moved)]) == 0
+    assert "from step 2 on" in capsys.readouterr().err
+    assert main(again) == 0  # it is written down where it lies
+    other = tmp_path / "other"
+    assert main([*again, "--directory", str(other)]) == 0  # another, which was asked for
+    assert _fingerprint(other) == _fingerprint(moved)
+
+
 def test_a_directory_that_cannot_be_written_is_an_error_of_the_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
