@@ -28,6 +28,7 @@ from functrain.cli.arguments import (
     Inspect,
     PretrainArguments,
     PretrainPlan,
+    Reference,
     Report,
     SFTArguments,
     SFTPlan,
@@ -180,7 +181,7 @@ def _reopened(config: Any) -> Any:
 
 def reference(command: str, rest: Sequence[str]) -> int:
     """`functrain reference run.toml`: the reference's log-probs, ahead of `functrain dpo`."""
-    config = stage_arguments("dpo", rest, prog=command).config
+    config = stage_arguments("dpo", rest, {"dpo": Reference}, prog=command).config
     from functrain.cli.directory import check_files, resolved
 
     if config.preference.cache is None:
@@ -370,7 +371,7 @@ ARGUMENTS: dict[str, Any] = {
     "pretrain": PretrainArguments,
     "sft": SFTArguments,
     "dpo": DPOArguments,
-    "reference": DPOArguments,
+    "reference": Reference,
     "generate": Generate,
     "evaluate": Evaluate,
     "plan": PretrainPlan,
