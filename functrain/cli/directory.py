@@ -65,7 +65,7 @@ def check_files(config: Config) -> None:
         known = SUFFIXES[config.stage]
         if Path(given).is_dir() or (not Path(given).exists() and glob.has_magic(given)):
             continue  # what is in it is looked at where it is read
-        plain = given.removesuffix(".gz")
+        plain = given[: -len(".gz")] if given.lower().endswith(".gz") else given
         # Ids are mapped, so they cannot be compressed; as text they would be nonsense.
         if Path(plain).suffix.lower() not in known or (plain != given and is_tokens(plain)):
             raise ConfigError(
@@ -98,7 +98,9 @@ def check_files(config: Config) -> None:
 
 def is_tokens(path: str) -> bool:
     """Whether a data file holds token ids."""
-    return Path(path).suffix in (".bin", ".npy")
+    suffix = Path(path).suffix
+    # data.tokens knows .npy in small letters alone: any other file it maps as raw ids.
+    return suffix.lower() == ".bin" or suffix == ".npy"
 
 
 def resolved(config: C, *, threads: int, device: str) -> C:

@@ -421,14 +421,15 @@ def test_a_directory_that_cannot_be_written_is_an_error_of_the_config(
         assert f"{directory}: cannot be written" in told
 
 
+@pytest.mark.parametrize("name", ["ids.bin", "ids.BIN"])
 def test_a_token_that_no_model_has_is_refused_before_the_first_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the file and its place in it, though no batch of the run might meet it."""
     given, run = _config(tmp_path, steps=1)
     ids = np.full(5000, 7, dtype=np.uint16)
     ids[4321] = 999
-    path = tmp_path / "ids.bin"
+    path = tmp_path / name
     ids.tofile(path)
     options = ["--data.train", str(path), "--data.vocabulary", "300", "--data.held-out", str(path)]
     told = _refused(["pretrain", given, *options], capsys)
