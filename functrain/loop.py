@@ -64,12 +64,12 @@ def train(
     call; the first to be reached ends it. The batch is `source.at(state.cursor.samples,
     batch_size)`, or that of a stream after `state.cursor.loader`, where its state after the batch
     then is. With `evaluation`, the metrics of every `evaluate_every`-th step and of the last hold
-    `eval_…` too, and a `reduce_on_plateau` schedule sees `eval_loss`. With `directory`, every
-    `save_every`-th state and the last are saved before they are yielded, and those kept that
-    `keep` names: the newest few, or a `Keep` of the newest, of every so many steps, and of the best
-    by an evaluation. Where the directory has later steps, which this run has gone back from, these
-    neither count nor go, and a `SaveWarning` names them; a step that is there with another state is
-    refused.
+    `eval_…` too, and a `reduce_on_plateau` schedule sees the `eval_loss` of the former alone, so
+    that no bit depends on where a run ends. With `directory`, every `save_every`-th state and the
+    last are saved before they are yielded, and those kept that `keep` names: the newest few, or a
+    `Keep` of the newest, of every so many steps, and of the best by an evaluation. Where the
+    directory has later steps, which this run has gone back from, these neither count nor go, and a
+    `SaveWarning` names them; a step that is there with another state is refused.
 
     `beside` are texts to lie with each checkpoint, as for `functrain.save`.
 
@@ -298,12 +298,20 @@ class _Plan:
         """Whether this state is to be evaluated."""
         return self.evaluation is not None and self._due(self.evaluate_every, state)
 
+    def observes(self, state: TrainState) -> bool:
+        """Whether a schedule is to see what was measured: where a longer run measures it too."""
+        return _at_interval(self.evaluate_every, state)
+
     def saves(self, state: TrainState) -> bool:
         """Whether this state is to be saved."""
         return self.directory is not None and self._due(self.save_every, state)
 
     def _due(self, every: int | None, state: TrainState) -> bool:
-        return self.done(state) or (every is not None and state.step % every == 0)
+        return self.done(state) or _at_interval(every, state)
+
+
+def _at_interval(every: int | None, state: TrainState) -> bool:
+    return every is not None and state.step % every == 0
 
 
 def _batches(step: Step, evaluation: Iterable[Batch] | None) -> list[Batch] | None:
@@ -361,7 +369,8 @@ def _advanced(
     state = attrs.evolve(state, cursor=attrs.evolve(moved, tokens=tokens))
     if plan.evaluates(state) and plan.evaluation is not None:
         measured = evaluate(step, state, plan.evaluation)
-        state = step.observe(state, float(measured["eval_loss"]))
+        if plan.observes(state):
+            state = step.observe(state, float(measured["eval_loss"]))
         metrics = metrics | measured
     return state, metrics
 

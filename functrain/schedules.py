@@ -81,6 +81,14 @@ def _one_of(*known: str) -> Callable[[object, attrs.Attribute[Any], str], None]:
     return check
 
 
+def _power(base: float, exponent: int) -> float:
+    """base^exponent; infinite beyond all floats, where Python's own raises."""
+    try:
+        return float(base**exponent)
+    except OverflowError:
+        return math.inf
+
+
 def _name(record: object) -> str:
     return next((n for n, c in SCHEDULES.items() if type(record) is c), type(record).__name__)
 
@@ -282,7 +290,7 @@ class StepDecay(Constant):
 
     def factor(self, count: int) -> float:
         """gamma^⌊count/every⌋."""
-        return float(self.gamma ** (count // self.every))
+        return _power(self.gamma, count // self.every)
 
 
 @attrs.frozen
@@ -301,7 +309,7 @@ class MultiStep(Constant):
 
     def factor(self, count: int) -> float:
         """gamma^(milestones passed)."""
-        return float(self.gamma ** bisect_right(self.milestones, count))
+        return _power(self.gamma, bisect_right(self.milestones, count))
 
 
 @attrs.frozen
@@ -312,7 +320,7 @@ class Exponential(Constant):
 
     def factor(self, count: int) -> float:
         """gamma^count."""
-        return float(self.gamma**count)
+        return _power(self.gamma, count)
 
 
 @attrs.frozen
@@ -367,8 +375,8 @@ class PlateauState:
 class Plateau:
     """The learning rate falls by `factor` when evaluations stop improving.
 
-    torch's `ReduceLROnPlateau`. `functrain.train` shows it each evaluation's `eval_loss`; a loop
-    of your own calls `step.observe(state, value)`.
+    torch's `ReduceLROnPlateau`. `functrain.train` shows it the `eval_loss` of every
+    `evaluate_every`-th step; a loop of your own calls `step.observe(state, value)`.
     """
 
     peak: float = attrs.field(validator=_positive)

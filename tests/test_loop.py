@@ -354,6 +354,20 @@ def test_what_a_plateau_schedule_sees_is_the_evaluations_loss() -> None:
     assert state.scheduler.plateau.best == float(metrics["eval_loss"]) != float(metrics["loss"])
 
 
+def test_where_a_run_ends_changes_nothing_of_what_a_plateau_schedule_has_seen() -> None:
+    """The evaluation of the last step is measured; it is seen only where another total has it."""
+    schedule = ft.schedules.reduce_on_plateau(1e-2, patience=0, threshold=1e9, threshold_mode="abs")
+    step, first = _run(schedule=schedule)
+    every: Any = {"evaluation": [zoo.batch(100)], "evaluate_every": 2}
+    whole = {s.step: s for s, _ in ft.train(step, first, zoo.Batches(), steps=6, **every)}
+    for end in (2, 3):
+        *_, (state, metrics) = ft.train(step, first, zoo.Batches(), steps=end, **every)
+        assert "eval_loss" in metrics
+        assert ft.fingerprint(state) == ft.fingerprint(whole[end])
+        *_, (state, _) = ft.train(step, state, zoo.Batches(), steps=6, **every)
+        assert ft.fingerprint(state) == ft.fingerprint(whole[6])
+
+
 @pytest.mark.parametrize(
     "other",
     [

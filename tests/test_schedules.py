@@ -444,6 +444,21 @@ def test_a_number_is_a_constant_and_any_function_of_the_count_a_schedule() -> No
     assert schedules.checked(_halving) is _halving
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.exponential(1.0, gamma=1e300),
+        schedules.step(1.0, every=1, gamma=1e300),
+        schedules.multistep(1.0, gamma=1e300, milestones=[1, 2]),
+    ],
+)
+@pytest.mark.parametrize("give", [schedules.learning_rate, schedules._looked_up])
+def test_a_learning_rate_beyond_all_floats_is_refused(schedule: Any, give: Any) -> None:
+    assert float(give(schedule, torch.tensor(1), bound=1)) == 1e300
+    with pytest.raises(ConfigError, match="schedule: inf after 2 updates, expected a finite"):
+        give(schedule, torch.tensor(2), bound=2)
+
+
 def _halving(count: int) -> float:
     return 0.5**count
 

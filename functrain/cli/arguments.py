@@ -41,6 +41,13 @@ class DPOArguments(RunArguments):
 
 
 @attrs.frozen(kw_only=True)
+class Reference:
+    """functrain reference [run.toml] [options]"""
+
+    config: Annotated[DPO, tyro.conf.arg(name="")] = attrs.field(factory=DPO)
+
+
+@attrs.frozen(kw_only=True)
 class PlanArguments:
     """What `functrain plan` takes beside the config of a stage."""
 

@@ -65,12 +65,18 @@ def a_day(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
         raise ConfigError(f"{key(record, field)}: {value!r}, expected a day: 2026-11-25") from None
 
 
-def given(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+def not_empty(expected: str) -> Validator:
     """Not the empty text."""
-    if value == "":
-        raise ConfigError(f"{key(record, field)}: empty; expected a path")
+
+    def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value == "":
+            raise ConfigError(f"{key(record, field)}: empty; expected {expected}")
+
+    return check
 
 
+given = not_empty("a path")
+named = not_empty("a name")
 count = at_least(1)
 positive = number("a positive finite number", lambda value: 0 < value < math.inf)
 not_negative = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)

@@ -28,6 +28,7 @@ from functrain.cli.arguments import (
     Inspect,
     PretrainArguments,
     PretrainPlan,
+    Reference,
     Report,
     SFTArguments,
     SFTPlan,
@@ -58,6 +59,9 @@ def check_extras() -> None:
 def stage(command: str, rest: Sequence[str]) -> int:
     """`functrain pretrain|sft|dpo [run.toml] [--overrides] [--resume]`."""
     arguments = stage_arguments(command, rest)
+    train, resume = arguments.config.train, arguments.resume or _restarted()
+    if resume and rest and not rest[0].startswith("-"):
+        _check_place(Path(rest[0]), command, arguments.config.directory)
     from functrain.cli.directory import check_files
 
     if not _several():  # else it is said once, when all have met
@@ -68,7 +72,6 @@ def stage(command: str, rest: Sequence[str]) -> int:
     from functrain.cli.summary import conclude
     from functrain.distributed import world
 
-    train, resume = arguments.config.train, arguments.resume or _restarted()
     with stopping() as stop, world(device=train.device, timeout=train.timeout) as workers:
         own = say if workers.speaks else _silent
         outcome = run_stage(arguments.config, resume=resume, stop=stop, say=own, world=workers)
@@ -78,6 +81,20 @@ def stage(command: str, rest: Sequence[str]) -> int:
             return 0
         own(f"stopped at step {outcome.state.step}; go on with: {how_to_go_on(outcome.config)}")
         return stop.exit_code
+
+
+def _check_place(file: Path, stage: str, directory: str) -> None:
+    """Raise `ConfigError` for the config of a run that was moved: another would begin elsewhere."""
+    here = file.parent
+    if file.name != "config.toml" or not (here / "checkpoints").is_dir():
+        return
+    moved = Path(directory).resolve() != here.resolve()
+    # Unless another directory was asked for.
+    if moved and toml.read_as(file, stage).directory == directory:
+        raise ConfigError(
+            f"{file}: is of a run that was begun in {directory} and lies in {here} now (looked "
+            f"from {Path.cwd()}); to go on with it, give --directory {shlex.quote(str(here))}"
+        )
 
 
 def _several() -> bool:
@@ -140,7 +157,7 @@ def stage_arguments(
     given = list(rest)
     config: Any = None
     if given and not given[0].startswith("-"):
-        config = toml.read_as(Path(given.pop(0)), stage)
+        config = _reopened(toml.read_as(Path(given.pop(0)), stage))
     late = next((each for each in given if each.endswith(".toml")), None)
     if late is not None:
         raise ConfigError(
@@ -151,9 +168,20 @@ def stage_arguments(
     return _parsed(cls, command, given, default)
 
 
+def _reopened(config: Any) -> Any:
+    """A config without the end of its schedule, where a run has filled that in: with its steps.
+
+    So a new run has its own end, and one that is resumed has that which it was begun with.
+    """
+    schedule = config.schedule
+    if config.data.sha256 is None or schedule.total != config.train.steps:
+        return config
+    return attrs.evolve(config, schedule=attrs.evolve(schedule, total=None))
+
+
 def reference(command: str, rest: Sequence[str]) -> int:
     """`functrain reference run.toml`: the reference's log-probs, ahead of `functrain dpo`."""
-    config = stage_arguments("dpo", rest, prog=command).config
+    config = stage_arguments("dpo", rest, {"dpo": Reference}, prog=command).config
     from functrain.cli.directory import check_files, resolved
 
     if config.preference.cache is None:
@@ -343,7 +371,7 @@ ARGUMENTS: dict[str, Any] = {
     "pretrain": PretrainArguments,
     "sft": SFTArguments,
     "dpo": DPOArguments,
-    "reference": DPOArguments,
+    "reference": Reference,
     "generate": Generate,
     "evaluate": Evaluate,
     "plan": PretrainPlan,

@@ -19,6 +19,7 @@ from functrain.cli.checks import (
     fraction_to_one,
     given,
     mixed,
+    named,
     not_negative,
     number,
     one_of,
@@ -108,7 +109,7 @@ class Adapters:
     """The rank of the adapters; the model itself is trained unless it is given."""
     alpha: float | None = attrs.field(default=None, validator=positive)
     """Their scale, over the rank; 16 unless given."""
-    targets: str | None = attrs.field(default=None, validator=given)
+    targets: str | None = attrs.field(default=None, validator=named)
     """Layers by name, "q_proj, v_proj"; every linear one but the head unless given."""
     dropout: float | None = attrs.field(default=None, validator=fraction)
     """Dropout before the adapters."""
@@ -329,7 +330,7 @@ class Train:
     """Gradients are clipped to this global norm; inf for no clipping."""
     precision: str = attrs.field(default="fp32", validator=one_of(PRECISIONS))
     """fp32, bf16, fp16 or bf16_params."""
-    checkpoint: str | None = attrs.field(default=None, validator=given)
+    checkpoint: str | None = attrs.field(default=None, validator=named)
     """Modules that are recomputed in the backward pass, by name: `model.layers.*`, or several,
     with commas between them; less memory."""
     head: str = attrs.field(default="auto", validator=one_of(("auto", "full")))
@@ -432,9 +433,9 @@ class Tracking:
 
     services: tuple[str, ...] = attrs.field(default=(), validator=_services)
     """tensorboard, wandb, mlflow, trackio."""
-    project: str = attrs.field(default="functrain", validator=given)
+    project: str = attrs.field(default="functrain", validator=named)
     """The project, or MLflow's experiment."""
-    name: str | None = attrs.field(default=None, validator=given)
+    name: str | None = attrs.field(default=None, validator=named)
     """What the run is called there; its directory's name unless given."""
 
 

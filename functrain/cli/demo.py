@@ -88,15 +88,15 @@ def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
         f"functrain inspect {where}",
         f"functrain pretrain {config} --directory runs/mine --data.train my.txt",
     ]
-    target = path / "report.html"
-    write_report(target, "functrain demo", outcomes, rows=rows, said=said, commands=commands)
+    target, title = path / "report.html", "functrain demo"
+    written = write_report(target, title, outcomes, rows=rows, said=said, commands=commands)
     return "\n".join(
         [
             table(HEAD, rows),
             "",
             *_shown(said),
             f"fingerprint  {fingerprint(dpo.state)}",
-            f"report       {target}",
+            f"report       {written}",
             f"next         {commands[0]}",
             *(f"             {command}" for command in commands[1:]),
         ]

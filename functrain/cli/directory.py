@@ -65,7 +65,7 @@ def check_files(config: Config) -> None:
         known = SUFFIXES[config.stage]
         if Path(given).is_dir() or (not Path(given).exists() and glob.has_magic(given)):
             continue  # what is in it is looked at where it is read
-        plain = given.removesuffix(".gz")
+        plain = given[: -len(".gz")] if given.lower().endswith(".gz") else given
         # Ids are mapped, so they cannot be compressed; as text they would be nonsense.
         if Path(plain).suffix.lower() not in known or (plain != given and is_tokens(plain)):
             raise ConfigError(
@@ -98,7 +98,9 @@ def check_files(config: Config) -> None:
 
 def is_tokens(path: str) -> bool:
     """Whether a data file holds token ids."""
-    return Path(path).suffix in (".bin", ".npy")
+    suffix = Path(path).suffix
+    # data.tokens knows .npy in small letters alone: any other file it maps as raw ids.
+    return suffix.lower() == ".bin" or suffix == ".npy"
 
 
 def resolved(config: C, *, threads: int, device: str) -> C:
@@ -114,16 +116,22 @@ def resolved(config: C, *, threads: int, device: str) -> C:
     config = attrs.evolve(config, schedule=schedule, train=train)
     if isinstance(config, Pretrain):
         return config
+    start = started_from(config)
+    model = attrs.evolve(
+        config.model, from_=str(start.checkpoint), sha256=start.sha256, shape=start.shape
+    )
+    return attrs.evolve(config, model=model, data=_told(config.data, start))
+
+
+def started_from(config: SFT | DPO) -> Origin:
+    """What a run starts from; `ConfigError` where it was begun from another."""
     start = origin(config.model.from_)
     if config.model.sha256 not in (None, start.sha256):
         raise ConfigError(
             f"model.from: {start.checkpoint} is not what this run started from (another hash); "
             "put the old checkpoint back, or start a new run"
         )
-    model = attrs.evolve(
-        config.model, from_=str(start.checkpoint), sha256=start.sha256, shape=start.shape
-    )
-    return attrs.evolve(config, model=model, data=_told(config.data, start))
+    return start
 
 
 def _told(data: Data, start: Origin) -> Data:
@@ -156,7 +164,31 @@ def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
     config = attrs.evolve(config, data=given)
     if not isinstance(config, Pretrain):
         config = attrs.evolve(config, model=Start(from_=config.model.from_))
-    return resolved(config, threads=threads, device=device)
+    config = resolved(config, threads=threads, device=device)
+    _check_read(config)
+    return config
+
+
+def _check_read(config: Config) -> None:
+    """Raise `ConfigError` for what was given and a new run would not read: it would do nothing."""
+    data, best = config.data, config.train.keep_best
+    evaluated = data.held_out is not None or data.train == EMBEDDED
+    if not evaluated and config.schedule.name == "reduce_on_plateau":
+        raise ConfigError(
+            "schedule.name: 'reduce_on_plateau' follows the held-out loss, and nothing is held "
+            "out; give data.held_out, or another schedule"
+        )
+    if not evaluated and best is not None:
+        raise ConfigError(
+            f"train.keep_best: {best}, and nothing is held out by whose loss the best would be "
+            "known; give data.held_out, or leave it out"
+        )
+    built_in = isinstance(config, Pretrain) or config.model.shape is not None
+    for name in ("enable_thinking", "today"):
+        if built_in and getattr(data, name) is not None:
+            raise ConfigError(
+                f"data.{name}: the tokenizer has no chat template to tell it; leave it out"
+            )
 
 
 def _holds_something(directory: Path) -> bool:

@@ -9,17 +9,18 @@ from typing import Any
 
 import attrs
 
-from functrain import data, optimizers
+from functrain import data, models, optimizers
 from functrain.cli.config import Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.ending import unreferenced
-from functrain.cli.known import EMBEDDED
+from functrain.cli.known import EMBEDDED, MULTIPLE
 from functrain.cli.origins import origin
 from functrain.cli.restoring import Trained, trained
 from functrain.cli.sources import cut_options, text_maker
 from functrain.cli.summary import bits_per_byte
 from functrain.cli.tokenizers import asked_with
 from functrain.data.files import RECORDS, TEXTS, files_of, suffix_of
+from functrain.data.grouping import width
 from functrain.data.source import MapSource
 from functrain.errors import ConfigError, DataError
 from functrain.evaluation import evaluate
@@ -30,7 +31,7 @@ from functrain.objectives.language import LanguageModeling
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.stages import make_step
 
-TIME = 1024  # tokens, for a model that no run has made
+TIME = 1024  # tokens at most, for a model that no run has made
 KINDS = ("text", "completions", "pairs")
 
 
@@ -103,13 +104,26 @@ def evaluated(
 ) -> list[Measured]:
     """The model of a run or checkpoint over each file that `check` lets pass, on the CPU.
 
-    `time`: tokens of a row or example at most, the run's own unless given. `limit`: rows, examples
-    or pairs. Raises `DataError` for files that cannot be read.
+    `time`: tokens of a row or example at most; the run's own unless given, or of a model that no
+    run has made `TIME`, if it has learnt so many positions. `limit`: rows, examples or pairs.
+    Raises `DataError` for files that cannot be read, `ConfigError` for more tokens than positions.
     """
     model = trained(given)
-    if time is None:
-        time = TIME if model.config is None else model.config.data.time
+    time = _time(model, time)
     return [measured(model, file, time=time, batch_size=batch_size, limit=limit) for file in files]
+
+
+def _time(model: Trained, given: int | None) -> int:
+    most = models.positions(model.architecture)
+    if given is not None and most is not None and given > most:
+        raise ConfigError(
+            f"time: {given}, and the model has learnt {most} positions; give at most as many"
+        )
+    if given is not None:
+        return given
+    if model.config is not None:
+        return model.config.data.time
+    return TIME if most is None else min(TIME, most)
 
 
 def measured(
@@ -160,6 +174,9 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[s
     try:
         kind, found = _read(model, file)
         make, more = _as_trained(model.config, kind)
+        most = models.positions(model.architecture)
+        if kind != "text" and most is not None and width([time], MULTIPLE) > most:
+            more["pad_to_multiple_of"] = 1  # padding has no positions beyond the last one
         return kind, make(found, model.tokenizer, **options, **more)
     except DataError as error:
         raise error if file in str(error) else DataError(f"{file}: {error}") from error

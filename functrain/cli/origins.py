@@ -78,11 +78,23 @@ class RunDirectory:
         return self.path / "report.html"
 
 
+def located(path: Path) -> Path:
+    """The path of a run's checkpoint with that run in it: absolute for `.` and for a bare name."""
+    whole = path.absolute()
+    kept = _CHECKPOINT.fullmatch(whole.name) and _is_run(whole.parent.parent)
+    return whole if kept and not _is_run(path.parent.parent) else path
+
+
+def _is_run(path: Path) -> bool:
+    return RunDirectory(path).config.is_file()
+
+
 def stage_directory(path: Path) -> Path:
     """The run directory that `path` is, holds (a demo's last stage), or lies in (a checkpoint)."""
+    path = located(path)
     stages = [path / stage for stage in STAGE_ORDER if (path / stage / "checkpoints").is_dir()]
-    for found in (path, *stages, path.parent, path.parent.parent):
-        if RunDirectory(found).config.is_file():
+    for found in (path, *stages, path.parent, path.parent.parent, path.absolute().parent):
+        if _is_run(found):
             return found
     what = "no run's directory (it has no config.toml)" if path.exists() else "not there"
     raise ConfigError(
@@ -151,7 +163,7 @@ _ATTEMPTS = 100
 
 def origin(given: str, key: str = "model.from") -> Origin:
     """The checkpoint that `given` means; `ConfigError`, beginning with `key`, where none is."""
-    path = Path(given)
+    path = located(Path(given))
     if not path.exists():
         raise ConfigError(
             f"{key}: {given} is not there (looked from {Path.cwd()}); models are read from the disk"

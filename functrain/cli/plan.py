@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import models, objectives, planning
+from functrain.cli.checks import one_of, positive
 from functrain.cli.config import DPO, Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.origins import is_model, origin
@@ -32,13 +33,13 @@ class Machines:
 
     workers: int
     per_node: int
-    device: str
+    device: str = attrs.field(validator=one_of((*planning.DEVICES, HERE)))
     utilisation: float
-    memory: float | None
-    tflops: float | None
-    inside: float | None
-    between: float | None
-    latency: float | None
+    memory: float | None = attrs.field(validator=positive)
+    tflops: float | None = attrs.field(validator=positive)
+    inside: float | None = attrs.field(validator=positive)
+    between: float | None = attrs.field(validator=positive)
+    latency: float | None = attrs.field(validator=positive)
 
     def cluster(self, config: Config, world: World) -> Cluster:
         """The cluster that they describe; all workers must call this."""

@@ -28,6 +28,7 @@ from functrain.cli.origins import RunDirectory
 from functrain.cli.samples import GATHERED, Prompt, bytes_to_gather, prompts, spoken
 from functrain.cli.signals import Stop
 from functrain.cli.sources import digest
+from functrain.cli.steps import rates_after
 from functrain.compilation import cache_directory
 from functrain.data import ByteTokenizer, Prefetched, PretrainedTokenizer
 from functrain.distributed import ALONE, World
@@ -107,11 +108,10 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         stack.callback(built.close)
         for note in built.notes:
             say(f"{config.stage}: {note}")
-        found = {"data.train": digest(built.source)}
-        if built.held_out is not None:
-            found["data.held_out"] = digest(built.held_out)
+        found = digests(built)
         world.agree(found)
-        config = _same_data(config, found, built.templated)
+        check_data(config, found)
+        config = _with_hashes(config, found, built.templated)
         # The lock is the first worker's, for as long as this sitting goes.
 
         def begun() -> str:
@@ -176,10 +176,18 @@ def _check_total(run: RunDirectory, steps: int) -> None:
         )
 
 
-def _same_data(config: C, found: Mapping[str, str], templated: bool | None) -> C:
-    """With the hashes of its data, which must be those that the run was begun with.
+def digests(built: Built) -> dict[str, str]:
+    """The hashes of a run's data, by their keys."""
+    found = {"data.train": digest(built.source)}
+    if built.held_out is not None:
+        found["data.held_out"] = digest(built.held_out)
+    return found
 
-    What is held out too: a schedule may follow it, and the best checkpoints are chosen by it.
+
+def check_data(config: Pretrain | SFT | DPO, found: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for data, by their hashes, that a run was not begun with.
+
+    For what is held out too: a schedule may follow it, and the best checkpoints are chosen by it.
     """
     given = config.data
     for key, path, begun in (
@@ -191,8 +199,11 @@ def _same_data(config: C, found: Mapping[str, str], templated: bool | None) -> C
                 f"{key}: {path or given.train} is not what this run was begun with (another "
                 "hash); put the old data back, or begin another --directory"
             )
+
+
+def _with_hashes(config: C, found: Mapping[str, str], templated: bool | None) -> C:
     known = attrs.evolve(
-        given,
+        config.data,
         sha256=found["data.train"],
         held_out_sha256=found.get("data.held_out"),
         templated=templated,
@@ -282,6 +293,9 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
         f"thread{'s' if config.train.threads != 1 else ''}, "
         f"{several}{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
     )
+    after = rates_after(config.schedule, config.train.steps)
+    if after is not None:
+        say(f"{config.stage}: {after}")
 
 
 def _trained(

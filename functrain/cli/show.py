@@ -15,9 +15,9 @@ from functrain.errors import ConfigError, DataError, FunctrainError
 def described(given: str, *, tensors: bool = False) -> str:
     """A checkpoint, or a run's newest one, as text: what it holds, verified against its hashes."""
     from functrain import checkpoint
-    from functrain.cli.origins import RunDirectory, origin
+    from functrain.cli.origins import RunDirectory, located, origin
 
-    path = Path(given)
+    path = located(Path(given))
     if (RunDirectory(path).config).is_file() or (path / "pretrain").is_dir():
         path = origin(given, "checkpoint").checkpoint
     found = checkpoint.inspect(path)

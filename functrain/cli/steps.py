@@ -91,3 +91,20 @@ def schedule(config: Schedule) -> schedules.Schedule | Plateau:
             )
         options["cycles"] = int(options["cycles"])
     return schedules.named(config.name, config.peak, **options)
+
+
+def rates_after(config: Schedule, steps: int) -> str | None:
+    """What the learning rate does after the end of a schedule; None where no step comes after it.
+
+    Some schedules go on from their end: a cosine climbs to its peak again.
+    """
+    if config.total is None or config.total >= steps:
+        return None
+    rate: Any = schedule(config)  # of a count: one that reduces on a plateau has no total
+    rates = [rate(count) for count in range(config.total, steps)]
+    least, most = min(rates), max(rates)
+    then = f"stays at {least:g}" if least == most else f"goes on between {least:g} and {most:g}"
+    return (
+        f"{config.name} ends after {config.total:,} updates (schedule.total), and the run after "
+        f"{steps:,} steps: the learning rate then {then}"
+    )

@@ -34,7 +34,7 @@ class Said:
 
 
 def conclude(outcome: Outcome) -> str:
-    """Write a finished run's report; what to print about it."""
+    """Write a finished run's report; what to print about it, the report or none."""
     run = RunDirectory(outcome.config.directory)
     rows = measured(outcome)
     end = outcome.ended()
@@ -45,7 +45,7 @@ def conclude(outcome: Outcome) -> str:
     where = shlex.quote(str(run.path))
     commands = [f'functrain generate {where} "…"', f"functrain inspect {where}"]
     title = f"functrain {outcome.config.stage}: {run.path.name}"
-    write_report(run.report, title, [outcome], rows=rows, said=said, commands=commands)
+    written = write_report(run.report, title, [outcome], rows=rows, said=said, commands=commands)
     return "\n".join(
         [
             f"{run.path}: finished, {outcome.state.step:,} of {outcome.config.train.steps:,} steps",
@@ -53,7 +53,7 @@ def conclude(outcome: Outcome) -> str:
             *padding(outcome.records),
             *skipped(outcome),
             f"fingerprint  {end.fingerprint}",
-            f"report       {run.report}",
+            f"report       {written}",
             f"next         {commands[0]}",
         ]
     )
@@ -193,18 +193,30 @@ def write_report(
     rows: Sequence[Row],
     said: Sequence[Said],
     commands: Sequence[str],
-) -> None:
-    """The report over these stages; the fingerprint is of the last one's state."""
+) -> str:
+    """The report over these stages; the fingerprint is of the last one's state.
+
+    Where it lies. A disk that is full takes nothing away from what a run came to, so that one
+    that cannot be written is said in its place.
+    """
     stages = [
         recorded(RunDirectory(outcome.config.directory), outcome.config.stage)
         for outcome in outcomes
     ]
-    report.write_report(
-        path,
-        title=title,
-        stages=stages,
-        table=rows,
-        samples=said,
-        fingerprint=outcomes[-1].ended().fingerprint,
-        commands=commands,
-    )
+    try:
+        report.write_report(
+            path,
+            title=title,
+            stages=stages,
+            table=rows,
+            samples=said,
+            fingerprint=outcomes[-1].ended().fingerprint,
+            commands=commands,
+        )
+    except OSError as error:
+        runs = shlex.join(outcome.config.directory for outcome in outcomes)
+        return (
+            f"{path}: cannot be written ({error.strerror}); the run is saved, and "
+            f"`functrain report {runs} --to FILE` writes one of it"
+        )
+    return str(path)

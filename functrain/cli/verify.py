@@ -15,9 +15,11 @@ from functrain.checkpoint.loading import read_leaves
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.cli import toml
 from functrain.cli.build import build
+from functrain.cli.config import Pretrain
+from functrain.cli.directory import started_from
 from functrain.cli.facts import logged
 from functrain.cli.origins import STAGE_ORDER, RunDirectory, stage_directory
-from functrain.cli.run import threads
+from functrain.cli.run import check_data, digests, threads
 from functrain.compilation import cache_directory
 from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.loop import train
@@ -31,7 +33,7 @@ def verified(given: str, replay: str | None) -> Iterator[str]:
     """A line for each checkpoint that is as it was saved; `CheckpointError` at one that is not.
 
     With `replay`, `A..B`, the steps from checkpoint A to B are made again, and must come to B's
-    very bits.
+    very bits; `ConfigError` where the data or the model that the run began with are others now.
     """
     for path in _every_stages(Path(given)):
         try:
@@ -69,6 +71,8 @@ def _replayed(path: Path, replay: str) -> str:
     run = RunDirectory(stage_directory(path))
     begin, end = (_at(run, int(step)) for step in match.groups())
     config: Any = toml.read_any(run.config)
+    if not isinstance(config, Pretrain):
+        started_from(config)
     with (
         threads(config.train.threads or 1),
         cache_directory(config.train.compile_cache),
@@ -76,6 +80,7 @@ def _replayed(path: Path, replay: str) -> str:
     ):
         built = build(config)
         stack.callback(built.close)
+        check_data(config, digests(built))
         state = built.state
         if begin is not None:
             state = checkpoint.load(begin, like=built.state, strict=True)

@@ -12,6 +12,7 @@ import orjson
 
 from functrain.appending import append
 from functrain.errors import DataError
+from functrain.tracking import whole
 
 CLOCKS = ("data_seconds", "mfu", "peak_memory_gib", "tokens_per_second")
 """What is read off a clock or the system, and so differs between runs that are the same."""
@@ -93,7 +94,10 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: str | os.PathLike[str], step: int) -> None:
-    """Drop the records of later steps, so that a resumed run's file is an uninterrupted one's."""
+    """Drop the records of later steps, so that a resumed run's file is an uninterrupted one's.
+
+    `DataError` where it cannot be written; the records are then as they were.
+    """
     target = Path(path)
     if not target.exists():
         return
@@ -103,9 +107,10 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> None:
         for number, line in enumerate(lines, start=1)
         if _record(line, f"{target}:{number}")["step"] <= step
     ]
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-    temporary.replace(target)
+    try:
+        whole.write(target, b"".join(line + b"\n" for line in kept))
+    except OSError as error:
+        raise _unwritten(target, error) from error
 
 
 def _encoded(value: float) -> float | str:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import attrs
 
 from functrain.errors import ConfigError
+from functrain.tracking import whole
 from functrain.tracking.charts import COLOURS, Chart, Curve, curve, drawn
 
 # Title, and for each curve its name, metric, and whether it is drawn as dots.
@@ -205,11 +206,8 @@ def _row(kept: CheckpointRow) -> dict[str, str]:
 
 
 def write_report(path: str | os.PathLike[str], **contents: Any) -> None:
-    """`render_report` to a file, which appears whole or not at all."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(render_report(**contents), encoding="utf-8")
-    temporary.replace(target)
+    """`render_report` to a file, which appears whole or not at all; `OSError` where it cannot."""
+    whole.write(Path(path), render_report(**contents).encode())
 
 
 _TEMPLATE = """{% macro figures(charts, always=false) %}

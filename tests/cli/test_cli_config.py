@@ -144,6 +144,8 @@ BAD = [
     ("schedule = 3", "run.toml: schedule: expected a section with name, peak"),
     ('stage = "sft"', "stage: 'sft', expected 'dpo'; use `functrain sft`"),
     ('[data]\ntrain = ""', "data.train: empty; expected a path"),
+    ('[tracking]\nname = ""', "tracking.name: empty; expected a name"),
+    ('[train]\ncheckpoint = ""', "train.checkpoint: empty; expected a name"),
     ("peak == 3", "run.toml: not TOML: "),
 ]
 

@@ -76,7 +76,11 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["plan", "pretrian"], "plan: 'pretrian'; did you mean 'pretrain'"),
         (["plan"], "functrain plan pretrain|sft|dpo [run.toml] --workers 8"),
-        (["plan", "pretrain", "--device", "v100"], "device: 'v100' is unknown"),
+        (["plan", "pretrain", "--device", "v100"], "device: 'v100' is unknown; did you mean"),
+        (["plan", "pretrain", "--device", "foo"], "'a100', 'b200', 'h100', 'h200', 'here'"),
+        (["plan", "pretrain", "--tflops", "-1"], "tflops: -1.0, expected a positive finite number"),
+        (["plan", "pretrain", "--memory", "nan"], "memory: nan, expected a positive finite number"),
+        (["plan", "pretrain", "--latency", "-1"], "latency: -1.0, expected a positive finite num"),
         (["plan", "pretrain", "--workers", "0"], "workers: 0, expected an integer of at least 1"),
         (["plan", "sft", "--train.stepps", "3"], "run functrain plan sft --help"),
         (["plan", "pretrain", "--workers", "3"], "cannot be shared out to 3 workers"),
@@ -100,7 +104,10 @@ def test_help_is_of_the_command_that_was_given(
     given: list[str], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*given, "--help"]) == 0
-    assert f"usage: functrain {name} [-h]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: functrain {name} [-h]" in out
+    assert f"functrain {name} [run.toml] [options]" in out
+    assert "--resume" not in out  # it begins nothing that could be gone on with
 
 
 def test_a_file_of_blocks_has_no_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

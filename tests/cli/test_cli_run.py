@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import json
@@ -29,7 +30,7 @@ from functrain.data.text import tokens
 from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.metrics import Metrics
 from functrain.objectives import logprobs
-from functrain.tracking import jsonl, progress
+from functrain.tracking import jsonl, progress, whole
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -209,6 +210,52 @@ def test_a_longer_total_goes_on_to_the_bit_of_the_longer_run(tmp_path: Path) -> 
     assert toml.read_any(run / "config.toml").train.steps == 15
 
 
+def test_a_new_run_of_a_runs_config_ends_its_schedule_with_its_own_steps(tmp_path: Path) -> None:
+    """Unless the total was given: then of the config's, or of the command's options."""
+    given, run = _config(tmp_path, steps=2)
+    cosine = ["--schedule.name", "cosine", "--schedule.warmup", "1"]
+    assert main(["pretrain", given, *cosine]) == 0
+    assert toml.read_any(run / "config.toml").schedule.total == 2
+    for name, source, total, options in (
+        ("open", run, 3, []),
+        ("given", run, 5, ["--schedule.total", "5"]),
+        ("the same", run, 2, ["--schedule.total", "2"]),
+        ("inherited", tmp_path / "given", 5, []),
+    ):
+        more = ["--directory", str(tmp_path / name), "--train.steps", "3", *options]
+        assert main(["pretrain", str(source / "config.toml"), *more]) == 0
+        assert toml.read_any(tmp_path / name / "config.toml").schedule.total == total
+    alone, other = _config(tmp_path, "alone", steps=3)
+    assert main(["pretrain", alone, *cosine]) == 0
+    assert _fingerprint(other) == _fingerprint(tmp_path / "open") != _fingerprint(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "then"),
+    [
+        ("cosine", "then goes on between 0 and 0.01"),
+        ("linear", "then stays at 0"),
+        ("constant_with_warmup", None),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_told_with_what_comes_after_it(
+    name: str, then: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path, steps=4)
+    assert main(["pretrain", given, "--schedule.name", name]) == 0
+    assert "schedule.total" not in capsys.readouterr().err
+    again = ["pretrain", str(run / "config.toml"), "--resume"]
+    assert main([*again, "--train.steps", "6"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("schedule.total") == (then is not None)
+    if then is not None:
+        assert f"{name} ends after 4 updates (schedule.total), and the run after 6 steps" in said
+        assert f"the learning rate {then}" in said
+        assert toml.read_any(run / "config.toml").schedule.total == 4
+    assert main(again) == 0  # it is finished
+    assert "schedule.total" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -251,19 +298,35 @@ def test_an_evaluation_may_change_unless_the_schedule_sees_it(
     assert "evaluation.every: 3, and the run has 5" in capsys.readouterr().err
 
 
+def test_a_schedule_that_sees_evaluations_is_the_same_wherever_a_sitting_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed with more steps, and made again up to a step at which nothing was to be seen."""
+    given, run = _config(tmp_path, steps=9)
+    seen = ["--schedule.name", "reduce_on_plateau", "--schedule.warmup", "None"]
+    seen += ["--schedule.patience", "0", "--schedule.peak", "3", "--evaluation.every", "2"]
+    seen += ["--train.save-every", "3", "--train.keep", "9"]
+    assert main(["pretrain", given, *seen]) == 0
+    other = [*seen, "--directory", str(tmp_path / "two")]
+    assert main(["pretrain", given, *other, "--train.steps", "3"]) == 0
+    assert main(["pretrain", given, *other, "--resume"]) == 0
+    assert _fingerprint(tmp_path / "two") == _fingerprint(run)
+    assert main(["verify", str(run), "--replay", "0..3"]) == 0
+    assert main(["verify", str(tmp_path / "two"), "--replay", "0..9"]) == 0
+
+
 @pytest.mark.parametrize("which", ["train", "held_out"])
 def test_other_data_than_the_run_was_begun_with_is_refused(
     which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is held out too, which the best are chosen by, and a schedule may follow."""
-    config, _ = _config(tmp_path, steps=2)
+    config, run = _config(tmp_path, steps=2)
     assert main(["pretrain", config]) == 0
     changed = tmp_path / f"{which}.txt"
     changed.write_text(changed.read_text() + " iota")
-    capsys.readouterr()
-    assert main(["pretrain", config, "--resume", "--train.steps", "4"]) == 2
     told = f"data.{which}: {changed} is not what this run was begun with"
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert told in _refused(["pretrain", config, "--resume", "--train.steps", "4"], capsys)
+    assert told in _refused(["verify", str(run), "--replay", "0..2"], capsys)
 
 
 @given(st.integers(0, 999), st.booleans())
@@ -330,6 +393,25 @@ def test_what_cannot_be_gone_on_with_is_said(
     assert "no config.toml in it there is no run to go on with; put that back" in told
 
 
+def test_the_config_of_a_run_that_was_moved_begins_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path, steps=2)
+    assert main(["pretrain", given]) == 0
+    moved = run.rename(tmp_path / "moved")
+    again = ["pretrain", str(moved / "config.toml"), "--resume", "--train.steps", "3"]
+    told = _refused(again, capsys)
+    assert f"of a run that was begun in {run} and lies in {moved} now" in told
+    assert f"give --directory {moved}" in told
+    assert not run.exists()
+    assert main([*again, "--directory", str(moved)]) == 0
+    assert "from step 2 on" in capsys.readouterr().err
+    assert main(again) == 0  # it is written down where it lies
+    other = tmp_path / "other"
+    assert main([*again, "--directory", str(other)]) == 0  # another, which was asked for
+    assert _fingerprint(other) == _fingerprint(moved)
+
+
 def test_a_directory_that_cannot_be_written_is_an_error_of_the_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,14 +421,15 @@ def test_a_directory_that_cannot_be_written_is_an_error_of_the_config(
         assert f"{directory}: cannot be written" in told
 
 
+@pytest.mark.parametrize("name", ["ids.bin", "ids.BIN"])
 def test_a_token_that_no_model_has_is_refused_before_the_first_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the file and its place in it, though no batch of the run might meet it."""
     given, run = _config(tmp_path, steps=1)
     ids = np.full(5000, 7, dtype=np.uint16)
     ids[4321] = 999
-    path = tmp_path / "ids.bin"
+    path = tmp_path / name
     ids.tofile(path)
     options = ["--data.train", str(path), "--data.vocabulary", "300", "--data.held-out", str(path)]
     told = _refused(["pretrain", given, *options], capsys)
@@ -363,6 +446,26 @@ def test_a_config_that_cannot_be_built_leaves_no_directory(
     (tmp_path / "empty.jsonl").write_text('{"txt": "x"}')
     assert main(["pretrain", given, "--data.train", str(tmp_path / "empty.jsonl")]) == 2
     assert "empty.jsonl" in capsys.readouterr().err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--schedule.name", "reduce_on_plateau"], "'reduce_on_plateau' follows the held-out loss"),
+        (["--train.keep-best", "2"], "train.keep_best: 2, and nothing is held out by whose loss"),
+        (["--data.enable-thinking", "True"], "data.enable_thinking: the tokenizer has no chat"),
+        (["--data.today", "1999-12-31"], "data.today: the tokenizer has no chat template to tell"),
+    ],
+)
+def test_what_a_new_run_would_not_read_is_refused(
+    override: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run on text, of which nothing is held out."""
+    given, run = _config(tmp_path)
+    unmeasured = ["--data.held-out", "None", "--schedule.warmup", "None"]
+    constant = ["--schedule.name", "constant"]
+    assert message in _refused(["pretrain", given, *unmeasured, *constant, *override], capsys)
     assert not run.exists()
 
 
@@ -515,6 +618,22 @@ def test_a_run_whose_last_state_is_not_saved_is_not_finished(
     monkeypatch.undo()
     assert main(["pretrain", given, "--resume"]) == 0
     assert _fingerprint(run) == _fingerprint(tmp_path / "alone")
+
+
+def test_a_report_that_cannot_be_written_takes_nothing_of_the_result_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path, steps=4)
+
+    def full(_path: Path, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole, "write", full)
+    assert main(["pretrain", given]) == 0
+    said = capsys.readouterr().out
+    assert "finished, 4 of 4 steps" in said
+    assert f"report       {run}/report.html: cannot be written (No space left on device)" in said
+    assert f"`functrain report {run} --to FILE`" in said
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])

@@ -15,6 +15,7 @@ from functrain import checkpoint, compilation
 from functrain.cli import evaluate as measuring
 from functrain.cli import main, toml
 from functrain.cli.config import DPO, SFT
+from functrain.cli.origins import origin
 
 COMMON = [
     *("--train.steps", "6", "--train.batch-size", "4", "--train.save-every", "2"),
@@ -83,6 +84,29 @@ def test_a_finished_stage_is_resumed_from_its_first_command(
     assert "finished, 6 of 6" in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_known_by_its_bare_name_and_from_inside(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of its run, and of no other checkpoint of it."""
+    name = "step-000000000004"
+    inside = runs / "b" / "checkpoints"
+    options = ["1 plus one?", "--max-new-tokens", "4"]
+    assert main(["generate", str(inside / name), *options]) == 0
+    said = capsys.readouterr().out
+    for place, path in ((inside, name), (inside / name, "."), (runs / "b", f"checkpoints/{name}")):
+        monkeypatch.chdir(place)
+        assert main(["generate", path, *options]) == 0
+        assert capsys.readouterr().out == said
+        assert main(["inspect", path]) == 0
+        found = capsys.readouterr().out
+        assert "step        4\n" in found
+        assert "  speed" in found  # as its run's metrics say
+        assert origin(path).run.config.is_file()
+    monkeypatch.chdir(inside)
+    assert origin(".").checkpoint.name == "step-000000000006"
+    assert str(origin(str(inside.parent)).checkpoint) == str(inside / "step-000000000006")
+
+
 def test_a_start_that_has_changed_is_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,8 +116,9 @@ def test_a_start_that_has_changed_is_refused(
     model = attrs.evolve(config.model, sha256="0" * 64)
     (run / "config.toml").write_text(toml.dumps(attrs.evolve(config, model=model)))
     resumed = ["sft", str(run / "config.toml"), "--directory", str(run), "--resume"]
-    assert main(resumed) == 2
-    assert "is not what this run started from" in capsys.readouterr().err
+    for command in (resumed, ["verify", str(run), "--replay", "4..6"]):
+        assert main(command) == 2
+        assert "is not what this run started from" in capsys.readouterr().err
 
 
 def test_data_that_have_changed_are_refused(

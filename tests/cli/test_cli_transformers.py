@@ -374,12 +374,7 @@ def test_a_run_over_texts_is_asked_with_texts(runs: Path, tmp_path: Path, capsys
 
 def test_learnt_positions_are_not_exceeded(tmp_path: Path, capsys: Any) -> None:
     """Neither by the samples of a run whose data fill them, nor by the data."""
-    given = tokenizer(None)
-    config = transformers.GPT2Config(
-        n_positions=48, n_embd=8, n_layer=1, n_head=1, vocab_size=given.vocabulary
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    given.save(tmp_path / "model")
+    _save_with_positions(tmp_path / "model", 48)
     texts = [{"prompt": "a" * 40, "completion": "bcd"} for _ in range(8)]
     run = ["sft", "--model.from", str(tmp_path / "model"), *jsonl(tmp_path / "x.jsonl", texts)]
     run += [*COMMON, "--directory", str(tmp_path / "run")]
@@ -389,6 +384,32 @@ def test_learnt_positions_are_not_exceeded(tmp_path: Path, capsys: Any) -> None:
     said = " ".join(capsys.readouterr().err.split())
     assert "32 pads rows of data.time 48 to as many as 64 tokens" in said
     assert main([*run, "--data.time", "48"]) == 0
+
+
+def _save_with_positions(path: Path, count: int) -> None:
+    """A model that has learnt so many positions, with a tokenizer of bytes."""
+    given = tokenizer(None)
+    config = transformers.GPT2Config(
+        n_positions=count, n_embd=8, n_layer=1, n_head=1, vocab_size=given.vocabulary
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    given.save(path)
+
+
+def test_learnt_positions_are_not_exceeded_by_what_is_measured(tmp_path: Path, capsys: Any) -> None:
+    """By default; more are refused. Rows of as many are not padded beyond them."""
+    model, text = str(tmp_path / "model"), tmp_path / "x.txt"
+    _save_with_positions(tmp_path / "model", 44)
+    text.write_text("abc " * 50)
+    record = {"prompt": "a" * 20, "completion": "b" * 40}
+    files = [str(text), jsonl(tmp_path / "x.jsonl", [record] * 2)[1]]
+    assert main(["evaluate", model, *files, "--json"]) == 0
+    default = capsys.readouterr().out
+    assert [json.loads(line)["tokens"] for line in default.splitlines()] == [200, 2 * 24]
+    assert main(["evaluate", model, *files, "--json", "--time", "44"]) == 0
+    assert capsys.readouterr().out == default
+    assert main(["evaluate", model, *files, "--time", "45"]) == 2
+    assert "time: 45, and the model has learnt 44 positions" in capsys.readouterr().err
 
 
 def test_files_beside_a_model_are_no_part_of_it(runs: Path, tmp_path: Path) -> None:

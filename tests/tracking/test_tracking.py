@@ -7,7 +7,8 @@ import math
 import random
 import resource
 import signal
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -246,14 +247,35 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with closing(jsonl.JSONLTracker(path)) as tracker:
         tracker.log(1, {"loss": 2.0})
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
-            with pytest.raises(ft.DataError, match=r"cannot be written \(File too large\)"):
-                tracker.log(2, {"loss": 1.5})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, before)
+        refused = pytest.raises(ft.DataError, match=r"cannot be written \(File too large\)")
+        with _at_most(path.stat().st_size + 5), refused:
+            tracker.log(2, {"loss": 1.5})
         tracker.log(3, {"loss": 1.0})
     assert [record["step"] for record in jsonl.read(path)] == [1, 3]
+
+
+def test_what_cannot_be_written_anew_stays_as_it_was(tmp_path: Path) -> None:
+    """On a disk that fills up within it; nothing of the new file is left."""
+    path, page = tmp_path / "metrics.jsonl", tmp_path / "report.html"
+    before = _written(path, [{"loss": 1.0}, {"loss": 0.5}])
+    page.write_text("an older one")
+    refused = pytest.raises(ft.DataError, match=r"metrics.jsonl: cannot be written \(File too lar")
+    with _at_most(5), refused:
+        jsonl.truncate_after(path, 0)
+    with _at_most(5), pytest.raises(OSError, match="File too large"):
+        report.write_report(page, title="a run", stages=[])
+    assert (path.read_bytes(), page.read_text()) == (before, "an older one")
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, page.name}
+
+
+@contextmanager
+def _at_most(size: int) -> Iterator[None]:
+    """Within it no file can grow beyond a size in bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
