@@ -98,9 +98,7 @@ def check_files(config: Config) -> None:
 
 def is_tokens(path: str) -> bool:
     """Whether a data file holds token ids."""
-    suffix = Path(path).suffix
-    # data.tokens knows .npy in small letters alone: any other file it maps as raw ids.
-    return suffix.lower() == ".bin" or suffix == ".npy"
+    return Path(path).suffix.lower() in (".bin", ".npy")
 
 
 def resolved(config: C, *, threads: int, device: str) -> C:

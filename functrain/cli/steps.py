@@ -101,7 +101,8 @@ def rates_after(config: Schedule, steps: int) -> str | None:
     if config.total is None or config.total >= steps:
         return None
     rate: Any = schedule(config)  # of a count: one that reduces on a plateau has no total
-    rates = [rate(count) for count in range(config.total, steps)]
+    every = max(1, (steps - config.total) // 1000)
+    rates = [rate(count) for count in range(config.total, steps, every)]
     least, most = min(rates), max(rates)
     then = f"stays at {least:g}" if least == most else f"goes on between {least:g} and {most:g}"
     return (

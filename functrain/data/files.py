@@ -31,8 +31,7 @@ class UnreadableError(DataError):
 
 def suffix_of(path: PathLike) -> str:
     """How a file's name ends, without `.gz`, in small letters; .ndjson is .jsonl."""
-    name = Path(path).name.removesuffix(".gz")
-    suffix = Path(name).suffix.lower()
+    suffix = Path(Path(path).name.lower().removesuffix(".gz")).suffix
     return _OTHERWISE.get(suffix, suffix)
 
 
@@ -110,7 +109,7 @@ def contents(path: PathLike) -> bytes:
     """All of a file, uncompressed where its name ends in `.gz`, without a byte order mark."""
     with _reading(path):
         read = Path(path).read_bytes()
-        read = gzip.decompress(read) if _is_compressed(path) else read
+        read = gzip.decompress(read) if is_compressed(path) else read
         return read.removeprefix(codecs.BOM_UTF8)
 
 
@@ -132,12 +131,13 @@ def is_marked(path: PathLike) -> bool:
         return False
 
 
-def _is_compressed(path: PathLike) -> bool:
-    return str(path).endswith(".gz")
+def is_compressed(path: PathLike) -> bool:
+    """Whether a file's name says so."""
+    return str(path).lower().endswith(".gz")
 
 
 def _opened(path: PathLike) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path)) if _is_compressed(path) else Path(path).open("rb")
+    return cast("IO[bytes]", gzip.open(path)) if is_compressed(path) else Path(path).open("rb")
 
 
 @contextmanager

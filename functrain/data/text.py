@@ -160,7 +160,7 @@ def _mapped(ids: str | os.PathLike[str], dtype: str) -> Ids:
     path = Path(ids)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected token ids as raw {dtype}, or .npy")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _npy(path)
     size = _itemsize(dtype)
     if not path.stat().st_size or path.stat().st_size % size:

@@ -15,7 +15,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from functrain.data.files import PathLike, UnreadableError, is_marked, suffix_of
+from functrain.data.files import PathLike, UnreadableError, is_compressed, is_marked, suffix_of
 from functrain.data.packing import Packed, packed_ids
 from functrain.data.records import check_on_bad_record, document_files, texts
 from functrain.data.text import Ids, TextRows, id_type, known_ids
@@ -141,7 +141,7 @@ class _Content:
 
         That of a file with a byte order mark is another, since the mark was once read as text.
         """
-        compressed = ".gz" if self.path.name.endswith(".gz") else ""
+        compressed = ".gz" if is_compressed(self.path) else ""
         return suffix_of(self.path) + compressed + (" marked" if self.marked else "")
 
     def check(self) -> None:

@@ -55,12 +55,13 @@ def test_every_form_of_the_same_objects_is_read_the_same(
     path = tmp_path_factory.mktemp("forms")
     (path / "a.jsonl").write_bytes(_jsonl(objects))
     (path / "a.jsonl.gz").write_bytes(gzip.compress(_jsonl(objects)))
+    (path / "b.JSONL.GZ").write_bytes(gzip.compress(_jsonl(objects)))
     (path / "a.json").write_text(json.dumps(objects))
     (path / "a.json.gz").write_bytes(gzip.compress(json.dumps(objects).encode()))
     _parquet(path / "a.parquet", objects)
     forms = sorted(path.iterdir())
-    assert [data.records(form) for form in forms] == [objects] * 5
-    assert data.records(path) == objects * 5
+    assert [data.records(form) for form in forms] == [objects] * 6
+    assert data.records(path) == objects * 6
     assert data.records(path / "*.gz") == objects * 2
 
 

@@ -237,7 +237,8 @@ def test_token_files_are_mapped_and_checked(tmp_path: Path) -> None:
     ids.tofile(tmp_path / "ids.bin")
     np.save(tmp_path / "ids.npy", ids)
     expected = _digests(_rows(seed=5).at(3, 4))
-    for name in ("ids.bin", "ids.npy"):
+    (tmp_path / "ids.NPY").write_bytes((tmp_path / "ids.npy").read_bytes())
+    for name in ("ids.bin", "ids.npy", "ids.NPY"):
         source = data.tokens(tmp_path / name, time=8, batch_size=4, seed=5)
         assert isinstance(source.ids, np.memmap)
         assert _digests(source.at(3, 4)) == expected
