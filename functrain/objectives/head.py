@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -212,10 +213,18 @@ def _hands_out(architecture: nn.Module, head: Head) -> bool:
 
 
 @contextmanager
-def calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Eval mode, no history, not compiled; neither buffers nor random generators are moved."""
+def calm(
+    architecture: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Iterator[None]:
+    """Eval mode, no history, not compiled; neither buffers nor random generators are moved.
+
+    `params`, `buffers`: what is bound in the place of the architecture's own.
+    """
     params = {**dict(architecture.named_parameters()), **params}
-    buffers = {name: buffer.clone() for name, buffer in architecture.named_buffers()}
+    given = {**dict(architecture.named_buffers()), **buffers}
+    buffers = {name: buffer.clone() for name, buffer in given.items()}
     device = next(iter(params.values())).device
     with (
         torch.no_grad(),
