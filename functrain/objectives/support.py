@@ -138,7 +138,8 @@ def _fault(model: nn.Module, make: Callable[[Batch], Layout]) -> str | None:
 def _told(model: nn.Module, made: Layout, real: Tensor, logits: Tensor) -> float:
     """How far the logits of a sequence are moved by other tokens in all the others."""
     ids = made.inputs["input_ids"]
-    logits, found = logits.flatten(0, 1), []
+    logits = logits.flatten(0, 1)
+    found: list[float] = []
     for index, own in zip(made.index, real, strict=True):
         kept = index[own]
         changed = (ids.flatten() + 1) % (vocabulary_of(model) or 2)

@@ -75,13 +75,14 @@ def _copied(value: Any) -> Any:
 def _parts(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _parts(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        parts = [_parts(part) for part in value]
-        return parts if isinstance(value, list) else tuple(parts)
+    if isinstance(value, list):
+        return [_parts(part) for part in value]
+    if isinstance(value, tuple):
+        return tuple(_parts(part) for part in value)
     if isinstance(value, set):
         return set(value)
-    attributes = {} if _is_whole(value) else _attributes(value)
-    if not attributes:
+    attributes = _attributes(value)
+    if not attributes or _is_whole(value):
         return value
     return _Then(type(value), {name: _parts(part) for name, part in attributes.items()})
 
