@@ -28,20 +28,26 @@ from functrain.architecture import (
     vocabulary_of,
 )
 from functrain.data.source import Source
-from functrain.errors import BatchError, DataError, boolean
+from functrain.errors import BatchError, ConfigError, DataError, boolean
 from functrain.forward import forward_buffers, forward_values
+from functrain.gradients import _indexing
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.layouts import LayoutName, check_layout, laid_out, layout_name
 from functrain.objectives.logprobs import HeadMode, head_mode
-from functrain.objectives.pairs import SIDES, check_completions, concatenated, last_target
+from functrain.objectives.options import own_tensors
+from functrain.objectives.pairs import SIDES, check_pairs, concatenated, last_target
 from functrain.objectives.reference import reference_scores
+from functrain.objectives.unpaired import UNPAIRED, check_completed
 from functrain.precision import Precision, policy
 from functrain.state import device_of
-from functrain.trees import Tensors, digest, tensors
+from functrain.trees import Tensors, digest
 
 Attach = Callable[[Batch], Batch]
-_UNPAIRED = ("completion", "mismatched")
 _FORMAT = "functrain reference log-probs"
+
+
+def _own_buffers(value: Mapping[str, Tensor]) -> Tensors:
+    return own_tensors(value, "buffers")
 
 
 @attrs.frozen(eq=False)
@@ -49,8 +55,8 @@ class AttachReference:
     """A function from batches to batches with `reference_logps`; see `attach_reference`."""
 
     architecture: nn.Module = attrs.field(repr=False)
-    reference: Tensors = attrs.field(repr=False, converter=tensors)
-    buffers: Tensors = attrs.field(repr=False, converter=tensors)
+    reference: Tensors = attrs.field(repr=False, converter=own_tensors)
+    buffers: Tensors = attrs.field(repr=False, converter=_own_buffers)
     precision: Precision = attrs.field(converter=policy)
     by_token: bool = attrs.field(validator=boolean)
     head: HeadMode = attrs.field(validator=head_mode)
@@ -64,19 +70,10 @@ class AttachReference:
     def __call__(self, batch: Batch) -> Batch:
         """The batch with the reference's log-probs of its sides, where the batch is.
 
-        Raises `BatchError` for sides that are not well formed.
+        Raises `BatchError` for what `check` refuses, and for an index that the model has no place
+        for.
         """
-        sides = _sides(batch)
-        vocabulary = vocabulary_of(self.architecture)
-        for side in sides:
-            check_completions(batch[side], vocabulary, side)
-        if sides == SIDES:
-            check_layout(self.layout, batch)
-        elif self.layout != "padded":
-            raise BatchError(
-                f"batch: completions without a pair, and layout={self.layout!r} is for pairs; "
-                "attach them with layout='padded'"
-            )
+        sides = self.check(batch)
         device = device_of(self.reference)
         moved = to_device({side: batch[side] for side in sides}, device)
         places = slots(self.architecture)
@@ -89,10 +86,32 @@ class AttachReference:
             keys.seeded(0, device),
             torch.autocast(device.type, enabled=False),
             self.precision.context(device),
+            _indexing(),
         ):
             found = self._scored(model, moved, sides)
         home = batch[sides[0]]["input_ids"].device
         return {**batch, "reference_logps": {s: t.to(home) for s, t in found.items()}}
+
+    def check(self, batch: Batch) -> tuple[str, ...]:
+        """The two sides of a batch that are scored.
+
+        Raises `BatchError` unless they are well formed and belong together, as a step wants them.
+        """
+        sides = _sides(batch)
+        # Those that it has already are replaced, whatever they are.
+        given = {key: value for key, value in batch.items() if key != "reference_logps"}
+        vocabulary = vocabulary_of(self.architecture)
+        if sides == SIDES:
+            check_pairs(given, vocabulary)
+            check_layout(self.layout, given)
+            return sides
+        check_completed(given, vocabulary)
+        if self.layout != "padded":
+            raise BatchError(
+                f"batch: completions without a pair, and layout={self.layout!r} is for pairs; "
+                "attach them with layout='padded'"
+            )
+        return sides
 
     def _scored(self, model: nn.Module, batch: Batch, sides: Sequence[str]) -> dict[str, Tensor]:
         """Pairs in one forward as the step takes them, so that the bits are the step's."""
@@ -154,15 +173,15 @@ def attach_reference(
 
     Raises `ArchitectureError` for params or buffers with other names than the architecture's,
     `StateError` for other shapes, integers and what is on the meta device, and `ConfigError` for an
-    unknown `precision`, `head` or `layout`, and a `by_token` that is no boolean.
+    unknown `precision`, `head` or `layout`, a `by_token` that is no boolean, and a `reference` or
+    `buffers` that are no mapping of tensors.
     """
-    return AttachReference(
-        architecture, reference, buffers or {}, precision, by_token, head, layout
-    )
+    buffers = {} if buffers is None else buffers
+    return AttachReference(architecture, reference, buffers, precision, by_token, head, layout)
 
 
 def _sides(batch: Batch) -> tuple[str, ...]:
-    for sides in (SIDES, _UNPAIRED):
+    for sides in (SIDES, UNPAIRED):
         if isinstance(batch, Mapping) and all(side in batch for side in sides):
             return sides
     raise BatchError(
@@ -176,10 +195,13 @@ def example_keys(side: Batch) -> list[str]:
     ids, labels = side["input_ids"].cpu(), side["labels"].cpu()
     columns = [ids.to(torch.int64), labels]
     columns += [side[key].cpu().to(torch.int64) for key in _EXTRA if key in side]
+    # Positions without a mask could be one: they alone are named, as every other hash is then what
+    # caches of earlier versions hold.
+    name = b"position_ids" if "position_ids" in side and "attention_mask" not in side else b""
     ends = (last_target(labels) + 1).tolist()
     found = []
     for row, end in enumerate(ends):
-        hasher = hashlib.blake2b(digest_size=16)
+        hasher = hashlib.blake2b(name, digest_size=16)
         for column in columns:
             hasher.update(column[row, :end].contiguous().numpy().data)
             hasher.update(b"\0")
@@ -235,8 +257,16 @@ class ReferenceCache:
         """The batch with its `reference_logps`, float64 of what was computed.
 
         `microbatches`: what is computed is computed in so many slices, as the step takes them.
+        Raises `BatchError` as `attach` does, `ConfigError` for another number of slices than an
+        integer of at least 1, and `DataError` after `close`.
         """
-        sides = _sides(batch)
+        if self._file.closed:
+            raise DataError(
+                f"{self.path}: the cache is closed; open it again, ReferenceCache(path, attach)"
+            )
+        if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+            raise ConfigError(f"microbatches: {microbatches!r}, expected an integer of at least 1")
+        sides = self.attach.check(batch)
         rows = {side: example_keys(batch[side]) for side in sides}
         missing = [key for side in sides for key in rows[side] if key not in self._known]
         if missing:
@@ -255,7 +285,12 @@ class ReferenceCache:
         return torch.tensor(known, dtype=torch.float64)
 
     def close(self) -> None:
-        """Make what was written durable, and let another process write; `DataError` as above."""
+        """Make what was written durable, and let another process write; `DataError` as above.
+
+        Closed already, it stays so.
+        """
+        if self._file.closed:
+            return
         try:
             os.fsync(self._file.fileno())
         except OSError as error:

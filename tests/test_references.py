@@ -460,6 +460,145 @@ def test_the_key_of_an_example_is_its_content_and_not_its_padding() -> None:
         assert differ == [False, False, True, False], key
 
 
+def test_positions_are_no_mask_in_the_key_of_an_example() -> None:
+    """Of two tokens they may be the same numbers; without positions keys are as they ever were."""
+    ids = torch.tensor([[3, 5]])
+    side = {"input_ids": ids, "labels": ids}
+    numbers = torch.tensor([[0, 1]])
+    masked, placed = ({**side, key: numbers} for key in ("attention_mask", "position_ids"))
+    assert example_keys(masked) != example_keys(placed)
+    assert example_keys(side) == ["4fa611c5f9ba6cd72b323b57dcac8746"]
+    assert example_keys(masked) == ["83b96a9937541aac8a12ca89550c47d0"]
+    assert example_keys({**masked, **placed}) == ["9b3008ec47505e985721e5ecc3dc8170"]
+
+
+def test_a_reference_is_that_of_the_moment_when_it_was_given() -> None:
+    """A donated step writes into the memory of params that a plain mapping has as well."""
+    architecture, params, buffers = zoo.split("decoder")
+    batch = zoo.pairs()
+    attach = ft.attach_reference(architecture, dict(params), dict(buffers))
+    expected, fingerprint = attach(batch), attach.fingerprint
+    step = ft.dpo_step(architecture, ft.optim.adamw(0.1), donate=True)
+    state, _ = step(step.init(params, buffers), expected)
+    step(state, expected)
+    for side, logps in attach(batch)["reference_logps"].items():
+        assert torch.equal(logps, expected["reference_logps"][side])
+    assert attach.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("given", [None, [1], {"weight": 1}])
+def test_what_is_no_mapping_of_tensors_is_no_reference(given: Any) -> None:
+    architecture, params, buffers = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match="reference: expected params, a mapping from names"):
+        ft.attach_reference(architecture, given, buffers)
+    if given is not None:
+        with pytest.raises(ft.ConfigError, match="buffers: expected buffers, a mapping from names"):
+            ft.attach_reference(architecture, params, given)
+
+
+def _changed(batch: dict[str, Any], side: str, **changes: Any) -> dict[str, Any]:
+    found = {**batch[side], **changes}
+    return {**batch, side: {key: value for key, value in found.items() if value is not None}}
+
+
+_MASK = torch.ones(4, 8, dtype=torch.int64)
+APART: dict[str, tuple[Any, str]] = {
+    "rows": (
+        lambda: {"chosen": zoo.batch(0, 3), "rejected": zoo.batch(1, 1)},
+        "chosen has 3 examples and rejected 1; expected pairs",
+    ),
+    "a mask on chosen": (
+        lambda: _changed(zoo.pairs(), "chosen", attention_mask=_MASK),
+        "expected the same keys",
+    ),
+    "a mask on rejected": (
+        lambda: _changed(zoo.pairs(), "rejected", attention_mask=_MASK[:, :7]),
+        "expected the same keys",
+    ),
+    "no labels": (lambda: _changed(zoo.pairs(), "rejected", labels=None), "rejected.labels: miss"),
+    "a list": (
+        lambda: _changed(zoo.pairs(), "chosen", labels=[[1]]),
+        "chosen.labels: expected a tensor, got list",
+    ),
+    "one dimension": (
+        lambda: _changed(zoo.pairs(), "chosen", labels=zoo.batch()["labels"][0]),
+        r"chosen.labels: shape \[8\] differs",
+    ),
+    "a tensor": (
+        lambda: {**zoo.pairs(), "rejected": zoo.batch()["input_ids"]},
+        "rejected: expected a mapping",
+    ),
+    "rows without a pair": (
+        lambda: {**_unpaired(), "mismatched": zoo.batch(1, 3)},
+        "completion has 4 examples and mismatched 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", sorted(APART))
+def test_sides_that_do_not_belong_together_are_named(what: str, tmp_path: Path) -> None:
+    """Before anything is computed, hashed or written, as a step names them."""
+    architecture, params, buffers = zoo.split("tied")
+    attach = ft.attach_reference(architecture, params, buffers)
+    make, message = APART[what]
+    with pytest.raises(ft.BatchError, match=message):
+        attach(make())
+    path = tmp_path / "c.jsonl"
+    with ft.ReferenceCache(path, attach) as cache:
+        before = path.read_bytes()
+        with pytest.raises(ft.BatchError, match=message):
+            cache(make(), microbatches=2)
+        assert path.read_bytes() == before
+
+
+def test_reference_logps_of_before_are_replaced_whatever_they_are() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    attach = ft.attach_reference(architecture, params, buffers)
+    spoiled = {side: torch.full((4,), torch.nan) for side in ("chosen", "rejected")}
+    found = attach({**zoo.pairs(), "reference_logps": spoiled})["reference_logps"]
+    assert all(bool(logps.isfinite().all()) for logps in found.values())
+
+
+@pytest.mark.parametrize("microbatches", [0, -1, 1.0, True, "2"])
+def test_a_number_of_slices_that_is_none_is_named(microbatches: Any, tmp_path: Path) -> None:
+    architecture, params, buffers = zoo.split("tied")
+    attach = ft.attach_reference(architecture, params, buffers)
+    with (
+        ft.ReferenceCache(tmp_path / "c.jsonl", attach) as cache,
+        pytest.raises(ft.ConfigError, match=r"microbatches: .* expected an integer of at least 1"),
+    ):
+        cache(zoo.pairs(), microbatches=microbatches)
+
+
+def test_a_cache_that_is_closed_says_so_and_may_be_closed_again(tmp_path: Path) -> None:
+    architecture, params, buffers = zoo.split("tied")
+    attach = ft.attach_reference(architecture, params, buffers)
+    with ft.ReferenceCache(tmp_path / "c.jsonl", attach) as cache:
+        cache(zoo.pairs())
+        cache.close()
+    for seed in (0, 5):
+        with pytest.raises(ft.DataError, match=r"c\.jsonl: the cache is closed; open it again"):
+            cache(zoo.pairs(seed))
+
+
+@pytest.mark.parametrize("make", [zoo.pairs, _unpaired])
+def test_an_index_that_the_model_has_no_place_for_is_named(make: Any) -> None:
+    """As a step names it, where an architecture does not show how many positions it knows."""
+
+    class Placed(zoo.Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = torch.nn.Embedding(6, 16)
+
+        def forward(self, input_ids: Any, **inputs: Any) -> Any:
+            self.positions(torch.arange(input_ids.shape[1]))
+            return super().forward(input_ids, **inputs)
+
+    attach = ft.attach_reference(*ft.split(Placed()))
+    with pytest.raises(ft.BatchError, match="no place for one of its indices"):
+        attach(make())
+
+
 def test_a_reference_of_another_architecture_is_refused_when_it_is_given() -> None:
     architecture, _, buffers, reference = _parts()
     _, others, _ = zoo.split("tied")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import compilation, keys
-from functrain.architecture import bound, slots
+from functrain.architecture import Mode, bound, slots
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
 from functrain.objectives.chunks import computed_in
@@ -71,11 +72,12 @@ def find_head(architecture: nn.Module) -> Head | str:
     """The head that an architecture shows, or why it shows none.
 
     Shown by `get_output_embeddings()`, an `nn.Linear`, as the causal models of transformers and the
-    built-in decoder have it. The model is called once on a single token, in eval mode, to see that
-    its logits are what the projection returns; where it changes them, it must have a trunk
-    (`base_model_prefix`) that can be left out, so that the rest of its forward can be called alone,
-    and that rest must treat each row alike and have no parameters. Hooks of the user's own on the
-    logits hide the head, and so does compilation, which sees no hooks of ours.
+    built-in decoder have it. The model is called on a single token, in eval mode and in that of
+    training, to see that its logits are what the projection returns, and that it can do without
+    them; where it changes them, it must have a trunk (`base_model_prefix`) that can be left out, so
+    that the rest of its forward can be called alone, and that rest must treat each row alike and
+    have no parameters. Hooks of the user's own on the logits hide the head, and so does
+    compilation, which sees no hooks of ours.
 
     What cannot be told on the meta device is asked again where the weights are there: in a step.
     """
@@ -144,22 +146,42 @@ def _search(architecture: nn.Module, projection: nn.Linear) -> Head | str:
         return "its projection is none of its modules"
     bias = None if projection.bias is None else names[id(projection.bias)]
     plain = Head(projection, names[id(projection.weight)], bias, None)
+    head = plain
+    mode: Mode = "eval"
     try:
-        if _hands_out(architecture, plain):
-            return plain
-        trunk = getattr(architecture, "base_model_prefix", "")
-        if not isinstance(trunk, str) or not isinstance(
-            architecture._modules.get(trunk), nn.Module
-        ):
-            return "it changes the logits after the projection, and names no trunk"
-        head = attrs.evolve(plain, trunk=trunk)
-        return _fault(architecture, head) or head
+        for mode in _MODES:
+            if not _hands_out(architecture, plain, mode):
+                changing = f"it changes the logits after the projection{_MODES[mode]}"
+                trunk = _trunk(architecture)
+                if trunk is None:
+                    return f"{changing}, and names no trunk"
+                head = attrs.evolve(plain, trunk=trunk)
+                break
+        for mode in _MODES if head.trunk is not None else ():
+            fault = _fault(architecture, head, mode)
+            if fault is not None:
+                return fault
+        for mode in _MODES:
+            _do_without(architecture, head, mode)
+        return head
     except Exception as error:  # whatever a foreign forward raises, it is no head that can be used
-        return f"its forward cannot be called for it ({type(error).__name__}: {str(error)[:200]})"
+        raised = f"{type(error).__name__}: {str(error)[:200]}"
+        return f"its forward cannot be called for it{_MODES[mode]} ({raised})"
 
 
-def _fault(architecture: nn.Module, head: Head) -> str | None:
-    """What is wrong with the rest of a forward.
+def _trunk(architecture: nn.Module) -> str | None:
+    """The submodule that it names as what comes before the projection."""
+    name = getattr(architecture, "base_model_prefix", "")
+    named = isinstance(name, str) and isinstance(architecture._modules.get(name), nn.Module)
+    return name if named else None
+
+
+# Dropout and temperatures may be of training alone.
+_MODES: Mapping[Mode, str] = {"eval": "", "train": " in training mode"}
+
+
+def _fault(architecture: nn.Module, head: Head, mode: Mode) -> str | None:
+    """What is wrong with the rest of a forward in this mode.
 
     Its parameters are NaN, and so is one of the rows: the others, which are the same, must not see
     it. Nor what the model was called with, of which the rest is told nothing.
@@ -174,20 +196,29 @@ def _fault(architecture: nn.Module, head: Head) -> str | None:
     rows = row.repeat(3, 1)
     rows[0] = torch.nan
     ids = torch.arange(3, 0, -1, device=weight.device).unsqueeze(0) % len(weight)
-    with calm(architecture, nothing):
+    with calm(architecture, nothing, mode=mode):
         finished = _finished(head, architecture, rows)
         among = _finished(head, architecture, rows, ids)
     if finished.shape != rows.shape:
         return "its logits are of another shape"
+    made = f"what it makes of a row of logits{_MODES[mode]}"
     if bool(finished[1:].isnan().any()):
-        return "what it makes of a row of logits depends on parameters, or on other rows"
+        return f"{made} depends on parameters, or on other rows"
     if not all(row.equal(finished[1]) for row in (finished[2], *among[1:])):
-        return "what it makes of a row of logits depends on its place, or on the tokens"
+        drawn = ", or is drawn" if mode == "train" else ""
+        return f"{made} depends on its place, or on the tokens{drawn}"
     return None
 
 
-def _hands_out(architecture: nn.Module, head: Head) -> bool:
-    """Whether the model's logits are the very tensor that its projection returns.
+def _do_without(architecture: nn.Module, head: Head, mode: Mode) -> None:
+    """Call the model for its hidden states, which raises what it does of logits of no rows."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=head.projection.weight.device)
+    with calm(architecture, {}, mode=mode):
+        head.hidden(architecture, {"input_ids": ids})
+
+
+def _hands_out(architecture: nn.Module, head: Head, mode: Mode) -> bool:
+    """Whether the model's logits are the very tensor that its projection returns in this mode.
 
     Half precision is widened first, so that a model which widens it changes nothing.
     """
@@ -201,7 +232,7 @@ def _hands_out(architecture: nn.Module, head: Head) -> bool:
 
     handle = head.projection.register_forward_hook(leave)
     try:
-        with calm(architecture, {}):
+        with calm(architecture, {}, mode=mode):
             outputs = architecture(input_ids=ids)
     finally:
         handle.remove()
@@ -212,14 +243,24 @@ def _hands_out(architecture: nn.Module, head: Head) -> bool:
 
 
 @contextmanager
-def calm(architecture: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Eval mode, no history, not compiled; neither buffers nor random generators are moved."""
+def calm(
+    architecture: nn.Module,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    mode: Mode = "eval",
+) -> Iterator[None]:
+    """In this mode, no history, not compiled; neither buffers nor random generators are moved.
+
+    `params`, `buffers`: what is bound in the place of the architecture's own.
+    """
     params = {**dict(architecture.named_parameters()), **params}
-    buffers = {name: buffer.clone() for name, buffer in architecture.named_buffers()}
+    given = {**dict(architecture.named_buffers()), **buffers}
+    buffers = {name: buffer.clone() for name, buffer in given.items()}
     device = next(iter(params.values())).device
     with (
         torch.no_grad(),
-        bound(architecture, params, buffers, "eval", places=slots(architecture, held=True)),
+        bound(architecture, params, buffers, mode, places=slots(architecture, held=True)),
         keys.seeded(0, device),
         compilation.paused(architecture),
     ):

@@ -37,13 +37,22 @@ def nearest_loss(name: str) -> str:
 
 
 def optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
-    """A plain mapping is copied: a step may donate the memory that it was made of."""
-    if value is None or isinstance(value, Tensors):
+    """`own_tensors` of a reference, or None."""
+    return None if value is None else own_tensors(value)
+
+
+def own_tensors(value: Mapping[str, Tensor], what: str = "reference") -> Tensors:
+    """A plain mapping is copied: a step may donate the memory that it was made of.
+
+    Raises `ConfigError`, naming `what`, for what is no mapping of tensors.
+    """
+    if isinstance(value, Tensors):
         return value
     if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
+        kind = "params" if what == "reference" else what
         raise ConfigError(
-            "reference: expected params, a mapping from names to tensors as functrain.split or "
-            f"state.params has them, got {type(value).__name__}"
+            f"{what}: expected {kind}, a mapping from names to tensors as functrain.split or "
+            f"state.{kind} has them, got {type(value).__name__}"
         )
     return clone(value)
 

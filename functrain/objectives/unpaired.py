@@ -19,7 +19,19 @@ from functrain.objectives.pairs import check_completions, check_keys, check_refe
 from functrain.objectives.reference import reference_scores
 from functrain.trees import Tensors
 
-_SIDES = ("completion", "mismatched")
+UNPAIRED = ("completion", "mismatched")
+
+
+def check_completed(batch: Batch, vocabulary: int | None) -> None:
+    """Raise `BatchError` unless both sides are well formed, each example with its completion."""
+    check_keys(batch, UNPAIRED, "desirable")
+    for side in UNPAIRED:
+        if side not in batch:
+            raise BatchError(f"{side}: missing; an unpaired batch has completion, mismatched")
+        check_completions(batch[side], vocabulary, side)
+    examples, others = (batch[side]["input_ids"].shape[0] for side in UNPAIRED)
+    if examples != others:
+        raise BatchError(f"completion has {examples} examples and mismatched {others}")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -63,21 +75,15 @@ class UnpairedOptimization:
                 "chosen: a batch of pairs, and KTO is for completions without a pair; give it to "
                 "dpo_step, or make it with functrain.data.unpaired, which takes pairs too"
             )
-        check_keys(batch, _SIDES, "desirable")
-        for side in _SIDES:
-            if side not in batch:
-                raise BatchError(f"{side}: missing; an unpaired batch has completion, mismatched")
-            check_completions(batch[side], vocabulary, side)
-        examples, others = (batch[side]["input_ids"].shape[0] for side in _SIDES)
-        if examples != others:
-            raise BatchError(f"completion has {examples} examples and mismatched {others}")
+        check_completed(batch, vocabulary)
+        examples = batch["completion"]["input_ids"].shape[0]
         desirable = batch.get("desirable")
         if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
             raise BatchError(f"desirable: expected a bool tensor of shape [{examples}]")
         if tuple(desirable.shape) != (examples,):
             raise BatchError(f"desirable: shape {list(desirable.shape)}, expected [{examples}]")
         if "reference_logps" in batch:
-            check_reference_logps(batch, _SIDES)
+            check_reference_logps(batch, UNPAIRED)
         elif self.reference is None:
             raise BatchError(
                 "reference_logps: missing, and the step has no reference; give "
@@ -120,7 +126,7 @@ class UnpairedOptimization:
             self.undesirable_weight * gain.sigmoid(),
         ).sum()
         metrics = self._metrics(total, policy, ratio, desirable, coupling, tokens)
-        counts = [count_padding(batch[side]) for side in _SIDES]
+        counts = [count_padding(batch[side]) for side in UNPAIRED]
         padding, made = (sum(each) for each in zip(*counts, strict=True))
         return total, metrics | Metrics({"padding": m.mean(padding, made)})
 

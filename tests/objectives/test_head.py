@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -616,6 +617,88 @@ def test_without_a_trunk_by_name_there_is_no_calling_what_follows() -> None:
     )
 
 
+def _cooler(model: Any, rows: Tensor) -> Tensor:
+    """A temperature while it trains."""
+    return rows / 4 if model.training else rows
+
+
+def _dropped(model: Any, rows: Tensor) -> Tensor:
+    return F.dropout(rows, 0.5, model.training)
+
+
+def _centred(model: Any, rows: Tensor) -> Tensor:
+    return rows - rows.mean(1, keepdim=True) if model.training else rows
+
+
+def _told_in_training(model: Any, rows: Tensor) -> Tensor:
+    assert rows.shape[1] or not model.training, "no rows"
+    return rows
+
+
+TRAINING: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
+    "dropout": (_dropped, "training mode depends .* or is drawn", "training mode, and names no t"),
+    "a mean over time": (_centred, "training mode depends on param", "training mode, and names no"),
+    "an assertion": (_told_in_training, r"training mode \(AssertionError: no rows", "no rows"),
+}
+
+
+@pytest.mark.parametrize("nameless", [False, True])
+@pytest.mark.parametrize("what", sorted(TRAINING))
+def test_what_it_makes_of_logits_in_training_mode_alone_hides_the_head(
+    what: str, nameless: bool
+) -> None:
+    """As chunks of rows know nothing of it; the loss is that of whole logits in either mode."""
+    finish, *reasons = TRAINING[what]
+    model = Finished(finish)
+    model.base_model_prefix = "elsewhere" if nameless else "body"
+    with _left_alone(model):
+        found = find_head(model)
+    assert isinstance(found, str)
+    assert re.search(reasons[nameless], found), found
+    with _chunked():
+        assert hidden_rows(model.train(), _batch()) is None
+
+
+def test_what_is_made_of_each_row_in_training_mode_is_made_of_every_chunk() -> None:
+    model = Finished(_cooler)
+    with _left_alone(model):
+        found = find_head(model)
+    assert isinstance(found, Head), found
+    assert found.trunk == "body"
+    for training in (True, False):
+        _assert_same(model.train(training), _batch(), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["decoder", "gpt2"])
+def test_dropout_before_the_head_does_not_hide_it(name: str) -> None:
+    if name == "decoder":
+        model = _decoder(dropout=0.5)
+    else:
+        config = {**SMALL, "n_positions": 16}
+        known = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "use_cache")
+        config = {key: value for key, value in config.items() if key in known}
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.GPT2Config(**config, embd_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5)
+        ).double()
+    found = find_head(model.train())
+    assert isinstance(found, Head), found
+    assert found.trunk is None
+    _assert_same(model, _batch(), 1e-11)
+
+
+def test_a_model_that_reads_its_logits_is_given_them() -> None:
+    """One that cannot do without a row shows no head, whatever the mode."""
+    for read in (lambda rows: rows.max(), lambda rows: rows[:, 0]):
+
+        def finish(_: Any, rows: Tensor, read: Any = read) -> Tensor:
+            read(rows)
+            return rows
+
+        found = find_head(Finished(finish))
+        assert isinstance(found, str)
+        assert "its forward cannot be called for it" in found
+
+
 def test_an_exception_in_what_follows_leaves_nothing_behind() -> None:
     stopped: list[bool] = []
 
@@ -771,7 +854,8 @@ def test_the_search_moves_neither_buffers_nor_generators_nor_modes() -> None:
     before, state = model.calls, torch.get_rng_state()
     with _left_alone(model):
         assert isinstance(find_head(model), Head)
-    assert modes == [False] * 3  # one token, and twice what follows the projection
+    # One token, twice what follows the projection in either mode, and one token without logits.
+    assert modes == [False] * 3 + [True] * 2 + [False, True]
     assert model.calls is before
     assert float(before) == 0
     assert torch.equal(torch.get_rng_state(), state)

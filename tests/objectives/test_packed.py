@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,9 +30,12 @@ from torch import Tensor, nn
 
 import functrain as ft
 from functrain import data, testing
+from functrain.models.decoder import Decoder
 from functrain.objectives import packed as packed_batches
 from functrain.objectives.batches import count_padding, known_packed, split_batch, to_device
+from functrain.objectives.layouts import padding_free
 from functrain.objectives.logprobs import token_scores
+from functrain.objectives.support import fault
 
 TIME = 12
 NAMES = ["tied", "untied", "checkpointing", "llama-sdpa", "llama-eager", "qwen3-sdpa"]
@@ -233,6 +237,116 @@ def test_a_model_whose_documents_see_each_other_is_refused(rows: int) -> None:
     assert message.endswith("; do without packing")
     _refused(zoo.model("tied"), batch)
     assert "cannot be told" in _refused(zoo.model("normed"), batch)
+
+
+class Convolved(Decoder):
+    """A decoder that a short convolution over the row is added to, across its documents."""
+
+    def __init__(self, gate: float, kernel: float, share: float) -> None:
+        config = ft.models.DecoderConfig(vocabulary=zoo.VOCABULARY, width=16, layers=1, hidden=24)
+        with ft.keys.seeded(3):
+            super().__init__(config)
+            self.conv = nn.Conv1d(zoo.VOCABULARY, zoo.VOCABULARY, 2, groups=zoo.VOCABULARY)
+        self.conv.weight.data.mul_(kernel)
+        self.conv.bias.data.zero_()
+        self.gate = nn.Parameter(torch.tensor(gate))
+        self.share = share
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        logits = super().forward(**inputs)
+        mixed = self.conv(F.pad(logits.transpose(1, 2), (1, 0))).transpose(1, 2)
+        return logits + self.share * self.gate * mixed
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_params"])
+@pytest.mark.parametrize(
+    ("gate", "kernel", "share"),
+    [(0.0, 1.0, 1.0), (1e-9, 1.0, 1.0), (1.0, 0.0, 1.0), (1.0, 1.0, 1e-4)],
+    ids=["no gate", "a small gate", "no kernel", "a small share"],
+)
+def test_what_training_would_have_documents_see_is_seen_before(
+    gate: float, kernel: float, share: float, precision: str, rows: int
+) -> None:
+    """Whatever the weights are now, in any precision, and however little it is."""
+    message = _refused(
+        Convolved(gate, kernel, share), _texts().at(0, rows), precision=precision, head="full"
+    )
+    if share < 1:
+        assert "changed with the tokens of others by" in message
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_params"])
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm2", "recurrent_gemma"])
+def test_mixtures_of_attention_and_states_are_refused_in_any_precision(
+    name: str, precision: str
+) -> None:
+    """What their convolutions and states tell of another document is little in a fresh model."""
+    transformers = pytest.importorskip("transformers")
+    from models import families
+
+    config = transformers.FalconH1Config(**STATEFUL) if name == "falcon_h1" else None
+    config = families.CONFIGS[name]() if config is None else config
+    config.use_cache = False
+    with ft.keys.seeded(2):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    _refused(model, _texts().at(0, 4), precision=precision)
+
+
+STATEFUL = {
+    "vocab_size": zoo.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 4,
+    **dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"], 0),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_params"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gemma3", "qwen3_moe"])
+def test_experts_and_windows_are_not_in_the_way(name: str, precision: str) -> None:
+    """Experts are handed other numbers of tokens with other tokens, and may round otherwise."""
+    transformers = pytest.importorskip("transformers")
+    from models import families
+
+    config = families.CONFIGS[name]()
+    config.use_cache = False
+    with ft.keys.seeded(2):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    if precision == "bf16_params":
+        model = model.bfloat16()
+    for make in (padding_free, packed_batches.two_rows):
+        assert fault(model, make) is None
+
+
+def test_a_model_that_knows_no_float32_is_tried_as_it_is() -> None:
+    """As flash attention is; whatever may be left of float32 elsewhere is put back."""
+
+    class Half(Changed):
+        def forward(self, **inputs: Any) -> Any:
+            if self.lm_head.weight.dtype != torch.bfloat16:
+                raise RuntimeError("only half precision")
+            return super().forward(**inputs)
+
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    batch = _texts().at(0, 4)
+    for change, separates in ((lambda inputs: inputs, True), (_without("position_ids"), False)):
+        model = Half(change).bfloat16()
+        found = fault(model, packed_batches.two_rows)
+        assert (found is None) == separates
+    assert "raised RuntimeError: only half" in _refused(Half(lambda inputs: inputs), batch)
+    assert [place.fp32_precision for place in places] == before
 
 
 def test_a_cache_of_the_models_own_is_named() -> None:

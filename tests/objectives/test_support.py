@@ -51,6 +51,21 @@ def test_a_model_that_sees_later_tokens_is_warned_of_once(stage: str) -> None:
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("gate", [0.0, 1e-9])
+def test_so_is_one_that_would_only_learn_to_see_them(gate: float) -> None:
+    class Gated(zoo.Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.tensor(gate))
+
+        def forward(self, *args: Any, **inputs: Any) -> dict[str, Tensor]:
+            logits = super().forward(*args, **inputs)["logits"]
+            return {"logits": logits + self.gate * logits.mean(1, keepdim=True)}
+
+    with pytest.warns(FunctrainWarning, match=f"^Gated: its {AHEAD}"):
+        _run(Gated(), "pretrain")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_predicts_from_the_tokens_before_is_not(stage: str) -> None:
     with warnings.catch_warnings():

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+import types
+from collections.abc import Callable
 from typing import Any
 
+import attrs
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -68,11 +74,80 @@ def test_configs_that_take_turns_are_all_known_and_not_without_end() -> None:
     assert len(verdicts._known[model]) == _KEPT + 1
 
 
-def test_a_config_with_what_has_no_equal_copy_is_known_again() -> None:
-    config = transformers.LlamaConfig(vocab_size=8)
-    config.extra = [float("nan"), object()]
-    verdicts = Verdicts[int]()
-    for given in (config, None, ft.models.DecoderConfig(vocabulary=8)):
-        model = Model(given)
-        verdicts.of(model)["answer"] = 1
-        assert verdicts.of(model) == {"answer": 1}
+@attrs.define
+class Slotted:
+    cap: float | None = None
+
+
+@dataclasses.dataclass
+class Plain:
+    cap: float | None = None
+
+
+class Bare:
+    cap: float | None = None
+
+
+@dataclasses.dataclass
+class Outer:
+    head: Any
+
+
+@attrs.frozen
+class Frozen:
+    head: Any
+
+
+IN_PLACE: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda part: part,
+    "a field": Outer,
+    "a slot": Frozen,
+    "a namespace": lambda part: types.SimpleNamespace(head=part),
+    "a list": lambda part: Outer([part]),
+    "a tuple in a dict": lambda part: {"parts": (part,)},
+}
+
+
+@pytest.mark.parametrize("kind", [Slotted, Plain, Bare, types.SimpleNamespace])
+@pytest.mark.parametrize("where", sorted(IN_PLACE))
+def test_a_change_within_a_config_is_another_model(where: str, kind: Any) -> None:
+    """Wherever it is, and of whatever class."""
+    part = kind()
+    model, verdicts = Model(IN_PLACE[where](part)), Verdicts[int]()
+    for number in (1, 2):
+        part.cap = float(number)
+        assert verdicts.of(model) == {}
+        verdicts.of(model)["answer"] = number
+    for number in (1, 2, 1):
+        part.cap = float(number)
+        assert verdicts.of(model) == {"answer": number}
+
+
+class Circle:
+    def __init__(self) -> None:
+        self.own = self
+
+
+UNEQUAL: dict[str, Callable[[], Any]] = {
+    "of transformers": lambda: transformers.LlamaConfig(vocab_size=8),
+    "of the decoder": lambda: ft.models.DecoderConfig(vocabulary=8),
+    "none": lambda: None,
+    "what equals nothing": lambda: Outer([float("nan"), object()]),
+    "tensors": lambda: Outer([torch.ones(2), torch.ones(2)]),
+    "arrays": lambda: {"arrays": {"one": np.ones(2)}},
+    "a lock": lambda: Outer([threading.Lock()]),
+    "functions and classes": lambda: Outer([lambda: 1, int, iter([1])]),
+    "a circle": lambda: Outer(Circle()),
+}
+
+
+@pytest.mark.parametrize("what", sorted(UNEQUAL))
+def test_a_config_with_what_has_no_equal_copy_is_known_again(what: str) -> None:
+    """By its identity: another array in its place is another model."""
+    config = UNEQUAL[what]()
+    model, verdicts = Model(config), Verdicts[int]()
+    verdicts.of(model)["answer"] = 1
+    assert verdicts.of(model) == {"answer": 1}
+    if what == "arrays":
+        config["arrays"]["one"] = np.zeros(2)
+        assert verdicts.of(model) == {}
