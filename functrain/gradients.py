@@ -305,7 +305,7 @@ class ValueAndGrad:
                 with (
                     keys.seeded(keys.derive(key, "micro-batch", part.place(index)), device),
                     self.precision.context(device),
-                    _indexing(),
+                    indexing(),
                 ):
                     observed.append(objective.observe(model, each))
         if part.workers is not None:
@@ -322,7 +322,7 @@ class ValueAndGrad:
     ) -> tuple[Tensor, Metrics]:
         """The sum and the metrics of a micro-batch; `coupling` is its own of `couplings`."""
         objective = self.objective if objective is None else objective
-        with _indexing():
+        with indexing():
             if coupling is not None and isinstance(objective, Coupled):
                 found = objective(model, batch, coupling)
             else:
@@ -447,7 +447,7 @@ def _tell_of_idle(architecture: nn.Module, reached: Collection[str]) -> None:
 
 
 @contextmanager
-def _indexing() -> Iterator[None]:
+def indexing() -> Iterator[None]:
     """An index that the model does not know as a `BatchError`.
 
     Not every architecture shows how many ids, labels or positions it knows.

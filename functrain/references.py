@@ -30,7 +30,7 @@ from functrain.architecture import (
 from functrain.data.source import Source
 from functrain.errors import BatchError, ConfigError, DataError, boolean
 from functrain.forward import forward_buffers, forward_values
-from functrain.gradients import _indexing
+from functrain.gradients import indexing
 from functrain.objectives.batches import Batch, split_batch, to_device
 from functrain.objectives.layouts import LayoutName, check_layout, laid_out, layout_name
 from functrain.objectives.logprobs import HeadMode, head_mode
@@ -86,7 +86,7 @@ class AttachReference:
             keys.seeded(0, device),
             torch.autocast(device.type, enabled=False),
             self.precision.context(device),
-            _indexing(),
+            indexing(),
         ):
             found = self._scored(model, moved, sides)
         home = batch[sides[0]]["input_ids"].device
