@@ -334,7 +334,7 @@ def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
         within = (*value.args, *value.keywords.values())
     elif isinstance(value, Mapping):
         within = value.values()
-    elif isinstance(value, list | tuple | set):
+    elif isinstance(value, (list, tuple, set)):
         within = value
     for each in within:
         yield from _tensors_in(each, depth - 1)
