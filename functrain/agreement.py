@@ -78,7 +78,10 @@ def _leaves(record: Any, name: str) -> Iterator[tuple[str, str]]:
         yield name, type(record).__name__
         found = attrs.fields if attrs.has(type(record)) else dataclasses.fields
         for field in found(type(record)):
-            if field.name not in _ELSEWHERE and not (not field.init and field.name[0] == "_"):
+            hidden = not field.init and field.name[0] == "_"
+            if isinstance(field, dataclasses.Field):  # a worker's own path, say
+                hidden = hidden or not field.compare
+            if field.name not in _ELSEWHERE and not hidden:
                 yield from _leaves(getattr(record, field.name), f"{name}.{field.name}")
     elif isinstance(record, _FUNCTIONS):
         yield from _function(record, name, ())

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import re
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +26,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from functrain.errors import ArchitectureError, ConfigError, StateError, did_you_mean
+from functrain.errors import (
+    ArchitectureError,
+    ConfigError,
+    FunctrainWarning,
+    StateError,
+    did_you_mean,
+)
 from functrain.quirks import (
     called_afresh,
     dynamic_rotary,
@@ -101,8 +108,8 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
 
     Raises `ArchitectureError` for a module on the meta device or with parameters that its first
     call would make, for parameters that share storage without being the same parameter or have
-    hooks on their gradients, and for a buffer, or what else is in an attribute, over the memory of
-    a parameter or of another buffer.
+    hooks on their gradients, and for a buffer over a parameter's memory. What an attribute holds of
+    a parameter (a list, a `functools.partial`) is a `FunctrainWarning`.
     """
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})
@@ -132,7 +139,7 @@ def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     _refuse_hooks(params)
     _refuse_shared(params)
     _refuse_shared_buffers(params, buffers)
-    _refuse_kept(module, params)
+    _tell_of_kept(module, params)
     places = slots(module)
     for name, tensor in params.items():
         empty = nn.Parameter(
@@ -282,45 +289,58 @@ def _refuse_shared_buffers(params: Mapping[str, Tensor], buffers: Mapping[str, T
     plain = {n: b for n, b in buffers.items() if b.numel() and _has_storage(b)}
     if not plain:
         return
-    beside: dict[int, dict[str, Tensor]] = {}
+    beside: dict[int, list[str]] = {}
     for name, param in params.items():
         if param.numel():
-            beside.setdefault(_storage(param), {})[name] = param
+            beside.setdefault(_storage(param), []).append(name)
     for name, buffer in plain.items():
         begin, end = _extent(buffer)
-        others = beside.setdefault(_storage(buffer), {})
-        for other, tensor in others.items():
-            first, last = _extent(tensor)
+        for other in beside.get(_storage(buffer), ()):
+            first, last = _extent(params[other])
             if begin < last and first < end:
                 raise ArchitectureError(
                     f"{name} is a buffer over the memory of the parameter {other}, and would keep "
                     "the old values when that is trained; use the parameter itself in the forward, "
                     "or register a clone of it"
-                    if other in params
-                    else f"{name} and {other} are buffers over the same memory, and each would "
-                    "keep its own values when the other is written to; make one of them a view "
-                    "of the other in the forward, or register a clone"
                 )
-        others[name] = buffer
 
 
-def _refuse_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
+def _tell_of_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
     """A forward that reads a parameter elsewhere than in its slot would read the old values."""
-    names = {_storage(param): name for name, param in params.items() if param.numel()}
+    beside: dict[int, list[str]] = {}
+    for name, param in params.items():
+        if param.numel():
+            beside.setdefault(_storage(param), []).append(name)
     for path, each in module.named_modules():
         if isinstance(each, nn.RNNBase):  # its own list is made anew of what is in the slots
             continue
         for key, value in vars(each).items():
-            if key in ("_parameters", "_buffers", "_modules"):
+            # Before each forward torch.nn.utils.spectral_norm makes its weight anew.
+            if key in ("_parameters", "_buffers", "_modules") or f"{key}_orig" in each._parameters:
                 continue
-            for tensor in _tensors_in(value):
-                name = names.get(_storage(tensor)) if _has_storage(tensor) else None
-                if name is not None and tensor.numel():
-                    where = f"{path}.{key}" if path else key
-                    raise ArchitectureError(
-                        f"{where} holds the parameter {name} beside its slot, and would keep the "
-                        "old values when that is trained; take the parameter itself in the forward"
-                    )
+            held = [n for tensor in _tensors_in(value) for n in _over(tensor, params, beside)]
+            if held:
+                where = f"{path}.{key}" if path else key
+                warnings.warn(
+                    f"{where} holds the parameter {held[0]} beside its slot: a forward that reads "
+                    "it there would see the old values when that is trained; take the parameter "
+                    "itself in the forward, or delete the attribute before functrain.split",
+                    FunctrainWarning,
+                    stacklevel=4,
+                )
+
+
+def _over(
+    tensor: Tensor, params: Mapping[str, Tensor], beside: Mapping[int, list[str]]
+) -> Iterator[str]:
+    """The parameters over whose memory a tensor lies."""
+    if not tensor.numel() or not _has_storage(tensor):
+        return
+    begin, end = _extent(tensor)
+    for name in beside.get(_storage(tensor), ()):
+        first, last = _extent(params[name])
+        if begin < last and first < end:
+            yield name
 
 
 def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, to_device
 from functrain.state import TrainState, device_of
 from functrain.steps import Step
-from functrain.trees import map_leaves, rows_here
+from functrain.trees import rows_here
 
 
 def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -59,7 +59,8 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     device = device_of(state.params)
     measured: list[Metrics] = []
     weight = torch.zeros((), dtype=torch.int64)
-    values = gradient.values(map_leaves(rows_here, state.params))
+    # Not by map_leaves: the state goes on holding its memory alone.
+    values = gradient.values({name: rows_here(tensor) for name, tensor in state.params.items()})
     buffers = gradient.buffer_values(state.buffers)
     seed = keys.derive(state.key, "evaluate")
     objective = step.objective_of(state)

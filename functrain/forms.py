@@ -144,7 +144,7 @@ class Form:
                 "dtype of the compute"
             )
 
-    def _check_kinds(self, params: Mapping[str, Tensor]) -> None:
+    def check_trained(self, params: Mapping[str, Tensor]) -> None:
         """Raise `StateError` for params that cannot be trained as they are, as `init` does."""
         if any(param.is_inference() for param in params.values()):
             raise StateError(
@@ -160,7 +160,6 @@ class Form:
         check_state(state)
         if not self.places.take(state.params):
             check_fit(state.params, self.places.params, "params")
-        self._check_kinds(state.params)
         if is_sharded(state.params) != (self.sharding is not None):
             raise StateError(
                 "params: this step is sharded and this state is not; make it "

@@ -54,8 +54,8 @@ class OwnBuffers:
         One that was cast and not written to is the given one, unrounded. Where nothing was cast
         every buffer is taken: BatchNorm's kernel writes without moving the version.
 
-        Raises `ArchitectureError` for one of another shape, or of a dtype that the given one does
-        not hold: a state keeps its form, by which it is loaded again.
+        Raises `ArchitectureError` for one of another shape, or of another kind of number, which
+        would be cut: a state keeps its form, by which it is loaded again.
         """
         left = {}
         for name, buffer in after.items():
@@ -76,10 +76,10 @@ class OwnBuffers:
             )
         if buffer.dtype in (given.dtype, bound.dtype):
             return
-        if torch.promote_types(buffer.dtype, given.dtype) != given.dtype:
+        if not torch.can_cast(buffer.dtype, given.dtype):  # a number to an integer, say
             raise ArchitectureError(
                 f"buffers/{name}: the forward left it as {buffer.dtype}, expected {given.dtype} as "
-                "before, which would round it; register it in the dtype that it comes to"
+                "before, which would cut it; register it in the dtype that it comes to"
             )
 
     def moved(self, after: Mapping[str, Tensor]) -> list[str]:

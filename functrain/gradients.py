@@ -405,12 +405,15 @@ def _casts_of_its_own() -> Iterator[None]:
 
 
 def _refuse_written(after: Mapping[str, int], begun: Mapping[str, int]) -> None:
-    """Raise `ArchitectureError` for a model that has written into its batch, which is another's."""
+    """Raise `ArchitectureError` for a model that has written into its batch, which is another's.
+
+    On an accelerator it was a copy, and is refused alike.
+    """
     names = [name for name, version in begun.items() if after[name] != version]
     if names:
         raise ArchitectureError(
-            f"architecture: its forward has written into the batch ({', '.join(names)}), which "
-            "would be another one in the next epoch; write into a clone of it"
+            f"architecture: its forward has written into the batch ({', '.join(names)}), which may "
+            "be given again; write into a clone of it"
         )
 
 

@@ -30,6 +30,7 @@ from functrain.errors import (
 from functrain.evaluation import checked_batches, evaluate
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
+from functrain.schedules import Plateau
 from functrain.state import Cursor, TrainState, check_state
 from functrain.steps import Step
 from functrain.trees import is_sharded
@@ -113,6 +114,7 @@ def train(
         beside=beside,
         on_save_error=on_save_error,
     )
+    checked.check_schedule(step.schedule)
     _check_world(step)
     if background and step.sharded and world_of(step).size > 1:
         raise ConfigError(
@@ -297,6 +299,18 @@ class _Plan:
     def evaluates(self, state: TrainState) -> bool:
         """Whether this state is to be evaluated."""
         return self.evaluation is not None and self._due(self.evaluate_every, state)
+
+    def check_schedule(self, schedule: object) -> None:
+        """Raise `ConfigError` for a schedule that would see no evaluation."""
+        if (
+            isinstance(schedule, Plateau)
+            and self.evaluation is not None
+            and not self.evaluate_every
+        ):
+            raise ConfigError(
+                "evaluate_every: not given, and reduce_on_plateau sees the evaluations of every so "
+                "many steps; give it, or tell the schedule by step.observe in a loop of your own"
+            )
 
     def observes(self, state: TrainState) -> bool:
         """Whether a schedule is to see what was measured: where a longer run measures it too."""

@@ -98,8 +98,8 @@ class AttachReference:
         Raises `BatchError` unless they are well formed and belong together, as a step wants them.
         """
         sides = _sides(batch)
-        # Those that it has already are replaced, whatever they are.
-        given = {key: value for key, value in batch.items() if key != "reference_logps"}
+        # What else it has is its objective's affair.
+        given = {side: batch[side] for side in sides if side in batch}
         vocabulary = vocabulary_of(self.architecture)
         if sides == SIDES:
             check_pairs(given, vocabulary)

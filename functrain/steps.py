@@ -298,13 +298,10 @@ class Step:
         """
         # The bits are a function of the arguments, whatever contexts the caller is in.
         self.check(state)
+        self._form.check_trained(state.params)
         device = device_of(state.params)
         donate = self.donate if donate is None else donate
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             if self.world is not None and self.world.size > 1:
                 self.world.begin(state.step, state.key)
                 if self.world.first_time(self):
@@ -414,8 +411,9 @@ class Step:
         What is frozen would move nowhere, and may be integers or infinite.
         """
         names = [name for name in values if name in self._places.trainable]
-        old = [values[name] for name in names]
-        new = [params[name].to(each.dtype) for name, each in zip(names, old, strict=True)]
+        # Without the history that a module's own parameters, put into a state, would begin.
+        old = [values[name].detach() for name in names]
+        new = [params[name].detach().to(each.dtype) for name, each in zip(names, old, strict=True)]
         moved = torch._foreach_lerp(old, new, weight)
         return Tensors({**values, **dict(zip(names, moved, strict=True))})
 
@@ -511,9 +509,10 @@ class Step:
                     f"transform: it returned a {type(grads).__name__}, expected the gradients, a "
                     "mapping by name"
                 )
+            grads = {n: t.detach() if t.requires_grad else t for n, t in grads.items()}
             norm = global_norm(grads)
         if self.max_grad_norm is None:
-            if grads is not own and donate:  # an optimizer may write into them
+            if self.transform is not None and donate and optimizers.may_write(self.optimizer):
                 grads = {n: t if t is own.get(n) else t.clone() for n, t in grads.items()}
             return grads, norm
         # Gradients of the step's own are scaled in place; those of a transform may be anybody's.

@@ -177,18 +177,17 @@ def map_leaves(function: Callable[[Tensor], Tensor], items: Mapping[str, Tensor]
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether a write into the memory of one is seen in the other."""
-    if one is other:
-        return True
+    """Whether a write into the memory of one may be seen in the other."""
     one, other = rows_here(one), rows_here(other)
-    plain = not (is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(other))
-    return plain and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    if is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(other):
+        return True
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def clone(items: Mapping[str, Tensor]) -> Tensors:
     """The same values in memory of their own."""
     with torch.inference_mode(False):  # what is made in it cannot be trained
-        return owning(map_leaves(lambda tensor: tensor.detach().clone(), items))
+        return owning(Tensors({name: t.detach().clone() for name, t in items.items()}))
 
 
 def owning(items: Tensors, names: Iterable[str] | None = None) -> Tensors:

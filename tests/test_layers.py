@@ -63,7 +63,7 @@ EXTRAS = {
     "tracking": {"rich", "jinja2"},
     "testing": {"hypothesis"},
     "models": {"transformers", "huggingface_hub"},
-    "data": {"transformers", "jinja2", "pyarrow"},
+    "data": {"transformers", "tokenizers", "jinja2", "pyarrow"},
 }
 
 

@@ -354,6 +354,13 @@ def test_what_a_plateau_schedule_sees_is_the_evaluations_loss() -> None:
     assert state.scheduler.plateau.best == float(metrics["eval_loss"]) != float(metrics["loss"])
 
 
+def test_a_plateau_schedule_that_would_see_no_evaluation_is_refused() -> None:
+    step, state = _run(schedule=ft.schedules.reduce_on_plateau(1e-2))
+    with pytest.raises(ft.ConfigError, match=r"^evaluate_every: not given, and reduce_on_plateau"):
+        ft.train(step, state, zoo.Batches(), steps=1, evaluation=[zoo.batch(100)])
+    assert len(list(ft.train(step, state, zoo.Batches(), steps=1))) == 1  # told in another way
+
+
 def test_where_a_run_ends_changes_nothing_of_what_a_plateau_schedule_has_seen() -> None:
     """The evaluation of the last step is measured; it is seen only where another total has it."""
     schedule = ft.schedules.reduce_on_plateau(1e-2, patience=0, threshold=1e9, threshold_mode="abs")

@@ -551,6 +551,17 @@ def test_sides_that_do_not_belong_together_are_named(what: str, tmp_path: Path) 
         assert path.read_bytes() == before
 
 
+def test_what_else_a_batch_has_is_passed_on() -> None:
+    """It is the affair of its objective."""
+    architecture, params, buffers, _ = _parts()
+    attach = ft.attach_reference(architecture, params, buffers)
+    margin = torch.ones(4)
+    found = attach({**zoo.pairs(), "margin": margin})
+    assert found["margin"] is margin
+    expected = attach(zoo.pairs())["reference_logps"]
+    assert all(torch.equal(found["reference_logps"][side], expected[side]) for side in expected)
+
+
 def test_reference_logps_of_before_are_replaced_whatever_they_are() -> None:
     architecture, params, buffers = zoo.split("tied")
     attach = ft.attach_reference(architecture, params, buffers)

@@ -348,6 +348,16 @@ def test_what_is_drawn_in_an_evaluation_is_of_the_states_key() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_after_an_evaluation_a_donated_step_copies_nothing() -> None:
+    """A state's memory is its own as before."""
+    step, state = _made()
+    state, _ = step(state, zoo.batch())
+    own = state.params.own
+    ft.evaluate(step, state, [zoo.batch()])
+    assert own == state.params.own == state.params.keys()
+    assert ft.trees.clone(state.params).own == state.params.own == own
+
+
 @pytest.mark.parametrize(
     "taken",
     [
@@ -525,6 +535,8 @@ def test_in_inference_mode_a_state_is_made_and_cloned_that_can_be_trained() -> N
     for each in (state, branch, made_there):
         assert ft.fingerprint(step(each, batch)[0]) == expected
     step(branch, batch, donate=True)
+    expected_loss = ft.evaluate(step, state, [batch]).to_dict()
+    assert ft.evaluate(step, taken, [batch]).to_dict() == expected_loss  # which trains nothing
     with pytest.raises(StateError, match=r"params: made under torch.inference_mode\(\)"):
         step(taken, batch)
     assert ft.fingerprint(step(ft.clone(taken), batch)[0]) == expected
@@ -578,7 +590,10 @@ class Growing(zoo.Tied):
     ("left", "message"),
     [
         (lambda seen: torch.cat([seen, seen]), r"with shape \[2\], expected \[1\] as before"),
-        (lambda seen: seen * 0.5, "as torch.float32, expected torch.int64 as before"),
+        (
+            lambda seen: seen * 0.5,
+            "as torch.float32, expected torch.int64 .*, which would cut it",
+        ),
         (lambda seen: seen + 1, None),
         (lambda seen: (seen + 1).int(), None),
     ],
@@ -936,6 +951,24 @@ def test_a_clone_shares_no_memory() -> None:
     assert ft.fingerprint(other) == ft.fingerprint(state)
     assert len(addresses(state)) >= 6 * len(state.params)
     assert not addresses(state) & addresses(other)
+
+
+def test_a_transform_may_take_gradients_of_its_own() -> None:
+    """A penalty on the params, say; what it returns has no history in the step."""
+
+    def penalised(grads: Any, params: Any) -> Any:
+        found = {}
+        for name, grad in grads.items():
+            param = params[name].detach().requires_grad_()
+            found[name] = grad + torch.autograd.grad(param.square().sum(), param)[0] + 0 * param
+        return found
+
+    step, state = _made(transform=penalised)
+    after, metrics = step(state, zoo.batch())
+    assert not metrics["grad_norm"].requires_grad
+    assert not any(tensor.requires_grad for tensor in after.params.values())
+    step, state = _made(transform=lambda g, p: {n: grad + 2 * p[n] for n, grad in g.items()})
+    assert ft.fingerprint(step(state, zoo.batch())[0]) == ft.fingerprint(after)
 
 
 def test_what_a_transform_returns_is_not_written_to() -> None:

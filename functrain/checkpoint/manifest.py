@@ -193,8 +193,10 @@ def checked_metrics(given: Mapping[str, float] | None) -> dict[str, float]:
         if not is_text(name):
             raise CheckpointError(f"metrics: {name!r}, expected a name")
         try:
+            if getattr(value, "numel", lambda: 1)() != 1:
+                raise ValueError("several numbers")
             metrics[name] = float(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"metrics: {name!r} is {value!r:.99}, expected a number"
             ) from error

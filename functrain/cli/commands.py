@@ -61,7 +61,9 @@ def stage(command: str, rest: Sequence[str]) -> int:
     arguments = stage_arguments(command, rest)
     train, resume = arguments.config.train, arguments.resume or _restarted()
     if resume and rest and not rest[0].startswith("-"):
-        _check_place(Path(rest[0]), command, arguments.config.directory)
+        asked = any(each.split("=")[0] == "--directory" for each in rest)
+        if not asked:
+            _check_place(Path(rest[0]), arguments.config.directory)
     from functrain.cli.directory import check_files
 
     if not _several():  # else it is said once, when all have met
@@ -83,14 +85,12 @@ def stage(command: str, rest: Sequence[str]) -> int:
         return stop.exit_code
 
 
-def _check_place(file: Path, stage: str, directory: str) -> None:
+def _check_place(file: Path, directory: str) -> None:
     """Raise `ConfigError` for the config of a run that was moved: another would begin elsewhere."""
     here = file.parent
     if file.name != "config.toml" or not (here / "checkpoints").is_dir():
         return
-    moved = Path(directory).resolve() != here.resolve()
-    # Unless another directory was asked for.
-    if moved and toml.read_as(file, stage).directory == directory:
+    if Path(directory).resolve() != here.resolve():
         raise ConfigError(
             f"{file}: is of a run that was begun in {directory} and lies in {here} now (looked "
             f"from {Path.cwd()}); to go on with it, give --directory {shlex.quote(str(here))}"

@@ -157,14 +157,24 @@ def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
         raise ConfigError(
             f"{run.path}: is there already and not empty; {way}, or give another --directory"
         )
-    # The config of another run can be begun again with another start and other data.
+    # The config of another run can be begun again with another start and other data; what its
+    # chat template was told is of its start, if that had one.
+    anothers = config.data.sha256 is not None
     given = attrs.evolve(config.data, sha256=None, held_out_sha256=None, templated=None)
     config = attrs.evolve(config, data=given)
     if not isinstance(config, Pretrain):
         config = attrs.evolve(config, model=Start(from_=config.model.from_))
     config = resolved(config, threads=threads, device=device)
+    if anothers and _is_built_in(config):
+        untold = attrs.evolve(config.data, enable_thinking=None, today=None)
+        config = attrs.evolve(config, data=untold)
     _check_read(config)
     return config
+
+
+def _is_built_in(config: Config) -> bool:
+    """Whether the model is of functrain's own, whose tokenizer has no chat template."""
+    return isinstance(config, Pretrain) or config.model.shape is not None
 
 
 def _check_read(config: Config) -> None:
@@ -181,9 +191,8 @@ def _check_read(config: Config) -> None:
             f"train.keep_best: {best}, and nothing is held out by whose loss the best would be "
             "known; give data.held_out, or leave it out"
         )
-    built_in = isinstance(config, Pretrain) or config.model.shape is not None
     for name in ("enable_thinking", "today"):
-        if built_in and getattr(data, name) is not None:
+        if _is_built_in(config) and getattr(data, name) is not None:
             raise ConfigError(
                 f"data.{name}: the tokenizer has no chat template to tell it; leave it out"
             )

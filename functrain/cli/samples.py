@@ -13,7 +13,7 @@ from functrain.loop import world_of
 from functrain.models.generate import continued
 from functrain.objectives.batches import IGNORE_INDEX, Batch
 from functrain.state import TrainState, device_of
-from functrain.trees import clone, map_leaves, rows_here
+from functrain.trees import clone, rows_here
 
 GATHERED = 96 << 20
 """Bytes that may be gathered for each token of a sample: for all tokens of three samples that is
@@ -65,7 +65,7 @@ def spoken(
     if not built.sharded:
         say = functools.partial(models.generate, architecture, state.params, state.buffers)
         return [tokenizer.decode(say(ids, max_new_tokens=tokens, end=ends)) for ids in asked]
-    world, rows = world_of(built.step), map_leaves(rows_here, state.params)
+    world, rows = world_of(built.step), {n: rows_here(t) for n, t in state.params.items()}
     with built.step.value_and_grad.bound(rows, clone(state.buffers), "eval") as model:
         say = functools.partial(
             continued,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -160,13 +159,13 @@ class LoaderStream:
     def _restart(self, place: _Place) -> None:
         """By way of its state, so that a run resumed at the end of an epoch has the same next."""
         try:
-            more = list(itertools.islice(self._opened(place), 1))
+            opened = self._opened(place)
         except DataError as error:  # of an iterable dataset without a state, say
             raise DataError(
                 f"loader: ended after {place.samples:,} samples, and is not opened at its end for "
                 f"the next epoch ({type(error.__cause__).__name__}); {self._door.endless}"
             ) from error
-        if more:
+        for _ in opened:
             raise DataError(
                 f"loader: ended after {place.samples:,} samples, and goes on when it is opened at "
                 f"its end; give it data that stay the same; {self._door.endless}"

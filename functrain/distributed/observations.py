@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,7 +16,7 @@ from torch.nn.functional import pad
 from functrain.distributed.exchange import hashed
 from functrain.errors import ConfigError
 
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = (bool, int, float, str, type(None), enum.Enum, np.generic, torch.dtype, torch.device)
 _EXCHANGE = "the exchange of observations"
 
 

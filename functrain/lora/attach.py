@@ -133,8 +133,7 @@ def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         if not found:
             missed = _missed(architecture, pattern, linear)
             raise ConfigError(f"lora targets: no linear layer's name {missed}")
-        _refuse_passed_by(found, never, "never called")
-        _refuse_passed_by(found, kernels, "passed by on CUDA")
+        _refuse_passed_by(found, never)
         chosen.update(found)
     return [name for name in linear if name in chosen]
 
@@ -151,11 +150,11 @@ def _refuse_unfit(architecture: nn.Module, pattern: str, found: list[str]) -> No
             )
 
 
-def _refuse_passed_by(names: list[str], passed: set[str], how: str) -> None:
+def _refuse_passed_by(names: list[str], passed: set[str]) -> None:
     name = next((each for each in names if each in passed), None)
     if name is not None:
         raise ConfigError(
-            f"lora targets: {name} is {how}, since the module around it computes with its "
+            f"lora targets: {name} is never called, since the module around it computes with its "
             "weight, so that an adapter would have no effect; leave it out, as 'all-linear' does"
         )
 

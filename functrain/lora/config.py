@@ -28,7 +28,8 @@ class LoRA:
     `rank`: rows of A and columns of B. `alpha`: the scale, over the rank, or with `rslora` over its
     square root (2312.03732). `targets`: shell patterns of the names of linear layers, each also as
     the end of a name after a dot, `q_proj`; or `all-linear`, all but the head, what is tied, what
-    is never called or passed by on CUDA, and what is more than a weight and a bias.
+    is never called, what is more than a weight and a bias, and the out_proj of Mamba's mixers, of
+    which peft takes no adapter: on CUDA their kernels read the weight.
     `dropout`: on what goes into A, in train mode. `dora`: a magnitude for each output is trained as
     well (2402.09353). `train`: patterns of parameters that are trained beside the adapters.
 

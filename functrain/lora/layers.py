@@ -168,10 +168,6 @@ def unfit(layer: nn.Module) -> str | None:
     return f"it holds {min(held)!r} beside its weight and bias" if held else None
 
 
-# Mixers with a state space of Mamba's that call their out_proj on every device.
-_CALLING = ("JambaMambaMixer", "ZambaMambaMixer")
-
-
 def never_called(architecture: nn.Module) -> set[str]:
     """The layers that are never called, by name: another module computes with their weights.
 
@@ -187,15 +183,17 @@ def never_called(architecture: nn.Module) -> set[str]:
     return found
 
 
-def read_by_kernels(architecture: nn.Module) -> set[str]:
-    """The layers that are called on a CPU, and whose weights CUDA's fast kernels read, by name.
+# By `model_type`, as peft has them.
+_READ_BY_KERNELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
-    The out_proj of Mamba's mixers, old and new (Dao & Gu, 2405.21060). An adapter in their place
-    would have no effect there, and peft refuses it. Of gated delta nets, which have A_log but no
-    D, it is called everywhere.
+
+def read_by_kernels(architecture: nn.Module) -> set[str]:
+    """The layers whose weights CUDA's fast kernels of Mamba read themselves, by name.
+
+    The out_proj of these models' mixers (Gu & Dao, 2312.00752), for which peft takes no adapter.
+    Elsewhere it is called, so that one that is named there has an effect.
     """
-    return {
-        f"{name}.out_proj" if name else "out_proj"
-        for name, module in architecture.named_modules()
-        if module._parameters.keys() >= {"A_log", "D"} and type(module).__name__ not in _CALLING
-    }
+    if getattr(getattr(architecture, "config", None), "model_type", None) not in _READ_BY_KERNELS:
+        return set()
+    names = (name for name, _ in architecture.named_modules())
+    return {name for name in names if name.rpartition(".")[2] == "out_proj"}

@@ -123,11 +123,21 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         (directory / CONFIG).unlink(missing_ok=True)
+        _sync(directory)  # else a power cut could bring it back
         for name in files:
             temporary[name].replace(directory / name)
+        _sync(directory)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_adapter(

@@ -33,7 +33,8 @@ def config_files(architecture: nn.Module) -> dict[str, str]:
     buffers in a file that transformers passes by, so that it would read them as they are at their
     start. `functrain.export` writes such a model for it.
     """
-    if lora.is_adapted(architecture) or further_names(architecture):
+    known = isinstance(architecture, Decoder) or _is_described(architecture)
+    if not known or lora.is_adapted(architecture) or further_names(architecture):
         return {}
     if isinstance(architecture, Decoder):
         return {CONFIG: json.dumps(_llama(architecture.config), indent=2) + "\n"}
@@ -45,6 +46,11 @@ def config_files(architecture: nn.Module) -> dict[str, str]:
     if CONFIG in found and _has_persistent_buffers(architecture):
         found[ARCHITECTURE] = found.pop(CONFIG)
     return found
+
+
+def _is_described(architecture: nn.Module) -> bool:
+    """Whether it has a config of transformers'."""
+    return hasattr(getattr(architecture, "config", None), "to_diff_dict")
 
 
 def _has_persistent_buffers(architecture: nn.Module) -> bool:

@@ -306,9 +306,16 @@ def refuse_codes(files: Files, architecture: nn.Module) -> None:
         return
     kept = architecture.state_dict(keep_vars=True)
     floating = {n for n, t in kept.items() if isinstance(t, Tensor) and t.is_floating_point()}
-    naming = _naming(architecture, floating)
+
+    def named(name: str) -> str:
+        try:
+            naming = _naming(architecture, floating)
+            return name if naming is None else naming.of(name)[0]
+        except (AttributeError, TypeError):  # another version of transformers
+            return name
+
     for name, kind in odd.items():
-        if (naming.of(name)[0] if naming else name) in floating:
+        if named(name) in floating:
             raise ArchitectureError(
                 f"{files.path}: {name} is {str(kind).removeprefix('torch.')}, expected a floating "
                 "dtype; quantised weights cannot be trained, take the model that they were made of"

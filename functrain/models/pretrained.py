@@ -23,6 +23,7 @@ from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
 from functrain.lora.peft import CONFIG as ADAPTERS
+from functrain.models.config import ARCHITECTURE
 from functrain.models.gguf_files import header_of, no_bar, passed_over, refuse_scaling
 from functrain.models.layouts import Files, layout_of, refuse_codes
 from functrain.models.skeletons import REFUSALS, bare, configured, quiet, skeleton
@@ -167,6 +168,11 @@ def _located(path: Path) -> tuple[Path, dict[str, Any]]:
     if not (path / "config.json").is_file():
         found = sorted(each.name for each in path.glob("*.gguf"))
         hint = f"; give the file: {path / found[0]}" if found else ""
+        if (path / ARCHITECTURE).is_file():
+            hint = (
+                "; this checkpoint has buffers that transformers would not find: export it "
+                "(functrain export, functrain.export), and give the export"
+            )
         raise ArchitectureError(
             f"{path}: no config.json; expected a model as save_pretrained writes it{hint}"
         )

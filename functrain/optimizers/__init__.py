@@ -16,6 +16,7 @@ from functrain.optimizers.partition import (
     is_elementwise,
     is_hidden_matrix,
     may_draw,
+    may_write,
     muon,
     partition,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "is_elementwise",
     "is_hidden_matrix",
     "may_draw",
+    "may_write",
     "muon",
     "no_decay",
     "partition",

@@ -305,6 +305,15 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, Adam)
 
 
+def may_write(optimizer: Optimizer) -> bool:
+    """Whether a donated update may write into gradients: of torch's own classes SGD alone."""
+    if isinstance(optimizer, Partition):
+        return any(may_write(part) for _, _, part in optimizer.parts)
+    if isinstance(optimizer, Adapter):
+        return not optimizer.is_torchs or optimizer.cls is torch.optim.SGD
+    return not isinstance(optimizer, Adam)
+
+
 def may_draw(optimizer: Optimizer) -> bool:
     """Whether an update may draw random numbers: of classes, all but torch's own."""
     if isinstance(optimizer, Partition):
