@@ -286,31 +286,19 @@ def _refuse_shared(params: Mapping[str, Tensor]) -> None:
 
 def _refuse_shared_buffers(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """A step's params are other tensors, beside which such a buffer would keep the old values."""
-    plain = {n: b for n, b in buffers.items() if b.numel() and _has_storage(b)}
-    if not plain:
-        return
-    beside: dict[int, list[str]] = {}
-    for name, param in params.items():
-        if param.numel():
-            beside.setdefault(_storage(param), []).append(name)
-    for name, buffer in plain.items():
-        begin, end = _extent(buffer)
-        for other in beside.get(_storage(buffer), ()):
-            first, last = _extent(params[other])
-            if begin < last and first < end:
-                raise ArchitectureError(
-                    f"{name} is a buffer over the memory of the parameter {other}, and would keep "
-                    "the old values when that is trained; use the parameter itself in the forward, "
-                    "or register a clone of it"
-                )
+    beside = _by_storage(params) if buffers else {}
+    for name, buffer in buffers.items():
+        for other in _over(buffer, params, beside):
+            raise ArchitectureError(
+                f"{name} is a buffer over the memory of the parameter {other}, and would keep "
+                "the old values when that is trained; use the parameter itself in the forward, "
+                "or register a clone of it"
+            )
 
 
 def _tell_of_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
     """A forward that reads a parameter elsewhere than in its slot would read the old values."""
-    beside: dict[int, list[str]] = {}
-    for name, param in params.items():
-        if param.numel():
-            beside.setdefault(_storage(param), []).append(name)
+    beside = _by_storage(params)
     for path, each in module.named_modules():
         if isinstance(each, nn.RNNBase):  # its own list is made anew of what is in the slots
             continue
@@ -328,6 +316,15 @@ def _tell_of_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
                     FunctrainWarning,
                     stacklevel=4,
                 )
+
+
+def _by_storage(params: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """The names of the parameters in each storage."""
+    found: dict[int, list[str]] = {}
+    for name, param in params.items():
+        if param.numel():
+            found.setdefault(_storage(param), []).append(name)
+    return found
 
 
 def _over(
