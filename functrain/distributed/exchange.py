@@ -273,21 +273,21 @@ def gathered_metrics(world: _Speaking, own: Sequence[Metrics]) -> list[Metrics]:
 
 
 def _plain(metrics: Metrics) -> dict[str, list[object]]:
-    """As JSON; floats as text, since JSON has neither infinities nor NaN."""
+    """As JSON; floats as the integers of their bits, since JSON has neither infinities nor NaN."""
+
+    def bits(values: Tensor) -> list[int]:
+        found: list[int] = values.double().reshape(-1).view(torch.int64).tolist()
+        return found
+
     return {
-        name: [
-            metrics.metric(name).reading,
-            [value.hex() for value in metrics.metric(name).sum.reshape(-1).tolist()],
-            [value.hex() for value in metrics.metric(name).weight.reshape(-1).tolist()],
-            metrics.metric(name).sum.ndim,
-        ]
-        for name in metrics
+        name: [each.reading, bits(each.sum), bits(each.weight), each.sum.ndim]
+        for name, each in ((name, metrics.metric(name)) for name in metrics)
     }
 
 
 def _parsed(given: dict[str, list[Any]]) -> Metrics:
-    def tensor(values: list[str], ndim: int) -> Tensor:
-        found = torch.tensor([float.fromhex(value) for value in values], dtype=torch.float64)
+    def tensor(values: list[int], ndim: int) -> Tensor:
+        found = torch.tensor(values, dtype=torch.int64).view(torch.float64)
         return found if ndim else found.reshape(())
 
     return Metrics(

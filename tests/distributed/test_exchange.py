@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from workers import Group
@@ -179,6 +180,7 @@ MADE = st.fixed_dictionaries(
 
 
 @given(turns=st.lists(MADE, max_size=9), size=st.integers(1, 4))
+@example(turns=[{"a": (-math.nan, "mean")}, {"a": ([-0.0, math.inf], "total")}], size=2)
 def test_metrics_come_back_in_the_order_of_the_turns_with_their_bits(
     turns: list[dict[str, Any]], size: int
 ) -> None:
