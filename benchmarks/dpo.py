@@ -11,8 +11,8 @@ must come to the same losses. Time is the median of a process's steps; ratios ar
 Memory is the peak of the process above what it held when the model had been loaded; a second model,
 or the reference as a value, is above. `precomputed` has the reference's log-probs ahead, in both;
 `shared` computes the prompt of a pair once, `kept` keeps the memory it frees
-(`functrain.keep_pages`), and `lean` also computes the activations of the blocks again in the
-backward pass.
+(`functrain.keep_pages`), `returned` returns it at once (`functrain.return_pages`), and `lean` also
+computes the activations of the blocks again in the backward pass.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ BASES = {
     "functrain": "trl",
     "functrain shared": "trl",
     "functrain shared kept": "trl",
+    "functrain returned": "trl",
     "functrain lean": "trl",
     "trl": "trl",
     "functrain precomputed": "trl precomputed",
@@ -83,8 +84,10 @@ def ours(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
     import functrain as ft
 
     ways = more.split()
-    if "kept" in ways or "lean" in ways:
+    if "kept" in ways:
         ft.keep_pages()
+    if "returned" in ways or "lean" in ways:
+        ft.return_pages()
     model = llama(vocabulary)
     model.generate  # noqa: B018  (loads what transformers loads late, before memory is counted)
     precomputed = "precomputed" in ways

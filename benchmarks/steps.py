@@ -81,13 +81,13 @@ def microbatches(size: Size, steps: int) -> Iterator[torch.Tensor]:
 
 
 def functrain(
-    size: Size, steps: int, *, donate: bool = True, kept: bool = False, **options: Any
+    size: Size, steps: int, *, donate: bool = True, pages: str | None = None, **options: Any
 ) -> Result:
-    """`functrain.pretrain_step`; `kept`: in a process that keeps the memory it frees."""
+    """`functrain.pretrain_step`; `pages`: what the process does with the memory it frees."""
     import functrain as ft
 
-    if kept:
-        ft.keep_pages()
+    if pages is not None:
+        {"kept": ft.keep_pages, "returned": ft.return_pages}[pages]()
     model = llama(size)
     clock = Clock()
     architecture, params, buffers = ft.split(model)
@@ -118,12 +118,17 @@ def pure(size: Size, steps: int) -> Result:
 
 def kept(size: Size, steps: int) -> Result:
     """The same in a process that keeps its memory (`functrain.keep_pages`)."""
-    return functrain(size, steps, kept=True)
+    return functrain(size, steps, pages="kept")
+
+
+def returned(size: Size, steps: int) -> Result:
+    """The same in a process that returns its memory (`functrain.return_pages`)."""
+    return functrain(size, steps, pages="returned")
 
 
 def lean(size: Size, steps: int) -> Result:
-    """The same, and the activations of the MLPs computed again in the backward pass."""
-    return functrain(size, steps, kept=True, checkpoint="model.layers.*.mlp")
+    """`returned`, and the activations of the MLPs computed again in the backward pass."""
+    return functrain(size, steps, pages="returned", checkpoint="model.layers.*.mlp")
 
 
 def compiled(size: Size, steps: int) -> Result:
@@ -133,7 +138,7 @@ def compiled(size: Size, steps: int) -> Result:
 
 def kept_compiled(size: Size, steps: int) -> Result:
     """The same with `compile=True`, in a process that keeps its memory."""
-    return functrain(size, steps, kept=True, compile=True)
+    return functrain(size, steps, pages="kept", compile=True)
 
 
 def _adamw(model: Any) -> torch.optim.Optimizer:
@@ -305,7 +310,10 @@ def _trained(
 
 KINDS: dict[str, Callable[[Size, int], Result]] = {
     "functrain": functrain,
-    **{f"functrain {each.__name__}": each for each in (pure, kept, lean, compiled, kept_compiled)},
+    **{
+        f"functrain {each.__name__}": each
+        for each in (pure, kept, returned, lean, compiled, kept_compiled)
+    },
     **{each.__name__: each for each in (loop, fabric, accelerate, trainer, sft)},
 }
 

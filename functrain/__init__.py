@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from functrain.gradients import accumulate, value_and_grad
     from functrain.guards import SpikeGuard
     from functrain.loop import train
-    from functrain.memory import keep_pages
+    from functrain.memory import keep_pages, return_pages
     from functrain.metrics import Metrics
     from functrain.models.exporting import export
     from functrain.precision import init_loss_scale, scale_loss, unscale, update_loss_scale
@@ -101,7 +101,7 @@ _NAMES = {
     "functrain.steps": ("Step",),
     "functrain.evaluation": ("evaluate",),
     "functrain.flops": ("flops_of",),
-    "functrain.memory": ("keep_pages",),
+    "functrain.memory": ("keep_pages", "return_pages"),
 }
 _HOMES = {name: (home, name) for home, names in _NAMES.items() for name in names}
 _HOMES["clone"] = ("functrain.state", "clone_state")
@@ -154,6 +154,7 @@ __all__ = [
     "planning",
     "precision",
     "pretrain_step",
+    "return_pages",
     "save",
     "scale_loss",
     "schedules",

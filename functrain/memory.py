@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -47,16 +47,38 @@ def keep_pages() -> bool:
 
     On Linux, glibc gives large freed blocks back to the kernel, which zeroes them page by page when
     they are asked for again: a training step does that at every tensor of its forward. With this
-    the peak stays reserved, and steps spare the time. It changes no value, and there is no way
-    back. Elsewhere, and under another allocator, nothing happens.
+    the peak stays reserved, and steps spare the time. It changes no value; `return_pages` is the
+    way back. Elsewhere, and under another allocator, nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    return _told({_MMAP_MAX: 0, _TRIM: -1})
+
+
+def return_pages() -> bool:
+    """Have this process return each large tensor's memory as it is freed; whether it now does.
+
+    On Linux, glibc learns from what is freed to lay blocks of up to 32 MiB side by side in its
+    heap. What is freed between others that are still in use stays with the process, and the next
+    tensor often does not fit. With this each from 256 KiB on has pages of its own, which the
+    kernel has again at once, and must zero when it gives them: the peak is that of the tensors,
+    for some percent of the time. It changes no value; `keep_pages` is the opposite. Elsewhere,
+    and under another allocator, nothing happens.
+    """
+    # A threshold that is set is one that no longer grows; the others are glibc's own defaults.
+    if not _told({_MMAP_THRESHOLD: 1 << 18, _MMAP_MAX: 1 << 16, _TRIM: 1 << 17}):
         return False
-    return all(mallopt(option, value) == 1 for option, value in ((_MMAP_MAX, 0), (_TRIM, -1)))
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # what is free by now, of the steps before
+    return True
 
 
-_MMAP_MAX, _TRIM = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+def _told(options: Mapping[int, int]) -> bool:
+    """Whether the allocator is glibc's, and took these options."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all(mallopt(*each) == 1 for each in options.items())
+
+
+_TRIM, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD and so on, of malloc.h
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

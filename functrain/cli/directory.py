@@ -48,6 +48,7 @@ FREE = (
     "train.log_every",
     "train.compile_cache",
     "train.keep_pages",
+    "train.return_pages",
     "train.peak_tflops",
     "tracking.services",
     "tracking.project",

@@ -98,6 +98,8 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
     run = RunDirectory(config.directory)
     if config.train.keep_pages and not memory.keep_pages():
         say("train.keep_pages: this system's allocator cannot be told to, so nothing is kept")
+    if config.train.return_pages and not memory.return_pages():
+        say("train.return_pages: this system's allocator cannot be told to, and does as ever")
     with (
         threads(config.train.threads or 1),
         cache_directory(config.train.compile_cache),

@@ -830,6 +830,13 @@ def test_a_run_that_recomputes_is_the_same_run(
     assert _fingerprint(run) == whole
     assert asked == [True]
     assert "train.keep_pages: this system's allocator cannot be told to" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "return_pages", lambda: bool(asked.append(False)))
+    resumed = ["pretrain", given, "--train.checkpoint", several, "--resume"]
+    assert main([*resumed, "--train.keep-pages", "--train.return-pages"]) == 2
+    assert "train.return_pages: with train.keep_pages" in capsys.readouterr().err
+    assert main([*resumed, "--train.return-pages"]) == 0
+    assert asked == [True, False]
+    assert "train.return_pages: this system's allocator" in capsys.readouterr().err
     assert main(["pretrain", given, "--train.checkpoint", "model.layers.*,", "--resume"]) == 2
     options = ["--train.checkpoint", "model.layers.*.mlp", "--train.steps", "6"]
     assert main(["pretrain", given, *options, "--resume"]) == 0
