@@ -7,29 +7,23 @@ into its parameter slots for as long as a loss *and its gradient* are computed.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
-import re
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import attrs
-import orjson
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from functrain.errors import (
     ArchitectureError,
     ConfigError,
-    FunctrainWarning,
     StateError,
     did_you_mean,
 )
@@ -41,7 +35,8 @@ from functrain.quirks import (
     write_error,
     written,
 )
-from functrain.trees import Tensors, digest, has_hooks, in_order, is_sharded, owning, versions
+from functrain.separable import check_separable
+from functrain.trees import Tensors, digest, in_order, is_sharded, owning, versions
 
 Mode = Literal["train", "eval"]
 Place = tuple[dict[str, Tensor | None], str]
@@ -136,10 +131,7 @@ def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Put the slots of a module on the meta device; what was in them, as `values_of`."""
     params, buffers = values_of(module)
-    _refuse_hooks(params)
-    _refuse_shared(params)
-    _refuse_shared_buffers(params, buffers)
-    _tell_of_kept(module, params)
+    check_separable(module, params, buffers)
     places = slots(module)
     for name, tensor in params.items():
         empty = nn.Parameter(
@@ -257,122 +249,6 @@ def _refuse_meta(tensors: Mapping[str, Tensor]) -> None:
                 f"{name}: on the meta device, so there are no weights to take out; "
                 "split a module that has its weights (was it split already?)"
             )
-
-
-def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
-    """A step takes gradients of values of its own, of which such a hook would not hear."""
-    for name, param in params.items():
-        if has_hooks(param):
-            raise ArchitectureError(
-                f"{name}: it has a hook on its gradient, which no step would call; remove it "
-                "before functrain.split, and give the step the same as "
-                "transform=lambda grads, params: …"
-            )
-
-
-def _refuse_shared(params: Mapping[str, Tensor]) -> None:
-    seen: dict[tuple[int, int], str] = {}
-    for name, tensor in params.items():
-        if not tensor.numel():
-            continue
-        where = (tensor.data_ptr(), _storage(tensor))
-        other = seen.setdefault(where, name)
-        if other != name:
-            raise ArchitectureError(
-                f"{name} and {other} are different parameters over the same storage; tie them by "
-                "assigning the same nn.Parameter to both, or clone one"
-            )
-
-
-def _refuse_shared_buffers(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """A step's params are other tensors, beside which such a buffer would keep the old values."""
-    beside = _by_storage(params) if buffers else {}
-    for name, buffer in buffers.items():
-        for other in _over(buffer, params, beside):
-            raise ArchitectureError(
-                f"{name} is a buffer over the memory of the parameter {other}, and would keep "
-                "the old values when that is trained; use the parameter itself in the forward, "
-                "or register a clone of it"
-            )
-
-
-def _tell_of_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """A forward that reads a parameter elsewhere than in its slot would read the old values."""
-    beside = _by_storage(params)
-    for path, each in module.named_modules():
-        if isinstance(each, nn.RNNBase):  # its own list is made anew of what is in the slots
-            continue
-        for key, value in vars(each).items():
-            # Before each forward torch.nn.utils.spectral_norm makes its weight anew.
-            if key in ("_parameters", "_buffers", "_modules") or f"{key}_orig" in each._parameters:
-                continue
-            held = [n for tensor in _tensors_in(value) for n in _over(tensor, params, beside)]
-            if held:
-                where = f"{path}.{key}" if path else key
-                warnings.warn(
-                    f"{where} holds the parameter {held[0]} beside its slot: a forward that reads "
-                    "it there would see the old values when that is trained; take the parameter "
-                    "itself in the forward, or delete the attribute before functrain.split",
-                    FunctrainWarning,
-                    stacklevel=4,
-                )
-
-
-def _by_storage(params: Mapping[str, Tensor]) -> dict[int, list[str]]:
-    """The names of the parameters in each storage."""
-    found: dict[int, list[str]] = {}
-    for name, param in params.items():
-        if param.numel():
-            found.setdefault(_storage(param), []).append(name)
-    return found
-
-
-def _over(
-    tensor: Tensor, params: Mapping[str, Tensor], beside: Mapping[int, list[str]]
-) -> Iterator[str]:
-    """The parameters over whose memory a tensor lies."""
-    if not tensor.numel() or not _has_storage(tensor):
-        return
-    begin, end = _extent(tensor)
-    for name in beside.get(_storage(tensor), ()):
-        first, last = _extent(params[name])
-        if begin < last and first < end:
-            yield name
-
-
-def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in an attribute, and in what is within it."""
-    if isinstance(value, Tensor):
-        yield value
-    if not depth:
-        return
-    within: Iterable[object] = ()
-    if isinstance(value, functools.partial):
-        within = (*value.args, *value.keywords.values())
-    elif isinstance(value, Mapping):
-        within = value.values()
-    elif isinstance(value, (list, tuple, set)):
-        within = value
-    for each in within:
-        yield from _tensors_in(each, depth - 1)
-
-
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
-
-
-def _storage(tensor: Tensor) -> int:
-    storage = tensor.untyped_storage()
-    # Without memory (`functrain.deferred`) it is told by the storage itself.
-    return storage.data_ptr() or storage._cdata
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage from the first of a tensor to behind its last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    begin = int(tensor.storage_offset())
-    end = begin + sum((size - 1) * stride for size, stride in steps) + 1
-    return begin * tensor.itemsize, end * tensor.itemsize
 
 
 def check_names(
@@ -587,77 +463,3 @@ def kept_buffers(places: Slots) -> Iterator[None]:
     finally:
         for name, buffer in before.items():
             _fill(places.buffers[name], buffer)
-
-
-def vocabulary_of(architecture: nn.Module) -> int | None:
-    """How many token ids the architecture's input embedding knows, where that can be told.
-
-    It is the one that `get_input_embeddings` names; or the only one, those of positions apart; or
-    the one that is as large as the output projection.
-    """
-    embedding = getattr(architecture, "get_input_embeddings", None)
-    if callable(embedding):
-        found = embedding()
-        if isinstance(found, nn.Embedding):
-            return found.num_embeddings
-    sizes = {
-        module.num_embeddings
-        for name, module in architecture.named_modules()
-        if isinstance(module, nn.Embedding) and not _of_positions(name)
-    }
-    heads = {m.out_features for m in architecture.modules() if isinstance(m, nn.Linear)}
-    if len(sizes) > 1:
-        sizes &= heads
-    return next(iter(sizes)) if len(sizes) == 1 else None
-
-
-def description(architecture: nn.Module) -> str:
-    """What an architecture computes, beside its values: its class, and its config if it has one.
-
-    A config is attrs', or transformers', without what says how and by whom it was made. Without
-    one: the classes and the `repr` of the modules; a number that they do not show is not seen.
-    """
-    config = _config(getattr(architecture, "config", None))
-    if config is None:
-        shown = re.sub(r" at 0x[0-9a-f]+", "", repr(architecture))
-        classes = [type(module).__qualname__ for module in architecture.modules()]
-        config = {"modules": classes, "repr": shown}
-    given: dict[str, Any] = {"class": type(architecture).__qualname__, "config": config}
-    held, adapter = held_by(architecture), vars(architecture).get("functrain_adapter")
-    if held is not None:
-        given |= {
-            "base": held.fingerprint,
-            "adapter": attrs.asdict(adapter.lora) if adapter else None,
-        }
-    options = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
-    return orjson.dumps(given, default=str, option=options).decode()
-
-
-def _config(config: Any) -> dict[str, Any] | None:
-    if attrs.has(type(config)):
-        return _lasting(attrs.asdict(config))
-    found = config.to_diff_dict() if callable(getattr(config, "to_diff_dict", None)) else None
-    return _lasting(found) if isinstance(found, dict) else None
-
-
-# Of how a model is made and run, which changes its logits by no more than rounding.
-_PASSING = frozenset(
-    {
-        *("transformers_version", "_name_or_path", "name_or_path", "architectures"),
-        *("dtype", "torch_dtype", "_attn_implementation", "attn_implementation"),
-        *("_attn_implementation_internal", "_attn_implementation_autoset", "checkpointing"),
-    }
-)
-
-
-def _lasting(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _lasting(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _PASSING
-    }
-
-
-def _of_positions(name: str) -> bool:
-    last = name.rsplit(".", 1)[-1]
-    return "pos" in last or last in ("wpe", "wtt", "token_type_embeddings")

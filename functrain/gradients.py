@@ -22,8 +22,8 @@ from functrain.architecture import (
     check_reference,
     kept_buffers,
     slots,
-    vocabulary_of,
 )
+from functrain.descriptions import vocabulary_of
 from functrain.errors import ArchitectureError, BatchError, ConfigError, FunctrainWarning
 from functrain.forward import OwnBuffers, forward_buffers, forward_values
 from functrain.lora import adapter_of, is_adapted

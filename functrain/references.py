@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.appending import append
 from functrain.architecture import (
     Slots,
     bound,
     check_fit,
     check_reference,
-    description,
     slots,
-    vocabulary_of,
 )
 from functrain.data.source import Source
+from functrain.descriptions import description, vocabulary_of
 from functrain.errors import BatchError, ConfigError, DataError, boolean
 from functrain.forward import forward_buffers, forward_values
 from functrain.gradients import indexing
@@ -41,6 +39,7 @@ from functrain.objectives.unpaired import UNPAIRED, check_completed
 from functrain.precision import Precision, policy
 from functrain.state import device_of
 from functrain.trees import Tensors, digest
+from functrain.writing import append
 
 Attach = Callable[[Batch], Batch]
 _FORMAT = "functrain reference log-probs"

@@ -501,19 +501,10 @@ class Step:
         self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], norm: Tensor, donate: bool
     ) -> tuple[Mapping[str, Tensor], Tensor]:
         """The gradients as they are applied, and their norm before the clipping."""
-        own = grads
         if self.transform is not None:
-            grads = self.transform(grads, params)
-            if not isinstance(grads, Mapping):
-                raise ConfigError(
-                    f"transform: it returned a {type(grads).__name__}, expected the gradients, a "
-                    "mapping by name"
-                )
-            grads = {n: t.detach() if t.requires_grad else t for n, t in grads.items()}
+            grads = self._transformed(grads, params, donate)
             norm = global_norm(grads)
         if self.max_grad_norm is None:
-            if self.transform is not None and donate and optimizers.may_write(self.optimizer):
-                grads = {n: t if t is own.get(n) else t.clone() for n, t in grads.items()}
             return grads, norm
         # Gradients of the step's own are scaled in place; those of a transform may be anybody's.
         # Not by the fused kernel, which divides by its grad_scale: a quarter of the gradients
@@ -522,6 +513,28 @@ class Step:
             grads, self.max_grad_norm, norm=norm, donate=self.transform is None
         )
         return clipped, norm
+
+    def _transformed(
+        self, own: Mapping[str, Tensor], params: Mapping[str, Tensor], donate: bool
+    ) -> dict[str, Tensor]:
+        """What the transform makes of the step's own gradients; copies where they are written to.
+
+        Clipping makes copies of them anyway, and an optimizer that only reads needs none.
+        """
+        assert self.transform is not None
+        given = self.transform(own, params)
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"transform: it returned a {type(given).__name__}, expected the gradients, a "
+                "mapping by name"
+            )
+        written = donate and self.max_grad_norm is None and optimizers.may_write(self.optimizer)
+
+        def taken(name: str, grad: Tensor) -> Tensor:
+            plain = grad.detach() if grad.requires_grad else grad
+            return plain.clone() if written and plain is not own.get(name) else plain
+
+        return {name: taken(name, grad) for name, grad in given.items()}
 
     def _averaged(
         self, average: Tensors | None, params: Tensors, applied: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,21 @@ settings.register_profile(
 )
 settings.register_profile("long", deadline=None, max_examples=1000)
 settings.load_profile("functrain")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """A mode that one test leaves on would fail others, and it would not be told which did."""
+    yield
+    left = {
+        "gradients off": not torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "another default dtype": torch.get_default_dtype() is not torch.float32,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+    torch.set_grad_enabled(True)
+    assert not any(left.values()), [mode for mode, on in left.items() if on]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import functrain as ft
 from functrain import architecture as binding
+from functrain.descriptions import vocabulary_of
 from functrain.errors import ArchitectureError, ConfigError, FunctrainWarning
 from functrain.trees import Tensors
 
@@ -380,14 +381,14 @@ class Named(nn.Module):
 
 
 def test_the_vocabulary_is_known_where_it_can_be_told() -> None:
-    assert binding.vocabulary_of(zoo.Tied()) == zoo.VOCABULARY
-    assert binding.vocabulary_of(zoo.decoder()) == zoo.VOCABULARY
-    assert binding.vocabulary_of(Named(says=True)) == 19
-    assert binding.vocabulary_of(Named()) is None
-    assert binding.vocabulary_of(Named(head=True)) == 19
+    assert vocabulary_of(zoo.Tied()) == zoo.VOCABULARY
+    assert vocabulary_of(zoo.decoder()) == zoo.VOCABULARY
+    assert vocabulary_of(Named(says=True)) == 19
+    assert vocabulary_of(Named()) is None
+    assert vocabulary_of(Named(head=True)) == 19
     for positions in ("wpe", "position_embedding", "pos_emb"):
-        assert binding.vocabulary_of(Named(other=positions)) == 19
-    assert binding.vocabulary_of(nn.Linear(2, 2)) is None
+        assert vocabulary_of(Named(other=positions)) == 19
+    assert vocabulary_of(nn.Linear(2, 2)) is None
 
 
 def test_another_mode_is_refused() -> None:

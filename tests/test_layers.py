@@ -14,14 +14,16 @@ import functrain
 PACKAGE = Path(functrain.__file__).parent
 LAYERS = [
     "errors",
-    "appending",
+    "writing",
     "memory",
     "accumulators",
     "norms",
     "trees",
     "keys",
     "quirks",
+    "separable",
     "architecture",
+    "descriptions",
     "deferred",
     "activations",
     "compilation",

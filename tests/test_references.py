@@ -505,7 +505,7 @@ _MASK = torch.ones(4, 8, dtype=torch.int64)
 APART: dict[str, tuple[Any, str]] = {
     "rows": (
         lambda: {"chosen": zoo.batch(0, 3), "rejected": zoo.batch(1, 1)},
-        "chosen has 3 examples and rejected 1; expected pairs",
+        "chosen has 3 examples and rejected 1; expected as many on both sides",
     ),
     "a mask on chosen": (
         lambda: _changed(zoo.pairs(), "chosen", attention_mask=_MASK),

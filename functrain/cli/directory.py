@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import glob
 import importlib.util
-import os
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import attrs
 
+from functrain import writing
 from functrain.cli import toml
 from functrain.cli.config import (
     DPO,
@@ -283,14 +283,9 @@ def placed(path: Path) -> Iterator[Path]:
 
 def write(path: Path, text: str) -> None:
     """Write a small file whole or not at all; `ConfigError` where it cannot be."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        writing.write(path, text.encode(), durable=True)
     except OSError as error:
         raise unwritten(path, error) from error
 

@@ -27,12 +27,12 @@ from functrain.data.token_parts import (
     Parts,
     parts_of,
     read,
-    sync_directory,
     whole,
     writing,
 )
 from functrain.data.tokenizers import Tokenizer, check_tokenizer
 from functrain.errors import DataError
+from functrain.writing import sync
 
 _FORMAT = "functrain tokens 1"
 _SAID = 20
@@ -217,7 +217,7 @@ def _locked(home: Path) -> Iterator[None]:
     with lock:
         with writing(home):
             fcntl.flock(lock, fcntl.LOCK_EX)
-            sync_directory(home.parent)
+            sync(home.parent)
         yield
 
 

@@ -22,6 +22,7 @@ import orjson
 
 from functrain.data.text import Ids
 from functrain.errors import DataError
+from functrain.writing import sync
 
 IDS, ENDS, JOURNAL, MANIFEST = "ids.bin", "ends.bin", "journal", "manifest"
 END_TYPE = np.dtype("<i8")
@@ -61,7 +62,7 @@ class Parts:
         with writing(directory):
             self.parts = self._recovered()
             self._files = [self._opened(name) for name in (IDS, ENDS, JOURNAL)]
-            sync_directory(directory)
+            sync(directory)
 
     @property
     def documents(self) -> int:
@@ -96,7 +97,7 @@ class Parts:
             with aside.open("wb") as file:
                 _append(file, text)
             _rename(aside, self.directory / MANIFEST)
-            sync_directory(self.directory)
+            sync(self.directory)
 
     def close(self) -> None:
         """Close the files."""
@@ -195,12 +196,3 @@ def _append(file: IO[bytes], data: bytes) -> None:
 
 def _rename(old: Path, new: Path) -> None:
     old.replace(new)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

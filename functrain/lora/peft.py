@@ -20,6 +20,7 @@ from functrain.lora.attach import adapter_of, attach, layers_of
 from functrain.lora.config import LoRA
 from functrain.lora.layers import LoRAConv1D, never_called
 from functrain.trees import Tensors, owning
+from functrain.writing import sync
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -123,21 +124,13 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         (directory / CONFIG).unlink(missing_ok=True)
-        _sync(directory)  # else a power cut could bring it back
+        sync(directory)  # else a power cut could bring it back
         for name in files:
             temporary[name].replace(directory / name)
-        _sync(directory)
+        sync(directory)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_adapter(

@@ -25,6 +25,7 @@ from functrain.models.config import config_files
 from functrain.models.decoder import Decoder
 from functrain.models.layouts import further_names, is_wide, kept_wide
 from functrain.state import TrainState, check_state, fingerprint
+from functrain.writing import sync
 
 MARK = "functrain.json"
 """Beside the model: what it is of, with the size and hash of each file. Only such is replaced."""
@@ -273,7 +274,7 @@ def _placed(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         if target.exists() and any(target.iterdir()):
             old = _fresh(target, "old")
             target.rename(old)
@@ -281,7 +282,7 @@ def _placed(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -290,11 +291,3 @@ def _placed(target: Path) -> Iterator[Path]:
 def _fresh(target: Path, what: str) -> Path:
     names = (target.with_name(f".{target.name}.{what}-{n}") for n in itertools.count(os.getpid()))
     return next(path for path in names if not path.exists())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.architecture import bound, vocabulary_of
+from functrain.architecture import bound
+from functrain.descriptions import vocabulary_of
 from functrain.errors import BatchError, ConfigError, StateError, is_number
 from functrain.models.decoder import Cache, Decoder
 from functrain.objectives.base import logits_in

@@ -23,13 +23,7 @@ def check_pairs(batch: Batch, vocabulary: int | None) -> None:
             "kto_step, or give chosen and rejected"
         )
     check_keys(batch, SIDES)
-    for side in SIDES:
-        if side not in batch:
-            raise BatchError(f"{side}: missing; a preference batch has chosen and rejected")
-        check_completions(batch[side], vocabulary, side)
-    pairs, others = (batch[side]["input_ids"].shape[0] for side in SIDES)
-    if pairs != others:
-        raise BatchError(f"chosen has {pairs} examples and rejected {others}; expected pairs")
+    check_sides(batch, SIDES, vocabulary, "a preference batch")
     if batch["chosen"].keys() != batch["rejected"].keys():
         raise BatchError(
             f"chosen has {sorted(batch['chosen'])} and rejected {sorted(batch['rejected'])}; "
@@ -48,6 +42,19 @@ def check_keys(batch: Batch, sides: tuple[str, ...], *more: str) -> None:
     for key in batch:
         if key not in known:
             raise BatchError(f"{key}: unknown key; {did_you_mean(str(key), known)}")
+
+
+def check_sides(batch: Batch, sides: tuple[str, str], vocabulary: int | None, what: str) -> None:
+    """Raise `BatchError` unless both sides are there and well formed, with as many examples."""
+    for side in sides:
+        if side not in batch:
+            raise BatchError(f"{side}: missing; {what} has {' and '.join(sides)}")
+        check_completions(batch[side], vocabulary, side)
+    one, other = (batch[side]["input_ids"].shape[0] for side in sides)
+    if one != other:
+        raise BatchError(
+            f"{sides[0]} has {one} examples and {sides[1]} {other}; expected as many on both sides"
+        )
 
 
 def check_completions(side: Any, vocabulary: int | None, name: str) -> None:

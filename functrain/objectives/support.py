@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import vocabulary_of
+from functrain.descriptions import vocabulary_of
 from functrain.errors import ArchitectureError, FunctrainWarning
 from functrain.objectives.base import logits_of
 from functrain.objectives.batches import IGNORE_INDEX, Batch

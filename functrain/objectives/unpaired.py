@@ -15,7 +15,7 @@ from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, count_padding
 from functrain.objectives.logprobs import HeadMode, head_mode, token_scores
 from functrain.objectives.options import optional_tensors, positive
-from functrain.objectives.pairs import check_completions, check_keys, check_reference_logps
+from functrain.objectives.pairs import check_keys, check_reference_logps, check_sides
 from functrain.objectives.reference import reference_scores
 from functrain.trees import Tensors
 
@@ -25,13 +25,7 @@ UNPAIRED = ("completion", "mismatched")
 def check_completed(batch: Batch, vocabulary: int | None) -> None:
     """Raise `BatchError` unless both sides are well formed, each example with its completion."""
     check_keys(batch, UNPAIRED, "desirable")
-    for side in UNPAIRED:
-        if side not in batch:
-            raise BatchError(f"{side}: missing; an unpaired batch has completion, mismatched")
-        check_completions(batch[side], vocabulary, side)
-    examples, others = (batch[side]["input_ids"].shape[0] for side in UNPAIRED)
-    if examples != others:
-        raise BatchError(f"completion has {examples} examples and mismatched {others}")
+    check_sides(batch, UNPAIRED, vocabulary, "an unpaired batch")
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 import orjson
 
-from functrain.appending import append
 from functrain.errors import DataError
-from functrain.tracking import whole
+from functrain.writing import append, write
 
 CLOCKS = ("data_seconds", "mfu", "peak_memory_gib", "tokens_per_second")
 """What is read off a clock or the system, and so differs between runs that are the same."""
@@ -108,7 +107,7 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> None:
         if _record(line, f"{target}:{number}")["step"] <= step
     ]
     try:
-        whole.write(target, b"".join(line + b"\n" for line in kept))
+        write(target, b"".join(line + b"\n" for line in kept))
     except OSError as error:
         raise _unwritten(target, error) from error
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import attrs
 
 from functrain.errors import ConfigError
-from functrain.tracking import whole
 from functrain.tracking.charts import COLOURS, Chart, Curve, curve, drawn
+from functrain.writing import write
 
 # Title, and for each curve its name, metric, and whether it is drawn as dots.
 CHARTS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
@@ -207,7 +207,7 @@ def _row(kept: CheckpointRow) -> dict[str, str]:
 
 def write_report(path: str | os.PathLike[str], **contents: Any) -> None:
     """`render_report` to a file, which appears whole or not at all; `OSError` where it cannot."""
-    whole.write(Path(path), render_report(**contents).encode())
+    write(Path(path), render_report(**contents).encode())
 
 
 _TEMPLATE = """{% macro figures(charts, always=false) %}
