@@ -133,14 +133,26 @@ def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     params, buffers = values_of(module)
     check_separable(module, params, buffers)
     places = slots(module)
-    for name, tensor in params.items():
-        empty = nn.Parameter(
-            torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad
-        )
-        _fill(places.params[name], empty)
-    for name, tensor in buffers.items():
-        _fill(places.buffers[name], torch.empty_like(tensor, device="meta"))
+    # All of them before the first is put in its place: a module that is refused keeps its weights.
+    empty: dict[str, Tensor] = {
+        name: nn.Parameter(_empty(name, tensor), requires_grad=tensor.requires_grad)
+        for name, tensor in params.items()
+    }
+    empty |= {name: _empty(name, tensor) for name, tensor in buffers.items()}
+    for name, at in (*places.params.items(), *places.buffers.items()):
+        _fill(at, empty[name])
     return params, buffers
+
+
+def _empty(name: str, tensor: Tensor) -> Tensor:
+    try:
+        return torch.empty_like(tensor, device="meta")
+    except (NotImplementedError, RuntimeError) as error:
+        raise ArchitectureError(
+            f"{name}: a tensor that has no form without values (dtype {tensor.dtype}, layout "
+            f"{tensor.layout}); make it a plain one before functrain.split, or keep it as an "
+            "attribute that is neither parameter nor buffer"
+        ) from error
 
 
 def held_by(architecture: nn.Module) -> Held | None:

@@ -12,11 +12,14 @@ import torch
 from functrain import keys
 from functrain.distributed import ALONE, gathered_metrics
 from functrain.errors import BatchError, ConfigError
+from functrain.gradients import refuse_written
 from functrain.metrics import Metrics
-from functrain.objectives.batches import Batch, to_device
+from functrain.objectives.batches import Batch, batch_versions, to_device
 from functrain.state import TrainState, device_of
 from functrain.steps import Step
 from functrain.trees import rows_here
+
+_NONE = "batches: none, so there is nothing to evaluate"
 
 
 def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -73,15 +76,20 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     ):
 
         def measure(batch: Batch, coupling: Any) -> Metrics:
+            begun = batch_versions([batch])
             with step.precision.context(device):
                 moved = to_device(batch, device)
-                return gradient.measured(model, moved, objective, coupling)[1]
+                measured = gradient.measured(model, moved, objective, coupling)[1]
+            refuse_written(batch_versions([batch]), begun)
+            return measured
 
         couplings: Iterable[Any] = itertools.repeat(None)
         index = -1
         if objective.batch_coupled:
             # Of all batches together: the result must not depend on how they were cut.
             checked = [to_device(batch, device) for batch in checked]
+            if not checked:
+                raise BatchError(_NONE)
             couplings = gradient.couplings(model, checked, objective, seed, device)
         for index, (batch, coupling) in enumerate(zip(checked, couplings, strict=False)):
             weight = weight + objective.weight(batch).to(weight.device)
@@ -93,7 +101,7 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
             measure(batch, coupling)
     every = gathered_metrics(world, measured)
     if not every:
-        raise BatchError("batches: none, so there is nothing to evaluate")
+        raise BatchError(_NONE)
     step.objective.check_weight(weight)
     # In the order of the batches, whoever has scored which.
     whole = functools.reduce(Metrics.merge, every)

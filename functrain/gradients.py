@@ -229,10 +229,15 @@ class ValueAndGrad:
                     _check_reached(mean)
                     last = index + 1 == len(ready)
                     with total.telling(beside) if last and beside is not None else nullcontext():
-                        torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
+                        try:
+                            torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
+                        except RuntimeError:
+                            # What was saved of the batch may have been written to.
+                            refuse_written(batch_versions(ready), begun)
+                            raise
                     total.add()
                     measured_all.append(measured)
-            _refuse_written(batch_versions(ready), begun)
+            refuse_written(batch_versions(ready), begun)
             after = bound_buffers(self.places)
         grads, left = total.grads(), own.left(after)
         if is_adapted(self.architecture):
@@ -363,9 +368,10 @@ class ValueAndGrad:
     def weight(self, micro_batches: Sequence[Batch]) -> Tensor:
         """The weight of all micro-batches together: what their summed losses are divided by."""
         found = [self.objective.weight(each) for each in micro_batches]
-        if not all(isinstance(weight, Tensor) for weight in found):
+        wrong = next((each for each in found if not isinstance(each, Tensor)), None)
+        if wrong is not None:
             raise ConfigError(
-                f"objective {self.objective.name!r}: its weight is a {type(found[0]).__name__}, "
+                f"objective {self.objective.name!r}: its weight is a {type(wrong).__name__}, "
                 "expected a tensor, 0-d, by which the summed loss is divided"
             )
         return torch.stack(found).sum(0)
@@ -404,7 +410,7 @@ def _casts_of_its_own() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _refuse_written(after: Mapping[str, int], begun: Mapping[str, int]) -> None:
+def refuse_written(after: Mapping[str, int], begun: Mapping[str, int]) -> None:
     """Raise `ArchitectureError` for a model that has written into its batch, which is another's.
 
     On an accelerator it was a copy, and is refused alike.

@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -24,14 +25,15 @@ def check_separable(
 ) -> None:
     """Raise `ArchitectureError` where these tensors of a module cannot be taken out of it.
 
-    That are hooks on a parameter's gradient, different parameters over one storage, and buffers
-    over a parameter's memory. What an attribute holds of a parameter is a `FunctrainWarning`, for
+    That is where a parameter has a hook on its gradient, or memory in common with another or with
+    a buffer. What an attribute holds of a parameter that is trained is a `FunctrainWarning`, for
     the caller of `functrain.split`.
     """
+    memory = _Memory(params)
     _refuse_hooks(params)
-    _refuse_shared(params)
-    _refuse_shared_buffers(params, buffers)
-    _tell_of_kept(module, params)
+    _refuse_shared(params, memory)
+    _refuse_shared_buffers(buffers, memory)
+    _tell_of_kept(module, _Memory({n: p for n, p in params.items() if p.requires_grad}))
 
 
 def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
@@ -45,25 +47,21 @@ def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
             )
 
 
-def _refuse_shared(params: Mapping[str, Tensor]) -> None:
-    seen: dict[tuple[int, int], str] = {}
-    for name, tensor in params.items():
-        if not tensor.numel():
-            continue
-        where = (tensor.data_ptr(), _storage(tensor))
-        other = seen.setdefault(where, name)
-        if other != name:
-            raise ArchitectureError(
-                f"{name} and {other} are different parameters over the same storage; tie them by "
-                "assigning the same nn.Parameter to both, or clone one"
-            )
+def _refuse_shared(params: Mapping[str, Tensor], memory: _Memory) -> None:
+    """Updated one after the other, each would have what has become of the other."""
+    for name, param in params.items():
+        for other in memory.over(param):
+            if other != name:
+                raise ArchitectureError(
+                    f"{other} and {name} are different parameters over the same storage; tie them "
+                    "by assigning the same nn.Parameter to both, or clone one"
+                )
 
 
-def _refuse_shared_buffers(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+def _refuse_shared_buffers(buffers: Mapping[str, Tensor], memory: _Memory) -> None:
     """A step's params are other tensors, beside which such a buffer would keep the old values."""
-    beside = _by_storage(params) if buffers else {}
     for name, buffer in buffers.items():
-        for other in _over(buffer, params, beside):
+        for other in memory.over(buffer):
             raise ArchitectureError(
                 f"{name} is a buffer over the memory of the parameter {other}, and would keep "
                 "the old values when that is trained; use the parameter itself in the forward, "
@@ -71,9 +69,8 @@ def _refuse_shared_buffers(params: Mapping[str, Tensor], buffers: Mapping[str, T
             )
 
 
-def _tell_of_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
+def _tell_of_kept(module: nn.Module, trained: _Memory) -> None:
     """A forward that reads a parameter elsewhere than in its slot would read the old values."""
-    beside = _by_storage(params)
     for path, each in module.named_modules():
         if isinstance(each, nn.RNNBase):  # its own list is made anew of what is in the slots
             continue
@@ -81,7 +78,7 @@ def _tell_of_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
             # Before each forward torch.nn.utils.spectral_norm makes its weight anew.
             if key in ("_parameters", "_buffers", "_modules") or f"{key}_orig" in each._parameters:
                 continue
-            held = [n for tensor in _tensors_in(value) for n in _over(tensor, params, beside)]
+            held = [n for tensor in _tensors_in(value) for n in trained.over(tensor)]
             if held:
                 where = f"{path}.{key}" if path else key
                 warnings.warn(
@@ -93,26 +90,63 @@ def _tell_of_kept(module: nn.Module, params: Mapping[str, Tensor]) -> None:
                 )
 
 
-def _by_storage(params: Mapping[str, Tensor]) -> dict[int, list[str]]:
-    """The names of the parameters in each storage."""
-    found: dict[int, list[str]] = {}
-    for name, param in params.items():
-        if param.numel():
-            found.setdefault(_storage(param), []).append(name)
-    return found
+class _Memory:
+    """Where named tensors lie, to find those that another lies over."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: each for name, each in tensors.items() if _lies_somewhere(each)}
+        self._names = list(self._tensors)
+        places = [_place(each) for each in self._tensors.values()]
+        self._spaces, self._begins, self._ends = np.array(places, dtype=np.int64).reshape(-1, 3).T
+
+    def over(self, tensor: Tensor) -> Iterator[str]:
+        """The names of the tensors that have a byte of memory with this one in common."""
+        if not _lies_somewhere(tensor):
+            return
+        space, begin, end = _place(tensor)
+        beside = (self._spaces == space) & (self._begins < end) & (begin < self._ends)
+        for at in np.flatnonzero(beside):
+            name = self._names[at]
+            if _overlap(tensor, self._tensors[name]):
+                yield name
 
 
-def _over(
-    tensor: Tensor, params: Mapping[str, Tensor], beside: Mapping[int, list[str]]
-) -> Iterator[str]:
-    """The parameters over whose memory a tensor lies."""
-    if not tensor.numel() or not _has_storage(tensor):
-        return
-    begin, end = _extent(tensor)
-    for name in beside.get(_storage(tensor), ()):
-        first, last = _extent(params[name])
-        if begin < last and first < end:
-            yield name
+def _lies_somewhere(tensor: Tensor) -> bool:
+    """Whether it has elements, and they are at strides over one storage."""
+    plain = tensor.layout is torch.strided and not tensor.is_nested
+    return plain and not is_traceable_wrapper_subclass(tensor) and tensor.numel() > 0
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """The address space of a tensor, and the bytes from its first to behind its last.
+
+    A storage without memory (`functrain.deferred`) is a space of its own.
+    """
+    storage = tensor.untyped_storage()
+    base = storage.data_ptr()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    begin = int(tensor.storage_offset())
+    end = begin + sum((size - 1) * stride for size, stride in steps) + 1
+    space = 0 if base else storage._cdata
+    return space, base + begin * tensor.itemsize, base + end * tensor.itemsize
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two whose places overlap have a byte in common: columns of a matrix have none."""
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    (_, first, last), (_, begin, end) = _place(one), _place(other)
+    low = min(first, begin)
+    seen = torch.zeros(max(last, end) - low, dtype=torch.bool)
+
+    def bytes_of(tensor: Tensor, at: int) -> Tensor:
+        steps = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s]
+        shape = [*(size for size, _ in steps), tensor.itemsize]
+        strides = [*(stride * tensor.itemsize for _, stride in steps), 1]
+        return seen.as_strided(shape, strides, at - low)
+
+    bytes_of(one, first).fill_(True)
+    return bool(bytes_of(other, begin).any())
 
 
 def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
@@ -130,21 +164,3 @@ def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
         within = value
     for each in within:
         yield from _tensors_in(each, depth - 1)
-
-
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
-
-
-def _storage(tensor: Tensor) -> int:
-    storage = tensor.untyped_storage()
-    # Without memory (`functrain.deferred`) it is told by the storage itself.
-    return storage.data_ptr() or storage._cdata
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage from the first of a tensor to behind its last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    begin = int(tensor.storage_offset())
-    end = begin + sum((size - 1) * stride for size, stride in steps) + 1
-    return begin * tensor.itemsize, end * tensor.itemsize

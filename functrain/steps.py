@@ -296,11 +296,11 @@ class Step:
         `ConsumedStateError` for a donated one, `AliasError` where donating would overwrite the
         reference or the average.
         """
-        # The bits are a function of the arguments, whatever contexts the caller is in.
         self.check(state)
         self._form.check_trained(state.params)
         device = device_of(state.params)
         donate = self.donate if donate is None else donate
+        # The bits are a function of the arguments, whatever contexts the caller is in.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             if self.world is not None and self.world.size > 1:
                 self.world.begin(state.step, state.key)
@@ -334,9 +334,10 @@ class Step:
             )
         unscaled = unscale(result.grads, state.scaler, donate=True)  # the step's own
         norm = self._norm(unscaled)
-        applied = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
+        finite = torch.isfinite(norm) & torch.isfinite(result.metrics["loss"]).to(norm.device)
         grads, transformed = self._clipped(unscaled, state.params, norm, donate)
-        finite = applied if transformed is norm else applied & torch.isfinite(transformed)
+        if transformed is not norm:
+            finite = finite & torch.isfinite(transformed)
         applied = self._unless_spike(state, result.metrics, norm, finite)
         metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
         update = None
@@ -517,9 +518,10 @@ class Step:
     def _transformed(
         self, own: Mapping[str, Tensor], params: Mapping[str, Tensor], donate: bool
     ) -> dict[str, Tensor]:
-        """What the transform makes of the step's own gradients; copies where they are written to.
+        """What the transform makes of the step's own gradients.
 
-        Clipping makes copies of them anyway, and an optimizer that only reads needs none.
+        Copies of what is not the step's where an optimizer would write into it, or of params that
+        it would write before it has read them as gradients. Clipping makes copies anyway.
         """
         assert self.transform is not None
         given = self.transform(own, params)
@@ -528,11 +530,13 @@ class Step:
                 f"transform: it returned a {type(given).__name__}, expected the gradients, a "
                 "mapping by name"
             )
-        written = donate and self.max_grad_norm is None and optimizers.may_write(self.optimizer)
+        in_place = donate and self.max_grad_norm is None
+        writes = in_place and optimizers.may_write(self.optimizer)
 
         def taken(name: str, grad: Tensor) -> Tensor:
             plain = grad.detach() if grad.requires_grad else grad
-            return plain.clone() if written and plain is not own.get(name) else plain
+            foreign = writes and plain is not own.get(name)
+            return plain.clone() if foreign or (in_place and grad is params.get(name)) else plain
 
         return {name: taken(name, grad) for name, grad in given.items()}
 

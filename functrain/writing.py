@@ -1,4 +1,8 @@
-"""Writing files: lines at their end, contents that appear at once, what outlasts a power cut."""
+"""Writing files: lines at their end, contents that appear at once, what outlasts a power cut.
+
+Checkpoints, which are tried against every fault of a disk, go through
+`functrain.checkpoint.filesystem` instead.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +41,14 @@ def write(path: Path, data: bytes, *, durable: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
 
 
 def sync(path: Path) -> None:
-    """Make a file's data durable, or the names in a directory.
-
-    Checkpoints, which are tried against every fault of a disk, go through
-    `functrain.checkpoint.filesystem` instead.
-    """
+    """Make a file's data durable, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -26,15 +28,30 @@ settings.load_profile("functrain")
 def _leaves_nothing_behind() -> Iterator[None]:
     """A mode that one test leaves on would fail others, and it would not be told which did."""
     yield
-    left = {
-        "gradients off": not torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "another default dtype": torch.get_default_dtype() is not torch.float32,
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    left = [name for name, (now, usual, _) in _modes().items() if now != usual]
+    for now, usual, back in _modes().values():
+        if now != usual:
+            back(usual)
+    assert not left, f"left changed: {', '.join(left)}"
+
+
+def _modes() -> dict[str, tuple[Any, Any, Callable[[Any], object]]]:
+    """Each mode as it is, as it has to be, and how it comes to be so again."""
+    return {
+        "gradients": (torch.is_grad_enabled(), True, torch.set_grad_enabled),
+        "default dtype": (torch.get_default_dtype(), torch.float32, torch.set_default_dtype),
+        "threads": (torch.get_num_threads(), 1, torch.set_num_threads),
+        "autocast": (
+            torch.is_autocast_enabled("cpu"),
+            False,
+            partial(torch.set_autocast_enabled, "cpu"),
+        ),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            False,
+            torch.use_deterministic_algorithms,
+        ),
     }
-    torch.set_grad_enabled(True)
-    assert not any(left.values()), [mode for mode, on in left.items() if on]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -339,7 +339,7 @@ class Train:
     keep_pages: bool = False
     """Have the process keep the memory that it frees, for the next step: faster steps on Linux."""
     return_pages: bool = False
-    """Have the process return the memory that it frees at once: a lower peak on Linux."""
+    """Have the process return memory as soon as it is free: a lower peak on Linux, slower steps."""
     compile: bool = False
     """Compile the model, once for each shape of a batch: faster steps after a slow first one."""
     compile_cache: str | None = attrs.field(default=None, validator=given)
