@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import functrain as ft
@@ -144,11 +146,42 @@ def test_a_module_without_weights_is_refused() -> None:
         ft.split(empty)
 
 
-def test_parameters_over_one_storage_are_refused() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    module[1].weight = nn.Parameter(module[0].weight.detach())
-    with pytest.raises(ArchitectureError, match=r"1.weight and 0.weight are different parameters"):
+@pytest.mark.parametrize("part", [slice(None), slice(1), slice(1, None)], ids=str)
+@pytest.mark.parametrize("by", ["torch", "numpy"])
+def test_parameters_over_one_memory_are_refused(part: slice, by: str) -> None:
+    """Wherever they begin; numpy's parts are storages of their own over it."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+    weight = module[0].weight.detach()
+    if by == "numpy":
+        module[1].weight = nn.Parameter(torch.from_numpy(weight.numpy()[part]))
+    else:
+        module[1].weight = nn.Parameter(weight[part])
+    with pytest.raises(
+        ArchitectureError, match=r"(0|1).weight and (1|0).weight are different para"
+    ):
         ft.split(module)
+
+
+@given(
+    rows=st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 3)),
+    columns=st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 3)),
+)
+def test_only_parameters_with_an_element_in_common_are_refused(
+    rows: tuple[int, int, int], columns: tuple[int, int, int]
+) -> None:
+    """Columns that lie between those of another have none."""
+    whole = torch.randn(6, 6)
+    part = whole[slice(*rows), slice(*columns)]
+    counted = torch.arange(36).view(6, 6)
+    beside = set(counted[:, 2:5:2].flatten().tolist())
+    module = nn.Module()
+    module.one = nn.Parameter(whole[:, 2:5:2])
+    module.other = nn.Parameter(part)
+    if beside & set(counted[slice(*rows), slice(*columns)].flatten().tolist()):
+        with pytest.raises(ArchitectureError, match="are different parameters"):
+            ft.split(module)
+    else:
+        assert list(ft.split(module)[1]) == ["one", "other"]
 
 
 def test_a_refused_module_keeps_its_weights() -> None:
@@ -157,6 +190,16 @@ def test_a_refused_module_keeps_its_weights() -> None:
     with pytest.raises(ArchitectureError):
         ft.split(module)
     assert {p.device.type for p in module.parameters()} == {"cpu"}
+
+
+def test_a_module_with_a_tensor_that_cannot_be_emptied_keeps_its_weights() -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("packed", torch.ones(3, 3).to_mkldnn())
+    with pytest.raises(ArchitectureError, match=r"^packed: a tensor that has no form without val"):
+        ft.split(module)
+    assert module.weight.device.type == "cpu"
+    del module.packed
+    assert list(ft.split(module)[1]) == ["bias", "weight"]
 
 
 def test_parts_of_one_flat_storage_are_not_refused() -> None:
@@ -210,8 +253,16 @@ def test_a_parameter_in_an_attribute_is_told(kept: Callable[[Tensor], Any], at: 
     (other if at == "kept" else other[0]).kept = kept(module[1].weight.detach().clone())
     ft.split(other)
     message = rf"^{re.escape(at)} holds the parameter 1\.weight beside its slot: .* take the param"
-    with pytest.warns(FunctrainWarning, match=message):
+    with pytest.warns(FunctrainWarning, match=message) as told:
         ft.split(module)
+    assert told[0].filename == __file__
+
+
+def test_a_frozen_parameter_in_an_attribute_is_not_told() -> None:
+    """Nobody trains it, so it has no other values."""
+    module = nn.Linear(2, 2).requires_grad_(False)
+    module.kept = [module.weight, torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)]
+    assert list(ft.split(module)[1]) == ["bias", "weight"]
 
 
 @pytest.mark.filterwarnings("ignore:.*parametrizations.*:FutureWarning")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +56,31 @@ def test_what_is_freed_stays_or_goes_as_asked_for(asked: str, least: int, most: 
         [sys.executable, "-c", FREED, *asked.split()], capture_output=True, text=True, check=True
     )
     assert least <= int(done.stdout) <= most
+
+
+# One that answers 1 to every option, as tcmalloc's mallopt does, which is an error there.
+OTHER = """
+#include <stddef.h>
+int mallopt(int option, int value) { return 1; }
+int malloc_trim(size_t pad) { return 1; }
+"""
+
+
+@LINUX
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_under_another_allocator_nothing_is_said_to_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "other.c").write_text(OTHER)
+    library = tmp_path / "other.so"
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "other.c", "-o", library], check=True)
+    ask = "from functrain import keep_pages, return_pages; print(keep_pages(), return_pages())"
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LD_PRELOAD": str(library)},
+    )
+    assert done.stdout.split() == ["False", "False"]
 
 
 @given(

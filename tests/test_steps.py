@@ -8,6 +8,7 @@ import inspect
 import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import attrs
@@ -18,7 +19,7 @@ import zoo
 
 import functrain as ft
 from functrain import testing
-from functrain.errors import ArchitectureError, StateError
+from functrain.errors import ArchitectureError, BatchError, StateError
 from functrain.objectives import LanguageModeling, PreferenceOptimization
 from functrain.stages import PreferenceOptions, StepOptions
 
@@ -570,6 +571,55 @@ def test_a_model_that_writes_into_its_batch_is_told(microbatches: int) -> None:
     message = r"its forward has written into the batch \(input_ids\).*; write into a clone of it"
     with pytest.raises(ArchitectureError, match=message):
         step(step.init(params, buffers), zoo.batch())
+
+
+class Counting(Writing):
+    """Writes what the backward pass has need of."""
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        logits = zoo.Tied.forward(self, input_ids, **given)
+        input_ids.add_(1).remainder_(zoo.VOCABULARY)
+        return logits
+
+
+@pytest.mark.parametrize("model", [Writing, Counting])
+def test_what_is_written_into_a_batch_is_told_before_torch_does_and_in_evaluations(
+    model: type[Writing],
+) -> None:
+    architecture, params, buffers = ft.split(model())
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    state = step.init(params, buffers)
+    for run in (step, partial(ft.evaluate, step)):
+        with pytest.raises(ArchitectureError, match=r"has written into the batch \(input_ids\)"):
+            run(state, zoo.batch() if run is step else [zoo.batch()])
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "bco_pair", "aot"])
+def test_an_evaluation_of_nothing_is_refused(loss: Any) -> None:
+    """Coupled losses, which look at all of the batches first, among them."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.dpo_step(architecture, ft.optim.adamw(), reference=params, loss=loss)
+    with pytest.raises(BatchError, match="batches: none, so there is nothing to evaluate"):
+        ft.evaluate(step, step.init(params, buffers), [])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_transform_that_returns_the_params_has_the_same_bits_in_place(decay: float) -> None:
+    """An optimizer decays the params before it reads the gradients, which are these."""
+    found = []
+    for donate in (False, True):
+        architecture, params, buffers = zoo.split("tied")
+        step = ft.pretrain_step(
+            architecture,
+            ft.optim.adamw(1e-2, weight_decay=decay, fused=False),
+            transform=lambda grads, params: {name: params[name] for name in grads},
+            donate=donate,
+        )
+        state = step.init(params, buffers)
+        for seed in range(3):
+            state, _ = step(state, zoo.batch(seed))
+        found.append(ft.fingerprint(state))
+    assert found[0] == found[1]
 
 
 class Growing(zoo.Tied):
