@@ -180,6 +180,11 @@ def _above(base: type[Any], own: type[Any]) -> type[Any]:
         return own
 
 
+def _transformed() -> bool:
+    """Whether `torch.vmap` or its like is at work, for which nothing here has a rule."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class _Looked(nn.Embedding):
     """An embedding whose gradient is added row by row to its sum."""
 
@@ -187,6 +192,8 @@ class _Looked(nn.Embedding):
         """As `nn.Embedding`'s."""
         given, weight = _current.get(), self.weight
         if given is None or not (torch.is_grad_enabled() and given.trains(weight)):
+            return super().forward(input)
+        if _transformed():
             return super().forward(input)
         into = functools.partial(given.sum_of, weight)
         found: Tensor = _Lookup.apply(weight, input, self.padding_idx, into)  # type: ignore[no-untyped-call]
@@ -200,6 +207,8 @@ class _Operated(nn.Embedding):
         """As `nn.Embedding`'s."""
         weight = self.weight
         if not (torch.is_grad_enabled() and weight.requires_grad):  # a reference, a frozen copy
+            return super().forward(input)
+        if _transformed():
             return super().forward(input)
         padding = -1 if self.padding_idx is None else self.padding_idx
         place, unread = getattr(self, _PLACE), getattr(self, _UNREAD)

@@ -351,6 +351,44 @@ def test_compiled_code_refuses_gradients_that_a_forward_takes_itself() -> None:
     )
 
 
+class Mapped(Deep):
+    """Calls its body on one sequence after another."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(torch.vmap(self.body.embedding)(input_ids).cumsum(1))
+        return logits
+
+
+class MappedBody(Model):
+    """The same in what is compiled."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.vmap(self.embedding)(input_ids).cumsum(1)
+
+
+class Within(Deep):
+    """The same below a module that can be compiled without its head."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding)
+        self.body = MappedBody(embedding)
+
+
+# Torch's own, of tracing `torch.vmap` in any embedding (2.13).
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", [Mapped, Within])
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_embedding_in_a_transform_of_functions_is_left_alone(
+    kind: Any,
+    compile: bool,  # noqa: A002
+) -> None:
+    """Nothing of ours has a rule for `torch.vmap`."""
+    batches = [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)]
+    ours = _grads(LanguageModeling(), _model(kind=kind), batches, table=0, compile=compile)
+    theirs = _grads(LanguageModeling(), _model(kind=kind), batches, table=NEVER, head="full")
+    _same(ours, theirs)
+
+
 DENSE = ("by frequency", "bounded", "final", "frozen")
 
 
