@@ -2,7 +2,9 @@
 
 An embedding's gradient is a dense [vocabulary, width] of zeros but for the rows of a batch, and a
 head's is another; an ordinary backward pass fills one for each micro-batch and adds it to the sum
-of those before. Within `accumulating` both are added to the sum as they are made.
+of those before. Within `accumulating` both are added to the sum as they are made, in the backward
+pass that `adding` is told of. Any other is a forward's own, for a gradient that it computes with,
+and is given a dense one.
 
 An embedding is of another class meanwhile. Compiled code may not write to a sum that it is not told
 of: there the class looks up by an operator of our own, whose backward operator adds the rows, and
@@ -46,6 +48,8 @@ class Accumulating:
 
 _current: ContextVar[Accumulating | None] = ContextVar("accumulating", default=None)
 _tables: ContextVar[list[Tensor]] = ContextVar("tables")
+# The backward pass that adds to the sums, by autograd's number, as soon as it is under way.
+_pass: ContextVar[list[int]] = ContextVar("pass")
 
 
 def current() -> Accumulating | None:
@@ -59,8 +63,8 @@ def accumulating(
 ) -> Iterator[None]:
     """Within it, large embeddings among `modules` and heads by chunks add to `given`'s sums.
 
-    For one forward and one backward pass of each loss, whose gradient is asked of these leaves and
-    of nothing else. Embeddings are left alone on accelerators, where an ordinary gradient is summed
+    For one forward and one backward pass of each loss, within `adding`, whose gradient is asked of
+    these leaves and of nothing else. Embeddings are left alone on accelerators, where an ordinary gradient is summed
     in a fixed order and a scattered one is not, and in a model that its user has compiled.
     `compiled`: by `functrain.compilation`. Then a call on another weight raises `ConfigError`; they
     are left alone where torch compiles the backward pass as a whole.
@@ -79,6 +83,36 @@ def accumulating(
     finally:
         _tables.reset(tables)
         _current.reset(token)
+
+
+@contextmanager
+def adding(loss: Tensor) -> Iterator[None]:
+    """Within it, the backward pass of `loss` adds to the sums of the embeddings.
+
+    A backward pass inside of it does not, as one in a forward that is run again for it.
+    """
+    if not _tables.get([]):
+        yield
+        return
+    passes: list[int] = []
+    token = _pass.set(passes)
+    # Autograd comes to it first, and gives each pass a number.
+    begun = loss.register_hook(lambda _: passes.append(_under_way()))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        begun.remove()
+        _pass.reset(token)
+
+
+def _under_way() -> int:
+    """The number of the innermost backward pass that is under way."""
+    return torch._C._current_graph_task_id()
+
+
+def _adds() -> bool:
+    """Whether the backward pass that is under way adds to the sums."""
+    return _under_way() in _pass.get([])
 
 
 def _compiles_autograd() -> bool:
@@ -146,6 +180,11 @@ def _above(base: type[Any], own: type[Any]) -> type[Any]:
         return own
 
 
+def _transformed() -> bool:
+    """Whether `torch.vmap` or its like is at work, for which nothing here has a rule."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class _Looked(nn.Embedding):
     """An embedding whose gradient is added row by row to its sum."""
 
@@ -153,6 +192,8 @@ class _Looked(nn.Embedding):
         """As `nn.Embedding`'s."""
         given, weight = _current.get(), self.weight
         if given is None or not (torch.is_grad_enabled() and given.trains(weight)):
+            return super().forward(input)
+        if _transformed():
             return super().forward(input)
         into = functools.partial(given.sum_of, weight)
         found: Tensor = _Lookup.apply(weight, input, self.padding_idx, into)  # type: ignore[no-untyped-call]
@@ -167,6 +208,8 @@ class _Operated(nn.Embedding):
         weight = self.weight
         if not (torch.is_grad_enabled() and weight.requires_grad):  # a reference, a frozen copy
             return super().forward(input)
+        if _transformed():
+            return super().forward(input)
         padding = -1 if self.padding_idx is None else self.padding_idx
         place, unread = getattr(self, _PLACE), getattr(self, _UNREAD)
         found: Tensor = _operator(_LOOK_UP)(weight, input, unread, place, padding)
@@ -174,7 +217,10 @@ class _Operated(nn.Embedding):
 
 
 class _Lookup(torch.autograd.Function):
-    """`F.embedding`, whose gradient is added row by row to what `into` gives then."""
+    """`F.embedding`, whose gradient is added row by row to what `into` gives then.
+
+    It is dense where `into` gives nothing, or the backward pass is a forward's own.
+    """
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
@@ -185,19 +231,23 @@ class _Lookup(torch.autograd.Function):
         into: Callable[[], Tensor | None],
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding, ctx.into, ctx.shape, ctx.dtype = padding, into, weight.shape, weight.dtype
+        ctx.padding, ctx.into, ctx.rows = padding, into, len(weight)
         return F.embedding(ids, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        into, dense = ctx.into(), None
-        if into is None:
-            into = dense = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ids.device)
-        _add_rows(into, grad_outputs[0], ids, ctx.padding)
+        into = ctx.into() if _adds() else None
+        if into is not None:
+            _add_rows(into, grad_outputs[0], ids, ctx.padding)
+            return None, None, None, None
+        padding = -1 if ctx.padding is None else ctx.padding
+        # Torch's own, which can be differentiated once more.
+        dense = torch.ops.aten.embedding_dense_backward(
+            grad_outputs[0], ids, ctx.rows, padding, False
+        )
         return dense, None, None, None
 
 
@@ -248,6 +298,11 @@ def _add_rows_of(grad: Tensor, ids: Tensor, place: int, padding: int, call: int)
 
     `call`: which one it is in its graph. A compiler takes two of the same arguments for one.
     """
+    if not _adds():
+        raise ConfigError(
+            "compile: the model takes gradients of its own through an embedding, of which compiled "
+            "code has only the sum of the step; take head='full', or leave compile out"
+        )
     given = _current.get()
     into = None if given is None else given.sum_of(_tables.get()[place])
     if into is None:

@@ -230,7 +230,9 @@ class ValueAndGrad:
                     last = index + 1 == len(ready)
                     with total.telling(beside) if last and beside is not None else nullcontext():
                         try:
-                            torch.autograd.backward(scale_loss(mean, scaler), inputs=inputs)
+                            scaled = scale_loss(mean, scaler)
+                            with accumulators.adding(scaled):
+                                torch.autograd.backward(scaled, inputs=inputs)
                         except RuntimeError:
                             # What was saved of the batch may have been written to.
                             refuse_written(batch_versions(ready), begun)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import functrain as ft
 from functrain import accumulators, compilation
@@ -268,9 +269,124 @@ def test_a_hook_on_a_tables_weight_is_told_of_its_gradient(
             gradient(params, buffers, batches)
         return
     grads = gradient(params, buffers, batches).grads
-    assert added == [32, 32]
+    assert not added
     found = grads["body.embedding.weight"].any(1).nonzero().flatten().tolist()
     assert found == [zoo.VOCABULARY - 2, zoo.VOCABULARY - 1]
+
+
+class Adapting(Deep):
+    """Moves its hidden states by gradients of its own, of all that it has."""
+
+    options: dict[str, bool] = {"retain_graph": True}
+    again = False
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.again:
+            found: Tensor = checkpoint(self._adapted, input_ids, use_reentrant=False)
+            return found
+        return self._adapted(input_ids)
+
+    def _adapted(self, input_ids: Tensor) -> Tensor:
+        hidden = self.body(input_ids)
+        if torch.is_grad_enabled():
+            # Nobody asks for the table's, and it is reached.
+            torch.autograd.grad(hidden.sum(), [hidden], **self.options)
+            params = list(self.parameters())
+            inner = (hidden**2).sum()
+            moved = torch.autograd.grad(inner, params, allow_unused=True, **self.options)
+            table = dict(zip([n for n, _ in self.named_parameters()], moved, strict=True))
+            hidden = hidden * (1 - 0.1 * table["body.embedding.weight"].sum(0).tanh())
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+
+class Grown(Adapting):
+    """A model whose loss goes through its own gradients."""
+
+    options = {"create_graph": True}
+
+
+class Recomputed(Adapting):
+    """Its forward runs again within the backward pass, and takes its gradients there again."""
+
+    again = True
+
+
+class Side(Adapting):
+    """Takes the gradient of a table that its loss does not reach."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding)
+        self.side = nn.Embedding(zoo.VOCABULARY, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = super().forward(input_ids)
+        if torch.is_grad_enabled():
+            inner = (self.side(input_ids) ** 2).sum()
+            logits = logits + torch.autograd.grad(inner, self.side.weight)[0].sum()
+        return logits
+
+
+@pytest.mark.parametrize("kind", [Adapting, Grown, Recomputed, Side])
+def test_gradients_that_a_forward_takes_itself_are_dense(kind: Any, added: list[int]) -> None:
+    """And in no sum: the step's own backward pass alone adds rows."""
+    batches = [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)]
+    ours = _grads(LanguageModeling(), _model(kind=kind), batches, table=0)
+    assert added == [27, 12]
+    _same(ours, _grads(LanguageModeling(), _model(kind=kind), batches, table=NEVER, head="full"))
+
+
+def test_compiled_code_refuses_gradients_that_a_forward_takes_itself() -> None:
+    """What it is asked for has been compiled already, and has no dense one."""
+
+    def found(**options: Any) -> dict[str, Tensor]:
+        model = _model(kind=Adapting)
+        return _grads(LanguageModeling(), model, [zoo.batch(1, 3, 9)], compile=True, **options)
+
+    with pytest.raises(ConfigError, match=r"takes gradients of its own .* head='full'"):
+        found(table=0)
+    _same(
+        found(table=NEVER, head="full"),
+        _grads(LanguageModeling(), _model(kind=Adapting), [zoo.batch(1, 3, 9)], table=0),
+    )
+
+
+class Mapped(Deep):
+    """Calls its body on one sequence after another."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(torch.vmap(self.body.embedding)(input_ids).cumsum(1))
+        return logits
+
+
+class MappedBody(Model):
+    """The same in what is compiled."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.vmap(self.embedding)(input_ids).cumsum(1)
+
+
+class Within(Deep):
+    """The same below a module that can be compiled without its head."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding)
+        self.body = MappedBody(embedding)
+
+
+# Torch's own, of tracing `torch.vmap` in any embedding (2.13).
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", [Mapped, Within])
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_embedding_in_a_transform_of_functions_is_left_alone(
+    kind: Any,
+    compile: bool,  # noqa: A002
+) -> None:
+    """Nothing of ours has a rule for `torch.vmap`."""
+    batches = [zoo.batch(1, 3, 9), zoo.batch(2, 2, 6)]
+    ours = _grads(LanguageModeling(), _model(kind=kind), batches, table=0, compile=compile)
+    theirs = _grads(LanguageModeling(), _model(kind=kind), batches, table=NEVER, head="full")
+    _same(ours, theirs)
 
 
 DENSE = ("by frequency", "bounded", "final", "frozen")
