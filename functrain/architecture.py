@@ -105,7 +105,7 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     call would make, for parameters that share storage without being the same parameter or have
     hooks on their gradients, and for a buffer over a parameter's memory. What an attribute leads to
     of a parameter that is trained or of a buffer (a list, a closure, an object) is a
-    `FunctrainWarning`.
+    `FunctrainWarning`, and so are different buffers over one memory.
     """
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})

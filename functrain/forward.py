@@ -51,7 +51,7 @@ class OwnBuffers:
     def left(self, after: Mapping[str, Tensor]) -> Tensors:
         """The buffers after the forward, in the dtypes that they were given in.
 
-        One that was cast and not written to is the given one, unrounded. Where nothing was cast
+        What was cast and not written to is as it was given, unrounded. Where nothing was cast
         every buffer is taken: BatchNorm's kernel writes without moving the version.
 
         Raises `ArchitectureError` for one of another shape, or of another kind of number, which
@@ -62,8 +62,9 @@ class OwnBuffers:
             given = self.given[name]
             self._check(name, buffer)
             cast = buffer.dtype != given.dtype
-            same = cast and _written(buffer) == self._begun[name]
-            left[name] = given if same else buffer.detach().to(given.dtype)
+            traceless = cast and _written(buffer) == self._begun[name]
+            taken = buffer.detach().to(given.dtype)
+            left[name] = _kept_where_same(buffer.detach(), given, taken) if traceless else taken
         return Tensors(left)
 
     def _check(self, name: str, buffer: Tensor) -> None:
@@ -98,6 +99,17 @@ class OwnBuffers:
 def _written(buffer: Tensor) -> tuple[int, int]:
     """What changes where a buffer is assigned anew or written to in place."""
     return id(buffer), buffer._version
+
+
+def _kept_where_same(buffer: Tensor, given: Tensor, taken: Tensor) -> Tensor:
+    """What was given, but for the values that were written by `.data`, which leaves no trace.
+
+    On an accelerator whether there are any is not asked: the host would wait.
+    """
+    bound = given.to(buffer.dtype)
+    if buffer.device.type == "cpu" and _same(buffer, bound):
+        return given
+    return torch.where((buffer == bound) | (buffer.isnan() & bound.isnan()), given, taken)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

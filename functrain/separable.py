@@ -8,7 +8,7 @@ trains.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ def check_separable(
     """Raise `ArchitectureError` where these tensors of a module cannot be taken out of it.
 
     That is where a parameter has a hook on its gradient, or memory in common with another or with
-    a buffer. What an attribute leads to of a parameter that is trained, or of a buffer, is a
-    `FunctrainWarning`, for the caller of `functrain.split`.
+    a buffer. For the caller of `functrain.split`, what an attribute leads to of a parameter that is
+    trained or of a buffer is a `FunctrainWarning`, and so are buffers over one memory.
     """
     memory = _Memory(params)
     _refuse_hooks(params)
     _refuse_shared(params, memory)
     _refuse_shared_buffers(buffers, memory)
+    _tell_of_parted(buffers, _lasting(module, buffers))
     _tell_of_kept(module, params, buffers)
 
 
@@ -69,6 +70,31 @@ def _refuse_shared_buffers(buffers: Mapping[str, Tensor], memory: _Memory) -> No
             )
 
 
+def _tell_of_parted(buffers: Mapping[str, Tensor], lasting: Collection[str]) -> None:
+    """Each becomes a tensor of its own, so that what is written to one is not in the other."""
+    memory = _Memory(buffers)
+    for name in lasting:
+        other = next((each for each in memory.over(buffers[name]) if each != name), None)
+        if other is not None and (other not in lasting or name < other):
+            warnings.warn(
+                f"{name} and {other} are buffers over the same memory, which a state holds apart: "
+                "what the forward writes to the one would not be in the other; register one of "
+                "them, or the same tensor as both, or a clone where neither is written to",
+                FunctrainWarning,
+                stacklevel=5,
+            )
+
+
+def _lasting(module: nn.Module, buffers: Mapping[str, Tensor]) -> list[str]:
+    """The buffers that a checkpoint has; the others a module computes for itself."""
+    passing = {
+        id(each._buffers[key])
+        for each in module.modules()
+        for key in each._non_persistent_buffers_set
+    }
+    return [name for name, buffer in buffers.items() if id(buffer) not in passing]
+
+
 def _tell_of_kept(
     module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
@@ -77,13 +103,8 @@ def _tell_of_kept(
     Of params those that are trained, and of buffers those that a checkpoint has: what a module
     computes for itself (RoPE's frequencies) mostly stays as it is.
     """
-    passing = {
-        id(each._buffers[key])
-        for each in module.modules()
-        for key in each._non_persistent_buffers_set
-    }
     trained = {name: param for name, param in params.items() if param.requires_grad}
-    lasting = {name: buffer for name, buffer in buffers.items() if id(buffer) not in passing}
+    lasting = {name: buffers[name] for name in _lasting(module, buffers)}
     memory, told = _Memory({**trained, **lasting}), set()
     for where, tensor in beside_slots(module):
         held = next(memory.over(tensor), None)

@@ -195,6 +195,21 @@ def test_a_buffer_beside_a_parameter_or_without_memory_is_not_refused() -> None:
     assert list(ft.split(module)[2]) == ["after", "empty", "sparse"]
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_over_one_memory_are_told(persistent: bool) -> None:
+    """What is written to one would not be in the other; the same tensor twice is one buffer."""
+    module, queue = nn.Linear(2, 2), torch.zeros(4, 2)
+    module.register_buffer("queue", queue)
+    module.register_buffer("again", queue)
+    module.register_buffer("angles", torch.ones(4), persistent=False)
+    module.register_buffer("few", module.angles[:2], persistent=False)
+    ft.split(copy.deepcopy(module))
+    module.register_buffer("last", queue[3], persistent=persistent)
+    message = r"^(last and queue|queue and last) are buffers over the same memory"
+    with pytest.warns(FunctrainWarning, match=message):
+        assert set(ft.split(module)[2]) == {"queue", "angles", "few", "last"}
+
+
 @pytest.mark.parametrize(
     "kept",
     [

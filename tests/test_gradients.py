@@ -200,6 +200,10 @@ def test_a_buffer_that_was_rounded_has_not_been_written_to() -> None:
     assert own.left(own.values)["offset"] is buffers["offset"]
     own.values["offset"].data[1] = 0.9  # as BatchNorm's kernel writes
     assert own.moved(own.values) == ["offset"]
+    left, given = own.left(own.values)["offset"], buffers["offset"]
+    assert left.tolist()[:2] == [given[0].item(), torch.tensor(0.9).bfloat16().item()]
+    assert left.dtype == given.dtype
+    assert left.isnan().tolist() == given.isnan().tolist()
 
 
 def test_a_weight_of_the_callers_own_divides_instead() -> None:
