@@ -71,7 +71,7 @@ def _may_hold(value: Any) -> bool:
 
 def _within(value: Any) -> Iterable[object]:
     """What an object holds, one step in."""
-    kind = type(value)
+    kind: Any = type(value)
     if issubclass(kind, types.FunctionType):
         return _of_function(value)
     if issubclass(kind, _METHODS):
