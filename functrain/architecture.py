@@ -103,8 +103,9 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
 
     Raises `ArchitectureError` for a module on the meta device or with parameters that its first
     call would make, for parameters that share storage without being the same parameter or have
-    hooks on their gradients, and for a buffer over a parameter's memory. What an attribute holds of
-    a parameter (a list, a `functools.partial`) is a `FunctrainWarning`.
+    hooks on their gradients, and for a buffer over a parameter's memory. What an attribute leads to
+    of a parameter that is trained or of a buffer (a list, a closure, an object) is a
+    `FunctrainWarning`, and so are different buffers over one memory.
     """
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})

@@ -1,16 +1,18 @@
-"""What a forward sees of params and buffers, and what it leaves of the buffers."""
+"""What a forward sees of params and buffers, and what it leaves of them."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functrain.architecture import Slots
 from functrain.errors import ArchitectureError
 from functrain.precision import Precision
+from functrain.quirks import lost_error, scales_rows, write_error
 from functrain.trees import Tensors
 
 
@@ -51,7 +53,7 @@ class OwnBuffers:
     def left(self, after: Mapping[str, Tensor]) -> Tensors:
         """The buffers after the forward, in the dtypes that they were given in.
 
-        One that was cast and not written to is the given one, unrounded. Where nothing was cast
+        What was cast and not written to is as it was given, unrounded. Where nothing was cast
         every buffer is taken: BatchNorm's kernel writes without moving the version.
 
         Raises `ArchitectureError` for one of another shape, or of another kind of number, which
@@ -62,8 +64,9 @@ class OwnBuffers:
             given = self.given[name]
             self._check(name, buffer)
             cast = buffer.dtype != given.dtype
-            same = cast and _written(buffer) == self._begun[name]
-            left[name] = given if same else buffer.detach().to(given.dtype)
+            traceless = cast and _written(buffer) == self._begun[name]
+            taken = buffer.detach().to(given.dtype)
+            left[name] = _kept_where_same(buffer.detach(), given, taken) if traceless else taken
         return Tensors(left)
 
     def _check(self, name: str, buffer: Tensor) -> None:
@@ -100,6 +103,67 @@ def _written(buffer: Tensor) -> tuple[int, int]:
     return id(buffer), buffer._version
 
 
+@attrs.frozen(eq=False)
+class Watched:
+    """The params that a forward is given, as they began, in an architecture's first step.
+
+    What it writes by `.data` or NumPy leaves no version. To compare values waits for an
+    accelerator, so it is not done in every step.
+    """
+
+    leaves: Mapping[str, Tensor]
+    places: Slots
+    _lying: Mapping[str, int]
+    _samples: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, architecture: nn.Module, leaves: Mapping[str, Tensor], places: Slots
+    ) -> Watched | None:
+        """Of these leaves, which are about to be bound; None after the first step."""
+        if architecture in _watched:
+            return None
+        _watched.add(architecture)
+        lying = {name: leaf.data_ptr() for name, leaf in leaves.items()}
+        return cls(leaves, places, lying, _samples(leaves))
+
+    def check(self) -> None:
+        """Raise `ArchitectureError` where the forward has left other params; within the binding."""
+        after, modules = _samples(self.leaves), self.places.modules
+        # An embedding's max_norm is said to write, and a recurrent layer lays its weights out anew
+        # (flatten_parameters), with their values.
+        scaling = {id(m._parameters) for m in modules if scales_rows(m)}
+        laying = {id(m._parameters) for m in modules if isinstance(m, nn.RNNBase)}
+        for name, leaf in self.leaves.items():
+            at = self.places.params[name]
+            tables = {id(entries) for entries, _ in at}
+            moved = leaf.data_ptr() != self._lying[name] and not tables & laying
+            if moved or any(entries.get(key) is not leaf for entries, key in at):
+                raise lost_error(name)
+            if not tables & scaling and not _same(after[name], self._samples[name]):
+                raise write_error(name)
+
+
+_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _samples(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """At most 1,024 numbers of each, evenly spaced."""
+    flat = {name: leaf.detach().flatten() for name, leaf in leaves.items()}
+    return {name: each[:: 1 + each.numel() // 1024].clone() for name, each in flat.items()}
+
+
+def _kept_where_same(buffer: Tensor, given: Tensor, taken: Tensor) -> Tensor:
+    """What was given, but for the values that were written by `.data`, which leaves no trace.
+
+    On an accelerator whether there are any is not asked: the host would wait.
+    """
+    bound = given.to(buffer.dtype)
+    if buffer.device.type == "cpu" and _same(buffer, bound):
+        return given
+    return torch.where((buffer == bound) | (buffer.isnan() & bound.isnan()), given, taken)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two buffers have the same values; NaN is as good as any other."""
+    """Whether two tensors have the same values; NaN is as good as any other."""
     return one.equal(other) or bool(((one == other) | (one.isnan() & other.isnan())).all())

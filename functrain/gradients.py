@@ -25,7 +25,7 @@ from functrain.architecture import (
 )
 from functrain.descriptions import vocabulary_of
 from functrain.errors import ArchitectureError, BatchError, ConfigError, FunctrainWarning
-from functrain.forward import OwnBuffers, forward_buffers, forward_values
+from functrain.forward import OwnBuffers, Watched, forward_buffers, forward_values
 from functrain.lora import adapter_of, is_adapted
 from functrain.metrics import Metrics
 from functrain.objectives.base import Coupled, Objective, check_objective, is_direct
@@ -206,6 +206,7 @@ class ValueAndGrad:
         total = GradientSum(leaves, params, tree=part.tree)
         measured_all: list[Metrics] = []
         own = OwnBuffers.of(buffers, self.places, self.precision)
+        watched = self._watched(leaves)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -241,6 +242,8 @@ class ValueAndGrad:
                     measured_all.append(measured)
             refuse_written(batch_versions(ready), begun)
             after = bound_buffers(self.places)
+            if watched is not None:
+                watched.check()
         grads, left = total.grads(), own.left(after)
         if is_adapted(self.architecture):
             _tell_of_idle(self.architecture, total.reached(grads))
@@ -266,6 +269,11 @@ class ValueAndGrad:
         factor = scale_loss(weight.double().reciprocal(), scaler)
         given = Accumulating(total.trains, total.sum_of, factor)
         return accumulators.accumulating(self.places.modules, given, compiled=self.compile)
+
+    def _watched(self, leaves: Mapping[str, Tensor]) -> Watched | None:
+        if self.shards is not None:  # which are bound as others
+            return None
+        return Watched.of(self.architecture, leaves, self.places)
 
     def _beside(self, params: Mapping[str, Tensor], part: Part) -> Beside | None:
         """Sums over the workers that begin in the last backward pass, which goes from the end."""

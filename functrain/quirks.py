@@ -134,3 +134,12 @@ def write_error(name: str) -> ArchitectureError:
         "Transformers' RWKV does it in eval mode unless model.config.rescale_every is 0: set that "
         "before functrain.split, or use functrain.models.from_pretrained, which does"
     )
+
+
+def lost_error(name: str) -> ArchitectureError:
+    """The error for a forward that put other values in a parameter's place."""
+    return ArchitectureError(
+        f"{name}: the model's forward gave this parameter other values (`.data = …`, or a new "
+        "nn.Parameter), which no state would have after the step; register what a forward moves as "
+        "a buffer before functrain.split, or compute with the new values and leave the parameter"
+    )

@@ -7,9 +7,8 @@ trains.
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from functrain.errors import ArchitectureError, FunctrainWarning
+from functrain.reachable import beside_slots
 from functrain.trees import has_hooks
 
 
@@ -26,14 +26,15 @@ def check_separable(
     """Raise `ArchitectureError` where these tensors of a module cannot be taken out of it.
 
     That is where a parameter has a hook on its gradient, or memory in common with another or with
-    a buffer. What an attribute holds of a parameter that is trained is a `FunctrainWarning`, for
-    the caller of `functrain.split`.
+    a buffer. For the caller of `functrain.split`, what an attribute leads to of a parameter that is
+    trained or of a buffer is a `FunctrainWarning`, and so are buffers over one memory.
     """
     memory = _Memory(params)
     _refuse_hooks(params)
     _refuse_shared(params, memory)
     _refuse_shared_buffers(buffers, memory)
-    _tell_of_kept(module, _Memory({n: p for n, p in params.items() if p.requires_grad}))
+    _tell_of_parted(buffers, _lasting(module, buffers))
+    _tell_of_kept(module, params, buffers)
 
 
 def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
@@ -69,25 +70,55 @@ def _refuse_shared_buffers(buffers: Mapping[str, Tensor], memory: _Memory) -> No
             )
 
 
-def _tell_of_kept(module: nn.Module, trained: _Memory) -> None:
-    """A forward that reads a parameter elsewhere than in its slot would read the old values."""
-    for path, each in module.named_modules():
-        if isinstance(each, nn.RNNBase):  # its own list is made anew of what is in the slots
+def _tell_of_parted(buffers: Mapping[str, Tensor], lasting: Collection[str]) -> None:
+    """Each becomes a tensor of its own, so that what is written to one is not in the other."""
+    memory = _Memory(buffers)
+    for name in lasting:
+        other = next((each for each in memory.over(buffers[name]) if each != name), None)
+        if other is not None and (other not in lasting or name < other):
+            warnings.warn(
+                f"{name} and {other} are buffers over the same memory, which a state holds apart: "
+                "what the forward writes to the one would not be in the other; register one of "
+                "them, or the same tensor as both, or a clone where neither is written to",
+                FunctrainWarning,
+                stacklevel=5,
+            )
+
+
+def _lasting(module: nn.Module, buffers: Mapping[str, Tensor]) -> list[str]:
+    """The buffers that a checkpoint has; the others a module computes for itself."""
+    passing = {
+        id(each._buffers[key])
+        for each in module.modules()
+        for key in each._non_persistent_buffers_set
+    }
+    return [name for name, buffer in buffers.items() if id(buffer) not in passing]
+
+
+def _tell_of_kept(
+    module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """A forward that goes elsewhere than to a slot would find the old values there.
+
+    Of params those that are trained, and of buffers those that a checkpoint has: what a module
+    computes for itself (RoPE's frequencies) mostly stays as it is.
+    """
+    trained = {name: param for name, param in params.items() if param.requires_grad}
+    lasting = {name: buffers[name] for name in _lasting(module, buffers)}
+    memory, told = _Memory({**trained, **lasting}), set()
+    for where, tensor in beside_slots(module):
+        held = next(memory.over(tensor), None)
+        if held is None or where in told:
             continue
-        for key, value in vars(each).items():
-            # Before each forward torch.nn.utils.spectral_norm makes its weight anew.
-            if key in ("_parameters", "_buffers", "_modules") or f"{key}_orig" in each._parameters:
-                continue
-            held = [n for tensor in _tensors_in(value) for n in trained.over(tensor)]
-            if held:
-                where = f"{path}.{key}" if path else key
-                warnings.warn(
-                    f"{where} holds the parameter {held[0]} beside its slot: a forward that reads "
-                    "it there would see the old values when that is trained; take the parameter "
-                    "itself in the forward, or delete the attribute before functrain.split",
-                    FunctrainWarning,
-                    stacklevel=5,
-                )
+        told.add(where)
+        what, becomes = ("buffer", "written to") if held in lasting else ("parameter", "trained")
+        warnings.warn(
+            f"{where} holds the {what} {held} beside its slot: a forward that reads it there "
+            f"would see the old values when that is {becomes}; take the {what} itself in the "
+            "forward, or delete the attribute before functrain.split",
+            FunctrainWarning,
+            stacklevel=5,
+        )
 
 
 class _Memory:
@@ -147,20 +178,3 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
     bytes_of(one, first).fill_(True)
     return bool(bytes_of(other, begin).any())
-
-
-def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in an attribute, and in what is within it."""
-    if isinstance(value, Tensor):
-        yield value
-    if not depth:
-        return
-    within: Iterable[object] = ()
-    if isinstance(value, functools.partial):
-        within = (*value.args, *value.keywords.values())
-    elif isinstance(value, Mapping):
-        within = value.values()
-    elif isinstance(value, (list, tuple, set)):
-        within = value
-    for each in within:
-        yield from _tensors_in(each, depth - 1)

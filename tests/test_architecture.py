@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import zoo
@@ -18,6 +21,7 @@ import functrain as ft
 from functrain import architecture as binding
 from functrain.descriptions import vocabulary_of
 from functrain.errors import ArchitectureError, ConfigError, FunctrainWarning
+from functrain.reachable import beside_slots
 from functrain.trees import Tensors
 
 EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
@@ -234,6 +238,21 @@ def test_a_buffer_beside_a_parameter_or_without_memory_is_not_refused() -> None:
     assert list(ft.split(module)[2]) == ["after", "empty", "sparse"]
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_over_one_memory_are_told(persistent: bool) -> None:
+    """What is written to one would not be in the other; the same tensor twice is one buffer."""
+    module, queue = nn.Linear(2, 2), torch.zeros(4, 2)
+    module.register_buffer("queue", queue)
+    module.register_buffer("again", queue)
+    module.register_buffer("angles", torch.ones(4), persistent=False)
+    module.register_buffer("few", module.angles[:2], persistent=False)
+    ft.split(copy.deepcopy(module))
+    module.register_buffer("last", queue[3], persistent=persistent)
+    message = r"^(last and queue|queue and last) are buffers over the same memory"
+    with pytest.warns(FunctrainWarning, match=message):
+        assert set(ft.split(module)[2]) == {"queue", "angles", "few", "last"}
+
+
 @pytest.mark.parametrize(
     "kept",
     [
@@ -263,6 +282,76 @@ def test_a_frozen_parameter_in_an_attribute_is_not_told() -> None:
     module = nn.Linear(2, 2).requires_grad_(False)
     module.kept = [module.weight, torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)]
     assert list(ft.split(module)[1]) == ["bias", "weight"]
+
+
+@attrs.define
+class Projection:
+    """A plain object, its weight in a slot; to ask for its size is to run code of its own."""
+
+    weight: Tensor
+
+    @property
+    def size(self) -> int:
+        raise AssertionError
+
+    def __iter__(self) -> Any:
+        raise AssertionError
+
+
+def _tied(weight: Tensor) -> nn.Module:
+    found = nn.Sequential(nn.Linear(2, 2, bias=False))
+    found[0].weight = weight  # type: ignore[assignment]
+    return found
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda weight: lambda h: h @ weight.t(),
+        lambda weight: weight.matmul,
+        lambda weight: Projection(weight),
+        lambda weight: Projection(weight).__iter__,
+        lambda weight: types.SimpleNamespace(head={"weight": weight}),
+        lambda weight: [_tied(weight)],
+    ],
+    ids=["a closure", "a method", "an object", "an object's method", "a namespace", "a module"],
+)
+def test_a_parameter_or_buffer_that_an_attribute_leads_to_is_told(
+    kept: Callable[[Tensor], Any],
+) -> None:
+    """However it is hidden; what is over no tensor of the module's is not."""
+    module = nn.BatchNorm1d(2)
+    module.weight = nn.Parameter(torch.eye(2))
+    module.register_buffer("seen", torch.eye(2))
+    module.others = kept(nn.Parameter(torch.eye(2)))
+    module.itself = module.forward
+    assert list(beside_slots(module))
+    ft.split(copy.deepcopy(module))
+    for name in ("weight", "seen"):
+        made = copy.deepcopy(module)
+        held = getattr(made, name)
+        made.others = kept(held if name == "weight" else nn.Parameter(held))
+        with pytest.warns(FunctrainWarning, match=f"^others holds the .* {name} beside its slot"):
+            ft.split(made)
+
+
+def test_a_parameter_that_a_hook_closes_over_is_told() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    weight = module[0].weight
+    module[1].register_forward_hook(lambda _module, args, _output: args[0] @ weight.t())
+    message = r"^1\._forward_hooks holds the parameter 0\.weight beside its slot"
+    with pytest.warns(FunctrainWarning, match=message):
+        ft.split(module)
+
+
+def test_what_of_attributes_is_no_reason() -> None:
+    """A frozen parameter, a buffer that a module computes for itself, and what holds itself."""
+    module = nn.Linear(2, 2)
+    module.weight.requires_grad_(False)
+    module.register_buffer("angles", torch.ones(2), persistent=False)
+    module.kept = [module.weight, module.angles]
+    module.kept.append(module.kept)
+    ft.split(module)
 
 
 @pytest.mark.filterwarnings("ignore:.*parametrizations.*:FutureWarning")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 import functrain as ft
 from functrain import accumulators, keys, trees
 from functrain import architecture as binding
-from functrain.errors import BatchError, ConfigError
+from functrain.errors import ArchitectureError, BatchError, ConfigError
 from functrain.forward import OwnBuffers
 from functrain.gradients import Gradients
 from functrain.objectives import chunks
@@ -200,6 +200,45 @@ def test_a_buffer_that_was_rounded_has_not_been_written_to() -> None:
     assert own.left(own.values)["offset"] is buffers["offset"]
     own.values["offset"].data[1] = 0.9  # as BatchNorm's kernel writes
     assert own.moved(own.values) == ["offset"]
+    left, given = own.left(own.values)["offset"], buffers["offset"]
+    assert left.tolist()[:2] == [given[0].item(), torch.tensor(0.9).bfloat16().item()]
+    assert left.dtype == given.dtype
+    assert left.isnan().tolist() == given.isnan().tolist()
+
+
+def _clamp(weight: nn.Parameter) -> None:
+    weight.data.clamp_(-0.1, 0.1)
+
+
+def _move(weight: nn.Parameter) -> None:
+    weight.data = weight.data.clone()  # as a momentum encoder that begins as a copy
+
+
+def _pass(weight: nn.Parameter) -> None:
+    weight.data.mul_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_clamp, r"^head\.weight: the model's forward wrote into this parameter"),
+        (_move, r"^head\.weight: the model's forward gave this parameter other values"),
+        (_pass, None),
+    ],
+)
+def test_a_forward_that_moves_a_parameter_by_data_is_refused(
+    change: Callable[[nn.Parameter], None], message: str | None
+) -> None:
+    """It would go into the given state, or be lost; where nothing changes there is nothing."""
+    module = zoo.model("normed")
+    module.register_forward_pre_hook(lambda m, _: change(m.head.weight) if m.training else None)
+    architecture, params, buffers = ft.split(module)
+    gradient = ft.value_and_grad(LanguageModeling(), architecture)
+    if message is None:
+        gradient(params, buffers, zoo.batch())
+    else:
+        with pytest.raises(ArchitectureError, match=message):
+            gradient(params, buffers, zoo.batch())
 
 
 def test_a_weight_of_the_callers_own_divides_instead() -> None:

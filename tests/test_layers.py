@@ -21,6 +21,7 @@ LAYERS = [
     "trees",
     "keys",
     "quirks",
+    "reachable",
     "separable",
     "architecture",
     "descriptions",
