@@ -190,8 +190,9 @@ def _warn_of_samplers(loader: Any) -> None:
     batches = getattr(loader, "batch_sampler", None)  # its truth is its length, which few have
     sampler = getattr(loader, "sampler", None) if batches is None else batches
     drawing = getattr(getattr(loader, "_iterator", None), "_sampler_iter", None)
-    if hasattr(drawing, "sampler_iter"):  # torchdata's batches, whose state is that of the sampler
-        sampler, drawing = getattr(sampler, "sampler", None), drawing.sampler_iter
+    within = getattr(drawing, "sampler_iter", None)
+    if within is not None:  # torchdata's own batches, whose state is that of the sampler
+        sampler, drawing = getattr(sampler, "sampler", None), within
     if not (sampler is None or _in_one_order(sampler) or _stateful(sampler) or _stateful(drawing)):
         warnings.warn(
             f"loader: its {type(sampler).__name__} keeps no state: in a run that is "
