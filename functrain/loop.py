@@ -274,9 +274,25 @@ class _Plan:
             raise ConfigError("evaluate_every: there is nothing to evaluate; give evaluation=…")
         if self.directory is None and (self.save_every is not None or self.keep is not None):
             raise ConfigError("save_every, keep: there is nowhere to save; give directory=…")
+        self._check_best()
         if self.on_save_error not in ("stop", "continue"):
             raise ConfigError(
                 f"on_save_error: {self.on_save_error!r}, expected 'stop' or 'continue'"
+            )
+
+    def _check_best(self) -> None:
+        """Raise `ConfigError` where the best would be by what no checkpoint will have."""
+        if self.keep is None or self.keep.best is None:
+            return
+        if self.evaluation is None:
+            raise ConfigError(
+                f"keep: best={self.keep.best}, and nothing is evaluated; give evaluation=…, or "
+                "leave best out"
+            )
+        if not self.keep.metric.startswith("eval_"):
+            raise ConfigError(
+                f"keep: metric={self.keep.metric!r}, and checkpoints have those of an evaluation "
+                "alone, expected 'eval_loss' or another of them"
             )
 
     def facts(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
@@ -25,7 +26,8 @@ class Keep:
 
     `metric` is one that `save` was given; `lower` says that less of it is better. A checkpoint
     without it, or with NaN, is never among the best; one whose manifest is damaged stays where
-    there is a `best`, with a warning. What none of the three holds on to goes, but nothing goes
+    there is a `best`, with a warning. So do all that have other metrics where none has this one:
+    it may be misspelt. What none of the three holds on to goes, but nothing goes
     while one of the newest is damaged: what is older may be all that there is.
     """
 
@@ -56,17 +58,36 @@ class Keep:
     def _best(self, filesystem: FileSystem, found: list[Path]) -> list[Path]:
         if self.best is None:
             return []
-        values: list[tuple[float, int, Path]] = []
+        metrics: dict[Path, Mapping[str, float]] = {}
         unknown: list[Path] = []
         for path in found:
             try:
-                value = read_manifest(filesystem, path).metrics.get(self.metric, math.nan)
+                metrics[path] = read_manifest(filesystem, path).metrics
             except CheckpointError as error:
                 unknown.append(path)
                 message = f"{error}; whether it is one of the best is unknown, so it is not removed"
                 warnings.warn(message, SaveWarning, stacklevel=4)
-                continue
-            if not math.isnan(value):
-                # Of equals the newer one is the better.
-                values.append((value if self.lower else -value, -(step_of(path) or 0), path))
+        if not any(self.metric in each for each in metrics.values()):
+            return [*unknown, *self._otherwise_measured(metrics, found)]
+        values = [
+            # Of equals the newer one is the better.
+            (value if self.lower else -value, -(step_of(path) or 0), path)
+            for path, each in metrics.items()
+            if not math.isnan(value := each.get(self.metric, math.nan))
+        ]
         return [*unknown, *(path for *_, path in sorted(values)[: self.best])]
+
+    def _otherwise_measured(
+        self, metrics: Mapping[Path, Mapping[str, float]], found: list[Path]
+    ) -> list[Path]:
+        """Those that have other metrics than the one, which none has."""
+        others = [path for path, each in metrics.items() if each]
+        if set(others) - set(found[-self.last :]):
+            has = ", ".join(sorted({name for each in metrics.values() for name in each}))
+            warnings.warn(
+                f"keep: the best by {self.metric} are asked for, and no checkpoint has it; they "
+                f"have {has}. Those of them are not removed; give Keep(metric=…) one of these",
+                SaveWarning,
+                stacklevel=5,
+            )
+        return others

@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, SequentialSampler
 
 from functrain.data.source import Batch, at_least_one
 from functrain.data.streams import Door, LoaderStream
@@ -33,7 +34,9 @@ class _Torchdata(Door):
     restarts = True
 
     def first(self) -> Any:
-        return self.loader.state_dict()
+        state = self.loader.state_dict()
+        _warn_of_samplers(self.loader)
+        return state
 
     def opened(self, state: Any) -> Iterator[Any]:
         self.loader.load_state_dict(state)
@@ -115,8 +118,11 @@ def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStrea
     does with an iterable one that, opened at its state there, has nothing left, and then begins
     anew; another (of Hugging Face's, or without a state once the run has been resumed) is to go on
     for ever, `.repeat(None)`. Exact on resume if what it iterates is: a dataset with an index, or
-    an iterable one with a `state_dict` that is. What a dataset draws from a generator of its own is
-    in no state.
+    an iterable one with a `state_dict` that is, and if its order is: that of `shuffle=True` is. A
+    sampler of one's own, or of torch's (`WeightedRandomSampler`, `RandomSampler`), without a state
+    is counted on in its epoch, and draws another order than it did in that of a run resumed later,
+    which `NumericsWarning` says at the first batch; torchdata's `RandomSampler` has a state. What a
+    dataset draws from a generator of its own is in no state.
 
     Raises `DataError` for a loader without state, as torch's own `DataLoader` is; and, when they
     are read, at the end of data that do not begin anew.
@@ -172,6 +178,41 @@ def _check_methods(loader: Any, needed: Sequence[str], expected: str) -> None:
             f"loader: a {type(loader).__name__} has no {' and no '.join(missing)}, so a run could "
             f"not be resumed where it was; expected {expected}"
         )
+
+
+def _warn_of_samplers(loader: Any) -> None:
+    """Warn where nothing says in which order a resumed run is to go on.
+
+    Of an iterator that the loader has made: to make one may draw from the sampler's generator.
+    """
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return
+    batches = getattr(loader, "batch_sampler", None)  # its truth is its length, which few have
+    sampler = getattr(loader, "sampler", None) if batches is None else batches
+    drawing = getattr(getattr(loader, "_iterator", None), "_sampler_iter", None)
+    within = getattr(drawing, "sampler_iter", None)
+    if within is not None:  # torchdata's own batches, whose state is that of the sampler
+        sampler, drawing = getattr(sampler, "sampler", None), within
+    if not (sampler is None or _in_one_order(sampler) or _stateful(sampler) or _stateful(drawing)):
+        warnings.warn(
+            f"loader: its {type(sampler).__name__} keeps no state: in a run that is "
+            "resumed, the order from the next epoch on, or from there on, may be another than in "
+            "one left alone. Use shuffle=True, torchdata's RandomSampler, or a sampler whose "
+            "state_dict and load_state_dict say where it is",
+            NumericsWarning,
+            stacklevel=3,
+        )
+
+
+def _stateful(part: Any) -> bool:
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+
+
+def _in_one_order(sampler: Any) -> bool:
+    """Whether each epoch has the order of the first; a `DistributedSampler`'s is by its epoch."""
+    if type(sampler) is BatchSampler:
+        return _in_one_order(sampler.sampler)
+    return type(sampler) in (SequentialSampler, DistributedSampler)
 
 
 def _warn_of_buffers(dataset: Any) -> None:

@@ -59,6 +59,37 @@ def test_what_cannot_be_kept_is_named(bad: Any) -> None:
         Keep(**bad)
 
 
+def test_a_metric_that_no_checkpoint_has_removes_none_of_the_measured(tmp_path: Path) -> None:
+    """Under a name that is misspelt they all were the worst."""
+    _saved(tmp_path)
+    with pytest.warns(SaveWarning, match=r"best by eval_los.*has it.*eval_loss.*not removed"):
+        prune(tmp_path, Keep(last=1, best=1, metric="eval_los"))
+    measured = {step for step, loss in enumerate(LOSSES) if not math.isnan(loss)}
+    assert _left(tmp_path) == measured
+    prune(tmp_path, Keep(last=1, best=1))
+    assert _left(tmp_path) == {5, 7}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": Keep(best=2)}, "keep: best=2, and nothing is evaluated; give evaluation"),
+        (
+            {"keep": Keep(best=2, metric="loss"), "evaluation": [zoo.batch(9)]},
+            "keep: metric='loss', and checkpoints have those of an evaluation .*eval_loss",
+        ),
+    ],
+)
+def test_what_a_run_would_never_measure_is_refused(
+    options: Any, message: str, tmp_path: Path
+) -> None:
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    with pytest.raises(ft.ConfigError, match=message):
+        ft.train(step, state, zoo.Batches(), steps=2, directory=tmp_path, **options)
+
+
 def test_a_failure_to_remove_is_a_warning(tmp_path: Path) -> None:
     """The run goes on: what should have gone lies about, and nothing is lost."""
     _saved(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+import torch.utils.data as tud
 import zoo
 
 import functrain as ft
@@ -233,6 +234,7 @@ def _loader_of(dataset: Any, **options: Any) -> Any:
     return data.torchdata_stream(module.StatefulDataLoader(dataset, batch_size=SIZE, **options))
 
 
+@pytest.mark.filterwarnings("ignore:.*its _Sampler keeps no state:functrain.errors.NumericsWarning")
 @pytest.mark.parametrize(
     ("make", "first"),
     [
@@ -244,6 +246,111 @@ def _loader_of(dataset: Any, **options: Any) -> Any:
 def test_what_has_no_length_is_read_over_epochs(make: Callable[[], Any], first: int) -> None:
     whole = list(itertools.islice(_taken(make()), 8))
     assert [ids[0] for ids, _ in whole[:: LENGTH // SIZE]] == [first] * 3
+    for at in range(len(whole)):
+        rest = list(itertools.islice(_taken(make(), whole[at][1]), 7 - at))
+        assert [ids for ids, _ in rest] == [ids for ids, _ in whole[at + 1 :]]
+
+
+class _Epochs(_Sampler):
+    """Another order in each epoch, which it counts."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter(torch.randperm(LENGTH, generator=_generator(self.epoch)).tolist())
+
+
+class _StatefulIterators(_Sampler):
+    def __iter__(self) -> Any:
+        return _Indices()
+
+
+class _Indices:
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> int:
+        if self.next == LENGTH:
+            raise StopIteration
+        self.next += 1
+        return self.next - 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def _generator(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _sampled(**options: Any) -> Any:
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+    return data.torchdata_stream(module.StatefulDataLoader(_Indexed(), **options))
+
+
+def _torchdatas(name: str, *arguments: Any, **options: Any) -> Any:
+    module = pytest.importorskip("torchdata.stateful_dataloader.sampler")
+    return getattr(module, name)(_Indexed(), *arguments, **options)
+
+
+def _torchs(kind: str) -> Any:
+    return {
+        "random": lambda: tud.RandomSampler(range(LENGTH), generator=_generator()),
+        "subset": lambda: tud.SubsetRandomSampler(range(LENGTH), generator=_generator()),
+        "weighted": lambda: tud.WeightedRandomSampler(
+            [1.0] * LENGTH, LENGTH, generator=_generator()
+        ),
+        "own": _Epochs,
+    }[kind]()
+
+
+@pytest.mark.parametrize("batches", [False, True])
+@pytest.mark.parametrize("kind", ["random", "subset", "weighted", "own"])
+def test_a_sampler_without_a_state_loses_its_order_and_says_so(kind: str, batches: bool) -> None:
+    """The library's own limit: from the second epoch on, a resumed run has other data."""
+
+    def make() -> Any:
+        sampler = _torchs(kind)
+        if batches:
+            return _sampled(batch_sampler=tud.BatchSampler(sampler, SIZE, drop_last=True))
+        return _sampled(sampler=sampler, batch_size=SIZE, drop_last=True)
+
+    name = "BatchSampler" if batches else type(_torchs(kind)).__name__
+    with pytest.warns(ft.errors.NumericsWarning, match=f"its {name} keeps no state"):
+        whole = list(itertools.islice(_taken(make()), 8))
+    with pytest.warns(ft.errors.NumericsWarning, match=f"its {name} keeps no state"):
+        rest = list(itertools.islice(_taken(make(), whole[4][1]), 3))
+    assert [ids for ids, _ in rest] != [ids for ids, _ in whole[5:]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"sampler": _torchdatas("RandomSampler", generator=_generator())},
+        lambda: {"sampler": _torchdatas("StatefulDistributedSampler", 1, 0, seed=3)},
+        lambda: {"sampler": _StatefulIterators()},
+        lambda: {"sampler": tud.SequentialSampler(_Indexed())},
+        lambda: {"batch_sampler": tud.BatchSampler(tud.SequentialSampler(_Indexed()), SIZE, True)},
+        # Whose epoch nobody sets is in the same order in each.
+        lambda: {"sampler": tud.DistributedSampler(_Indexed(), 1, 0, seed=3)},
+    ],
+    ids=["torchdata", "torchdata distributed", "iterator", "sequential", "batches", "distributed"],
+)
+def test_a_sampler_with_a_state_or_one_order_is_resumed_without_a_warning(options: Any) -> None:
+    def make() -> Any:
+        given = options()
+        batches = {} if "batch_sampler" in given else {"batch_size": SIZE, "drop_last": True}
+        return _sampled(**given, **batches)
+
+    whole = list(itertools.islice(_taken(make()), 8))
     for at in range(len(whole)):
         rest = list(itertools.islice(_taken(make(), whole[at][1]), 7 - at))
         assert [ids for ids, _ in rest] == [ids for ids, _ in whole[at + 1 :]]
