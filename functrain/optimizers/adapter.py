@@ -248,7 +248,7 @@ class Adapter:
         try:
             optimizer.step()
         except KeyError as error:
-            if not found or error.args and error.args[0] in found:
+            if not found or (error.args and error.args[0] in found):
                 raise
             raise StateError(
                 f"optimizer: {self.kind} looks for {error} in its state, which has "
