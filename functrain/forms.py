@@ -13,11 +13,20 @@ from functrain.architecture import Slots, check_fit
 from functrain.errors import StateError
 from functrain.guards import SpikeGuard
 from functrain.objectives.base import Carrying
-from functrain.optimizers import Optimizer, OptimizerState
+from functrain.optimizers import Optimizer, OptimizerState, foreign, is_torchs
 from functrain.precision import Precision
 from functrain.schedules import Plateau, Schedule
 from functrain.state import SchedulerState, TrainState, check_state, checked_key, device_of
-from functrain.trees import Tensors, clone, in_order, is_sharded, owning, storages, tensors
+from functrain.trees import (
+    Tensors,
+    clone,
+    disown_shared,
+    in_order,
+    is_sharded,
+    owning,
+    storages,
+    tensors,
+)
 
 if TYPE_CHECKING:
     from functrain.distributed.sharding import Sharding
@@ -59,14 +68,13 @@ class Form:
     ) -> TrainState:
         params = self._masters(self._own(params))
         device = device_of(params)
-        trained = Tensors({n: p for n, p in params.items() if n in self.places.trainable})
         count = torch.zeros((), dtype=torch.int64, device=device)
         plateau = self.schedule.init() if isinstance(self.schedule, Plateau) else None
         return TrainState(
             step=0,
             params=params,
             buffers=tensors(buffers),
-            optimizer=self._begun(trained),
+            optimizer=self._begun(params),
             scheduler=SchedulerState(count=count, plateau=plateau),
             scaler=self.precision.init_scaler(device),
             key=checked_key(seed),
@@ -94,10 +102,17 @@ class Form:
             }
         )
 
-    def _begun(self, trained: Tensors) -> OptimizerState:
-        state = self.optimizer.init(trained)
-        slots = {slot: owning(items) for slot, items in state.slots.items()}
-        return attrs.evolve(state, slots=slots)
+    def _begun(self, params: Tensors) -> OptimizerState:
+        """The optimizer's state, whose memory is its own where nothing else holds it."""
+        optimizer = self.optimizer
+        state = optimizer.init(Tensors({n: params[n] for n in self.places.trainable}))
+        known = is_torchs(optimizer)
+        if not known:
+            state = foreign.begun(optimizer.kind, state)
+        state = attrs.evolve(state, slots={s: owning(items) for s, items in state.slots.items()})
+        if not known:
+            disown_shared(params, *state.slots.values())
+        return state
 
     def _own(self, params: Mapping[str, Tensor]) -> Tensors:
         ordered = {name: _plain(in_order(param)) for name, param in params.items()}

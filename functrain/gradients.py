@@ -226,6 +226,7 @@ class ValueAndGrad:
                     keys.seed(keys.derive(key, "micro-batch", part.place(index)), device)
                     with self.precision.context(device):
                         loss, measured = self.measured(model, each, objective, couplings[index])
+                    _check_weighed(loss, weight, objective)
                     mean = (loss / weight).sum()
                     _check_reached(mean)
                     last = index + 1 == len(ready)
@@ -384,6 +385,14 @@ class ValueAndGrad:
                 f"objective {self.objective.name!r}: its weight is a {type(wrong).__name__}, "
                 "expected a tensor, 0-d, by which the summed loss is divided"
             )
+        first = found[0]
+        other = next((each for each in found if each.shape != first.shape), None)
+        if other is not None:
+            raise ConfigError(
+                f"objective {self.objective.name!r}: its weights have shapes {list(first.shape)} "
+                f"and {list(other.shape)}, expected one for all micro-batches: 0-d, or [k] for a "
+                "loss of k sums"
+            )
         return torch.stack(found).sum(0)
 
     def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
@@ -405,6 +414,17 @@ def _check_measured(found: object, objective: Objective) -> None:
     raise ConfigError(
         f"objective {objective.name!r}: it returned {given}, expected (total, metrics): the summed "
         "loss, a tensor, and functrain.metrics.Metrics"
+    )
+
+
+def _check_weighed(loss: Tensor, weight: Tensor | float, objective: Objective) -> None:
+    """Raise `ConfigError` where a division would make more of a loss than was summed."""
+    if not isinstance(weight, Tensor) or weight.numel() == 1 or weight.shape == loss.shape:
+        return
+    raise ConfigError(
+        f"objective {objective.name!r}: its weight has shape {list(weight.shape)} and its loss "
+        f"{list(loss.shape)}, expected a weight that is 0-d, weight.sum(), or a loss of as many "
+        "sums as there are weights"
     )
 
 
@@ -503,7 +523,9 @@ def value_and_grad(
     if compile:
         compilation.check_uncompiled(architecture)
     places = slots(architecture)
-    if (kept := objective.kept()) is not None:
+    kept = objective.kept()
+    # What an objective of one's own keeps beside it may be anything.
+    if kept is not None and getattr(objective, "reference", None) is kept:
         check_reference(kept, places.params)
     return ValueAndGrad(
         objective=objective,

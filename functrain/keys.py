@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import operator
 import random
 import threading
 from collections.abc import Iterator
@@ -34,11 +35,18 @@ def derive(key: int, *path: int | str) -> int:
     `"1"`, are different purposes.
     """
     hasher = hashlib.blake2b(digest_size=8)
-    for part in (key, *path):
+    for part in (_plain(key), *map(_plain, path)):
         kind = b"i" if isinstance(part, int) else b"s"
         data = str(part).encode()
         hasher.update(kind + len(data).to_bytes(4, "little") + data)
     return int.from_bytes(hasher.digest(), "little") & MAX_KEY
+
+
+def _plain(part: int | str) -> int | str:
+    """NumPy's integers, and 0-d tensors of integers, as the numbers that they are."""
+    given: Any = part
+    plain = isinstance(given, int | str) or not hasattr(given, "__index__")
+    return part if plain else operator.index(given)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from functrain.gradients import (
 from functrain.guards import SpikeGuard
 from functrain.metrics import Metrics
 from functrain.objectives.base import Carrying, Coupled, Objective
-from functrain.optimizers import Optimizer, OptimizerState
+from functrain.optimizers import Optimizer, OptimizerState, foreign
 from functrain.precision import POLICIES, LossScale, Precision, policy, unscale, update_loss_scale
 from functrain.reductions import Reduction, reduction_name
 from functrain.schedules import Plateau, Schedule
@@ -43,6 +43,7 @@ from functrain.state import (
 )
 from functrain.trees import (
     Tensors,
+    disown_shared,
     global_norm,
     owning,
     succeeding,
@@ -341,7 +342,7 @@ class Step:
         applied = self._unless_spike(state, result.metrics, norm, finite)
         metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
         update = None
-        begun = versions(state.params) if donate else []
+        begun = self._versions(state) if donate else []
         try:
             update = self._updated(grads, state, rate, applied, donate)
             successor = self._successor(state, update, result.buffers, metrics, finite, applied)
@@ -351,7 +352,7 @@ class Step:
             # Half of the memory may be the next state's: better no state than a torn one. What an
             # optimizer refuses before it writes leaves the state.
             refused = update is None and isinstance(error, FunctrainError)
-            if donate and not (refused and versions(state.params) == begun):
+            if donate and not (refused and self._versions(state) == begun):
                 consume(state, None)
             raise
         return successor, metrics
@@ -477,19 +478,37 @@ class Step:
         if self._sharding is not None:
             update = self._sharding.placed(update)
         with self._drawing(state):
-            params, optimizer = update(
+            returned = update(
                 grads, given.optimizer, given.params, rate, applied=applied, donate=donate
             )
+        known = optimizers.is_torchs(self.optimizer)
+        if not known:
+            returned = foreign.updated(self.optimizer.kind, returned, given.params)
+        params, optimizer = returned
         if donate:
             for slot, items in optimizer.slots.items():
                 owning(items, own.get(slot, items.keys()))
-            return owning(params, kept), optimizer
-        before = state.optimizer.slots
-        slots = {
-            slot: succeeding(items, before.get(slot, Tensors()))
-            for slot, items in optimizer.slots.items()
-        }
-        return succeeding(params, state.params), attrs.evolve(optimizer, slots=slots)
+            owning(params, kept)
+        else:
+            before = state.optimizer.slots
+            slots = {
+                slot: succeeding(items, before.get(slot, Tensors()))
+                for slot, items in optimizer.slots.items()
+            }
+            params = succeeding(params, state.params)
+            optimizer = attrs.evolve(optimizer, slots=slots)
+        if not known:
+            old = [] if donate else [state.params, *state.optimizer.slots.values()]
+            disown_shared(*old, params, *optimizer.slots.values())
+        return params, optimizer
+
+    def _versions(self, state: TrainState) -> list[int]:
+        """What changes where an update has written; torch's own refuse before they do."""
+        found = versions(state.params)
+        if not optimizers.is_torchs(self.optimizer):
+            for items in state.optimizer.slots.values():
+                found += versions(items)
+        return found
 
     def _drawing(self, state: TrainState) -> AbstractContextManager[None]:
         """Where an optimizer may draw, as SGLD's noise: from the state's key alone."""

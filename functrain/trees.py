@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import operator
+from collections import Counter
 from collections.abc import (
     Callable,
     Collection,
@@ -216,6 +217,16 @@ def succeeding(new: Mapping[str, Tensor], old: Tensors) -> Tensors:
     return owning(items, items.keys() - both)
 
 
+def disown_shared(*several: Tensors) -> None:
+    """What lies in memory that two entries of these mappings hold is from now on nobody's own."""
+    at = [{name: _address(tensor) for name, tensor in items.items()} for items in several]
+    times = Counter(address for addresses in at for address in addresses.values())
+    for items, addresses in zip(several, at, strict=True):
+        shared = {name for name, address in addresses.items() if address and times[address] > 1}
+        if shared:
+            owning(items, items.own - shared)
+
+
 def alike(items: Tensors, params: Mapping[str, Tensor]) -> Tensors:
     """`items` itself, known to have dense tensors of the params' shapes, dtypes and devices."""
     items._like = params
@@ -340,4 +351,9 @@ def digest(tensor: Tensor) -> str:
 
 def storages(items: Mapping[str, Tensor]) -> dict[int, str]:
     """The address of each leaf's storage, with the leaf's name."""
-    return {rows_here(t).untyped_storage().data_ptr(): name for name, t in items.items()}
+    return {_address(tensor): name for name, tensor in items.items()}
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a tensor's storage; 0 where it has no element."""
+    return rows_here(tensor).untyped_storage().data_ptr()

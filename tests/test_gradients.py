@@ -250,6 +250,57 @@ def test_a_weight_of_the_callers_own_divides_instead() -> None:
         torch.testing.assert_close(halved.grads[name], grad / 2, rtol=1e-12, atol=1e-15)
 
 
+class Weighed(LanguageModeling):
+    """A loss whose weight is of another form than 0-d."""
+
+    def __init__(self, weight: Any, *, apart: bool = False, kept: Any = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "_given", (weight, apart, kept))
+
+    def weight(self, batch: Any) -> Any:
+        return self._given[0](batch)  # type: ignore[attr-defined]
+
+    def check_weight(self, weight: Tensor) -> None:
+        pass
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        total, metrics = super().__call__(model, batch)
+        return (total.expand(4) / 4 if self._given[1] else total), metrics  # type: ignore[attr-defined]
+
+    def kept(self) -> Any:
+        return self._given[2]  # type: ignore[attr-defined]
+
+
+def _each(batch: Any) -> Tensor:
+    return torch.ones(len(batch["input_ids"]))
+
+
+def test_a_weight_of_another_form_than_the_loss_is_refused() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    plain = LanguageModeling().weight(zoo.batch())
+    wanted = ft.value_and_grad(LanguageModeling(), architecture)(params, buffers, zoo.batch())
+    for fits in (
+        Weighed(lambda _: plain[None]),
+        Weighed(lambda _: plain, apart=True),
+        Weighed(lambda _: plain.expand(4), apart=True),
+    ):
+        found = ft.value_and_grad(fits, architecture)(params, buffers, zoo.batch())
+        torch.testing.assert_close(dict(found.grads), dict(wanted.grads))
+    for wrong in (Weighed(_each), Weighed(lambda _: plain.expand(3), apart=True)):
+        with pytest.raises(ConfigError, match=r"its weight has shape \[\d\] and its loss \["):
+            ft.value_and_grad(wrong, architecture)(params, buffers, zoo.batch())
+    several = [zoo.batch(), {k: v[:2] for k, v in zoo.batch().items()}]
+    with pytest.raises(ConfigError, match=r"weights have shapes \[4\] and \[2\]"):
+        ft.value_and_grad(Weighed(_each), architecture)(params, buffers, several)
+
+
+def test_what_an_objective_of_ones_own_keeps_need_be_no_reference() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    kept = Weighed(LanguageModeling().weight, kept={"class_weights": torch.ones(3)})
+    step = ft.make_step(kept, ft.optim.adamw(), architecture=architecture, donate=True)
+    step(step.init(params, buffers), zoo.batch())
+
+
 def test_a_loss_scale_multiplies() -> None:
     scaler = ft.init_loss_scale(1024.0)
     plain = _gradients(zoo.model("tied"), zoo.batch())

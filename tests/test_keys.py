@@ -50,6 +50,15 @@ def test_parts_do_not_run_into_one_another(one: tuple[Any, ...], other: tuple[An
     assert keys.derive(*one) != keys.derive(*other)
 
 
+@given(number=st.integers(0, 2**31 - 1))
+def test_an_integer_of_numpys_is_that_number(number: int) -> None:
+    for kind in (np.int32, np.int64, np.uint64):
+        assert keys.derive(kind(number), "step", kind(number)) == keys.derive(
+            number, "step", number
+        )
+    assert keys.derive(0, True) != keys.derive(0, 1)
+
+
 def test_a_hundred_thousand_keys_are_distinct() -> None:
     derived = {keys.derive(seed, "step", step) for seed in range(100) for step in range(1000)}
     assert len(derived) == 100_000

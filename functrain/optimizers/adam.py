@@ -107,7 +107,16 @@ class Adam:
         return ("adamw" if self.decoupled else "adam") + ("(amsgrad)" if self.amsgrad else "")
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
-        """Zero moments for every parameter, on its device and in its dtype."""
+        """Zero moments for every parameter, on its device and in its dtype.
+
+        Raises `ConfigError` for complex params where the kernel is the fused one.
+        """
+        for name, param in params.items():
+            if self.fused and param.is_complex():
+                raise ConfigError(
+                    f"{self.kind}: params/{name} is {param.dtype}, which torch's fused kernel does "
+                    "not take; give fused=False"
+                )
         slots = {
             slot: Tensors({name: torch.zeros_like(p) for name, p in params.items()})
             for slot in self._moments
@@ -170,9 +179,11 @@ class Adam:
         # Lists are compared, not tensors in turn: a model has hundreds.
         own = [params[name] for name in grads]
         shapes, strides = [p.shape for p in own], [p.stride() for p in own]
+        dtypes = [p.dtype for p in own]
         for slot in self._moments:
             values = [slots[slot][name] for name in grads]
             same = [value.shape for value in values] == shapes
+            same = same and [value.dtype for value in values] == dtypes
             if not same or (self.fused and [value.stride() for value in values] != strides):
                 for name, value, param in zip(grads, values, own, strict=True):
                     self._check_moment(slot, name, value, param)
@@ -186,6 +197,10 @@ class Adam:
         if value.shape != like.shape:
             raise StateError(
                 f"{where}: shape {list(value.shape)}, expected {list(like.shape)}; {_FRESH}"
+            )
+        if value.dtype != like.dtype:
+            raise StateError(
+                f"{where}: {value.dtype}, expected {like.dtype} as the parameter is; {_FRESH}"
             )
         if self.fused and value.stride() != like.stride():
             raise StateError(

@@ -159,7 +159,7 @@ class Adapter:
         if held_back(applied, waits=True):
             return tensors(params), state
         if donate:
-            self._try(grads, params)
+            self._try(grads, state, params)
         new_params, slots = owned(params, state.slots, grads, donate)
         leaves = {name: new_params[name].detach() for name in new_params if name in grads}
         count = advanced(state.count, applied)
@@ -170,11 +170,7 @@ class Adapter:
         for name, leaf in leaves.items():
             grad = laid_out(grads[name], leaf) if self._fused else grads[name]
             leaf.grad = grad if name in spared else grad.clone()
-            own = dict(_entry(slot, t[name]) for slot, t in slots.items() if name in t)
-            if has_parts(own):
-                own = self._put_together(name, own, leaf)
-            if own:
-                optimizer.state[leaf] = own
+            self._fill(optimizer, name, leaf, slots)
         new_slots = self._stepped(optimizer, leaves, slots)
         new_params = Tensors({**new_params, **{n: leaf.detach() for n, leaf in leaves.items()}})
         return new_params, attrs.evolve(state, count=count, slots=new_slots)
@@ -184,19 +180,24 @@ class Adapter:
     ) -> None:
         """Raise what `update` would with `donate=True`, and write nothing."""
         check_update(self.kind, grads, state, params)
-        self._try(grads, params)
+        self._try(grads, state, params)
 
-    def _try(self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-        """Refuse a class whose state cannot be carried, by an update of nothing.
+    def _try(
+        self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+    ) -> None:
+        """Refuse a class whose state cannot be carried, or a state not the class's, by a trial.
 
-        Of the smallest parameter of each kind, and once; after a real update it would be too late.
+        An update of zeros, with what the state has of them: of the smallest parameter of each kind,
+        and once; after a real update it would be too late.
         """
+        slots = list(state.slots.items())
         smallest: dict[Any, str] = {}
         for options, names in grouped(self.groups, params, grads):
             for name in names:
                 param = params[name]
                 own = id(options) if options else None
-                kind = (own, param.ndim, param.dtype, param.device, grads[name].layout)
+                has = tuple(slot for slot, items in slots if name in items)
+                kind = (own, param.ndim, param.dtype, param.device, grads[name].layout, has)
                 if kind in self._tried:
                     continue
                 other = smallest.setdefault(kind, name)
@@ -210,12 +211,30 @@ class Adapter:
             leaf.grad = torch.zeros_like(leaf if dense else grads[name])
         try:
             with keys.kept(next(iter(leaves.values())).device):  # what it draws is not drawn
-                self._stepped(self._optimizer(leaves, self.lr), leaves, {})
+                optimizer = self._optimizer(leaves, self.lr)
+                for name, leaf in leaves.items():
+                    copied = {s: {name: t[name].clone()} for s, t in slots if name in t}
+                    self._fill(optimizer, name, leaf, copied)
+                self._stepped(optimizer, leaves, {})
         except FunctrainError:
             raise
         except Exception:  # of a class that does not take zeros nothing is known
             pass
         self._tried.update(smallest)
+
+    def _fill(
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: str,
+        leaf: Tensor,
+        slots: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Give the class what the slots have of a parameter."""
+        own = dict(_entry(slot, t[name]) for slot, t in slots.items() if name in t)
+        if has_parts(own):
+            own = self._put_together(name, own, leaf)
+        if own:
+            optimizer.state[leaf] = own
 
     def _stepped(
         self,
@@ -225,7 +244,17 @@ class Adapter:
     ) -> dict[str, Tensors]:
         """The slots after a step of the class; `ConfigError` for what is not to be carried."""
         own, groups = _seen(vars(optimizer)), [_seen(g) for g in optimizer.param_groups]
-        optimizer.step()
+        found = {slot for entries in optimizer.state.values() for slot in entries}
+        try:
+            optimizer.step()
+        except KeyError as error:
+            if not found or (error.args and error.args[0] in found):
+                raise
+            raise StateError(
+                f"optimizer: {self.kind} looks for {error} in its state, which has "
+                f"{', '.join(sorted(found))}; it was made with other options: give those, or begin "
+                "anew with init(params)"
+            ) from error
         _refuse_own_state(self.kind, own, vars(optimizer))
         _refuse_group_state(self.kind, groups, optimizer.param_groups)
         _refuse_common_state(self.kind, optimizer, leaves)

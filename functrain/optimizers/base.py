@@ -204,7 +204,7 @@ def _refuse_gradient(name: str, grad: object, param: Tensor) -> NoReturn:
             "that has no gradient"
         )
     raise StateError(
-        f"grads/{name}: {_described(grad)}, expected {_described(param)} as the parameter is; "
+        f"grads/{name}: {described(grad)}, expected {described(param)} as the parameter is; "
         "give the gradient with respect to these params"
     )
 
@@ -213,12 +213,12 @@ def _refuse_integers(grads: Mapping[str, Tensor]) -> NoReturn:
     numbers = [n for n, g in grads.items() if not (g.is_floating_point() or g.is_complex())]
     name = numbers[0]
     raise StateError(
-        f"params/{name}: {_described(grads[name])}, expected a floating dtype; leave it out of "
-        "grads"
+        f"params/{name}: {described(grads[name])}, expected a floating dtype; leave it out of grads"
     )
 
 
-def _described(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
+    """A tensor in a message: dtype, shape and device."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype}{list(tensor.shape)} on {tensor.device}"
 

@@ -316,8 +316,16 @@ def may_write(optimizer: Optimizer) -> bool:
 
 def may_draw(optimizer: Optimizer) -> bool:
     """Whether an update may draw random numbers: of classes, all but torch's own."""
+    return not is_torchs(optimizer)
+
+
+def is_torchs(optimizer: Optimizer) -> bool:
+    """Whether all of an update is torch's own, of which more is known.
+
+    What draws nothing, and whose state shares no memory with the params or within itself.
+    """
     if isinstance(optimizer, Partition):
-        return any(may_draw(part) for _, _, part in optimizer.parts)
+        return all(is_torchs(part) for _, _, part in optimizer.parts)
     if isinstance(optimizer, Adapter):
-        return not optimizer.is_torchs
-    return not isinstance(optimizer, Adam)
+        return optimizer.is_torchs
+    return isinstance(optimizer, Adam)

@@ -111,6 +111,10 @@ STATES: list[tuple[Any, str]] = [
         _state(exp_avg={**PARAMS, "a": torch.zeros(2, 3).t()}),
         r"state/exp_avg/a: strides \(1, 3\), expected the parameter's \(2, 1\) for the fused",
     ),
+    (
+        _state(exp_avg={**PARAMS, "a": torch.zeros(3, 2, dtype=torch.float64)}),
+        r"state/exp_avg/a: torch.float64, expected torch.float32 as the parameter is",
+    ),
 ]
 
 
@@ -144,6 +148,15 @@ def test_what_did_fit_is_not_taken_for_granted(change: str, donate: bool) -> Non
     changed(state.slots["exp_avg"]["a"])
     with pytest.raises(StateError, match=rf"state/exp_avg/a: {message}"):
         optimizer.update(grads, state, params, 1e-2, donate=donate)
+
+
+def test_complex_params_are_for_another_kernel_than_the_fused_one() -> None:
+    params = {"a": torch.ones(2), "c": torch.ones(2, dtype=torch.complex64)}
+    with pytest.raises(ConfigError, match=r"adamw: params/c is .*complex64.*fused=False"):
+        optim.adamw().init(params)
+    optimizer = optim.adamw(fused=False)
+    new, _ = optimizer.update(params, optimizer.init(params), params, 1e-2)
+    assert new["c"].is_complex()
 
 
 def test_a_parameter_without_a_gradient_may_lie_as_it_likes() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo import Own
 
 from functrain import optim
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, StateError
 from functrain.trees import Tensors, clone, digest
 
 PARAMS = Tensors(a=torch.ones(3, 2), b=torch.tensor(2.0, dtype=torch.float64))
@@ -302,6 +302,32 @@ def test_it_is_refused_before_a_donated_update_writes(cls: Any, groups: Any, oth
         with pytest.raises(ConfigError):
             optimizer.update(clone(GRADS), optimizer.init(params), params, 0.1, donate=True)
         assert [digest(tensor) for tensor in params.values()] == before
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "options", "slot"),
+    [
+        (torch.optim.RMSprop, {"centered": True}, "grad_avg"),
+        (torch.optim.Adam, {"amsgrad": True}, "max_exp_avg_sq"),
+    ],
+)
+def test_a_state_of_other_options_is_refused_before_anything_is_written(
+    cls: Any, options: Any, slot: str, part: bool, donate: bool
+) -> None:
+    plain: Any = optim.from_torch(cls)
+    other: Any = optim.from_torch(cls, **options)
+    if part:
+        plain, other = (optim.partition([("all", optim.is_any, each)]) for each in (plain, other))
+    params, state = plain.update(GRADS, plain.init(PARAMS), PARAMS, 0.1)
+    # An update of a state that fits, after which the class is known.
+    other.update(clone(GRADS), other.init(params), clone(params), 0.1, donate=True)
+    leaves = [params, *state.slots.values()]
+    before = [digest(tensor) for items in leaves for tensor in items.values()]
+    with pytest.raises(StateError, match=f"{cls.__name__} .*'{slot}'.*init"):
+        other.update(clone(GRADS), state, params, 0.1, donate=donate)
+    assert [digest(tensor) for items in leaves for tensor in items.values()] == before
 
 
 def test_a_class_that_does_not_take_an_update_of_nothing_is_not_refused() -> None:
