@@ -32,35 +32,24 @@ class Clock:
             # Of what each worker has of a batch: the whole may be more than its memory holds.
             own = read(built.step, built.data, state.cursor.samples, built.source.batch_size)
             self._flops = world.total(flops_of(built.step, state, own, recomputed=False))
-        self._evaluated = config.evaluation.every if built.evaluation else None
-        self._last = config.train.steps
         self._counted: Tensor | None = None
         self._made = torch.zeros(())
-        self._before: dict[str, float] = {}
         self._device, self._source = device_of(state.params), source
         self._step, self._tokens, self._waited = state.step, state.cursor.tokens, source.waited
         self._since = time.perf_counter()
 
-    def saw(self, state: TrainState, metrics: Metrics) -> None:
-        """A step has been made. Nothing is read, but before a step that ends in an evaluation."""
+    def saw(self, metrics: Metrics) -> None:
+        """A step has been made; nothing is read."""
         if self._peak is not None:
             made = metrics.metric("padding").weight.double()
             # The operations of the first batch were counted; others take as many more as are
             # larger.
             self._counted = made if self._counted is None else self._counted
             self._made = self._made.to(made.device) + made
-        following = state.step + 1
-        if self._evaluated and (following % self._evaluated == 0 or following == self._last):
-            float(metrics["loss"])  # waits for an accelerator: until now is the steps' time
-            self._before = self._rates(state)
 
-    def measured(self, state: TrainState, metrics: Metrics) -> dict[str, float]:
-        """Of the steps that have ended since; `metrics` are the last one's, and have been read.
-
-        The rates of a step that has ended in an evaluation, whose time is not its own, are those of
-        the steps before it.
-        """
-        rates = self._before if "eval_loss" in metrics else self._rates(state)
+    def measured(self, state: TrainState) -> dict[str, float]:
+        """Of the steps that have ended since; the last one's metrics have been read."""
+        rates = self._rates(state)
         waited, steps = self._source.waited, state.step - self._step
         found = {
             "data_seconds": (waited - self._waited) / steps,
@@ -80,8 +69,9 @@ class Clock:
         return found
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it, time is not the steps'."""
+    def paused(self, metrics: Metrics) -> Iterator[None]:
+        """Within it, an evaluation or a save, time is not the steps'; `metrics` are the last's."""
+        float(metrics["loss"])  # waits for an accelerator: until now is the steps' time
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun

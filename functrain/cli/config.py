@@ -361,7 +361,8 @@ class Train:
     keep_every: int | None = attrs.field(default=None, validator=count)
     """Keep the checkpoints of every so many steps as well."""
     keep_best: int | None = attrs.field(default=None, validator=count)
-    """Keep the checkpoints with the lowest held-out loss as well, so many."""
+    """Keep the checkpoints with the lowest held-out loss as well, so many; then each evaluation
+    ends in a checkpoint."""
     on_save_error: str = attrs.field(default="stop", validator=one_of(("stop", "continue")))
     """What a failed save (a full disk, say) does to the run: stop, or continue with a warning."""
     spike_deviations: float | None = attrs.field(default=None, validator=positive)

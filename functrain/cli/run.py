@@ -10,13 +10,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import attrs
 import torch
 
 from functrain import checkpoint, memory, models
-from functrain.checkpoint.manifest import step_of
+from functrain.checkpoint.filesystem import OPERATING_SYSTEM
+from functrain.checkpoint.manifest import checkpoints, step_of
+from functrain.checkpoint.store import whole
 from functrain.cli import directory as directories
 from functrain.cli import facts, toml
 from functrain.cli.build import Built, build
@@ -35,6 +38,7 @@ from functrain.distributed import ALONE, World
 from functrain.errors import CheckpointError, ConfigError, DataError, RelayedError
 from functrain.evaluation import evaluate
 from functrain.loop import check_guard, conditions, train, world_of
+from functrain.metrics import Metrics
 from functrain.state import TrainState
 from functrain.tracking import jsonl, progress
 from functrain.tracking.beside import Beside
@@ -275,12 +279,29 @@ def _state(built: Built, run: RunDirectory, newest: str, steps: int, world: Worl
         under = conditions(built.step, built.source.batch_size)
         state = checkpoint.load(newest, like=built.state, conditions=under, world=world)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\nto go on from the one before, remove {newest} and resume again"
-        ) from error
+        way_out = _way_out(Path(newest))
+        if way_out is None:
+            raise
+        raise CheckpointError(f"{error}\n{way_out}") from error
     if state.step < steps and world.speaks:
         jsonl.truncate_after(run.metrics, state.step)
     return state
+
+
+def _way_out(newest: Path) -> str | None:
+    """What to do about a damaged checkpoint; None for one that is whole.
+
+    One that is refused though it is whole is of another architecture or optimizer, and so are those
+    before it: to remove one would only lead to the next.
+    """
+    try:
+        if whole(OPERATING_SYSTEM, newest):
+            return None
+    except CheckpointError:  # the system refuses to say
+        return None
+    if len(checkpoints(newest.parent)) == 1:
+        return "it is damaged, and it is the only one of this run; begin another --directory"
+    return f"it is damaged; to go on from the one before, remove {newest} and resume again"
 
 
 def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, say: Say) -> None:
@@ -325,37 +346,53 @@ def _trained(
         beside = _beside(built)
         source = _ahead(built, stack)
         clock = Clock(config, built, state, source)
-        for now, metrics in train(
-            built.step,
-            state,
-            source,
-            steps=plan.steps,
-            evaluation=built.evaluation or None,
-            evaluate_every=config.evaluation.every if built.evaluation else None,
-        ):
+        for now, metrics in _steps(config, built, state, source, clock):
             state = now
-            clock.saw(state, metrics)
+            clock.saw(metrics)
             last = state.step == plan.steps
             # A stop logs nothing of its own, so that the file is an uninterrupted run's.
             logged = last or state.step % plan.log_every == 0 or "eval_loss" in metrics
             values: dict[str, float] = {}
             if logged or bar.due(state.step):  # to read them is to wait for an accelerator
-                values = metrics.to_dict() | clock.measured(state, metrics)
+                values = metrics.to_dict() | clock.measured(state)
                 values["epoch"] = state.cursor.samples / len(built.source)
                 bar.update(state.step, values)
             if logged:
                 tracker.log(state.step, values)
             # Looked at once: between two looks a signal would end the run with this step unsaved.
             stopping = world.any(bool(stop))
-            if last or stopping or state.step % plan.save_every == 0:
+            # Only a state that is evaluated can be the best, and only one that is saved be kept.
+            due = state.step % plan.save_every == 0 or (plan.keep_best and "eval_loss" in metrics)
+            if last or stopping or due:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
                 ends = last or stopping
-                with clock.paused():
+                with clock.paused(metrics):
                     _save(world, plan, run, state, measured, under, beside, say, ends=ends)
             check_guard(built.step, state)
             if stopping:
                 break
     return state
+
+
+def _steps(
+    config: Pretrain | SFT | DPO,
+    built: Built,
+    state: TrainState,
+    source: Prefetched,
+    clock: Clock,
+) -> Iterator[tuple[TrainState, Metrics]]:
+    """What `train` yields and evaluates, with the clock stopped while it evaluates."""
+    steps, every = config.train.steps, config.evaluation.every
+    made = train(built.step, state, source, steps=steps)
+    for now, metrics in made:
+        state, measured = now, metrics
+        if built.evaluation and (state.step % every == 0 or state.step == steps):
+            with clock.paused(metrics):
+                measured = metrics | evaluate(built.step, state, built.evaluation)
+            # Not the last one of other steps: a longer run does not measure there.
+            if state.step % every == 0:
+                state, _ = made.send(built.step.observe(state, float(measured["eval_loss"])))
+        yield state, measured
 
 
 class _Forgiving:

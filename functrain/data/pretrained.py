@@ -202,10 +202,16 @@ def _uncut(path: Path) -> None:
 def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
     """The tokenizer in a local directory of Hugging Face's, or in a GGUF file.
 
-    Raises `DataError` where there is none that transformers reads. Nothing is fetched.
+    Raises `DataError` where there is none that transformers reads, and where that is not installed.
+    Nothing is fetched.
     """
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{path}: tokenizers are read with {error.name}, which is not installed: "
+            "pip install 'functrain[hf]'"
+        ) from error
     given = Path(path)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if given.suffix == ".gguf":

@@ -21,8 +21,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functrain import checkpoint, compilation, loop, memory
+from functrain import checkpoint, compilation, loop, memory, writing
 from functrain.cli import main, sources, toml
+from functrain.cli import run as run_module
 from functrain.cli.lock import held
 from functrain.cli.origins import RunDirectory
 from functrain.data.packing import packed_ids
@@ -30,7 +31,7 @@ from functrain.data.text import tokens
 from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.metrics import Metrics
 from functrain.objectives import logprobs
-from functrain.tracking import jsonl, progress, whole
+from functrain.tracking import jsonl, progress
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -480,12 +481,30 @@ def test_a_truncated_checkpoint_is_refused_with_a_way_out(
     os.truncate(model, 100)
     assert main(["pretrain", given, "--resume"]) == 2
     err = capsys.readouterr().err
-    assert f"remove {newest} and resume again" in err
+    assert f"damaged; to go on from the one before, remove {newest} and resume again" in err
     for path in newest.iterdir():
         path.unlink()
     newest.rmdir()
     assert main(["pretrain", given, "--resume"]) == 0
     assert _fingerprint(run) == expected
+
+
+def test_a_checkpoint_that_is_whole_is_not_to_be_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under a config that was altered each is refused alike: all would go, one after the other."""
+    given, run = _config(tmp_path, steps=5)
+    assert main(["pretrain", given]) == 0
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("layers = 1", "layers = 2"))
+    error = _refused(["pretrain", str(config), "--resume"], capsys)
+    assert "step-000000000005: against `like` it lacks" in error
+    assert "remove" not in error
+    config.write_text(config.read_text().replace("layers = 2", "layers = 1"))
+    (run / "checkpoints" / "step-000000000004").rename(tmp_path / "elsewhere")
+    os.truncate(run / "checkpoints" / "step-000000000005" / "state.json", 10)
+    error = _refused(["pretrain", str(config), "--resume"], capsys)
+    assert "it is the only one of this run; begin another --directory" in error
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
@@ -628,7 +647,7 @@ def test_a_report_that_cannot_be_written_takes_nothing_of_the_result_away(
     def full(_path: Path, _data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(whole, "write", full)
+    monkeypatch.setattr(writing, "write", full)
     assert main(["pretrain", given]) == 0
     said = capsys.readouterr().out
     assert "finished, 4 of 4 steps" in said
@@ -671,13 +690,25 @@ def test_a_line_that_cannot_be_logged_ends_the_run_or_not(
 
 
 def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    """Of all that are evaluated: `train.save_every`, 4 here, need not be among them."""
     given, run = _config(tmp_path)
-    options = ["--train.keep", "1", "--train.keep-best", "1", "--evaluation.every", "2"]
+    options = ["--train.keep", "1", "--train.keep-best", "1", "--evaluation.every", "3"]
+    options += ["--schedule.peak", "0.3"]
     assert main(["pretrain", given, *options]) == 0
     losses = {r["step"]: r["eval_loss"] for r in _records(run) if "eval_loss" in r and r["step"]}
     best = min(losses, key=lambda step: losses[step])
-    kept = {int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")}
-    assert kept == {10, best}
+    assert best % 4
+    assert best != 10
+    assert _kept(run) == {10, best}
+    parts = [*options, "--directory", str(tmp_path / "parts")]
+    assert main(["pretrain", given, *parts, "--train.steps", "5"]) == 0
+    assert main(["pretrain", given, *parts, "--resume"]) == 0
+    assert _kept(tmp_path / "parts") == {10, best}
+    assert _fingerprint(tmp_path / "parts") == _fingerprint(run)
+
+
+def _kept(run: Path) -> set[int]:
+    return {int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")}
 
 
 def test_a_run_with_a_guard_is_resumed_with_its_window(tmp_path: Path) -> None:
@@ -755,28 +786,31 @@ def test_steps_that_are_not_logged_are_in_the_clock_of_those_that_are(
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)  # of a token
 
 
-@pytest.mark.parametrize("pause", [0.0, 1e9], ids=["drawn", "not drawn"])
+@pytest.mark.parametrize(("pause", "every"), [(0.0, 1), (0.0, 4), (1e9, 4)])
 def test_an_evaluation_takes_no_rate_away(
-    pause: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pause: float, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where each logged step ends in one: rates are of the steps before it, without its time."""
-    evaluate = loop.evaluate
+    """Nor its time from the steps', though each of them, or each that is logged, ends in one."""
+    evaluate = run_module.evaluate
 
     def slow(*args: Any) -> Any:
         time.sleep(0.5)
         return evaluate(*args)
 
-    monkeypatch.setattr(loop, "evaluate", slow)
+    for module in (run_module, loop):
+        monkeypatch.setattr(module, "evaluate", slow)
     monkeypatch.setattr(progress, "_PLAIN_SECONDS", pause)
-    given, run = _config(tmp_path, steps=10)
-    options = ["--train.log-every", "4", "--evaluation.every", "4", "--train.peak-tflops", "0.5"]
-    assert main(["pretrain", given, *options]) == 0
+    given, run = _config(tmp_path, steps=6 if every == 1 else 10)
+    options = ["--train.log-every", "4", "--evaluation.every", str(every)]
+    assert main(["pretrain", given, *options, "--train.peak-tflops", "0.5"]) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 4, 8, 10]
+    assert [line["step"] for line in lines] == (
+        [0, 1, 2, 3, 4, 5, 6] if every == 1 else [0, 4, 8, 10]
+    )
     assert all("eval_loss" in line for line in lines)
-    assert all(line["tokens_per_second"] > 4 * 4 * 31 / 0.5 for line in lines[1:])
+    assert all(line["tokens_per_second"] > 4 * 31 / 0.5 for line in lines[1:])
     of_a_token = [line["mfu"] / line["tokens_per_second"] for line in lines[1:]]
-    assert of_a_token == pytest.approx([of_a_token[0]] * 3, rel=1e-9)
+    assert of_a_token == pytest.approx([of_a_token[0]] * len(of_a_token), rel=1e-9)
 
 
 def test_what_a_save_takes_is_not_the_next_steps_time(

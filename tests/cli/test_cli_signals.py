@@ -28,7 +28,7 @@ import tally
 from checkpoint import faults
 from cli.test_cli_run import _fingerprint, _records
 
-from functrain import checkpoint, loop
+from functrain import checkpoint
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.cli import commands, main
 from functrain.cli import run as cli_run
@@ -305,7 +305,7 @@ PLACES = {
     "the building of the model": Hold(cli_run, "build"),
     "the first evaluation": Hold(cli_run, "evaluate"),
     "a step": Hold(Step, "__call__", 3),
-    "an evaluation": Hold(loop, "evaluate"),
+    "an evaluation": Hold(cli_run, "evaluate"),
     "the record of a step": Hold(jsonl.JSONLTracker, "log", 2),
     "a save, before a file": Hold(FileSystem, "create", 3),
     "a save, before its rename": Hold(FileSystem, "rename"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 import functrain as ft
 from functrain import data
+from functrain.data.pretrained import pretrained_tokenizer
+from functrain.errors import DataError
 
 BYTES = data.ByteTokenizer()
 GOOD = {"prompt": "a", "completion": "b"}
@@ -221,3 +224,11 @@ def test_the_order_is_a_permutation_around_powers_of_two(length: int) -> None:
 
 def test_other_columns_of_a_record_are_ignored() -> None:
     assert _chat({**GOOD, "id": 7, "source": "web"}).examples == _chat(GOOD).examples
+
+
+def test_a_tokenizer_without_transformers_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DataError, match=r"not installed: pip install 'functrain\[hf\]'"):
+        pretrained_tokenizer(tmp_path)
