@@ -27,7 +27,8 @@ from functrain.cli.config import (
 )
 from functrain.cli.known import EMBEDDED, SCHEDULES
 from functrain.cli.origins import Origin, RunDirectory, origin
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, DataError
+from functrain.tracking import jsonl
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 SUFFIXES = {
@@ -76,6 +77,11 @@ def check_files(config: Config) -> None:
         if not Path(given).is_file():
             raise ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()})")
     data = config.data
+    if data.held_out is not None and is_tokens(data.held_out) and not is_tokens(data.train):
+        raise ConfigError(
+            f"data.held_out: {data.held_out} holds token ids, and data.train is text, which this "
+            "run has a tokenizer for; hold out text, or train on ids too"
+        )
     if isinstance(data, Text) and data.vocabulary and not is_tokens(data.train):
         raise ConfigError(
             f"data.vocabulary: {data.train} is text, whose tokenizer is the built-in one; give "
@@ -147,9 +153,12 @@ def _told(data: Data, start: Origin) -> Data:
 
 
 def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
-    """The resolved config of a new run; `ConfigError` where its directory is not empty."""
+    """The resolved config of a new run; `ConfigError` where its directory is not empty.
+
+    What a beginning that failed has left there is nothing.
+    """
     run = RunDirectory(config.directory)
-    if run.path.exists() and (not run.path.is_dir() or _holds_something(run.path)):
+    if run.path.exists() and (not run.path.is_dir() or _holds_something(run)):
         way = (
             f"with no {run.config.name} in it there is no run to go on with; put that back"
             if resume
@@ -199,14 +208,49 @@ def _check_read(config: Config) -> None:
             )
 
 
-def _holds_something(directory: Path) -> bool:
-    # A config that was being written when the process was killed is nothing yet.
-    nothing = {".config.toml.tmp", LOCK}
-    return any(path.name not in nothing for path in directory.iterdir())
-
-
 LOCK = ".lock"
 """What a process that trains in a run's directory holds there; see `functrain.cli.lock`."""
+
+
+def _holds_something(run: RunDirectory) -> bool:
+    # A config that was being written when the process was killed is nothing yet.
+    nothing = {f".{run.config.name}.tmp", LOCK}
+    return any(path.name not in nothing for path in run.path.iterdir()) and not failed(run)
+
+
+def failed(run: RunDirectory) -> bool:
+    """Whether all that lies there is of a beginning that failed: no step is logged or saved."""
+    files = _first(run)
+    written = {run.checkpoints.name, LOCK, *(path.name for path in files)}
+    written |= {f".{path.name}.tmp" for path in files}
+    found = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
+    if run.config.name not in found or not found <= written:
+        return False
+    if run.checkpoints.exists() and any(run.checkpoints.iterdir()):
+        return False
+    try:
+        # A config that somebody has put there has no hashes, which a run writes down.
+        begun = toml.read_any(run.config).data.sha256 is not None
+        return begun and not any(record["step"] for record in jsonl.read(run.metrics))
+    except (ConfigError, DataError):
+        return False
+
+
+def cleared(run: RunDirectory) -> None:
+    """Remove what a beginning that `failed` has left; `ConfigError` where that cannot be done."""
+    try:
+        shutil.rmtree(run.tokenizer_files, ignore_errors=True)
+        for path in _first(run):
+            if path != run.tokenizer_files:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritten(run.path, error) from error
+
+
+def _first(run: RunDirectory) -> tuple[Path, ...]:
+    """What a run writes before its first step; its config, by which the rest is known, last."""
+    tokenizers = (run.tokenizer, run.tokenizer_files)
+    return (*tokenizers, run.metrics, run.notes, run.environment, run.config)
 
 
 def resumed(config: C, *, threads: int, device: str) -> C:
@@ -228,10 +272,11 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     changed = [key for key in old if old[key] != new.get(key) and key not in free]
     if changed:
         lines = [f"  {key}: {new.get(key)!r}, and the run has {old[key]!r}" for key in changed]
+        anew = "nothing has been trained there, so without --resume it is begun anew; or "
         raise ConfigError(
             f"{run.path}: --resume with another config would not be the same run:\n"
             + "\n".join(lines)
-            + f"\nresume with `functrain {config.stage} {shlex.quote(str(run.config))} --resume`, "
+            + f"\n{anew if failed(run) else ''}resume with `functrain {config.stage} {shlex.quote(str(run.config))} --resume`, "
             "or begin another --directory"
         )
     return merged

@@ -30,7 +30,7 @@ from functrain.data.text import tokens
 from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.metrics import Metrics
 from functrain.objectives import logprobs
-from functrain.tracking import jsonl, progress, whole
+from functrain.tracking import jsonl, progress, report
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -185,6 +185,46 @@ def test_a_directory_that_is_not_empty_is_refused(
     assert "not empty; go on with --resume, or give another --directory" in err
     assert main(["pretrain", given, "--resume"]) == 2  # no run of ours
     assert [path.name for path in run.iterdir()] == ["thesis.tex"]
+
+
+def test_a_beginning_that_failed_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another config; where a step was logged or saved, or more lies there, nothing goes."""
+    given, run = _config(tmp_path)
+
+    def failing(*_: object, **_options: object) -> None:
+        raise DataError("the first evaluation fails")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("functrain.cli.run.evaluate", failing)
+        assert main(["pretrain", given, "--train.seed", "7"]) == 2
+    assert (run / "config.toml").is_file()
+    told = _refused(["pretrain", given, "--resume"], capsys)
+    assert "train.seed: 0, and the run has 7" in told
+    assert "nothing has been trained there, so without --resume it is begun anew" in told
+    (run / "tokenizer").mkdir()  # of another model that it began from
+    (run / "thesis.tex").write_text("precious")
+    assert "not empty" in _refused(["pretrain", given], capsys)
+    (run / "thesis.tex").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert "not empty" in _refused(["pretrain", given], capsys)
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
+    assert main(["pretrain", given]) == 0
+    assert not (run / "tokenizer").exists()
+    assert [each["step"] for each in _records(run)][:2] == [0, 1]
+    assert "not empty" in _refused(["pretrain", given], capsys)
+
+
+def test_ids_are_held_out_of_ids_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As text's, they would be counted as its bytes; said before a directory is made."""
+    given, run = _config(tmp_path)
+    np.save(tmp_path / "ids.npy", np.arange(300) % 50)
+    for text in ([], ["--data.train", "embedded"]):
+        asked = ["pretrain", given, *text, "--data.held-out", str(tmp_path / "ids.npy")]
+        told = _refused(asked, capsys)
+        assert f"data.held_out: {tmp_path}/ids.npy holds token ids, and data.train is text" in told
+    assert not run.exists()
 
 
 def test_resuming_a_finished_run_says_so(
@@ -628,7 +668,7 @@ def test_a_report_that_cannot_be_written_takes_nothing_of_the_result_away(
     def full(_path: Path, _data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(whole, "write", full)
+    monkeypatch.setattr(report, "write", full)
     assert main(["pretrain", given]) == 0
     said = capsys.readouterr().out
     assert "finished, 4 of 4 steps" in said

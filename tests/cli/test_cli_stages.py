@@ -275,11 +275,13 @@ def test_what_is_measured_is_laid_out_as_the_run_has_it(
         (["{runs}/bad.jsonl"], "bad.jsonl:2: not JSON"),
         (["{runs}/text.txt", "--limit", "0"], "limit: 0, expected an integer of at least 1"),
         ([], "no file"),
+        (["{runs}/text.txt", "{runs}/ids.npy"], "ids.npy: token ids, and the model reads text"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
     runs: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    np.save(runs / "ids.npy", np.arange(300) % 50)
     (runs / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{\n')
     assert main(["evaluate", str(runs / "a"), *(x.format(runs=runs) for x in given)]) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
