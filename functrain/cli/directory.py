@@ -75,7 +75,7 @@ def check_files(config: Config) -> None:
                 f"{EMBEDDED!r} as data.train"
             )
         if not Path(given).is_file():
-            raise ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()})")
+            raise _absent(key, given, begun=config.data.sha256 is not None)
     data = config.data
     if data.held_out is not None and is_tokens(data.held_out) and not is_tokens(data.train):
         raise ConfigError(
@@ -100,7 +100,17 @@ def check_files(config: Config) -> None:
                 f"tracking.services: the package {service} is not installed; pip install {service}"
             )
     if not isinstance(config, Pretrain):
-        origin(config.model.from_)
+        start = config.model
+        if start.sha256 is not None and not Path(start.from_).exists():
+            raise _absent("model.from", start.from_, begun=True)
+        origin(start.from_)
+
+
+def _absent(key: str, given: str, *, begun: bool) -> ConfigError:
+    """`begun`: the config is of a run, which knows it by its hash wherever it lies."""
+    option = f"--{key.replace('_', '-')}"
+    moved = f"; where it was moved, give {option} with its place now" if begun else ""
+    return ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()}){moved}")
 
 
 def is_tokens(path: str) -> bool:
@@ -263,12 +273,7 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     before = toml.read(run.config, type(config))
     merged = resolved(_inherited(config, before), threads=threads, device=device)
     old, new = toml.flat(before), toml.flat(merged)
-    plateau = before.schedule.name == "reduce_on_plateau"
-    free = {*FREE} if plateau else {*FREE, *FREE_UNLESS_PLATEAU}
-    if not before.train.compile:
-        free.add("train.checkpoint")  # what is recomputed has the same bits
-    if before.train.reduction == "canonical":
-        free.add("train.sharded")  # the same bits
+    free = free_keys(before) | _known_by_hash(before, merged)
     changed = [key for key in old if old[key] != new.get(key) and key not in free]
     if changed:
         lines = [f"  {key}: {new.get(key)!r}, and the run has {old[key]!r}" for key in changed]
@@ -276,10 +281,38 @@ def resumed(config: C, *, threads: int, device: str) -> C:
         raise ConfigError(
             f"{run.path}: --resume with another config would not be the same run:\n"
             + "\n".join(lines)
-            + f"\n{anew if failed(run) else ''}resume with `functrain {config.stage} {shlex.quote(str(run.config))} --resume`, "
-            "or begin another --directory"
+            + f"\n{anew if failed(run) else ''}resume with `functrain {config.stage} "
+            f"{shlex.quote(str(run.config))} --resume`, or begin another --directory"
         )
     return merged
+
+
+def free_keys(before: Config) -> set[str]:
+    """What may change in a run that was begun so, for no bit of the params depends on it."""
+    plateau = before.schedule.name == "reduce_on_plateau"
+    free = {*FREE} if plateau else {*FREE, *FREE_UNLESS_PLATEAU}
+    if not before.train.compile:
+        free.add("train.checkpoint")  # what is recomputed has the same bits
+    if before.train.reduction == "canonical":
+        free.add("train.sharded")  # the same bits
+    return free
+
+
+def _known_by_hash(before: Config, now: Config) -> set[str]:
+    """What may lie in another place: that it is the same, its hash says where it is read."""
+    found, old, new = set(), before.data, now.data
+    # The embedded data lie in no place, and ids have no tokenizer, which text would bring.
+    if (
+        old.sha256 is not None
+        and EMBEDDED not in (old.train, new.train)
+        and is_tokens(old.train) == is_tokens(new.train)
+    ):
+        found.add("data.train")
+    if old.held_out is not None and old.held_out_sha256 is not None:
+        found.add("data.held_out")
+    if isinstance(before, SFT | DPO) and before.model.sha256 is not None:
+        found.add("model.from")
+    return found
 
 
 def _check_stage(run: RunDirectory, config: Config) -> None:
@@ -305,12 +338,23 @@ def _inherited(config: C, before: C) -> C:
 
     config = filled(config, before)
     if isinstance(config, SFT | DPO) and isinstance(before, SFT | DPO):
-        was = Path(before.model.from_)
-        # `runs/pretrain` has become the checkpoint in it that the run began from.
-        if Path(config.model.from_) in (was.parent.parent, was.parent.parent.parent):
-            model = attrs.evolve(config.model, from_=before.model.from_)
-            config = attrs.evolve(config, model=model)
+        start = _begun_from(config.model.from_, Path(before.model.from_))
+        config = attrs.evolve(config, model=attrs.evolve(config.model, from_=start))
     return config
+
+
+def _begun_from(given: str, was: Path) -> str:
+    """The checkpoint that a run began from, of the run or the demo that is given; else `given`.
+
+    Wherever these lie now: `runs/pretrain` has become a checkpoint in it, and is not the newest.
+    """
+    path = Path(given)
+    if path in (was.parent.parent, was.parent.parent.parent):
+        return str(was)
+    if was.parent.name != "checkpoints":
+        return given
+    inside = (path.joinpath(*was.parts[-depth:]) for depth in (2, 3))
+    return next((str(each) for each in inside if each.is_dir()), given)
 
 
 @contextmanager

@@ -324,6 +324,33 @@ def test_a_config_that_changes_the_bits_is_refused_by_the_name_of_the_key(
     assert toml.read_any(run / "config.toml") == begun
 
 
+@pytest.mark.parametrize(
+    ("unset", "message"),
+    [
+        (["--train.keep-best", "None"], "train.keep_best: None, and the run has 1"),
+        (["--evaluation.limit=None"], "evaluation.limit: None, and the run has 4"),
+        (["--data.held_out", "None"], "data.held_out: None, and the run has"),
+    ],
+)
+def test_a_none_that_would_not_be_obeyed_is_refused(
+    unset: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what to do instead; a None that the run has too, or fills in, is as good as none."""
+    from functrain.cli import directory
+    from functrain.cli.commands import stage_arguments
+
+    given, run = _config(tmp_path)
+    asked = ["pretrain", given, "--train.keep-best", "1"]
+    begun = directory.begun(stage_arguments("pretrain", asked[1:]).config, threads=1, device="cpu")
+    directory.write(run / "config.toml", toml.dumps(begun))
+    told = _refused(["pretrain", given, "--resume", *unset], capsys)
+    assert message in told
+    free = unset[0] != "--data.held_out"
+    assert (f"out of {run}/config.toml" if free else "begin another --directory") in told
+    kept = ["--train.keep-every", "None", "--schedule.total", "None", "--train.threads", "None"]
+    assert main(["pretrain", given, "--resume", "--train.steps", "1", *kept]) == 0
+
+
 def test_an_evaluation_may_change_unless_the_schedule_sees_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,6 +380,27 @@ def test_a_schedule_that_sees_evaluations_is_the_same_wherever_a_sitting_ends(
     assert _fingerprint(tmp_path / "two") == _fingerprint(run)
     assert main(["verify", str(run), "--replay", "0..3"]) == 0
     assert main(["verify", str(tmp_path / "two"), "--replay", "0..9"]) == 0
+
+
+def test_data_may_lie_in_another_place_and_are_known_by_their_hash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = _config(tmp_path, steps=2)
+    assert main(["pretrain", config]) == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.txt").rename(moved / f"{name}.txt")
+    again = ["pretrain", str(run / "config.toml"), "--resume", "--train.steps", "3"]
+    told = _refused(again, capsys)
+    assert "train.txt is not there" in told
+    assert "where it was moved, give --data.train with its place now" in told
+    again += ["--data.train", str(moved / "train.txt"), "--data.held-out"]
+    other = _refused([*again, str(moved / "train.txt")], capsys)
+    assert "data.held_out: " in other
+    assert "is not what this run was begun with" in other
+    assert main([*again, str(moved / "held_out.txt")]) == 0
+    assert main([*again[:4], "4"]) == 0  # where they lie is written down
 
 
 @pytest.mark.parametrize("which", ["train", "held_out"])
