@@ -7,6 +7,7 @@ from typing import Annotated
 import attrs
 import tyro
 
+from functrain.cli.checks import at_home
 from functrain.cli.config import DPO, SFT, Pretrain
 from functrain.errors import ConfigError
 
@@ -97,7 +98,7 @@ class DPOPlan(PlanArguments):
 class Demo:
     """Pretrain, fine-tune and align a small model on Python's own documentation."""
 
-    directory: str = "runs/demo"
+    directory: str = attrs.field(default="runs/demo", converter=at_home)
     """Where its three runs and its report go."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on where it was stopped, to the bit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -66,13 +67,26 @@ def a_day(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
 
 
 def not_empty(expected: str) -> Validator:
-    """Not the empty text."""
+    """Not the empty text, and one that a config can hold: UTF-8; or None."""
 
     def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
         if value == "":
             raise ConfigError(f"{key(record, field)}: empty; expected {expected}")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{key(record, field)}: {value!a} is not UTF-8, as a config is; expected "
+                f"{expected} that is: rename it, or give a link to it"
+            ) from None
 
     return check
+
+
+def at_home(path: str) -> str:
+    """A path with the home directory in the place of its `~`, as a shell has it."""
+    # Path's own has no answer for a `~name` of which there is no user.
+    return os.path.expanduser(path)  # noqa: PTH111
 
 
 given = not_empty("a path")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +64,8 @@ def stage(command: str, rest: Sequence[str]) -> int:
         asked = any(each.split("=")[0] == "--directory" for each in rest)
         if not asked:
             _check_place(Path(rest[0]), arguments.config.directory)
+    if resume:
+        _check_unset(rest, arguments.config.directory)
     from functrain.cli.directory import check_files
 
     if not _several():  # else it is said once, when all have met
@@ -95,6 +97,44 @@ def _check_place(file: Path, directory: str) -> None:
             f"{file}: is of a run that was begun in {directory} and lies in {here} now (looked "
             f"from {Path.cwd()}); to go on with it, give --directory {shlex.quote(str(here))}"
         )
+
+
+_FILLED = ("data.enable_thinking", "data.today", "schedule.total", "train.device", "train.threads")
+"""What a run fills in where it begins, so that None is what it has filled in."""
+
+
+def _check_unset(rest: Sequence[str], directory: str) -> None:
+    """Raise `ConfigError` for a None that a run which goes on would not obey.
+
+    What is left open is as the run has it, and of a config alone None is left open.
+    """
+    from functrain.cli.directory import free_keys
+    from functrain.cli.origins import RunDirectory
+
+    file = RunDirectory(directory).config
+    unset = [key for key in _unset(rest) if key not in _FILLED]
+    if not unset or not file.is_file():
+        return
+    begun = toml.read_any(file)
+    has, free = toml.flat(begun), free_keys(begun)
+    for key in unset:
+        if has.get(key) is None:
+            continue
+        way = "begin another --directory"
+        if key in free:
+            way = f"take {key.rpartition('.')[2]} out of {file}, and resume without this option"
+        raise ConfigError(
+            f"{key}: None, and the run has {has[key]!r}, which --resume keeps for what is left "
+            f"open; {way}"
+        )
+
+
+def _unset(rest: Sequence[str]) -> Iterator[str]:
+    """The keys whose options are None on a command line: `--train.keep-best None`."""
+    for each, after in zip(rest, [*rest[1:], ""], strict=True):
+        option, equals, value = each.partition("=")
+        if option.startswith("--") and (value if equals else after) == "None":
+            yield option[2:].replace("-", "_")
 
 
 def _several() -> bool:

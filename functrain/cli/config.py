@@ -8,10 +8,12 @@ from typing import Annotated, Any, ClassVar
 
 import attrs
 import tyro
+from attrs.converters import optional
 
 from functrain.cli.checks import (
     a_day,
     a_mix,
+    at_home,
     at_least,
     count,
     fraction,
@@ -88,7 +90,7 @@ class Start:
     SECTION: ClassVar[str] = "model"
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = attrs.field(
-        default="runs/pretrain", validator=given
+        default="runs/pretrain", validator=given, converter=at_home
     )
     """A run directory (then its newest checkpoint), a checkpoint in one, a local directory that
     transformers reads, or a .gguf file."""
@@ -145,10 +147,10 @@ class Data:
 
     SECTION: ClassVar[str] = "data"
 
-    train: str = attrs.field(default=EMBEDDED, validator=given)
+    train: str = attrs.field(default=EMBEDDED, validator=given, converter=at_home)
     """A file (.jsonl, .json, .parquet; for pretraining also .txt, .md, .bin, .npy), a directory or
     a pattern of such, or `embedded`."""
-    held_out: str | None = attrs.field(default=None, validator=given)
+    held_out: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
     """A file to evaluate on; the embedded data has its own."""
     time: int = attrs.field(default=256, validator=at_least(2))
     """Tokens in a row; longer examples are cut."""
@@ -200,7 +202,7 @@ class Text(Data):
     """The type of the ids in a .bin file."""
     vocabulary: int | None = attrs.field(default=None, validator=at_least(2))
     """Token ids in all, where the data are ids of a tokenizer of your own."""
-    cache: str | None = attrs.field(default=None, validator=given)
+    cache: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
     """A directory in which text is kept tokenised, by its content; else it is in memory."""
 
     def __attrs_post_init__(self) -> None:
@@ -342,7 +344,9 @@ class Train:
     """Have the process return memory as soon as it is free: a lower peak on Linux, slower steps."""
     compile: bool = False
     """Compile the model, once for each shape of a batch: faster steps after a slow first one."""
-    compile_cache: str | None = attrs.field(default=None, validator=given)
+    compile_cache: str | None = attrs.field(
+        default=None, validator=given, converter=optional(at_home)
+    )
     """A directory for what is compiled, so that another start is warm."""
     ema_decay: float | None = attrs.field(default=None, validator=fraction)
     """Keep a moving average of the params."""
@@ -491,7 +495,7 @@ class Preference:
     """KTO: the weight of desirable examples."""
     undesirable_weight: float = attrs.field(default=1.0, validator=positive)
     """KTO: the weight of the others."""
-    cache: str | None = attrs.field(default=None, validator=given)
+    cache: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
     """A file for the reference's log-probs; `functrain reference` fills it ahead."""
 
     def __attrs_post_init__(self) -> None:
@@ -565,7 +569,7 @@ class Pretrain:
     """Pretraining: next-token prediction over text."""
 
     stage: Stage = attrs.field(default="pretrain", validator=_stage)
-    directory: str = attrs.field(default="runs/pretrain", validator=given)
+    directory: str = attrs.field(default="runs/pretrain", validator=given, converter=at_home)
     """The run directory."""
     model: Model = attrs.field(factory=Model)
     data: Text = attrs.field(factory=Text)
@@ -581,7 +585,7 @@ class SFT:
     """Supervised fine-tuning: prediction of completions, from a pretrained run on."""
 
     stage: Stage = attrs.field(default="sft", validator=_stage)
-    directory: str = attrs.field(default="runs/sft", validator=given)
+    directory: str = attrs.field(default="runs/sft", validator=given, converter=at_home)
     """The run directory."""
     model: Start = attrs.field(factory=Start)
     lora: Adapters = attrs.field(factory=Adapters)
@@ -598,7 +602,7 @@ class DPO:
     """Direct preference optimisation against the params it starts from."""
 
     stage: Stage = attrs.field(default="dpo", validator=_stage)
-    directory: str = attrs.field(default="runs/dpo", validator=given)
+    directory: str = attrs.field(default="runs/dpo", validator=given, converter=at_home)
     """The run directory."""
     model: Start = attrs.field(factory=lambda: Start(from_="runs/sft"))
     lora: Adapters = attrs.field(factory=Adapters)

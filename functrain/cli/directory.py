@@ -27,7 +27,8 @@ from functrain.cli.config import (
 )
 from functrain.cli.known import EMBEDDED, SCHEDULES
 from functrain.cli.origins import Origin, RunDirectory, origin
-from functrain.errors import ConfigError
+from functrain.errors import ConfigError, DataError
+from functrain.tracking import jsonl
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 SUFFIXES = {
@@ -74,8 +75,13 @@ def check_files(config: Config) -> None:
                 f"{EMBEDDED!r} as data.train"
             )
         if not Path(given).is_file():
-            raise ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()})")
+            raise _absent(key, given, begun=config.data.sha256 is not None)
     data = config.data
+    if data.held_out is not None and is_tokens(data.held_out) and not is_tokens(data.train):
+        raise ConfigError(
+            f"data.held_out: {data.held_out} holds token ids, and data.train is text, which this "
+            "run has a tokenizer for; hold out text, or train on ids too"
+        )
     if isinstance(data, Text) and data.vocabulary and not is_tokens(data.train):
         raise ConfigError(
             f"data.vocabulary: {data.train} is text, whose tokenizer is the built-in one; give "
@@ -94,7 +100,17 @@ def check_files(config: Config) -> None:
                 f"tracking.services: the package {service} is not installed; pip install {service}"
             )
     if not isinstance(config, Pretrain):
-        origin(config.model.from_)
+        start = config.model
+        if start.sha256 is not None and not Path(start.from_).exists():
+            raise _absent("model.from", start.from_, begun=True)
+        origin(start.from_)
+
+
+def _absent(key: str, given: str, *, begun: bool) -> ConfigError:
+    """`begun`: the config is of a run, which knows it by its hash wherever it lies."""
+    option = f"--{key.replace('_', '-')}"
+    moved = f"; where it was moved, give {option} with its place now" if begun else ""
+    return ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()}){moved}")
 
 
 def is_tokens(path: str) -> bool:
@@ -147,9 +163,12 @@ def _told(data: Data, start: Origin) -> Data:
 
 
 def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
-    """The resolved config of a new run; `ConfigError` where its directory is not empty."""
+    """The resolved config of a new run; `ConfigError` where its directory is not empty.
+
+    What a beginning that failed has left there is nothing.
+    """
     run = RunDirectory(config.directory)
-    if run.path.exists() and (not run.path.is_dir() or _holds_something(run.path)):
+    if run.path.exists() and (not run.path.is_dir() or _holds_something(run)):
         way = (
             f"with no {run.config.name} in it there is no run to go on with; put that back"
             if resume
@@ -199,14 +218,49 @@ def _check_read(config: Config) -> None:
             )
 
 
-def _holds_something(directory: Path) -> bool:
-    # A config that was being written when the process was killed is nothing yet.
-    nothing = {".config.toml.tmp", LOCK}
-    return any(path.name not in nothing for path in directory.iterdir())
-
-
 LOCK = ".lock"
 """What a process that trains in a run's directory holds there; see `functrain.cli.lock`."""
+
+
+def _holds_something(run: RunDirectory) -> bool:
+    # A config that was being written when the process was killed is nothing yet.
+    nothing = {f".{run.config.name}.tmp", LOCK}
+    return any(path.name not in nothing for path in run.path.iterdir()) and not failed(run)
+
+
+def failed(run: RunDirectory) -> bool:
+    """Whether all that lies there is of a beginning that failed: no step is logged or saved."""
+    files = _first(run)
+    written = {run.checkpoints.name, LOCK, *(path.name for path in files)}
+    written |= {f".{path.name}.tmp" for path in files}
+    found = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
+    if run.config.name not in found or not found <= written:
+        return False
+    if run.checkpoints.exists() and any(run.checkpoints.iterdir()):
+        return False
+    try:
+        # A config that somebody has put there has no hashes, which a run writes down.
+        begun = toml.read_any(run.config).data.sha256 is not None
+        return begun and not any(record["step"] for record in jsonl.read(run.metrics))
+    except (ConfigError, DataError):
+        return False
+
+
+def cleared(run: RunDirectory) -> None:
+    """Remove what a beginning that `failed` has left; `ConfigError` where that cannot be done."""
+    try:
+        shutil.rmtree(run.tokenizer_files, ignore_errors=True)
+        for path in _first(run):
+            if path != run.tokenizer_files:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritten(run.path, error) from error
+
+
+def _first(run: RunDirectory) -> tuple[Path, ...]:
+    """What a run writes before its first step; its config, by which the rest is known, last."""
+    tokenizers = (run.tokenizer, run.tokenizer_files)
+    return (*tokenizers, run.metrics, run.notes, run.environment, run.config)
 
 
 def resumed(config: C, *, threads: int, device: str) -> C:
@@ -219,22 +273,46 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     before = toml.read(run.config, type(config))
     merged = resolved(_inherited(config, before), threads=threads, device=device)
     old, new = toml.flat(before), toml.flat(merged)
+    free = free_keys(before) | _known_by_hash(before, merged)
+    changed = [key for key in old if old[key] != new.get(key) and key not in free]
+    if changed:
+        lines = [f"  {key}: {new.get(key)!r}, and the run has {old[key]!r}" for key in changed]
+        anew = "nothing has been trained there, so without --resume it is begun anew; or "
+        raise ConfigError(
+            f"{run.path}: --resume with another config would not be the same run:\n"
+            + "\n".join(lines)
+            + f"\n{anew if failed(run) else ''}resume with `functrain {config.stage} "
+            f"{shlex.quote(str(run.config))} --resume`, or begin another --directory"
+        )
+    return merged
+
+
+def free_keys(before: Config) -> set[str]:
+    """What may change in a run that was begun so, for no bit of the params depends on it."""
     plateau = before.schedule.name == "reduce_on_plateau"
     free = {*FREE} if plateau else {*FREE, *FREE_UNLESS_PLATEAU}
     if not before.train.compile:
         free.add("train.checkpoint")  # what is recomputed has the same bits
     if before.train.reduction == "canonical":
         free.add("train.sharded")  # the same bits
-    changed = [key for key in old if old[key] != new.get(key) and key not in free]
-    if changed:
-        lines = [f"  {key}: {new.get(key)!r}, and the run has {old[key]!r}" for key in changed]
-        raise ConfigError(
-            f"{run.path}: --resume with another config would not be the same run:\n"
-            + "\n".join(lines)
-            + f"\nresume with `functrain {config.stage} {shlex.quote(str(run.config))} --resume`, "
-            "or begin another --directory"
-        )
-    return merged
+    return free
+
+
+def _known_by_hash(before: Config, now: Config) -> set[str]:
+    """What may lie in another place: that it is the same, its hash says where it is read."""
+    found, old, new = set(), before.data, now.data
+    # The embedded data lie in no place, and ids have no tokenizer, which text would bring.
+    if (
+        old.sha256 is not None
+        and EMBEDDED not in (old.train, new.train)
+        and is_tokens(old.train) == is_tokens(new.train)
+    ):
+        found.add("data.train")
+    if old.held_out is not None and old.held_out_sha256 is not None:
+        found.add("data.held_out")
+    if isinstance(before, SFT | DPO) and before.model.sha256 is not None:
+        found.add("model.from")
+    return found
 
 
 def _check_stage(run: RunDirectory, config: Config) -> None:
@@ -260,12 +338,23 @@ def _inherited(config: C, before: C) -> C:
 
     config = filled(config, before)
     if isinstance(config, SFT | DPO) and isinstance(before, SFT | DPO):
-        was = Path(before.model.from_)
-        # `runs/pretrain` has become the checkpoint in it that the run began from.
-        if Path(config.model.from_) in (was.parent.parent, was.parent.parent.parent):
-            model = attrs.evolve(config.model, from_=before.model.from_)
-            config = attrs.evolve(config, model=model)
+        start = _begun_from(config.model.from_, Path(before.model.from_))
+        config = attrs.evolve(config, model=attrs.evolve(config.model, from_=start))
     return config
+
+
+def _begun_from(given: str, was: Path) -> str:
+    """The checkpoint that a run began from, of the run or the demo that is given; else `given`.
+
+    Wherever these lie now: `runs/pretrain` has become a checkpoint in it, and is not the newest.
+    """
+    path = Path(given)
+    if path in (was.parent.parent, was.parent.parent.parent):
+        return str(was)
+    if was.parent.name != "checkpoints":
+        return given
+    inside = (path.joinpath(*was.parts[-depth:]) for depth in (2, 3))
+    return next((str(each) for each in inside if each.is_dir()), given)
 
 
 @contextmanager

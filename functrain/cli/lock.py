@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM
-from functrain.cli.directory import LOCK, unwritten
+from functrain.cli.directory import LOCK, cleared, failed, unwritten
 from functrain.cli.origins import RunDirectory
 from functrain.errors import ConfigError
 
@@ -15,7 +15,8 @@ from functrain.errors import ConfigError
 def held(run: RunDirectory, *, new: bool) -> Iterator[None]:
     """Hold a run's directory, so that no other process trains in it; a kill lets it go.
 
-    `ConfigError` where another process does, or has begun what was to be a `new` run.
+    `ConfigError` where another process does, or has begun what was to be a `new` run. What a
+    beginning that failed has left is removed for a new one.
     """
     with ExitStack() as stack:
         try:
@@ -28,6 +29,8 @@ def held(run: RunDirectory, *, new: bool) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise unwritten(run.path, error) from error
+        if new and failed(run):
+            cleared(run)
         if new and run.config.exists():
             raise ConfigError(
                 f"{run.path}: another process has begun a run here; go on with --resume, or give "

@@ -160,6 +160,28 @@ def test_complaints_name_the_file_the_key_and_what_was_expected(
         toml.read(path, c.DPO)
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'directory = "~/run"\n[model]\nfrom = "~/a"\n[data]\ntrain = "~/b"\nheld_out = "~/c"\n'
+        '[train]\ncompile = true\ncompile_cache = "~/d"\n[preference]\ncache = "~/e"\n'
+    )
+    found = toml.flat(toml.read(path, c.DPO))
+    keys = ("directory", "model.from", "data.train", "data.held_out", "train.compile_cache")
+    paths = [found[key] for key in (*keys, "preference.cache")]
+    assert paths == [str(tmp_path / name) for name in ("run", "a", "b", "c", "d", "e")]
+    assert c.Pretrain(data=c.Text(train="x.txt", cache="~/f")).data.cache == str(tmp_path / "f")
+
+
+def test_a_path_that_no_config_can_hold_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    named = "\udcff"  # as Python has a byte of a name that is not UTF-8
+    for option, key in (("--directory", "directory"), ("--data.held-out", "data.held_out")):
+        assert main(["pretrain", option, f"{named}.txt"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{key}: '\\udcff.txt' is not UTF-8, as a config is" in said
+
+
 def test_all_complaints_come_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[schedule]\npek = 1\n[train]\nsteps = 1.5\nbatch_size = 0")

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functrain import checkpoint, compilation, loop, memory, writing
+from functrain import checkpoint, compilation, loop, memory
 from functrain.cli import main, sources, toml
 from functrain.cli import run as run_module
 from functrain.cli.lock import held
@@ -31,7 +31,7 @@ from functrain.data.text import tokens
 from functrain.errors import CheckpointError, ConfigError, DataError
 from functrain.metrics import Metrics
 from functrain.objectives import logprobs
-from functrain.tracking import jsonl, progress
+from functrain.tracking import jsonl, progress, report
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
@@ -188,6 +188,46 @@ def test_a_directory_that_is_not_empty_is_refused(
     assert [path.name for path in run.iterdir()] == ["thesis.tex"]
 
 
+def test_a_beginning_that_failed_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another config; where a step was logged or saved, or more lies there, nothing goes."""
+    given, run = _config(tmp_path)
+
+    def failing(*_: object, **_options: object) -> None:
+        raise DataError("the first evaluation fails")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("functrain.cli.run.evaluate", failing)
+        assert main(["pretrain", given, "--train.seed", "7"]) == 2
+    assert (run / "config.toml").is_file()
+    told = _refused(["pretrain", given, "--resume"], capsys)
+    assert "train.seed: 0, and the run has 7" in told
+    assert "nothing has been trained there, so without --resume it is begun anew" in told
+    (run / "tokenizer").mkdir()  # of another model that it began from
+    (run / "thesis.tex").write_text("precious")
+    assert "not empty" in _refused(["pretrain", given], capsys)
+    (run / "thesis.tex").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert "not empty" in _refused(["pretrain", given], capsys)
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
+    assert main(["pretrain", given]) == 0
+    assert not (run / "tokenizer").exists()
+    assert [each["step"] for each in _records(run)][:2] == [0, 1]
+    assert "not empty" in _refused(["pretrain", given], capsys)
+
+
+def test_ids_are_held_out_of_ids_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As text's, they would be counted as its bytes; said before a directory is made."""
+    given, run = _config(tmp_path)
+    np.save(tmp_path / "ids.npy", np.arange(300) % 50)
+    for text in ([], ["--data.train", "embedded"]):
+        asked = ["pretrain", given, *text, "--data.held-out", str(tmp_path / "ids.npy")]
+        told = _refused(asked, capsys)
+        assert f"data.held_out: {tmp_path}/ids.npy holds token ids, and data.train is text" in told
+    assert not run.exists()
+
+
 def test_resuming_a_finished_run_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +325,33 @@ def test_a_config_that_changes_the_bits_is_refused_by_the_name_of_the_key(
     assert toml.read_any(run / "config.toml") == begun
 
 
+@pytest.mark.parametrize(
+    ("unset", "message"),
+    [
+        (["--train.keep-best", "None"], "train.keep_best: None, and the run has 1"),
+        (["--evaluation.limit=None"], "evaluation.limit: None, and the run has 4"),
+        (["--data.held_out", "None"], "data.held_out: None, and the run has"),
+    ],
+)
+def test_a_none_that_would_not_be_obeyed_is_refused(
+    unset: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what to do instead; a None that the run has too, or fills in, is as good as none."""
+    from functrain.cli import directory
+    from functrain.cli.commands import stage_arguments
+
+    given, run = _config(tmp_path)
+    asked = ["pretrain", given, "--train.keep-best", "1"]
+    begun = directory.begun(stage_arguments("pretrain", asked[1:]).config, threads=1, device="cpu")
+    directory.write(run / "config.toml", toml.dumps(begun))
+    told = _refused(["pretrain", given, "--resume", *unset], capsys)
+    assert message in told
+    free = unset[0] != "--data.held_out"
+    assert (f"out of {run}/config.toml" if free else "begin another --directory") in told
+    kept = ["--train.keep-every", "None", "--schedule.total", "None", "--train.threads", "None"]
+    assert main(["pretrain", given, "--resume", "--train.steps", "1", *kept]) == 0
+
+
 def test_an_evaluation_may_change_unless_the_schedule_sees_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +381,27 @@ def test_a_schedule_that_sees_evaluations_is_the_same_wherever_a_sitting_ends(
     assert _fingerprint(tmp_path / "two") == _fingerprint(run)
     assert main(["verify", str(run), "--replay", "0..3"]) == 0
     assert main(["verify", str(tmp_path / "two"), "--replay", "0..9"]) == 0
+
+
+def test_data_may_lie_in_another_place_and_are_known_by_their_hash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = _config(tmp_path, steps=2)
+    assert main(["pretrain", config]) == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.txt").rename(moved / f"{name}.txt")
+    again = ["pretrain", str(run / "config.toml"), "--resume", "--train.steps", "3"]
+    told = _refused(again, capsys)
+    assert "train.txt is not there" in told
+    assert "where it was moved, give --data.train with its place now" in told
+    again += ["--data.train", str(moved / "train.txt"), "--data.held-out"]
+    other = _refused([*again, str(moved / "train.txt")], capsys)
+    assert "data.held_out: " in other
+    assert "is not what this run was begun with" in other
+    assert main([*again, str(moved / "held_out.txt")]) == 0
+    assert main([*again[:4], "4"]) == 0  # where they lie is written down
 
 
 @pytest.mark.parametrize("which", ["train", "held_out"])
@@ -647,7 +735,7 @@ def test_a_report_that_cannot_be_written_takes_nothing_of_the_result_away(
     def full(_path: Path, _data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writing, "write", full)
+    monkeypatch.setattr(report, "write", full)
     assert main(["pretrain", given]) == 0
     said = capsys.readouterr().out
     assert "finished, 4 of 4 steps" in said

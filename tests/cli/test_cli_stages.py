@@ -121,6 +121,28 @@ def test_a_start_that_has_changed_is_refused(
         assert "is not what this run started from" in capsys.readouterr().err
 
 
+def test_a_start_may_lie_in_another_place(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the run that it is of has gone on since; it is known by its hash."""
+    shutil.copytree(runs / "a", tmp_path / "a")
+    data = ["--data.train", str(runs / "sft.jsonl")]
+    run = tmp_path / "run"
+    start = ["--model.from", str(tmp_path / "a")]
+    assert main(["sft", "--directory", str(run), *start, *data, *COMMON]) == 0
+    begun = ["pretrain", str(tmp_path / "a" / "config.toml"), "--directory", str(tmp_path / "a")]
+    assert main([*begun, "--resume", "--train.steps", "7"]) == 0
+    (tmp_path / "a").rename(tmp_path / "moved")
+    again = ["sft", str(run / "config.toml"), "--resume", "--train.steps", "7"]
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "where it was moved, give --model.from with its place now" in capsys.readouterr().err
+    assert main([*again, "--model.from", str(runs / "b")]) == 2
+    assert "is not what this run started from" in capsys.readouterr().err
+    assert main([*again, "--model.from", str(tmp_path / "moved")]) == 0
+    assert main([*again[:4], "8"]) == 0
+
+
 def test_data_that_have_changed_are_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,11 +297,13 @@ def test_what_is_measured_is_laid_out_as_the_run_has_it(
         (["{runs}/bad.jsonl"], "bad.jsonl:2: not JSON"),
         (["{runs}/text.txt", "--limit", "0"], "limit: 0, expected an integer of at least 1"),
         ([], "no file"),
+        (["{runs}/text.txt", "{runs}/ids.npy"], "ids.npy: token ids, and the model reads text"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
     runs: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    np.save(runs / "ids.npy", np.arange(300) % 50)
     (runs / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{\n')
     assert main(["evaluate", str(runs / "a"), *(x.format(runs=runs) for x in given)]) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
