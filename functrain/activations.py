@@ -52,8 +52,11 @@ def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
 def matching(architecture: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The modules that these patterns match, by name; `*` is within a part between two dots.
 
-    Raises `ConfigError` for a pattern that matches nothing, and for modules that are inside of one
-    another, that are not called or whose second forward would not be the same.
+    An embedding that one matches beside others is left out.
+
+    Raises `ConfigError` for a pattern that matches nothing, or embeddings alone, and for modules
+    that are inside of one another, that are not called or whose second forward would not be the
+    same.
     """
     modules = dict(architecture.named_modules())
     del modules[""]
@@ -65,7 +68,7 @@ def matching(architecture: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
             raise ConfigError(
                 f"checkpoint: no module's name matches {pattern!r}; {did_you_mean(pattern, known)}"
             )
-        found |= some
+        found |= _without_embeddings(some)
     if found:
         _check_own(architecture)
     for name, module in found.items():
@@ -82,6 +85,18 @@ def matching(architecture: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
 def _matches(name: str, pattern: str) -> bool:
     parts, expected = name.split("."), pattern.split(".")
     return len(parts) == len(expected) and all(map(fnmatchcase, parts, expected))
+
+
+def _without_embeddings(some: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    # With a forward of its own a large one would not add its gradient to the sum where that is made
+    # (functrain.accumulators), and the bits would be others.
+    others = {name: each for name, each in some.items() if not isinstance(each, nn.Embedding)}
+    if not others:
+        raise ConfigError(
+            f"checkpoint: {min(some)} is an embedding, which keeps nothing but its ids, so that "
+            "nothing would be gained; name blocks: 'model.layers.*'"
+        )
+    return others
 
 
 def _check_own(architecture: nn.Module) -> None:

@@ -515,4 +515,12 @@ def conditions(step: Step, batch_size: int | None) -> dict[str, Any]:
         "compile": step.compile,
         # Uncompiled, what is recomputed has the same bits.
         "checkpoint": list(step.checkpoint) if step.compile else [],
+        # Of an objective that has them; null is what is usual.
+        "head": _unusual(step, "head", "auto"),
+        "layout": _unusual(step, "layout", "padded"),
     }
+
+
+def _unusual(step: Step, name: str, usual: str) -> str | None:
+    found = getattr(step.objective, name, None)
+    return found if isinstance(found, str) and found != usual else None

@@ -182,6 +182,9 @@ class Twice(zoo.Tied):
         ("model.layers", r"a container, which is never called; write 'model.layers.\*'"),
         (["model.layers.*", "model.layers.*.mlp"], r"layers.0.mlp is inside of model.layers.0"),
         ("lm_head", r"lm_head is the head"),
+        ("model.embed_tokens", r"model.embed_tokens is an embedding"),
+        ("model.embed*", r"model.embed_tokens is an embedding"),
+        (["model.norm", "model.embed_tokens"], r"model.embed_tokens is an embedding"),
         (3, r"checkpoint: 3, expected a pattern of module names"),
         ([3], r"checkpoint: \[3\], expected a pattern of module names"),
     ],
@@ -189,6 +192,11 @@ class Twice(zoo.Tied):
 def test_patterns_that_cannot_be_are_refused(pattern: Any, message: str) -> None:
     with pytest.raises(ft.ConfigError, match=message):
         _begun(checkpoint=pattern)
+
+
+def test_an_embedding_among_others_is_left_alone() -> None:
+    """Its gradient is added where it is made, which it would not be: the bits would be others."""
+    assert activations.matching(zoo.decoder(), ["model.[en]*"]).keys() == {"model.norm"}
 
 
 def test_modules_that_cannot_be_are_refused() -> None:

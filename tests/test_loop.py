@@ -395,6 +395,27 @@ def test_what_changes_the_bits_of_a_run_changes_its_conditions(other: dict[str, 
     assert conditions(attrs.evolve(step, **given), size) != conditions(step, 4)
 
 
+def test_so_do_the_head_and_the_layout_of_an_objective(tmp_path: Path) -> None:
+    """Null where they are as usual; a checkpoint of before, which says neither, loads as ever."""
+    architecture, params, _ = zoo.split("tied")
+
+    def under(**given: Any) -> dict[str, Any]:
+        reference = ft.trees.clone(params)
+        step = ft.dpo_step(architecture, ft.optim.sgd(), reference=reference, **given)
+        return conditions(step, 4)
+
+    other = under(head="full", layout="padding_free")
+    assert (under()["head"], under()["layout"]) == (None, None)
+    assert (other["head"], other["layout"]) == ("full", "padding_free")
+    _, state = _run()
+    before = {name: value for name, value in under().items() if name not in ("head", "layout")}
+    ft.save(tmp_path, state, conditions=before)
+    ft.load(tmp_path, like=state, conditions=other, strict=True)
+    ft.save(tmp_path, attrs.evolve(state, step=1), conditions=under())
+    with pytest.raises(ft.CheckpointError, match="head None then, 'full' now; layout None then"):
+        ft.load(tmp_path, like=state, conditions=other, strict=True)
+
+
 @pytest.mark.parametrize(
     ("reduction", "size", "sharded", "expected"),
     [
@@ -418,6 +439,8 @@ def test_whether_shards_change_the_bits_is_a_condition(
         precision=step.precision,
         compile=False,
         checkpoint=(),
+        objective=types.SimpleNamespace(head=torch.ones(1)),  # of one's own: it is something else
     )
     found = conditions(given, 4)
     assert (found["workers"], found["sharded"]) == expected
+    assert found["head"] is None

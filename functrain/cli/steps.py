@@ -12,6 +12,7 @@ from functrain.cli.config import DPO, SFT, Config, Optimizer, Preference, Schedu
 from functrain.distributed import World
 from functrain.errors import ConfigError
 from functrain.guards import SpikeGuard
+from functrain.lora import is_adapted
 from functrain.schedules import Plateau
 from functrain.stages import dpo_step, kto_step, pretrain_step, sft_step
 from functrain.steps import Step
@@ -75,6 +76,8 @@ def optimizer(config: Optimizer, lr: float, architecture: nn.Module) -> optimize
     options = config.options()
     if config.name == "muon":
         decay = {n: v for n, v in options.items() if n == "weight_decay"}
+        if is_adapted(architecture):  # whose names tell neither an embedding nor a head
+            options["hidden"] = optimizers.hidden_matrices(architecture)
         return optimizers.muon(lr, others=optimizers.adamw(lr, groups=exempt, **decay), **options)
     make: Any = getattr(optimizers, config.name)
     made: optimizers.Optimizer = make(lr, groups=exempt, **options)

@@ -178,20 +178,30 @@ def check_packed(batch: Batch) -> None:
         )
 
 
+def padding_in(batch: Batch) -> Tensor | None:
+    """Which tokens are known for padding: bool [batch, time]; None where nothing tells.
+
+    What `attention_mask` hides. Without one, where there are `position_ids`, what is alone in its
+    sequence.
+    """
+    if "attention_mask" in batch:
+        hidden: Tensor = batch["attention_mask"] == 0
+        return hidden
+    if "position_ids" not in batch:
+        return None
+    begins = beginnings(batch["position_ids"])
+    alone = begins & F.pad(begins[:, 1:], (0, 1), value=True)
+    return alone & (batch["labels"] == IGNORE_INDEX)
+
+
 def count_padding(batch: Batch) -> tuple[Tensor, int]:
     """How many tokens of [batch, time] are padding (int64, 0-d), and how many there are.
 
-    Padding is what `attention_mask` hides. Without one it is, where there are `position_ids`, what
-    is alone in its sequence, and otherwise what no target of its row comes at or after.
+    Padding is what `padding_in` knows for it, or else what no target of its row comes at or after.
     """
-    outside = batch["labels"] == IGNORE_INDEX
-    if "attention_mask" in batch:
-        padding = batch["attention_mask"] == 0
-    elif "position_ids" in batch:
-        begins = beginnings(batch["position_ids"])
-        padding = begins & F.pad(begins[:, 1:], (0, 1), value=True) & outside
-    else:
-        padding = outside.flip(1).cumprod(1)
+    padding = padding_in(batch)
+    if padding is None:
+        padding = (batch["labels"] == IGNORE_INDEX).flip(1).cumprod(1)
     return padding.sum(), padding.numel()
 
 

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from functrain import metrics as m
 from functrain.errors import ArchitectureError, ConfigError, is_number
 from functrain.metrics import Metrics
-from functrain.objectives.batches import MODEL_INPUTS, Batch, check_targets, count_targets
+from functrain.objectives.batches import (
+    MODEL_INPUTS,
+    Batch,
+    check_targets,
+    count_targets,
+    padding_in,
+)
 from functrain.objectives.head import Head, find_head
 from functrain.objectives.language import LanguageModeling
 
@@ -103,11 +109,11 @@ class RoutedLanguageModeling(LanguageModeling):
 
 
 def _tokens(batch: Batch) -> Tensor:
-    mask: Tensor | None = batch.get("attention_mask")
-    if mask is None:
+    padding = padding_in(batch)
+    if padding is None:
         ids = batch["input_ids"]
         return torch.full((), ids.numel(), device=ids.device)  # which waits for no device
-    return (mask != 0).sum()
+    return (~padding).sum()
 
 
 def _recording(model: nn.Module) -> tuple[list[Sequence[Tensor]], Callable[..., Any]]:
@@ -180,8 +186,8 @@ def _routed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed probabilities by expert, with history; how often each was chosen; of how many rows."""
     top = _chosen(model)
-    mask: Tensor | None = batch.get("attention_mask")
-    real = None if mask is None else (mask != 0).flatten()
+    padding = padding_in(batch)
+    real = None if padding is None else ~padding.flatten()
     sums: list[Tensor] = []
     counts: list[Tensor] = []
     rows: list[Tensor] = []

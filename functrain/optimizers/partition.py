@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.errors import ConfigError
+from functrain.lora.layers import Adapted
 from functrain.optimizers.adam import Adam, adamw
 from functrain.optimizers.adapter import Adapter, from_torch
 from functrain.optimizers.base import (
@@ -88,7 +89,10 @@ def hidden_matrices(architecture: nn.Module) -> Predicate:
     `Conv1D`, the projections of `nn.MultiheadAttention`. The head: a weight tied to an embedding,
     or a layer with an output for each entry of one. Where that number is a width of other layers
     too, its name tells the head; and where no name does, every layer of that many outputs is taken
-    for one, since AdamW trains a hidden matrix well and Muon a head badly.
+    for one, since AdamW trains a hidden matrix well and Muon a head badly. The adapters of a hidden
+    matrix (`functrain.lora`) are hidden too: `architecture` is the adapted one then.
+
+    The predicate raises `ConfigError` for a name that the architecture has not.
     """
     embeddings = [m for m in architecture.modules() if _entries(m) is not None]
     sizes = {_entries(m) for m in embeddings}
@@ -106,8 +110,21 @@ def hidden_matrices(architecture: nn.Module) -> Predicate:
         heads = certain
     else:
         heads = {name for name in heads if _is_head(name)} or heads
-    hidden = frozenset(layers.keys() - heads)
-    return lambda name, _: name in hidden
+    matrices = frozenset(layers.keys() - heads)
+    stems = {name.removesuffix("weight") for name in matrices}
+    hidden = matrices | {f"{stem}{adapter}" for stem in stems for adapter in ("lora_A", "lora_B")}
+    known = frozenset(name for name, _ in architecture.named_parameters(remove_duplicate=False))
+    kind = type(architecture).__name__
+
+    def is_hidden(name: str, _tensor: Tensor) -> bool:
+        if name not in known:
+            raise ConfigError(
+                f"hidden_matrices: {name} is no parameter of the {kind} that it was given; give it "
+                "the architecture of the step, after functrain.lora.attach where that is used"
+            )
+        return name in hidden
+
+    return is_hidden
 
 
 def is_any(_name: str, _tensor: Tensor) -> bool:
@@ -127,6 +144,8 @@ def _linear_weights(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, int]
         for own in module.parameters(recurse=False):
             if own.ndim == 2:
                 yield own, (own.shape[1], own.shape[0])
+    elif isinstance(module, Adapted):
+        yield module.weight, (module.lora_A.shape[1], module.lora_B.shape[0])
     elif not isinstance(weight, Tensor) or weight.ndim != 2:
         return
     elif type(module).__name__ == "Conv1D":

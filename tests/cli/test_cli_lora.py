@@ -56,6 +56,14 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_muon_trains_adapters(runs: Path, tmp_path: Path) -> None:
+    chats = _jsonl(tmp_path / "sft.jsonl", CHATS)
+    start = ["--model.from", str(runs / "a"), *LORA, "--optimizer.name", "muon"]
+    assert main(["sft", "--directory", str(tmp_path / "run"), *start, *chats, *COMMON]) == 0
+    state = restored(str(tmp_path / "run")).state
+    assert state.optimizer.slots["muon.momentum_buffer"].keys() == state.params.keys()
+
+
 def test_checkpoints_hold_adapters_alone(runs: Path, capsys: Any) -> None:
     found = restored(str(runs / "b"))
     assert all(".lora_" in name for name in found.state.params)

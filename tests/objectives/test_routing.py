@@ -68,6 +68,33 @@ def test_micro_batches_balance_as_the_whole_batch(data: st.DataObject) -> None:
     testing.assert_evaluation_invariant(step, state, batch, parts)
 
 
+@given(first=st.integers(2, 7), padding=st.integers(0, 4))
+def test_packed_documents_are_balanced_as_padded_ones(first: int, padding: int) -> None:
+    """Padding, told by a mask or by positions, is no token of the balance."""
+    ids = zoo.batch()["input_ids"]
+    mask = (torch.arange(8) < torch.tensor([[first], [8]])).long()
+    padded = {
+        "input_ids": ids[:2],
+        "labels": ids[:2].masked_fill(mask == 0, -100),
+        "attention_mask": mask,
+    }
+    ids = torch.cat([ids[0, :first], ids[1], ids[2, :padding]])
+    places = torch.cat([torch.arange(first), torch.arange(8), torch.zeros(padding).long()])
+    packed = {
+        "input_ids": ids[None],
+        "labels": ids.masked_fill(places == 0, -100)[None],
+        "position_ids": places[None],
+    }
+    step, state = started("qwen3_moe")
+    step, state = started("qwen3_moe")
+    step.architecture.config.use_cache = False
+    one, two = (step.value_and_grad(state.params, state.buffers, each) for each in (padded, packed))
+    for name in ("loss", "aux_loss"):
+        assert float(two.metrics[name]) == pytest.approx(float(one.metrics[name]), rel=1e-5)
+    for name, grad in one.grads.items():
+        torch.testing.assert_close(two.grads[name], grad, rtol=1e-4, atol=1e-6)
+
+
 def test_it_moves_the_routers_and_obeys_the_laws() -> None:
     step, state = started("mixtral", microbatches=2)
     testing.assert_pure(step, state, masked())

@@ -240,6 +240,36 @@ def test_muon_trains_what_it_is_told_is_hidden() -> None:
     assert set(state.slots["others.step"]) == params.keys() - HIDDEN
 
 
+def test_adapters_of_hidden_matrices_are_hidden_and_the_heads_are_not() -> None:
+    module = Model()
+    targets = ("c.*", "f")
+    adapted, adapters = ft.lora.attach(*ft.split(module)[:2], ft.lora.LoRA(rank=2, targets=targets))
+    expected = {f"c.{i}.lora_{part}" for i in (0, 1) for part in "AB"}
+    optimizer = optim.muon(hidden=optim.hidden_matrices(adapted))
+    _, state = _run(optimizer, adapters, adapters)
+    assert set(state.slots["muon.momentum_buffer"]) == expected
+    assert set(state.slots["others.step"]) == {"f.lora_A", "f.lora_B"}
+
+
+def test_so_are_those_of_layers_with_a_transposed_weight() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=31, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    parts = ft.split(transformers.GPT2LMHeadModel(config))
+    adapted, adapters = ft.lora.attach(*parts[:2], ft.lora.LoRA(rank=2))
+    where = optim.hidden_matrices(adapted)
+    assert adapters
+    assert all(where(name, tensor) for name, tensor in adapters.items())
+
+
+def test_a_name_that_the_architecture_has_not_is_refused() -> None:
+    """It would be taken for no hidden matrix, and Muon would train nothing."""
+    architecture, params, _ = ft.split(Model())
+    _, adapters = ft.lora.attach(architecture, params, ft.lora.LoRA(rank=2, targets=("c.*",)))
+    optimizer = optim.muon(hidden=optim.hidden_matrices(architecture))
+    with pytest.raises(ConfigError, match=r"c.0.lora_A is no parameter of the Model"):
+        optimizer.init(adapters)
+
+
 def test_muon_refuses_names_that_tell_it_nothing() -> None:
     """Else it would train embedding and head as hidden matrices."""
     params = ft.split(Model())[1]
