@@ -370,6 +370,39 @@ def adapted(options: Any) -> dict[str, Any]:
         }
 
 
+def exporting(options: Any) -> dict[str, Any]:
+    """An export and adapters of a state in shards: what is refused, and the way that is named."""
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made(options, world)
+        state, _ = step(state, own_part(step, batches("pretrain", 0), world))
+        architecture, folder = step.architecture, options["folder"]
+        refused = []
+        if world.size > 1:
+            refused += _refusal(lambda: ft.export(state, architecture, f"{folder}/never"))
+        if options.get("lora") is not None:
+            if world.size > 1:
+                given = architecture, state.params
+                refused += _refusal(lambda: ft.lora.save_adapter(f"{folder}/never", *given))
+            adapters = ft.distributed.gathered(state.params)
+            if world.speaks:
+                ft.lora.save_adapter(f"{folder}/adapters", architecture, adapters)
+        whole = ft.distributed.gathered(state)
+        if options.get("base") == "sharded":
+            architecture, params = ft.lora.merged(architecture, state.params)
+            whole = ft.distributed.gathered(attrs.evolve(state, params=params))
+        if world.speaks:
+            ft.export(whole, architecture, f"{folder}/model")
+        return {"refused": refused}
+
+
+def _refusal(function: Any) -> list[list[str]]:
+    try:
+        function()
+    except ft.errors.FunctrainError as error:
+        return [[type(error).__name__, str(error)]]
+    return []
+
+
 def misused(options: Any) -> None:
     """A base in shards where it cannot be: `how` it is used."""
     with ft.distributed.world(timeout=60) as world:
@@ -580,6 +613,9 @@ def moving(options: Any) -> None:
     """A step of a model whose forward writes to a buffer."""
     with ft.distributed.world(timeout=60) as world:
         module: nn.Module = zoo.model("normed") if options.get("normed") else Moving()
+        if options.get("scales"):
+            module = zoo.Tied()
+            module.embedding.max_norm = 1.0
         architecture, params, buffers = ft.split(module)
         step = ft.pretrain_step(architecture, ft.optim.adamw(1e-3), microbatches=2, world=world)
         step(step.init(params, buffers), part(zoo.batch(), world.rank, world.size))
