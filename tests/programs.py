@@ -195,6 +195,35 @@ class Outside(Blocks):
         return {"logits": self.head(self.norm(hidden))}
 
 
+class Reading(Blocks):
+    """Reads parameters of a block outside of its forward: their form, or what is `read` of them."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read = read
+        block: Any = self.layers[1]
+        block.gate = nn.Parameter(torch.ones(1))
+        block.pick = nn.Parameter(torch.arange(16).flip(0), requires_grad=False)
+        block.mask = nn.Parameter(torch.ones(16, dtype=torch.bool), requires_grad=False)
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        block: Any = self.layers[1]
+        linear = block[0].weight
+        hidden = self.embedding(inputs["input_ids"]).to(linear.dtype).to(linear).type_as(linear)
+        assert linear.shape == (16, 16) == linear.size()
+        assert len(linear) == 16 == linear.new_zeros(linear.numel()).view_as(linear).size(0)
+        assert next(block.parameters()).device == hidden.device
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        if self.read == "gate":
+            hidden = hidden * block.gate
+        elif self.read == "pick":
+            hidden = hidden + hidden[..., block.pick]
+        elif self.read == "mask":
+            hidden = hidden * torch.where(block.mask, 2, 1)
+        return {"logits": self.head(self.norm(hidden))}
+
+
 class Experts(zoo.Tied):
     """A mixture of four experts, which returns what its router says; two for each token."""
 
@@ -222,6 +251,8 @@ def model(options: Any) -> nn.Module:
     kinds: dict[Any, Any] = {"twins": Twins, "no twins": NoTwins, "experts": Experts}
     kinds |= {"never": Never, True: Partial, "shared": Shared, "own": Own, "random": Random}
     kinds |= {"permuted": Permuted, "outside": Outside}
+    if options.get("read"):
+        return Reading(options["read"])
     partial = options.get("partial")
     return kinds[partial]() if partial else zoo.decoder(**decoder(options))
 
