@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import activations, keys, optimizers, schedules
+from functrain import activations, keys, optimizers, quirks, schedules
 from functrain import metrics as m
 from functrain.agreement import agree
 from functrain.architecture import Slots, held_values, holds_shards
@@ -250,6 +250,12 @@ class Step:
                 "architecture: a module keeps running statistics (BatchNorm), and each worker "
                 "would keep those of its own part of the batch; use LayerNorm, RMSNorm or "
                 "GroupNorm, or one worker"
+            )
+        if size > 1 and any(map(quirks.scales_rows, self._places.modules)):
+            raise ConfigError(
+                "architecture: a module scales rows of its weight down as they are read (an "
+                "embedding with max_norm), and each worker would scale those of its own part of "
+                "the batch; leave max_norm out, or train with one worker"
             )
 
     def init(

@@ -195,6 +195,35 @@ class Outside(Blocks):
         return {"logits": self.head(self.norm(hidden))}
 
 
+class Reading(Blocks):
+    """Reads parameters of a block outside of its forward: their form, or what is `read` of them."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read = read
+        block: Any = self.layers[1]
+        block.gate = nn.Parameter(torch.ones(1))
+        block.pick = nn.Parameter(torch.arange(16).flip(0), requires_grad=False)
+        block.mask = nn.Parameter(torch.ones(16, dtype=torch.bool), requires_grad=False)
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        block: Any = self.layers[1]
+        linear = block[0].weight
+        hidden = self.embedding(inputs["input_ids"]).to(linear.dtype).to(linear).type_as(linear)
+        assert linear.shape == (16, 16) == linear.size()
+        assert len(linear) == 16 == linear.new_zeros(linear.numel()).view_as(linear).size(0)
+        assert next(block.parameters()).device == hidden.device
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        if self.read == "gate":
+            hidden = hidden * block.gate
+        elif self.read == "pick":
+            hidden = hidden + hidden[..., block.pick]
+        elif self.read == "mask":
+            hidden = hidden * torch.where(block.mask, 2, 1)
+        return {"logits": self.head(self.norm(hidden))}
+
+
 class Experts(zoo.Tied):
     """A mixture of four experts, which returns what its router says; two for each token."""
 
@@ -222,6 +251,8 @@ def model(options: Any) -> nn.Module:
     kinds: dict[Any, Any] = {"twins": Twins, "no twins": NoTwins, "experts": Experts}
     kinds |= {"never": Never, True: Partial, "shared": Shared, "own": Own, "random": Random}
     kinds |= {"permuted": Permuted, "outside": Outside}
+    if options.get("read"):
+        return Reading(options["read"])
     partial = options.get("partial")
     return kinds[partial]() if partial else zoo.decoder(**decoder(options))
 
@@ -368,6 +399,39 @@ def adapted(options: Any) -> dict[str, Any]:
             "bytes": sum(rows_here(t).untyped_storage().nbytes() for t in held.values()),
             "whole": sum(t.nbytes for t in held.values()),
         }
+
+
+def exporting(options: Any) -> dict[str, Any]:
+    """An export and adapters of a state in shards: what is refused, and the way that is named."""
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made(options, world)
+        state, _ = step(state, own_part(step, batches("pretrain", 0), world))
+        architecture, folder = step.architecture, options["folder"]
+        refused = []
+        if world.size > 1:
+            refused += _refusal(lambda: ft.export(state, architecture, f"{folder}/never"))
+        if options.get("lora") is not None:
+            if world.size > 1:
+                given = architecture, state.params
+                refused += _refusal(lambda: ft.lora.save_adapter(f"{folder}/never", *given))
+            adapters = ft.distributed.gathered(state.params)
+            if world.speaks:
+                ft.lora.save_adapter(f"{folder}/adapters", architecture, adapters)
+        whole = ft.distributed.gathered(state)
+        if options.get("base") == "sharded":
+            architecture, params = ft.lora.merged(architecture, state.params)
+            whole = ft.distributed.gathered(attrs.evolve(state, params=params))
+        if world.speaks:
+            ft.export(whole, architecture, f"{folder}/model")
+        return {"refused": refused}
+
+
+def _refusal(function: Any) -> list[list[str]]:
+    try:
+        function()
+    except ft.errors.FunctrainError as error:
+        return [[type(error).__name__, str(error)]]
+    return []
 
 
 def misused(options: Any) -> None:
@@ -580,6 +644,9 @@ def moving(options: Any) -> None:
     """A step of a model whose forward writes to a buffer."""
     with ft.distributed.world(timeout=60) as world:
         module: nn.Module = zoo.model("normed") if options.get("normed") else Moving()
+        if options.get("scales"):
+            module = zoo.Tied()
+            module.embedding.max_norm = 1.0
         architecture, params, buffers = ft.split(module)
         step = ft.pretrain_step(architecture, ft.optim.adamw(1e-3), microbatches=2, world=world)
         step(step.init(params, buffers), part(zoo.batch(), world.rank, world.size))

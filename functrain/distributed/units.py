@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.architecture import Place, Slots
+from functrain.distributed.absent import Absent
 
 Forward = Callable[..., Any]
 _KEPT = 2
@@ -251,8 +252,8 @@ def _in_backward() -> bool:
 class Binding:
     """While it lasts, the blocks of a bound model gather their shards when they are called.
 
-    Outside of a call the slots of a block hold tensors of the right shape that are NaN, so that
-    what reads a weight behind the block's back is seen at once. What a block keeps of its whole
+    Outside of a call the slots of a block hold tensors of the right form without values (`Absent`),
+    so that what reads a weight behind the block's back is refused. What a block keeps of its whole
     weights for the backward pass is not kept, but gathered once more there; where its activations
     are recomputed, so is the gather.
     """
@@ -304,7 +305,7 @@ class Binding:
 
     def empty(self, shards: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Any:
         """What is in the slots while nothing is gathered."""
-        return {name: _poison(shards[name], shapes[name]) for name in shards}
+        return {name: Absent.like(name, shards[name], shapes[name]) for name in shards}
 
     @contextmanager
     def _filling(self, unit: Unit, whole: Sequence[Tensor]) -> Iterator[None]:
@@ -392,8 +393,3 @@ def _install(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -
 def _fill(places: Sequence[Place], tensor: Tensor) -> None:
     for entries, key in places:
         entries[key] = tensor
-
-
-def _poison(like: Tensor, shape: torch.Size) -> Tensor:
-    wrong = torch.nan if like.is_floating_point() or like.is_complex() else 0
-    return torch.full((), wrong, dtype=like.dtype, device=like.device).expand(shape)

@@ -19,7 +19,7 @@ from functrain.errors import CheckpointError, ConfigError
 from functrain.lora.attach import adapter_of, attach, layers_of
 from functrain.lora.config import LoRA
 from functrain.lora.layers import LoRAConv1D, never_called
-from functrain.trees import Tensors, owning
+from functrain.trees import Tensors, is_sharded, owning
 from functrain.writing import sync
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,8 +64,8 @@ def save_adapter(
     leaves a directory without a config, which every reader refuses.
 
     Raises `CheckpointError` for a directory that holds a model, and where the disk refuses;
-    `ConfigError` where params are trained beside the adapters, which peft keeps by whole modules:
-    merge and export those.
+    `ConfigError` for params in shards, and where some are trained beside the adapters, which peft
+    keeps by whole modules: merge and export those.
     """
     from safetensors.torch import save
 
@@ -75,6 +75,12 @@ def save_adapter(
         raise ConfigError(
             f"lora train: {', '.join(adapter.lora.train)} are trained beside the adapters, which "
             "peft's format has no place for; write the merged model: functrain.export"
+        )
+    if is_sharded(params):
+        raise ConfigError(
+            "save_adapter: the params are in shards, and one worker writes the files; call whole = "
+            "functrain.distributed.gathered(params) on all workers, then functrain.lora."
+            "save_adapter(…, whole) on worker 0"
         )
     weights = {_name(name): tensor.detach().cpu().contiguous() for name, tensor in params.items()}
     config = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import lora
-from functrain.architecture import check_fit, slots
+from functrain.architecture import check_fit, holds_shards, slots
 from functrain.checkpoint import format as safetensors
 from functrain.data.pretrained import PretrainedTokenizer
 from functrain.errors import CheckpointError, ConfigError
@@ -25,6 +25,7 @@ from functrain.models.config import config_files
 from functrain.models.decoder import Decoder
 from functrain.models.layouts import further_names, is_wide, kept_wide
 from functrain.state import TrainState, check_state, fingerprint
+from functrain.trees import is_sharded
 from functrain.writing import sync
 
 MARK = "functrain.json"
@@ -59,9 +60,10 @@ def export(
 
     Raises `CheckpointError` for a directory that holds something else, beside an export too, and
     where the disk refuses; `ConfigError` for an architecture that is neither of transformers nor
-    the built-in decoder.
+    the built-in decoder, and for a state or a base in shards.
     """
     check_state(state)
+    _check_whole(state, architecture)
     target = Path(directory)
     _check_target(target)
     kind = _dtype(dtype)
@@ -99,6 +101,23 @@ def export(
             "was"
         ) from error
     return target
+
+
+def _check_whole(state: TrainState, architecture: nn.Module) -> None:
+    """Refuse shards: one worker exports, and to gather them is a thing that all must do."""
+    if holds_shards(architecture):
+        raise ConfigError(
+            "export: the adapters' base is in shards, and one worker writes the files; call "
+            "base, params = functrain.lora.merged(architecture, state.params) and whole = "
+            "functrain.distributed.gathered(attrs.evolve(state, params=params)) on all workers, "
+            "then functrain.export(whole, base, …) on worker 0"
+        )
+    if is_sharded(state.params):
+        raise ConfigError(
+            "export: the state is in shards, and one worker writes the files; call whole = "
+            "functrain.distributed.gathered(state) on all workers, then "
+            "functrain.export(whole, …) on worker 0"
+        )
 
 
 def _check_target(target: Path) -> None:

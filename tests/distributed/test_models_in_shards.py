@@ -164,3 +164,24 @@ def test_transformers_own_models_are_made_from_their_description_alone() -> None
         model = transformers.LlamaForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) > 40e9
     assert all(recorded.defers(p) or p.ndim == 1 for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["params", "adapters", "base"])
+def test_shards_are_exported_whole_by_one_worker_as_the_refusals_say(
+    group: Group, tmp_path: Path, how: str
+) -> None:
+    options: dict[str, Any] = {} if how == "params" else {"lora": {"rank": 2}}
+    group.values("exporting", 1, {**options, "folder": str(tmp_path / "one")})
+    options |= {"folder": str(tmp_path / "several"), "step": {"sharded": True}}
+    if how == "base":
+        options["base"] = "sharded"
+    for each in group.values("exporting", 2, options):
+        kinds, texts = zip(*each["refused"], strict=True)
+        assert set(kinds) == {"ConfigError"}
+        assert len(texts) == (1 if how == "params" else 2)
+        assert all("functrain.distributed.gathered(" in text for text in texts)
+        assert (how == "base") == ("functrain.lora.merged(" in texts[0])
+    files = sorted(path.relative_to(tmp_path / "one") for path in tmp_path.rglob("one/**/*.safe*"))
+    assert len(files) == (1 if how == "params" else 2)
+    for file in files:
+        assert (tmp_path / "several" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
