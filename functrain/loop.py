@@ -14,6 +14,7 @@ import attrs
 from functrain.agreement import described
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
 from functrain.checkpoint.manifest import checked_texts
+from functrain.checkpoint.store import warn_of_newer
 from functrain.data.prefetch import Prefetched
 from functrain.data.source import Source
 from functrain.data.streams import Stream
@@ -446,8 +447,7 @@ class _Saver:
         """Every worker saves its rows; where, worker 0 knows."""
         directory = self._world.from_first(lambda: str(self._plan.directory), "a save")
         path = save(directory, state, world=self._world, **options)
-        keep = self._plan.keep  # worker 0 alone may have it
-        self._for_all(lambda _: None if keep is None else prune(directory, keep, saved=path))
+        self._for_all(lambda _: self._saved(path))
 
     def _save(
         self, writer: BackgroundWriter | None, state: TrainState, options: dict[str, Any]
@@ -455,9 +455,14 @@ class _Saver:
         if writer is not None:
             writer.save(state, **options)
         elif self._plan.directory is not None:
-            path = save(self._plan.directory, state, **options)
-            if self._plan.keep is not None:
-                prune(self._plan.directory, self._plan.keep, saved=path)
+            self._saved(save(self._plan.directory, state, **options))
+
+    def _saved(self, path: Path) -> None:
+        """What follows a save: what is not kept goes. Worker 0 alone may know of `keep`."""
+        if self._plan.keep is None:
+            warn_of_newer(path)
+        else:
+            prune(path.parent, self._plan.keep, saved=path)
 
     def wait(self) -> None:
         """Wait for the save in the background."""

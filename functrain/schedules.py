@@ -399,7 +399,8 @@ class Plateau:
     def init(self) -> PlateauState:
         """Nothing seen yet."""
         best = math.inf if self.mode == "min" else -math.inf
-        return PlateauState(best=best, learning_rate=self.peak)
+        # As floats, whatever was given: a checkpoint tells 1 from 1.0, and takes no numpy number.
+        return PlateauState(best=best, learning_rate=float(self.peak))
 
     def observe(self, state: PlateauState, value: float) -> PlateauState:
         """The state after one more evaluation; NaN counts as no improvement."""
@@ -407,7 +408,7 @@ class Plateau:
         bad = 0 if better or state.cooldown else state.bad + 1
         seen = attrs.evolve(
             state,
-            best=value if better else state.best,
+            best=float(value) if better else state.best,
             bad=bad,
             cooldown=max(0, state.cooldown - 1),
         )
@@ -421,7 +422,7 @@ class Plateau:
 
     def _reduced(self, state: PlateauState) -> PlateauState:
         old = state.learning_rate
-        new = max(old * self.factor, self.min_lr)
+        new = float(max(old * self.factor, self.min_lr))
         rate = new if old - new > self.eps else old
         return attrs.evolve(state, bad=0, cooldown=self.cooldown, learning_rate=rate)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -306,6 +307,19 @@ def test_a_value_that_is_not_a_number_is_no_improvement() -> None:
     for _ in range(2):
         state = plateau.observe(state, math.nan)
     assert state.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("number", [int, np.float64])
+def test_what_a_plateau_has_seen_is_in_floats(number: Any) -> None:
+    """Whatever it was given: a checkpoint takes no numpy number, and tells 2 from 2.0."""
+    plateau = schedules.reduce_on_plateau(
+        number(2), factor=0.25, min_lr=number(1), patience=0, threshold=0.5
+    )
+    state = plateau.init()
+    for value in (number(4), number(4), number(1)):
+        assert type(state.learning_rate) is type(state.best) is float
+        state = plateau.observe(state, value)
+    assert (state.learning_rate, type(state.learning_rate), type(state.best)) == (1.0, float, float)
 
 
 EXAMPLES: dict[str, Callable[[], Any]] = {

@@ -20,7 +20,7 @@ from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.layout import check_numbers
 from functrain.checkpoint.manifest import checked_metrics, checked_texts
 from functrain.checkpoint.retention import Keep
-from functrain.checkpoint.store import prune, save_under
+from functrain.checkpoint.store import prune, save_under, warn_of_newer
 from functrain.errors import CheckpointError, ConfigError, SaveWarning
 from functrain.state import TrainState, check_state, device_of, map_tensors
 from functrain.trees import is_sharded
@@ -148,7 +148,9 @@ class BackgroundWriter:
         finally:
             # Not before: nothing may be copied into what is still being written.
             self._memory = used
-        if self._keep is not None:
+        if self._keep is None:
+            warn_of_newer(path)
+        else:
             prune(self._directory, self._keep, saved=path, filesystem=self._filesystem)
         return path
 

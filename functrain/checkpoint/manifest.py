@@ -184,6 +184,11 @@ def checked_texts(given: Mapping[str, str] | None) -> dict[str, bytes]:
     return texts
 
 
+def is_beside(name: str) -> bool:
+    """Whether a file of a checkpoint is a text beside the state and no part of it."""
+    return name not in {STATE, *(f"{file}.safetensors" for file in FILES)}
+
+
 def checked_metrics(given: Mapping[str, float] | None) -> dict[str, float]:
     """What was measured, as numbers; `CheckpointError` for what is none."""
     if given is not None and not isinstance(given, Mapping):

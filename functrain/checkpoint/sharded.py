@@ -38,6 +38,7 @@ from functrain.checkpoint.manifest import (
     to_bytes,
 )
 from functrain.checkpoint.store import (
+    check_same,
     durable,
     locked,
     make_root,
@@ -208,13 +209,10 @@ def _place(filesystem: FileSystem, temporary: Path, target: Path, manifest: Mani
     if target.exists():
         if not whole(filesystem, target):
             put_aside(filesystem, target)
-        elif read_manifest(filesystem, target).files == manifest.files:
+        else:
+            check_same(target, read_manifest(filesystem, target), manifest.files, manifest.metrics)
             sync_directory(filesystem, target.parent)
             return
-        else:
-            raise CheckpointError(
-                f"{target}: exists and holds another state; save to a fresh directory, or remove it"
-            )
     write_file(filesystem, temporary / MANIFEST, [memoryview(to_bytes(manifest))])
     sync_directory(filesystem, temporary)
     filesystem.rename(temporary, target)

@@ -27,12 +27,14 @@ from functrain.checkpoint.filesystem import (
 from functrain.checkpoint.layout import check_numbers, encode
 from functrain.checkpoint.manifest import (
     MANIFEST,
+    File,
     Manifest,
     PathLike,
     checked_metrics,
     checked_texts,
     checkpoints,
     directory_name,
+    is_beside,
     read_manifest,
     step_of,
     to_bytes,
@@ -58,8 +60,9 @@ def save(
 
     A reader sees the whole checkpoint or none: the files go to a temporary directory, are fsynced,
     the manifest last, and one rename puts them in place. The step's checkpoint being there already
-    is fine where it holds the same state, and raises `CheckpointError` where it does not; one that
-    is damaged is put aside.
+    is fine where it holds the same state and texts, and raises `CheckpointError` where it does not;
+    its manifest stays, and a `SaveWarning` names the metrics that are others. One that is damaged
+    is put aside.
 
     `metrics` are written into the manifest, for `prune` to keep the best by. So are the numerics
     that the bits depend on, and `conditions`, the caller's own part of them (the number of
@@ -170,14 +173,12 @@ def _placed(
     if target.exists():
         if not whole(filesystem, target):
             put_aside(filesystem, target)
-        elif _same(filesystem, target, files):
+        else:
+            hashes = {name: hashed(contents) for name, contents in files.items()}
+            check_same(target, read_manifest(filesystem, target), hashes, metrics)
             # The save that put it there may have been killed before its rename was durable.
             sync_directory(filesystem, root)
             return target
-        else:
-            raise CheckpointError(
-                f"{target}: exists and holds another state; save to a fresh directory, or remove it"
-            )
     temporary = root / f".tmp-{name}"
     filesystem.mkdir(temporary)
     try:
@@ -244,12 +245,36 @@ def _numbered(directory: Path, name: str) -> Path:
     return directory / next(each for each in names if each not in taken)
 
 
-def _same(filesystem: FileSystem, target: Path, files: Mapping[str, Contents]) -> bool:
-    """Whether a checkpoint holds these files, by the hashes of its manifest."""
-    entries = read_manifest(filesystem, target).files
-    return entries.keys() == files.keys() and all(
-        hashed(contents) == entries[name] for name, contents in files.items()
-    )
+def check_same(
+    target: Path, there: Manifest, files: Mapping[str, File], metrics: Mapping[str, float]
+) -> None:
+    """Raise `CheckpointError` where a checkpoint that is there does not hold these files.
+
+    Its manifest stays as it is: to put another in its place would be to write where a reader is.
+    So a warning names the metrics that are not in it.
+    """
+    other = {n for n in {*there.files, *files} if there.files.get(n) != files.get(n)}
+    if other and all(is_beside(name) for name in other):
+        raise CheckpointError(
+            f"{target}: exists and holds this state beside other texts "
+            f"({', '.join(sorted(other))}); give the same texts, save to a fresh directory, or "
+            "remove it"
+        )
+    if other:
+        raise CheckpointError(
+            f"{target}: exists and holds another state; save to a fresh directory, or remove it"
+        )
+    # As texts: NaN is no other than NaN.
+    if metrics and {n: repr(v) for n, v in metrics.items()} != {
+        n: repr(v) for n, v in there.metrics.items()
+    }:
+        warnings.warn(
+            f"{target}: exists and holds this state; its metrics stay {dict(there.metrics)}, not "
+            f"{dict(metrics)}, so the best are found by those. Save to a fresh directory, or "
+            "remove it, to have the others",
+            SaveWarning,
+            stacklevel=4,
+        )
 
 
 def _discard(filesystem: FileSystem, temporary: Path) -> None:
@@ -316,7 +341,8 @@ def prune(
         with locked(filesystem, root):
             last = None if saved is None else step_of(Path(saved))
             expendable = policy.expendable(filesystem, root, last)
-            _warn_of_newer(root, last)
+            if saved is not None:
+                warn_of_newer(Path(saved))
             if expendable:
                 # The newest may be of a save that was killed before its rename was durable.
                 sync_directory(filesystem, root)
@@ -333,8 +359,10 @@ def prune(
         )
 
 
-def _warn_of_newer(root: Path, last: int | None) -> None:
-    newer = [p.name for p in checkpoints(root) if last is not None and (step_of(p) or 0) > last]
+def warn_of_newer(saved: Path) -> None:
+    """Warn of checkpoints of higher steps than the one saved last: a load would find these."""
+    root, last = saved.parent, step_of(saved) or 0
+    newer = [path.name for path in checkpoints(root) if (step_of(path) or 0) > last]
     if newer:
         warnings.warn(
             f"{root}: {', '.join(newer)} would be loaded as the newest, and this run has gone back "

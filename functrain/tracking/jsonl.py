@@ -18,6 +18,8 @@ CLOCKS = ("data_seconds", "mfu", "peak_memory_gib", "tokens_per_second")
 
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
+_BLOCK = 2**16
+
 
 class Tracker(Protocol):
     """Where metrics go: JSON lines here; other services by an adapter with these two methods."""
@@ -34,7 +36,9 @@ class Tracker(Protocol):
 class JSONLTracker:
     """A tracker that appends `{"step": …, name: value, …}` lines to a file.
 
-    JSON has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity".
+    JSON has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity". A
+    last line without an end, which a kill has torn and `read` leaves out, is cut off at the first
+    line that is logged. Raises `DataError` for a metric of the name "step".
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -42,13 +46,22 @@ class JSONLTracker:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
+            self._whole = False
         except OSError as error:
             raise _unwritten(self._path, error) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line, the whole of it or nothing; `DataError` where it cannot be written."""
+        if "step" in metrics:
+            raise DataError(
+                f"{self._path}: a metric of step {step} is named 'step', as is the step itself; "
+                "give it another name"
+            )
         values = {name: _encoded(float(value)) for name, value in metrics.items()}
         try:
+            if not self._whole:
+                _cut_torn(self._path)
+                self._whole = True
             append(self._file, orjson.dumps({"step": step, **values}) + b"\n")
         except OSError as error:
             raise _unwritten(self._path, error) from error
@@ -110,6 +123,22 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> None:
         write(target, b"".join(line + b"\n" for line in kept))
     except OSError as error:
         raise _unwritten(target, error) from error
+
+
+def _cut_torn(path: Path) -> None:
+    """Cut off a last line without an end: what is appended would be glued to it."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        begin = end
+        while begin:
+            begin = max(0, begin - _BLOCK)
+            file.seek(begin)
+            found = file.read(min(_BLOCK, end - begin)).rfind(b"\n")
+            if found >= 0:
+                begin += found + 1
+                break
+        if begin < end:
+            file.truncate(begin)
 
 
 def _encoded(value: float) -> float | str:

@@ -26,6 +26,7 @@ from functrain.checkpoint import layout, manifest
 from functrain.checkpoint.files import hashed
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.manifest import as_json, read_manifest, to_bytes
+from functrain.errors import SaveWarning
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": ft.optim.adamw(1e-2),
@@ -674,7 +675,8 @@ def test_texts_beside_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert (path / "README.md").read_text() == "words\n"
     assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
     assert ft.save(tmp_path, state, beside={"config.json": "{}", "README.md": "words\n"}) == path
-    with pytest.raises(ft.CheckpointError, match="exists and holds another state"):
+    message = r"exists and holds this state beside other texts \(config.json\)"
+    with pytest.raises(ft.CheckpointError, match=message):
         ft.save(tmp_path, state, beside={"config.json": "[]", "README.md": "words\n"})
     (path / "README.md").write_text("other\n")
     with pytest.raises(ft.CheckpointError, match=r"README.md: its sha256 does not match"):
@@ -748,3 +750,25 @@ def test_a_file_that_was_altered_is_not_mapped(at: int, tmp_path: Path) -> None:
     path.write_bytes(data[:-1])
     with pytest.raises(ft.CheckpointError, match="and the manifest says"):
         checkpoint.load_tensors(tmp_path, "params/*", mapped=True)
+
+
+@pytest.mark.parametrize("metrics", [{"eval_loss": 2.0}, {"eval_loss": float("nan")}, {}])
+def test_a_state_saved_again_keeps_its_metrics_and_says_so_of_others(
+    metrics: dict[str, float], tmp_path: Path
+) -> None:
+    _, _, state = _trained(steps=0)
+    path = ft.save(tmp_path, state, metrics=metrics)
+    manifest = (path / "manifest.json").read_bytes()
+    assert ft.save(tmp_path, state, metrics=metrics) == path  # the same: no warning
+    assert ft.save(tmp_path, state) == path
+    with pytest.warns(SaveWarning, match=r"its metrics stay \{.*\}, not \{'eval_loss': 1.0\}"):
+        assert ft.save(tmp_path, state, metrics={"eval_loss": 1.0}) == path
+    assert (path / "manifest.json").read_bytes() == manifest
+
+
+def test_the_same_state_beside_other_texts_is_not_called_another(tmp_path: Path) -> None:
+    _, _, state = _trained(steps=0)
+    ft.save(tmp_path, state, beside={"one.txt": "1", "two.txt": "2"})
+    message = r"exists and holds this state beside other texts \(one.txt, three.txt, two.txt\)"
+    with pytest.raises(ft.CheckpointError, match=message):
+        ft.save(tmp_path, state, beside={"one.txt": "one", "three.txt": "3"})

@@ -148,6 +148,22 @@ def test_a_run_that_has_gone_back_keeps_its_own_newest(background: bool, tmp_pat
     assert _left(tmp_path) == {2, 3, 4, 8}
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_that_has_gone_back_and_removes_nothing_says_so_too(
+    background: bool, tmp_path: Path
+) -> None:
+    """A load of the directory would find another state than the run has ended with."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    ft.save(tmp_path, attrs.evolve(state, step=8))
+    with pytest.warns(SaveWarning, match="step-000000000008 would be loaded as the newest.*move"):
+        list(
+            ft.train(step, state, zoo.Batches(), steps=2, directory=tmp_path, background=background)
+        )
+    assert _left(tmp_path) == {2, 8}
+
+
 def test_the_loop_keeps_the_best_of_its_evaluations(tmp_path: Path) -> None:
     architecture, params, buffers = zoo.split("tied")
     step = ft.pretrain_step(architecture, ft.optim.adamw(3e-2))

@@ -56,6 +56,36 @@ def test_a_torn_file_reads_up_to_the_tear(tmp_path: Path) -> None:
         assert _same(jsonl.read(path), whole[: data[:size].count(b"\n")])
 
 
+@given(records=RECORDS, torn=st.binary(max_size=99_999).map(lambda data: data.replace(b"\n", b"")))
+def test_what_is_logged_after_a_torn_line_is_not_glued_to_it(
+    records: Any, torn: bytes, tmp_path_factory: Any
+) -> None:
+    """Nor is anything touched before a line is logged: another may only look."""
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    before = _written(path, records) + torn
+    path.write_bytes(before)
+    jsonl.JSONLTracker(path).close()
+    assert path.read_bytes() == before
+    _written(path, records)
+    expected = [{"step": step, **record} for step, record in enumerate(records)]
+    assert _same(jsonl.read(path), expected * 2)
+
+
+def test_a_line_that_is_all_torn_goes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"{" * 200_000)
+    assert _written(path, [{"loss": 1.0}]) == b'{"step":0,"loss":1.0}\n'
+
+
+def test_a_metric_of_the_name_step_is_refused(tmp_path: Path) -> None:
+    """It stood in the place of the step."""
+    path = tmp_path / "metrics.jsonl"
+    refused = pytest.raises(ft.DataError, match="a metric of step 0 is named 'step'")
+    with closing(jsonl.JSONLTracker(path)) as tracker, refused:
+        tracker.log(0, {"step": 9.0, "loss": 1.0})
+    assert jsonl.read(path) == []
+
+
 @given(records=RECORDS, step=st.integers(-1, 7), torn=st.binary(max_size=5))
 def test_truncated_is_never_having_logged_more(
     records: Any, step: int, torn: bytes, tmp_path_factory: Any
