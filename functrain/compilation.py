@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.errors import ArchitectureError, ConfigError
+from functrain.errors import ArchitectureError, ConfigError, FunctrainWarning
 
 LIMIT = 16
 """Shapes that a unit is compiled for; with more, compiling takes longer than it saves."""
@@ -85,6 +86,9 @@ class _Call:
         if key not in unit.seen:
             _announce(unit, *key)
         graphs = _graphs()
+        # Looked at in the first call of a kind alone.
+        looked = key not in unit.seen and key[1] and self.module.training
+        begun = _buffers(self.module) if looked else {}
         try:
             with config.patch(_SETTINGS):
                 returned = unit.run(self.module, *args, **kwargs)
@@ -95,8 +99,43 @@ class _Call:
                 f"compile: nothing of {unit.name} could be compiled: {_reasons()}; leave compile "
                 "out for this model"
             )
+        if looked:
+            _tell_of_written(unit, begun, _buffers(self.module))
         unit.seen[key] = None
         return returned
+
+
+def _buffers(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """What changes where a buffer is assigned anew, and where it is written to in place.
+
+    Without the statistics of norms, which are not read after they are written.
+    """
+    return {
+        f"{prefix}.{key}" if prefix else key: (id(buffer), buffer._version)
+        for prefix, each in module.named_modules()
+        if "running_mean" not in each._buffers
+        for key, buffer in each._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    }
+
+
+def _tell_of_written(
+    unit: _Unit, begun: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]
+) -> None:
+    """Warn of buffers written in place: torch takes the gradient with what was there before."""
+    names = [
+        n
+        for n, (same, version) in begun.items()
+        if after.get(n, (same, version))[1] > version and after[n][0] == same
+    ]
+    if names:
+        warnings.warn(
+            f"compile: {unit.name} writes into its buffers in place ({', '.join(names)}); where it "
+            "uses them after that, torch.compile's gradients are wrong. Assign them anew (self.n = "
+            "self.n + 1 for self.n += 1), or leave compile out",
+            FunctrainWarning,
+            stacklevel=2,
+        )
 
 
 # Of each unit, as long as it lives: values must not refer to their module.

@@ -525,7 +525,8 @@ def value_and_grad(
     places = slots(architecture)
     kept = objective.kept()
     # What an objective of one's own keeps beside it may be anything.
-    if kept is not None and getattr(objective, "reference", None) is kept:
+    is_reference = getattr(objective, "reference", None) is kept
+    if kept is not None and is_reference:
         check_reference(kept, places.params)
     return ValueAndGrad(
         objective=objective,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import zoo
 
 import functrain as ft
+from functrain.objectives import batches
 
 
 def _step(**options: Any) -> tuple[Any, Any]:
@@ -481,3 +483,19 @@ def test_parameters_of_a_module_are_no_gradients(clip: Any) -> None:
     """What torch's clipping takes."""
     with pytest.raises(ft.ConfigError, match=r"(grads|params): generator, expected a mapping"):
         clip(torch.nn.Linear(2, 2).parameters())
+
+
+@pytest.mark.parametrize("value", [["a"], 0.5, None, np.zeros(2)])
+def test_what_is_no_tensor_in_a_batch_of_ones_own_is_named(value: Any) -> None:
+    for batch in ({"x": torch.ones(2), "y": value}, {"side": {"y": value}}):
+        with pytest.raises(
+            ft.BatchError, match=f"y: expected a tensor, got {type(value).__name__}"
+        ):
+            batches.to_device(batch, torch.device("cpu"))
+
+
+def test_a_number_in_a_batch_that_is_cut_is_named() -> None:
+    with pytest.raises(
+        ft.BatchError, match="y: expected a tensor, got a 0-d one, which has no row"
+    ):
+        batches.split_batch({"x": torch.ones(2), "y": torch.tensor(0.5)}, 2)

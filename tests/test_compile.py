@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 
 import functrain as ft
 from functrain import accumulators, compilation, keys, models
+from functrain.errors import FunctrainWarning
 from functrain.loop import conditions
 from functrain.objectives import chunks
 
@@ -209,6 +211,54 @@ def test_a_model_that_is_compiled_at_each_call_is_refused(monkeypatch: pytest.Mo
         step(state, zoo.batch())
     with pytest.raises(ft.ConfigError, match="again and again, for reasons beside the shapes"):
         step(state, zoo.batch())
+
+
+class InPlace(zoo.Tied):
+    """Counts its calls in a buffer, and uses the count."""
+
+    in_place = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        if self.in_place:
+            self.count += 1
+        else:
+            self.count = self.count + 1
+        return {"logits": super().forward(**inputs)["logits"] * self.count}
+
+
+class Anew(InPlace):
+    in_place = False
+
+
+class Statistics(zoo.Tied):
+    """With a norm that keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over_rows = nn.BatchNorm1d(zoo.VOCABULARY)
+
+    def forward(self, **inputs: Any) -> Any:  # type: ignore[override]
+        logits = super().forward(**inputs)["logits"]
+        return {"logits": self.over_rows(logits.flatten(0, 1)).view_as(logits)}
+
+
+@pytest.mark.parametrize(("cls", "told"), [(InPlace, 1), (Anew, 0), (Statistics, 0)])
+def test_buffers_that_a_unit_writes_in_place_are_told_once(cls: Any, told: int) -> None:
+    """Torch takes the gradient with what was in them before."""
+    architecture, params, buffers = ft.split(cls())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), compile=True)
+    state = step.init(params, buffers)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            state, _ = step(state, zoo.batch())
+    ours = [str(each.message) for each in found if each.category is FunctrainWarning]
+    assert len(ours) == told
+    assert all("in place (count)" in each and "self.n = self.n + 1" in each for each in ours)
 
 
 class Closed(zoo.Tied):

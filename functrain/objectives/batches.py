@@ -239,7 +239,9 @@ def _check_rows(batch: Batch, examples: int, where: str) -> None:
         if isinstance(value, Mapping):
             _check_rows(value, examples, f"{where}{key}.")
         elif not isinstance(value, Tensor) or not value.ndim:
-            raise BatchError(f"{where}{key}: expected a tensor, got {type(value).__name__}")
+            scalar = "a 0-d one, which has no row for each example"
+            given = scalar if isinstance(value, Tensor) else type(value).__name__
+            raise BatchError(f"{where}{key}: expected a tensor, got {given}")
         elif value.shape[0] != examples:
             raise BatchError(
                 f"{where}{key}: {value.shape[0]} rows, and the batch has {examples} examples"
@@ -269,16 +271,29 @@ def batch_versions(batches: Sequence[Batch]) -> dict[str, int]:
     for batch in batches:
         for name, value in batch.items():
             inner = batch_versions([value]).values() if isinstance(value, Mapping) else ()
-            own = 0 if isinstance(value, Mapping) else value._version
+            # Tensors of inference mode do not tell.
+            silent = isinstance(value, Mapping) or value.is_inference()
+            own = 0 if silent else value._version
             found[name] = found.get(name, 0) + own + sum(inner)
     return found
+
+
+_TAKEN = (Tensor, Mapping)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; its tensors themselves where they are there already.
 
     Whether it is packed is found on the way, since afterwards it would be a wait.
+
+    Raises `BatchError` for what is no tensor.
     """
+    for key, value in batch.items():
+        if not isinstance(value, _TAKEN):
+            raise BatchError(
+                f"{key}: expected a tensor, got {type(value).__name__}; give numbers and arrays as "
+                "tensors (torch.as_tensor), and leave out what is for no model"
+            )
     moved = {
         key: to_device(value, device)
         if isinstance(value, Mapping)
