@@ -320,11 +320,10 @@ class Side(Adapting):
         self.side = nn.Embedding(zoo.VOCABULARY, 8)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        logits = super().forward(input_ids)
         if torch.is_grad_enabled():
             inner = (self.side(input_ids) ** 2).sum()
-            logits = logits + torch.autograd.grad(inner, self.side.weight)[0].sum()
-        return logits
+            assert torch.autograd.grad(inner, self.side.weight)[0].any()
+        return super().forward(input_ids)
 
 
 @pytest.mark.parametrize("kind", [Adapting, Grown, Recomputed, Side])
