@@ -64,10 +64,11 @@ def accumulating(
     """Within it, large embeddings among `modules` and heads by chunks add to `given`'s sums.
 
     For one forward and one backward pass of each loss, within `adding`, whose gradient is asked of
-    these leaves and of nothing else. Embeddings are left alone on accelerators, where an ordinary gradient is summed
-    in a fixed order and a scattered one is not, and in a model that its user has compiled.
-    `compiled`: by `functrain.compilation`. Then a call on another weight raises `ConfigError`; they
-    are left alone where torch compiles the backward pass as a whole.
+    these leaves and of nothing else. Embeddings are left alone on accelerators, where an ordinary
+    gradient is summed in a fixed order and a scattered one is not, and in a model that its user has
+    compiled. `compiled`: by `functrain.compilation`. Then a call on another weight raises
+    `ConfigError`, and so does a gradient that a forward takes through them; they are left alone
+    where torch compiles the backward pass as a whole.
     """
     large = [m for m in modules if isinstance(m, nn.Embedding) and _is_worth(m)]
     large = [module for module in large if given.trains(module.weight)]
@@ -235,9 +236,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(  # pyrefly: ignore[bad-override]
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         into = ctx.into() if _adds() else None
         if into is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import compilation, keys
-from functrain.architecture import Mode, bound, slots
+from functrain.architecture import Mode, bound, bound_buffers, slots
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
 from functrain.objectives.chunks import computed_in
@@ -45,16 +45,27 @@ class Head:
 
         The model is called as ever, but the projection is handed no rows, so it makes none. In the
         dtype in which it would have been computed: a model may turn autocast off for its head.
+
+        Raises `ArchitectureError` where there was no such call of the projection, or where without
+        a trunk the model made something of what it returned: by an attribute that was set since the
+        search, for a mask, or for longer sequences.
         """
         taken: list[Tensor] = []
-        with _entered(self.projection, taken):
-            call(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
+        made: list[_Made] = []
+        with _entered(self.projection, taken), _left(self.projection, made):
+            outputs = call(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
         expected = tuple(batch["input_ids"].shape)
         if len(taken) != 1 or tuple(taken[0].shape[:-1]) != expected:
             shapes = [list(each.shape) for each in taken]
             raise ArchitectureError(
                 f"head: the projection was handed {shapes}, expected one [batch, time, width] = "
                 f"[{expected[0]}, {expected[1]}, …]; take logits as they are: head='full'"
+            )
+        if self.trunk is None and not made[0].is_in(outputs):
+            raise ArchitectureError(
+                "head: the model makes something of its logits after the projection, expected that "
+                "it hands them out as they are, as it did when the head was searched for; by "
+                "chunks that would be left out, so take logits as they are: head='full'"
             )
         return taken[0]
 
@@ -72,12 +83,12 @@ def find_head(architecture: nn.Module) -> Head | str:
     """The head that an architecture shows, or why it shows none.
 
     Shown by `get_output_embeddings()`, an `nn.Linear`, as the causal models of transformers and the
-    built-in decoder have it. The model is called on a single token, in eval mode and in that of
+    built-in decoder have it. The model is called on a few tokens, in eval mode and in that of
     training, to see that its logits are what the projection returns, and that it can do without
-    them; where it changes them, it must have a trunk (`base_model_prefix`) that can be left out, so
-    that the rest of its forward can be called alone, and that rest must treat each row alike and
-    have no parameters. Hooks of the user's own on the logits hide the head, and so does
-    compilation, which sees no hooks of ours.
+    them, also for its buffers; where it changes them, it must have a trunk (`base_model_prefix`)
+    that can be left out, so that the rest of its forward can be called alone, and that rest must
+    treat each row alike and have no parameters. Hooks of the user's own on the logits hide the
+    head, and so does compilation, which sees no hooks of ours.
 
     What cannot be told on the meta device is asked again where the weights are there: in a step.
     """
@@ -100,7 +111,7 @@ def described(
 ) -> str:
     """How the logits of an architecture are made: by chunks of which head, or whole and why.
 
-    The params are bound for it, and the model is called on one token; nothing is changed.
+    The params are bound for it, and the model is called on a few tokens; nothing is changed.
     """
     values = dict(architecture.named_buffers()) | dict(buffers)
     with bound(architecture, params, values, "eval"):
@@ -145,24 +156,27 @@ def _search(architecture: nn.Module, projection: nn.Linear) -> Head | str:
     if any(id(value) not in names for value in projection.parameters()):
         return "its projection is none of its modules"
     bias = None if projection.bias is None else names[id(projection.bias)]
-    plain = Head(projection, names[id(projection.weight)], bias, None)
-    head = plain
+    head = Head(projection, names[id(projection.weight)], bias, None)
     mode: Mode = "eval"
+    whole: dict[Mode, Mapping[str, Tensor]] = {}
     try:
         for mode in _MODES:
-            if not _hands_out(architecture, plain, mode):
-                changing = f"it changes the logits after the projection{_MODES[mode]}"
+            handed_out, whole[mode] = _called(architecture, projection, mode)
+            if not handed_out and head.trunk is None:
                 trunk = _trunk(architecture)
                 if trunk is None:
+                    changing = f"it changes the logits after the projection{_MODES[mode]}"
                     return f"{changing}, and names no trunk"
-                head = attrs.evolve(plain, trunk=trunk)
-                break
+                head = attrs.evolve(head, trunk=trunk)
         for mode in _MODES if head.trunk is not None else ():
             fault = _fault(architecture, head, mode)
             if fault is not None:
                 return fault
         for mode in _MODES:
-            _do_without(architecture, head, mode)
+            without = _do_without(architecture, head, mode)
+            of_logits = [n for n, each in whole[mode].items() if not _alike(each, without.get(n))]
+            if of_logits:
+                return f"it makes its buffer {of_logits[0]} of its logits{_MODES[mode]}"
         return head
     except Exception as error:  # whatever a foreign forward raises, it is no head that can be used
         raised = f"{type(error).__name__}: {str(error)[:200]}"
@@ -210,36 +224,92 @@ def _fault(architecture: nn.Module, head: Head, mode: Mode) -> str | None:
     return None
 
 
-def _do_without(architecture: nn.Module, head: Head, mode: Mode) -> None:
-    """Call the model for its hidden states, which raises what it does of logits of no rows."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=head.projection.weight.device)
+def _tokens(projection: nn.Linear) -> Tensor:
+    """Ids that every model knows; several: the first token may be treated another way."""
+    return torch.zeros(2, 3, dtype=torch.int64, device=projection.weight.device)
+
+
+def _do_without(architecture: nn.Module, head: Head, mode: Mode) -> Mapping[str, Tensor]:
+    """Call the model for its hidden states, which raises what it does of logits of no rows.
+
+    Returns the buffers that it leaves, as `_called` does.
+    """
+    places = slots(architecture, held=True)
     with calm(architecture, {}, mode=mode):
-        head.hidden(architecture, {"input_ids": ids})
+        begun = bound_buffers(places)
+        head.hidden(architecture, {"input_ids": _tokens(head.projection)})
+        return _comparable(bound_buffers(places), begun)
 
 
-def _hands_out(architecture: nn.Module, head: Head, mode: Mode) -> bool:
+def _called(
+    architecture: nn.Module, projection: nn.Linear, mode: Mode
+) -> tuple[bool, Mapping[str, Tensor]]:
     """Whether the model's logits are the very tensor that its projection returns in this mode.
+
+    And the buffers that it leaves.
+    """
+    made: list[_Made] = []
+    places = slots(architecture, held=True)
+    with calm(architecture, {}, mode=mode):
+        begun = bound_buffers(places)
+        with _left(projection, made):
+            outputs = architecture(input_ids=_tokens(projection))
+        left = _comparable(bound_buffers(places), begun)
+    return len(made) == 1 and made[0].is_in(outputs), left
+
+
+def _comparable(left: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The buffers that were left, but for those on the meta device, which have no values.
+
+    Raises `ArchitectureError` where one of these was written to: of what is not known there.
+    """
+    for name, each in left.items():
+        if each.is_meta and (each is not begun[name] or _version(each)):
+            raise ArchitectureError(f"{name} is written to, and has no values on the meta device")
+    return {name: each for name, each in left.items() if not each.is_meta}
+
+
+def _alike(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two buffers have the same bits."""
+    if other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    first, second = (each.contiguous().flatten().view(torch.uint8) for each in (one, other))
+    return first.equal(second)
+
+
+@attrs.frozen(eq=False)
+class _Made:
+    """What the projection has returned, and its version then, where it has one."""
+
+    output: Tensor
+    version: int | None
+
+    def is_in(self, outputs: Any) -> bool:
+        """Whether it is what the model returns, and has not been written to in place."""
+        return _logits(outputs) is self.output and self.version == _version(self.output)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _left(projection: nn.Linear, made: list[_Made]) -> Iterator[None]:
+    """Within it, what the projection returns is noted.
 
     Half precision is widened first, so that a model which widens it changes nothing.
     """
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=head.projection.weight.device)
-    returned: list[tuple[Tensor, int]] = []
 
     def leave(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         output = output.float() if output.dtype.itemsize < 4 else output
-        returned.append((output, output._version))
+        made.append(_Made(output, _version(output)))
         return output
 
-    handle = head.projection.register_forward_hook(leave)
+    handle = projection.register_forward_hook(leave)
     try:
-        with calm(architecture, {}, mode=mode):
-            outputs = architecture(input_ids=ids)
+        yield
     finally:
         handle.remove()
-    if len(returned) != 1:
-        return False
-    output, version = returned[0]
-    return _logits(outputs) is output and output._version == version  # not written to in place
 
 
 @contextmanager
@@ -256,9 +326,11 @@ def calm(
     """
     params = {**dict(architecture.named_parameters()), **params}
     given = {**dict(architecture.named_buffers()), **buffers}
-    buffers = {name: buffer.clone() for name, buffer in given.items()}
+    with torch.inference_mode(False):  # what is made in it cannot be written to out of it
+        buffers = {name: buffer.clone() for name, buffer in given.items()}
     device = next(iter(params.values())).device
     with (
+        torch.inference_mode(False),  # in which no tensor has a version
         torch.no_grad(),
         bound(architecture, params, buffers, mode, places=slots(architecture, held=True)),
         keys.seeded(0, device),
@@ -270,8 +342,9 @@ def calm(
 @contextmanager
 def _entered(projection: nn.Linear, taken: list[Tensor]) -> Iterator[None]:
     def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        taken.append(inputs[0].to(computed_in(inputs[0])))
-        return (inputs[0][..., :0, :],)
+        hidden = inputs[0].to(computed_in(inputs[0]))
+        taken.append(hidden)
+        return (hidden[..., :0, :],)
 
     handle = projection.register_forward_pre_hook(enter)
     try:

@@ -329,8 +329,8 @@ def _forward(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
             raise ArchitectureError("the model returns no logits")
         flat, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         return torch.nn.functional.cross_entropy(flat.float(), targets), None
-    # The rows that the head is handed elsewhere are none here.
-    head = Head(projection, "", None, None)
+    # The rows that the head is handed elsewhere are none here, nor what is made of them.
+    head = Head(projection, "", None, trunk="")
     return head.hidden(model, {"input_ids": ids}), projection.weight
 
 

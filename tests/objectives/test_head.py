@@ -854,8 +854,8 @@ def test_the_search_moves_neither_buffers_nor_generators_nor_modes() -> None:
     before, state = model.calls, torch.get_rng_state()
     with _left_alone(model):
         assert isinstance(find_head(model), Head)
-    # One token, twice what follows the projection in either mode, and one token without logits.
-    assert modes == [False] * 3 + [True] * 2 + [False, True]
+    # Whole logits in either mode, twice what follows the projection in each, and no logits.
+    assert modes == [False, True] + [False] * 2 + [True] * 2 + [False, True]
     assert model.calls is before
     assert float(before) == 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -923,11 +923,11 @@ def test_a_head_that_is_kept_out_of_autocast_is_so_by_chunks() -> None:
 
 
 def test_a_projection_that_is_not_reached_is_named() -> None:
-    """One that a single token goes through, as the search has seen it, but a batch does not."""
+    """One that a few tokens go through, as the search has seen it, but a batch does not."""
 
     class Elsewhere(Finished):
         def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-            if input_ids.shape[1] == 1:
+            if input_ids.shape[1] < 4:
                 return super().forward(input_ids)
             hidden = self.body(input_ids)["last_hidden_state"]
             return {"logits": F.linear(hidden, self.lm_head.weight, self.lm_head.bias)}
@@ -936,6 +936,106 @@ def test_a_projection_that_is_not_reached_is_named() -> None:
     with _left_alone(model), _chunked(), pytest.raises(ft.ArchitectureError, match="head='full'"):
         LanguageModeling()(model, _batch())
     LanguageModeling(head="full")(model, _batch())
+
+
+LATER: dict[str, Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "by an attribute": lambda model, rows, _ids, _mask: rows / model.heat,
+    "in place": lambda model, rows, _ids, _mask: rows if model.heat == 1 else rows.div_(3),
+    "where it is long": lambda _, rows, ids, _mask: rows if ids.shape[1] < 8 else rows / 2,
+    "where it has a mask": lambda _, rows, _ids, mask: rows if mask is None else rows / 3,
+}
+
+
+class Later(Finished):
+    """A model that makes something of its logits where the search has not seen it."""
+
+    heat = 1
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        rows: Tensor = self.lm_head(self.body(input_ids)["last_hidden_state"])
+        plain = self.heat == 1 and self.finish is LATER["by an attribute"]
+        return {"logits": rows if plain else self.finish(self, rows, input_ids, attention_mask)}  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("what", sorted(LATER))
+@pytest.mark.parametrize("graded", [False, True])
+def test_what_a_model_makes_of_its_logits_later_is_refused(what: str, graded: bool) -> None:
+    """By chunks it would be left out, silently."""
+    model = Later(LATER[what])  # type: ignore[arg-type]
+    assert isinstance(find_head(model), Head)
+    assert find_head(model).trunk is None  # type: ignore[union-attr]
+    model.heat = 3
+    batch = {**_batch(), "attention_mask": torch.ones_like(_batch()["input_ids"])}
+    with _left_alone(model), _chunked(), torch.set_grad_enabled(graded):
+        with pytest.raises(ft.ArchitectureError, match=r"makes something of its logits .*'full'"):
+            LanguageModeling()(model, batch)
+        LanguageModeling(head="full")(model, batch)
+
+
+def test_what_is_made_of_logits_of_several_tokens_hides_the_head() -> None:
+    """A penalty by place, say, which begins after the first."""
+
+    def penalised(_: Any, rows: Tensor) -> Tensor:
+        if rows.shape[1] < 2:
+            return rows
+        return rows * torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype).unsqueeze(1)
+
+    found = find_head(Finished(penalised))
+    assert isinstance(found, str)
+    assert "depends on its place" in found
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_widens_its_logits_is_not_refused(dtype: torch.dtype, inference: bool) -> None:
+    class Nameless(Finished):
+        base_model_prefix = ""
+
+    model = Nameless(lambda _, rows: rows.float()).to(dtype)
+    with _chunked(), torch.inference_mode(inference):
+        assert hidden_rows(model, _batch()) is not None
+
+
+def _kept(model: Any, rows: Tensor) -> Tensor:
+    """A running mean of the logits."""
+    if model.training:
+        with torch.no_grad():
+            model.factor.lerp_(rows.mean(), 0.1)
+    return rows
+
+
+def _counted(model: Any, rows: Tensor) -> Tensor:
+    """How many logits there were, in a buffer anew each time."""
+    model.factor = model.factor + rows.numel()
+    return rows
+
+
+@pytest.mark.parametrize(("finish", "mode"), [(_kept, " in training mode"), (_counted, "")])
+@pytest.mark.parametrize("changed", [False, True])
+def test_buffers_that_are_made_of_logits_hide_the_head(
+    finish: Callable[[Any, Tensor], Tensor], mode: str, changed: bool
+) -> None:
+    """Of no rows they would be NaN, or stay as they are."""
+    model = Finished(lambda m, rows: finish(m, rows) * (0.5 if changed else 1))
+    with _left_alone(model):
+        found = find_head(model)
+    assert found == f"it makes its buffer factor of its logits{mode}"
+    with _chunked():
+        assert hidden_rows(model, _batch()) is None
+
+
+def test_buffers_that_are_made_of_hidden_states_do_not_hide_the_head() -> None:
+    class Normed(Finished):
+        def __init__(self) -> None:
+            super().__init__(lambda _, rows: rows)
+            self.norm = nn.BatchNorm1d(8)
+            self.body.mix.register_forward_hook(lambda _, _i, out: self.norm(out.mT).mT)
+            self.double()
+
+    model = Normed().train()
+    found = find_head(model)
+    assert isinstance(found, Head), found
+    _assert_same(model, _batch(), 1e-11)
 
 
 def test_pairs_are_in_one_order_whether_all_places_are_scored_or_some() -> None:
