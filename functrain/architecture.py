@@ -49,7 +49,8 @@ class Slots:
     `trainable`: the parameters with `requires_grad`. `statistical`: those of modules that keep
     running statistics (BatchNorm), whose dtype they must go with. `uncast`: the buffers that keep
     their dtype where params are cast: those statistics, and what is not persistent. `rotary`:
-    modules that would remember the longest batch (`functrain.quirks`). `shapes`: those of `params`.
+    modules that would remember the longest batch (`functrain.quirks`). `vacant`: buffers that are
+    None, with whether they are persistent. `shapes`: those of `params`.
     """
 
     params: Mapping[str, tuple[Place, ...]]
@@ -60,6 +61,7 @@ class Slots:
     uncast: frozenset[str]
     base: str | None = None
     rotary: tuple[nn.Module, ...] = ()
+    vacant: tuple[tuple[Place, bool], ...] = ()
     shapes: Mapping[str, torch.Size] = attrs.field(init=False)
 
     @shapes.default
@@ -227,7 +229,13 @@ def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
     )
     base = None if own is None else own.fingerprint
     rotary = dynamic_rotary(modules)
-    return Slots(params, buffers, modules, trainable, statistical, uncast, base, rotary)
+    vacant = tuple(
+        ((module._buffers, key), key not in module._non_persistent_buffers_set)
+        for module in modules
+        for key, buffer in module._buffers.items()
+        if buffer is None
+    )
+    return Slots(params, buffers, modules, trainable, statistical, uncast, base, rotary, vacant)
 
 
 def _places(architecture: nn.Module, table: str) -> dict[str, tuple[Place, ...]]:
@@ -360,13 +368,13 @@ def bound(
     architecture: other threads wait.
 
     Buffers are bound as they are; a module that updates them in place (BatchNorm in train mode)
-    updates what was passed, so pass clones where that matters. `places` spares the search for the
-    slots when `slots(architecture)` is known. `gathers`: the caller makes whole what the
-    architecture holds in shards.
+    updates what was passed, so pass clones where that matters. Those that are None are so again at
+    the end. `places` spares the search for the slots when `slots(architecture)` is known.
+    `gathers`: the caller makes whole what the architecture holds in shards.
 
     Raises `ArchitectureError` when names do not match the architecture's, and at the end where the
-    model has written into `params` (but for embeddings with `max_norm`); `ConfigError` for another
-    `mode`.
+    model has written into `params` (but for embeddings with `max_norm`), or has made a persistent
+    buffer that was None; `ConfigError` for another `mode`.
     """
     check_mode(mode)
     if is_sharded(dict(itertools.islice(params.items(), 1))):
@@ -402,9 +410,12 @@ def bound(
                 _set_mode(module, mode == "train")
             yield architecture
             _refuse_written(written(params, begun), places)
+            _refuse_made(places)
         finally:
             for entries, key, tensor in before:
                 entries[key] = tensor
+            for (entries, key), _ in places.vacant:
+                entries[key] = None
             for module, training in zip(places.modules, modes, strict=True):
                 _set_mode(module, training)
 
@@ -422,6 +433,17 @@ def _refuse_written(names: list[str], places: Slots) -> None:
     for name in names:
         if not any(id(entries) in scaling for entries, _ in places.params[name]):
             raise write_error(name)
+
+
+def _refuse_made(places: Slots) -> None:
+    """A buffer that is not persistent, a mask say, is made again in the next binding."""
+    for (entries, key), persistent in places.vacant:
+        if persistent and entries.get(key) is not None:
+            raise ArchitectureError(
+                f"buffers: the forward made {key!r}, registered as None, which no state has; "
+                "register it at its full size before functrain.split, or with persistent=False "
+                "where each call can make it anew"
+            )
 
 
 Substitution = Callable[[Mapping[str, Tensor]], AbstractContextManager[Mapping[str, Tensor]]]

@@ -458,6 +458,41 @@ def test_buffers_are_found_whether_assigned_anew_or_updated_in_place() -> None:
     assert "absent" not in buffers
 
 
+class Making(nn.Module):
+    """Makes a buffer, and counts its calls in an attribute."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(zoo.VOCABULARY, zoo.VOCABULARY)
+        self.register_buffer("mask", None, persistent=persistent)
+        self.calls = 0
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.calls += 1
+        if self.mask is None:
+            self.mask = torch.ones(input_ids.shape[1], 1)
+        return self.embed(input_ids) * self.mask
+
+
+def test_a_mask_that_the_first_call_makes_is_made_anew_and_a_trial_leaves_no_trace() -> None:
+    """A state has no such buffer; and of the calls, those of the trials are not seen."""
+    architecture, params, buffers = ft.split(Making(persistent=False))
+    step = ft.pretrain_step(architecture, ft.optim.sgd(0.1))
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    assert architecture.calls == 1
+    assert architecture.mask is None
+    ft.evaluate(attrs.evolve(step, max_grad_norm=0.5), state, [zoo.batch()])
+    assert architecture.calls == 2
+
+
+def test_a_persistent_buffer_that_the_forward_makes_is_refused() -> None:
+    architecture, params, buffers = ft.split(Making(persistent=True))
+    step = ft.pretrain_step(architecture, ft.optim.sgd(0.1))
+    with pytest.raises(ArchitectureError, match=r"made 'mask', registered as None.* full size"):
+        step(step.init(params, buffers), zoo.batch())
+    assert architecture.mask is None
+
+
 class Counter(Assigning):
     """A language model around it."""
 

@@ -322,6 +322,8 @@ def calm(
 ) -> Iterator[None]:
     """In this mode, no history, not compiled; neither buffers nor random generators are moved.
 
+    Attributes that the forward sets, and buffers that it makes, are as before at the end.
+
     `params`, `buffers`: what is bound in the place of the architecture's own.
     """
     params = {**dict(architecture.named_parameters()), **params}
@@ -332,11 +334,24 @@ def calm(
     with (
         torch.inference_mode(False),  # in which no tensor has a version
         torch.no_grad(),
+        _attributes_put_back(architecture),
         bound(architecture, params, buffers, mode, places=slots(architecture, held=True)),
         keys.seeded(0, device),
         compilation.paused(architecture),
     ):
         yield
+
+
+@contextmanager
+def _attributes_put_back(architecture: nn.Module) -> Iterator[None]:
+    before = [(vars(module), dict(vars(module))) for module in architecture.modules()]
+    try:
+        yield
+    finally:
+        for own, attributes in before:
+            for key in own.keys() - attributes.keys():
+                del own[key]
+            own.update(attributes)
 
 
 @contextmanager
