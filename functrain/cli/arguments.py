@@ -7,7 +7,7 @@ from typing import Annotated
 import attrs
 import tyro
 
-from functrain.cli.checks import at_home
+from functrain.cli.checks import at_home, one_of
 from functrain.cli.config import DPO, SFT, Pretrain
 from functrain.errors import ConfigError
 
@@ -223,7 +223,9 @@ class Export:
     """Where it goes; an earlier export there is replaced."""
     merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Of a run with lora.rank: the whole model, with the adapters in its weights."""
-    dtype: str | None = None
+    dtype: str | None = attrs.field(
+        default=None, validator=one_of(("float32", "bfloat16", "float16"))
+    )
     """float32, bfloat16 or float16; as it was trained unless given."""
 
 

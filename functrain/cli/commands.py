@@ -214,9 +214,12 @@ def _reopened(config: Any) -> Any:
     So a new run has its own end, and one that is resumed has that which it was begun with.
     """
     schedule = config.schedule
-    if config.data.sha256 is None or schedule.total != config.train.steps:
+    filled = schedule.total_filled
+    if filled is None:  # of a run of before that was written down, or of none
+        filled = config.data.sha256 is not None and schedule.total == config.train.steps
+    if not filled:
         return config
-    return attrs.evolve(config, schedule=attrs.evolve(schedule, total=None))
+    return attrs.evolve(config, schedule=attrs.evolve(schedule, total=None, total_filled=None))
 
 
 def reference(command: str, rest: Sequence[str]) -> int:

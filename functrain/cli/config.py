@@ -268,6 +268,8 @@ class Schedule:
     """Updates from 0 to the peak."""
     total: int | None = attrs.field(default=None, validator=count)
     """Updates to the end of the schedule; train.steps when the run begins, unless given."""
+    total_filled: Annotated[bool | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Whether that was not given; written when the run begins."""
     min_lr: float | None = attrs.field(default=None, validator=not_negative)
     """Where cosine ends."""
     cycles: float | None = attrs.field(default=None, validator=positive)
@@ -311,7 +313,8 @@ class Schedule:
     def options(self) -> dict[str, Any]:
         """The options that are given."""
         fields = attrs.asdict(self)
-        return {n: v for n, v in fields.items() if n not in ("name", "peak") and v is not None}
+        left_out = ("name", "peak", "total_filled")
+        return {n: v for n, v in fields.items() if n not in left_out and v is not None}
 
 
 @attrs.frozen(kw_only=True)

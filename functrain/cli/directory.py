@@ -122,7 +122,7 @@ def resolved(config: C, *, threads: int, device: str) -> C:
     """The config with everything filled in that the bits depend on."""
     schedule = config.schedule
     if schedule.total is None and "total" in SCHEDULES[schedule.name]:
-        schedule = attrs.evolve(schedule, total=config.train.steps)
+        schedule = attrs.evolve(schedule, total=config.train.steps, total_filled=True)
     train = attrs.evolve(
         config.train,
         threads=config.train.threads or threads,
@@ -184,6 +184,8 @@ def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
     config = attrs.evolve(config, data=given)
     if not isinstance(config, Pretrain):
         config = attrs.evolve(config, model=Start(from_=config.model.from_))
+    schedule = attrs.evolve(config.schedule, total_filled=False)  # unless it is filled in now
+    config = attrs.evolve(config, schedule=schedule)
     config = resolved(config, threads=threads, device=device)
     if anothers and _is_built_in(config):
         untold = attrs.evolve(config.data, enable_thinking=None, today=None)

@@ -92,7 +92,13 @@ def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]
 
 def _below(found: Origin, config: SFT | DPO) -> Origin:
     """The checkpoint that the adapters of another one were trained over."""
-    below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
+    try:
+        below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; put it back: a run that goes on removes its older checkpoints, but those "
+            "that its train.keep or train.keep_every holds on to"
+        ) from error
     if config.model.sha256 not in (None, below.sha256):
         raise ConfigError(
             f"{found.checkpoint}: its adapters were trained over {below.checkpoint}, which is "

@@ -304,6 +304,10 @@ def _way_out(newest: Path) -> str | None:
     return f"it is damaged; to go on from the one before, remove {newest} and resume again"
 
 
+def _is_of_a_run(start: str) -> bool:
+    return step_of(Path(start)) is not None
+
+
 def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, say: Say) -> None:
     count = sum(p.numel() for p in built.state.params.values())
     slow = ", compiled (the first step of each shape takes long)" if config.train.compile else ""
@@ -316,6 +320,15 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
         f"thread{'s' if config.train.threads != 1 else ''}, "
         f"{several}{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
     )
+    if (
+        not isinstance(config, Pretrain)
+        and config.lora.options()
+        and _is_of_a_run(config.model.from_)
+    ):
+        say(
+            f"{config.stage}: the adapters need {config.model.from_} as long as they are used; "
+            "where its run goes on, keep it there with train.keep or train.keep_every"
+        )
     after = rates_after(config.schedule, config.train.steps)
     if after is not None:
         say(f"{config.stage}: {after}")

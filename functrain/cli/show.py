@@ -15,13 +15,16 @@ from functrain.errors import ConfigError, DataError, FunctrainError
 def described(given: str, *, tensors: bool = False) -> str:
     """A checkpoint, or a run's newest one, as text: what it holds, verified against its hashes."""
     from functrain import checkpoint
-    from functrain.cli.origins import RunDirectory, located, origin
+    from functrain.cli.origins import RunDirectory, located, stage_directory
 
     path = located(Path(given))
     if (RunDirectory(path).config).is_file() or (path / "pretrain").is_dir():
-        path = origin(given, "checkpoint").checkpoint
+        # Its config is not read here: the checkpoint is whole where that is damaged.
+        path = RunDirectory(stage_directory(path)).checkpoints
+        if checkpoint.latest(path) is None:
+            raise ConfigError(f"{given}: has no checkpoint yet; train it first")
     found = checkpoint.inspect(path)
-    run = RunDirectory(path.parent.parent)
+    run = RunDirectory(Path(found["path"]).parent.parent)
     about = _of_the_run(run, found) if run.config.is_file() else {}
     return "\n".join(_description(found, tensors, about))
 

@@ -70,6 +70,7 @@ def _section(record: Any, path: tuple[str, ...]) -> Iterator[str]:
 _RESOLVED: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("model",): ("sha256", "shape"),
     ("data",): ("sha256", "held_out_sha256", "templated"),
+    ("schedule",): ("total_filled",),
 }
 
 

@@ -35,7 +35,7 @@ def verified(given: str, replay: str | None) -> Iterator[str]:
     With `replay`, `A..B`, the steps from checkpoint A to B are made again, and must come to B's
     very bits; `ConfigError` where the data or the model that the run began with are others now.
     """
-    for path in _every_stages(Path(given)):
+    for path in _every_run(Path(given)):
         try:
             manifest, stored = read_leaves(OPERATING_SYSTEM, path)
         except CheckpointError:
@@ -48,11 +48,18 @@ def verified(given: str, replay: str | None) -> Iterator[str]:
         yield _replayed(Path(given), replay)
 
 
-def _every_stages(path: Path) -> list[Path]:
-    """The checkpoints of a demo's three runs, or of what else it is."""
-    stages = [path / name for name in reversed(STAGE_ORDER)]
-    runs = [stage for stage in stages if RunDirectory(stage).config.is_file()] or [path]
+def _every_run(path: Path) -> list[Path]:
+    """The checkpoints of the runs that lie in a directory, a demo's say, or of what else it is."""
+    runs = [path] if RunDirectory(path).config.is_file() else _runs_in(path) or [path]
     return [found for run in runs for found in _checkpoints(run)]
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The runs directly below it: the stages in their order, then the others by name."""
+    stages = tuple(reversed(STAGE_ORDER))
+    below = sorted(each.parent for each in path.glob("*/config.toml"))
+    found = [each for each in below if (each / "checkpoints").is_dir() or each.name in stages]
+    return sorted(found, key=lambda each: stages.index(each.name) if each.name in stages else 3)
 
 
 def _checkpoints(path: Path) -> list[Path]:

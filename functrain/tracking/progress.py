@@ -20,8 +20,9 @@ class Progress:
     """`update(step, metrics)` shows stage, step, loss, tokens per second and the time left.
 
     Values are read only when something is drawn, so that looking costs training nothing. On a
-    terminal rich draws a bar, five times a second at most; elsewhere there is a line every five
-    seconds. A stream that cannot be written (its reader has gone, the disk is full) ends nothing.
+    terminal rich draws a bar, five times a second at most; elsewhere, and on a dumb terminal, there
+    is a line every five seconds. A stream that cannot be written (its reader has gone, the disk is
+    full) ends nothing.
     """
 
     def __init__(
@@ -122,17 +123,21 @@ class Progress:
             self._stream.flush()
 
 
-def _bar(total: int, stream: TextIO) -> Bar:
+def _bar(total: int, stream: TextIO) -> Bar | None:
+    """A bar; None for a terminal that cannot go back in a line, where it would show at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
+    console = Console(file=stream)
+    if console.is_dumb_terminal:
+        return None
     bar = Bar(
         TextColumn("{task.fields[stage]}", style="bold"),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[count]}", style="cyan"),
         TextColumn("{task.fields[rest]}"),
-        console=Console(file=stream),
+        console=console,
         # Drawn by the steps themselves: no thread beside training.
         auto_refresh=False,
     )

@@ -87,6 +87,20 @@ def test_what_is_there_is_inspected_where_the_base_is_gone(
     assert "every size and sha256 is as the manifest says" in out
 
 
+def test_a_run_of_adapters_says_what_it_needs_and_is_inspected_without_its_config(
+    runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    chats = _jsonl(tmp_path / "sft.jsonl", CHATS)
+    for more, said in (([], False), (LORA, True)):
+        run = ["--directory", str(tmp_path / f"{said}"), "--model.from", str(runs / "a")]
+        assert main(["sft", *run, *more, *chats, *COMMON, "--train.steps", "1"]) == 0
+        need = f"need {runs / 'a' / 'checkpoints' / 'step-000000000006'} as long as they are used"
+        assert (need in capsys.readouterr().err) is said
+    (tmp_path / "True" / "config.toml").write_text("[model")
+    assert main(["inspect", str(tmp_path / "True")]) == 0
+    assert "every size and sha256 is as the manifest says" in capsys.readouterr().out
+
+
 def test_preferences_begin_at_the_merged_start(runs: Path) -> None:
     """DPO over adapters over the SFT's: at step 0 the policy is the reference, to the bit."""
     first = next(record for record in _records(runs / "c") if record["step"] == 0)
@@ -162,6 +176,7 @@ def test_it_is_exported_merged_and_as_adapters(runs: Path, tmp_path: Path, capsy
         (["export", "{runs}/nowhere", "{tmp}/out"], "is not there"),
         (["export", "{runs}/a", "{runs}"], "is no export of functrain's"),
         (["export", "{runs}/a", "{tmp}/out", "--dtype", "int8"], "dtype: 'int8'"),
+        (["export", "{runs}/a", "{tmp}/out", "--dtype", "float8_e4m3fn"], "dtype: 'float8_e4m3fn'"),
     ],
 )
 def test_what_cannot_be_is_said(
@@ -185,7 +200,9 @@ def test_a_base_that_is_another_or_gone_is_refused(runs: Path, tmp_path: Path, c
     assert main(speak) == 0
     shutil.rmtree(work / "a" / "checkpoints")
     assert main(speak) == 2
-    assert "the base of its adapters: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the base of its adapters: " in said
+    assert "put it back: a run that goes on removes its older checkpoints" in said
     config = work / "a" / "config.toml"
     other = config.read_text().replace("seed = 0", "seed = 1")
     config.unlink()

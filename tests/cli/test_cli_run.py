@@ -269,6 +269,13 @@ def test_a_new_run_of_a_runs_config_ends_its_schedule_with_its_own_steps(tmp_pat
     alone, other = _config(tmp_path, "alone", steps=3)
     assert main(["pretrain", alone, *cosine]) == 0
     assert _fingerprint(other) == _fingerprint(tmp_path / "open") != _fingerprint(run)
+    # Nor does it matter that the other run was made longer than it was begun.
+    config = str(run / "config.toml")
+    assert main(["pretrain", config, "--resume", "--train.steps", "4"]) == 0
+    assert toml.read_any(run / "config.toml").schedule.total == 2
+    more = ["--directory", str(tmp_path / "longer"), "--train.steps", "3"]
+    assert main(["pretrain", config, *more]) == 0
+    assert _fingerprint(other) == _fingerprint(tmp_path / "longer")
 
 
 @pytest.mark.parametrize(

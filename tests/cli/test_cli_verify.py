@@ -33,6 +33,19 @@ def test_every_checkpoint_of_every_stage_is_verified(
     assert all("whole; " in line for line in lines)
 
 
+def test_every_run_beside_the_stages_is_verified(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, run in (("adapters", "dpo"), ("sft", "sft")):
+        shutil.copytree(runs / "one" / run, tmp_path / name)
+    assert main(["verify", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(line.split(":")[0]).parent.parent.name for line in lines] == [
+        *("sft", "sft"),
+        *("adapters", "adapters"),
+    ]
+
+
 @pytest.mark.parametrize("replay", ["9..12", "0..9"])
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_steps_that_are_made_again_are_the_same(

@@ -160,6 +160,15 @@ def test_on_a_terminal_a_bar_is_redrawn() -> None:
     assert "\x1b[" in stream.getvalue()
 
 
+def test_on_a_dumb_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot go back in a line: a bar would be drawn at the end alone."""
+    monkeypatch.setenv("TERM", "dumb")
+    stream, clock = Terminal(), Clock()
+    with Progress(3, "sft", stream=stream, clock=clock) as progress:
+        progress.update(1, {"loss": 1.0})
+        assert "1/3" in stream.getvalue()
+
+
 @given(
     count=st.integers(1, 3000),
     seed=st.integers(0, 99),
