@@ -35,7 +35,7 @@ from functrain.cli.arguments import (
     Verify,
 )
 from functrain.cli.output import print_result, printing, say
-from functrain.errors import ConfigError, did_you_mean
+from functrain.errors import ConfigError, DivergedError, did_you_mean
 
 A = TypeVar("A")
 
@@ -78,7 +78,14 @@ def stage(command: str, rest: Sequence[str]) -> int:
 
     with stopping() as stop, world(device=train.device, timeout=train.timeout) as workers:
         own = say if workers.speaks else _silent
-        outcome = run_stage(arguments.config, resume=resume, stop=stop, say=own, world=workers)
+        try:
+            outcome = run_stage(arguments.config, resume=resume, stop=stop, say=own, world=workers)
+        except DivergedError as error:
+            # --resume takes neither of what the error advises: it would be another run.
+            raise DivergedError(
+                f"{error}\nwith --resume this run goes on as it was begun alone: begin another, "
+                "with another --directory and a lower --schedule.peak or other data"
+            ) from error
         if outcome.finished:
             if workers.speaks:
                 print_result(conclude(outcome))
@@ -198,6 +205,9 @@ def stage_arguments(
     config: Any = None
     if given and not given[0].startswith("-"):
         config = _reopened(toml.read_as(Path(given.pop(0)), stage))
+    second = given[0] if config is not None and given else ""
+    if second.endswith(".toml"):
+        raise ConfigError(f"{second}: a second config file, after {rest[0]}; give one of them")
     late = next((each for each in given if each.endswith(".toml")), None)
     if late is not None:
         raise ConfigError(

@@ -352,7 +352,8 @@ class Train:
     )
     """A directory for what is compiled, so that another start is warm."""
     ema_decay: float | None = attrs.field(default=None, validator=fraction)
-    """Keep a moving average of the params."""
+    """Keep a moving average of the params. It lies in each checkpoint and no command uses it:
+    functrain.checkpoint.load_tensors(CHECKPOINT, "average/*") loads it."""
     reduction: str = attrs.field(default="fast", validator=one_of(("fast", "canonical")))
     """How gradients are summed: fast, or canonical, with the same bits on any number of workers."""
     sharded: bool = False
@@ -397,7 +398,8 @@ class Train:
         if self.keep_pages and self.return_pages:
             raise ConfigError(
                 "train.return_pages: with train.keep_pages memory that is freed would be both kept "
-                "and returned; give one of them"
+                "and returned; give one of them, and against what a file has "
+                "--train.no-return-pages or --train.no-keep-pages"
             )
         if self.compile_cache is not None and not self.compile:
             raise ConfigError(
@@ -561,7 +563,8 @@ class Preference:
 def _stage(record: Any, _field: attrs.Attribute[Any], value: str) -> None:
     expected = attrs.fields(type(record)).stage.default
     if value != expected:
-        raise ConfigError(f"stage: {value!r}, expected {expected!r}; use `functrain {value}`")
+        way = f"use `functrain {value}`" if value in STAGES else did_you_mean(value, STAGES)
+        raise ConfigError(f"stage: {value!r}, expected {expected!r}; {way}")
 
 
 Stage = Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]

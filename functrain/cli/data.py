@@ -35,6 +35,11 @@ def _tokenizer(path: Path) -> Any:
     from functrain.cli.tokenizers import asked_with
     from functrain.data.pretrained import pretrained_tokenizer
 
+    if not path.exists():
+        raise ConfigError(
+            f"model: {path} is not there (looked from {Path.cwd()}); tokenizers are read from the "
+            "disk"
+        )
     if is_model(path):
         return pretrained_tokenizer(path)
     try:

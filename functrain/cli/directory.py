@@ -302,7 +302,8 @@ def free_keys(before: Config) -> set[str]:
 
 def _known_by_hash(before: Config, now: Config) -> set[str]:
     """What may lie in another place: that it is the same, its hash says where it is read."""
-    found, old, new = set(), before.data, now.data
+    found: set[str] = set()
+    old, new = before.data, now.data
     # The embedded data lie in no place, and ids have no tokenizer, which text would bring.
     if (
         old.sha256 is not None

@@ -74,9 +74,23 @@ def planned(config: Config, machines: Machines, world: World) -> str:
     if not isinstance(config, Pretrain) and config.lora.options():
         raise ConfigError("lora.rank: a plan is for models that are trained whole; leave it out")
     cluster = machines.cluster(config, world)
+    _check_shares(config, cluster.workers)
     job = _job(config)
     found = planning.plan(job, cluster, canonical=config.train.reduction == "canonical")
     return shown(found, config, machines)
+
+
+def _check_shares(config: Config, workers: int) -> None:
+    """Raise `ConfigError`, with numbers that would do, where micro-batches cannot be shared out."""
+    given, rows = config.train.microbatches, config.train.batch_size
+    if given % workers == 0:
+        return
+    several = -(-given // workers) * workers
+    raise ConfigError(
+        f"train.microbatches: {given} cannot be shared out to {workers} workers, for they are "
+        "those of the whole batch; give a multiple that divides train.batch_size: "
+        f"--train.microbatches {several} --train.batch-size {-(-rows // several) * several}"
+    )
 
 
 def _job(config: Config) -> Job:

@@ -79,7 +79,7 @@ def read_as(path: Path, stage: str) -> Config:
 
 def _tables(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -110,13 +110,26 @@ def _complaints(error: BaseException, path: tuple[str, ...]) -> Iterator[str]:
     elif isinstance(error, ForbiddenExtraKeysError):
         known = [field.name.rstrip("_") for field in attrs.fields(error.cl)]
         for extra in sorted(error.extra_fields):
-            yield f"{'.'.join((*path, extra))}: unknown key; {did_you_mean(extra, known)}"
+            # Not of the config itself: of a section, before whose head it stands.
+            where = "" if path else " or ".join(_sections(error.cl, extra))
+            way = f"it is of {where}" if where else did_you_mean(extra, known)
+            yield f"{'.'.join((*path, extra))}: unknown key; {way}"
     elif isinstance(error, ConfigError):
         yield str(error)
     elif isinstance(error, TypeError) and str(error).startswith("expected "):
         yield f"{'.'.join(path)}: {error}"
     else:
         yield f"{'.'.join(path)}: {_expected(path) or error}"
+
+
+def _sections(cls: type, key: str) -> list[str]:
+    """The sections of a config that have such a key, as TOML writes their heads."""
+    hints = {name: kind for name, kind in get_type_hints(cls).items() if attrs.has(kind)}
+    return [
+        f"[{name}]"
+        for name, kind in hints.items()
+        if key in {field.name.rstrip("_") for field in attrs.fields(kind)}
+    ]
 
 
 def _expected(path: tuple[str, ...]) -> str:

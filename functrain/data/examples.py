@@ -81,6 +81,11 @@ def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
     """
     if not isinstance(record, Mapping):
         return read_completions(record, ("completion",), tokenizer, where)
+    if "completion" in record and isinstance(record.get("label"), bool):
+        raise DataError(
+            f"{where}.label: {record['label']}, as of a completion that is desirable or not, and "
+            "here each is learnt; train on these with the kto loss, or leave label out"
+        )
     if "messages" in record and not has_template(tokenizer):
         for other in ("prompt", "completion"):
             if other in record:

@@ -190,8 +190,9 @@ def padding_in(batch: Batch) -> Tensor | None:
     if "position_ids" not in batch:
         return None
     begins = beginnings(batch["position_ids"])
-    alone = begins & F.pad(begins[:, 1:], (0, 1), value=True)
-    return alone & (batch["labels"] == IGNORE_INDEX)
+    alone: Tensor = begins & F.pad(begins[:, 1:], (0, 1), value=True)
+    untold: Tensor = batch["labels"] == IGNORE_INDEX
+    return alone & untold
 
 
 def count_padding(batch: Batch) -> tuple[Tensor, int]:

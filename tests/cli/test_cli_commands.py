@@ -43,6 +43,21 @@ def test_a_run_needs_no_file() -> None:
     assert arguments.resume
 
 
+def test_one_file_is_given(run_toml: Path) -> None:
+    other = run_toml.with_name("other.toml")
+    with pytest.raises(ConfigError, match=r"other.toml: a second config file, after .*run.toml"):
+        commands.stage_arguments("pretrain", [str(run_toml), str(other)])
+
+
+def test_a_tokenizer_that_is_not_there_is_not_looked_for_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert main(["data", "show", str(path), "--model", "no/where"]) == 2
+    assert "model: no/where is not there" in capsys.readouterr().err
+
+
 def test_the_file_comes_first(run_toml: Path) -> None:
     with pytest.raises(ConfigError, match="give the config file first"):
         commands.stage_arguments("pretrain", ["--train.steps", "3", str(run_toml)])

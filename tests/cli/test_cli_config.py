@@ -147,6 +147,11 @@ BAD = [
     ('[tracking]\nname = ""', "tracking.name: empty; expected a name"),
     ('[train]\ncheckpoint = ""', "train.checkpoint: empty; expected a name"),
     ("peak == 3", "run.toml: not TOML: "),
+    ('stage = "sftt"', "stage: 'sftt', expected 'dpo'; did you mean 'sft'"),
+    ("seed = 1", r"run.toml: seed: unknown key; it is of \[train\]"),
+    ("dropout = 0.1", r"run.toml: dropout: unknown key; it is of \[lora\]"),
+    ("\ufeff[train]\nsteps = 0", "train.steps: 0, expected an integer of at least 1"),
+    ("[train]\nkeep_pages = true\nreturn_pages = true", "what a file has --train.no-return-pages"),
 ]
 
 
@@ -155,7 +160,7 @@ def test_complaints_name_the_file_the_key_and_what_was_expected(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         toml.read(path, c.DPO)
 

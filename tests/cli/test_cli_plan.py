@@ -84,6 +84,8 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "pretrain", "--workers", "0"], "workers: 0, expected an integer of at least 1"),
         (["plan", "sft", "--train.stepps", "3"], "run functrain plan sft --help"),
         (["plan", "pretrain", "--workers", "3"], "cannot be shared out to 3 workers"),
+        (["plan", "pretrain", "--workers", "8"], "--train.microbatches 8 --train.batch-size 16"),
+        (["plan", "pretrain", "--workers", "24"], "--train.microbatches 24 --train.batch-size 24"),
         (["plan", "pretrain", "--data.train", "x.bin"], "data.vocabulary: missing"),
         (["plan", "sft", "--model.from", "nowhere"], "model.from: nowhere is not there"),
         (["plan", "sft", "--lora.rank", "8"], "lora.rank: a plan is for models that are trained"),

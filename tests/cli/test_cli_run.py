@@ -28,7 +28,7 @@ from functrain.cli.lock import held
 from functrain.cli.origins import RunDirectory
 from functrain.data.packing import packed_ids
 from functrain.data.text import tokens
-from functrain.errors import CheckpointError, ConfigError, DataError
+from functrain.errors import CheckpointError, ConfigError, DataError, DivergedError
 from functrain.metrics import Metrics
 from functrain.objectives import logprobs
 from functrain.tracking import jsonl, progress, report
@@ -782,6 +782,20 @@ def test_a_line_that_cannot_be_logged_ends_the_run_or_not(
         assert "going on without step 6" in said
         assert _records(run) == [r for r in _records(tmp_path / "alone") if r["step"] != 6]
     assert _fingerprint(run) == _fingerprint(tmp_path / "alone")
+
+
+def test_a_run_that_diverges_says_what_the_command_line_can_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not to go on otherwise than it was begun, which --resume refuses."""
+
+    def diverged(*_: object) -> None:
+        raise DivergedError("step 1: nothing comes of it")
+
+    monkeypatch.setattr("functrain.cli.run.check_guard", diverged)
+    told = _refused(["pretrain", _config(tmp_path, steps=1)[0]], capsys)
+    assert "step 1: nothing comes of it" in told
+    assert "begin another, with another --directory and a lower --schedule.peak" in told
 
 
 def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:

@@ -222,8 +222,16 @@ def test_the_order_is_a_permutation_around_powers_of_two(length: int) -> None:
         assert {data.permuted(i, length, key) for i in range(length)} == set(range(length))
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_a_completion_that_is_judged_is_not_learnt_as_any_other(label: bool) -> None:
+    with pytest.raises(ft.DataError, match=rf"record 0.label: {label}, .* with the kto loss"):
+        _chat({**GOOD, "label": label})
+
+
 def test_other_columns_of_a_record_are_ignored() -> None:
-    assert _chat({**GOOD, "id": 7, "source": "web"}).examples == _chat(GOOD).examples
+    assert (
+        _chat({**GOOD, "id": 7, "source": "web", "label": "good"}).examples == _chat(GOOD).examples
+    )
 
 
 def test_a_tokenizer_without_transformers_is_said(
