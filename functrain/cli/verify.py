@@ -33,7 +33,8 @@ def verified(given: str, replay: str | None) -> Iterator[str]:
     """A line for each checkpoint that is as it was saved; `CheckpointError` at one that is not.
 
     With `replay`, `A..B`, the steps from checkpoint A to B are made again, and must come to B's
-    very bits; `ConfigError` where the data or the model that the run began with are others now.
+    very bits; `ConfigError` where the data or the model that the run began with are others now, and
+    for fast sums of several workers, which one process cannot make again.
     """
     for path in _every_run(Path(given)):
         try:
@@ -77,6 +78,7 @@ def _replayed(path: Path, replay: str) -> str:
         raise ConfigError(f"--replay {replay}: expected two steps, the lower first: 200..400")
     run = RunDirectory(stage_directory(path))
     begin, end = (_at(run, int(step)) for step in match.groups())
+    _check_alone(run, int(match[1]), int(match[2]))
     config: Any = toml.read_any(run.config)
     if not isinstance(config, Pretrain):
         started_from(config)
@@ -109,6 +111,22 @@ def _replayed(path: Path, replay: str) -> str:
             f"{end}: made again from step {match[1]}, it differs:\n" + "\n".join(_shown(found))
         )
     return f"steps {match[1]} to {match[2]}, made again: the same bits"
+
+
+def _check_alone(run: RunDirectory, begin: int, end: int) -> None:
+    """Refuse steps that several workers have made with sums in an order of their own."""
+    for path in checkpoints(run.checkpoints):
+        step = step_of(path)
+        if step is None or not begin < step <= end:
+            continue  # whoever made the first one, it is only read
+        # A condition of sums in the fast order alone: see `functrain.loop.conditions`.
+        workers = read_manifest(OPERATING_SYSTEM, path).numerics.get("workers")
+        if workers is not None:
+            raise ConfigError(
+                f"--replay {begin}..{end}: {path} was made by {workers} workers with "
+                "reduction='fast', whose sums have another order in one process; only steps of "
+                "reduction='canonical' or of one worker can be made again so"
+            )
 
 
 def _at(run: RunDirectory, step: int) -> Path | None:

@@ -7,6 +7,7 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
+import attrs
 import pytest
 
 from functrain.checkpoint.filesystem import FileSystem
@@ -77,6 +78,24 @@ def test_an_altered_checkpoint_is_named(
     file = _altered(tmp_path / "run" / "checkpoints" / "step-000000000009")
     assert main(["verify", str(tmp_path / "run")]) == 2
     assert f"{file}: its sha256 does not match" in capsys.readouterr().err
+
+
+def test_fast_sums_of_several_workers_are_not_made_again_by_one(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But on from there, by one worker, they are."""
+    shutil.copytree(runs / "one" / "pretrain", tmp_path / "run")
+    read = verify.read_manifest
+
+    def by_two(filesystem: FileSystem, path: Path) -> Manifest:
+        found = read(filesystem, path)
+        more = {"workers": 2} if found.step == 9 else {}
+        return attrs.evolve(found, numerics={**found.numerics, **more})
+
+    monkeypatch.setattr(verify, "read_manifest", by_two)
+    assert main(["verify", str(tmp_path / "run"), "--replay", "0..12"]) == 2
+    assert "step-000000000009 was made by 2 workers" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "run"), "--replay", "9..12"]) == 0
 
 
 @pytest.mark.parametrize(
