@@ -191,7 +191,8 @@ def padding_in(batch: Batch) -> Tensor | None:
         return None
     begins = beginnings(batch["position_ids"])
     alone = begins & F.pad(begins[:, 1:], (0, 1), value=True)
-    return alone & (batch["labels"] == IGNORE_INDEX)
+    outside: Tensor = batch["labels"] == IGNORE_INDEX
+    return alone & outside
 
 
 def count_padding(batch: Batch) -> tuple[Tensor, int]:
