@@ -14,7 +14,7 @@ from functrain import activations
 from functrain.architecture import bound
 from functrain.gradients import Batches
 from functrain.objectives.head import find_head
-from functrain.objectives.support import check_causal
+from functrain.objectives.support import check_causal, under_trial
 from functrain.state import TrainState
 from functrain.steps import Step
 
@@ -55,10 +55,10 @@ def counter(*, recomputed: bool = True) -> Any:
     from torch.utils.flop_counter import FlopCounterMode  # takes a while to import
 
     class Counter(FlopCounterMode):
-        """Which may leave out what checkpointing runs again."""
+        """Which leaves out trials, and may leave out what checkpointing runs again."""
 
         def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
-            if not recomputed and activations.recomputing():
+            if under_trial() or (not recomputed and activations.recomputing()):
                 return out
             return super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
 

@@ -66,6 +66,26 @@ def test_what_is_recomputed_counts_where_it_is_asked_for() -> None:
     assert ft.flops_of(recomputing, state, _batch()) == alone + again
 
 
+@pytest.mark.parametrize("kind", ["padding_free", "shared_prompt", "packed"])
+def test_what_is_tried_once_is_not_counted(kind: str) -> None:
+    """Whether a model keeps sequences apart is found in its first step alone."""
+    config = DecoderConfig(vocabulary=40, width=16, layers=1, heads=2, hidden=32, tied=False)
+    architecture, params, buffers = ft.split(decoder(config))
+    batch: Any = _batch()
+    if kind == "packed":
+        places = torch.arange(8).repeat(ROWS, 2)
+        labels = batch["labels"].masked_fill(places == 0, -100)
+        step = ft.pretrain_step(architecture, ft.optim.adamw())
+        batch = {**batch, "labels": labels, "position_ids": places}
+    else:
+        reference = ft.trees.clone(params)
+        step = ft.dpo_step(architecture, ft.optim.adamw(), reference=reference, layout=kind)  # type: ignore[arg-type]
+        batch = {"chosen": batch, "rejected": {k: v.roll(1, 0) for k, v in batch.items()}}
+    state = step.init(params, buffers)
+    first = ft.flops_of(step, state, batch)
+    assert ft.flops_of(step, state, batch) == first
+
+
 def _of(config: Any) -> int:
     architecture, params, buffers = families.stirred(config)
     step = ft.pretrain_step(architecture, ft.optim.adamw())

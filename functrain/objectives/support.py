@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 
 Found = TypeVar("Found")
+_under_trial: ContextVar[bool] = ContextVar("under_trial", default=False)
+
+
+def under_trial() -> bool:
+    """Whether a model is being tried, which it is in its first step alone."""
+    return _under_trial.get()
 
 
 def check_weights(model: nn.Module, what: str) -> None:
@@ -155,6 +162,14 @@ def _trying(model: nn.Module, find: Callable[[nn.Module], Found]) -> Found:
     In half precision rounding would hide what is small. Where it cannot be called in float32, as
     flash attention cannot be, it is tried as it is.
     """
+    token = _under_trial.set(True)
+    try:
+        return _in_float32(model, find)
+    finally:
+        _under_trial.reset(token)
+
+
+def _in_float32(model: nn.Module, find: Callable[[nn.Module], Found]) -> Found:
     device = next(model.parameters()).device.type
     buffers = {name: buffer.to(_wide(buffer.dtype)) for name, buffer in model.named_buffers()}
     try:
