@@ -271,7 +271,7 @@ class Counting(nn.Module):
         self.inner = nn.Module()
         for module in (self, self.inner):
             module.register_buffer("calls", torch.ones(()))
-            module.register_buffer("none", None)
+            module.register_buffer("none", None, persistent=False)
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
