@@ -560,8 +560,8 @@ class Step:
 
         def taken(name: str, grad: Tensor) -> Tensor:
             plain = grad.detach() if grad.requires_grad else grad
-            foreign = writes and plain is not own.get(name)
-            return plain.clone() if foreign or (in_place and grad is params.get(name)) else plain
+            others = writes and plain is not own.get(name)
+            return plain.clone() if others or (in_place and grad is params.get(name)) else plain
 
         return {name: taken(name, grad) for name, grad in given.items()}
 
