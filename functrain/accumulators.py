@@ -192,9 +192,8 @@ class _Looked(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """As `nn.Embedding`'s."""
         given, weight = _current.get(), self.weight
-        if given is None or not (torch.is_grad_enabled() and given.trains(weight)):
-            return super().forward(input)
-        if _transformed():
+        graded = given is not None and torch.is_grad_enabled() and given.trains(weight)
+        if given is None or not graded or _transformed():
             return super().forward(input)
         into = functools.partial(given.sum_of, weight)
         found: Tensor = _Lookup.apply(weight, input, self.padding_idx, into)  # type: ignore[no-untyped-call]
@@ -207,9 +206,8 @@ class _Operated(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """As `nn.Embedding`'s."""
         weight = self.weight
-        if not (torch.is_grad_enabled() and weight.requires_grad):  # a reference, a frozen copy
-            return super().forward(input)
-        if _transformed():
+        graded = torch.is_grad_enabled() and weight.requires_grad  # no reference, no frozen copy
+        if not graded or _transformed():
             return super().forward(input)
         padding = -1 if self.padding_idx is None else self.padding_idx
         place, unread = getattr(self, _PLACE), getattr(self, _UNREAD)

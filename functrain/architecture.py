@@ -21,16 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from functrain.errors import (
-    ArchitectureError,
-    ConfigError,
-    StateError,
-    did_you_mean,
-)
+from functrain.errors import ArchitectureError, ConfigError, StateError, did_you_mean
 from functrain.quirks import (
     called_afresh,
     dynamic_rotary,
-    scales_rows,
+    scaled_tables,
     submodules_called,
     write_error,
     written,
@@ -429,7 +424,7 @@ def check_mode(mode: object, where: str = "") -> None:
 def _refuse_written(names: list[str], places: Slots) -> None:
     if not names:
         return
-    scaling = {id(module._parameters) for module in places.modules if scales_rows(module)}
+    scaling = scaled_tables(places.modules)
     for name in names:
         if not any(id(entries) in scaling for entries, _ in places.params[name]):
             raise write_error(name)

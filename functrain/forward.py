@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from functrain.architecture import Slots
 from functrain.errors import ArchitectureError
 from functrain.precision import Precision
-from functrain.quirks import lost_error, scales_rows, write_error
+from functrain.quirks import lost_error, scaled_tables, write_error
 from functrain.trees import Tensors
 
 
@@ -132,7 +132,7 @@ class Watched:
         after, modules = _samples(self.leaves), self.places.modules
         # An embedding's max_norm is said to write, and a recurrent layer lays its weights out anew
         # (flatten_parameters), with their values.
-        scaling = {id(m._parameters) for m in modules if scales_rows(m)}
+        scaling = scaled_tables(modules)
         laying = {id(m._parameters) for m in modules if isinstance(m, nn.RNNBase)}
         for name, leaf in self.leaves.items():
             at = self.places.params[name]

@@ -126,6 +126,11 @@ def scales_rows(module: nn.Module) -> bool:
     return getattr(module, "max_norm", None) is not None
 
 
+def scaled_tables(modules: Iterable[nn.Module]) -> set[int]:
+    """The `_parameters` of such modules, by their `id`."""
+    return {id(module._parameters) for module in modules if scales_rows(module)}
+
+
 def write_error(name: str) -> ArchitectureError:
     """The error for a forward that wrote into a parameter."""
     return ArchitectureError(

@@ -8,7 +8,7 @@ trains.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ def check_separable(
     _refuse_hooks(params)
     _refuse_shared(params, memory)
     _refuse_shared_buffers(buffers, memory)
-    _tell_of_parted(buffers, _lasting(module, buffers))
-    _tell_of_kept(module, params, buffers)
+    lasting = _lasting(module, buffers)
+    _tell_of_parted(buffers, lasting)
+    _tell_of_kept(module, params, lasting)
 
 
 def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
@@ -70,11 +71,11 @@ def _refuse_shared_buffers(buffers: Mapping[str, Tensor], memory: _Memory) -> No
             )
 
 
-def _tell_of_parted(buffers: Mapping[str, Tensor], lasting: Collection[str]) -> None:
+def _tell_of_parted(buffers: Mapping[str, Tensor], lasting: Mapping[str, Tensor]) -> None:
     """Each becomes a tensor of its own, so that what is written to one is not in the other."""
     memory = _Memory(buffers)
-    for name in lasting:
-        other = next((each for each in memory.over(buffers[name]) if each != name), None)
+    for name, buffer in lasting.items():
+        other = next((each for each in memory.over(buffer) if each != name), None)
         if other is not None and (other not in lasting or name < other):
             warnings.warn(
                 f"{name} and {other} are buffers over the same memory, which a state holds apart: "
@@ -85,18 +86,18 @@ def _tell_of_parted(buffers: Mapping[str, Tensor], lasting: Collection[str]) -> 
             )
 
 
-def _lasting(module: nn.Module, buffers: Mapping[str, Tensor]) -> list[str]:
+def _lasting(module: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The buffers that a checkpoint has; the others a module computes for itself."""
     passing = {
         id(each._buffers[key])
         for each in module.modules()
         for key in each._non_persistent_buffers_set
     }
-    return [name for name, buffer in buffers.items() if id(buffer) not in passing]
+    return {name: buffer for name, buffer in buffers.items() if id(buffer) not in passing}
 
 
 def _tell_of_kept(
-    module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    module: nn.Module, params: Mapping[str, Tensor], lasting: Mapping[str, Tensor]
 ) -> None:
     """A forward that goes elsewhere than to a slot would find the old values there.
 
@@ -104,7 +105,6 @@ def _tell_of_kept(
     computes for itself (RoPE's frequencies) mostly stays as it is.
     """
     trained = {name: param for name, param in params.items() if param.requires_grad}
-    lasting = {name: buffers[name] for name in _lasting(module, buffers)}
     memory, told = _Memory({**trained, **lasting}), set()
     for where, tensor in beside_slots(module):
         held = next(memory.over(tensor), None)

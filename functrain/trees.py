@@ -182,7 +182,7 @@ def _share(one: Tensor, other: Tensor) -> bool:
     one, other = rows_here(one), rows_here(other)
     if is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(other):
         return True
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return _address(one) == _address(other)
 
 
 def clone(items: Mapping[str, Tensor]) -> Tensors:

@@ -88,13 +88,13 @@ def check(given: str, files: Sequence[str]) -> None:
     for file in files:
         if file != EMBEDDED and not Path(file).exists() and not glob.has_magic(file):
             raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")
-        if is_tokens(file) and tokenizer is not None:
+        if is_tokens(file):
+            if tokenizer is None:
+                continue
             raise ConfigError(
                 f"{file}: token ids, and the model reads text with a tokenizer of its own, of "
                 "which they need not be; give text"
             )
-        if is_tokens(file):
-            continue
         if tokenizer is None:
             raise ConfigError(
                 f"{file}: text, and the model was trained on ids of a tokenizer of your own; give "

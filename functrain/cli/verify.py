@@ -60,7 +60,8 @@ def _runs_in(path: Path) -> list[Path]:
     stages = tuple(reversed(STAGE_ORDER))
     below = sorted(each.parent for each in path.glob("*/config.toml"))
     found = [each for each in below if (each / "checkpoints").is_dir() or each.name in stages]
-    return sorted(found, key=lambda each: stages.index(each.name) if each.name in stages else 3)
+    place = {stage: number for number, stage in enumerate(stages)}
+    return sorted(found, key=lambda each: place.get(each.name, len(place)))
 
 
 def _checkpoints(path: Path) -> list[Path]:
