@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -60,7 +60,7 @@ def current() -> Accumulating | None:
 @contextmanager
 def accumulating(
     modules: Sequence[nn.Module], given: Accumulating, *, compiled: bool = False
-) -> Iterator[None]:
+) -> Generator[None]:
     """Within it, large embeddings among `modules` and heads by chunks add to `given`'s sums.
 
     For one forward and one backward pass of each loss, within `adding`, whose gradient is asked of
@@ -87,7 +87,7 @@ def accumulating(
 
 
 @contextmanager
-def adding(loss: Tensor) -> Iterator[None]:
+def adding(loss: Tensor) -> Generator[None]:
     """Within it, the backward pass of `loss` adds to the sums of the embeddings.
 
     A backward pass inside of it does not, as one in a forward that is run again for it.
@@ -132,13 +132,13 @@ def _is_worth(module: nn.Embedding) -> bool:
     weight = module._parameters.get("weight")
     if weight is None or weight.device.type != "cpu" or weight.nbytes < TABLE:
         return False
-    options = module.sparse or module.scale_grad_by_freq or module.max_norm is not None
+    options = module.sparse or module.scale_grad_by_freq
     options = options or (module.padding_idx is not None and module.padding_idx < 0)
     return not options and "forward" not in vars(module)
 
 
 @contextmanager
-def _replaced(module: nn.Embedding, place: int, base: type[nn.Embedding]) -> Iterator[None]:
+def _replaced(module: nn.Embedding, place: int, base: type[nn.Embedding]) -> Generator[None]:
     """Within it, an embedding is of a class that has `base` in the place of `nn.Embedding`.
 
     A class, and no forward of its own: compiled code is guarded by what it is, and the forward of

@@ -12,7 +12,7 @@ import functools
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
@@ -134,7 +134,7 @@ def _check(name: str, module: nn.Module, architecture: nn.Module) -> None:
 
 
 @contextmanager
-def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> Generator[None]:
     """Within it, the activations of `modules`, found by `matching`, are recomputed.
 
     Enter it inside `functrain.bound`, and take the gradient inside. A model's cache of keys and

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Literal, get_args
@@ -25,7 +25,7 @@ from functrain.errors import ArchitectureError, ConfigError, StateError, did_you
 from functrain.quirks import (
     called_afresh,
     dynamic_rotary,
-    scaled_tables,
+    refuse_scaling,
     submodules_called,
     write_error,
     written,
@@ -75,12 +75,21 @@ class Held:
     """The parameters that an architecture holds itself, as constants, and their fingerprint.
 
     They are no part of a state, which stays small: a frozen base under adapters. See
-    `functrain.lora`.
+    `functrain.lora`. `scale`: what the adapters' product is multiplied with; under another one the
+    same names and shapes are another model.
     """
 
     names: frozenset[str]
     fingerprint: str
     sharded: bool = False
+    scale: float | None = None
+
+    @property
+    def base(self) -> str:
+        """What a state knows it by."""
+        return (
+            self.fingerprint if self.scale is None else f"{self.fingerprint} scale={self.scale!r}"
+        )
 
 
 _HELD = "functrain_held"
@@ -100,9 +109,9 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
 
     Raises `ArchitectureError` for a module on the meta device or with parameters that its first
     call would make, for parameters that share storage without being the same parameter or have
-    hooks on their gradients, and for a buffer over a parameter's memory. What an attribute leads to
-    of a parameter that is trained or of a buffer (a list, a closure, an object) is a
-    `FunctrainWarning`, and so are different buffers over one memory.
+    hooks on their gradients, for a buffer over a parameter's memory, and for an embedding with
+    `max_norm`. What an attribute leads to of a parameter that is trained or of a buffer (a list, a
+    closure, an object) is a `FunctrainWarning`, and so are different buffers over one memory.
     """
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})
@@ -138,7 +147,7 @@ def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     }
     empty |= {name: _empty(name, tensor) for name, tensor in buffers.items()}
     for name, at in (*places.params.items(), *places.buffers.items()):
-        _fill(at, empty[name])
+        fill(at, empty[name])
     return params, buffers
 
 
@@ -168,11 +177,14 @@ def held_values(architecture: nn.Module) -> Tensors:
     return Tensors({name: _tensor_at(places[name]).detach() for name in held.names})
 
 
-def hold(architecture: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Have an architecture hold these values of its parameters, whose memory is not copied."""
+def hold(architecture: nn.Module, values: Mapping[str, Tensor], *, scale: float | None) -> None:
+    """Have an architecture hold these values of its parameters, whose memory is not copied.
+
+    `scale`: of the adapters over them, if its params are such; see `Held`.
+    """
     places = _places(architecture, "_parameters")
     for name, value in values.items():
-        _fill(places[name], nn.Parameter(value.detach(), requires_grad=False))
+        fill(places[name], nn.Parameter(value.detach(), requires_grad=False))
     held = held_by(architecture)
     names = frozenset(values) | (frozenset() if held is None else held.names)
     tensors = {name: _tensor_at(places[name]) for name in sorted(names)}
@@ -185,7 +197,8 @@ def hold(architecture: nn.Module, values: Mapping[str, Tensor]) -> None:
     hasher = hashlib.sha256()
     for name, tensor in tensors.items():
         hasher.update(f"{name}\0{digest(tensor)}\0".encode())
-    object.__setattr__(architecture, _HELD, Held(names, hasher.hexdigest(), any(shards)))
+    found = Held(names, hasher.hexdigest(), any(shards), scale)
+    object.__setattr__(architecture, _HELD, found)
 
 
 def holds_shards(architecture: nn.Module) -> bool:
@@ -200,11 +213,22 @@ def _has_whole(architecture: nn.Module, places: Slots) -> bool:
     return held is None or not held.sharded or held.names <= places.params.keys()
 
 
+def check_module(architecture: object) -> None:
+    """Raise `ArchitectureError` for what is no module."""
+    if not isinstance(architecture, nn.Module):
+        raise ArchitectureError(
+            f"architecture: expected the nn.Module that functrain.split returns first, got "
+            f"{type(architecture).__name__}"
+        )
+
+
 def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
     """Find every slot of every parameter and buffer; names are those of `named_parameters()`.
 
-    Without the parameters that the architecture holds itself, unless `held`.
+    Without the parameters that the architecture holds itself, unless `held`. Raises
+    `ArchitectureError` for an embedding with `max_norm`.
     """
+    check_module(architecture)
     params = _places(architecture, "_parameters")
     own = held_by(architecture)
     if own is not None and not held:
@@ -212,6 +236,7 @@ def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
     buffers = _places(architecture, "_buffers")
     trainable = frozenset(n for n, at in params.items() if _tensor_at(at).requires_grad)
     modules = tuple(architecture.modules())
+    refuse_scaling(architecture)
     keeping = [module for module in modules if "running_mean" in module._buffers]
     tables = {id(module._parameters) for module in keeping}
     statistical = frozenset(
@@ -222,7 +247,7 @@ def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
     uncast = frozenset(
         name for name, at in buffers.items() if any((id(e), key) in passing for e, key in at)
     )
-    base = None if own is None else own.fingerprint
+    base = None if own is None else own.base
     rotary = dynamic_rotary(modules)
     vacant = tuple(
         ((module._buffers, key), key not in module._non_persistent_buffers_set)
@@ -253,7 +278,8 @@ def _tensor_at(places: tuple[Place, ...]) -> Tensor:
     return tensor
 
 
-def _fill(places: tuple[Place, ...], tensor: Tensor) -> None:
+def fill(places: Sequence[Place], tensor: Tensor | None) -> None:
+    """Put a tensor into every slot of one name."""
     for entries, key in places:
         entries[key] = tensor
 
@@ -288,6 +314,11 @@ def check_fit(
     values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]], what: str
 ) -> None:
     """Raise unless `values` are tensors, not on meta, with the names and shapes of these places."""
+    if not isinstance(values, Mapping):
+        raise StateError(
+            f"{what}: expected a mapping from names to tensors, as functrain.split returns it, got "
+            f"{type(values).__name__}"
+        )
     _refuse_tied(values, places, what)
     check_names(values, places, what, "they belong to another architecture")
     for name, ((entries, key), *_) in places.items():
@@ -352,7 +383,7 @@ def bound(
     *,
     places: Slots | None = None,
     gathers: bool = False,
-) -> Iterator[nn.Module]:
+) -> Generator[nn.Module]:
     """Within it, `architecture` computes with these values, in train or eval mode.
 
     Take the loss *and the gradient* inside: under activation checkpointing the backward runs the
@@ -368,8 +399,8 @@ def bound(
     `gathers`: the caller makes whole what the architecture holds in shards.
 
     Raises `ArchitectureError` when names do not match the architecture's, and at the end where the
-    model has written into `params` (but for embeddings with `max_norm`), or has made a persistent
-    buffer that was None; `ConfigError` for another `mode`.
+    model has written into `params`, or has made a persistent buffer that was None; `ConfigError`
+    for another `mode`.
     """
     check_mode(mode)
     if is_sharded(dict(itertools.islice(params.items(), 1))):
@@ -395,18 +426,8 @@ def bound(
         begun = versions(params)
         before = [(entries, key, entries[key]) for entries, key in _all_places(places)]
         modes = [module.training for module in places.modules]
-        try:
-            for name, at in places.params.items():
-                for entries, key in at:
-                    entries[key] = params[name]
-            for name, at in places.buffers.items():
-                _fill(at, buffers[name])
-            for module in places.modules:
-                _set_mode(module, mode == "train")
-            yield architecture
-            _refuse_written(written(params, begun), places)
-            _refuse_made(places)
-        finally:
+
+        def restore() -> None:
             for entries, key, tensor in before:
                 entries[key] = tensor
             for (entries, key), _ in places.vacant:
@@ -414,20 +435,31 @@ def bound(
             for module, training in zip(places.modules, modes, strict=True):
                 _set_mode(module, training)
 
+        restored = False
+        try:
+            try:
+                for name, at in places.params.items():
+                    fill(at, params[name])
+                for name, at in places.buffers.items():
+                    fill(at, buffers[name])
+                for module in places.modules:
+                    _set_mode(module, mode == "train")
+                yield architecture
+                for name in written(params, begun):
+                    raise write_error(name)
+                _refuse_made(places)
+            finally:
+                restore()
+                restored = True
+        finally:
+            if not restored:  # Ctrl-C while restoring
+                restore()
+
 
 def check_mode(mode: object, where: str = "") -> None:
     """Raise `ConfigError` for what is no mode: by another word dropout would be off, silently."""
     if mode not in get_args(Mode):
         raise ConfigError(f"{where}mode: {mode!r}, expected 'train' or 'eval'")
-
-
-def _refuse_written(names: list[str], places: Slots) -> None:
-    if not names:
-        return
-    scaling = scaled_tables(places.modules)
-    for name in names:
-        if not any(id(entries) in scaling for entries, _ in places.params[name]):
-            raise write_error(name)
 
 
 def _refuse_made(places: Slots) -> None:
@@ -446,7 +478,7 @@ _substitution: ContextVar[Substitution | None] = ContextVar("substitution", defa
 
 
 @contextmanager
-def substitution(given: Substitution) -> Iterator[None]:
+def substitution(given: Substitution) -> Generator[None]:
     """Within it, `given` is how a bound model comes to compute with other params.
 
     Where its own are in shards, `torch.func.functional_call` cannot do that. `given` makes a
@@ -479,17 +511,23 @@ def _all_places(places: Slots) -> Iterator[Place]:
 
 def bound_buffers(places: Slots) -> dict[str, Tensor]:
     """Inside a binding: the buffers as they are now, whether updated in place or assigned anew."""
+    for name, ((entries, key), *_) in places.buffers.items():
+        if entries.get(key) is None:
+            raise ArchitectureError(
+                f"buffers/{name}: the forward left none, expected a tensor as before; keep what "
+                "comes and goes outside of the buffers"
+            )
     return {name: _tensor_at(at) for name, at in places.buffers.items()}
 
 
 @contextmanager
-def kept_buffers(places: Slots) -> Iterator[None]:
+def kept_buffers(places: Slots) -> Generator[None]:
     """Inside a binding: what happens to the buffers within is undone at the end."""
     before = bound_buffers(places)
     for name, buffer in before.items():
-        _fill(places.buffers[name], buffer.clone())
+        fill(places.buffers[name], buffer.clone())
     try:
         yield
     finally:
         for name, buffer in before.items():
-            _fill(places.buffers[name], buffer)
+            fill(places.buffers[name], buffer)

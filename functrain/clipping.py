@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from functrain.errors import ConfigError, is_number
+from functrain.norms import row_norms
 from functrain.trees import Tensors, global_norm, map_leaves, tensors
 
 
@@ -27,7 +28,9 @@ def clip_by_global_norm(
     """
     _check_positive("max_norm", max_norm)
     _check_named("grads", grads)
-    norm = global_norm(grads) if norm is None else norm
+    if norm is None:
+        _check_dense("grads", grads)
+        norm = global_norm(grads)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     leaves = list(grads.values())
     if donate:
@@ -54,6 +57,10 @@ def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:
     """Each element clamped to [−limit, limit]."""
     _check_positive("limit", limit)
     _check_named("grads", grads)
+    _check_dense("grads", grads)
+    for name, grad in grads.items():
+        if grad.is_complex():
+            raise ConfigError(f"grads/{name}: {grad.dtype}, which has no order to clamp in")
     return map_leaves(lambda grad: grad.clamp(-limit, limit), grads)
 
 
@@ -73,21 +80,33 @@ def adaptive_clip(
     _check_positive("eps", eps)
     _check_named("grads", grads)
     _check_named("params", params)
+    _check_dense("grads", grads)
+    _check_dense("params", {name: params[name] for name in grads if name in params})
+    for name, grad in grads.items():
+        if name not in params or params[name].shape != grad.shape:
+            found = f"of shape {list(params[name].shape)}" if name in params else "missing"
+            raise ConfigError(
+                f"params/{name}: {found}, expected {list(grad.shape)} as its gradient"
+            )
 
-    def clipped(grad: Tensor, param: Tensor) -> Tensor:
-        limit = factor * _unit_norm(param).clamp(min=eps)
-        norm = _unit_norm(grad)
-        return grad * torch.where(norm > limit, limit / norm.clamp(min=1e-12), 1.0)
+    limits = _unit_norms([params[name] for name in grads])
+    norms = _unit_norms(list(grads.values()))
+    clipped = {}
+    for (name, grad), norm, limit in zip(grads.items(), norms, limits, strict=True):
+        most = factor * limit.clamp(min=eps)
+        scale = torch.where(norm > most, most / norm, 1.0)
+        # The factor alone is narrowed: a gradient of each element in float64 would be twice as big.
+        scale = scale.to(torch.promote_types(grad.dtype, torch.float32))
+        clipped[name] = (grad * scale).to(grad.dtype)
+    return Tensors(clipped)
 
-    return Tensors({name: clipped(grad, params[name]) for name, grad in grads.items()})
 
-
-def _unit_norm(tensor: Tensor) -> Tensor:
-    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else tuple(range(tensor.ndim))
-    if not dims:
-        return tensor.abs()
-    norm: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
-    return norm
+def _unit_norms(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each unit, float64, to broadcast over it; squares would overflow in float32."""
+    return [
+        norms.view(-1, *[1] * (leaf.ndim - 1)) if leaf.ndim > 1 else torch.linalg.vector_norm(norms)
+        for leaf, norms in zip(leaves, row_norms(leaves), strict=True)
+    ]
 
 
 def _check_named(name: str, given: object) -> None:
@@ -97,6 +116,18 @@ def _check_named(name: str, given: object) -> None:
             f"{name}: {type(given).__name__}, expected a mapping of names to tensors, as "
             "functrain.value_and_grad gives its grads"
         )
+
+
+def _check_dense(what: str, given: Mapping[str, object]) -> None:
+    for name, each in given.items():
+        if not isinstance(each, Tensor):
+            raise ConfigError(
+                f"{what}/{name}: {type(each).__name__}, expected a tensor; leave out what has none"
+            )
+        if each.layout is not torch.strided:
+            raise ConfigError(
+                f"{what}/{name}: {each.layout}, expected a dense tensor; {name}.to_dense() is one"
+            )
 
 
 def _check_positive(name: str, value: float) -> None:

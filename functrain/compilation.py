@@ -20,7 +20,7 @@ import os
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ _units: weakref.WeakKeyDictionary[nn.Module, _Unit] = weakref.WeakKeyDictionary(
 
 
 @contextmanager
-def compiled(architecture: nn.Module, projection: nn.Module | None) -> Iterator[None]:
+def compiled(architecture: nn.Module, projection: nn.Module | None) -> Generator[None]:
     """Within it, the units of an architecture are compiled where they are called.
 
     `projection`: the head's, which stays outside, so that logits can be made of a few rows at a
@@ -168,7 +168,7 @@ def compiled(architecture: nn.Module, projection: nn.Module | None) -> Iterator[
 
 
 @contextmanager
-def paused(architecture: nn.Module) -> Iterator[None]:
+def paused(architecture: nn.Module) -> Generator[None]:
     """Within it, what `compiled` has set is not used."""
     own = [vars(module) for module in architecture.modules()]
     calls = [(each, each.get("_compiled_call_impl")) for each in own]
@@ -183,7 +183,7 @@ def paused(architecture: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def cache_directory(path: str | None) -> Iterator[None]:
+def cache_directory(path: str | None) -> Generator[None]:
     """Within it, what is compiled is kept at `path`, and found there; None: as it was.
 
     Raises `ConfigError` for a path with a space.

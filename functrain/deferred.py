@@ -8,7 +8,7 @@ memory is made in parts (`functrain.distributed.split`), or none of it is (`func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -259,7 +259,7 @@ def built(make: Callable[[], nn.Module], *, draws: bool = True) -> tuple[nn.Modu
     with recording(draws=draws) as found:
         try:
             return make(), found
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             raise ArchitectureError(
                 f"the module cannot be made without its memory ({type(error).__name__}: {error}); "
                 "make it whole, with functrain.split(module)"
@@ -267,7 +267,7 @@ def built(make: Callable[[], nn.Module], *, draws: bool = True) -> tuple[nn.Modu
 
 
 @contextmanager
-def recording(*, draws: bool = True) -> Iterator[Recording]:
+def recording(*, draws: bool = True) -> Generator[Recording]:
     """Within it, `torch.empty` takes no memory on the CPU; what becomes of it is written down.
 
     Random generators move as if everything were done at once. A value that is asked for (`.item()`)

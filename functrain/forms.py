@@ -16,7 +16,14 @@ from functrain.objectives.base import Carrying
 from functrain.optimizers import Optimizer, OptimizerState, foreign, is_torchs
 from functrain.precision import Precision
 from functrain.schedules import Plateau, Schedule
-from functrain.state import SchedulerState, TrainState, check_state, checked_key, device_of
+from functrain.state import (
+    SchedulerState,
+    TrainState,
+    check_state,
+    checked_key,
+    device_of,
+    why_apart,
+)
 from functrain.trees import (
     Tensors,
     clone,
@@ -135,12 +142,6 @@ class Form:
         return Tensors({n: t.float() if n in narrow else t for n, t in params.items()})
 
     def _check_values(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        for what, values in (("params", params), ("buffers", buffers)):
-            if not isinstance(values, Mapping):
-                raise StateError(
-                    f"{what}: expected a mapping from names to tensors, as functrain.split "
-                    f"returns it, got {type(values).__name__}"
-                )
         check_fit(params, self.places.params, "params")
         check_fit(buffers, self.places.buffers, "buffers")
         for name in sorted(self.places.trainable):
@@ -183,12 +184,7 @@ class Form:
                 else "params: this state is in shards and this step is not sharded; give the step "
                 "sharded=True, or take functrain.distributed.gathered(state)"
             )
-        if state.base != self.places.base:
-            raise StateError(
-                f"base: this state was trained over {_base(state.base)}, and this step's "
-                f"architecture holds {_base(self.places.base)}; attach the adapters to the params "
-                "that they were made for"
-            )
+        self.check_base(state)
         if state.optimizer.kind != self.optimizer.kind:
             raise StateError(
                 f"optimizer: this state is {state.optimizer.kind}'s and this step's optimizer is "
@@ -206,11 +202,31 @@ class Form:
             self._check_carried(self.carrying, state)
         if self.averaged != (state.average is not None):
             raise _apart("average", "a moving average")
+        # Beside a step that keeps none a loop of one's own may have its own in these fields.
+        if self.averaged and state.average is not None:
+            self._check_like_params("average", state.average)
+
+    def check_base(self, state: TrainState) -> None:
+        """Raise `StateError` for adapters of another base or scale."""
+        if (reason := why_apart(state.base, self.places.base)) is not None:
+            raise StateError(f"base: this state is of another architecture: {reason}")
+
+    def _check_like_params(self, field: str, values: Tensors) -> None:
+        if not self.places.take(values):
+            check_fit(values, self.places.params, field)
+        if is_sharded(values) != (self.sharding is not None):
+            raise StateError(
+                f"{field}: {'whole' if self.sharding is not None else 'in shards'}, and the params "
+                "are not; take both from one state, functrain.distributed.shard(state, world) or "
+                "functrain.distributed.gathered(state)"
+            )
 
     def _check_carried(self, objective: Carrying, state: TrainState) -> None:
         """Beside an objective that carries nothing a loop of one's own may keep these fields."""
         if (objective.reference_mixup is not None) != (state.reference is not None):
             raise _apart("reference", "a moving reference")
+        if objective.reference_mixup is not None and state.reference is not None:
+            self._check_like_params("reference", state.reference)
         expected: Mapping[str, Tensor] = objective.init_running(device_of(state.params)) or {}
         if expected.keys() != (state.running or {}).keys():
             raise _apart("running", "what the objective carries")
@@ -228,7 +244,3 @@ def _apart(field: str, about: str, whose: str = "this step") -> StateError:
         f"{field}: {whose} and this state disagree about {about}; carry the state over with "
         "step.adopt(state)"
     )
-
-
-def _base(fingerprint: str | None) -> str:
-    return "no frozen params" if fingerprint is None else f"params {fingerprint[:16]}…"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from functrain.architecture import Slots
 from functrain.errors import ArchitectureError
 from functrain.precision import Precision
-from functrain.quirks import lost_error, scaled_tables, write_error
+from functrain.quirks import lost_error, write_error
 from functrain.trees import Tensors
 
 
@@ -43,18 +43,21 @@ class OwnBuffers:
     given: Mapping[str, Tensor]
     values: dict[str, Tensor]
     _begun: dict[str, tuple[int, int]]
+    _lay: dict[str, int]
 
     @classmethod
     def of(cls, given: Mapping[str, Tensor], places: Slots, precision: Precision) -> OwnBuffers:
         """Of these buffers; see `forward_buffers`."""
         values = forward_buffers(given, places, precision)
-        return cls(given, values, {name: _written(value) for name, value in values.items()})
+        begun = {name: _written(value) for name, value in values.items()}
+        return cls(given, values, begun, {name: _lies(value) for name, value in values.items()})
 
     def left(self, after: Mapping[str, Tensor]) -> Tensors:
         """The buffers after the forward, in the dtypes that they were given in.
 
-        What was cast and not written to is as it was given, unrounded. Where nothing was cast
-        every buffer is taken: BatchNorm's kernel writes without moving the version.
+        Each in memory of its own. What was cast and not written to is as it was given, unrounded.
+        Where nothing was cast every buffer is taken: BatchNorm's kernel writes without moving the
+        version.
 
         Raises `ArchitectureError` for one of another shape, or of another kind of number, which
         would be cut: a state keeps its form, by which it is loaded again.
@@ -65,7 +68,9 @@ class OwnBuffers:
             self._check(name, buffer)
             cast = buffer.dtype != given.dtype
             traceless = cast and _written(buffer) == self._begun[name]
-            taken = buffer.detach().to(given.dtype)
+            # What was assigned may lie in the memory of a parameter, or of the batch.
+            own = buffer is self.values[name] and _lies(buffer) == self._lay[name]
+            taken = buffer.detach().to(given.dtype, copy=not own)
             left[name] = _kept_where_same(buffer.detach(), given, taken) if traceless else taken
         return Tensors(left)
 
@@ -103,6 +108,11 @@ def _written(buffer: Tensor) -> tuple[int, int]:
     return id(buffer), buffer._version
 
 
+def _lies(buffer: Tensor) -> int:
+    """Where it lies, which `.data` and `set_` change; 0 where that is no one place."""
+    return buffer.data_ptr() if buffer.layout is torch.strided else 0
+
+
 @attrs.frozen(eq=False)
 class Watched:
     """The params that a forward is given, as they began, in an architecture's first step.
@@ -130,9 +140,7 @@ class Watched:
     def check(self) -> None:
         """Raise `ArchitectureError` where the forward has left other params; within the binding."""
         after, modules = _samples(self.leaves), self.places.modules
-        # An embedding's max_norm is said to write, and a recurrent layer lays its weights out anew
-        # (flatten_parameters), with their values.
-        scaling = scaled_tables(modules)
+        # A recurrent layer lays its weights out anew (flatten_parameters), with their values.
         laying = {id(m._parameters) for m in modules if isinstance(m, nn.RNNBase)}
         for name, leaf in self.leaves.items():
             at = self.places.params[name]
@@ -140,7 +148,7 @@ class Watched:
             moved = leaf.data_ptr() != self._lying[name] and not tables & laying
             if moved or any(entries.get(key) is not leaf for entries, key in at):
                 raise lost_error(name)
-            if not tables & scaling and not _same(after[name], self._samples[name]):
+            if not _same(after[name], self._samples[name]):
                 raise write_error(name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
 
@@ -117,6 +117,8 @@ class ValueAndGrad:
     checkpointed: Mapping[str, nn.Module] = attrs.field(factory=dict)
     shards: Shards | None = None
     direct: bool = attrs.field(init=False)
+    # What an objective of one's own reports may be a parameter, or a buffer that moves.
+    foreign: bool = attrs.field(init=False)
     order: tuple[str, ...] = attrs.field(init=False)
 
     @order.default
@@ -124,6 +126,10 @@ class ValueAndGrad:
         """What trains, in the order of the module's definition."""
         names = dict(self.architecture.named_parameters())
         return tuple(name for name in names if name in self.places.trainable)
+
+    @foreign.default
+    def _foreign(self) -> bool:
+        return not type(self.objective).__module__.startswith("functrain.")
 
     @direct.default
     def _direct(self) -> bool:
@@ -344,6 +350,9 @@ class ValueAndGrad:
             else:
                 found = objective(model, batch)
         _check_measured(found, objective)
+        if self.foreign:
+            loss, metrics = found
+            return loss, metrics.copied()
         return found
 
     def values(self, params: Mapping[str, Tensor]) -> Tensors:
@@ -429,7 +438,7 @@ def _check_weighed(loss: Tensor, weight: Tensor | float, objective: Objective) -
 
 
 @contextmanager
-def _casts_of_its_own() -> Iterator[None]:
+def _casts_of_its_own() -> Generator[None]:
     """Within the caller's autocast, torch would keep the leaves' casts until that ends.
 
     And with each of them a leaf and its gradient.
@@ -486,7 +495,7 @@ def _tell_of_idle(architecture: nn.Module, reached: Collection[str]) -> None:
 
 
 @contextmanager
-def indexing() -> Iterator[None]:
+def indexing() -> Generator[None]:
     """An index that the model does not know as a `BatchError`.
 
     Not every architecture shows how many ids, labels or positions it knows.

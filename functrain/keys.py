@@ -11,7 +11,7 @@ import hashlib
 import operator
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -50,7 +50,7 @@ def _plain(part: int | str) -> int | str:
 
 
 @contextmanager
-def seeded(key: int, device: torch.device | None = None) -> Iterator[None]:
+def seeded(key: int, device: torch.device | None = None) -> Generator[None]:
     """Within it, the global generators draw from `key`; after it, they are as they were before.
 
     Covers torch's CPU generator, that of `device` if it is of CUDA, Python's `random` and NumPy's
@@ -67,7 +67,7 @@ def seeded(key: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def kept(device: torch.device | None = None) -> Iterator[None]:
+def kept(device: torch.device | None = None) -> Generator[None]:
     """Within it, `seed` may be called, once or often; after it, the generators are as before.
 
     To read and write NumPy's alone takes 70 µs: around several seeds it is done once. Other threads
@@ -112,7 +112,7 @@ def place() -> Place:
 
 
 @contextmanager
-def again(begun: Place) -> Iterator[None]:
+def again(begun: Place) -> Generator[None]:
     """Within it, Python's and NumPy's generators draw as from `begun`; after it, as before."""
     before = place()
     try:

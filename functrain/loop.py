@@ -237,11 +237,14 @@ def _directory(given: str | os.PathLike[str] | None) -> Path | None:
     if given is None:
         return None
     try:
-        if given != "":  # it would be the working directory
-            return Path(given)
+        path = None if given == "" else Path(given)  # "" would be the working directory
     except TypeError:
-        pass
-    raise ConfigError(f"directory: {given!r}, expected a path, or None to save nothing")
+        path = None
+    if path is None:
+        raise ConfigError(f"directory: {given!r}, expected a path, or None to save nothing")
+    if os.path.isfile(path):  # noqa: PTH113  of what the system refuses, the save will tell
+        raise ConfigError(f"directory: {path} is a file, expected a directory, or a new name")
+    return path
 
 
 def _texts(_record: object, _field: object, value: Mapping[str, str] | None) -> None:
@@ -388,10 +391,19 @@ def check_guard(step: Step, state: TrainState) -> None:
 def _advanced(
     step: Step, state: TrainState, source: Source | Stream, plan: _Plan
 ) -> tuple[TrainState, Metrics]:
-    batch, moved = _read(step, state.cursor, source, plan)
+    cursor = state.cursor
+
+    def read_and_counted() -> tuple[tuple[Any, Cursor], int]:
+        batch, moved = _read(step, cursor, source, plan)
+        # Here, where the batch still is on the CPU: the step's own count is on its device.
+        return (batch, moved), int(targets_in(batch))
+
+    # What one worker cannot read, none trains on: the others would wait for it in the step.
+    world = world_of(step)
+    world.begin(state.step, state.key)
+    (batch, moved), count = world.counted(read_and_counted, "the reading of a batch")
     state, metrics = step(state, batch)
-    # Counted here, where the batch still is on the CPU: the step's own count is on its device.
-    tokens = moved.tokens + world_of(step).total(int(targets_in(batch)))
+    tokens = moved.tokens + count
     if plan.tokens is not None and not tokens:
         raise ConfigError(
             "tokens: the batch has no labels, int64 [batch, time], of which they are counted, so "

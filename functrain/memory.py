@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -124,7 +124,7 @@ _reused: ContextVar[dict[torch.dtype, Tensor] | None] = ContextVar("reused", def
 
 
 @contextmanager
-def reusing() -> Iterator[None]:
+def reusing() -> Generator[None]:
     """Within it, on this thread, `scratch` gives the same memory again; after it, it is free."""
     token = _reused.set({})
     try:

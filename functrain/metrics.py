@@ -110,6 +110,15 @@ class Metrics(Mapping[str, Tensor]):
         """The metrics of both, for disjoint names; `other` wins where they meet."""
         return Metrics({**self._metrics, **other._metrics})
 
+    def copied(self) -> Metrics:
+        """The same in memory of their own."""
+        return Metrics(
+            {
+                name: Metric(metric.sum.clone(), metric.weight.clone(), metric.reading)
+                for name, metric in self._metrics.items()
+            }
+        )
+
     def prefixed(self, prefix: str) -> Metrics:
         """The same metrics under `prefix + name`."""
         return Metrics({prefix + name: metric for name, metric in self._metrics.items()})

@@ -110,7 +110,7 @@ def _form(shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def _as_rows(leaf: Tensor) -> Tensor:
-    return (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(
+    return (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).reshape(
         _form(leaf.shape, leaf.dtype)
     )
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, did_you_mean
+from functrain.errors import ConfigError, boolean, did_you_mean, is_number
 from functrain.trees import Tensors, map_leaves, tensors
 
 
@@ -39,23 +40,34 @@ def init_loss_scale(
     growth_interval: int = 2000,
 ) -> LossScale:
     """A loss scale at its start, with `torch.amp.GradScaler`'s defaults."""
-    scale = torch.tensor(initial, dtype=torch.float32)
-    if not 0 < float(scale) < float("inf"):
-        raise ConfigError(
-            f"initial loss scale: {initial} is not a positive finite number in float32"
-        )
-    if not growth_factor > 1 or not 0 < backoff_factor < 1 or growth_interval < 1:
-        raise ConfigError(
-            f"loss scale: growth_factor={growth_factor} must be above 1, "
-            f"backoff_factor={backoff_factor} in (0, 1), growth_interval={growth_interval} >= 1"
-        )
+    _check_loss_scale(initial, growth_factor, backoff_factor, growth_interval)
     return LossScale(
-        scale=scale,
+        scale=torch.tensor(initial, dtype=torch.float32),
         growth_count=torch.tensor(0, dtype=torch.int32),
         growth_factor=growth_factor,
         backoff_factor=backoff_factor,
         growth_interval=growth_interval,
     )
+
+
+_LEAST, _MOST = 2.0**-150, (2 - 2.0**-24) * 2.0**127
+"""What float32 rounds to 0, and to infinity."""
+
+
+def _check_loss_scale(
+    initial: object, growth_factor: float, backoff_factor: float, growth_interval: object
+) -> None:
+    if not is_number(initial) or not _LEAST < initial < _MOST:
+        raise ConfigError(
+            f"initial loss scale: {initial!r} is not a positive finite number in float32"
+        )
+    if type(growth_interval) is not int:
+        raise ConfigError(f"loss scale: growth_interval={growth_interval!r}, expected an integer")
+    if not growth_factor > 1 or not 0 < backoff_factor < 1 or growth_interval < 1:
+        raise ConfigError(
+            f"loss scale: growth_factor={growth_factor} must be above 1, "
+            f"backoff_factor={backoff_factor} in (0, 1), growth_interval={growth_interval} >= 1"
+        )
 
 
 def scale_loss(loss: Tensor, scaler: LossScale | None) -> Tensor:
@@ -98,6 +110,12 @@ def update_loss_scale(scaler: LossScale, finite: Tensor) -> LossScale:
     return attrs.evolve(scaler, scale=scale, growth_count=count)
 
 
+def _floating(_record: object, field: attrs.Attribute[Any], given: Any) -> None:
+    if given is None or (isinstance(given, torch.dtype) and given.is_floating_point):
+        return
+    raise ConfigError(f"precision: {field.name}={given!r}, expected torch.bfloat16, say, or None")
+
+
 @attrs.frozen(kw_only=True)
 class Precision:
     """How a step computes; the state's params stay in their own dtype (float32 as a rule).
@@ -108,11 +126,16 @@ class Precision:
     """
 
     name: str
-    autocast: torch.dtype | None = None
-    cast: torch.dtype | None = None
-    loss_scale: bool = False
+    autocast: torch.dtype | None = attrs.field(default=None, validator=_floating)
+    cast: torch.dtype | None = attrs.field(default=None, validator=_floating)
+    loss_scale: bool = attrs.field(default=False, validator=boolean)
     initial_scale: float = 2.0**16
     growth_interval: int = 2000
+
+    def __attrs_post_init__(self) -> None:
+        if self.loss_scale:
+            # Without a tensor: there may be a default device that cannot hold one now.
+            _check_loss_scale(self.initial_scale, 2.0, 0.5, self.growth_interval)
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of the forward on `device`."""

@@ -8,7 +8,7 @@ batch, or write into their own weights.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ _before = True
 
 
 @contextmanager
-def submodules_called() -> Iterator[None]:
+def submodules_called() -> Generator[None]:
     """Within it, torch's transformer layers call their submodules in eval mode too.
 
     Their fast path reads the submodules' weights and calls none of them: an adapter or a hook is
@@ -65,7 +65,7 @@ def _is_dynamic(module: nn.Module) -> bool:
 
 
 @contextmanager
-def called_afresh(modules: Iterable[nn.Module]) -> Iterator[None]:
+def called_afresh(modules: Iterable[nn.Module]) -> Generator[None]:
     """Within it, each call of these `dynamic_rotary` is as if it were their first.
 
     Their frequencies are then those of the length that they are called with, whatever came before,
@@ -118,17 +118,15 @@ def written(params: Mapping[str, Tensor], before: list[int]) -> list[str]:
     return [n for n, old, new in zip(params, before, after, strict=True) if old != new]
 
 
-def scales_rows(module: nn.Module) -> bool:
-    """Whether a module is one of torch's that scales rows of its weight down as they are read.
-
-    An embedding with `max_norm`: what it writes is what it would write the next time too.
-    """
-    return getattr(module, "max_norm", None) is not None
-
-
-def scaled_tables(modules: Iterable[nn.Module]) -> set[int]:
-    """The `_parameters` of such modules, by their `id`."""
-    return {id(module._parameters) for module in modules if scales_rows(module)}
+def refuse_scaling(architecture: nn.Module) -> None:
+    """Raise `ArchitectureError` for an embedding that writes into its weight as it is read."""
+    for name, module in architecture.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise ArchitectureError(
+                f"{name or type(module).__name__}: an embedding with max_norm writes into its "
+                "weight as it is read, and a step changes nothing that it is given; set its "
+                "max_norm to None, and scale what it returns in the forward"
+            )
 
 
 def write_error(name: str) -> ArchitectureError:

@@ -27,7 +27,8 @@ def check_separable(
 
     That is where a parameter has a hook on its gradient, or memory in common with another or with
     a buffer. For the caller of `functrain.split`, what an attribute leads to of a parameter that is
-    trained or of a buffer is a `FunctrainWarning`, and so are buffers over one memory.
+    trained or of a buffer is a `FunctrainWarning`, and so are buffers over one memory, and an extra
+    state.
     """
     memory = _Memory(params)
     _refuse_hooks(params)
@@ -36,6 +37,7 @@ def check_separable(
     lasting = _lasting(module, buffers)
     _tell_of_parted(buffers, lasting)
     _tell_of_kept(module, params, lasting)
+    _tell_of_extra(module)
 
 
 def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
@@ -116,6 +118,23 @@ def _tell_of_kept(
             f"{where} holds the {what} {held} beside its slot: a forward that reads it there "
             f"would see the old values when that is {becomes}; take the {what} itself in the "
             "forward, or delete the attribute before functrain.split",
+            FunctrainWarning,
+            stacklevel=5,
+        )
+
+
+def _tell_of_extra(module: nn.Module) -> None:
+    """What a module would put into its `state_dict` beside tensors is in no state."""
+    found = [
+        name or type(each).__name__
+        for name, each in module.named_modules()
+        if type(each).get_extra_state is not nn.Module.get_extra_state
+    ]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"{found[0]}{more}: with a get_extra_state, which neither a state nor its checkpoints "
+            "hold; register what the forward needs of it as a buffer",
             FunctrainWarning,
             stacklevel=5,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -52,7 +53,7 @@ class TrainState:
     is the moving average of the params where a step keeps one, `guard` what a spike guard has seen;
     `reference` is that of a method that moves it (TR-DPO), `running` what else an objective carries
     (the running mean of `bco_pair`). `base` is the fingerprint of what the architecture holds
-    itself, the frozen params under adapters, which are no part of the state.
+    itself, the frozen params under adapters, which are no part of the state, and of their scale.
 
     Change a field with `attrs.evolve(state, ...)`; branch with `functrain.clone(state)` where a
     donating step follows.
@@ -72,6 +73,38 @@ class TrainState:
     guard: GuardState | None = None
     running: Tensors | None = None
     base: str | None = None
+
+
+def why_apart(made: str | None, here: str | None) -> str | None:
+    """Why what was trained over the base `made` does not belong over `here`; None where it does.
+
+    Where either does not say a scale, as the first checkpoints do not, any fits.
+    """
+    (old, scale), (new, other) = _parts(made), _parts(here)
+    if old != new:
+        return (
+            f"it was trained over {_based(old)}, and here are {_based(new)}; attach the adapters "
+            "to the params that they were made for"
+        )
+    if scale is None or other is None or math.isclose(scale, other):
+        return None
+    return (
+        f"its adapters are scaled by {scale}, and those here by {other}; attach them with the "
+        "rank, alpha and rslora that they were trained with"
+    )
+
+
+def _parts(base: str | None) -> tuple[str, float | None]:
+    """A fingerprint, and the scale beside it; of what is none, itself."""
+    fingerprint, _, scale = (base or "").partition(" scale=")
+    try:
+        return fingerprint, float(scale) if scale else None
+    except ValueError:
+        return base or "", None
+
+
+def _based(fingerprint: str) -> str:
+    return f"the frozen params {fingerprint[:16]}…" if fingerprint else "no frozen params"
 
 
 class _ConsumedState(TrainState):

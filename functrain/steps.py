@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import activations, keys, optimizers, quirks, schedules
+from functrain import activations, keys, optimizers, schedules
 from functrain import metrics as m
 from functrain.agreement import agree
 from functrain.architecture import Slots, held_values, holds_shards
@@ -58,12 +58,15 @@ Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, 
 
 def is_optimizer(_step: object, _field: object, given: Any) -> None:
     """Raise `ConfigError` unless `given` is one of `functrain.optim`, made."""
-    fits = not isinstance(given, type) and all(hasattr(given, n) for n in ("init", "update", "lr"))
-    if fits and not isinstance(given, torch.optim.Optimizer):
+    missing = [name for name in ("init", "update", "lr", "kind") if not hasattr(given, name)]
+    made = not isinstance(given, type)
+    if made and not missing and not isinstance(given, torch.optim.Optimizer):
         return
     name = getattr(given, "__name__", type(given).__name__)
     hint = "functrain.optim.adamw(weight_decay=0.1), say"
-    if isinstance(given, torch.optim.Optimizer):
+    if made and missing == ["kind"]:
+        hint = "a class of one's own has a `kind` too, the name by which its states are known"
+    elif isinstance(given, torch.optim.Optimizer):
         hint = f"functrain.optim.from_torch(torch.optim.{name}, …) makes one of torch's class"
     elif isinstance(given, type) and issubclass(given, torch.optim.Optimizer):
         hint = f"functrain.optim.from_torch({name}, …) makes one of the class"
@@ -251,12 +254,6 @@ class Step:
                 "would keep those of its own part of the batch; use LayerNorm, RMSNorm or "
                 "GroupNorm, or one worker"
             )
-        if size > 1 and any(map(quirks.scales_rows, self._places.modules)):
-            raise ConfigError(
-                "architecture: a module scales rows of its weight down as they are read (an "
-                "embedding with max_norm), and each worker would scale those of its own part of "
-                "the batch; leave max_norm out, or train with one worker"
-            )
 
     def init(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *, seed: int = 0
@@ -282,8 +279,11 @@ class Step:
         Optimizer, schedule, loss scale, counts and cursor begin anew; the key is derived from the
         old one, the old step and this stage's name, so that no randomness repeats. Two steps
         with the same optimizer and precision can also take turns on one state without this.
+        Adapters of another base or scale are refused (`StateError`).
         """
         check_state(state, "adopt")
+        if state.base is not None and self._places.base is not None:
+            self._form.check_base(state)
         seed = keys.derive(state.key, "adopt", self.objective.name, state.step)
         return self.init(state.params, state.buffers, seed=seed)
 
@@ -411,7 +411,8 @@ class Step:
         mixup = objective.reference_mixup
         if mixup is None or (state.step + 1) % objective.reference_sync:
             return reference
-        return _where(applied, self._moved(reference, params, mixup), reference)
+        moved = self._moved(reference, params, mixup)
+        return _where(applied, self._moved_frozen(moved, params, mixup), reference)
 
     def _moved(self, values: Tensors, params: Tensors, weight: float) -> Tensors:
         """`values` moved towards the params, of what trains alone.
@@ -424,6 +425,23 @@ class Step:
         new = [params[name].detach().to(each.dtype) for name, each in zip(names, old, strict=True)]
         moved = torch._foreach_lerp(old, new, weight)
         return Tensors({**values, **dict(zip(names, moved, strict=True))})
+
+    def _moved_frozen(self, values: Tensors, params: Tensors, weight: float) -> Tensors:
+        """`values` moved towards the frozen params, where they are of another model.
+
+        What is equal stays as it is, infinite or not; integers have nothing between them.
+        """
+        moved = dict(values)
+        for name, old in values.items():
+            new = params[name].detach()
+            if (
+                name in self._places.trainable
+                or new is old
+                or not (old.is_floating_point() or old.is_complex())
+            ):
+                continue
+            moved[name] = _moved_where_apart(old, new.to(old.dtype), weight)
+        return Tensors(moved)
 
     def _advanced_running(
         self, running: Tensors | None, metrics: Metrics, applied: Tensor
@@ -584,6 +602,18 @@ class Step:
                 "skipped": m.total(~applied),
             }
         )
+
+
+def _moved_where_apart(old: Tensor, new: Tensor, weight: float) -> Tensor:
+    """`old` moved towards `new`, but where they are equal; `old` itself where they are throughout.
+
+    That is asked on the CPU alone: on an accelerator the host would wait.
+    """
+    narrow = old.dtype.itemsize == 1  # floats of 8 bits can be cast, and nothing else
+    one, other = (old.float(), new.float()) if narrow else (old, new)
+    if old.device.type == "cpu" and torch.equal(one, other):
+        return old
+    return torch.where(one == other, one, torch.lerp(one, other, weight)).to(old.dtype)
 
 
 def _where(applied: Tensor, new: Tensors, old: Tensors) -> Tensors:

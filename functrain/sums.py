@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -85,7 +85,7 @@ class GradientSum:
         return frozenset(self._reached if self._received else {*grads, *self._told})
 
     @contextmanager
-    def telling(self, beside: Beside) -> Iterator[None]:
+    def telling(self, beside: Beside) -> Generator[None]:
         """Within it, the last backward pass tells which sums here have come to their end."""
         self._ending = True
         handles = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +131,8 @@ def assert_accumulation_invariant(
 def assert_padding_invariant(step: Step, state: TrainState, batch: Batch, columns: int = 3) -> None:
     """Columns of padding at the end (mask 0, label −100) change neither loss nor gradient."""
     plain = step.value_and_grad(state.params, state.buffers, _padded(batch, 0))
+    if columns < 1:
+        raise ConfigError(f"columns: {columns}, expected at least 1 of padding")
     padded = step.value_and_grad(state.params, state.buffers, _padded(batch, columns))
     _assert_close(plain, padded, _tolerance(step, state), f"{columns} columns of padding")
 
@@ -333,7 +335,7 @@ def _assert_metrics_close(one: Metrics, other: Metrics, tolerance: float, what: 
 
 
 @contextmanager
-def _extra() -> Iterator[None]:
+def _extra() -> Generator[None]:
     """Names the extra where a package is missing."""
     try:
         yield

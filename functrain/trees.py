@@ -344,7 +344,10 @@ def digest(tensor: Tensor) -> str:
     """sha256 over dtype, shape and the very bytes, in hexadecimal; of shards, of the whole."""
     tensor = whole(tensor)
     hasher = hashlib.sha256(_kind(tensor).encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A conjugate or a sign that is still to be taken has other bytes.
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.numel() == 1:  # contiguous at any stride
+        flat = torch.as_strided(flat, (1,), (1,))
     hasher.update(flat.view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 

@@ -32,6 +32,7 @@ from functrain.precision import POLICIES, Precision
 from functrain.trees import is_sharded, rows_here
 
 EXAMPLES, TIME = 16, 6
+SAMPLED = 12  # tokens of a sample that a run asks for
 OVERFLOWING = Precision(
     name="fp16", autocast=torch.float16, loss_scale=True, initial_scale=2.0**24, growth_interval=3
 )
@@ -644,9 +645,6 @@ def moving(options: Any) -> None:
     """A step of a model whose forward writes to a buffer."""
     with ft.distributed.world(timeout=60) as world:
         module: nn.Module = zoo.model("normed") if options.get("normed") else Moving()
-        if options.get("scales"):
-            module = zoo.Tied()
-            module.embedding.max_norm = 1.0
         architecture, params, buffers = ft.split(module)
         step = ft.pretrain_step(architecture, ft.optim.adamw(1e-3), microbatches=2, world=world)
         step(step.init(params, buffers), part(zoo.batch(), world.rank, world.size))
@@ -657,6 +655,8 @@ def training(options: Any) -> dict[str, Any]:
     with ft.distributed.world(timeout=60) as world:
         step, state = made(options, world)
         source = Ragged(options.get("data", 0) if world.rank else 0)
+        if options.get("unreadable", [None])[0] == world.rank:
+            source = Unreadable(options["unreadable"][1])
         directory = options.get("directory")
         newest = ft.latest(directory) if directory is not None else None
         if newest is not None:
@@ -765,6 +765,19 @@ class Ragged:
         return torch.randint(1, zoo.VOCABULARY, (length,), generator=generator)
 
 
+class Unreadable(Ragged):
+    """From some sample on, no disk."""
+
+    def __init__(self, below: int) -> None:
+        super().__init__()
+        self._below = below
+
+    def _sample(self, place: int) -> torch.Tensor:
+        if place >= self._below:
+            raise OSError("the disk is gone")
+        return super()._sample(place)
+
+
 def model_in_shards(options: Any) -> dict[str, str]:
     """The params and buffers that a worker reads of a model or a checkpoint: digests of the whole.
 
@@ -824,9 +837,18 @@ def clocked(options: Any) -> dict[str, Any]:
 
 def command(options: Any) -> dict[str, Any]:
     """The command line in a worker: its exit code, and what it has printed."""
-    from functrain.cli import main, run
+    from functrain import models
+    from functrain.cli import main, run, samples
 
+    samples.TOKENS = SAMPLED
     run.GATHERED = options.get("gathered", run.GATHERED)
+    generate = models.generate
+
+    def slowly(*given: Any, **more: Any) -> list[int]:
+        time.sleep(options.get("speaks_in", 0))
+        return generate(*given, **more)
+
+    models.generate = slowly
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(options["arguments"])

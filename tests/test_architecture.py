@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -251,6 +252,66 @@ def test_buffers_over_one_memory_are_told(persistent: bool) -> None:
     message = r"^(last and queue|queue and last) are buffers over the same memory"
     with pytest.warns(FunctrainWarning, match=message):
         assert set(ft.split(module)[2]) == {"queue", "angles", "few", "last"}
+
+
+def _interrupted_restoring(at: int, call: Callable[[], object]) -> bool:
+    """Ctrl-C at a line of what puts a binding's slots back, once; whether it came to that line."""
+    seen = 0
+
+    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        own = frame.f_code.co_name == "restore" and frame.f_code.co_filename == binding.__file__
+        if own and event == "line":
+            seen += 1
+            if seen == at:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
+
+
+def test_a_binding_that_is_interrupted_as_it_ends_leaves_nothing() -> None:
+    """A step that is made afterwards would take what is left for what does not train."""
+    architecture, params, buffers = zoo.split("decoder")
+    trained = architecture.training
+
+    def called() -> None:
+        with ft.bound(architecture, params, buffers, "eval" if trained else "train"):
+            pass
+
+    at = 1
+    while _interrupted_restoring(at, called):
+        assert all(p.is_meta and p.requires_grad for p in architecture.parameters()), at
+        assert all(b.is_meta for b in architecture.buffers()), at
+        assert all(each.training is trained for each in architecture.modules()), at
+        at += 1
+    assert at > len(params)
+
+
+class Counted(nn.Linear):
+    """Keeps a number beside its tensors, in its state_dict alone."""
+
+    def get_extra_state(self) -> int:
+        """The number."""
+        return 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_an_extra_state_is_told(count: int) -> None:
+    layers = [Counted(2, 2) for _ in range(count)]
+    module = nn.Sequential(nn.Linear(2, 2), *layers) if count else Counted(2, 2)
+    where = ["Counted", "1", "", "1 and 2 more"][count]
+    with pytest.warns(FunctrainWarning, match=f"^{where}: with a get_extra_state, .* nei") as told:
+        ft.split(module)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(

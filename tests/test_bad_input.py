@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -385,8 +386,9 @@ def test_a_whole_number_cannot_be_trained() -> None:
         (torch.optim.AdamW, r"from_torch\(AdamW, …\)"),
         (torch.optim.AdamW([torch.zeros(1)]), r"from_torch\(torch.optim.AdamW, …\)"),
         ("adamw", "optimizer: str, expected one of functrain.optim"),
+        (SimpleNamespace(init=1, update=2, lr=3), "optimizer: SimpleNamespace, .* a `kind` too"),
     ],
-    ids=["not called", "a class of torch's", "an optimizer of torch's", "a name"],
+    ids=["not called", "a class of torch's", "an optimizer of torch's", "a name", "no kind"],
 )
 def test_what_is_no_optimizer_is_named(optimizer: Any, message: str) -> None:
     architecture, _, _ = zoo.split("tied")
@@ -483,6 +485,155 @@ def test_parameters_of_a_module_are_no_gradients(clip: Any) -> None:
     """What torch's clipping takes."""
     with pytest.raises(ft.ConfigError, match=r"(grads|params): generator, expected a mapping"):
         clip(torch.nn.Linear(2, 2).parameters())
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (None, "^grads/a: NoneType, expected a tensor; leave out"),
+        (torch.eye(2).to_sparse(), r"^grads/a: torch.sparse_coo, expected a dense tensor; a.to_de"),
+    ],
+)
+def test_gradients_that_are_not_dense_are_named(grad: Any, message: str) -> None:
+    for clip in (
+        lambda: ft.clip_by_global_norm({"a": grad}, 1.0),
+        lambda: ft.clip_by_value({"a": grad}, 1.0),
+        lambda: ft.adaptive_clip({"a": grad}, {"a": torch.ones(2, 2)}),
+    ):
+        with pytest.raises(ft.ConfigError, match=message):
+            clip()
+
+
+def test_what_is_no_module_or_has_no_params_is_named() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    given: Any = "tied"
+    for call in (
+        lambda: ft.value_and_grad(_objective(), given),
+        lambda: ft.lora.attach(given, params),
+        lambda: ft.bound(given, params, buffers, "eval").__enter__(),
+    ):
+        with pytest.raises(ft.ArchitectureError, match=r"expected the nn\.Module .*, got str"):
+            call()
+    with pytest.raises(ft.StateError, match=r"params: expected a mapping .*, got NoneType"):
+        ft.lora.attach(architecture, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["input_ids", "labels"])
+@pytest.mark.parametrize("made", [lambda t: t.to("meta"), lambda t: t.to_sparse()])
+def test_a_batch_without_dense_values_is_named(key: str, made: Any) -> None:
+    step, state = _step()
+    batch = {**zoo.batch(), key: made(zoo.batch()[key])}
+    for call in (lambda: step(state, batch), lambda: ft.evaluate(step, state, [batch])):
+        with pytest.raises(ft.BatchError, match=f"{key}: .*, expected a dense tensor with values"):
+            call()
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (), (0.9, 0.99, 0.999), 0.9, np.float64(0.9), {}, None])
+def test_betas_are_two(betas: Any) -> None:
+    for made in (ft.optim.adamw, ft.optim.adam):
+        with pytest.raises(ft.ConfigError, match=r"betas=.*, expected two numbers"):
+            made(betas=betas)
+    with pytest.raises(ft.ConfigError, match=r"betas=.*, expected two numbers"):
+        ft.optim.adamw(groups=[ft.optim.group(lambda *_: True, betas=betas)])
+
+
+@pytest.mark.parametrize("end", ["</s>", ["</s>"], [1.5], [None]])
+def test_an_end_is_the_id_of_a_token(end: Any) -> None:
+    """The text of one would never be met."""
+    architecture, params, buffers = zoo.split("tied")
+    with pytest.raises(ft.ConfigError, match=r"^end: .*, expected the id of a token"):
+        ft.models.generate(architecture, params, buffers, [1], max_new_tokens=2, end=end)
+    plain = ft.models.generate(architecture, params, buffers, [1], max_new_tokens=2)
+    one = plain[0]
+    for ends in (one, [np.int64(one)], np.array(one), torch.tensor(one), torch.tensor([one])):
+        given: Any = {"max_new_tokens": 2, "end": ends}
+        assert ft.models.generate(architecture, params, buffers, [1], **given) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"autocast": "bf16"}, r"precision: autocast='bf16', expected torch\.bfloat16, say"),
+        ({"autocast": torch.int32}, r"precision: autocast=torch\.int32"),
+        ({"cast": torch.int64}, r"precision: cast=torch\.int64, expected"),
+        ({"loss_scale": "yes"}, "loss_scale: 'yes', expected True or False"),
+        ({"loss_scale": True, "growth_interval": 2.5}, "growth_interval=2.5, expected an integer"),
+        ({"loss_scale": True, "initial_scale": "x"}, "initial loss scale: 'x' is not a positive f"),
+        ({"loss_scale": True, "initial_scale": 10**400}, "initial loss scale: 1000.* positive fin"),
+    ],
+)
+def test_a_precision_is_checked_where_it_is_made(options: Any, message: str) -> None:
+    with pytest.raises(ft.ConfigError, match=message):
+        ft.precision.Precision(name="own", **options)
+
+
+@pytest.mark.parametrize("name", ["shuffle", "group_by_length"])
+def test_texts_are_neither_true_nor_false(name: str) -> None:
+    pairs = [{"prompt": "a", "completion": "b"}] * 2
+    options: Any = {"time": 8, "batch_size": 1, name: "false"}
+    with pytest.raises(ft.DataError, match=f"{name}: 'false', expected True or False"):
+        ft.data.chat(pairs, ft.data.ByteTokenizer(), **options)
+
+
+def test_padding_by_no_column_proves_nothing() -> None:
+    step, state = _step()
+    with pytest.raises(ft.ConfigError, match="columns: 0, expected at least 1"):
+        ft.testing.assert_padding_invariant(step, state, zoo.batch(), columns=0)
+
+
+def test_slots_may_be_plain_mappings() -> None:
+    """As params may be: moments that are begun anew by hand."""
+    step, state = _step()
+    state, _ = step(state, zoo.batch())
+    zeros = {
+        slot: {name: torch.zeros_like(tensor) for name, tensor in items.items()}
+        for slot, items in state.optimizer.slots.items()
+    }
+    anew = attrs.evolve(state, optimizer=attrs.evolve(state.optimizer, slots=zeros))
+    for donate in (False, True):
+        after, _ = step(ft.clone(anew), zoo.batch(1), donate=donate)
+        assert after.step == 2
+
+
+def test_complex_gradients_are_not_clamped() -> None:
+    with pytest.raises(ft.ConfigError, match=r"^grads/a: torch\.complex64, which has no order"):
+        ft.clip_by_value({"a": torch.ones(2, dtype=torch.complex64)}, 1.0)
+
+
+@pytest.mark.parametrize("rate", [np.float32(1e-3), torch.tensor(1e-3)])
+def test_a_learning_rate_of_another_library_is_named(rate: Any) -> None:
+    kind = type(rate).__name__
+    with pytest.raises(ft.ConfigError, match=rf"AdamW: lr is a {kind}, .*; float\(0\.001.*\), say"):
+        ft.optim.adamw(rate)
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("average", {"ema_decay": 0.9}),
+        ("reference", {"reference_mixup": 0.5, "reference_sync": 1}),
+    ],
+)
+def test_what_moves_towards_the_params_has_their_shapes(
+    field: str, options: dict[str, Any]
+) -> None:
+    """Another would be broadcast."""
+    architecture, params, buffers = zoo.split("tied")
+    optimizer = ft.optim.adamw()
+    if field == "average":
+        step = ft.pretrain_step(architecture, optimizer, **options)
+        batch: Any = zoo.batch()
+    else:
+        step = ft.dpo_step(architecture, optimizer, reference=ft.trees.clone(params), **options)
+        batch = {side: zoo.batch(n) for n, side in enumerate(("chosen", "rejected"))}
+    state = step.init(params, buffers)
+    values = getattr(state, field)
+    short = {name: tensor[:1] for name, tensor in values.items()}
+    with pytest.raises(ft.FunctrainError, match=rf"{field}/.*: shape \[1"):
+        step(attrs.evolve(state, **{field: ft.trees.Tensors(short)}), batch)
+    some = {name: tensor for name, tensor in values.items() if name != min(values)}
+    with pytest.raises(ft.FunctrainError, match=f"{field}: missing '{min(values)}'"):
+        step(attrs.evolve(state, **{field: ft.trees.Tensors(some)}), batch)
 
 
 @pytest.mark.parametrize("value", [["a"], 0.5, None, np.zeros(2)])

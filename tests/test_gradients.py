@@ -741,6 +741,47 @@ def test_adaptive_clipping(
         torch.testing.assert_close(clipped[name], expected, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adaptive_clipping_of_what_overflows_when_squared(dtype: torch.dtype) -> None:
+    grad = torch.tensor([[3e30, 4e30], [3e-30, 4e-30]], dtype=dtype)
+    params = {"weight": torch.full((2, 2), 1e25, dtype=dtype), "bias": torch.ones(2, dtype=dtype)}
+    grads = {"weight": grad, "bias": grad[0]}
+    clipped = ft.adaptive_clip(grads, params, factor=0.5)
+    limit = 0.5 * math.sqrt(2) * 1e25
+    expected = torch.tensor([[0.6 * limit, 0.8 * limit], [3e-30, 4e-30]], dtype=dtype)
+    torch.testing.assert_close(clipped["weight"], expected)
+    bias = torch.tensor([0.6, 0.8], dtype=dtype) * (0.5 * math.sqrt(2))
+    torch.testing.assert_close(clipped["bias"], bias, rtol=1e-2, atol=0)
+
+
+def test_a_conjugate_gradient_is_clipped() -> None:
+    """As autograd gives them."""
+    weight = torch.tensor([3 + 4j, 1j], requires_grad=True)
+    (weight.conj() * torch.tensor([1 + 2j, 2.0])).real.sum().backward()
+    assert weight.grad is not None
+    grad = weight.grad.conj().resolve_conj().conj()
+    assert grad.is_conj()
+    plain = {"a": grad.resolve_conj()}
+    clipped = ft.adaptive_clip({"a": grad}, {"a": weight.detach()})
+    assert _same_bits(clipped, ft.adaptive_clip(plain, {"a": weight.detach()}))
+    assert _same_bits(
+        ft.clip_by_global_norm({"a": grad}, 0.1)[0], ft.clip_by_global_norm(plain, 0.1)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, r"params/a: missing, expected \[2, 2\] as its gradient"),
+        ({"a": torch.ones(2)}, r"params/a: of shape \[2\], expected \[2, 2\]"),
+        ({"a": None}, "params/a: NoneType, expected a tensor"),
+    ],
+)
+def test_adaptive_clipping_is_by_weights_of_the_gradients_form(params: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ft.adaptive_clip({"a": torch.ones(2, 2)}, params)
+
+
 def test_adaptive_clipping_is_a_transform_of_a_step() -> None:
     architecture, params, buffers = zoo.split("tied")
     plain = ft.pretrain_step(architecture, ft.optim.sgd(1.0))

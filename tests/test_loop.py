@@ -211,6 +211,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"steps": 1, "background": 1}, "background: 1, expected True or False"),
     ({"steps": 1, "directory": ""}, r"directory: '', expected a path, or None to save nothing"),
     ({"steps": 1, "directory": 3}, "directory: 3, expected a path"),
+    ({"steps": 1, "directory": __file__}, r"directory: .*\.py is a file, expected a directory"),
     ({"steps": 1, "beside": 3}, "beside: 3, expected a mapping of file names to texts"),
     ({"steps": 1, "beside": {"a.txt": 3}}, r"beside: a\.txt is 3, expected a text"),
     ({"steps": 1, "beside": {"a.py": ""}}, r"beside: 'a\.py', expected a plain name"),

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -422,7 +422,7 @@ def test_a_failed_close_lets_another_write(tmp_path: Path, monkeypatch: pytest.M
 
 
 @contextmanager
-def _room(size: int) -> Iterator[None]:
+def _room(size: int) -> Generator[None]:
     """No file of this process may be longer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

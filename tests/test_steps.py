@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import zoo
 
 import functrain as ft
+from functrain import metrics as m
 from functrain import testing
 from functrain.errors import ArchitectureError, BatchError, StateError
 from functrain.objectives import LanguageModeling, PreferenceOptimization
@@ -636,18 +637,104 @@ class Growing(zoo.Tied):
         return super().forward(input_ids, **given)
 
 
+class Remembering(zoo.Tied):
+    """Assigns a parameter, and the batch, to its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(16))
+        self.register_buffer("ids", torch.zeros(4, 6, dtype=torch.int64))
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        if self.how == "assigned":
+            self.weight, self.ids = self.norm.weight.detach(), input_ids
+        elif self.how == "data":
+            self.weight.data, self.ids.data = self.norm.weight.detach(), input_ids
+        else:
+            self.weight.set_(self.norm.weight.detach())
+            self.ids.set_(input_ids)
+        return super().forward(input_ids, **given)
+
+
+@pytest.mark.parametrize("how", ["assigned", "data", "set"])
+def test_buffers_have_memory_of_their_own(how: str) -> None:
+    """Else the next donated step would write into them, and so would who fills the batch again."""
+    module, batch = Remembering(), zoo.batch()
+    module.how = how
+    module.ids = torch.zeros_like(batch["input_ids"])
+    architecture, params, buffers = ft.split(module)
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    testing.assert_donation_equal(step, state, batch)
+    after, _ = step(state, batch)
+    before = ft.fingerprint(after)
+    step(ft.clone(state), batch, donate=True)
+    step(state, batch, donate=True)
+    batch["input_ids"].zero_()
+    assert ft.fingerprint(after) == before
+
+
+class Heated(zoo.Tied):
+    """Has a temperature, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heat = torch.nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        self.calls += 1
+        return {"logits": super().forward(input_ids, **given)["logits"] * self.heat}
+
+
+class Measuring(LanguageModeling):
+    """Reports both."""
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        total, found = super().__call__(model, batch)
+        own = {"heat": m.mean(model.heat), "calls": m.total(model.calls)}
+        return total, found | m.Metrics(own)
+
+
+def test_metrics_are_what_was_measured_and_not_the_memory_of_it() -> None:
+    """In float64 a parameter, or a buffer that moves, has the dtype of metrics already."""
+    architecture, params, buffers = ft.split(Heated().double())
+    step = ft.make_step(Measuring(name="own"), ft.optim.adamw(0.1), architecture=architecture)
+    state = step.init(params, buffers)
+    _, metrics = step(state, [zoo.batch(0), zoo.batch(1)])
+    assert float(metrics["calls"]) == 1 + 2
+    measured = ft.evaluate(step, state, [zoo.batch()])
+    _, metrics = step(ft.clone(state), zoo.batch(), donate=True)
+    step(state, zoo.batch(), donate=True)
+    assert float(metrics["heat"]) == float(measured["eval_heat"]) == 2.0
+
+
+def test_an_embedding_that_scales_its_weight_is_refused() -> None:
+    """With `max_norm` it writes into the state that is given, into references and frozen bases."""
+    module = zoo.Tied()
+    module.embedding.max_norm = 0.5
+    with pytest.raises(ArchitectureError, match=r"^embedding: .* with max_norm writes"):
+        ft.split(module)
+    module.embedding.max_norm = None
+    architecture, _, _ = ft.split(module)
+    module.embedding.max_norm = 0.5
+    with pytest.raises(ArchitectureError, match=r"^embedding: .* with max_norm writes"):
+        ft.pretrain_step(architecture, ft.optim.sgd(1e-2))
+
+
 @pytest.mark.parametrize(
     ("left", "message"),
     [
-        (lambda seen: torch.cat([seen, seen]), r"with shape \[2\], expected \[1\] as before"),
+        (lambda seen: torch.cat([seen, seen]), r"it with shape \[2\], expected \[1\] as before"),
         (
             lambda seen: seen * 0.5,
-            "as torch.float32, expected torch.int64 .*, which would cut it",
+            "it as torch.float32, expected torch.int64 .*, which would cut it",
         ),
+        (lambda seen: None, "none, expected a tensor"),
         (lambda seen: seen + 1, None),
         (lambda seen: (seen + 1).int(), None),
     ],
-    ids=["longer", "rounded", "counted", "narrower"],
+    ids=["longer", "rounded", "gone", "counted", "narrower"],
 )
 def test_a_buffer_keeps_its_form(
     left: Any, message: str | None, monkeypatch: pytest.MonkeyPatch
@@ -662,7 +749,7 @@ def test_a_buffer_keeps_its_form(
         assert state.buffers["seen"].tolist() == [1]
         assert state.buffers["seen"].dtype == torch.int64
         return
-    with pytest.raises(ArchitectureError, match=f"buffers/seen: the forward left it {message}"):
+    with pytest.raises(ArchitectureError, match=f"buffers/seen: the forward left {message}"):
         step(state, zoo.batch())
 
 

@@ -258,6 +258,10 @@ def test_a_digest_tells_what_equality_does_not() -> None:
     assert trees.digest(torch.tensor(0.0)) != trees.digest(torch.tensor(-0.0))
     assert trees.digest(torch.tensor(math.nan)) == trees.digest(torch.tensor(math.nan))
     assert trees.digest(torch.zeros(0)) != trees.digest(torch.zeros(0, 2))
+    whirled = torch.tensor([1 + 2j, 3 - 4j])
+    assert trees.digest(whirled.conj()) == trees.digest(torch.tensor([1 - 2j, 3 + 4j]))
+    assert trees.digest(whirled.conj().imag) == trees.digest(torch.tensor([-2.0, 4.0]))
+    assert trees.digest(whirled[:1].conj().imag) == trees.digest(torch.tensor([-2.0]))
 
 
 def test_what_is_in_order_is_left_and_what_is_not_is_copied() -> None:

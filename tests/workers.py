@@ -6,6 +6,7 @@ returns what each made of it: `{"value": …}`, or `{"error": [type, text]}`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -21,13 +22,13 @@ HERE = Path(__file__).parent
 
 
 class Group:
-    """The warm process; each run forks workers of it."""
+    """The warm process, which has imported these modules too; each run forks workers of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         path = os.pathsep.join([str(HERE.parent), str(HERE)])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(HERE / "workers.py")],
+            [sys.executable, "-W", "error", str(HERE / "workers.py"), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -72,6 +73,8 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     programs.steps({"steps": 1})  # what torch imports when it is first used
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,8 @@ JSON has not is `{"float": "inf"}`, `"-inf"` or `"nan"`.
 *state.json*: `version`, `slots` (the names of the optimizer's slots, in order), and `leaves`: each
 number, text or null by its path in the state, `step`, `key`, `cursor/samples`,
 `scheduler/plateau/best`, and so on; a field that a state has not is null. `base` is a fingerprint,
-64 hexadecimal digits, of frozen params that adapters were trained over and that are not here.
+64 hexadecimal digits, of frozen params that adapters were trained over and that are not here, and
+after a blank `scale=` and what the adapters' product is multiplied with.
 
 *manifest.json*: `format` is `"functrain"`, `version` is 1; `step`; `files`, for each file its
 `size` in bytes and `sha256` in hexadecimal; `metrics`, what was measured of the state; `numerics`,

@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class FileSystem:
         )
 
     @contextmanager
-    def locked(self, path: Path) -> Iterator[None]:
+    def locked(self, path: Path) -> Generator[None]:
         """Hold the lock of this file; `BlockingIOError` where another process does."""
         # Who may save here the umask says: in a group's directory all of the group.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -168,7 +168,7 @@ def write_all_at(files: FileSystem, descriptor: int, data: memoryview, offset: i
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Generator[None]:
     """What the system refuses here, as a `CheckpointError` that names the path."""
     try:
         yield
@@ -180,7 +180,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def regular(files: FileSystem, path: Path) -> Iterator[tuple[int, int]]:
+def regular(files: FileSystem, path: Path) -> Generator[tuple[int, int]]:
     """A descriptor and the size of a regular file; anything else raises `CheckpointError`."""
     with reading(path):
         descriptor = files.open(path)

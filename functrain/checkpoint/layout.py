@@ -28,7 +28,7 @@ from functrain.checkpoint.manifest import (
 )
 from functrain.errors import CheckpointError, StateError, did_you_mean
 from functrain.keys import MAX_KEY
-from functrain.state import Leaf, TrainState, leaves
+from functrain.state import Leaf, TrainState, leaves, why_apart
 from functrain.trees import Tensors, owning
 
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
@@ -135,12 +135,8 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
             f"{where}: the checkpoint was made with the optimizer {kind!r}, and `like` has "
             f"{like.optimizer.kind!r}; build `like` with the step that made the checkpoint"
         )
-    if "base" in stored and stored["base"] != like.base:
-        raise CheckpointError(
-            f"{where}: base is {stored['base']!r}, expected {like.base!r}: the frozen params that "
-            "this was trained over are not in the checkpoint, and those of `like` are others; "
-            "attach the adapters to the params that they were made for"
-        )
+    if "base" in stored:
+        check_base(stored["base"], like.base, where)
     template = attrs.evolve(
         like, optimizer=attrs.evolve(like.optimizer, slots=_slots(stored, like, where))
     )
@@ -150,6 +146,14 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
     # After it: not every dtype can be compared, and by now each is the template's.
     _check_values(stored, where)
     return rebuilt
+
+
+def check_base(made: Leaf, here: str | None, where: Path) -> None:
+    """Raise `CheckpointError` where a base is not that of the params here."""
+    if not isinstance(made, str | None):
+        raise CheckpointError(f"{where}: base is {made!r}, expected a fingerprint, or null")
+    if (reason := why_apart(made, here)) is not None:
+        raise CheckpointError(f"{where}: of another architecture: {reason}")
 
 
 def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:

@@ -15,7 +15,7 @@ from functrain.checkpoint import format as safetensors
 from functrain.checkpoint.environment import compare, conditioned
 from functrain.checkpoint.files import Fill, map_file, passed, read_file, side_by_side
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem, reading
-from functrain.checkpoint.layout import decode, numbers, path_of, placed
+from functrain.checkpoint.layout import check_base, decode, numbers, path_of, placed
 from functrain.checkpoint.manifest import (
     STATE,
     File,
@@ -295,12 +295,8 @@ def _load_model(
 ) -> tuple[Tensors, Tensors]:
     def read(path: Path) -> tuple[Tensors, Tensors]:
         entries = read_manifest(filesystem, path).files
-        made = read_file(filesystem, path / STATE, entries[STATE], numbers).get("base")
-        if made != base:
-            raise CheckpointError(
-                f"{path}: base is {made!r}, expected {base!r}; its params were trained over other "
-                "frozen ones than these"
-            )
+        stored = read_file(filesystem, path / STATE, entries[STATE], numbers)
+        check_base(stored.get("base"), base, path)
         model, other = path / "model.safetensors", path / "buffers.safetensors"
         return (
             _read_as(filesystem, model, entries[model.name], params, rows, device),

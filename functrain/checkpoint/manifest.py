@@ -248,6 +248,10 @@ def is_format(version: object) -> bool:
     return type(version) is int and version == FORMAT
 
 
+class OtherFormatError(CheckpointError):
+    """A checkpoint that is as it was written, in a format that is not read here."""
+
+
 def read_manifest(filesystem: FileSystem, directory: Path) -> Manifest:
     """The manifest of a checkpoint, after its own hash and its form have been checked."""
     path = directory / MANIFEST
@@ -261,7 +265,7 @@ def read_manifest(filesystem: FileSystem, directory: Path) -> Manifest:
     if own != _own_hash(body):
         raise CheckpointError(f"{path}: altered: its own sha256 does not match")
     if body.get("format") != "functrain" or not is_format(body.get("version")):
-        raise CheckpointError(
+        raise OtherFormatError(
             f"{path}: format {body.get('format')!r} version {body.get('version')!r}; this "
             f"functrain reads 'functrain' version {FORMAT}"
         )

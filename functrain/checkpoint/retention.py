@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -20,14 +21,22 @@ def _at_least_one(_record: object, field: attrs.Attribute[int], value: int | Non
         raise CheckpointError(f"keep: {field.name}={value!r}, expected an integer of at least 1")
 
 
+def _steps(given: Any) -> tuple[int, ...]:
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    steps = tuple(given) if several else None
+    if steps is None or not all(type(step) is int and step >= 0 for step in steps):
+        raise CheckpointError(f"keep: steps={given!r}, expected integers of at least 0")
+    return steps
+
+
 @attrs.frozen(kw_only=True)
 class Keep:
-    """The newest `last`, each whose step `every` divides, and the `best` by `metric`.
+    """The newest `last`, each whose step `every` divides, the `best` by `metric`, and `steps`.
 
     `metric` is one that `save` was given; `lower` says that less of it is better. A checkpoint
     without it, or with NaN, is never among the best; one whose manifest is damaged stays where
     there is a `best`, with a warning. So do all that have other metrics where none has this one:
-    it may be misspelt. What none of the three holds on to goes, but nothing goes
+    it may be misspelt. What none of the four holds on to goes, but nothing goes
     while one of the newest is damaged: what is older may be all that there is.
     """
 
@@ -36,6 +45,7 @@ class Keep:
     best: int | None = attrs.field(default=None, validator=_at_least_one)
     metric: str = "eval_loss"
     lower: bool = True
+    steps: tuple[int, ...] = attrs.field(default=(), converter=_steps)
 
     def expendable(self, filesystem: FileSystem, root: Path, last: int | None = None) -> list[Path]:
         """What may go, oldest first; `CheckpointError` where one of the newest lacks something.
@@ -50,6 +60,7 @@ class Keep:
         kept = {*newest, *self._best(filesystem, found)}
         if self.every is not None:
             kept |= {path for path in found if (step_of(path) or 0) % self.every == 0}
+        kept |= {path for path in found if step_of(path) in self.steps}
         expendable = [path for path in found if path not in kept]
         for path in newest if expendable else ():
             check_sizes(filesystem, path, read_manifest(filesystem, path).files)

@@ -8,7 +8,7 @@ any number of workers, or one, or transformers, reads it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def _written(items: Mapping[str, Tensor], world: World) -> _Written:
 
 
 @contextmanager
-def _saving(root: Path, step: int) -> Iterator[None]:
+def _saving(root: Path, step: int) -> Generator[None]:
     """What the system refuses, as a `CheckpointError`."""
     try:
         yield

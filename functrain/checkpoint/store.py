@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from functrain.checkpoint.manifest import (
     MANIFEST,
     File,
     Manifest,
+    OtherFormatError,
     PathLike,
     checked_metrics,
     checked_texts,
@@ -213,12 +214,14 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 def whole(filesystem: FileSystem, target: Path) -> bool:
     """Whether every file of a checkpoint is there and has its hash.
 
-    Raises `CheckpointError` where the system refuses to say: what it cannot read now, for too many
-    open files perhaps, may well be whole.
+    Raises `CheckpointError` where that cannot be said: of another version's format, and of what the
+    system refuses to read now, for too many open files perhaps. Either may well be whole.
     """
     try:
         entries = read_manifest(filesystem, target).files
         return all(verify_file(filesystem, target / n, entry) for n, entry in entries.items())
+    except OtherFormatError:
+        raise
     except CheckpointError as error:
         refused = error.__cause__
         if isinstance(refused, OSError) and refused.errno not in _NOT_THERE:
@@ -286,7 +289,7 @@ def _discard(filesystem: FileSystem, temporary: Path) -> None:
 
 
 @contextmanager
-def locked(filesystem: FileSystem, root: Path) -> Iterator[None]:
+def locked(filesystem: FileSystem, root: Path) -> Generator[None]:
     with ExitStack() as held:
         try:
             held.enter_context(filesystem.locked(root / ".lock"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +69,7 @@ class Clock:
         return found
 
     @contextmanager
-    def paused(self, metrics: Metrics) -> Iterator[None]:
+    def paused(self, metrics: Metrics) -> Generator[None]:
         """Within it, an evaluation or a save, time is not the steps'; `metrics` are the last's."""
         float(metrics["loss"])  # waits for an accelerator: until now is the steps' time
         begun = time.perf_counter()

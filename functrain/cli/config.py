@@ -483,7 +483,7 @@ class Preference:
     divergence_alpha: float = attrs.field(
         default=0.5, validator=number("a number between 0 and 1", lambda value: 0 < value < 1)
     )
-    """The α of the divergence alpha."""
+    """The α of the divergence alpha: towards 1 reverse_kl, towards 0 forward_kl."""
     length_normalized: bool = False
     """Log-ratios by token."""
     ld_alpha: float | None = attrs.field(default=None, validator=fraction_or_one)

@@ -48,7 +48,7 @@ def _tokenizer(path: Path) -> Any:
         return pretrained_tokenizer(path)
     found = asked_with(origin(str(path), "model"))
     if found is None:
-        raise ConfigError(f"model: {path} was trained on ids of a tokenizer of your own")
+        raise ConfigError(f"model: {path} has no tokenizer beside it")
     return found
 
 

@@ -7,7 +7,7 @@ import glob
 import importlib.util
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -361,7 +361,7 @@ def _begun_from(given: str, was: Path) -> str:
 
 
 @contextmanager
-def placed(path: Path) -> Iterator[Path]:
+def placed(path: Path) -> Generator[Path]:
     """A directory to write into, which at the end takes the place of `path`; that is not there."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -37,7 +37,7 @@ def ending(built: Built, state: TrainState, given: Sequence[Prompt], world: Worl
     """The end of a run; each of its workers must ask for it."""
     return Ending(
         fingerprint=fingerprint(state),
-        words=spoken(built, state, given) if world.speaks or built.sharded else [],
+        words=spoken(built, state, given),
         likelier=_likelier(built, state, world),
     )
 

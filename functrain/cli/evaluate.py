@@ -97,8 +97,8 @@ def check(given: str, files: Sequence[str]) -> None:
             )
         if tokenizer is None:
             raise ConfigError(
-                f"{file}: text, and the model was trained on ids of a tokenizer of your own; give "
-                "a .bin or .npy file of ids"
+                f"{file}: text, and the model has no tokenizer beside it; give a .bin or .npy file "
+                "of ids"
             )
         if file != EMBEDDED:
             files_of(file, (*TEXTS, *RECORDS))

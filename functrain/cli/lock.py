@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM
@@ -12,7 +12,7 @@ from functrain.errors import ConfigError
 
 
 @contextmanager
-def held(run: RunDirectory, *, new: bool) -> Iterator[None]:
+def held(run: RunDirectory, *, new: bool) -> Generator[None]:
     """Hold a run's directory, so that no other process trains in it; a kill lets it go.
 
     `ConfigError` where another process does, or has begun what was to be a `new` run. What a

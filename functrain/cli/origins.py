@@ -58,6 +58,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def used(self) -> Path:
+        """The steps that other runs start from; see `functrain.cli.holding`."""
+        return self.path / "used"
+
+    @property
     def metrics(self) -> Path:
         """A line of JSON for each step."""
         return self.path / "metrics.jsonl"

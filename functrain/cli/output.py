@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TextIO
 
@@ -39,7 +39,7 @@ def close_streams() -> None:
 
 
 @contextlib.contextmanager
-def printing() -> Iterator[None]:
+def printing() -> Generator[None]:
     """Within it results are printed.
 
     Raises `ConfigError` where stdout cannot be written, `BrokenPipeError` where nobody reads it any

@@ -97,7 +97,7 @@ def _below(found: Origin, config: SFT | DPO) -> Origin:
     except ConfigError as error:
         raise ConfigError(
             f"{error}; put it back: a run that goes on removes its older checkpoints, but those "
-            "that its train.keep or train.keep_every holds on to"
+            "that its train.keep or train.keep_every holds on to, and those in its directory 'used'"
         ) from error
     if config.model.sha256 not in (None, below.sha256):
         raise ConfigError(

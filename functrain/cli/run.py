@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from functrain.cli.build import Built, build
 from functrain.cli.clock import Clock
 from functrain.cli.config import DPO, SFT, Pretrain, Train
 from functrain.cli.ending import Ending, ending
+from functrain.cli.holding import hold, used_steps
 from functrain.cli.lock import held
 from functrain.cli.origins import RunDirectory
 from functrain.cli.samples import GATHERED, Prompt, bytes_to_gather, prompts, spoken
@@ -100,6 +101,9 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
     settled = world.from_first(lambda: toml.dumps(_settled(config, resume)), "the config")
     config = toml.loads(settled, type(config))
     run = RunDirectory(config.directory)
+    # Before weights are read and data tokenised, which takes long enough for the other to prune.
+    if note := world.from_first(lambda: _held_start(config), "the start of the run"):
+        say(note)
     if config.train.keep_pages and not memory.keep_pages():
         say("train.keep_pages: this system's allocator cannot be told to, so nothing is kept")
     if config.train.return_pages and not memory.return_pages():
@@ -127,8 +131,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         world.from_first(begun, "the run directory")
         given = _prompts(built, say)
         # Now, because the first step reuses the memory of the first state.
-        speaks = world.speaks or built.sharded
-        first_words = spoken(built, built.state, given) if speaks else []
+        first_words = spoken(built, built.state, given)
         newest = world.from_first(lambda: _newest(run), "the newest checkpoint")
         state = world.for_all(lambda: _state(built, run, newest, config.train.steps, world))
         if state.step < config.train.steps:
@@ -230,7 +233,7 @@ class _Saying(logging.Handler):
 
 
 @contextmanager
-def _logged(say: Say) -> Iterator[None]:
+def _logged(say: Say) -> Generator[None]:
     """Within it, what the library logs is said: whole logits, and what is compiled for what."""
     log, handler = logging.getLogger("functrain"), _Saying(say)
     before = log.level
@@ -244,7 +247,7 @@ def _logged(say: Say) -> Iterator[None]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Generator[None]:
     """Within it, torch uses so many threads; after it, as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -297,15 +300,26 @@ def _way_out(newest: Path) -> str | None:
     try:
         if whole(OPERATING_SYSTEM, newest):
             return None
-    except CheckpointError:  # the system refuses to say
+    except CheckpointError:  # whether it is cannot be said
         return None
     if len(checkpoints(newest.parent)) == 1:
         return "it is damaged, and it is the only one of this run; begin another --directory"
     return f"it is damaged; to go on from the one before, remove {newest} and resume again"
 
 
-def _is_of_a_run(start: str) -> bool:
-    return step_of(Path(start)) is not None
+def _held_start(config: Pretrain | SFT | DPO) -> str:
+    """What to say where the run that made this one's start cannot be told to keep it."""
+    if isinstance(config, Pretrain):
+        return ""
+    start = config.model.from_
+    refused = hold(Path(start), Path(config.directory))
+    if refused is None:
+        return ""
+    return (
+        f"{config.stage}: {refused}, so the run that made {start} is not told to keep it. "
+        "Where that goes on, give it train.keep or train.keep_every: to go on here, and to use "
+        "adapters, needs it"
+    )
 
 
 def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, say: Say) -> None:
@@ -320,15 +334,6 @@ def _say_where(config: Pretrain | SFT | DPO, built: Built, state: TrainState, sa
         f"thread{'s' if config.train.threads != 1 else ''}, "
         f"{several}{config.train.precision} on {config.train.device}{slow}, in {config.directory}"
     )
-    if (
-        not isinstance(config, Pretrain)
-        and config.lora.options()
-        and _is_of_a_run(config.model.from_)
-    ):
-        say(
-            f"{config.stage}: the adapters need {config.model.from_} as long as they are used; "
-            "where its run goes on, keep it there with train.keep or train.keep_every"
-        )
     after = rates_after(config.schedule, config.train.steps)
     if after is not None:
         say(f"{config.stage}: {after}")
@@ -506,7 +511,9 @@ def _save(
         return
     if not world.speaks:
         return
-    keep = checkpoint.Keep(last=plan.keep, every=plan.keep_every, best=plan.keep_best)
+    keep = checkpoint.Keep(
+        last=plan.keep, every=plan.keep_every, best=plan.keep_best, steps=used_steps(run)
+    )
     checkpoint.prune(run.checkpoints, keep)
 
 

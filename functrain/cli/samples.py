@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import orjson
+
 from functrain import models
 from functrain.architecture import held_values
 from functrain.cli.build import Built
@@ -18,6 +20,9 @@ from functrain.trees import clone, rows_here
 GATHERED = 96 << 20
 """Bytes that may be gathered for each token of a sample: for all tokens of three samples that is
 half a minute at 10 Gbit/s."""
+
+TOKENS = 120
+"""Tokens of a sample."""
 
 Prompt = tuple[int, ...]
 """The ids of a prompt: not all of them could be made of its text, those of a template, say."""
@@ -49,14 +54,12 @@ def bytes_to_gather(built: Built) -> int:
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in items)
 
 
-def spoken(
-    built: Built, state: TrainState, given: Sequence[Prompt], *, tokens: int = 120
-) -> list[str]:
+def spoken(built: Built, state: TrainState, given: Sequence[Prompt]) -> list[str]:
     """What the model says after each prompt, greedily; nothing without a tokenizer.
 
-    Where it is in shards every worker must ask, and is told what worker 0 says.
+    Of several workers each must ask, and is told what worker 0 says.
     """
-    tokenizer = built.tokenizer
+    tokenizer, world = built.tokenizer, world_of(built.step)
     if tokenizer is None:
         return []
     architecture = built.step.architecture
@@ -64,8 +67,15 @@ def spoken(
     asked = [prompt or [tokenizer.end] for prompt in given]
     if not built.sharded:
         say = functools.partial(models.generate, architecture, state.params, state.buffers)
-        return [tokenizer.decode(say(ids, max_new_tokens=tokens, end=ends)) for ids in asked]
-    world, rows = world_of(built.step), {n: rows_here(t) for n, t in state.params.items()}
+
+        def said() -> str:
+            # As ids: a text that is no whole character has no form that can be sent.
+            told = [list(say(ids, max_new_tokens=TOKENS, end=ends)) for ids in asked]
+            return orjson.dumps(told).decode()
+
+        words = orjson.loads(world.from_first(said, "samples"))
+        return [tokenizer.decode(ids) for ids in words]
+    rows = {n: rows_here(t) for n, t in state.params.items()}
     with built.step.value_and_grad.bound(rows, clone(state.buffers), "eval") as model:
         say = functools.partial(
             continued,
@@ -73,4 +83,4 @@ def spoken(
             device=device_of(rows),
             agreed=lambda token: int(world.numbers([token])[0]),
         )
-        return [tokenizer.decode(say(ids, max_new_tokens=tokens, end=ends)) for ids in asked]
+        return [tokenizer.decode(say(ids, max_new_tokens=TOKENS, end=ends)) for ids in asked]

@@ -113,8 +113,8 @@ def generated(
     model = trained(given)
     if model.tokenizer is None:
         raise ConfigError(
-            f"{given}: trained on ids of a tokenizer of your own, so a text prompt means nothing "
-            "to it; use functrain.models.generate with ids"
+            f"{given}: has no tokenizer beside it, so a text prompt means nothing to it; use "
+            "functrain.models.generate with ids"
         )
     ids = models.generate(
         model.architecture,

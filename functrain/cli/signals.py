@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -43,7 +43,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Stop]:
+def stopping() -> Generator[Stop]:
     """Within it, SIGINT and SIGTERM set the `Stop` that is yielded; after it, as before."""
     stop = Stop()
     before = {number: signal.signal(number, stop.handle) for number in _SIGNALS}

@@ -56,7 +56,7 @@ def found(given: str, tasks: Sequence[str], *, include: str | None, chat: bool) 
     tokenizer = asked_with(origin(given, "run"))
     if tokenizer is None:
         raise ConfigError(
-            f"{given}: trained on ids of a tokenizer of your own, and tasks are text; use "
+            f"{given}: has no tokenizer beside it, and tasks are text; use "
             "functrain.models.harness with that tokenizer"
         )
     if chat and not has_template(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import tomllib
@@ -26,6 +27,7 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 }
 
 
+@functools.cache  # its hooks are generated code
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in _KINDS:

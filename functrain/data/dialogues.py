@@ -77,8 +77,9 @@ def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
         raise DataError(f"{where}.{key}: expected a list of messages with role and content")
     found = said(given, f"{where}.{key}", _turn if shape == "ShareGPT" else message)
     check_learnt(found, f"{where}.{key}")
-    if shape == "ShareGPT" and isinstance(record.get("system"), str) and record["system"]:
-        system = {"role": "system", "content": record["system"]}
+    asked = _text(record, "system", where) if shape == "ShareGPT" else ""
+    if asked:
+        system = {"role": "system", "content": asked}
         found = Dialogue((system, *found.messages), (False, *found.learnt))
     return attrs.evolve(found, tools=called)
 
@@ -148,10 +149,8 @@ def _turn(given: object, where: str) -> Message:
 
 def _alpaca(record: Mapping[str, Any], where: str) -> Dialogue:
     """The instruction, with its input two lines below, is asked; the output is said."""
-    texts = {key: record.get(key) or "" for key in ("instruction", "input", "output", "system")}
-    for key, text in texts.items():
-        if not isinstance(text, str):
-            raise DataError(f"{where}.{key}: expected text, got {type(text).__name__}")
+    keys = ("instruction", "input", "output", "system")
+    texts = {key: _text(record, key, where) for key in keys}
     for key in ("instruction", "output"):
         if not texts[key]:
             raise DataError(f"{where}.{key}: empty, expected text")
@@ -161,6 +160,14 @@ def _alpaca(record: Mapping[str, Any], where: str) -> Dialogue:
         said.insert(0, ("system", texts["system"]))
     messages = tuple({"role": role, "content": text} for role, text in said)
     return Dialogue(messages, tuple(role == "assistant" for role, _ in said))
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+    """A field of text; empty where there is none, or null, as in a column."""
+    text = record.get(key)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}.{key}: expected text, got {type(text).__name__}")
+    return text or ""
 
 
 def tools(given: object, where: str) -> tuple[Mapping[str, Any], ...]:

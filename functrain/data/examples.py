@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
+import numpy as np
 
 from functrain.data import columns, dialogues
 from functrain.data.dialogues import Dialogue
@@ -203,12 +204,12 @@ def read_unpaired(record: Record, tokenizer: Tokenizer, where: str) -> tuple[Pro
     """`{"prompt", "completion", "label"}`, and whether the completion is desirable."""
     _check_keys(record, ("prompt", "completion", "label"), where)
     label = record["label"]
-    if not isinstance(label, bool):
+    if not isinstance(label, (bool, np.bool_)):
         raise DataError(
             f"{where}.label: expected true (desirable) or false, got {type(label).__name__}; give "
             "bool(label)"
         )
-    return read_completions(record, ("completion",), tokenizer, where), label
+    return read_completions(record, ("completion",), tokenizer, where), bool(label)
 
 
 def _read_implicit(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:

@@ -9,7 +9,7 @@ import gzip
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -141,7 +141,7 @@ def _opened(path: PathLike) -> IO[bytes]:
 
 
 @contextmanager
-def _reading(path: PathLike) -> Iterator[None]:
+def _reading(path: PathLike) -> Generator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -11,7 +11,7 @@ import attrs
 
 from functrain import keys
 from functrain.data.order import permuted
-from functrain.data.source import MapSource, at_least_one, positive
+from functrain.data.source import MapSource, at_least_one, positive, true_or_false
 from functrain.data.truncation import Counted
 from functrain.errors import DataError
 
@@ -44,7 +44,7 @@ class Padded(Counted):
     Raises `DataError` for `group_by_length` without `shuffle`: the given order stands.
     """
 
-    group_by_length: bool = False
+    group_by_length: bool = attrs.field(default=False, validator=true_or_false)
     pad_to_multiple_of: int = attrs.field(default=MULTIPLE, validator=positive)
 
     def __attrs_post_init__(self) -> None:

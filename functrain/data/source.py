@@ -42,6 +42,12 @@ def positive(_: object, field: attrs.Attribute[int], value: int) -> None:
     at_least_one(field.name, value)
 
 
+def true_or_false(_: object, field: attrs.Attribute[bool], value: bool) -> None:
+    """Raise `DataError` unless a field is True or False: "false" is true."""
+    if not isinstance(value, bool):
+        raise DataError(f"{field.name}: {value!r}, expected True or False")
+
+
 def _integer(_: object, field: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise DataError(f"{field.name}: {value!r}, expected an integer")
@@ -57,7 +63,7 @@ class MapSource:
 
     batch_size: int = attrs.field(validator=positive)
     seed: int = attrs.field(default=0, validator=_integer)
-    shuffle: bool = True
+    shuffle: bool = attrs.field(default=True, validator=true_or_false)
 
     def __len__(self) -> int:
         """Samples in an epoch."""

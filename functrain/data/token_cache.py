@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def _key(contents: Sequence[_Content], tokenizer: Any, on_bad_record: str) -> st
 
 
 @contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def _locked(home: Path) -> Generator[None]:
     """Held while the files are made; who comes later waits here."""
     with writing(home):
         home.mkdir(parents=True, exist_ok=True)

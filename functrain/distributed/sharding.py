@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,7 +83,7 @@ class Sharding:
         return whole_state(rows, self.shapes, self.world)
 
     @contextmanager
-    def rows_of_state(self, state: TrainState) -> Iterator[TrainState]:
+    def rows_of_state(self, state: TrainState) -> Generator[TrainState]:
         """This worker's rows of a state; what becomes of them within becomes of the state.
 
         A step that has donated them, or failed in the middle of its update, has consumed it; a pure
@@ -243,7 +243,7 @@ class Sharding:
         dtypes: Mapping[str, torch.dtype] | None = None,
         receive: Callable[[str, Tensor, bool], None] | None = None,
         recomputed: Iterable[nn.Module] = (),
-    ) -> Iterator[nn.Module]:
+    ) -> Generator[nn.Module]:
         """`functrain.bound` with this worker's rows of the params, as plain tensors.
 
         `receive` takes the sums of gradients over the workers, in these `dtypes`: the name, this
@@ -265,7 +265,9 @@ class Sharding:
             yield model
 
     @contextmanager
-    def _other(self, binding: Binding, values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    def _other(
+        self, binding: Binding, values: Mapping[str, Tensor]
+    ) -> Generator[dict[str, Tensor]]:
         if is_sharded(values):
             given = Values(self.units, {**self.base, **local(values)}, self)
         else:

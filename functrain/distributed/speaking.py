@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -58,7 +58,9 @@ class Speaking:
         return self._diary.closed
 
     def begin(self, step: int, key: int) -> None:
-        """Note the step that this worker is about to make, and the state's key."""
+        """Note the step that this worker is about to make, and the state's key; once for each."""
+        if (step, key) == self._origin():
+            return
         self._diary.step, self._diary.key = step, key
         if self.size > 1:
             with self.meeting("the beginning of a step"):
@@ -85,7 +87,7 @@ class Speaking:
         return new
 
     @contextmanager
-    def meeting(self, what: str) -> Iterator[None]:
+    def meeting(self, what: str) -> Generator[None]:
         """An exchange with the others; one that fails is a `WorkerError` that says who is where."""
         if self.closed or not dist.is_initialized():
             ended = "this world is closed" if self.closed else "the process group has ended"
@@ -97,7 +99,7 @@ class Speaking:
             yield
 
     @contextmanager
-    def named(self, what: str) -> Iterator[None]:
+    def named(self, what: str) -> Generator[None]:
         """An exchange, or the first meeting of all, whose failure is a `WorkerError`."""
         try:
             yield
@@ -201,7 +203,7 @@ class Speaking:
         return said[1:]
 
     @contextmanager
-    def _busy(self, what: str) -> Iterator[None]:
+    def _busy(self, what: str) -> Generator[None]:
         """Within it a thread says now and then that this worker is still at it."""
         done = threading.Event()
         failures: list[WorkerError] = []
@@ -225,17 +227,23 @@ class Speaking:
 
     def for_all(self, make: Callable[[], T]) -> T:
         """What each worker makes; where one raises, so does every worker."""
+        return self.counted(lambda: (make(), 0), "what each worker makes")[0]
+
+    def counted(self, make: Callable[[], tuple[T, int]], what: str) -> tuple[T, int]:
+        """What each worker makes, and the sum of what they count beside it; raises as `for_all`."""
         if self.size == 1:
             return make()
         made: list[T] = []
-        failure: Exception | None = None
+        count, failure = 0, None
         try:
-            made.append(make())
+            each, count = make()
+            made.append(each)
         except Exception as error:
             failure = error
-        if self.any(failure is not None):
+        rows = self.numbers([failure is not None, count], what)
+        if bool(rows[:, 0].any()):
             self._refused(failure)
-        return made[0]
+        return made[0], int(rows[:, 1].sum())
 
     def total(self, number: int) -> int:
         """The sum of an integer over the workers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain.architecture import Place, Slots
+from functrain.architecture import Slots, fill
 from functrain.distributed.absent import Absent
 
 Forward = Callable[..., Any]
@@ -267,7 +267,7 @@ class Binding:
         self._partly: set[int] = set()  # the blocks of which parts are run again backward
 
     @contextmanager
-    def bound(self, recomputed: Iterable[nn.Module]) -> Iterator[None]:
+    def bound(self, recomputed: Iterable[nn.Module]) -> Generator[None]:
         """Enter the binding; `recomputed`: the modules whose forward is run again backward."""
         again = {id(each) for each in recomputed}
         self._partly = {
@@ -292,7 +292,7 @@ class Binding:
             self._own.close()
 
     @contextmanager
-    def other(self, values: Values) -> Iterator[dict[str, Tensor]]:
+    def other(self, values: Values) -> Generator[dict[str, Tensor]]:
         """Within it the model computes with other values; those that belong to no block, whole."""
         before, self._values = self._values, values
         root = values.gather(self._root)
@@ -308,12 +308,12 @@ class Binding:
         return {name: Absent.like(name, shards[name], shapes[name]) for name in shards}
 
     @contextmanager
-    def _filling(self, unit: Unit, whole: Sequence[Tensor]) -> Iterator[None]:
+    def _filling(self, unit: Unit, whole: Sequence[Tensor]) -> Generator[None]:
         places = [(entries, key) for name in unit.names for entries, key in self._params[name]]
         before = [entries[key] for entries, key in places]
         try:
             for name, tensor in zip(unit.names, whole, strict=True):
-                _fill(self._params[name], tensor)
+                fill(self._params[name], tensor)
             self._filled.add(id(unit))
             yield
         finally:
@@ -388,8 +388,3 @@ def _install(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -
 
     own["forward"] = types.MethodType(called, module)
     stack.callback(restore)
-
-
-def _fill(places: Sequence[Place], tensor: Tensor) -> None:
-    for entries, key in places:
-        entries[key] = tensor

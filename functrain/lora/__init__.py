@@ -2,9 +2,8 @@
 
     architecture, params, buffers, tokenizer = functrain.models.from_pretrained("models/smollm2")
     adapted, adapters = functrain.lora.attach(architecture, params, functrain.lora.LoRA(rank=16))
-    step = functrain.dpo_step(
-        adapted, functrain.optim.adamw(1e-4), reference=functrain.trees.zero(adapters, "*lora_B*")
-    )
+    reference = functrain.lora.reference(adapted, adapters)
+    step = functrain.dpo_step(adapted, functrain.optim.adamw(1e-4), reference=reference)
     state = step.init(adapters, buffers)
 
 A state, its checkpoints and its optimizer hold adapters only, and the fingerprint of the base. So

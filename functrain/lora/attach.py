@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from functrain import keys
-from functrain.architecture import check_fit, held_by, hold, slots
-from functrain.errors import ArchitectureError, ConfigError, did_you_mean
+from functrain.architecture import check_fit, check_module, held_by, hold, slots
+from functrain.errors import ConfigError, did_you_mean
 from functrain.lora.config import ALL_LINEAR, LoRA
 from functrain.lora.layers import Adapted, adapted, never_called, read_by_kernels, row_norms, unfit
 from functrain.trees import Tensors, owning
@@ -42,8 +42,9 @@ def attach(
 
     The adapted one is a copy that holds `params`, the frozen base, as they are (they are not copied
     and nobody may write into them); the given one stays as it was. What is trained, checkpointed
-    and moved is the adapters alone, `….lora_A` and `….lora_B`, float32: a state knows its base by
-    a fingerprint, and is refused over another. At the beginning B is 0, so the model is the base.
+    and moved is the adapters alone, `….lora_A` and `….lora_B`, float32: a state knows its base and
+    their scale by a fingerprint, and is refused over others. At the beginning B is 0, so the model
+    is the base.
 
     Where `params` are in shards (`functrain.distributed.shard` or `split`), so is the base, for a
     step that is `sharded`; every worker must call this.
@@ -60,11 +61,7 @@ def attach(
     lora = LoRA() if lora is None else lora
     if not isinstance(lora, LoRA):
         raise ConfigError(f"lora: {lora!r}, expected functrain.lora.LoRA(rank=8, …)")
-    if not isinstance(architecture, nn.Module):
-        raise ArchitectureError(
-            f"architecture: expected the nn.Module that functrain.split returns first, got "
-            f"{type(architecture).__name__}"
-        )
+    check_module(architecture)
     if held_by(architecture) is not None:
         raise ConfigError(
             "lora: the architecture has adapters already; merge them first: "
@@ -76,7 +73,8 @@ def attach(
     trained = _trained(lora, params)
     if isinstance(params, Tensors):
         owning(params, ())  # a step that donates them works on copies from now on
-    hold(made, {name: value for name, value in params.items() if name not in trained})
+    held = {name: value for name, value in params.items() if name not in trained}
+    hold(made, held, scale=lora.scaling)
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name in trained or name.rsplit(".", 1)[-1].startswith("lora_"))
     object.__setattr__(made, _ADAPTER, Adapter(lora, tuple(layers), architecture))

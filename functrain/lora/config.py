@@ -57,4 +57,4 @@ class LoRA:
     @property
     def scaling(self) -> float:
         """What B·A is multiplied with."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))

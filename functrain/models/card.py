@@ -14,6 +14,11 @@ from functrain.models.decoder import Decoder
 from functrain.state import TrainState, fingerprint
 
 _USE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```"""
+_USE_WITH_TOKENIZER = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
@@ -30,6 +35,7 @@ def card(
     data: str | None,
     config: str | Mapping[str, Any] | None,
     metrics: Mapping[str, float] | None,
+    tokenizer: bool,
     chat: bool,
 ) -> str:
     """The card as Markdown under a YAML header, which the hub reads."""
@@ -38,7 +44,7 @@ def card(
     parts = [
         f"# {name}",
         f"A {made} of {count:,} parameters, trained with functrain{' on ' + data if data else ''}.",
-        _USE.format(name=name),
+        (_USE_WITH_TOKENIZER if tokenizer else _USE).format(name=name),
         "## Training",
         _table(
             {

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def export(
         data=data,
         config=config,
         metrics=metrics,
+        tokenizer=tokenizer is not None,
         chat=getattr(getattr(tokenizer, "inner", tokenizer), "chat_template", None) is not None,
     )
     try:
@@ -285,7 +286,7 @@ def _mark(state: TrainState, directory: Path) -> None:
 
 
 @contextmanager
-def _placed(target: Path) -> Iterator[Path]:
+def _placed(target: Path) -> Generator[Path]:
     """A directory to write into, which at the end, durable, takes the place of `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _fresh(target, "tmp")

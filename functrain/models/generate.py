@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
@@ -114,7 +116,7 @@ def continued(
     most = positions(model)
     _check_prompt(input_ids, vocabulary_of(model), most)
     ids, new = list(input_ids), list[int]()
-    stops = {end} if isinstance(end, int) else {*(end or ())}
+    stops = _ids(end)
     past = _Past()
     while len(new) < max_new_tokens and (most is None or len(ids) <= most):
         logits = _next_logits(model, ids, past, device)
@@ -127,6 +129,19 @@ def continued(
         if stop is not None and stop(new):
             break
     return new
+
+
+def _ids(end: int | Collection[int] | None) -> set[int]:
+    """The ids of tokens that end a text; the text of one would never be met."""
+    if end is None:
+        return set()
+    with suppress(TypeError):
+        return {operator.index(end)}  # type: ignore[arg-type]
+    try:
+        return {operator.index(each) for each in end}  # type: ignore[union-attr]
+    except TypeError as error:
+        message = f"end: {end!r}, expected the id of a token, or several ids"
+        raise ConfigError(message) from error
 
 
 class _Past:

@@ -10,7 +10,7 @@ import functools
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def passed_over(header: Header, module: Any) -> list[str]:
 
 
 @contextmanager
-def no_bar() -> Iterator[None]:
+def no_bar() -> Generator[None]:
     """Without the bar over a GGUF file's tensors, which heeds no switch of transformers'."""
     from transformers import modeling_gguf_pytorch_utils
 

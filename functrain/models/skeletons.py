@@ -8,7 +8,7 @@ plan reads nothing (`functrain.planning`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def configured(module: nn.Module) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Without transformers' progress bars and advice; what matters of it is raised here."""
     from transformers import utils
 

@@ -76,6 +76,9 @@ def check_sequences(batch: Batch, vocabulary: int | None, where: str = "") -> No
 def _checked_tensor(value: object, name: str, dtypes: Sequence[torch.dtype]) -> Tensor:
     if not isinstance(value, Tensor):
         raise BatchError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_meta or value.layout is not torch.strided:
+        what = "on the meta device" if value.is_meta else str(value.layout)
+        raise BatchError(f"{name}: {what}, expected a dense tensor with values")
     if value.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise BatchError(
@@ -118,10 +121,12 @@ def count_targets(batch: Batch) -> Tensor:
 def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
     """`count_targets` of a batch of any form: what is trained on, chosen and rejected both.
 
-    0 where an objective of one's own reads something else: no `labels`, int64 [batch, time].
+    0 where an objective of one's own reads something else: no `labels`, int64 [batch, time]. What
+    is no batch at all has none: a step says what is wrong with it.
     """
     if not isinstance(batch, Mapping):
-        found = [targets_in(each) for each in batch]
+        is_several = isinstance(batch, Sequence) and not isinstance(batch, str)
+        found = [targets_in(each) for each in batch] if is_several else []
     elif "labels" in batch:
         labels = batch["labels"]
         are_tokens = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 2

@@ -7,7 +7,7 @@ states are taken at the projection's door, and logits are made of a few rows at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -294,7 +294,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 @contextmanager
-def _left(projection: nn.Linear, made: list[_Made]) -> Iterator[None]:
+def _left(projection: nn.Linear, made: list[_Made]) -> Generator[None]:
     """Within it, what the projection returns is noted.
 
     Half precision is widened first, so that a model which widens it changes nothing.
@@ -319,7 +319,7 @@ def calm(
     buffers: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     mode: Mode = "eval",
-) -> Iterator[None]:
+) -> Generator[None]:
     """In this mode, no history, not compiled; neither buffers nor random generators are moved.
 
     Attributes that the forward sets, and buffers that it makes, are as before at the end.
@@ -343,7 +343,7 @@ def calm(
 
 
 @contextmanager
-def _attributes_put_back(architecture: nn.Module) -> Iterator[None]:
+def _attributes_put_back(architecture: nn.Module) -> Generator[None]:
     before = [(vars(module), dict(vars(module))) for module in architecture.modules()]
     try:
         yield
@@ -355,7 +355,7 @@ def _attributes_put_back(architecture: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _entered(projection: nn.Linear, taken: list[Tensor]) -> Iterator[None]:
+def _entered(projection: nn.Linear, taken: list[Tensor]) -> Generator[None]:
     def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0].to(computed_in(inputs[0]))
         taken.append(hidden)

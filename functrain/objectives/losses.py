@@ -322,7 +322,10 @@ def jensen_shannon(delta: Tensor) -> Tensor:
 
 
 def alpha_divergence(alpha: float) -> Divergence:
-    """(e^{(α−1)Δ} − 1) / (α − 1), for α in (0, 1)."""
+    """(e^{(α−1)Δ} − 1) / (α − 1), for α in (0, 1): towards 1 reverse KL, towards 0 forward KL.
+
+    As in TRL; the α of 2309.16240 is 1 minus this one.
+    """
 
     def divergence(delta: Tensor) -> Tensor:
         return _expm1((alpha - 1) * delta) / (alpha - 1)

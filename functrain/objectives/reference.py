@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -52,7 +52,7 @@ def reference_scores(
 @contextmanager
 def _with(
     model: nn.Module, reference: Mapping[str, Tensor]
-) -> Iterator[tuple[Callable[..., object], Mapping[str, Tensor]]]:
+) -> Generator[tuple[Callable[..., object], Mapping[str, Tensor]]]:
     """A forward of the model with these params, and those that a head may be among."""
     bound = dict(model.named_parameters())
     values = {name: tensor.to(bound[name].dtype) for name, tensor in reference.items()}

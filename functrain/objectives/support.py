@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -189,7 +189,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def _unrounded() -> Iterator[None]:
+def _unrounded() -> Generator[None]:
     """Within it, no kernel computes float32 in TF32 or bfloat16."""
     backends: Any = torch.backends  # some of which are not typed
     places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)

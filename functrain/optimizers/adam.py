@@ -97,9 +97,12 @@ class Adam:
 
     def __attrs_post_init__(self) -> None:
         # torch's own constructor checks the ranges and words the errors.
-        checked(torch.optim.AdamW, **self._options())
-        for each in self.groups:
-            checked(torch.optim.AdamW, **self._options(each.options))
+        for options in (self._options(), *(self._options(each.options) for each in self.groups)):
+            betas = options["betas"]
+            several = hasattr(betas, "__len__") and not isinstance(betas, Mapping)
+            if not several or len(betas) != 2:
+                raise ConfigError(f"{self.kind}: betas={betas!r}, expected two numbers in [0, 1)")
+            checked(torch.optim.AdamW, **options)
 
     @property
     def kind(self) -> str:

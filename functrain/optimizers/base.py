@@ -7,13 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from functrain.errors import ConfigError, StateError, did_you_mean, is_number
-from functrain.trees import Tensors, are_like
+from functrain.trees import Tensors, are_like, tensors
 
 Predicate = Callable[[str, Tensor], bool]
+
+
+def _as_tensors(slots: Any) -> Any:
+    """Slots with their mappings as `Tensors`; what is none of these, its user is told of later."""
+    if not isinstance(slots, Mapping) or all(isinstance(each, Tensors) for each in slots.values()):
+        return slots
+    return {s: tensors(each) if isinstance(each, Mapping) else each for s, each in slots.items()}
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -27,7 +35,8 @@ class OptimizerState:
 
     kind: str
     count: Tensor
-    slots: Mapping[str, Tensors]
+    # Plain mappings, of a state that is evolved by hand, are taken too.
+    slots: Mapping[str, Tensors] = attrs.field(converter=_as_tensors)
 
 
 class Optimizer(Protocol):
@@ -142,14 +151,22 @@ def no_decay(architecture: nn.Module) -> Group:
     return group(lambda name, _: name in names, weight_decay=0.0)
 
 
+def _is_real(given: object) -> bool:
+    """Whether it is a tensor or an array of one real number."""
+    if isinstance(given, Tensor):
+        return given.ndim == 0 and not (given.is_meta or given.is_complex())
+    return isinstance(given, np.ndarray) and given.ndim == 0 and given.dtype.kind in "fiu"
+
+
 def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
     """The class over one matrix, with its own complaints as `ConfigError`."""
     name = getattr(cls, "__name__", repr(cls))
     if not is_number(options.get("lr", 0.0)):
-        raise ConfigError(
-            f"{name}: lr is a {type(options['lr']).__name__}, expected a number; params are given "
-            "to step.init, not to the optimizer"
-        )
+        lr = options["lr"]
+        hint = "params are given to step.init, not to the optimizer"
+        if isinstance(lr, (np.floating, np.integer)) or _is_real(lr):
+            hint = f"float({lr.item()!r}), say"
+        raise ConfigError(f"{name}: lr is a {type(lr).__name__}, expected a number; {hint}")
     try:
         return cls([torch.zeros(2, 2)], **options)
     except AssertionError as error:

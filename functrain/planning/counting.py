@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -259,7 +259,7 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
                     out, head = _forward(model, ids)
                 forward, before = counted.get_total_flops(), living.most
                 torch.autograd.backward(out, torch.ones_like(out))
-            except (RuntimeError, NotImplementedError, TypeError) as error:
+            except (RuntimeError, TypeError) as error:
                 raise _asks_for_values(job.architecture, error) from error
     flops = counted.get_total_flops()
     made = ids.numel()
@@ -291,7 +291,7 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
 
 
 @contextmanager
-def _casts_kept(kept: bool) -> Iterator[None]:
+def _casts_kept(kept: bool) -> Generator[None]:
     """Whether autocast keeps its casts of leaves; of what is no leaf it keeps none."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(kept and before)
@@ -392,7 +392,7 @@ class _Living(TorchDispatchMode):
         self._now -= self._known.pop(key, 0)
 
     @contextmanager
-    def gradients_of(self, leaves: Any) -> Iterator[None]:
+    def gradients_of(self, leaves: Any) -> Generator[None]:
         """What becomes a leaf's gradient counts elsewhere from then on."""
         gc.collect()
         gc.freeze()  # what is there already need not be looked through again and again

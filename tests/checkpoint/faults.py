@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Watched(FileSystem):
         return self.around(operation, lambda: FileSystem.map(self, descriptor, size))
 
     @contextmanager
-    def locked(self, path: Path) -> Iterator[None]:
+    def locked(self, path: Path) -> Generator[None]:
         held = FileSystem.locked(self, path)
         self.around(Operation("lock", path), held.__enter__)
         try:
@@ -269,7 +269,7 @@ def leftovers(directory: Path) -> list[str]:
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
+def scratch() -> Generator[Path]:
     """A directory in memory where there is one: what is tested is the order of operations, and a
     real fsync for each would take the time that thousands of states have."""
     memory = Path("/dev/shm")

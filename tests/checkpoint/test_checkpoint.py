@@ -485,6 +485,11 @@ def test_a_manifest_of_another_version_or_of_other_files_is_refused(
     (path / "manifest.json").write_bytes(as_json({**body, "sha256": own}))
     with pytest.raises(ft.CheckpointError, match="version 2; this functrain reads"):
         ft.load(path, like=first)
+    # Nor is it put aside as damaged: another functrain reads it.
+    written = (path / "manifest.json").read_bytes()
+    with pytest.raises(ft.CheckpointError, match="version 2; this functrain reads"):
+        ft.save(tmp_path, attrs.evolve(first, step=int(path.name.removeprefix("step-"))))
+    assert (path / "manifest.json").read_bytes() == written
 
 
 def test_a_link_to_the_very_file_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -63,7 +63,7 @@ def begun(run: Path, count: int = 2) -> Path:
 
 
 @contextmanager
-def no_descriptor_leaks() -> Iterator[None]:
+def no_descriptor_leaks() -> Generator[None]:
     """What is open after is what was open before."""
     before = descriptors()
     yield
@@ -374,7 +374,7 @@ def test_what_may_not_be_read_is_a_checkpoint_error(what: str, mode: int, base: 
 
 
 @contextmanager
-def mounted(directory: Path, options: str) -> Iterator[Path]:
+def mounted(directory: Path, options: str) -> Generator[Path]:
     """A tmpfs of its own; the test is skipped where this user may not mount one."""
     directory.mkdir()
     mount = shutil.which("mount")
@@ -511,7 +511,7 @@ class Gate(faults.Watched):
         self.within = self.most = 0
 
     @contextmanager
-    def locked(self, path: Path) -> Iterator[None]:
+    def locked(self, path: Path) -> Generator[None]:
         self.within += 1
         self.most = max(self.most, self.within)
         self.entered.release()
@@ -544,7 +544,7 @@ def test_at_most_one_background_save_is_in_flight(base: Path) -> None:
 
 
 @contextmanager
-def interrupted() -> Iterator[None]:
+def interrupted() -> Generator[None]:
     """A KeyboardInterrupt in the midst of what waits here."""
 
     def interrupt(*_: object) -> None:

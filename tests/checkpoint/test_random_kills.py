@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -86,7 +86,7 @@ def _seconds(step: ft.Step, state: ft.TrainState) -> tuple[float, float]:
 
 
 @contextmanager
-def saying(say: Callable[[], object]) -> Iterator[None]:
+def saying(say: Callable[[], object]) -> Generator[None]:
     """Within it, something is said when the writing of a save begins."""
     mkdir = FileSystem.mkdir
 

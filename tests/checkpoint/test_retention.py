@@ -37,20 +37,33 @@ def _left(root: Path) -> set[int]:
     every=st.none() | st.integers(1, 5),
     best=st.none() | st.integers(1, 9),
     lower=st.booleans(),
+    named=st.lists(st.integers(0, 9), max_size=2),
 )
-def test_what_is_kept_is_what_one_of_the_three_holds_on_to(
-    last: int, every: int | None, best: int | None, lower: bool, tmp_path_factory: Any
+def test_what_is_kept_is_what_one_of_the_four_holds_on_to(
+    last: int,
+    every: int | None,
+    best: int | None,
+    lower: bool,
+    named: list[int],
+    tmp_path_factory: Any,
 ) -> None:
     root = tmp_path_factory.mktemp("kept")
     _saved(root)
-    prune(root, Keep(last=last, every=every, best=best, lower=lower))
+    prune(root, Keep(last=last, every=every, best=best, lower=lower, steps=named))
     steps = range(len(LOSSES))
-    expected = {step for step in steps if step >= len(LOSSES) - last}
+    expected = {step for step in steps if step in named}
+    expected |= {step for step in steps if step >= len(LOSSES) - last}
     expected |= {step for step in steps if every is not None and step % every == 0}
     known = [step for step in steps if not math.isnan(LOSSES[step])]
     ranked = sorted(known, key=lambda step: (LOSSES[step] * (1 if lower else -1), -step))
     assert _left(root) == expected | set(ranked[: best or 0])
     assert ft.latest(root) == root / f"step-{len(LOSSES) - 1:012d}"
+
+
+@pytest.mark.parametrize("bad", [[-1], [True], ["1"], [2.0], None, 6, "", b"6"])
+def test_steps_that_cannot_be_kept_are_named(bad: Any) -> None:
+    with pytest.raises(ft.CheckpointError, match=r"keep: steps=.*, expected integers of at"):
+        Keep(steps=bad)
 
 
 @pytest.mark.parametrize("bad", [{"last": 0}, {"every": -1}, {"best": 1.5}, {"last": True}])

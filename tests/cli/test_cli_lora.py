@@ -87,18 +87,39 @@ def test_what_is_there_is_inspected_where_the_base_is_gone(
     assert "every size and sha256 is as the manifest says" in out
 
 
-def test_a_run_of_adapters_says_what_it_needs_and_is_inspected_without_its_config(
+def test_a_run_of_adapters_is_inspected_without_its_config(
     runs: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    chats = _jsonl(tmp_path / "sft.jsonl", CHATS)
-    for more, said in (([], False), (LORA, True)):
-        run = ["--directory", str(tmp_path / f"{said}"), "--model.from", str(runs / "a")]
-        assert main(["sft", *run, *more, *chats, *COMMON, "--train.steps", "1"]) == 0
-        need = f"need {runs / 'a' / 'checkpoints' / 'step-000000000006'} as long as they are used"
-        assert (need in capsys.readouterr().err) is said
-    (tmp_path / "True" / "config.toml").write_text("[model")
-    assert main(["inspect", str(tmp_path / "True")]) == 0
+    shutil.copytree(runs / "b", tmp_path / "b")
+    (tmp_path / "b" / "config.toml").write_text("[model")
+    assert main(["inspect", str(tmp_path / "b")]) == 0
     assert "every size and sha256 is as the manifest says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_that_goes_on_keeps_what_others_start_from(
+    runs: Path, tmp_path: Path, capsys: Any, told: bool
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(runs / "a", base, ignore=shutil.ignore_patterns("used"))
+    if not told:
+        (base / "used").write_text("in the way")
+    chats = _jsonl(tmp_path / "sft.jsonl", CHATS)
+    start = ["--directory", str(run), "--model.from", str(base), *LORA, *chats]
+    for _ in range(2):
+        assert main(["sft", *start, *COMMON, "--train.steps", "1", "--resume"]) == 0
+        said = capsys.readouterr().err
+        assert (f"{base / 'used'}: cannot" in said.replace("/step-000000000006", "")) is not told
+        assert ("to use adapters, needs it" in said) is not told
+    begun = base / "checkpoints" / "step-000000000006"
+    if told:
+        assert (base / "used" / begun.name).read_text() == f"{run}\n"
+    more = ["--train.steps", "12", "--train.save-every", "2", "--train.keep", "1"]
+    more += ["--directory", str(base), "--resume"]
+    assert main(["pretrain", str(base / "config.toml"), *more]) == 0
+    left = {each.name for each in (base / "checkpoints").glob("step-*")}
+    assert left == {"step-000000000012", *([begun.name] if told else [])}
+    assert main(["generate", str(run), "x", "--max-new-tokens", "1"]) == (0 if told else 2)
 
 
 def test_preferences_begin_at_the_merged_start(runs: Path) -> None:
@@ -109,7 +130,7 @@ def test_preferences_begin_at_the_merged_start(runs: Path) -> None:
     last = _records(runs / "c")[-1]
     assert last["eval_rewards/margins"] != 0.0
     merged = trained(str(runs / "b"))
-    expected = ft.lora.attach(merged.architecture, merged.params, ft.lora.LoRA(rank=1))[0]
+    expected = ft.lora.attach(merged.architecture, merged.params, ft.lora.LoRA(rank=2))[0]
     found = restored(str(runs / "c")).state.base
     assert found == ft.sft_step(expected, ft.optim.sgd()).value_and_grad.places.base
 

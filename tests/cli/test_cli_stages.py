@@ -200,7 +200,7 @@ def test_token_ids_are_trained_on_without_a_tokenizer(
     assert main([*common, *vocabulary, "--directory", run]) == 0
     assert not (tmp_path / "run" / "tokenizer.json").exists()
     assert main(["generate", run, "hello"]) == 2
-    assert "ids of a tokenizer of your own" in capsys.readouterr().err
+    assert "has no tokenizer beside it" in capsys.readouterr().err
 
 
 def test_generate_says_the_same_for_the_same_seed(

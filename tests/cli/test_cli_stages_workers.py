@@ -101,6 +101,16 @@ def test_a_stage_on_two_workers_is_that_of_one(
     assert _seen(two) == _seen(one)
 
 
+def test_samples_may_take_longer_than_workers_wait(
+    group: Group, runs: Path, tmp_path: Path
+) -> None:
+    arguments = ["sft", *_options(runs, tmp_path, "a", "chats")]
+    arguments[arguments.index("--train.timeout") + 1] = "4"
+    for each in group.values("command", 2, {"arguments": arguments, "speaks_in": 6}):
+        assert each["code"] == 0, each["err"]
+    assert HEADING in (tmp_path / "report.html").read_text()
+
+
 def test_where_each_token_would_gather_too_much_the_model_is_not_asked(
     group: Group, runs: Path, tmp_path: Path
 ) -> None:

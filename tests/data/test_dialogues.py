@@ -513,6 +513,16 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
         ({"conversations": [{"value": "a"}]}, CHATML, "expected an object with 'from' and 'value'"),
         ({"instruction": "", "output": "b"}, CHATML, "instruction: empty, expected text"),
         ({"instruction": "a", "output": 3}, CHATML, "output: expected text, got int"),
+        ({"instruction": "a", "input": 0, "output": "b"}, CHATML, "input: expected text, got int"),
+        ({"instruction": "a", "input": [], "output": "b"}, CHATML, "input: expected text, got li"),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "system": ["Be good"],
+            },
+            CHATML,
+            "system: expected text, got list",
+        ),
         (
             {"prompt": said("a")["messages"], "completion": said("a")["messages"]},
             CHATML,

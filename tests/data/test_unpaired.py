@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -175,6 +176,15 @@ def test_a_completion_of_which_no_target_fits_is_passed_over(prompt: str, expect
 
 
 GOOD = {"prompt": "a", "completion": "b", "label": True}
+
+
+def test_a_label_may_be_numpys() -> None:
+    """As a column of a data frame has them."""
+    records = [{**GOOD, "label": np.bool_(n)} | {"completion": f"b{n}"} for n in (True, False)]
+    batch = _unpaired(*records, shuffle=False).at(0, 2)
+    assert batch["desirable"].tolist() == [True, False]
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no label": ({"prompt": "a", "completion": "b"}, {}, "^record 1: no 'label'; known"),
     "a label misspelt": (

@@ -1,4 +1,7 @@
-"""One warm process for the groups of workers that a module's tests start."""
+"""One warm process for the groups of workers that a module's tests start.
+
+A module's `IMPORTED` are what that process imports before, so that not each worker does.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from workers import Group
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
+def group(request: pytest.FixtureRequest) -> Iterator[Group]:
+    made = Group(*getattr(request.module, "IMPORTED", ()))
     yield made
     made.close()

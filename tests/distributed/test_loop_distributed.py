@@ -136,6 +136,15 @@ def test_a_worker_killed_in_a_run_loses_nothing(group: Group, tmp_path: Path) ->
         assert each["records"] == whole["records"][2:]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_worker_cannot_read_ends_all(group: Group, rank: int) -> None:
+    """At once, and each knows why: the others do not wait for it in the step."""
+    found = group.run("training", 2, {"unreadable": [rank, 8]})
+    reading, other = found[rank]["error"], found[1 - rank]["error"]
+    assert reading == ["OSError", "the disk is gone"]
+    assert other == ["WorkerError", f"worker {rank} has failed (OSError): the disk is gone"]
+
+
 def test_a_save_that_fails_fails_on_every_worker(group: Group, tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("")

@@ -15,6 +15,13 @@ from workers import Group
 import functrain as ft
 from functrain.deferred import recording
 
+IMPORTED = (
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "transformers.models.codegen.modeling_codegen",
+)
+
 
 def _digests(*items: Any) -> dict[str, str]:
     return {name: ft.trees.digest(tensor) for each in items for name, tensor in each.items()}

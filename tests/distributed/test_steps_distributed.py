@@ -352,14 +352,6 @@ def test_a_block_whose_parameter_is_read_outside_of_it_is_refused_in_shards(
             assert each["error"][1].startswith(f"layers.1.{read}: is read outside of its block")
 
 
-def test_an_embedding_that_scales_its_own_rows_is_refused(group: Group) -> None:
-    """Each worker would scale the rows of its part of the batch alone."""
-    group.values("moving", 1, {"scales": True})
-    for each in group.run("moving", 2, {"scales": True}):
-        assert each["error"][0] == "ConfigError"
-        assert "leave max_norm out" in each["error"][1]
-
-
 def test_a_worker_that_is_missing_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**environment, "MASTER_PORT": str(free_port())}.items():

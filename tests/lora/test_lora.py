@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -189,21 +190,70 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     moved[name].view(torch.int32).flatten()[0] ^= 1
     other, theirs = ft.lora.attach(architecture, moved, LoRA(rank=2))
     over = ft.sft_step(other, ft.optim.adamw(1e-2))
-    with pytest.raises(ft.StateError, match="was trained over params"):
+    with pytest.raises(ft.StateError, match="was trained over the frozen params"):
         over(state, zoo.batch())
-    with pytest.raises(ft.CheckpointError, match="frozen params that this was trained over"):
+    with pytest.raises(ft.CheckpointError, match="was trained over the frozen params"):
         ft.load(tmp_path, like=over.init(theirs, buffers))
     for base in (slots(other).base, None):
-        with pytest.raises(ft.CheckpointError, match="were trained over other frozen ones"):
+        with pytest.raises(ft.CheckpointError, match="was trained over the frozen params"):
             ft.checkpoint.load_model(tmp_path, theirs, buffers, base=base)
     kept, _ = ft.checkpoint.load_model(tmp_path, adapters, buffers, base=state.base)
     assert all(torch.equal(kept[name], tensor) for name, tensor in state.params.items())
     plain = ft.sft_step(architecture, ft.optim.adamw(1e-2))
     strange = attrs.evolve(plain.init(params, buffers), base=state.base)
-    with pytest.raises(ft.StateError, match="holds no frozen params"):
+    with pytest.raises(ft.StateError, match="here are no frozen params"):
         plain(strange, zoo.batch())
     same, _ = ft.lora.attach(architecture, {n: t.clone() for n, t in params.items()}, LoRA(rank=2))
     ft.sft_step(same, ft.optim.adamw(1e-2))(state, zoo.batch())  # other memory, the same bits
+
+
+def test_adapters_of_another_scale_are_refused(tmp_path: Path) -> None:
+    """Names and shapes are the same, and the model another; a dropout changes nothing of it."""
+    architecture, params, buffers = zoo.split("decoder")
+
+    def made(**options: Any) -> tuple[ft.Step, ft.TrainState]:
+        adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=4, **options))
+        step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+        return step, step.init(adapters, buffers)
+
+    step, first = made(alpha=8.0)
+    state, _ = step(first, zoo.batch())
+    path = ft.save(tmp_path, state)
+    for options in ({"alpha": 16.0}, {"alpha": 8.0, "rslora": True}):
+        other, like = made(**options)
+        reason = r"its adapters are scaled by 2\.0, and those here by 4\.0; attach them with"
+        with pytest.raises(ft.StateError, match=reason):
+            other(state, zoo.batch())
+        with pytest.raises(ft.CheckpointError, match=reason):
+            ft.load(path, like=like)
+        with pytest.raises(ft.CheckpointError, match=reason):
+            ft.checkpoint.load_model(path, like.params, like.buffers, base=like.base)
+        with pytest.raises(ft.StateError, match=reason):
+            other.adopt(state)
+    whole = ft.sft_step(architecture, ft.optim.adamw(1e-2)).init(params, buffers)
+    other.adopt(attrs.evolve(whole, params=like.params))  # adapters in the place of a whole model
+    for scale in ({"alpha": 4.0, "rslora": True, "dropout": 0.1}, {"alpha": np.float64(8.0)}):
+        same, like = made(**scale)
+        same(ft.load(path, like=like), zoo.batch())
+
+
+def test_a_checkpoint_that_does_not_say_the_scale_is_taken(tmp_path: Path) -> None:
+    """The first ones did not."""
+    adapted, adapters, buffers = attached(lora=LoRA(rank=2))
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    like = step.init(adapters, buffers)
+    state, _ = step(like, zoo.batch())
+    assert state.base is not None
+    digits, _, scale = state.base.partition(" ")
+    assert scale == "scale=8.0"
+    first = attrs.evolve(state, base=digits)
+    path = ft.save(tmp_path, first)
+    found = ft.load(path, like=like)
+    assert ft.fingerprint(found) == ft.fingerprint(first)
+    ft.checkpoint.load_model(path, adapters, buffers, base=state.base)
+    after, _ = step(found, zoo.batch(1))
+    assert after.base == digits  # as it was told at its beginning
+    assert ft.fingerprint(after) == ft.fingerprint(step(first, zoo.batch(1))[0])
 
 
 def test_a_donating_step_never_writes_into_the_base() -> None:

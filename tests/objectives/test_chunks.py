@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -146,7 +146,7 @@ def _ordinary_loss(case: Case, leaves: list[Tensor]) -> Tensor:
 @contextmanager
 def _taking(
     leaves: list[Tensor], *, direct: bool, factor: float = 1.0
-) -> Iterator[Callable[[Tensor, Tensor], list[Tensor]]]:
+) -> Generator[Callable[[Tensor, Tensor], list[Tensor]]]:
     """Within it, what takes gradients; the weight's summed where it is made, if `direct`.
 
     As in a step, whose loss is what is summed times `factor`.

@@ -6,7 +6,7 @@ import gc
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -244,7 +244,7 @@ def _padded(model: Any, seed: int = 0) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _chunked() -> Iterator[None]:
+def _chunked() -> Generator[None]:
     """Within it, no more than 16 rows of logits fit into the budget."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "BUDGET", 16 * VOCABULARY * 4)
@@ -263,7 +263,7 @@ def _tolerance(model: Any) -> float:
 
 
 @contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
+def _left_alone(model: nn.Module) -> Generator[None]:
     """Within it nothing is left behind: the same modules, with the same hooks and modes."""
     before = _seen(model)
     yield

@@ -10,7 +10,7 @@ can be held to.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,7 +153,7 @@ def pairs(
 
 
 @contextmanager
-def _head(chunked: bool) -> Iterator[None]:
+def _head(chunked: bool) -> Generator[None]:
     """Within it, with `chunked`, 16 rows of logits at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if chunked:

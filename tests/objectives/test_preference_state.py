@@ -129,6 +129,32 @@ def test_the_reference_moves_at_multiples_of_its_interval_and_only_then() -> Non
         before = state
 
 
+def test_a_frozen_part_of_another_model_moves_too() -> None:
+    """Where it is the policy's it stays as it is, whatever numbers it has."""
+    module = zoo.decoder(layers=1).double()
+    frozen = [name for name, _ in module.named_parameters() if "norm" in name]
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    infinite, *others = frozen
+    module.get_parameter(infinite).data[0] = torch.inf
+    architecture, params, buffers = ft.split(module)
+    reference = {**formulas.elsewhere(params), infinite: params[infinite].clone()}
+    options = OPTIONS["tr_dpo"] | {"beta": 0.5}
+    step = ft.dpo_step(architecture, ft.optim.adamw(1e-2), reference=reference, **options)
+    first = step.init(params, buffers)
+    # The move alone: of an infinite number no step is finite.
+    moved = step._moved_reference(
+        attrs.evolve(first, step=SYNC - 1), first.params, torch.tensor(True)
+    )
+    assert moved is not None
+    assert moved[infinite] is first.reference[infinite], "no second copy of what moves nowhere"
+    assert torch.equal(moved[infinite], params[infinite])
+    for name in others:
+        expected = MIXUP * params[name] + (1 - MIXUP) * reference[name]
+        assert not torch.equal(reference[name], params[name])
+        torch.testing.assert_close(moved[name], expected, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_reference_in_half_precision_moves_in_the_dtype_of_the_params(dtype: torch.dtype) -> None:
     """In its own a small mixup would be rounded away, and it would never move."""

@@ -7,7 +7,7 @@ import math
 import random
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -308,7 +308,7 @@ def test_what_cannot_be_written_anew_stays_as_it_was(tmp_path: Path) -> None:
 
 
 @contextmanager
-def _at_most(size: int) -> Iterator[None]:
+def _at_most(size: int) -> Generator[None]:
     """Within it no file can grow beyond a size in bytes, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,0 +1,39 @@
+"""Checkpoints that other runs start from, which the run that made them keeps as it goes on.
+
+Adapters need theirs as long as they are used, and a run of DPO for its reference. The directory
+`used` of a run has a file for each such step, with the runs that start there, a line each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from functrain import writing
+from functrain.checkpoint.manifest import step_of
+from functrain.cli.origins import RunDirectory
+
+
+def hold(checkpoint: Path, user: Path) -> str | None:
+    """Have its run keep a checkpoint for another run, `user`; why it cannot be told so, if so.
+
+    What is no checkpoint of a run, a model of transformers, nobody prunes.
+    """
+    run = RunDirectory(checkpoint.parent.parent)
+    if step_of(checkpoint) is None or checkpoint.parent != run.checkpoints:
+        return None
+    file, line = run.used / checkpoint.name, str(user.absolute())
+    try:
+        if not file.exists() or line not in file.read_text().splitlines():
+            file.parent.mkdir(exist_ok=True)
+            # Runs that begin at once each add their line.
+            with file.open("ab", buffering=0) as opened:
+                writing.append(opened, f"{line}\n".encode())
+    except OSError as error:
+        return f"{file}: cannot be written ({error.strerror})"
+    return None
+
+
+def used_steps(run: RunDirectory) -> tuple[int, ...]:
+    """The steps of a run that other runs start from."""
+    steps = (step_of(each) for each in run.used.glob("step-*"))
+    return tuple(sorted(step for step in steps if step is not None))
