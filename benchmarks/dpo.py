@@ -215,7 +215,7 @@ def main() -> None:
         return
     arguments = ["--vocabulary", str(options.vocabulary), "--steps", str(options.steps)]
     arguments += ["--microbatches", str(options.microbatches)]
-    kinds = options.kinds.split(",")
+    kinds = harness.chosen(options.kinds, KINDS)
     results = harness.interleaved(__file__, kinds, options.rounds, arguments, options.threads)
     # The trainer logs its losses rounded to four digits.
     apart = harness.check_losses(results, 2e-4)

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,15 @@ def resident() -> int:
     """The bytes of memory that this process has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def chosen(given: str, known: Collection[str]) -> list[str]:
+    """The kinds that `--kinds` names; one that is not known ends the program, before any runs."""
+    kinds = [kind.strip() for kind in given.split(",")]
+    unknown = next((kind for kind in kinds if kind not in known), None)
+    if unknown is not None:
+        raise SystemExit(f"--kinds: {unknown!r} is unknown; known: {', '.join(known)}")
+    return kinds
 
 
 def interleaved(

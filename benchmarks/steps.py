@@ -329,7 +329,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         print(json.dumps(KINDS[options.child](size, options.steps)))
         return
-    kinds = options.kinds.split(",")
+    kinds = harness.chosen(options.kinds, KINDS)
     arguments = ["--model", options.model, "--steps", str(options.steps)]
     results = harness.interleaved(__file__, kinds, options.rounds, arguments, options.threads)
     base = "loop" if "loop" in kinds else kinds[0]
