@@ -237,10 +237,10 @@ def _directory(given: str | os.PathLike[str] | None) -> Path | None:
     if given is None:
         return None
     try:
-        path = None if given == "" else Path(given)  # "" would be the working directory
+        path = Path(given)
     except TypeError:
         path = None
-    if path is None:
+    if path is None or given == "":  # it would be the working directory
         raise ConfigError(f"directory: {given!r}, expected a path, or None to save nothing")
     if os.path.isfile(path):  # noqa: PTH113  of what the system refuses, the save will tell
         raise ConfigError(f"directory: {path} is a file, expected a directory, or a new name")

@@ -80,6 +80,8 @@ def why_apart(made: str | None, here: str | None) -> str | None:
 
     Where either does not say a scale, as the first checkpoints do not, any fits.
     """
+    if made == here:  # of every step
+        return None
     (old, scale), (new, other) = _parts(made), _parts(here)
     if old != new:
         return (

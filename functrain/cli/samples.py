@@ -70,7 +70,7 @@ def spoken(built: Built, state: TrainState, given: Sequence[Prompt]) -> list[str
 
         def said() -> str:
             # As ids: a text that is no whole character has no form that can be sent.
-            told = [list(say(ids, max_new_tokens=TOKENS, end=ends)) for ids in asked]
+            told = [say(ids, max_new_tokens=TOKENS, end=ends) for ids in asked]
             return orjson.dumps(told).decode()
 
         words = orjson.loads(world.from_first(said, "samples"))

@@ -13,18 +13,6 @@ from torch import Tensor, nn
 from functrain.models.decoder import Decoder
 from functrain.state import TrainState, fingerprint
 
-_USE = """```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-```"""
-_USE_WITH_TOKENIZER = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```"""
-
 
 def card(
     *,
@@ -44,7 +32,7 @@ def card(
     parts = [
         f"# {name}",
         f"A {made} of {count:,} parameters, trained with functrain{' on ' + data if data else ''}.",
-        (_USE_WITH_TOKENIZER if tokenizer else _USE).format(name=name),
+        _use(name, tokenizer),
         "## Training",
         _table(
             {
@@ -70,6 +58,16 @@ def card(
             f"```{'toml' if isinstance(config, str) else 'json'}\n{text.strip()}\n```",
         ]
     return _headed("\n\n".join(parts) + "\n", chat)
+
+
+def _use(name: str, tokenizer: bool) -> str:
+    """How transformers reads it; a tokenizer only where one is exported beside the model."""
+    loaded = {"model": "AutoModelForCausalLM"} | (
+        {"tokenizer": "AutoTokenizer"} if tokenizer else {}
+    )
+    lines = [f'{what} = {cls}.from_pretrained("{name}")' for what, cls in loaded.items()]
+    imported = f"from transformers import {', '.join(loaded.values())}"
+    return "\n".join(["```python", imported, "", *lines, "```"])
 
 
 def _table(rows: Mapping[str, str]) -> str:

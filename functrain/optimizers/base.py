@@ -152,10 +152,12 @@ def no_decay(architecture: nn.Module) -> Group:
 
 
 def _is_real(given: object) -> bool:
-    """Whether it is a tensor or an array of one real number."""
+    """Whether it is torch's or NumPy's form of one real number."""
     if isinstance(given, Tensor):
         return given.ndim == 0 and not (given.is_meta or given.is_complex())
-    return isinstance(given, np.ndarray) and given.ndim == 0 and given.dtype.kind in "fiu"
+    if isinstance(given, np.generic | np.ndarray):
+        return given.ndim == 0 and given.dtype.kind in "fiu"
+    return False
 
 
 def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
@@ -164,7 +166,7 @@ def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.
     if not is_number(options.get("lr", 0.0)):
         lr = options["lr"]
         hint = "params are given to step.init, not to the optimizer"
-        if isinstance(lr, (np.floating, np.integer)) or _is_real(lr):
+        if _is_real(lr):
             hint = f"float({lr.item()!r}), say"
         raise ConfigError(f"{name}: lr is a {type(lr).__name__}, expected a number; {hint}")
     try:
