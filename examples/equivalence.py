@@ -1,8 +1,9 @@
 """The laws on a model of your own: any `nn.Module` that maps `input_ids` to logits.
 
 `python examples/equivalence.py` checks that a step is pure, that a donated step gives the same
-bits, that accumulation does not change the gradient, and that a run resumes to the bit. The last
-law fails on purpose: BatchNorm makes examples see each other, so how a batch is split matters.
+bits, that accumulation does not change the gradient, and that a run resumes to the bit. With
+BatchNorm accumulation fails, on purpose: it makes examples see each other, so that how a batch is
+split matters.
 """
 
 import tempfile

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         lora,
         models,
         objectives,
+        planning,
         precision,
         schedules,
         testing,

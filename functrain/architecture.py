@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from functrain.checks import check_tensors
 from functrain.errors import ArchitectureError, ConfigError, StateError, did_you_mean
 from functrain.quirks import (
     called_afresh,
@@ -403,6 +404,8 @@ def bound(
     for another `mode`.
     """
     check_mode(mode)
+    check_tensors("params", params)
+    check_tensors("buffers", buffers)
     if is_sharded(dict(itertools.islice(params.items(), 1))):
         raise ArchitectureError(
             "params: in shards, of which each worker has some rows; bind the whole, of "

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, is_number
+from functrain.checks import check_positive, check_tensors
+from functrain.errors import ConfigError
 from functrain.norms import row_norms
 from functrain.trees import Tensors, global_norm, map_leaves, tensors
 
@@ -26,11 +27,13 @@ def clip_by_global_norm(
     where it is known; `donate=True` scales the gradients in place. A norm that is not finite
     spreads to every gradient: test it before.
     """
-    _check_positive("max_norm", max_norm)
-    _check_named("grads", grads)
+    check_positive("max_norm", max_norm)
+    check_tensors("grads", grads)
     if norm is None:
         _check_dense("grads", grads)
         norm = global_norm(grads)
+    if not isinstance(norm, Tensor):
+        raise ConfigError(f"norm: {norm!r}, expected a tensor, as functrain.trees.global_norm")
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     leaves = list(grads.values())
     if donate:
@@ -55,8 +58,8 @@ def _narrowed(factor: Tensor, leaves: list[Tensor]) -> Tensor:
 
 def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:
     """Each element clamped to [−limit, limit]."""
-    _check_positive("limit", limit)
-    _check_named("grads", grads)
+    check_positive("limit", limit)
+    check_tensors("grads", grads)
     _check_dense("grads", grads)
     for name, grad in grads.items():
         if grad.is_complex():
@@ -76,10 +79,10 @@ def adaptive_clip(
     A unit is a row of a matrix (an output), a whole vector or scalar otherwise; adaptive gradient
     clipping (Brock et al., 2102.06171).
     """
-    _check_positive("factor", factor)
-    _check_positive("eps", eps)
-    _check_named("grads", grads)
-    _check_named("params", params)
+    check_positive("factor", factor)
+    check_positive("eps", eps)
+    check_tensors("grads", grads)
+    check_tensors("params", params)
     _check_dense("grads", grads)
     _check_dense("params", {name: params[name] for name in grads if name in params})
     for name, grad in grads.items():
@@ -109,15 +112,6 @@ def _unit_norms(leaves: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _check_named(name: str, given: object) -> None:
-    """Raise `ConfigError` for the parameters of a module, say, whose gradients torch clips."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"{name}: {type(given).__name__}, expected a mapping of names to tensors, as "
-            "functrain.value_and_grad gives its grads"
-        )
-
-
 def _check_dense(what: str, given: Mapping[str, object]) -> None:
     for name, each in given.items():
         if not isinstance(each, Tensor):
@@ -128,8 +122,3 @@ def _check_dense(what: str, given: Mapping[str, object]) -> None:
             raise ConfigError(
                 f"{what}/{name}: {each.layout}, expected a dense tensor; {name}.to_dense() is one"
             )
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not is_number(value) or not 0 < value < float("inf"):
-        raise ConfigError(f"{name}: {value!r}, expected a positive finite number")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, TypeGuard
 
 
 class FunctrainError(Exception):
@@ -57,17 +56,6 @@ class WorkerError(FunctrainError):
 
 class RelayedError(WorkerError):
     """What another worker has refused, and has said there."""
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is an int or a float; True and False are neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def boolean(_record: object, field: Any, value: Any) -> None:
-    """An attrs validator: raise `ConfigError` for what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{field.name}: {value!r}, expected True or False")
 
 
 class FunctrainWarning(UserWarning):

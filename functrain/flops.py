@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functrain import activations
 from functrain.architecture import bound
+from functrain.errors import ConfigError
 from functrain.gradients import Batches
 from functrain.objectives.head import find_head
 from functrain.objectives.support import check_causal, under_trial
@@ -29,8 +30,15 @@ def flops_of(step: Step, state: TrainState, batch: Batches, *, recomputed: bool 
     step and the machine's peak it is the utilisation of the hardware (HFU), or, without what is
     recomputed, of the model (MFU; PaLM, 2204.02311, appendix B).
 
-    Raises what the step would raise for this state and batch.
+    Raises what the step would raise for this state and batch, and `ConfigError` for a step that is
+    sharded over several workers, of which none sees the whole.
     """
+    if step.sharded and step.world is not None and step.world.size > 1:
+        raise ConfigError(
+            "step: the operations of a step are counted on a whole model, and here each worker has "
+            "a part; count them with attrs.evolve(step, world=None, sharded=False) on a state of "
+            "functrain.distributed.gathered(state)"
+        )
     # The counter is a dispatch mode, under which nothing can be compiled.
     step = attrs.evolve(step, compile=False)
     step.check(state)

@@ -185,6 +185,11 @@ class Form:
                 "sharded=True, or take functrain.distributed.gathered(state)"
             )
         self.check_base(state)
+        if not isinstance(state.scheduler.count, Tensor):
+            raise StateError(
+                f"scheduler.count: {state.scheduler.count!r}, expected a tensor, int64 and 0-d: "
+                "torch.tensor(5)"
+            )
         if state.optimizer.kind != self.optimizer.kind:
             raise StateError(
                 f"optimizer: this state is {state.optimizer.kind}'s and this step's optimizer is "

@@ -23,6 +23,7 @@ from functrain.architecture import (
     kept_buffers,
     slots,
 )
+from functrain.checks import check_integer, check_tensors
 from functrain.descriptions import vocabulary_of
 from functrain.errors import ArchitectureError, BatchError, ConfigError, FunctrainWarning
 from functrain.forward import OwnBuffers, Watched, forward_buffers, forward_values
@@ -202,11 +203,15 @@ class ValueAndGrad:
 
         They are `part` of a logical batch.
         """
+        check_tensors("params", params)
+        check_tensors("buffers", buffers)
         objective = self.objective if objective is None else objective
         device = next((p.device for p in params.values()), torch.device("cpu"))
         ready = [to_device(each, device) for each in micro_batches]
         begun = batch_versions(ready)
         weight = part.weight.to(device, non_blocking=True) if weight is None else weight
+        if not isinstance(weight, Tensor):
+            raise ConfigError(f"weight: {weight!r}, expected a tensor, as objective.weight is")
         leaves = self._leaves(params)
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]
         total = GradientSum(leaves, params, tree=part.tree)
@@ -626,8 +631,7 @@ def accumulate(
     as it is. `tree`: summed as `functrain.reductions.Tree`. `workers` share the micro-batches of
     the batch out among them (`functrain.distributed`); each is given its own part of it.
     """
-    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
-        raise ConfigError(f"microbatches: {microbatches!r}, expected an integer of at least 1")
+    check_integer("microbatches", microbatches)
     if not isinstance(gradient, ValueAndGrad) and (tree or workers is not None):
         raise ConfigError(
             f"gradient: {type(gradient).__name__} is none of functrain.value_and_grad, so it can "

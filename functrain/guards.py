@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, is_number
+from functrain.checks import check_integer, check_positive
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -41,11 +41,8 @@ class SpikeGuard:
 
     def __attrs_post_init__(self) -> None:
         for name, least in (("window", 4), ("most_skips", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ConfigError(f"{name}: {value!r}, expected an integer of at least {least}")
-        if not is_number(self.deviations) or not 0 < self.deviations < float("inf"):
-            raise ConfigError(f"deviations: {self.deviations!r}, expected a positive finite number")
+            check_integer(name, getattr(self, name), least)
+        check_positive("deviations", self.deviations)
 
     def init(self, device: torch.device) -> GuardState:
         """An empty window on `device`."""

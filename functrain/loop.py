@@ -14,20 +14,14 @@ import attrs
 from functrain.agreement import described
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
 from functrain.checkpoint.manifest import checked_texts
+from functrain.checkpoint.retention import as_keep
 from functrain.checkpoint.store import warn_of_newer
+from functrain.checks import PathLike, as_path, at_least_one, boolean, is_number
 from functrain.data.prefetch import Prefetched
 from functrain.data.source import Source
-from functrain.data.streams import Stream
+from functrain.data.streams import Stream, is_stream_state
 from functrain.distributed import ALONE, World
-from functrain.errors import (
-    CheckpointError,
-    ConfigError,
-    DivergedError,
-    RelayedError,
-    SaveWarning,
-    boolean,
-    is_number,
-)
+from functrain.errors import CheckpointError, ConfigError, DivergedError, RelayedError, SaveWarning
 from functrain.evaluation import checked_batches, evaluate
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
@@ -48,7 +42,7 @@ def train(
     batch_size: int | None = None,
     evaluation: Iterable[Batch] | None = None,
     evaluate_every: int | None = None,
-    directory: str | os.PathLike[str] | None = None,
+    directory: PathLike | None = None,
     save_every: int | None = None,
     keep: int | Keep | None = None,
     background: bool = False,
@@ -95,6 +89,12 @@ def train(
         raise ConfigError(f"train: expected (step, state, source), got {given} first")
     if isinstance(source, Stream):
         _check_stream(step, state, epochs, batch_size)
+    elif is_stream_state(state.cursor.loader):
+        raise ConfigError(
+            f"train: the state has consumed {state.cursor.samples:,} samples of a stream, so where "
+            "to go on in a source is unknown; to begin it, "
+            "attrs.evolve(state, cursor=functrain.Cursor(tokens=state.cursor.tokens))"
+        )
     elif not hasattr(source, "at"):
         raise ConfigError(
             f"train: a source of the type {type(source).__name__} has no at(position, n); "
@@ -224,24 +224,13 @@ def _samples(epochs: float | None, source: Source | Stream) -> int | None:
     return round(epochs * len(source))
 
 
-def _positive(_record: object, field: attrs.Attribute[Any], value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigError(f"{field.name}: {value!r}, expected an integer of at least 1")
+_count = attrs.validators.optional(at_least_one)
 
 
-def _keep(given: int | Keep | None) -> Keep | None:
-    return given if given is None or isinstance(given, Keep) else Keep(last=given)
-
-
-def _directory(given: str | os.PathLike[str] | None) -> Path | None:
+def _directory(given: PathLike | None) -> Path | None:
     if given is None:
         return None
-    try:
-        path = Path(given)
-    except TypeError:
-        path = None
-    if path is None or given == "":  # it would be the working directory
-        raise ConfigError(f"directory: {given!r}, expected a path, or None to save nothing")
+    path = as_path("directory", given)
     if os.path.isfile(path):  # noqa: PTH113  of what the system refuses, the save will tell
         raise ConfigError(f"directory: {path} is a file, expected a directory, or a new name")
     return path
@@ -258,15 +247,15 @@ def _texts(_record: object, _field: object, value: Mapping[str, str] | None) -> 
 class _Plan:
     """The arguments of `train`, checked."""
 
-    steps: int | None = attrs.field(validator=_positive)
-    tokens: int | None = attrs.field(validator=_positive)
-    samples: int | None = attrs.field(validator=_positive)
-    batch_size: int | None = attrs.field(validator=_positive)
+    steps: int | None = attrs.field(validator=_count)
+    tokens: int | None = attrs.field(validator=_count)
+    samples: int | None = attrs.field(validator=_count)
+    batch_size: int | None = attrs.field(validator=_count)
     evaluation: list[Batch] | None
-    evaluate_every: int | None = attrs.field(validator=_positive)
+    evaluate_every: int | None = attrs.field(validator=_count)
     directory: Path | None = attrs.field(converter=_directory)
-    save_every: int | None = attrs.field(validator=_positive)
-    keep: Keep | None = attrs.field(converter=_keep)
+    save_every: int | None = attrs.field(validator=_count)
+    keep: Keep | None = attrs.field(converter=attrs.converters.optional(as_keep))
     background: bool = attrs.field(validator=boolean)
     beside: Mapping[str, str] | None = attrs.field(validator=_texts)
     on_save_error: str
@@ -276,8 +265,9 @@ class _Plan:
             raise ConfigError("train: give an end: steps=…, tokens=… or epochs=…, each a total")
         if self.evaluate_every is not None and self.evaluation is None:
             raise ConfigError("evaluate_every: there is nothing to evaluate; give evaluation=…")
-        if self.directory is None and (self.save_every is not None or self.keep is not None):
-            raise ConfigError("save_every, keep: there is nowhere to save; give directory=…")
+        for name in ("save_every", "keep", "background", "beside"):
+            if self.directory is None and getattr(self, name):
+                raise ConfigError(f"{name}: there is nowhere to save; give directory=…")
         self._check_best()
         if self.on_save_error not in ("stop", "continue"):
             raise ConfigError(
@@ -402,13 +392,13 @@ def _advanced(
     world = world_of(step)
     world.begin(state.step, state.key)
     (batch, moved), count = world.counted(read_and_counted, "the reading of a batch")
-    state, metrics = step(state, batch)
     tokens = moved.tokens + count
-    if plan.tokens is not None and not tokens:
+    if plan.tokens is not None and not tokens:  # said before a donated state is gone
         raise ConfigError(
             "tokens: the batch has no labels, int64 [batch, time], of which they are counted, so "
             "the total would never be reached; give steps or epochs"
         )
+    state, metrics = step(state, batch)
     state = attrs.evolve(state, cursor=attrs.evolve(moved, tokens=tokens))
     if plan.evaluates(state) and plan.evaluation is not None:
         measured = evaluate(step, state, plan.evaluation)

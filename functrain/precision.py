@@ -14,7 +14,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, boolean, did_you_mean, is_number
+from functrain.checks import boolean, is_number
+from functrain.errors import ConfigError, did_you_mean
 from functrain.trees import Tensors, map_leaves, tensors
 
 
@@ -55,7 +56,7 @@ _LEAST, _MOST = 2.0**-150, (2 - 2.0**-24) * 2.0**127
 
 
 def _check_loss_scale(
-    initial: object, growth_factor: float, backoff_factor: float, growth_interval: object
+    initial: object, growth_factor: Any, backoff_factor: Any, growth_interval: object
 ) -> None:
     if not is_number(initial) or not _LEAST < initial < _MOST:
         raise ConfigError(
@@ -63,6 +64,9 @@ def _check_loss_scale(
         )
     if type(growth_interval) is not int:
         raise ConfigError(f"loss scale: growth_interval={growth_interval!r}, expected an integer")
+    for name, factor in (("growth_factor", growth_factor), ("backoff_factor", backoff_factor)):
+        if not is_number(factor):
+            raise ConfigError(f"loss scale: {name}={factor!r}, expected a number")
     if not growth_factor > 1 or not 0 < backoff_factor < 1 or growth_interval < 1:
         raise ConfigError(
             f"loss scale: growth_factor={growth_factor} must be above 1, "

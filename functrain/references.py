@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
 
@@ -24,9 +23,10 @@ from functrain.architecture import (
     check_reference,
     slots,
 )
+from functrain.checks import PathLike, as_path, boolean, check_integer
 from functrain.data.source import Source
 from functrain.descriptions import description, vocabulary_of
-from functrain.errors import BatchError, ConfigError, DataError, boolean
+from functrain.errors import BatchError, ConfigError, DataError
 from functrain.forward import forward_buffers, forward_values
 from functrain.gradients import indexing
 from functrain.objectives.batches import Batch, split_batch, to_device
@@ -231,8 +231,13 @@ class ReferenceCache:
     may differ in its last bits.
     """
 
-    def __init__(self, path: str | os.PathLike[str], attach: AttachReference) -> None:
-        self.path, self.attach = Path(path), attach
+    def __init__(self, path: PathLike, attach: AttachReference) -> None:
+        if not isinstance(attach, AttachReference):
+            raise ConfigError(
+                f"attach: {type(attach).__name__}, expected what functrain.attach_reference makes, "
+                "by whose fingerprint the log-probs are known"
+            )
+        self.path, self.attach = as_path("path", path), attach
         self.computed = 0
         self._known: dict[str, float | list[float]] = {}
         self._file = self._opened()
@@ -263,16 +268,16 @@ class ReferenceCache:
             raise DataError(
                 f"{self.path}: the cache is closed; open it again, ReferenceCache(path, attach)"
             )
-        if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
-            raise ConfigError(f"microbatches: {microbatches!r}, expected an integer of at least 1")
+        check_integer("microbatches", microbatches)
         sides = self.attach.check(batch)
         rows = {side: example_keys(batch[side]) for side in sides}
         missing = [key for side in sides for key in rows[side] if key not in self._known]
         if missing:
             first = 0
             for part in split_batch({side: batch[side] for side in sides}, microbatches):
-                self._compute(part, {side: example_keys(part[side]) for side in sides}, first)
-                first += len(part[sides[0]]["labels"])
+                after = first + len(part[sides[0]]["labels"])
+                self._compute(part, {side: keys[first:after] for side, keys in rows.items()}, first)
+                first = after
         logps = {side: self._tensor(rows[side], batch[side]) for side in sides}
         return {**batch, "reference_logps": logps}
 

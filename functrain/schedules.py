@@ -17,29 +17,24 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import ConfigError, did_you_mean, is_number
+from functrain.checks import check_not_negative, check_positive, is_integer, is_number
+from functrain.errors import ConfigError, did_you_mean
 
 Schedule = Callable[[int], float]
 Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
 def _not_negative(record: object, field: attrs.Attribute[Any], value: float) -> None:
-    if not is_number(value) or not 0 <= value < math.inf:
-        raise ConfigError(
-            f"{_name(record)}.{field.name}: {value!r}, expected a finite number of at least 0"
-        )
+    check_not_negative(f"{_name(record)}.{field.name}", value)
 
 
 def _positive(record: object, field: attrs.Attribute[Any], value: float) -> None:
-    if not is_number(value) or not 0 < value < math.inf:
-        raise ConfigError(
-            f"{_name(record)}.{field.name}: {value!r}, expected a positive finite number"
-        )
+    check_positive(f"{_name(record)}.{field.name}", value)
 
 
 def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], int], None]:
     def check(record: object, field: attrs.Attribute[Any], value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_integer(value, least):
             raise ConfigError(
                 f"{_name(record)}.{field.name}: {value!r}, expected an integer of at least {least} "
                 "(updates)"
@@ -462,7 +457,7 @@ SCHEDULES: Mapping[str, Callable[..., Schedule | Plateau]] = {
 
 def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
     """The schedule of that name, for config files; `ConfigError` for unknown names and options."""
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ConfigError(f"schedule: {name!r} is unknown; {did_you_mean(str(name), SCHEDULES)}")
     make: Any = SCHEDULES[name]
     fields = {f.name: f for f in attrs.fields(make) if f.name != "peak"}

@@ -27,7 +27,10 @@ from functrain.steps import Step, Transform, is_optimizer
 
 
 class StepOptions(TypedDict, total=False):
-    """The options that every stage's step takes; each is described at `Step`."""
+    """The options that every stage's step takes; each is described at `Step`.
+
+    `precision`: a name, `"bf16"`, or a record (`functrain.precision.Precision`).
+    """
 
     precision: str | Precision
     microbatches: int
@@ -133,7 +136,10 @@ def sft_step(
 
 
 class PreferenceOptions(StepOptions, total=False):
-    """What `dpo_step` takes beside; each is described at `PreferenceOptimization`."""
+    """What `dpo_step` takes beside; each is described at `PreferenceOptimization`.
+
+    What begins with the name of a loss is of its formula alone (`functrain.objectives.losses`).
+    """
 
     simpo_gamma: float
     cpo_alpha: float

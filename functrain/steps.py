@@ -14,9 +14,10 @@ from functrain import activations, keys, optimizers, schedules
 from functrain import metrics as m
 from functrain.agreement import agree
 from functrain.architecture import Slots, held_values, holds_shards
+from functrain.checks import boolean, is_number
 from functrain.clipping import clip_by_global_norm
 from functrain.distributed import World
-from functrain.errors import ConfigError, FunctrainError, StateError, boolean, is_number
+from functrain.errors import ConfigError, FunctrainError, StateError
 from functrain.forms import Form
 from functrain.gradients import (
     Accumulated,
@@ -307,6 +308,10 @@ class Step:
         self._form.check_trained(state.params)
         device = device_of(state.params)
         donate = self.donate if donate is None else donate
+        if not isinstance(donate, bool):  # "no" would be taken for yes
+            raise ConfigError(
+                f"donate: {donate!r}, expected True, False, or None for the step's own"
+            )
         # The bits are a function of the arguments, whatever contexts the caller is in.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             if self.world is not None and self.world.size > 1:
@@ -466,12 +471,17 @@ class Step:
     def observe(self, state: TrainState, value: float) -> TrainState:
         """The state after a `reduce_on_plateau` schedule has seen an evaluation's value.
 
-        For every other schedule the state itself.
+        For every other schedule the state itself. `ConfigError` for a value that is no number.
         """
+        check_state(state)
         plateau = state.scheduler.plateau
         if not isinstance(self.schedule, Plateau) or plateau is None:
             return state
-        seen = self.schedule.observe(plateau, float(value))
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"value: {value!r}, expected a number, as evaluate gives") from error
+        seen = self.schedule.observe(plateau, number)
         return attrs.evolve(state, scheduler=attrs.evolve(state.scheduler, plateau=seen))
 
     def _norm(self, grads: Mapping[str, Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ from functrain.objectives.batches import (
     are_packed,
     beginnings,
     examples_in,
+    rows_of,
     to_device,
 )
 from functrain.objectives.logprobs import token_scores
@@ -282,21 +283,20 @@ def _cut(batch: Batch, parts: Sequence[int]) -> Iterator[Batch]:
             f"{examples_in(batch)} examples"
         )
     for start, stop in itertools.pairwise(bounds):
-        yield _rows(batch, start, stop)
-
-
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    return {
-        key: _rows(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
-        for key, value in batch.items()
-    }
+        yield rows_of(batch, start, stop)
 
 
 def _padded(batch: Batch, columns: int) -> Batch:
     if "input_ids" not in batch:
         sides = {k: v for k, v in batch.items() if isinstance(v, Mapping) and "input_ids" in v}
         _require(bool(sides), f"a batch of {sorted(batch)}, of which nothing is known to be padded")
-        return {**batch, **{side: _padded(each, columns) for side, each in sides.items()}}
+        padded = {side: _padded(each, columns) for side, each in sides.items()}
+        if "reference_logps" in batch:
+            padded["reference_logps"] = {
+                side: F.pad(logps, (0, columns)) if logps.ndim > 1 else logps
+                for side, logps in batch["reference_logps"].items()
+            }
+        return {**batch, **padded}
     _require(not are_packed(batch), "a packed batch: with a mask beside it it would be another one")
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     fill = {"labels": IGNORE_INDEX}

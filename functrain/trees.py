@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from functrain.checks import check_tensors
 from functrain.errors import ConsumedStateError, StateError, did_you_mean
 from functrain.norms import all_row_norms
 
@@ -258,8 +259,13 @@ def _sharing(items: Mapping[str, Tensor], some: Mapping[str, Tensor]) -> Tensors
 
 
 def _matching(items: Mapping[str, Tensor], patterns: Iterable[str]) -> list[str]:
+    check_tensors("items", items)
     matched: list[str] = []
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise StateError(
+                f"pattern: {pattern!r}, expected a text, and several as select(items, *patterns)"
+            )
         names = [name for name in items if fnmatch.fnmatchcase(name, pattern)]
         if not names:
             raise StateError(f"no tensor matches {pattern!r}; {did_you_mean(pattern, items)}")

@@ -386,6 +386,14 @@ def steps(options: Any) -> dict[str, Any]:
         return {"fingerprint": ft.fingerprint(state), "metrics": seen, "norm": norm}
 
 
+def operations(options: Any) -> list[list[str]]:
+    """What is said where the operations of a step in shards are to be counted."""
+    with ft.distributed.world(timeout=60) as world:
+        step, state = made({**options, "step": {"sharded": True}}, world)
+        batch = own_part(step, batches("pretrain", 0), world)
+        return _refusal(lambda: ft.flops_of(step, state, batch))
+
+
 def adapted(options: Any) -> dict[str, Any]:
     """After some steps of adapters: digests of the merged model, and bytes of the base here."""
     with ft.distributed.world(timeout=60) as world:

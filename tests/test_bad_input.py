@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -531,9 +533,9 @@ def test_a_batch_without_dense_values_is_named(key: str, made: Any) -> None:
 @pytest.mark.parametrize("betas", [(0.9,), (), (0.9, 0.99, 0.999), 0.9, np.float64(0.9), {}, None])
 def test_betas_are_two(betas: Any) -> None:
     for made in (ft.optim.adamw, ft.optim.adam):
-        with pytest.raises(ft.ConfigError, match=r"betas=.*, expected two numbers"):
+        with pytest.raises(ft.ConfigError, match=r"betas: .*, expected two numbers"):
             made(betas=betas)
-    with pytest.raises(ft.ConfigError, match=r"betas=.*, expected two numbers"):
+    with pytest.raises(ft.ConfigError, match=r"betas: .*, expected two numbers"):
         ft.optim.adamw(groups=[ft.optim.group(lambda *_: True, betas=betas)])
 
 
@@ -603,7 +605,7 @@ def test_complex_gradients_are_not_clamped() -> None:
 @pytest.mark.parametrize("rate", [np.float32(1e-3), torch.tensor(1e-3)])
 def test_a_learning_rate_of_another_library_is_named(rate: Any) -> None:
     kind = type(rate).__name__
-    with pytest.raises(ft.ConfigError, match=rf"AdamW: lr is a {kind}, .*; float\(0\.001.*\), say"):
+    with pytest.raises(ft.ConfigError, match=rf"adamw: lr is a {kind}, .*; float\(0\.001.*\), say"):
         ft.optim.adamw(rate)
 
 
@@ -650,3 +652,141 @@ def test_a_number_in_a_batch_that_is_cut_is_named() -> None:
         ft.BatchError, match="y: expected a tensor, got a 0-d one, which has no row"
     ):
         batches.split_batch({"x": torch.ones(2), "y": torch.tensor(0.5)}, 2)
+
+
+ARCHITECTURE, PARAMS, BUFFERS = zoo.split("tied")
+ADAPTED, _ = ft.lora.attach(ARCHITECTURE, PARAMS, ft.lora.LoRA(rank=2, targets=("mix",)))
+STEP = ft.pretrain_step(ARCHITECTURE, ft.optim.adamw())
+OPTIMIZER = ft.optim.adamw()
+BEGUN = OPTIMIZER.init(PARAMS)
+ARGUMENTS: list[tuple[str, Callable[[], object], str]] = [
+    ("no_decay", lambda: ft.optim.no_decay(PARAMS), "architecture: expected the nn.Module"),
+    ("hidden", lambda: ft.optim.hidden_matrices(PARAMS), "architecture: expected the nn.Module"),
+    ("init", lambda: OPTIMIZER.init(None), "params: NoneType, expected a mapping"),
+    ("init of a module", lambda: OPTIMIZER.init(ARCHITECTURE), "params: .*expected a mapping"),
+    ("sgd", lambda: ft.optim.sgd().init(None), "params: NoneType, expected a mapping"),
+    ("muon", lambda: ft.optim.muon().init(None), "params: NoneType, expected a mapping"),
+    ("grads", lambda: OPTIMIZER.update(None, BEGUN, PARAMS, 1.0), "grads: NoneType, expected"),
+    ("no params", lambda: OPTIMIZER.update({}, BEGUN, None, 1.0), "params: NoneType, expected"),
+    (
+        "a rate",
+        lambda: OPTIMIZER.update(PARAMS, BEGUN, PARAMS, None),
+        "learning_rate: None, expected a number",
+    ),
+    ("pattern", lambda: ft.trees.select(PARAMS, ["*"]), r"pattern: \['\*'\], expected a text"),
+    ("zeros", lambda: ft.trees.zero(PARAMS, ["*"]), r"pattern: \['\*'\], expected a text"),
+    ("nothing", lambda: ft.trees.select(None, "*"), "items: NoneType, expected a mapping"),
+    ("schedule", lambda: ft.schedules.named(["cosine"], 1.0), r"schedule: \['cosine'\] is unknown"),
+    ("decoder", lambda: ft.models.decoder({}), "config: dict, expected .*DecoderConfig"),
+    (
+        "width",
+        lambda: ft.models.DecoderConfig(vocabulary=8, width=None),
+        "width: None, expected an integer of at least 1",
+    ),
+    (
+        "theta",
+        lambda: ft.models.DecoderConfig(vocabulary=8, theta="1e4"),
+        "theta: '1e4', expected a positive finite number",
+    ),
+    (
+        "tied",
+        lambda: ft.models.DecoderConfig(vocabulary=8, tied="no"),
+        "tied: 'no', expected True or False",
+    ),
+    (
+        "norm",
+        lambda: ft.clip_by_global_norm(PARAMS, 1.0, norm=2.0),
+        r"norm: 2\.0, expected a tensor",
+    ),
+    (
+        "weight",
+        lambda: ft.value_and_grad(ft.objectives.LanguageModeling(), ARCHITECTURE)(
+            PARAMS, BUFFERS, zoo.batch(), weight=2.0
+        ),
+        r"weight: 2\.0, expected a tensor",
+    ),
+    (
+        "gradients of a state",
+        lambda: ft.value_and_grad(ft.objectives.LanguageModeling(), ARCHITECTURE)(
+            STEP.init(PARAMS, BUFFERS), BUFFERS, zoo.batch()
+        ),
+        "params: TrainState, expected a mapping",
+    ),
+    (
+        "bound to a state",
+        lambda: ft.bound(ARCHITECTURE, STEP.init(PARAMS, BUFFERS), BUFFERS).__enter__(),
+        "params: TrainState, expected a mapping",
+    ),
+    (
+        "generated of a state",
+        lambda: ft.models.generate(ARCHITECTURE, PARAMS, None, [1], max_new_tokens=1),
+        "buffers: NoneType, expected a mapping",
+    ),
+    (
+        "donated in words",
+        lambda: STEP(STEP.init(PARAMS, BUFFERS), zoo.batch(), donate="no"),
+        "donate: 'no', expected True, False, or None",
+    ),
+    ("cached", lambda: ft.ReferenceCache("a.jsonl", PARAMS), "attach: Tensors, expected what"),
+    (
+        "no pattern",
+        lambda: ft.checkpoint.load_tensors("nowhere"),
+        "load_tensors: no pattern; give some",
+    ),
+    (
+        "a reference of the base's params",
+        lambda: ft.lora.reference(ADAPTED, PARAMS),
+        "params: missing .*lora_A",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"), [a[1:] for a in ARGUMENTS], ids=[a[0] for a in ARGUMENTS]
+)
+def test_an_argument_of_another_kind_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ft.FunctrainError, match=message):
+        call()
+
+
+def test_a_count_is_a_tensor() -> None:
+    step, state = _step()
+    counted = attrs.evolve(state, scheduler=attrs.evolve(state.scheduler, count=5))
+    with pytest.raises(ft.StateError, match=r"scheduler\.count: 5, expected a tensor"):
+        step(counted, zoo.batch())
+
+
+@pytest.mark.parametrize("value", [None, "low", [1.0, 2.0]])
+def test_a_plateau_observes_numbers(value: Any) -> None:
+    step, state = _step(schedule=ft.schedules.reduce_on_plateau(1e-3))
+    with pytest.raises(ft.ConfigError, match=r"value: .*expected a number"):
+        step.observe(state, value)
+    with pytest.raises(ft.StateError, match="expected a TrainState"):
+        step.observe(None, 1.0)
+
+
+@pytest.mark.parametrize("path", [None, "", b"run", 5])
+def test_what_is_no_path_is_named(path: Any) -> None:
+    _, state = _step()
+    for call in (
+        lambda: ft.save(path, state),
+        lambda: ft.load(path, like=state),
+        lambda: ft.checkpoint.latest(path),
+        lambda: ft.checkpoint.inspect(path),
+        lambda: ft.checkpoint.load_tensors(path, "*"),
+        lambda: ft.checkpoint.load_model(path, PARAMS, BUFFERS),
+        lambda: ft.checkpoint.prune(path, 1),
+        lambda: ft.checkpoint.BackgroundWriter(path),
+        lambda: ft.models.from_pretrained(path),
+        lambda: ft.models.export(state, ARCHITECTURE, path),
+        lambda: ft.lora.load_adapter(path, ARCHITECTURE, PARAMS),
+    ):
+        with pytest.raises(ft.ConfigError, match="expected a path"):
+            call()
+
+
+def test_conditions_are_named(tmp_path: Path) -> None:
+    _, state = _step()
+    with pytest.raises(ft.ConfigError, match="conditions: 'fast', expected a mapping"):
+        ft.save(tmp_path / "run", state, conditions="fast")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()

@@ -138,6 +138,14 @@ def test_padding_pairs_changes_nothing(name: str, batch: Any, columns: int) -> N
     testing.assert_padding_invariant(step, state, batch, columns)
 
 
+def test_padding_pairs_with_log_probs_of_each_token_changes_nothing() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    attach = ft.attach_reference(architecture, params, buffers, by_token=True)
+    step = ft.dpo_step(architecture, ft.optim.adamw(1e-3), ld_alpha=0.5)
+    batch = attach(zoo.pairs())
+    testing.assert_padding_invariant(step, step.init(params, buffers), batch, 3)
+
+
 @EVERY
 def test_a_token_weighs_the_same_wherever_it_stands(name: str) -> None:
     """Micro-batches of 1 and of 13 targets: the mean over all 14, not the mean of two means."""

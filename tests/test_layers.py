@@ -14,6 +14,7 @@ import functrain
 PACKAGE = Path(functrain.__file__).parent
 LAYERS = [
     "errors",
+    "checks",
     "writing",
     "memory",
     "accumulators",
@@ -146,7 +147,10 @@ def _run(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_core_trains_where_no_extra_is_installed() -> None:
+def test_the_core_trains_where_no_extra_is_installed_and_imports_no_compiler(
+    tmp_path: Path,
+) -> None:
+    """The compiler takes nearly as long to import as all of torch."""
     extras = {"tyro", "cattrs", "rich", "jinja2", "hypothesis", "transformers", "pyarrow"}
     _run(
         BLOCKED.format(blocked=extras)
@@ -167,6 +171,8 @@ ids = torch.arange(5).repeat(2, 1)
 state, metrics = step(step.init(params, buffers), {"input_ids": ids, "labels": ids})
 assert float(metrics["num_tokens"]) == 8
 """
+        + f"ft.load(ft.save({str(tmp_path)!r}, state), like=state)\n"
+        + "assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & sys.modules.keys()\n"
     )
 
 

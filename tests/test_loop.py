@@ -196,7 +196,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"steps": 2.5}, "steps: 2.5"),
     ({"steps": 1, "batch_size": 0}, "batch_size: 0"),
     ({"steps": 1, "evaluate_every": 2}, "nothing to evaluate"),
-    ({"steps": 1, "save_every": 2}, "nowhere to save"),
+    ({"steps": 1, "save_every": 2}, "save_every: there is nowhere to save"),
+    ({"steps": 1, "keep": 2}, "keep: there is nowhere to save"),
+    ({"steps": 1, "background": True}, "background: there is nowhere to save"),
+    ({"steps": 1, "beside": {"a.txt": "b"}}, "beside: there is nowhere to save"),
     ({"steps": 1, "evaluation": []}, "evaluation: no batches"),
     ({"steps": 1, "evaluation": zoo.batch()}, r"evaluation: one batch; .*\[batch\]"),
     ({"steps": 1, "evaluation": [zoo.batch(), {"input_ids": 1}]}, "evaluation batch 1: labels"),
@@ -209,7 +212,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"epochs": "1"}, "epochs: '1'"),
     ({"steps": 1, "background": "no"}, "background: 'no', expected True or False"),
     ({"steps": 1, "background": 1}, "background: 1, expected True or False"),
-    ({"steps": 1, "directory": ""}, r"directory: '', expected a path, or None to save nothing"),
+    ({"steps": 1, "directory": ""}, r"directory: '', expected a path"),
     ({"steps": 1, "directory": 3}, "directory: 3, expected a path"),
     ({"steps": 1, "directory": __file__}, r"directory: .*\.py is a file, expected a directory"),
     ({"steps": 1, "beside": 3}, "beside: 3, expected a mapping of file names to texts"),
@@ -318,7 +321,21 @@ def test_an_objective_of_ones_own_is_trained_on_batches_of_its_own(
     assert last.cursor == ft.Cursor(samples=12, tokens=0)
     assert float(measured["eval_loss"]) < float(measured["loss"])
     with pytest.raises(ft.ConfigError, match=r"tokens: the batch has no labels, int64 \[batch, t"):
-        next(ft.train(step, state, Numbers(), tokens=100))
+        next(ft.train(attrs.evolve(step, donate=True), state, Numbers(), tokens=100))
+    assert ft.fingerprint(state)  # which no step has been given
+
+
+def test_where_a_stream_was_a_source_is_not_gone_on_with() -> None:
+    """It would begin at the stream's number of samples, and pass over those before."""
+    step, state = _run()
+    written = '{"kind": "grain", "samples": 8, "state": null}'
+    state = attrs.evolve(state, cursor=ft.Cursor(samples=8, loader=written))
+    with pytest.raises(ft.ConfigError, match="has consumed 8 samples of a stream"):
+        ft.train(step, state, zoo.Batches(), steps=4)
+    for own in (None, "{}", "not JSON", '{"kind": "mine"}'):  # of a loop of one's own
+        begun = attrs.evolve(state, cursor=ft.Cursor(samples=8, loader=own))
+        *_, (last, _) = ft.train(step, begun, zoo.Batches(), steps=1)
+        assert last.cursor.samples == 12
 
 
 def test_the_first_total_to_be_reached_ends_it() -> None:

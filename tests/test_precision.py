@@ -106,6 +106,8 @@ def test_the_defaults_are_a_grad_scalers() -> None:
         ({"initial": 0.0}, "initial loss scale: 0.0 is not a positive finite number"),
         ({"initial": math.inf}, "initial loss scale: inf"),
         ({"initial": math.nan}, "initial loss scale: nan"),
+        ({"growth_factor": "2"}, "growth_factor='2', expected a number"),
+        ({"backoff_factor": None}, "backoff_factor=None, expected a number"),
         ({"growth_factor": 1.0}, "growth_factor=1.0 must be above 1"),
         ({"backoff_factor": 1.0}, "backoff_factor=1.0 in"),
         ({"backoff_factor": 0.0}, "backoff_factor=0.0 in"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent import futures
@@ -19,8 +18,9 @@ from functrain.checkpoint.environment import conditioned
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.layout import check_numbers
 from functrain.checkpoint.manifest import checked_metrics, checked_texts
-from functrain.checkpoint.retention import Keep
+from functrain.checkpoint.retention import Keep, as_keep
 from functrain.checkpoint.store import prune, save_under, warn_of_newer
+from functrain.checks import PathLike, as_path
 from functrain.errors import CheckpointError, ConfigError, SaveWarning
 from functrain.state import TrainState, check_state, device_of, map_tensors
 from functrain.trees import is_sharded
@@ -44,12 +44,14 @@ class BackgroundWriter:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: PathLike,
         *,
         keep: int | Keep | None = None,
         filesystem: FileSystem = OPERATING_SYSTEM,
     ) -> None:
-        self._directory, self._keep, self._filesystem = Path(directory), keep, filesystem
+        self._directory = as_path("directory", directory)
+        self._keep = None if keep is None else as_keep(keep)
+        self._filesystem = filesystem
         self._pool = ThreadPoolExecutor(1, "functrain-save")
         self._pending: Future[Path] | None = None
         self._memory: dict[str, Tensor] = {}

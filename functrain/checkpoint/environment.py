@@ -16,19 +16,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw as adamw_kernel
 
 from functrain import keys
 from functrain.agreement import keeps_denormals
 from functrain.checkpoint.manifest import plain
-from functrain.errors import CheckpointError, NumericsWarning
+from functrain.errors import CheckpointError, ConfigError, NumericsWarning
 from functrain.trees import digest
 
 _cached: dict[tuple[object, ...], str] = {}
 
 
-def numerics(device: torch.device | None = None) -> dict[str, Any]:
+def numerics(device: torch.device | str | None = None) -> dict[str, Any]:
     """What the bits of a step depend on beside its arguments, as plain data."""
-    where = torch.device("cpu") if device is None else device
+    where = torch.device("cpu" if device is None else device)
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "device": _device_name(where),
@@ -45,6 +46,10 @@ def numerics(device: torch.device | None = None) -> dict[str, Any]:
 
 def conditioned(device: torch.device, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
     """The numerics and the caller's own conditions, as a manifest holds them."""
+    if conditions is not None and not isinstance(conditions, Mapping):
+        raise ConfigError(
+            f"conditions: {conditions!r}, expected a mapping of names to numbers and texts, or None"
+        )
     return {**numerics(device), **plain(conditions or {}, "conditions")}
 
 
@@ -80,11 +85,14 @@ def _attention(x: Tensor, weight: Tensor) -> Tensor:
 
 def _adam(x: Tensor, weight: Tensor) -> Tensor:
     del x
-    leaf = weight.detach().clone().requires_grad_()
-    optimizer = torch.optim.AdamW([leaf], lr=1e-2)
-    leaf.grad = weight.sin()
-    optimizer.step()
-    return leaf.detach()
+    param, grad = weight.detach().clone(), weight.sin()
+    first, second, count = torch.zeros_like(param), torch.zeros_like(param), torch.zeros(())
+    # As `torch.optim.AdamW`, the first of which takes a second to import the compiler.
+    options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-2, "eps": 1e-8}
+    options |= {"lr": 1e-2, "amsgrad": False, "maximize": False}
+    with torch.no_grad():
+        adamw_kernel([param], [grad], [first], [second], [], [count], **options)
+    return param
 
 
 _OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -110,11 +118,11 @@ _OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 def compare(
     stored: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, strict: bool
 ) -> None:
-    """Warn of differing numerics (`NumericsWarning`), or with `strict` refuse them."""
+    """Warn where some of `now` were others (`NumericsWarning`), or with `strict` refuse them."""
     parts = [
-        f"{name} {stored.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted(stored.keys() | now.keys())
-        if stored.get(name) != now.get(name)
+        f"{name} {stored.get(name)!r} then, {now[name]!r} now"
+        for name in sorted(now)
+        if stored.get(name) != now[name]
     ]
     if not parts:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
 from functrain.checkpoint.layout import file_of
 from functrain.checkpoint.loading import newest, read_leaves
 from functrain.checkpoint.manifest import Manifest
+from functrain.checks import PathLike
 from functrain.state import Leaf
 
 
-def inspect(
-    directory: str | os.PathLike[str], *, filesystem: FileSystem = OPERATING_SYSTEM
-) -> dict[str, Any]:
+def inspect(directory: PathLike, *, filesystem: FileSystem = OPERATING_SYSTEM) -> dict[str, Any]:
     """A verified checkpoint as plain data.
 
     `path`; `leaves`: every number of the state by its path; `files`: for each file its `size`,

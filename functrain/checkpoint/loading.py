@@ -20,13 +20,13 @@ from functrain.checkpoint.manifest import (
     STATE,
     File,
     Manifest,
-    PathLike,
     checkpoints,
     latest,
     located,
     read_manifest,
 )
 from functrain.checkpoint.store import world_for
+from functrain.checks import PathLike, as_path
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, CheckpointError, ConfigError, SaveWarning
 from functrain.state import Leaf, TrainState, check_state, device_of, leaves
@@ -106,13 +106,13 @@ def _load(
             )
         untold = _LATER - manifest.numerics.keys()
         known = {name: value for name, value in expected.items() if name not in untold}
-        asked = {name: manifest.numerics.get(name) for name in known}
-        compare(asked, known, path, strict=strict)
+        compare(manifest.numerics, known, path, strict=strict)
         return state
 
     if not older:
         return newest(directory, read)
-    state, refused = newest(directory, lambda path: _newest_valid(Path(directory), path, read))
+    root = as_path("directory", directory)
+    state, refused = newest(root, lambda path: _newest_valid(root, path, read))
     for reason in refused:
         warnings.warn(f"passed over: {reason}", SaveWarning, stacklevel=2)
     return state
@@ -152,7 +152,7 @@ def newest(directory: PathLike, read: Callable[[Path], Found]) -> Found:
     Beside a run that prunes, the newest may go while it is read: then there is a newer one, and
     that is read instead. In the place of a checkpoint that was itself named no other is.
     """
-    root = Path(directory)
+    root = as_path("directory", directory)
     with reading(root):
         for _ in range(_ATTEMPTS):
             path = located(root)
@@ -348,7 +348,8 @@ def load_tensors(
 ) -> Tensors:
     """The tensors of a checkpoint whose paths match a shell pattern, `params/*` or `*/head.weight`.
 
-    Paths are those of `functrain.fingerprints`. A pattern without a match raises `StateError`.
+    Paths are those of `functrain.fingerprints`; "*" is all. No pattern is a `ConfigError`, and one
+    without a match a `StateError`.
 
     With `mapped` the tensors are the files' own pages: verified once, by reading them through, and
     then in memory only as far as they are touched, for models that are larger than it. Writing
@@ -356,5 +357,7 @@ def load_tensors(
     and where it is cut short the process ends with SIGBUS; functrain itself does neither (a prune
     removes files, which mapped ones outlive).
     """
+    if not patterns:
+        raise ConfigError("load_tensors: no pattern; give some, 'params/*', or '*' for all")
     _, stored = newest(directory, lambda path: read_leaves(filesystem, path, mapped=mapped))
     return select({p: leaf for p, leaf in stored.items() if isinstance(leaf, Tensor)}, *patterns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,8 @@ import attrs
 import orjson
 
 from functrain.checkpoint.filesystem import FileSystem, read_exactly, regular
+from functrain.checks import PathLike, as_path
 from functrain.errors import CheckpointError
-
-PathLike = str | os.PathLike[str]
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -80,13 +78,13 @@ def checkpoints(directory: Path) -> list[Path]:
 
 def latest(directory: PathLike) -> Path | None:
     """The checkpoint of the highest step in `directory`, or None; the names are the truth."""
-    found = checkpoints(Path(directory))
+    found = checkpoints(as_path("directory", directory))
     return found[-1] if found else None
 
 
 def located(path: PathLike) -> Path:
     """The checkpoint directory that `path` is or, as its newest, holds."""
-    given = Path(path)
+    given = as_path("path", path)
     if not given.is_dir():
         what = "is a file" if given.exists() else "does not exist"
         raise CheckpointError(

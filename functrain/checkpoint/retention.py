@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import attrs
 from functrain.checkpoint.files import check_sizes
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
+from functrain.checks import is_integer
 from functrain.errors import CheckpointError, SaveWarning
 
 
 def _at_least_one(_record: object, field: attrs.Attribute[int], value: int | None) -> None:
-    if value is not None and (type(value) is not int or value < 1):
+    if value is not None and not is_integer(value):
         raise CheckpointError(f"keep: {field.name}={value!r}, expected an integer of at least 1")
 
 
@@ -27,6 +28,14 @@ def _steps(given: Any) -> tuple[int, ...]:
     if steps is None or not all(type(step) is int and step >= 0 for step in steps):
         raise CheckpointError(f"keep: steps={given!r}, expected integers of at least 0")
     return steps
+
+
+def _of(kind: type, expected: str) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    def check(_record: object, field: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, kind):
+            raise CheckpointError(f"keep: {field.name}={value!r}, expected {expected}")
+
+    return check
 
 
 @attrs.frozen(kw_only=True)
@@ -43,11 +52,11 @@ class Keep:
     last: int = attrs.field(default=2, validator=_at_least_one)
     every: int | None = attrs.field(default=None, validator=_at_least_one)
     best: int | None = attrs.field(default=None, validator=_at_least_one)
-    metric: str = "eval_loss"
-    lower: bool = True
+    metric: str = attrs.field(default="eval_loss", validator=_of(str, "a name"))
+    lower: bool = attrs.field(default=True, validator=_of(bool, "True or False"))
     steps: tuple[int, ...] = attrs.field(default=(), converter=_steps)
 
-    def expendable(self, filesystem: FileSystem, root: Path, last: int | None = None) -> list[Path]:
+    def expendable(self, filesystem: FileSystem, root: Path, last: int | None) -> list[Path]:
         """What may go, oldest first; `CheckpointError` where one of the newest lacks something.
 
         `last` is the step that was saved last: what is of a higher one neither counts nor goes.
@@ -102,3 +111,8 @@ class Keep:
                 stacklevel=5,
             )
         return others
+
+
+def as_keep(given: int | Keep) -> Keep:
+    """A number of the newest, as what keeps them."""
+    return given if isinstance(given, Keep) else Keep(last=given)

@@ -8,8 +8,8 @@ any number of workers, or one, or transformers, reads it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from functrain.checkpoint.files import Contents, hash_file, write_file
 from functrain.checkpoint.filesystem import (
     FileSystem,
     pieces,
-    remove_directory,
     sync_directory,
     write_all,
     write_all_at,
@@ -39,10 +38,12 @@ from functrain.checkpoint.manifest import (
 )
 from functrain.checkpoint.store import (
     check_same,
+    discard,
     durable,
     locked,
     make_root,
     put_aside,
+    saving,
     sweep,
     whole,
 )
@@ -88,12 +89,12 @@ def save_shards(
     with ExitStack() as held:
 
         def begun() -> str:
-            with _saving(root, state.step):
+            with saving(root, state.step):
                 make_root(filesystem, root)
                 held.enter_context(locked(filesystem, root))
                 sweep(filesystem, root)
                 filesystem.mkdir(temporary)
-                held.callback(_gone, filesystem, temporary)
+                held.callback(discard, filesystem, temporary)
                 for file, written in files.items():
                     _make(filesystem, temporary / file, written)
                 entries = {n: write_file(filesystem, temporary / n, c) for n, c in plain.items()}
@@ -102,7 +103,7 @@ def save_shards(
         entries = orjson.loads(world.from_first(begun, "the beginning of a save"))
 
         def wrote() -> None:
-            with _saving(root, state.step):
+            with saving(root, state.step):
                 for file, written in files.items():
                     _write(filesystem, temporary / file, written)
 
@@ -112,7 +113,7 @@ def save_shards(
         def ended() -> str:
             found = {file: File(*entry) for file, entry in entries.items()}
             manifest = Manifest(step=state.step, files=found, metrics=metrics, numerics=under)
-            with _saving(root, state.step):
+            with saving(root, state.step):
                 _place(filesystem, temporary, target, manifest)
             return ""
 
@@ -133,18 +134,6 @@ def _written(items: Mapping[str, Tensor], world: World) -> _Written:
         most = -(-len(tensor) // world.size) * (tensor.numel() // max(1, len(tensor)))
         own.append((begin + world.rank * most * tensor.dtype.itemsize, data))
     return _Written(header=header, size=size, own=own)
-
-
-@contextmanager
-def _saving(root: Path, step: int) -> Generator[None]:
-    """What the system refuses, as a `CheckpointError`."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{root}: step {step} could not be saved ({error.strerror or error}); earlier "
-            "checkpoints are as they were"
-        ) from error
 
 
 def _make(filesystem: FileSystem, path: Path, written: _Written) -> None:
@@ -217,15 +206,6 @@ def _place(filesystem: FileSystem, temporary: Path, target: Path, manifest: Mani
     sync_directory(filesystem, temporary)
     filesystem.rename(temporary, target)
     durable(filesystem, target)
-
-
-def _gone(filesystem: FileSystem, temporary: Path) -> None:
-    """Give the space of a save that has not come to its end back now."""
-    try:
-        if temporary.exists():
-            remove_directory(filesystem, temporary)
-    except OSError:
-        return
 
 
 def rows_in(like: TrainState, world: World) -> Callable[[str, safetensors.Entry, Path], Any]:

@@ -1,4 +1,4 @@
-"""Saving and loading: a temporary directory, fsync, the manifest last, one rename."""
+"""Saving and pruning: a temporary directory, fsync, the manifest last, one rename."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from functrain.checkpoint.manifest import (
     File,
     Manifest,
     OtherFormatError,
-    PathLike,
     checked_metrics,
     checked_texts,
     checkpoints,
@@ -40,7 +39,8 @@ from functrain.checkpoint.manifest import (
     step_of,
     to_bytes,
 )
-from functrain.checkpoint.retention import Keep
+from functrain.checkpoint.retention import Keep, as_keep
+from functrain.checks import PathLike, as_path
 from functrain.distributed import World
 from functrain.errors import CheckpointError, ConfigError, SaveWarning
 from functrain.state import TrainState, check_state, device_of
@@ -89,13 +89,13 @@ def save_under(
     directory: PathLike,
     state: TrainState,
     *,
-    metrics: Mapping[str, float] | None = None,
-    beside: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None,
+    beside: Mapping[str, str] | None,
     world: World | None = None,
-    filesystem: FileSystem = OPERATING_SYSTEM,
+    filesystem: FileSystem,
 ) -> Path:
     """`save` with numerics that were found before: another thread has its own number of threads."""
-    root = Path(directory)
+    root = as_path("directory", directory)
     check_numbers(state)
     found = checked_metrics(metrics)
     texts: dict[str, Contents] = {
@@ -114,14 +114,21 @@ def save_under(
             texts=texts,
             filesystem=filesystem,
         )
-    try:
+    with saving(root, state.step):
         make_root(filesystem, root)
         with locked(filesystem, root):
             sweep(filesystem, root)
             return _placed(filesystem, root, state, found, under, texts)
+
+
+@contextmanager
+def saving(root: Path, step: int) -> Generator[None]:
+    """What the system refuses, as a `CheckpointError`."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
-            f"{root}: step {state.step} could not be saved ({error.strerror or error}); earlier "
+            f"{root}: step {step} could not be saved ({error.strerror or error}); earlier "
             "checkpoints are as they were"
         ) from error
 
@@ -189,7 +196,7 @@ def _placed(
         sync_directory(filesystem, temporary)
         filesystem.rename(temporary, target)
     except BaseException:
-        _discard(filesystem, temporary)
+        discard(filesystem, temporary)
         raise
     durable(filesystem, target)
     return target
@@ -280,10 +287,14 @@ def check_same(
         )
 
 
-def _discard(filesystem: FileSystem, temporary: Path) -> None:
-    """Give the space of a failed save back now; what stays, the next save sweeps away."""
+def discard(filesystem: FileSystem, temporary: Path) -> None:
+    """Give the space of a save that has not come to its end back now.
+
+    What stays, the next save sweeps away.
+    """
     try:
-        remove_directory(filesystem, temporary)
+        if temporary.exists():
+            remove_directory(filesystem, temporary)
     except OSError:
         return
 
@@ -338,14 +349,15 @@ def prune(
     this one has gone back from: they neither count nor go, and a warning names them. Without it
     they would be the newest, and what is saved would go at once.
     """
-    root = Path(directory)
-    policy = keep if isinstance(keep, Keep) else Keep(last=keep)
+    root = as_path("directory", directory)
+    newest = None if saved is None else as_path("saved", saved)
+    policy = as_keep(keep)
     try:
         with locked(filesystem, root):
-            last = None if saved is None else step_of(Path(saved))
+            last = None if newest is None else step_of(newest)
             expendable = policy.expendable(filesystem, root, last)
-            if saved is not None:
-                warn_of_newer(Path(saved))
+            if newest is not None:
+                warn_of_newer(newest)
             if expendable:
                 # The newest may be of a save that was killed before its rename was durable.
                 sync_directory(filesystem, root)

@@ -1,4 +1,4 @@
-"""The command line: `functrain demo`, `pretrain`, `sft`, `dpo`, `generate`, `inspect`.
+"""The command line, `functrain COMMAND`: what there is, `_COMMANDS` says.
 
 Thin: parse, build, run. Nothing here imports torch before a command needs it.
 """

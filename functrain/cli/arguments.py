@@ -59,8 +59,8 @@ class PlanArguments:
     device: str = "h100"
     """a100, h100, h200 or b200, by their maker's figures; or here: what this machine's workers come
     to, measured. Under torchrun their exchanges too."""
-    utilisation: float = 0.4
-    """What part of a device's peak a worker comes to."""
+    utilisation: float | None = None
+    """What part of a device's peak a worker comes to, 0.4 unless given; or else tflops."""
     memory: float | None = None
     """GiB of a worker, where they are others than the device's; so are the next."""
     tflops: float | None = None
@@ -180,7 +180,7 @@ class Evaluate:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory, or a checkpoint in one."""
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
-    """Text, token ids, or JSON Lines of text, completions or pairs; `embedded` is the default's."""
+    """Text, token ids, or records of text, completions or pairs; `embedded` is the default's."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, by name; its data come from a hub, or from files."""
     include: str | None = None
@@ -201,6 +201,9 @@ class Evaluate:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: {value}, expected an integer of at least 1")
+        if not self.tasks and (self.include is not None or self.chat):
+            name = "chat" if self.chat else "include"
+            raise ConfigError(f"{name}: it is of --tasks, and there are none; leave it out")
 
 
 @attrs.frozen(kw_only=True)
@@ -236,7 +239,7 @@ class Data:
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="show")]
     """show"""
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """A .jsonl or .json file of dialogues, prompts with completions, or preferences."""
+    """Records (.jsonl, .json, .parquet) of dialogues, prompts with completions, or preferences."""
     model: str | None = None
     """A directory of Hugging Face's, a GGUF file or a run, whose tokenizer reads it; else bytes."""
     index: int = 0

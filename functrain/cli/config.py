@@ -155,7 +155,7 @@ class Data:
     time: int = attrs.field(default=256, validator=at_least(2))
     """Tokens in a row; longer examples are cut."""
     limit: int | None = attrs.field(default=None, validator=count)
-    """Take only so many documents, records or embedded entries."""
+    """Take only so many documents, records or embedded entries; of token ids, so many tokens."""
     truncation: str = attrs.field(default="keep_start", validator=one_of(TRUNCATIONS))
     """What of a longer example stays: keep_start, keep_end, or prompt_first (the prompt is cut)."""
     min_prompt: int = attrs.field(default=1, validator=count)

@@ -18,7 +18,7 @@ from functrain.models import export
 def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> str:
     """Write the model of a run or checkpoint; what was done."""
     found = restored(given)
-    run = RunDirectory(found.origin.checkpoint.parent.parent)
+    run = found.origin.run
     adapted = lora.is_adapted(found.architecture)
     if merge and not adapted:
         raise ConfigError(f"merge: {given} has no adapters, its model is whole; leave out --merge")

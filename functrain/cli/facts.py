@@ -13,12 +13,13 @@ import orjson
 from functrain import __version__, checkpoint
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM
 from functrain.checkpoint.manifest import checkpoints, read_manifest
+from functrain.checks import is_number
 from functrain.cli import directory as directories
 from functrain.cli import toml
 from functrain.cli.build import Built
 from functrain.cli.origins import RunDirectory
 from functrain.distributed import World
-from functrain.errors import CheckpointError, DataError, is_number
+from functrain.errors import CheckpointError, DataError
 from functrain.state import device_of
 from functrain.tracking import jsonl
 from functrain.tracking.report import CheckpointRow, StageRecord

@@ -34,7 +34,7 @@ class Machines:
     workers: int
     per_node: int
     device: str = attrs.field(validator=one_of((*planning.DEVICES, HERE)))
-    utilisation: float
+    utilisation: float | None
     memory: float | None = attrs.field(validator=positive)
     tflops: float | None = attrs.field(validator=positive)
     inside: float | None = attrs.field(validator=positive)
@@ -44,9 +44,15 @@ class Machines:
     def cluster(self, config: Config, world: World) -> Cluster:
         """The cluster that they describe; all workers must call this."""
         precision = policy(config.train.precision)
+        if self.utilisation is not None and (self.device == HERE or self.tflops is not None):
+            raise ConfigError(
+                "utilisation: it is of a device's peak, and what a worker comes to is "
+                f"{'measured' if self.tflops is None else 'given by tflops'}; leave it out"
+            )
         more: dict[str, Any] = {
             "memory": _times(self.memory, 2**30),
             "flops": _times(self.tflops, 1e12),
+            "utilisation": self.utilisation,
             "inside": _times(self.inside, 1e9),
             "between": _times(self.between, 1e9),
             "latency": _times(self.latency, 1e-6),
@@ -59,7 +65,6 @@ class Machines:
             self.device,
             self.workers,
             precision,
-            utilisation=self.utilisation,
             per_node=self.per_node,
             **more,
         )

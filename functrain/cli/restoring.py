@@ -127,7 +127,7 @@ def adapted(config: Config, architecture: nn.Module, params: Tensors) -> tuple[n
     return lora.attach(architecture, params, lora.LoRA(**options), seed=seed)
 
 
-def restored(given: str, *, device: str = "cpu") -> Restored:
+def restored(given: str) -> Restored:
     """The state of a run's newest checkpoint, or of a checkpoint, and what it is a state of."""
     found = origin(given, "run")
     if found.config is None:
@@ -135,7 +135,7 @@ def restored(given: str, *, device: str = "cpu") -> Restored:
             f"{given}: a model of transformers and no run, so there is no state of it; give a run, "
             "or one of its checkpoints"
         )
-    architecture, params, buffers = _restored(found, World(device=torch.device(device)))
+    architecture, params, buffers = _restored(found, ALONE)
     step = step_for(found.config, architecture, params, ALONE)
     like = step.init(params, buffers, seed=found.config.train.seed)
     with warnings.catch_warnings():
@@ -151,10 +151,10 @@ def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:
     return models.decoder(models.DecoderConfig(vocabulary=vocabulary, **options), seed=seed)
 
 
-def trained(given: str, *, device: str = "cpu") -> Trained:
+def trained(given: str) -> Trained:
     """The model of a run (its newest checkpoint), of a checkpoint in one, or of transformers."""
     found = origin(given, "run")
-    architecture, params, buffers = started(found, World(device=torch.device(device)))
+    architecture, params, buffers = started(found, ALONE)
     return Trained(
         architecture=architecture,
         params=params,

@@ -24,18 +24,20 @@ half a minute at 10 Gbit/s."""
 TOKENS = 120
 """Tokens of a sample."""
 
+_SAMPLES = 3
+
 Prompt = tuple[int, ...]
 """The ids of a prompt: not all of them could be made of its text, those of a template, say."""
 
 
-def prompts(batches: Sequence[Batch], tokenizer: Tokenizer | None, count: int = 3) -> list[Prompt]:
+def prompts(batches: Sequence[Batch], tokenizer: Tokenizer | None) -> list[Prompt]:
     """The first held-out prompts, or the beginnings of held-out rows."""
     if tokenizer is None or not batches:
         return []
     sides = (batches[0].get(side) for side in ("chosen", "completion"))
     batch = next((side for side in sides if side is not None), batches[0])
     found = []
-    for row in range(min(count, len(batch["input_ids"]))):
+    for row in range(min(_SAMPLES, len(batch["input_ids"]))):
         ids, labels = batch["input_ids"][row], batch["labels"][row]
         targets = (labels != IGNORE_INDEX).nonzero()
         first = int(targets[0]) if len(targets) else 0

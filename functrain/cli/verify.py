@@ -198,21 +198,28 @@ def _shown(found: list[Difference]) -> list[str]:
 
 
 def _configs(one: Path, other: Path) -> Iterator[str]:
-    configs = []
-    for path in (one, other):
-        try:
-            configs.append(toml.flat(toml.read_any(RunDirectory(stage_directory(path)).config)))
-        except ConfigError:  # a checkpoint that lies outside of a run
-            return
+    runs = _runs(one, other)
+    if runs is None:
+        return
+    try:
+        configs = [toml.flat(toml.read_any(run.config)) for run in runs]
+    except ConfigError as error:  # the checkpoints are compared all the same
+        yield f"configs not compared: {error}"
+        return
     yield from _apart("config", *configs)
 
 
-def _logged(one: Path, other: Path) -> Iterator[str]:
+def _runs(one: Path, other: Path) -> list[RunDirectory] | None:
+    """Both runs; None where a checkpoint lies outside of one."""
     try:
-        runs = [RunDirectory(stage_directory(path)) for path in (one, other)]
+        return [RunDirectory(stage_directory(path)) for path in (one, other)]
     except ConfigError:
-        return
-    if not all(run.metrics.is_file() for run in runs):
+        return None
+
+
+def _logged(one: Path, other: Path) -> Iterator[str]:
+    runs = _runs(one, other)
+    if runs is None or not all(run.metrics.is_file() for run in runs):
         return
     try:
         records = [{record["step"]: record for record in logged(run)} for run in runs]

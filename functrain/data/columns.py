@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from functrain.checks import PathLike
 from functrain.data.files import UnreadableError
 from functrain.errors import DataError
 
 _DIALOGUES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 
 
-def rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def rows(path: PathLike) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as records, read a group at a time.
 
     Raises `DataError` where pyarrow is not installed, or does not read the file, and for a value

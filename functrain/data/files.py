@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+from functrain.checks import PathLike
 from functrain.errors import DataError
 
-PathLike = str | os.PathLike[str]
 TEXTS = (".txt", ".md")
 RECORDS = (".jsonl", ".json", ".parquet")
 
@@ -44,6 +44,8 @@ def files_of(path: PathLike, known: tuple[str, ...]) -> list[Path]:
     """
     if not (isinstance(path, str) or hasattr(path, "__fspath__")):
         raise DataError(f"path: expected a path, got {type(path).__name__}")
+    if path == "":  # it would be the working directory
+        raise DataError("path: '', expected a path")
     given = Path(path)
     is_directory, exists = _looked_at(given)
     if is_directory:

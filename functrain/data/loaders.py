@@ -16,16 +16,13 @@ import torch
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, SequentialSampler
 
 from functrain.data.source import Batch, at_least_one
-from functrain.data.streams import Door, LoaderStream
+from functrain.data.streams import Collate, Door, LoaderStream
 from functrain.errors import DataError, NumericsWarning
-
-Collate = Callable[[Any], Batch]
 
 
 @attrs.frozen(eq=False)
 class _Torchdata(Door):
     loader: Any
-    collate: Collate
     kind = "torchdata"
     endless = (
         "give it more samples than batch_size, and let an iterable dataset go on for ever with "
@@ -48,14 +45,10 @@ class _Torchdata(Door):
     def state(self, batches: Any) -> Any:
         return self.loader.state_dict()
 
-    def batch(self, found: Any) -> Batch:
-        return self.collate(found)
-
 
 @attrs.frozen(eq=False)
 class _Grain(Door):
     dataset: Any
-    collate: Collate
     kind = "grain"
     endless = "let it go on for ever with .repeat()"
 
@@ -72,14 +65,10 @@ class _Grain(Door):
     def state(self, batches: Any) -> Any:
         return batches.get_state()
 
-    def batch(self, found: Any) -> Batch:
-        return self.collate(found)
-
 
 @attrs.define(eq=False)
 class _Iterable(Door):
     dataset: Any
-    collate: Collate
     batch_size: int
     left: int = 0
     kind = "iterable"
@@ -102,9 +91,6 @@ class _Iterable(Door):
 
     def state(self, batches: Any) -> Any:
         return self.dataset.state_dict()
-
-    def batch(self, found: Any) -> Batch:
-        return self.collate(found)
 
     def left_over(self) -> str:
         return f" and {self.left} that fill no batch of {self.batch_size}" if self.left else ""
@@ -131,7 +117,7 @@ def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStrea
         loader, ("state_dict", "load_state_dict", "__iter__"), "torchdata's StatefulDataLoader"
     )
     _warn_of_buffers(getattr(loader, "dataset", None))
-    return LoaderStream(_Torchdata(loader, _as_tensors if collate is None else collate))
+    return LoaderStream(_Torchdata(loader), _as_tensors if collate is None else collate)
 
 
 def grain_stream(dataset: Any, collate: Collate | None = None) -> LoaderStream:
@@ -147,7 +133,7 @@ def grain_stream(dataset: Any, collate: Collate | None = None) -> LoaderStream:
             f"loader: a {type(dataset).__name__}, expected grain's DataLoader or IterDataset "
             "(dataset.to_iter_dataset().batch(n)), not an iterator of one"
         )
-    return LoaderStream(_Grain(dataset, _as_tensors if collate is None else collate))
+    return LoaderStream(_Grain(dataset), _as_tensors if collate is None else collate)
 
 
 def iterable_stream(
@@ -168,7 +154,7 @@ def iterable_stream(
         dataset, ("state_dict", "load_state_dict", "__iter__"), "datasets.IterableDataset"
     )
     _warn_of_buffers(dataset)
-    return LoaderStream(_Iterable(dataset, collate, batch_size))
+    return LoaderStream(_Iterable(dataset, batch_size), collate)
 
 
 def _check_methods(loader: Any, needed: Sequence[str], expected: str) -> None:

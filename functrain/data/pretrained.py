@@ -12,11 +12,12 @@ from typing import Any
 
 import attrs
 
+from functrain.checks import as_path
 from functrain.data.tokenizers import utf8
 from functrain.errors import DataError
 
 _ASKED = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
-_TEXTS = (".json", ".jinja", ".txt", ".model")
+_TEXTS = (".json", ".jinja", ".txt")
 
 
 @attrs.frozen
@@ -156,9 +157,8 @@ class PretrainedTokenizer:
         """Its files by name, to lie beside a checkpoint; what is no UTF-8 text is left out."""
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory))
-            paths = [p for p in sorted(Path(directory).iterdir()) if p.suffix in _TEXTS]
-            found = {path.name: path.read_bytes() for path in paths if path.suffix != ".model"}
-        return {name: data.decode() for name, data in found.items()}
+            paths = sorted(path for path in Path(directory).iterdir() if path.suffix in _TEXTS)
+            return {path.name: path.read_bytes().decode() for path in paths}
 
     @property
     def fingerprint(self) -> str:
@@ -212,7 +212,7 @@ def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
             f"{path}: tokenizers are read with {error.name}, which is not installed: "
             "pip install 'functrain[hf]'"
         ) from error
-    given = Path(path)
+    given = as_path("path", path)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if given.suffix == ".gguf":
         options["gguf_file"], given = given.name, given.parent

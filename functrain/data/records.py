@@ -9,11 +9,11 @@ from typing import Any
 
 import orjson
 
+from functrain.checks import PathLike
 from functrain.data import columns
 from functrain.data.files import (
     RECORDS,
     TEXTS,
-    PathLike,
     UnreadableError,
     contents,
     files_of,

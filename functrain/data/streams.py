@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
@@ -35,6 +35,10 @@ class Stream(Protocol):
         ...
 
 
+Collate = Callable[[Any], Batch]
+"""What makes a batch of what a loader gave."""
+
+
 class Door:
     """How one library's loaders are opened, read and asked for their state."""
 
@@ -56,10 +60,6 @@ class Door:
 
     def state(self, batches: Any) -> Any:
         """The state after what the iterator gave last."""
-        raise NotImplementedError
-
-    def batch(self, found: Any) -> Batch:
-        """What the iterator gave, as a batch."""
         raise NotImplementedError
 
     def left_over(self) -> str:
@@ -87,8 +87,8 @@ class LoaderStream:
     alone: one that is iterated elsewhere too has moved on unseen.
     """
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, door: Door, collate: Collate) -> None:
+        self._door, self._collate = door, collate
         self._batches: Iterator[Any] | None = None
         self._first: Any = None
         self._known = False
@@ -113,7 +113,7 @@ class LoaderStream:
 
     def _read(self) -> Taken:
         assert self._place is not None  # opened
-        batch: Any = self._door.batch(self._next(self._place))
+        batch: Any = self._collate(self._next(self._place))
         if not isinstance(batch, Mapping):
             raise DataError(
                 f"loader: gave a {type(batch).__name__}, expected a batch, a mapping such as "
@@ -173,9 +173,18 @@ class LoaderStream:
         self._batches = self._door.again()
 
 
+def is_stream_state(loader: str | None) -> bool:
+    """Whether what a cursor holds was written by one of these streams."""
+    try:
+        found = None if loader is None else loaded(loader)
+    except DataError:
+        return False
+    return isinstance(found, dict) and found.keys() == {"kind", "samples", "state"}
+
+
 def _place(text: str, kind: str) -> _Place:
     found = loaded(text)
-    if not isinstance(found, dict) or found.keys() != {"kind", "samples", "state"}:
+    if not is_stream_state(text):
         raise DataError(
             "loader: the state in the cursor is not one that a functrain.data stream has written; "
             "a loader of your own goes into a loop of your own"

@@ -9,10 +9,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from functrain.checks import is_number
 from functrain.distributed import group
 from functrain.distributed.speaking import TIMEOUT
 from functrain.distributed.world import World
-from functrain.errors import ConfigError, FunctrainWarning, is_number
+from functrain.errors import ConfigError, FunctrainWarning
 
 
 def world(*, device: str | None = None, timeout: float = TIMEOUT) -> World:

@@ -51,7 +51,9 @@ def meet(backend: str, rank: int, size: int, timeout: float) -> None:
 def join(timeout: float) -> None:
     """Go on with the group that is there; who else made it has chosen its timeout."""
     if _is_ours():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+        # Its own name came with torch 2.14, which warns of the other.
+        change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        change(timedelta(seconds=timeout))
 
 
 def enter(world: object) -> None:

@@ -15,7 +15,15 @@ from functrain import keys
 from functrain.architecture import check_fit, check_module, held_by, hold, slots
 from functrain.errors import ConfigError, did_you_mean
 from functrain.lora.config import ALL_LINEAR, LoRA
-from functrain.lora.layers import Adapted, adapted, never_called, read_by_kernels, row_norms, unfit
+from functrain.lora.layers import (
+    Adapted,
+    adapted,
+    is_adaptable,
+    never_called,
+    read_by_kernels,
+    row_norms,
+    unfit,
+)
 from functrain.trees import Tensors, owning
 from functrain.trees import whole as whole_of
 
@@ -107,11 +115,10 @@ def layers_of(architecture: nn.Module) -> dict[str, Adapted]:
 
 def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """The names of the linear layers that the patterns match, in the architecture's order."""
-    trial = LoRA(rank=1)
     linear = {
         name: module
         for name, module in architecture.named_modules()
-        if name and adapted(module, trial) is not None
+        if name and is_adaptable(module)
     }
     tied = _tied_weights(architecture)
     never, kernels = never_called(architecture), read_by_kernels(architecture)
@@ -190,9 +197,7 @@ def _adapt(architecture: nn.Module, lora: LoRA) -> dict[str, Adapted]:
                 f"lora targets: {name}'s weight is tied to another parameter, which merging would "
                 "change too; leave it out"
             )
-        replaced = adapted(layer, lora)
-        assert replaced is not None  # `matching` has found it linear
-        made[id(layer)] = replaced
+        made[id(layer)] = adapted(layer, lora)
     for module in list(architecture.modules()):
         for key, child in module._modules.items():
             if id(child) in made:

@@ -7,7 +7,8 @@ from typing import Any
 
 import attrs
 
-from functrain.errors import ConfigError, boolean, is_number
+from functrain.checks import boolean, check_fraction, check_integer, check_positive
+from functrain.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 
@@ -45,12 +46,9 @@ class LoRA:
     train: tuple[str, ...] = attrs.field(default=(), converter=_patterns)
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"lora rank: {self.rank!r}, expected an integer of at least 1")
-        if not is_number(self.alpha) or not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"lora alpha: {self.alpha!r}, expected a positive finite number")
-        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora dropout: {self.dropout!r}, expected a number in [0, 1)")
+        check_integer("lora rank", self.rank)
+        check_positive("lora alpha", self.alpha)
+        check_fraction("lora dropout", self.dropout)
         if not self.targets:
             raise ConfigError("lora targets: none; name layers such as 'q_proj', or 'all-linear'")
 

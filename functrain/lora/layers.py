@@ -136,10 +136,16 @@ class LoRAConv1D(Adapted):
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(shape)
 
 
-def adapted(layer: nn.Module, lora: LoRA) -> Adapted | None:
-    """The layer with an adapter; None for one that is not linear, or `unfit`."""
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether a layer is linear, and not `unfit`."""
+    return _kind(layer) is not None and unfit(layer) is None
+
+
+def adapted(layer: nn.Module, lora: LoRA) -> Adapted:
+    """A layer that `is_adaptable`, with an adapter."""
     kind = _kind(layer)
-    return None if kind is None or unfit(layer) is not None else kind(layer, lora)
+    assert kind is not None
+    return kind(layer, lora)
 
 
 def _kind(layer: nn.Module) -> Callable[[Any, LoRA], Adapted] | None:

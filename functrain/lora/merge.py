@@ -48,9 +48,11 @@ def reference(architecture: nn.Module, params: Mapping[str, Tensor]) -> Tensors:
     B is 0; DoRA's magnitudes are those of the base. What is trained beside the adapters is as it
     is in `params`, so take it before training.
     """
+    layers = layers_of(architecture)
+    check_fit(params, slots(architecture).params, "params")
     base = held_values(architecture)
     values = dict(params)
-    for name, layer in layers_of(architecture).items():
+    for name, layer in layers.items():
         values[f"{name}.lora_B"] = torch.zeros_like(params[f"{name}.lora_B"])
         if layer.lora_magnitude is not None:
             weight = base.get(f"{name}.weight", params.get(f"{name}.weight"))

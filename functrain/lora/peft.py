@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain.architecture import check_fit, slots
+from functrain.checks import PathLike, as_path
 from functrain.errors import CheckpointError, ConfigError
 from functrain.lora.attach import adapter_of, attach, layers_of
 from functrain.lora.config import LoRA
@@ -51,7 +52,7 @@ _STILL = ("gaussian", "mica")
 
 
 def save_adapter(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     architecture: nn.Module,
     params: Mapping[str, Tensor],
     *,
@@ -97,7 +98,7 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    target = Path(directory)
+    target = as_path("directory", directory)
     if (target / "config.json").exists():
         # transformers would put them on that model whenever it loads it, merged or not.
         raise CheckpointError(
@@ -140,7 +141,7 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def load_adapter(
-    directory: str | os.PathLike[str], architecture: nn.Module, params: Mapping[str, Tensor]
+    directory: PathLike, architecture: nn.Module, params: Mapping[str, Tensor]
 ) -> tuple[nn.Module, Tensors]:
     """`attach` with the adapters that peft, or `save_adapter`, has written into `directory`.
 
@@ -150,7 +151,7 @@ def load_adapter(
     Raises `CheckpointError` for files that are missing or are none of LoRA's, options that are not
     this arithmetic (each is named), and adapters that do not fit.
     """
-    where = Path(directory)
+    where = as_path("directory", directory)
     config = _config(where / CONFIG)
     # Those of layers that are never called have no effect in peft either.
     passed = never_called(architecture)

@@ -6,8 +6,6 @@ Parameters have the names of Hugging Face's `LlamaForCausalLM`, so a checkpoint'
 
 from __future__ import annotations
 
-from typing import Any
-
 import attrs
 import torch
 import torch.nn.functional as F
@@ -15,15 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from functrain import keys
+from functrain.checks import at_least_one, boolean, fraction, positive
 from functrain.errors import ConfigError
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values [batch, kv_heads, time, head] of each layer, as generation has seen them."""
 
 
-def _at_least_one(_: object, field: attrs.Attribute[Any], value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigError(f"{field.name}: {value!r}, expected an integer of at least 1")
+_or_none = attrs.validators.optional(at_least_one)
 
 
 @attrs.frozen(kw_only=True)
@@ -38,17 +35,17 @@ class DecoderConfig:
     Raises `ConfigError` for numbers that do not fit together.
     """
 
-    vocabulary: int = attrs.field(validator=_at_least_one)
-    width: int = attrs.field(default=256, validator=_at_least_one)
-    layers: int = attrs.field(default=4, validator=_at_least_one)
-    heads: int = attrs.field(default=4, validator=_at_least_one)
-    kv_heads: int | None = attrs.field(default=None, validator=_at_least_one)
-    hidden: int | None = attrs.field(default=None, validator=_at_least_one)
-    theta: float = 10_000.0
-    eps: float = 1e-6
-    tied: bool = True
-    dropout: float = 0.0
-    checkpointing: bool = False
+    vocabulary: int = attrs.field(validator=at_least_one)
+    width: int = attrs.field(default=256, validator=at_least_one)
+    layers: int = attrs.field(default=4, validator=at_least_one)
+    heads: int = attrs.field(default=4, validator=at_least_one)
+    kv_heads: int | None = attrs.field(default=None, validator=_or_none)
+    hidden: int | None = attrs.field(default=None, validator=_or_none)
+    theta: float = attrs.field(default=10_000.0, validator=positive)
+    eps: float = attrs.field(default=1e-6, validator=positive)
+    tied: bool = attrs.field(default=True, validator=boolean)
+    dropout: float = attrs.field(default=0.0, validator=fraction)
+    checkpointing: bool = attrs.field(default=False, validator=boolean)
 
     def __attrs_post_init__(self) -> None:
         if self.width % self.heads or self.head_width % 2:
@@ -57,10 +54,6 @@ class DecoderConfig:
             )
         if self.heads % self.groups:
             raise ConfigError(f"kv_heads: {self.kv_heads} does not divide {self.heads} heads")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout: {self.dropout}, expected [0, 1)")
-        if not self.theta > 0 or not self.eps > 0:
-            raise ConfigError(f"theta: {self.theta} and eps: {self.eps}, expected positive numbers")
 
     @property
     def head_width(self) -> int:
@@ -80,6 +73,10 @@ class DecoderConfig:
 
 def decoder(config: DecoderConfig, *, seed: int = 0) -> Decoder:
     """A decoder whose weights are a function of `seed`; the global generators are left alone."""
+    if not isinstance(config, DecoderConfig):
+        raise ConfigError(
+            f"config: {type(config).__name__}, expected a functrain.models.DecoderConfig(…)"
+        )
     with keys.seeded(keys.derive(seed, "decoder")):
         return Decoder(config)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from functrain import lora
 from functrain.architecture import check_fit, holds_shards, slots
 from functrain.checkpoint import format as safetensors
+from functrain.checks import PathLike, as_path
 from functrain.data.pretrained import PretrainedTokenizer
 from functrain.errors import CheckpointError, ConfigError
 from functrain.models.card import card
@@ -35,7 +36,7 @@ MARK = "functrain.json"
 def export(
     state: TrainState,
     architecture: nn.Module,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     tokenizer: Any = None,
     dtype: str | torch.dtype | None = None,
@@ -53,7 +54,7 @@ def export(
     `tokenizer`: one of `functrain.models.from_pretrained`, or of transformers. `dtype`: what the
     floating params are written as, their own unless given; those that transformers keeps in float32
     beside narrower ones (routers, say), and buffers, are as they are. Adapters are merged into the
-    weights.
+    weights. `max_shard_size`: of a file, of a model of transformers; the built-in decoder is one.
 
     The directory appears whole, under its name, after everything is on the disk; an export that is
     there already is replaced. Returns its path.
@@ -64,7 +65,7 @@ def export(
     """
     check_state(state)
     _check_whole(state, architecture)
-    target = Path(directory)
+    target = as_path("directory", directory)
     _check_target(target)
     kind = _dtype(dtype)
     architecture, params = _merged(architecture, state.params)

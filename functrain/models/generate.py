@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from functrain import keys
 from functrain.architecture import bound
+from functrain.checks import check_integer, check_not_negative, check_tensors, is_integer, is_number
 from functrain.descriptions import vocabulary_of
-from functrain.errors import BatchError, ConfigError, StateError, is_number
+from functrain.errors import BatchError, ConfigError, StateError
 from functrain.models.decoder import Cache, Decoder
 from functrain.objectives.base import logits_in
 from functrain.state import device_of
@@ -77,6 +78,8 @@ def generate(
     a prompt that is empty, out of range, or longer than that, `StateError` where logits are not
     finite, and `ConfigError` for options that make no sense.
     """
+    check_tensors("params", params)
+    check_tensors("buffers", buffers)
     # Clones, since rotary frequencies of some models are written into.
     with bound(architecture, params, clone(buffers), "eval") as model:
         return continued(
@@ -214,18 +217,12 @@ def _sampled(logits: Tensor, temperature: float, top_k: int | None, top_p: float
 _LOWEST = torch.finfo(torch.float32).tiny
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _check_options(
     max_new_tokens: object, temperature: object, top_k: object, top_p: object
 ) -> None:
-    if not _is_count(max_new_tokens):
-        raise ConfigError(f"max_new_tokens: {max_new_tokens!r}, expected an integer of at least 1")
-    if not is_number(temperature) or not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature: {temperature!r}, expected a finite number of at least 0")
-    if top_k is not None and not _is_count(top_k):
+    check_integer("max_new_tokens", max_new_tokens)
+    check_not_negative("temperature", temperature)
+    if top_k is not None and not is_integer(top_k):
         raise ConfigError(f"top_k: {top_k!r}, expected an integer of at least 1, or None")
     if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
         raise ConfigError(f"top_p: {top_p!r}, expected a number in (0, 1], or None")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from functrain import memory
 from functrain.architecture import split
+from functrain.checks import as_path
 from functrain.data.pretrained import PretrainedTokenizer, pretrained_tokenizer
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, WeightsWarning
@@ -74,7 +75,7 @@ def from_pretrained(
     read, and where weights are missing or of other shapes, since those would be random.
     """
     kind = _dtype(dtype)
-    given = Path(path)
+    given = as_path("path", path)
     if world is not None and world.size > 1:
         return _in_shards(given, kind, attention, world)
     return _whole(given, kind, device if world is None else world.device, attention)
@@ -285,7 +286,7 @@ def _moved(given: dict[str, Tensor]) -> Tensors:
 
 def tokenizer_of(path: str | Path) -> PretrainedTokenizer | None:
     """The tokenizer of a model: in its directory, None where there is none, or in its GGUF file."""
-    given = Path(path)
+    given = as_path("path", path)
     if given.suffix != ".gguf" and not any((given / name).is_file() for name in _TOKENIZERS):
         return None
     return pretrained_tokenizer(given)

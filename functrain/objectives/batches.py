@@ -236,7 +236,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
             "divisor, or pass a sequence of ready micro-batches"
         )
     size = examples // parts
-    return [_slice(batch, i * size, (i + 1) * size) for i in range(parts)]
+    return [rows_of(batch, i * size, (i + 1) * size) for i in range(parts)]
 
 
 def _check_rows(batch: Batch, examples: int, where: str) -> None:
@@ -254,9 +254,10 @@ def _check_rows(batch: Batch, examples: int, where: str) -> None:
             )
 
 
-def _slice(batch: Batch, start: int, stop: int) -> Batch:
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """The examples from one to another, exclusive."""
     return {
-        key: _slice(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
+        key: rows_of(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
         for key, value in batch.items()
     }
 

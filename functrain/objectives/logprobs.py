@@ -109,18 +109,15 @@ def hidden_rows(
     call: Callable[..., object] | None = None,
     values: Mapping[str, Tensor] | None = None,
     head: HeadMode = "auto",
-    budget: int | None = None,
     layout: Layout | None = None,
     paired: bool = False,
 ) -> HiddenRows | None:
     """The rows to be scored by chunks; None where the logits are to be taken whole.
 
-    `call` and `values`: another forward than the model's own, with these params. `budget`: bytes of
-    logits, `chunks.BUDGET` where it is None. `layout`: the batch as the model is called with it,
-    where that is not as it is. `paired`: the second half of the batch are the other sides of the
-    first; the rows come pair by pair.
+    `call` and `values`: another forward than the model's own, with these params. `layout`: the
+    batch as the model is called with it, where that is not as it is. `paired`: the second half of
+    the batch are the other sides of the first; the rows come pair by pair.
     """
-    budget = chunks.BUDGET if budget is None else budget
     if head == "full":
         return None
     shown = find_head(model)
@@ -129,7 +126,7 @@ def hidden_rows(
         return None
     targets = batch["labels"][:, 1:].flatten()
     made = len(targets) if layout is None else layout.inputs["input_ids"].numel()
-    if not chunks.are_worth(made, shown.projection.out_features, budget):
+    if not chunks.are_worth(made, shown.projection.out_features, chunks.BUDGET):
         return None
     call = model if call is None else call
     places: Tensor | None = None
@@ -152,7 +149,7 @@ def hidden_rows(
             hidden = hidden.flatten(0, 1).index_select(0, places + places // time)
     if places is not None:
         targets = targets[places]
-    projection = _projection(model, shown, values, budget, hidden.dtype)
+    projection = _projection(model, shown, values, hidden.dtype)
     return HiddenRows(hidden, targets, places, projection, sizes)
 
 
@@ -183,7 +180,6 @@ def _projection(
     model: nn.Module,
     head: Head,
     values: Mapping[str, Tensor] | None,
-    budget: int,
     dtype: torch.dtype,
 ) -> Projection:
     weight: Tensor = head.projection.weight
@@ -193,7 +189,7 @@ def _projection(
         weight = values.get(head.weight, weight)
         bias = None if head.bias is None else values.get(head.bias, bias)
     return Projection(
-        weight=weight, bias=bias, finish=head.finish(model), budget=budget, dtype=dtype
+        weight=weight, bias=bias, finish=head.finish(model), budget=chunks.BUDGET, dtype=dtype
     )
 
 
@@ -205,7 +201,6 @@ def token_scores(
     values: Mapping[str, Tensor] | None = None,
     head: HeadMode = "auto",
     detailed: bool = True,
-    budget: int | None = None,
     layout: Layout | None = None,
     paired: bool = False,
     slopes: PairSlopes | None = None,
@@ -223,7 +218,6 @@ def token_scores(
         call=call,
         values=values,
         head=head,
-        budget=budget,
         layout=layout,
         paired=paired,
     )

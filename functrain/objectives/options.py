@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from torch import Tensor
 
-from functrain.errors import ConfigError, did_you_mean, is_number
+from functrain.checks import check_integer, is_number
+from functrain.errors import ConfigError, did_you_mean
 from functrain.objectives.losses import DIVERGENCES, LOSSES, PairLoss
 from functrain.trees import Tensors, clone
 
@@ -88,9 +89,6 @@ def within(
     return check
 
 
-positive = within(0, math.inf, "a positive finite number", above=True)
-
-
 def check_combination(given: PreferenceOptimization) -> None:
     """Raise `ConfigError` for what a loss of the mix has no place for, or nothing would read."""
     if given.divergence not in DIVERGENCES:
@@ -119,9 +117,7 @@ def check_combination(given: PreferenceOptimization) -> None:
                 raise ConfigError(f"{option}: the {names[0]!r} loss has no reference; leave it out")
     if given.reference_mixup is not None and given.reference is None:
         raise ConfigError("reference_mixup: no reference to move; give reference=params")
-    sync = given.reference_sync
-    if isinstance(sync, bool) or not isinstance(sync, int) or sync < 1:
-        raise ConfigError(f"reference_sync: {sync!r}, expected an integer of at least 1")
+    check_integer("reference_sync", given.reference_sync)
     _check_read(given)
 
 

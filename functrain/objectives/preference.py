@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from functrain import accumulators
 from functrain import metrics as m
 from functrain.architecture import Mode
-from functrain.errors import BatchError, boolean
+from functrain.checks import boolean, positive
+from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import IGNORE_INDEX, Batch, count_padding, examples_in
 from functrain.objectives.layouts import (
@@ -45,7 +46,6 @@ from functrain.objectives.options import (
     check_combination,
     mixed,
     optional_tensors,
-    positive,
     within,
 )
 from functrain.objectives.pairs import (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from functrain import metrics as m
-from functrain.errors import ArchitectureError, ConfigError, is_number
+from functrain.checks import is_number
+from functrain.errors import ArchitectureError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import (
     MODEL_INPUTS,

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from functrain import metrics as m
 from functrain.architecture import Mode
-from functrain.errors import BatchError, boolean
+from functrain.checks import boolean, positive
+from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, count_padding
 from functrain.objectives.logprobs import HeadMode, head_mode, token_scores
-from functrain.objectives.options import optional_tensors, positive
+from functrain.objectives.options import optional_tensors
 from functrain.objectives.pairs import check_keys, check_reference_logps, check_sides
 from functrain.objectives.reference import reference_scores
 from functrain.trees import Tensors

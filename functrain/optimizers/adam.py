@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as adam_kernel
 
+from functrain.checks import check_fraction, check_not_negative, check_tensors
 from functrain.errors import ConfigError, StateError
 from functrain.optimizers.base import (
     Group,
     OptimizerState,
     advanced,
     as_groups,
+    check_rate,
     check_update,
-    checked,
     grouped,
     held_back,
     laid_out,
@@ -86,7 +87,7 @@ class Adam:
     """Adam and AdamW over torch's functional kernel; see `adamw` and `adam`."""
 
     decoupled: bool
-    lr: float = attrs.field()
+    lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -96,13 +97,16 @@ class Adam:
     groups: tuple[Group, ...] = attrs.field(default=(), converter=as_groups)
 
     def __attrs_post_init__(self) -> None:
-        # torch's own constructor checks the ranges and words the errors.
+        # Not by an optimizer of torch's, the first of which takes a second to import the compiler.
+        check_rate(self.kind, self.lr)
         for options in (self._options(), *(self._options(each.options) for each in self.groups)):
+            for name in ("eps", "weight_decay"):
+                check_not_negative(f"{self.kind} {name}", options[name])
             betas = options["betas"]
-            several = hasattr(betas, "__len__") and not isinstance(betas, Mapping)
-            if not several or len(betas) != 2:
-                raise ConfigError(f"{self.kind}: betas={betas!r}, expected two numbers in [0, 1)")
-            checked(torch.optim.AdamW, **options)
+            if not isinstance(betas, Sequence) or len(betas) != 2:
+                raise ConfigError(f"{self.kind} betas: {betas!r}, expected two numbers in [0, 1)")
+            for beta in betas:
+                check_fraction(f"{self.kind} betas", beta)
 
     @property
     def kind(self) -> str:
@@ -114,6 +118,7 @@ class Adam:
 
         Raises `ConfigError` for complex params where the kernel is the fused one.
         """
+        check_tensors("params", params)
         for name, param in params.items():
             if self.fused and param.is_complex():
                 raise ConfigError(

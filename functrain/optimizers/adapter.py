@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from functrain import keys
-from functrain.errors import ConfigError, FunctrainError, StateError, is_number
+from functrain.checks import check_tensors, is_number
+from functrain.errors import ConfigError, FunctrainError, StateError
 from functrain.optimizers.base import (
     Group,
     OptimizerState,
@@ -134,6 +135,7 @@ class Adapter:
 
         Raises `ConfigError` for params that the class does not take (Muon takes matrices only).
         """
+        check_tensors("params", params)
         if params:
             try:
                 self._optimizer({name: p.detach() for name, p in params.items()}, self.lr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -11,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from functrain.errors import ConfigError, StateError, did_you_mean, is_number
+from functrain.architecture import check_module
+from functrain.checks import check_not_negative, check_tensors, is_number
+from functrain.errors import ConfigError, StateError, did_you_mean
 from functrain.trees import Tensors, are_like, tensors
 
 Predicate = Callable[[str, Tensor], bool]
@@ -103,9 +104,7 @@ class Group:
         check_predicate("group", self.where)
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"group options: {self.options!r}, expected a mapping")
-        scale = self.options.get("lr_scale", 1.0)
-        if not is_number(scale) or not 0 <= scale < math.inf:
-            raise ConfigError(f"group lr_scale: {scale!r}, expected a finite number of at least 0")
+        check_not_negative("group lr_scale", self.options.get("lr_scale", 1.0))
 
 
 def check_predicate(what: str, where: object) -> None:
@@ -141,6 +140,7 @@ def group(where: Predicate, **options: Any) -> Group:
 
 def no_decay(architecture: nn.Module) -> Group:
     """The group without weight decay: biases, norms and embeddings of this architecture."""
+    check_module(architecture)
     exempt: set[int] = set()
     for module in architecture.modules():
         own = dict(module.named_parameters(recurse=False))
@@ -160,15 +160,25 @@ def _is_real(given: object) -> bool:
     return False
 
 
-def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-    """The class over one matrix, with its own complaints as `ConfigError`."""
-    name = getattr(cls, "__name__", repr(cls))
-    if not is_number(options.get("lr", 0.0)):
-        lr = options["lr"]
+def check_rate(name: str, lr: Any) -> None:
+    """Raise `ConfigError` unless it is a learning rate; params in its place are answered."""
+    _check_number(name, lr)
+    check_not_negative(f"{name} lr", lr)
+
+
+def _check_number(name: str, lr: Any) -> None:
+    if not is_number(lr):
         hint = "params are given to step.init, not to the optimizer"
         if _is_real(lr):
             hint = f"float({lr.item()!r}), say"
         raise ConfigError(f"{name}: lr is a {type(lr).__name__}, expected a number; {hint}")
+
+
+def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
+    """The class over one matrix, with its own complaints as `ConfigError`."""
+    name = getattr(cls, "__name__", repr(cls))
+    if "lr" in options:
+        _check_number(name, options["lr"])
     try:
         return cls([torch.zeros(2, 2)], **options)
     except AssertionError as error:
@@ -196,6 +206,8 @@ def check_update(
             f"state: made by {state.kind} and given to {kind}; update it with the optimizer that "
             "made it, or begin anew with init(params)"
         )
+    check_tensors("grads", grads)
+    check_tensors("params", params)
     for name in grads.keys() - params.keys():
         raise StateError(f"grads/{name}: no parameter has this name; {did_you_mean(name, params)}")
     if are_like(grads, params):
@@ -269,6 +281,8 @@ def rate_of(learning_rate: Tensor | float, options: Mapping[str, Any]) -> Tensor
     scale: float = options.get("lr_scale", 1.0)
     if isinstance(learning_rate, Tensor) and learning_rate.device.type != "cpu":
         return (learning_rate * scale).float()
+    if not is_number(learning_rate) and not _is_real(learning_rate):
+        raise ConfigError(f"learning_rate: {learning_rate!r}, expected a number, or a 0-d tensor")
     rate = float(learning_rate)
     return rate if scale == 1.0 else rate * scale
 

@@ -10,6 +10,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from functrain.architecture import check_module
+from functrain.checks import check_tensors
 from functrain.errors import ConfigError
 from functrain.lora.layers import Adapted
 from functrain.optimizers.adam import Adam, adamw
@@ -94,6 +96,7 @@ def hidden_matrices(architecture: nn.Module) -> Predicate:
 
     The predicate raises `ConfigError` for a name that the architecture has not.
     """
+    check_module(architecture)
     embeddings = [m for m in architecture.modules() if _entries(m) is not None]
     sizes = {_entries(m) for m in embeddings}
     embedded = {id(p) for m in embeddings for p in m.parameters(recurse=False)}
@@ -173,8 +176,8 @@ class Partition:
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
         """Every part's slots, under `part.slot`."""
         slots: dict[str, Tensors] = {}
-        for label, members in self._members(params).items():
-            state = self._part(label).init(members)
+        for label, optimizer, members in self._members(params):
+            state = optimizer.init(members)
             slots |= {f"{label}.{slot}": t for slot, t in state.slots.items()}
         return OptimizerState(kind=self.kind, count=zero_count(params), slots=slots)
 
@@ -216,8 +219,7 @@ class Partition:
     def _given(
         self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
     ) -> Iterator[_Given]:
-        for label, members in self._members(params).items():
-            optimizer = self._part(label)
+        for label, optimizer, members in self._members(params):
             own = {
                 slot.removeprefix(f"{label}."): t
                 for slot, t in state.slots.items()
@@ -231,17 +233,20 @@ class Partition:
                 members,
             )
 
-    def _part(self, label: str) -> Optimizer:
-        return next(optimizer for name, _, optimizer in self.parts if name == label)
-
-    def _members(self, params: Mapping[str, Tensor]) -> dict[str, Tensors]:
+    def _members(self, params: Mapping[str, Tensor]) -> list[tuple[str, Optimizer, Tensors]]:
+        """Each part that has parameters, with them."""
+        check_tensors("params", params)
         members: dict[str, dict[str, Tensor]] = {label: {} for label, _, _ in self.parts}
         for name, tensor in params.items():
             label = next((lab for lab, where, _ in self.parts if where(name, tensor)), None)
             if label is None:
                 raise ConfigError(f"{name}: no part of the partition takes it; end with `is_any`")
             members[label][name] = tensor
-        return {label: Tensors(items) for label, items in members.items() if items}
+        return [
+            (label, optimizer, Tensors(members[label]))
+            for label, _, optimizer in self.parts
+            if members[label]
+        ]
 
 
 _Given = tuple[str, Optimizer, Mapping[str, Tensor], OptimizerState, Tensors]
@@ -259,6 +264,7 @@ class _ByName(Partition):
     """Muon's partition by names, which refuses names that tell it nothing."""
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
+        check_tensors("params", params)
         matrices = [name for name, p in params.items() if p.ndim == 2]
         if len(matrices) > 1 and all(is_hidden_matrix(name, params[name]) for name in matrices):
             raise ConfigError(
@@ -283,6 +289,7 @@ def partition(parts: Iterable[tuple[str, Predicate, Optimizer]]) -> Partition:
     return Partition(parts=parts)
 
 
+_MEMBERS = ("init", "update", "lr", "kind")
 _PART = "(label, predicate, optimizer)"
 
 
@@ -292,7 +299,7 @@ def _check_part(where: str, part: Any) -> None:
         raise ConfigError(f"{where}: {part!r}, expected {_PART}")
     _, predicate, optimizer = fields
     check_predicate(where, predicate)
-    if isinstance(optimizer, type) or not all(hasattr(optimizer, n) for n in ("init", "kind")):
+    if isinstance(optimizer, type) or not all(hasattr(optimizer, n) for n in _MEMBERS):
         raise ConfigError(f"{where}: {optimizer!r}, expected an optimizer such as optim.adamw()")
 
 

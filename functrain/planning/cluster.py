@@ -7,8 +7,9 @@ from typing import Any
 
 import attrs
 
-from functrain.errors import ConfigError, did_you_mean, is_number
-from functrain.precision import Precision
+from functrain.checks import at_least_one, is_number, positive
+from functrain.errors import ConfigError, did_you_mean
+from functrain.precision import Precision, policy
 
 
 @attrs.frozen(kw_only=True)
@@ -45,18 +46,6 @@ DEVICES: Mapping[str, Device] = {
 """NVIDIA's data sheets (SXM): NVLink in one direction, InfiniBand HDR, NDR, NDR and NDR."""
 
 
-def _positive(record: Any, field: Any, value: Any) -> None:
-    del record
-    if not is_number(value) or not 0 < value < float("inf"):
-        raise ConfigError(f"{field.name}: {value!r}, expected a positive finite number")
-
-
-def _count(record: Any, field: Any, value: Any) -> None:
-    del record
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{field.name}: {value!r}, expected an integer of at least 1")
-
-
 @attrs.frozen(kw_only=True)
 class Cluster:
     """`workers` of one kind, `per_node` to a node.
@@ -68,14 +57,14 @@ class Cluster:
     sums of gradients run beside the computation, for which somebody else must exchange.
     """
 
-    workers: int = attrs.field(validator=_count)
-    per_node: int = attrs.field(default=8, validator=_count)
-    memory: float = attrs.field(validator=_positive)
-    flops: float = attrs.field(validator=_positive)
-    traffic: float = attrs.field(validator=_positive)
-    inside: float = attrs.field(validator=_positive)
-    between: float = attrs.field(validator=_positive)
-    latency: float = attrs.field(default=20e-6, validator=_positive)
+    workers: int = attrs.field(validator=at_least_one)
+    per_node: int = attrs.field(default=8, validator=at_least_one)
+    memory: float = attrs.field(validator=positive)
+    flops: float = attrs.field(validator=positive)
+    traffic: float = attrs.field(validator=positive)
+    inside: float = attrs.field(validator=positive)
+    between: float = attrs.field(validator=positive)
+    latency: float = attrs.field(default=20e-6, validator=positive)
     beside: bool = True
 
     @property
@@ -85,7 +74,7 @@ class Cluster:
 
 
 def cluster(
-    name: str, workers: int, precision: Precision, *, utilisation: float = 0.4, **more: Any
+    name: str, workers: int, precision: str | Precision, *, utilisation: float = 0.4, **more: Any
 ) -> Cluster:
     """So many workers of a device of `DEVICES`, which come to a part of their peak.
 
@@ -96,6 +85,7 @@ def cluster(
     if not is_number(utilisation) or not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation: {utilisation!r}, expected a number in (0, 1]")
     device = DEVICES[name]
+    precision = policy(precision)
     narrow = precision.cast is not None or precision.autocast is not None
     found: dict[str, Any] = {
         "memory": device.memory,

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from functrain import activations
 from functrain.architecture import Slots, bound, slots
+from functrain.checks import check_integer
 from functrain.errors import ArchitectureError, ConfigError, FunctrainError
 from functrain.flops import counter
 from functrain.forward import forward_buffers
@@ -62,9 +63,7 @@ class Job:
 
     def __attrs_post_init__(self) -> None:
         for name in ("rows", "time", "microbatches", "sides"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: {value!r}, expected an integer of at least 1")
+            check_integer(name, getattr(self, name))
         if self.rows % self.microbatches:
             raise ConfigError(
                 f"rows: {self.rows} cannot be cut into {self.microbatches} equal micro-batches"

@@ -129,15 +129,18 @@ def _bounds(values: Sequence[float], logarithmic: bool) -> tuple[float, float, b
     return (0.0 if low >= 0 > below else below), high + margin, False
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers within [low, high]."""
-    raw = (high - low) / count
+_TICKS = 4
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About four round numbers within [low, high]."""
+    raw = (high - low) / _TICKS
     if not raw > 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * n for n in (1, 2, 5, 10) if power * n >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [step * n for n in range(first, first + count + 2) if step * n <= high + 1e-9 * step]
+    return [step * n for n in range(first, first + _TICKS + 2) if step * n <= high + 1e-9 * step]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

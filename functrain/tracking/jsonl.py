@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from functrain.checks import PathLike, as_path
 from functrain.errors import DataError
 from functrain.writing import append, write
 
@@ -41,8 +42,8 @@ class JSONLTracker:
     line that is logged. Raises `DataError` for a metric of the name "step".
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+    def __init__(self, path: PathLike) -> None:
+        self._path = as_path("path", path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
@@ -92,25 +93,25 @@ class Several:
             each.close()
 
 
-def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read(path: PathLike) -> list[dict[str, Any]]:
     """The records of a file, numbers as numbers; none where there is no file.
 
     A last line without an end was torn by a kill and is left out; any other that is not a record
     raises `DataError` with its number.
     """
-    target = Path(path)
+    target = as_path("path", path)
     if not target.exists():
         return []
     *lines, _torn = target.read_bytes().split(b"\n")
     return [_record(line, f"{target}:{number}") for number, line in enumerate(lines, start=1)]
 
 
-def truncate_after(path: str | os.PathLike[str], step: int) -> None:
+def truncate_after(path: PathLike, step: int) -> None:
     """Drop the records of later steps, so that a resumed run's file is an uninterrupted one's.
 
     `DataError` where it cannot be written; the records are then as they were.
     """
-    target = Path(path)
+    target = as_path("path", path)
     if not target.exists():
         return
     *lines, _torn = target.read_bytes().split(b"\n")

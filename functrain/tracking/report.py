@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
 
+from functrain.checks import PathLike, as_path
 from functrain.errors import ConfigError
 from functrain.tracking.charts import COLOURS, Chart, Curve, curve, drawn
 from functrain.writing import write
@@ -205,9 +204,9 @@ def _row(kept: CheckpointRow) -> dict[str, str]:
     }
 
 
-def write_report(path: str | os.PathLike[str], **contents: Any) -> None:
+def write_report(path: PathLike, **contents: Any) -> None:
     """`render_report` to a file, which appears whole or not at all; `OSError` where it cannot."""
-    write(Path(path), render_report(**contents).encode())
+    write(as_path("path", path), render_report(**contents).encode())
 
 
 _TEMPLATE = """{% macro figures(charts, always=false) %}

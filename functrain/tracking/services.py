@@ -20,6 +20,7 @@ import attrs
 
 from functrain.errors import ConfigError, did_you_mean
 from functrain.tracking.jsonl import Tracker
+from functrain.writing import write
 
 
 @attrs.frozen(kw_only=True)
@@ -42,9 +43,7 @@ class TrackedRun:
         known: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
         if service not in known:
             known[service] = make()
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(json.dumps(known, indent=1))
-            temporary.replace(path)
+            write(path, json.dumps(known, indent=1).encode())
         return known[service]
 
 

@@ -72,6 +72,21 @@ def test_what_cannot_be_kept_is_named(bad: Any) -> None:
         Keep(**bad)
 
 
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [({"lower": "no"}, "True or False"), ({"lower": 0}, "True"), ({"metric": 3}, "a name")],
+)
+def test_what_the_best_are_by_is_checked(bad: Any, expected: str) -> None:
+    """A text is true: by `lower="no"` the worst would stay, and the best would go."""
+    with pytest.raises(ft.CheckpointError, match=f"keep: .*expected {expected}"):
+        Keep(**bad)
+
+
+def test_a_writer_says_at_once_what_it_cannot_keep(tmp_path: Path) -> None:
+    with pytest.raises(ft.CheckpointError, match="keep: last=0, expected an integer"):
+        ft.checkpoint.BackgroundWriter(tmp_path, keep=0)
+
+
 def test_a_metric_that_no_checkpoint_has_removes_none_of_the_measured(tmp_path: Path) -> None:
     """Under a name that is misspelt they all were the worst."""
     _saved(tmp_path)

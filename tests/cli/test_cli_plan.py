@@ -90,6 +90,11 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "sft", "--model.from", "nowhere"], "model.from: nowhere is not there"),
         (["plan", "sft", "--lora.rank", "8"], "lora.rank: a plan is for models that are trained"),
         (["plan", "pretrain", "--utilisation", "0"], "utilisation: 0.0, expected a number"),
+        (
+            ["plan", "pretrain", "--utilisation", "0.5", "--tflops", "9"],
+            "is given by tflops; leave",
+        ),
+        (["plan", "pretrain", "--utilisation", "7", "--device", "here"], "is measured; leave it"),
     ],
 )
 def test_bad_input_is_answered(

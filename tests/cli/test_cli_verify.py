@@ -153,6 +153,19 @@ def test_what_is_said_to_be_the_same_has_been_hashed(
     assert f"{file}: its sha256 does not match" in capsys.readouterr().err
 
 
+def test_a_config_that_cannot_be_read_is_said(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "one" / "sft", tmp_path / "copy")
+    with (tmp_path / "copy" / "config.toml").open("a") as file:
+        file.write("[nothing]\n")
+    assert main(["diff", str(runs / "one" / "sft"), str(tmp_path / "copy")]) == 0
+    out = capsys.readouterr().out
+    assert "configs not compared: " in out
+    assert "nothing" in out
+    assert "the same bits at every step" in out
+
+
 def test_steps_that_are_the_same_are_named_in_their_order(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

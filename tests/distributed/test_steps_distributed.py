@@ -119,6 +119,13 @@ def test_params_that_are_not_the_same_are_not_sharded(group: Group) -> None:
         assert "disagree before they are sharded" in each["error"][1]
 
 
+def test_operations_are_counted_on_a_whole_model(group: Group) -> None:
+    for refused in group.values("operations", 2, {}):
+        ((kind, message),) = refused
+        assert kind == "ConfigError"
+        assert "counted on a whole model" in message
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_and_fast_agrees_with_one_to_rounding(group: Group, size: int) -> None:
     options = {"step": {"reduction": "fast", "microbatches": 4 * size}, "odd": True, "examples": 24}

@@ -427,13 +427,15 @@ def test_rows_without_a_target_are_left_out() -> None:
     assert (rows.targets != -100).all()
 
 
-def test_logits_within_the_budget_are_taken_whole() -> None:
+def test_logits_within_the_budget_are_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is one of the batch's shape: 40 rows of logits in a room for 40, and for 39."""
     model = _decoder()
     row = VOCABULARY * 4
-    assert hidden_rows(model, _batch(), budget=40 * row) is None
-    assert hidden_rows(model, _batch(), budget=40 * row - 1) is not None
-    assert hidden_rows(model, _batch(), budget=0, head="full") is None
+    for budget, whole in ((40 * row, True), (40 * row - 1, False)):
+        monkeypatch.setattr(chunks, "BUDGET", budget)
+        assert (hidden_rows(model, _batch()) is None) is whole
+    monkeypatch.setattr(chunks, "BUDGET", 0)
+    assert hidden_rows(model, _batch(), head="full") is None
 
 
 @SOME

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from functrain import optim
@@ -69,10 +73,10 @@ def test_a_group_may_have_its_own_betas_and_eps() -> None:
 
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
-    (lambda: optim.adamw(-1.0), "AdamW: Invalid learning rate: -1.0"),
-    (lambda: optim.adamw(eps=-1.0), "AdamW: Invalid epsilon value: -1.0"),
-    (lambda: optim.adamw(betas=(1.0, 0.9)), "AdamW: Invalid beta parameter"),
-    (lambda: optim.adam(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
+    (lambda: optim.adamw(-1.0), "adamw lr: -1.0, expected a finite number of at least 0"),
+    (lambda: optim.adamw(eps=-1.0), "adamw eps: -1.0, expected a finite number"),
+    (lambda: optim.adamw(betas=(1.0, 0.9)), "adamw betas: 1.0, expected a number in"),
+    (lambda: optim.adam(weight_decay=-0.1), "adam weight_decay: -0.1, expected"),
     (
         lambda: optim.adamw(groups=[optim.group(optim.is_any, momentum=0.9)]),
         "group option 'momentum': an Adam group may set betas, eps, weight_decay and lr_scale",
@@ -83,15 +87,29 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: optim.adam(groups=[optim.group(optim.is_any, weight_decay=-1.0)]),
-        "Invalid weight_decay value: -1.0",
+        "adam weight_decay: -1.0, expected",
     ),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_what_torch_refuses_is_a_config_error(make: Callable[[], Any], message: str) -> None:
+def test_what_is_out_of_range_is_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+NUMBERS = st.floats(-2.0, 2.0) | st.sampled_from([0.0, -0.0, 1.0, 1 - 1e-16, 5e-324])
+
+
+@given(lr=NUMBERS, betas=st.tuples(NUMBERS, NUMBERS), eps=NUMBERS, weight_decay=NUMBERS)
+def test_what_is_refused_is_what_torch_refuses(**options: Any) -> None:
+    refused = False
+    try:
+        torch.optim.AdamW([torch.zeros(1)], **options)
+    except ValueError:
+        refused = True
+    with pytest.raises(ConfigError) if refused else nullcontext():
+        optim.adamw(**options)
 
 
 def _state(**slots: Any) -> Any:
@@ -180,3 +198,12 @@ def test_params_in_columns_are_updated_as_those_in_rows() -> None:
         assert torch.equal(new["a"], expected["a"])
     with pytest.raises(StateError, match="or take fused=False"):
         optimizer.update(grads, optimizer.init(gaps), gaps, 1e-2, donate=True)
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), 0.5])
+def test_a_rate_is_a_number_of_any_library(rate: Any) -> None:
+    optimizer = optim.adamw()
+    grads = {name: torch.ones_like(tensor) for name, tensor in PARAMS.items()}
+    found, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS, rate)
+    expected, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS, 0.5)
+    assert all(torch.equal(found[name], expected[name]) for name in PARAMS)

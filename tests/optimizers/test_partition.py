@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -299,6 +300,7 @@ PARTS: list[tuple[Any, str]] = [
     ([optim.adamw()], "partition[0]: Adam("),
     ([("a", "bias", optim.adamw())], "partition[0]: 'bias', expected a predicate: lambda name, t"),
     ([("a", optim.is_any, optim.adamw)], "partition[0]: <function adamw"),
+    ([("a", optim.is_any, SimpleNamespace(init=1, kind="a"))], "partition[0]: namespace(init=1"),
     ([("a", optim.is_any, None)], "partition[0]: None, expected an optimizer such as optim.adamw"),
 ]
 

@@ -131,6 +131,7 @@ def test_devices_are_known_by_their_precision() -> None:
     single = cluster("h100", 8, POLICIES["fp32"])
     assert half.flops == pytest.approx(0.4 * 989e12)
     assert single.flops < half.flops / 10
+    assert cluster("h100", 8, "bf16") == half
     assert cluster("h100", 8, POLICIES["bf16"], utilisation=0.5, memory=1e9).memory == 1e9
 
 

@@ -1,0 +1,91 @@
+"""What an argument must be, asked in one place and in the same words.
+
+Each raises `ConfigError` with the argument's name, what was given and what was expected. Those that
+take a record and a field are attrs validators.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from functrain.errors import ConfigError
+
+PathLike = str | os.PathLike[str]
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is an int or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_integer(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether a value is an int of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_integer(name: str, value: object, least: int = 1) -> None:
+    """An int of at least `least`."""
+    if not is_integer(value, least):
+        raise ConfigError(f"{name}: {value!r}, expected an integer of at least {least}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """A number above 0, and finite."""
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ConfigError(f"{name}: {value!r}, expected a positive finite number")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """A number of at least 0, and finite."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name}: {value!r}, expected a finite number of at least 0")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """A number in [0, 1)."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"{name}: {value!r}, expected a number in [0, 1)")
+
+
+def check_tensors(name: str, given: object) -> None:
+    """A mapping: no module, of whose params somebody may think, and no None."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"{name}: {type(given).__name__}, expected a mapping of names to tensors; "
+            "functrain.split gives params and buffers, functrain.value_and_grad gives grads"
+        )
+
+
+def as_path(name: str, given: object) -> Path:
+    """A path; the empty text is none, since it would be the working directory."""
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):  # pyrefly: ignore[implicit-any-type-argument]
+        raise ConfigError(f"{name}: {given!r}, expected a path")
+    path = os.fspath(given)
+    if not isinstance(path, str):
+        raise ConfigError(f"{name}: {given!r}, expected a path as a text, not as bytes")
+    return Path(path)
+
+
+def boolean(_record: object, field: Any, value: Any) -> None:
+    """True or False: "false" is true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field.name}: {value!r}, expected True or False")
+
+
+def at_least_one(_record: object, field: Any, value: Any) -> None:
+    """An int of at least 1."""
+    check_integer(field.name, value)
+
+
+def positive(_record: object, field: Any, value: Any) -> None:
+    """A number above 0, and finite."""
+    check_positive(field.name, value)
+
+
+def fraction(_record: object, field: Any, value: Any) -> None:
+    """A number in [0, 1)."""
+    check_fraction(field.name, value)
