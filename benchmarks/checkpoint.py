@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attrs
+import harness
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -124,10 +125,10 @@ def measured(ways: dict[str, Act], base: str, rounds: int, fresh: bool, path: Pa
             seconds[name].append(timed(ways[name], path))
     for name, took in seconds.items():
         ratios = [a / b for a, b in zip(took, seconds[base], strict=True)]
-        quarters = statistics.quantiles(ratios, n=4)
+        low, high = harness.quartiles(ratios)
         print(
-            f"  {name:<18} {statistics.median(took):6.2f} s   ratio {quarters[1]:.2f} "
-            f"(quartiles {quarters[0]:.2f} to {quarters[2]:.2f})"
+            f"  {name:<18} {statistics.median(took):6.2f} s   "
+            f"ratio {statistics.median(ratios):.2f} (quartiles {low:.2f} to {high:.2f})"
         )
 
 

@@ -14,8 +14,6 @@ once for it (MALLOC_MMAP_THRESHOLD_): else it is what glibc keeps, of every way,
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import random
@@ -26,9 +24,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -134,8 +132,7 @@ def make(shape: DecoderConfig, way: str, microbatches: int, world: Any) -> Step:
 
 def resident() -> float:
     """MB that this process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return harness.resident() / 1e6
 
 
 class Peak:
@@ -170,7 +167,7 @@ def worker(options: Any) -> None:
         torch.optim.AdamW(warm.parameters(), fused=True)  # what torch imports at first use
         before = resident()
         steps = {way: make(shape, way, options.microbatches, world) for way in ways}
-        freed()
+        harness.release()
         peak = Peak()
         check_losses({way: step(own) for way, step in steps.items()}, world)
         if not options.memory:
@@ -185,16 +182,10 @@ def worker(options: Any) -> None:
                 dist.barrier()
                 times[way].append(time.perf_counter() - begin)
         most = peak.end()
-        freed()
+        harness.release()
         memory = {"held": resident() - before, "peak": most - before}
         if world.rank == 0:
             print(json.dumps({"times": times, "memory": memory}), flush=True)
-
-
-def freed() -> None:
-    """Give what has been freed back to the system, which would count it as resident."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_losses(own: dict[str, Tensor], world: Any) -> None:
@@ -239,7 +230,7 @@ def show_times(times: dict[str, list[float]], size: int) -> None:
         other = times.get(BESIDE.get(way, ""))
         if other:
             ratios = sorted(a / b for a, b in zip(own, other, strict=True))
-            low, _, high = statistics.quantiles(ratios, n=4)
+            low, high = harness.quartiles(ratios)
             line += f"   {statistics.median(own) / statistics.median(other):.2f}"
             line += f" ({low:.2f} to {high:.2f}) of {BESIDE[way]}"
         print(line)

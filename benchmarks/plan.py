@@ -70,7 +70,7 @@ def main() -> None:
             once = [*same, "--ways", way]
             memory = launched(size, [*once, "--memory", "--rounds=2"])["memory"]["peak"]
             times = launched(size, [*once, f"--rounds={options.rounds}"])["times"][way]
-            taken, planned = statistics.median(times), layout.bytes / 2**20
+            taken, planned = statistics.median(times), layout.bytes / 1e6
             print(
                 f"| {size} | {way} | {planned:,.0f}, {memory:,.0f} | {planned / memory:.2f} | "
                 f"{layout.step:.3f}, {taken:.3f} | {layout.step / taken:.2f} |",

@@ -73,7 +73,8 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     programs.steps({"steps": 1})  # what torch imports when it is first used
-    for module in sys.argv[1:]:
+    # And what shards bring, DTensor and with it the compiler: each worker would take seconds.
+    for module in ("torch.distributed.tensor", "torch._dynamo", *sys.argv[1:]):
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
