@@ -151,7 +151,7 @@ class Data:
     """A file (.jsonl, .json, .parquet; for pretraining also .txt, .md, .bin, .npy), a directory or
     a pattern of such, or `embedded`."""
     held_out: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
-    """A file to evaluate on; the embedded data has its own."""
+    """What to evaluate on, a file or several as `train`; the embedded data has its own."""
     time: int = attrs.field(default=256, validator=at_least(2))
     """Tokens in a row; longer examples are cut."""
     limit: int | None = attrs.field(default=None, validator=count)
@@ -199,7 +199,7 @@ class Text(Data):
     """Running text, or files of token ids."""
 
     dtype: str = attrs.field(default="uint16", validator=one_of(TOKEN_TYPES))
-    """The type of the ids in a .bin file."""
+    """The type of the ids in a .bin file; one of llm.c's says its own."""
     vocabulary: int | None = attrs.field(default=None, validator=at_least(2))
     """Token ids in all, where the data are ids of a tokenizer of your own."""
     cache: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import glob
 import importlib.util
+import itertools
+import os
 import shlex
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,14 +27,14 @@ from functrain.cli.config import (
     Start,
     Text,
 )
-from functrain.cli.known import EMBEDDED, SCHEDULES
+from functrain.cli.known import EMBEDDED, SCHEDULES, TOKEN_FILES
 from functrain.cli.origins import Origin, RunDirectory, origin
 from functrain.errors import ConfigError, DataError
 from functrain.tracking import jsonl
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 SUFFIXES = {
-    "pretrain": (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", ".bin", ".npy"),
+    "pretrain": (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet", *TOKEN_FILES),
     "sft": (".jsonl", ".ndjson", ".json", ".parquet"),
     "dpo": (".jsonl", ".ndjson", ".json", ".parquet"),
 }
@@ -65,8 +67,13 @@ def check_files(config: Config) -> None:
         if given is None or (given == EMBEDDED and key == "data.train"):
             continue
         known = SUFFIXES[config.stage]
-        if Path(given).is_dir() or (not Path(given).exists() and glob.has_magic(given)):
+        begun, there = config.data.sha256 is not None, Path(given).exists()
+        if Path(given).is_dir() or (not there and glob.has_magic(given)):
+            if next(iter(_named(given)), None) is None:
+                raise _absent(key, given, begun=begun)
             continue  # what is in it is looked at where it is read
+        if begun and not there:  # a file of any name, or a directory
+            raise _absent(key, given, begun=True)
         plain = given[: -len(".gz")] if given.lower().endswith(".gz") else given
         # Ids are mapped, so they cannot be compressed; as text they would be nonsense.
         if Path(plain).suffix.lower() not in known or (plain != given and is_tokens(plain)):
@@ -75,19 +82,20 @@ def check_files(config: Config) -> None:
                 f"{EMBEDDED!r} as data.train"
             )
         if not Path(given).is_file():
-            raise _absent(key, given, begun=config.data.sha256 is not None)
+            raise _absent(key, given, begun=begun)
     data = config.data
-    if data.held_out is not None and is_tokens(data.held_out) and not is_tokens(data.train):
+    held_out = data.held_out if isinstance(data, Text) else None
+    if held_out is not None and is_tokens(held_out) and not is_tokens(data.train):
         raise ConfigError(
-            f"data.held_out: {data.held_out} holds token ids, and data.train is text, which this "
+            f"data.held_out: {held_out} holds token ids, and data.train is text, which this "
             "run has a tokenizer for; hold out text, or train on ids too"
         )
     if isinstance(data, Text) and data.vocabulary and not is_tokens(data.train):
         raise ConfigError(
-            f"data.vocabulary: {data.train} is text, whose tokenizer is the built-in one; give "
-            "vocabulary with token ids (.bin, .npy) only"
+            f"data.vocabulary: {data.train} is text, or holds some, whose tokenizer is the "
+            "built-in one; give vocabulary with token ids (.bin, .npy) only"
         )
-    if data.packing and is_tokens(data.train):
+    if isinstance(data, Text) and data.packing and is_tokens(data.train):
         raise ConfigError(
             f"data.packing: {data.train} is one stream of ids, whose rows are full, and says "
             "nothing of documents; leave it out"
@@ -114,8 +122,30 @@ def _absent(key: str, given: str, *, begun: bool) -> ConfigError:
 
 
 def is_tokens(path: str) -> bool:
-    """Whether a data file holds token ids."""
-    return Path(path).suffix.lower() in (".bin", ".npy")
+    """Whether a data file, or all that a directory or a pattern names, holds token ids.
+
+    Of a run that has begun `data.vocabulary` says it: its data may lie elsewhere by now.
+    """
+    if path == EMBEDDED:
+        return False
+    found = iter(_named(path))
+    first = next(found, Path(path))  # a pattern of what is not there yet may tell as well
+    if os.path.isdir(first):  # noqa: PTH112  an empty one
+        return False
+    return all(each.suffix.lower() in TOKEN_FILES for each in itertools.chain([first], found))
+
+
+def _named(path: str) -> Iterable[Path]:
+    """What a path names: itself, the files of a directory at any depth, or those of a pattern."""
+    # Not by Path, which has no answer for a text that is too long.
+    found: Iterable[Path] = (Path(path),)
+    if os.path.isdir(path):  # noqa: PTH112
+        found = Path(path).rglob("*")
+    elif not os.path.exists(path) and glob.has_magic(path):  # noqa: PTH110
+        found = map(Path, glob.iglob(path, recursive=True))  # noqa: PTH207  absolute ones too
+    else:
+        return found
+    return (each for each in found if not each.is_dir())
 
 
 def resolved(config: C, *, threads: int, device: str) -> C:
@@ -213,6 +243,11 @@ def _check_read(config: Config) -> None:
             f"train.keep_best: {best}, and nothing is held out by whose loss the best would be "
             "known; give data.held_out, or leave it out"
         )
+    for name, usual in (("truncation", "keep_start"), ("min_prompt", 1)):
+        if isinstance(data, Text) and getattr(data, name) != usual:
+            raise ConfigError(
+                f"data.{name}: running text is not cut, but goes on in the next row; leave it out"
+            )
     for name in ("enable_thinking", "today"):
         if _is_built_in(config) and getattr(data, name) is not None:
             raise ConfigError(
@@ -308,7 +343,7 @@ def _known_by_hash(before: Config, now: Config) -> set[str]:
     if (
         old.sha256 is not None
         and EMBEDDED not in (old.train, new.train)
-        and is_tokens(old.train) == is_tokens(new.train)
+        and (getattr(old, "vocabulary", None) is not None) == is_tokens(new.train)
     ):
         found.add("data.train")
     if old.held_out is not None and old.held_out_sha256 is not None:

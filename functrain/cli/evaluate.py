@@ -13,7 +13,7 @@ from functrain import data, models, optimizers
 from functrain.cli.config import Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.ending import unreferenced
-from functrain.cli.known import EMBEDDED, MULTIPLE
+from functrain.cli.known import EMBEDDED, MULTIPLE, TOKEN_FILES
 from functrain.cli.origins import origin
 from functrain.cli.restoring import Trained, trained
 from functrain.cli.sources import cut_options, text_maker
@@ -90,11 +90,14 @@ def check(given: str, files: Sequence[str]) -> None:
             raise ConfigError(f"{file}: is not there (looked from {Path.cwd()})")
         if is_tokens(file):
             if tokenizer is None:
+                files_of(file, TOKEN_FILES)
                 continue
             raise ConfigError(
                 f"{file}: token ids, and the model reads text with a tokenizer of its own, of "
                 "which they need not be; give text"
             )
+        if file != EMBEDDED:
+            files_of(file, (*TEXTS, *RECORDS, *TOKEN_FILES))
         if tokenizer is None:
             raise ConfigError(
                 f"{file}: text, and the model has no tokenizer beside it; give a .bin or .npy file "
@@ -172,11 +175,11 @@ def _evaluated(model: Trained, objective: Objective, batches: Sequence[Batch]) -
 
 def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[str, MapSource]:
     options: dict[str, Any] = {"time": time, "batch_size": batch_size, "seed": derive(0, "data")}
-    if is_tokens(file):
-        dtype = "uint16" if model.config is None else getattr(model.config.data, "dtype", "uint16")
-        return "text", data.tokens(file, dtype=dtype, **options)
-    assert model.tokenizer is not None  # `check` has refused text without one
     try:
+        if is_tokens(file):
+            own = None if model.config is None else getattr(model.config.data, "dtype", None)
+            return "text", data.tokens(file, dtype=own or "uint16", **options)
+        assert model.tokenizer is not None  # `check` has refused text without one
         kind, found = _read(model, file)
         make, more = _as_trained(model.config, kind)
         most = models.positions(model.architecture)

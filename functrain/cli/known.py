@@ -97,4 +97,5 @@ REQUIRED = {
 DEVICES = ("cpu", "cuda")
 TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+TOKEN_FILES = (".bin", ".npy")
 EMBEDDED = "embedded"

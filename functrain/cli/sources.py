@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
-import numpy as np
 
 from functrain import data, keys
 from functrain.cli.config import DPO, SFT, Config, Pretrain
@@ -16,6 +15,7 @@ from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
 from functrain.compilation import LIMIT
 from functrain.data import Tokenizer
+from functrain.data.token_files import Ids, JoinedIds
 from functrain.errors import ConfigError, DataError
 from functrain.objectives.batches import Batch
 
@@ -71,8 +71,8 @@ def _file(
             return _cached(config, config.data.cache, path, tokenizer, limit)
         if isinstance(config, Pretrain) and is_tokens(path):
             ids = data.tokens(path, dtype=config.data.dtype, **_rows(config))
-            _check_ids(ids.ids, config.data.vocabulary)
-            return ids if limit is None else attrs.evolve(ids, ids=ids.ids[:limit])
+            _check_ids(path, ids.ids, config.data.vocabulary)
+            return ids.first(limit)
         if config.stage == "pretrain":
             texts = data.documents(path, on_bad_record=config.data.on_bad_record)
             source: Any = _source(config, texts.first(limit), tokenizer)
@@ -85,8 +85,12 @@ def _file(
         raise error if path in str(error) else DataError(f"{path}: {error}") from error
 
 
-def _check_ids(ids: np.ndarray[Any, Any], vocabulary: int | None) -> None:
+def _check_ids(path: str, ids: Ids | JoinedIds, vocabulary: int | None) -> None:
     """Raise `DataError` for an id that no model of this run has, before a step meets it."""
+    if isinstance(ids, JoinedIds):
+        for each, own in zip(ids.paths, ids.arrays, strict=True):
+            _check_ids(str(each), own, vocabulary)
+        return
     for begin in range(0, len(ids), _HASHED):
         piece = ids[begin : begin + _HASHED]
         least, most = int(piece.min()), int(piece.max())
@@ -94,7 +98,9 @@ def _check_ids(ids: np.ndarray[Any, Any], vocabulary: int | None) -> None:
             bad = least if least < 0 else most
             at = begin + int((piece == bad).argmax())
             bound = "at least 0" if vocabulary is None else f"in [0, {vocabulary})"
-            raise DataError(f"token {at} is {bad}, expected {bound}, as data.vocabulary says")
+            raise DataError(
+                f"{path}: token {at} is {bad}, expected {bound}, as data.vocabulary says"
+            )
 
 
 def _cached(
@@ -136,7 +142,7 @@ def _pieces(source: Source) -> Iterator[bytes]:
         yield from (repr(example).encode() for example in getattr(source, "examples", ()))
 
 
-def _bytes(array: np.ndarray[Any, Any]) -> Iterator[bytes]:
+def _bytes(array: Ids | JoinedIds) -> Iterator[bytes]:
     """Of an array that may be mapped from a file larger than the memory."""
     yield str((array.shape, array.dtype)).encode()
     for begin in range(0, len(array), _HASHED):

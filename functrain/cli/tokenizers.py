@@ -34,7 +34,8 @@ def tokenizer_for(config: Config, start: Origin | None) -> Tokenizer | None:
             )
         return _told(found, config)
     assert isinstance(config, Pretrain)  # the other stages have a start
-    return None if is_tokens(config.data.train) else ByteTokenizer()
+    given = config.data.vocabulary is not None or is_tokens(config.data.train)
+    return None if given else ByteTokenizer()
 
 
 def _told(tokenizer: Tokenizer, config: Config) -> Tokenizer:
@@ -62,7 +63,7 @@ def tokenizer_of(found: Origin) -> Tokenizer | None:
             raise ConfigError(f"{found.run.tokenizer_files} is missing; put it back")
         return pretrained_tokenizer(found.run.tokenizer_files)
     if not found.run.tokenizer.is_file():
-        if isinstance(found.config, Pretrain) and is_tokens(found.config.data.train):
+        if isinstance(found.config, Pretrain) and found.config.data.vocabulary is not None:
             return None
         raise ConfigError(
             f"{found.run.tokenizer} is missing, with which this run on text was begun; put it back"

@@ -13,7 +13,8 @@ import torch
 
 from functrain.data.sequences import Chats
 from functrain.data.source import Batch, at_least_one
-from functrain.data.text import IGNORE_INDEX, Ids, check_time, checked_ids, encoded
+from functrain.data.text import IGNORE_INDEX, check_time, checked_ids, encoded
+from functrain.data.token_files import Ids
 from functrain.data.tokenizers import Tokenizer
 from functrain.data.truncation import Counted
 from functrain.errors import DataError

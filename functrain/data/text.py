@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import os
-import tokenize
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from functrain.checks import PathLike
 from functrain.data.source import Batch, MapSource
+from functrain.data.token_files import Ids, JoinedIds, mapped
 from functrain.data.tokenizers import Tokenizer, check_tokenizer
 from functrain.errors import DataError
 
 IGNORE_INDEX = -100
-Ids = npt.NDArray[Any]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -32,7 +30,7 @@ class TextRows(MapSource):
     what it was read from, a line for each thing to say, where that is known.
     """
 
-    ids: Ids = attrs.field(repr=False)
+    ids: Ids | JoinedIds = attrs.field(repr=False)
     time: int
     origin: tuple[str, ...] = attrs.field(default=(), repr=False)
 
@@ -44,6 +42,15 @@ class TextRows(MapSource):
     def __len__(self) -> int:
         """Rows in the stream."""
         return -(-(len(self.ids) - 1) // (self.time - 1))
+
+    def first(self, limit: int | None) -> TextRows:
+        """The same of the first `limit` tokens, or of all."""
+        if limit is None:
+            return self
+        ids = self.ids
+        return attrs.evolve(
+            self, ids=ids.first(limit) if isinstance(ids, JoinedIds) else ids[:limit]
+        )
 
     def collate(self, indices: list[int]) -> Batch:
         """The rows of these indices."""
@@ -123,7 +130,7 @@ def id_type(tokenizer: Tokenizer) -> np.dtype[Any]:
 
 
 def tokens(
-    ids: str | os.PathLike[str] | Ids,
+    ids: PathLike | Ids,
     *,
     time: int,
     batch_size: int,
@@ -131,9 +138,14 @@ def tokens(
     shuffle: bool = True,
     dtype: str = "uint16",
 ) -> TextRows:
-    """A file of token ids (raw `dtype`, or .npy), memory-mapped, or an array of them."""
-    array = ids if isinstance(ids, np.ndarray) else _mapped(ids, dtype)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    """Token ids, memory-mapped, or an array of them.
+
+    Of a file (raw `dtype`, .npy, or a .bin of llm.c's, which says its dtype), of a directory or a
+    pattern of such, `tokens/*.bin`, which are one stream in the order of their names. Raises
+    `DataError` for what is none, and for raw ids that look like the parts of wider ones.
+    """
+    array = ids if isinstance(ids, np.ndarray) else mapped(ids, dtype)
+    if len(array.shape) != 1 or array.dtype.kind not in "iu":
         raise DataError(f"tokens: {array.dtype}{list(array.shape)}, expected integers [tokens]")
     return TextRows(ids=array, time=time, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
@@ -148,45 +160,3 @@ def checked_ids(ids: Ids, begin: int) -> npt.NDArray[np.int64]:
             "with another dtype?"
         )
     return signed
-
-
-def _mapped(ids: str | os.PathLike[str], dtype: str) -> Ids:
-    if not (isinstance(ids, str) or hasattr(ids, "__fspath__")):
-        hint = "ids.numpy()" if isinstance(ids, torch.Tensor) else "numpy.array(ids)"
-        raise DataError(
-            f"tokens: expected a path or a numpy array of ids, got {type(ids).__name__}; give "
-            f"{hint}"
-        )
-    path = Path(ids)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected token ids as raw {dtype}, or .npy")
-    if path.suffix.lower() == ".npy":
-        return _npy(path)
-    size = _itemsize(dtype)
-    if not path.stat().st_size or path.stat().st_size % size:
-        raise DataError(
-            f"{path}: {path.stat().st_size} bytes are no whole number of {dtype} ids; was it "
-            "written with another dtype?"
-        )
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _npy(path: Path) -> Ids:
-    try:
-        # Not `numpy.load`, which reads other kinds of files too, and advises to unpickle the rest.
-        array: Ids = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, SyntaxError, tokenize.TokenError) as error:
-        raise DataError(
-            f"{path}: no .npy file of integers (is it whole?); write one with numpy.save(path, ids)"
-        ) from error
-    return array
-
-
-def _itemsize(dtype: str) -> int:
-    try:
-        known = np.dtype(dtype)
-    except TypeError:
-        known = None
-    if known is None or known.kind not in "iu":
-        raise DataError(f"dtype: {dtype!r}, expected an integer dtype such as 'uint16'")
-    return known.itemsize

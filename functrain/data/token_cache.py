@@ -15,10 +15,12 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from functrain.data.files import PathLike, UnreadableError, is_compressed, is_marked, suffix_of
+from functrain.checks import PathLike, as_path
+from functrain.data.files import UnreadableError, is_compressed, is_marked, suffix_of
 from functrain.data.packing import Packed, packed_ids
 from functrain.data.records import check_on_bad_record, document_files, texts
-from functrain.data.text import Ids, TextRows, id_type, known_ids
+from functrain.data.text import TextRows, id_type, known_ids
+from functrain.data.token_files import Ids
 from functrain.data.token_parts import (
     END_TYPE,
     ENDS,
@@ -172,7 +174,7 @@ def tokenized(
     check_tokenizer(tokenizer, "vocabulary", "fingerprint")
     check_on_bad_record(on_bad_record)
     contents = [_content(file) for file in document_files(path)]
-    home = Path(directory) / _key(contents, tokenizer, on_bad_record)
+    home = as_path("directory", directory) / _key(contents, tokenizer, on_bad_record)
     made = False
     if not (home / MANIFEST).exists():
         with _locked(home):

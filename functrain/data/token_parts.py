@@ -8,6 +8,7 @@ files are whole, and from then on none of them is written again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from functrain.data.text import Ids
+from functrain.data.token_files import Ids
 from functrain.errors import DataError
 from functrain.writing import sync
 
@@ -133,9 +134,8 @@ class Parts:
         """The parts of the journal up to the first that is torn, or is not what it says."""
         journal = self.directory / JOURNAL
         lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
-        listed = [_part(read(each)) for each in lines]
-        known = listed[: listed.index(None)] if None in listed else listed
-        parts = [part for part in known if part is not None]
+        records = itertools.takewhile(lambda record: record is not None, map(read, lines))
+        parts = [_part(record) for record in records if record is not None]
         return parts[: whole(self.directory, parts, self.dtype)]
 
 
@@ -152,9 +152,7 @@ def whole(directory: Path, parts: list[Part], dtype: npt.DTypeLike) -> int:
     return len(parts)
 
 
-def _part(record: Mapping[str, Any] | None) -> Part | None:
-    if record is None:
-        return None
+def _part(record: Mapping[str, Any]) -> Part:
     return Part(
         documents=record["documents"],
         tokens=record["tokens"],
@@ -166,7 +164,7 @@ def _part(record: Mapping[str, Any] | None) -> Part | None:
 
 def parts_of(manifest: Mapping[str, Any]) -> list[Part]:
     """The parts that a manifest lists."""
-    return [part for part in map(_part, manifest["parts"]) if part is not None]
+    return [_part(record) for record in manifest["parts"]]
 
 
 def line(record: Mapping[str, Any]) -> bytes:

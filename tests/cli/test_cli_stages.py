@@ -15,6 +15,7 @@ from functrain import checkpoint, compilation
 from functrain.cli import evaluate as measuring
 from functrain.cli import main, toml
 from functrain.cli.config import DPO, SFT
+from functrain.cli.directory import is_tokens
 from functrain.cli.origins import origin
 
 COMMON = [
@@ -203,6 +204,130 @@ def test_token_ids_are_trained_on_without_a_tokenizer(
     assert "has no tokenizer beside it" in capsys.readouterr().err
 
 
+def test_many_files_of_token_ids_are_those_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = np.arange(600, dtype=np.uint16) % 50
+    (tmp_path / "many").mkdir()
+    ids.tofile(tmp_path / "ids.bin")
+    for name, part in zip("abc", np.split(ids, [100, 333]), strict=True):
+        part.tofile(tmp_path / "many" / f"{name}.bin")
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    common = ["pretrain", *shape, *COMMON, "--data.vocabulary", "50", "--data.limit", "500"]
+    given = ["ids.bin", "many", "many/*.bin"]
+    for run, train in enumerate(given):
+        options = ["--data.train", str(tmp_path / train), "--directory", str(tmp_path / str(run))]
+        assert main([*common, *options]) == 0
+    configs = [toml.read_any(tmp_path / str(run) / "config.toml") for run in range(len(given))]
+    assert len({config.data.sha256 for config in configs}) == 1
+    texts = [(tmp_path / str(run) / "metrics.jsonl").read_text() for run in range(len(given))]
+    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in texts]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_ids_of_another_width_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read as ids of 2 bytes, those of 4 would be in the vocabulary, and none would be right."""
+    path = tmp_path / "ids.bin"
+    (np.arange(600, dtype=np.uint32) + 100_000).tofile(path)
+    given = ["pretrain", "--data.train", str(path), "--data.vocabulary", "128256", *COMMON]
+    assert main([*given, "--directory", str(tmp_path / "run")]) == 2
+    assert "read as uint16, every second id is 0 or nearly" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_a_directory_of_ids_is_one_where_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That it has no tokenizer its config says, and not what lies there now."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ids", "embedded"):  # the latter is no name of a directory
+        (tmp_path / name).mkdir()
+        (np.arange(600, dtype=np.uint16) % 50).tofile(tmp_path / name / "a.bin")
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    common = ["pretrain", *shape, *COMMON, "--data.train", "ids", "--data.vocabulary", "50"]
+    assert main([*common, "--directory", "run"]) == 0
+    (tmp_path / "ids").rename("elsewhere")
+    capsys.readouterr()
+    assert main(["evaluate", "run", "elsewhere"]) == 0
+    assert main(["generate", "run", "hello"]) == 2
+    assert "has no tokenizer beside it" in capsys.readouterr().err
+    more = ["pretrain", "run/config.toml", "--resume", "--train.steps", "8"]
+    assert main(more) == 2
+    assert "give --data.train with its place now" in capsys.readouterr().err
+    assert main([*more, "--data.train", "elsewhere"]) == 0
+    assert main([*more[:-1], "9", "--data.train", "elsewhere/?.b*"]) == 0
+    assert not is_tokens("embedded")
+
+
+@pytest.mark.parametrize("given", ["k", "k/*", "k/*.bin"])
+def test_ids_that_were_moved_are_asked_for(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "k").mkdir()
+    (np.arange(600, dtype=np.uint16) % 50).tofile(tmp_path / "k" / "a.bin")
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    common = ["pretrain", *shape, *COMMON, "--data.vocabulary", "50", "--data.train", given]
+    assert main([*common, "--directory", "run"]) == 0
+    (tmp_path / "k").rename("moved")
+    capsys.readouterr()
+    assert main(["pretrain", "run/config.toml", "--resume", "--train.steps", "8"]) == 2
+    assert f"data.train: {given} is not there" in (told := capsys.readouterr().err)
+    assert "give --data.train with its place now" in told
+    assert main([*common, "--directory", "other"]) == 2
+    unknown = f"data.train: {given!r}, expected a file"  # of a name that tells nothing
+    told = capsys.readouterr().err
+    assert (f"data.train: {given} is not there" if "*" in given else unknown) in told
+
+
+def test_a_directory_of_text_may_hold_others_whose_names_end_as_those_of_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t" / "v.bin").mkdir(parents=True)
+    (tmp_path / "t" / "v.bin" / "a.txt").write_text("one two three " * 40)
+    given = ["pretrain", "--data.train", str(tmp_path / "t"), *COMMON, "--model.width", "16"]
+    given += ["--model.layers", "1", "--model.heads", "2", "--directory", str(tmp_path / "run")]
+    assert main(given) == 0
+    (tmp_path / "t" / "x.bin").write_bytes(bytes(8))
+    given[-1] = str(tmp_path / "other")
+    capsys.readouterr()
+    assert main(given) == 2
+    assert "x.bin: expected a file that ends in .txt" in capsys.readouterr().err
+
+
+def test_of_what_is_evaluated_each_is_looked_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tmp_path / "[a].bin"
+    (np.arange(600, dtype=np.uint16) % 50).tofile(ids)
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    common = ["pretrain", *shape, *COMMON, "--data.vocabulary", "50", "--data.train", str(ids)]
+    run = str(tmp_path / "run")
+    assert main([*common, "--directory", run]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", run, str(ids)]) == 0
+    assert str(ids) in capsys.readouterr().out  # which is no markup
+    np.zeros(1, dtype=np.uint16).tofile(tmp_path / "one.bin")
+    assert main(["evaluate", run, str(tmp_path / "one.bin")]) == 2
+    assert "one.bin: tokens: 1 in all" in capsys.readouterr().err
+    monkeypatch.setattr(measuring, "measured", lambda *_, **__: pytest.fail("too early"))
+    for missing in ("no*.bin", "no*"):
+        assert main(["evaluate", run, str(ids), str(tmp_path / missing)]) == 2
+        assert f"{missing}: no file matches" in capsys.readouterr().err
+
+
+def test_an_id_out_of_range_is_named_with_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, most in (("a", 50), ("b", 99)):
+        (np.arange(600, dtype=np.uint16) % most).tofile(tmp_path / f"{name}.bin")
+    given = ["pretrain", "--data.train", str(tmp_path), "--data.vocabulary", "50", *COMMON]
+    assert main([*given, "--directory", str(tmp_path / "run")]) == 2
+    assert f"{tmp_path}/b.bin: token 98 is 98, expected in [0, 50)" in capsys.readouterr().err
+
+
 def test_generate_says_the_same_for_the_same_seed(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,6 +441,8 @@ def test_what_cannot_be_measured_is_refused(
         (["{runs}/*.md"], "*.md: no file matches"),
         (["--tasks", "mine", "--include", "{runs}/no"], "/no is no directory"),
         (["--tasks", "mine", "--chat"], "has no chat template"),
+        (["--chat"], "chat: it is of --tasks, and there are none"),
+        (["--include", "{runs}"], "include: it is of --tasks, and there are none"),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_is_computed(
@@ -457,6 +584,8 @@ def test_the_held_out_examples_are_scored_alike_however_training_is_packed(
 
 PACKED = [
     (["sft", "--data.packing", "--data.group-by-length"], "data.group_by_length: with data.pack"),
+    (["pretrain", "--data.truncation", "keep_end"], "data.truncation: running text is not cut"),
+    (["pretrain", "--data.min-prompt", "7"], "data.min_prompt: running text is not cut"),
     (["pretrain", "--data.group-by-length"], "data.group_by_length: rows of text are all of one"),
     (["dpo", "--data.packing"], "data.packing: preference data are not packed; use preference.la"),
     (
