@@ -96,9 +96,9 @@ def check(given: str, files: Sequence[str]) -> None:
                 f"{file}: token ids, and the model reads text with a tokenizer of its own, of "
                 "which they need not be; give text"
             )
-        if file != EMBEDDED:
-            files_of(file, (*TEXTS, *RECORDS, *TOKEN_FILES))
         if tokenizer is None:
+            if file != EMBEDDED:  # where nothing is there, that is what is wrong
+                files_of(file, (*TEXTS, *RECORDS, *TOKEN_FILES))
             raise ConfigError(
                 f"{file}: text, and the model has no tokenizer beside it; give a .bin or .npy file "
                 "of ids"

@@ -172,7 +172,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    made = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)  # a path may look like markup
+    made = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
     last = ""
     for row in rows:
         # A stage is named once.
@@ -181,6 +181,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for column in made.columns[2:]:
         column.justify = "right"
     out = io.StringIO()
+    # A path may look like markup.
     Console(file=out, width=400, color_system=None, highlight=False, markup=False).print(made)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 

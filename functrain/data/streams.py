@@ -176,15 +176,18 @@ class LoaderStream:
 def is_stream_state(loader: str | None) -> bool:
     """Whether what a cursor holds was written by one of these streams."""
     try:
-        found = None if loader is None else loaded(loader)
+        return loader is not None and _is_place(loaded(loader))
     except DataError:
         return False
+
+
+def _is_place(found: object) -> bool:
     return isinstance(found, dict) and found.keys() == {"kind", "samples", "state"}
 
 
 def _place(text: str, kind: str) -> _Place:
     found = loaded(text)
-    if not is_stream_state(text):
+    if not _is_place(found):
         raise DataError(
             "loader: the state in the cursor is not one that a functrain.data stream has written; "
             "a loader of your own goes into a loop of your own"

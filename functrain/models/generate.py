@@ -78,7 +78,6 @@ def generate(
     a prompt that is empty, out of range, or longer than that, `StateError` where logits are not
     finite, and `ConfigError` for options that make no sense.
     """
-    check_tensors("params", params)
     check_tensors("buffers", buffers)
     # Clones, since rotary frequencies of some models are written into.
     with bound(architecture, params, clone(buffers), "eval") as model:

@@ -239,6 +239,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     """The config has lists of its own, because checking it must not import torch."""
     import functrain as ft
     from functrain.data.grouping import MULTIPLE
+    from functrain.data.token_files import SUFFIXES
     from functrain.data.truncation import MODES
     from functrain.objectives.layouts import LayoutName
     from functrain.objectives.losses import DIVERGENCES, LOSSES
@@ -255,6 +256,7 @@ def test_the_known_names_are_those_of_the_library() -> None:
     assert set(known.BARE) == {name for name, each in LOSSES.items() if not each.reference}
     assert {name: said for name, said in CALLED.items() if name != known.KTO} == known.CALLED
     assert set(known.TRUNCATIONS) == set(MODES)
+    assert known.TOKEN_FILES == SUFFIXES
     assert known.MULTIPLE == MULTIPLE
     assert set(known.SCHEDULES) == set(MADE)
     assert all(callable(getattr(ft.optim, name)) for name in known.OPTIMIZERS)
