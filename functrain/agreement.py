@@ -58,7 +58,7 @@ def code() -> dict[str, str]:
 
 def keeps_denormals() -> bool:
     """Whether this process computes with them; torch does not tell what it was set to."""
-    return float(torch.tensor(_DENORMAL) * 1) != 0
+    return float(torch.tensor(_DENORMAL, dtype=torch.float32, device="cpu") * 1) != 0
 
 
 def described(record: Any, name: str) -> dict[str, str]:

@@ -125,6 +125,11 @@ def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parameters and buffers that are in a module's slots, by name."""
     if not isinstance(module, nn.Module):
         raise ArchitectureError(f"split: expected an nn.Module, got {type(module).__name__}")
+    if type(module).__module__.startswith("torch.jit"):
+        raise ArchitectureError(
+            "split: a module of torch.jit, whose weights cannot be exchanged; give the nn.Module "
+            "that it was made of"
+        )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise ArchitectureError(

@@ -60,6 +60,12 @@ def check_tensors(name: str, given: object) -> None:
         )
 
 
+def check_boolean(name: str, value: object) -> None:
+    """True or False: "false" is true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: {value!r}, expected True or False")
+
+
 def as_path(name: str, given: object) -> Path:
     """A path; the empty text is none, since it would be the working directory."""
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):  # pyrefly: ignore[implicit-any-type-argument]
@@ -71,9 +77,8 @@ def as_path(name: str, given: object) -> Path:
 
 
 def boolean(_record: object, field: Any, value: Any) -> None:
-    """True or False: "false" is true."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{field.name}: {value!r}, expected True or False")
+    """True or False."""
+    check_boolean(field.name, value)
 
 
 def at_least_one(_record: object, field: Any, value: Any) -> None:

@@ -30,10 +30,10 @@ def clip_by_global_norm(
     check_positive("max_norm", max_norm)
     check_tensors("grads", grads)
     if norm is None:
-        _check_dense("grads", grads)
+        check_dense("grads", grads)
         norm = global_norm(grads)
-    if not isinstance(norm, Tensor):
-        raise ConfigError(f"norm: {norm!r}, expected a tensor, as functrain.trees.global_norm")
+    if not isinstance(norm, Tensor) or norm.ndim != 0:
+        raise ConfigError(f"norm: {norm!r}, expected a 0-d tensor, as functrain.trees.global_norm")
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     leaves = list(grads.values())
     if donate:
@@ -60,7 +60,7 @@ def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:
     """Each element clamped to [−limit, limit]."""
     check_positive("limit", limit)
     check_tensors("grads", grads)
-    _check_dense("grads", grads)
+    check_dense("grads", grads)
     for name, grad in grads.items():
         if grad.is_complex():
             raise ConfigError(f"grads/{name}: {grad.dtype}, which has no order to clamp in")
@@ -83,8 +83,8 @@ def adaptive_clip(
     check_positive("eps", eps)
     check_tensors("grads", grads)
     check_tensors("params", params)
-    _check_dense("grads", grads)
-    _check_dense("params", {name: params[name] for name in grads if name in params})
+    check_dense("grads", grads)
+    check_dense("params", {name: params[name] for name in grads if name in params})
     for name, grad in grads.items():
         if name not in params or params[name].shape != grad.shape:
             found = f"of shape {list(params[name].shape)}" if name in params else "missing"
@@ -112,7 +112,7 @@ def _unit_norms(leaves: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _check_dense(what: str, given: Mapping[str, object]) -> None:
+def check_dense(what: str, given: Mapping[str, object]) -> None:
     for name, each in given.items():
         if not isinstance(each, Tensor):
             raise ConfigError(

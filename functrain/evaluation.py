@@ -61,7 +61,7 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
         step.world.numbers([], "an evaluation")
     device = device_of(state.params)
     measured: list[Metrics] = []
-    weight = torch.zeros((), dtype=torch.int64)
+    weight = torch.zeros((), dtype=torch.int64, device="cpu")
     # Not by map_leaves: the state goes on holding its memory alone.
     values = gradient.values({name: rows_here(tensor) for name, tensor in state.params.items()})
     buffers = gradient.buffer_values(state.buffers)
@@ -76,9 +76,9 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     ):
 
         def measure(batch: Batch, coupling: Any) -> Metrics:
+            moved = to_device(batch, device)
             begun = batch_versions([batch])
             with step.precision.context(device):
-                moved = to_device(batch, device)
                 measured = gradient.measured(model, moved, objective, coupling)[1]
             refuse_written(batch_versions([batch]), begun)
             return measured

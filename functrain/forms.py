@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functrain.architecture import Slots, check_fit
-from functrain.errors import StateError
+from functrain.errors import ConfigError, StateError
 from functrain.guards import SpikeGuard
 from functrain.objectives.base import Carrying
 from functrain.optimizers import Optimizer, OptimizerState, foreign, is_torchs
@@ -96,7 +96,11 @@ class Form:
         objective = self.carrying
         if objective is None or objective.reference_mixup is None:
             return None
-        assert objective.reference is not None  # the objective has refused it otherwise
+        if objective.reference is None:
+            raise ConfigError(
+                f"reference_mixup: {objective.reference_mixup!r}, and the objective has no "
+                "reference that it could move; give it one, or leave reference_mixup None"
+            )
         # Its own memory, which no step of another run and no donation writes into; and the params'
         # dtype, since in a narrower one what it moves by could be rounded away.
         reference = objective.reference

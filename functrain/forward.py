@@ -13,7 +13,7 @@ from functrain.architecture import Slots
 from functrain.errors import ArchitectureError
 from functrain.precision import Precision
 from functrain.quirks import lost_error, write_error
-from functrain.trees import Tensors
+from functrain.trees import Tensors, in_order
 
 
 def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
@@ -55,9 +55,9 @@ class OwnBuffers:
     def left(self, after: Mapping[str, Tensor]) -> Tensors:
         """The buffers after the forward, in the dtypes that they were given in.
 
-        Each in memory of its own. What was cast and not written to is as it was given, unrounded.
-        Where nothing was cast every buffer is taken: BatchNorm's kernel writes without moving the
-        version.
+        Each in memory of its own, in order. What was cast and not written to is as it was given,
+        unrounded. Where nothing was cast every buffer is taken: BatchNorm's kernel writes without
+        moving the version.
 
         Raises `ArchitectureError` for one of another shape, or of another kind of number, which
         would be cut: a state keeps its form, by which it is loaded again.
@@ -71,7 +71,9 @@ class OwnBuffers:
             # What was assigned may lie in the memory of a parameter, or of the batch.
             own = buffer is self.values[name] and _lies(buffer) == self._lay[name]
             taken = buffer.detach().to(given.dtype, copy=not own)
-            left[name] = _kept_where_same(buffer.detach(), given, taken) if traceless else taken
+            if traceless:
+                taken = _kept_where_same(buffer.detach(), given, taken)
+            left[name] = in_order(taken)
         return Tensors(left)
 
     def _check(self, name: str, buffer: Tensor) -> None:

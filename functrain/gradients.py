@@ -25,7 +25,13 @@ from functrain.architecture import (
 )
 from functrain.checks import check_integer, check_tensors
 from functrain.descriptions import vocabulary_of
-from functrain.errors import ArchitectureError, BatchError, ConfigError, FunctrainWarning
+from functrain.errors import (
+    ArchitectureError,
+    BatchError,
+    ConfigError,
+    FunctrainWarning,
+    StateError,
+)
 from functrain.forward import OwnBuffers, Watched, forward_buffers, forward_values
 from functrain.lora import adapter_of, is_adapted
 from functrain.metrics import Metrics
@@ -174,18 +180,19 @@ class ValueAndGrad:
     ) -> Gradients:
         """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
         checked = self.checked(batch)
-        whole = self.weight(checked)
-        self.objective.check_weight(whole)
-        return self.of_checked(
-            params,
-            buffers,
-            checked,
-            part=Part(first=0, total=len(checked), weight=whole),
-            key=key,
-            weight=weight,
-            scaler=scaler,
-            objective=objective,
-        )
+        with undisturbed(_device(params)):
+            whole = self.weight(checked)
+            self.objective.check_weight(whole)
+            return self.of_checked(
+                params,
+                buffers,
+                checked,
+                part=Part(first=0, total=len(checked), weight=whole),
+                key=key,
+                weight=weight,
+                scaler=scaler,
+                objective=objective,
+            )
 
     def of_checked(
         self,
@@ -203,10 +210,9 @@ class ValueAndGrad:
 
         They are `part` of a logical batch.
         """
-        check_tensors("params", params)
         check_tensors("buffers", buffers)
         objective = self.objective if objective is None else objective
-        device = next((p.device for p in params.values()), torch.device("cpu"))
+        device = _device(params)
         ready = [to_device(each, device) for each in micro_batches]
         begun = batch_versions(ready)
         weight = part.weight.to(device, non_blocking=True) if weight is None else weight
@@ -354,8 +360,8 @@ class ValueAndGrad:
                 found = objective(model, batch, coupling)
             else:
                 found = objective(model, batch)
-        _check_measured(found, objective)
         if self.foreign:
+            _check_measured(found, objective)
             loss, metrics = found
             return loss, metrics.copied()
         return found
@@ -412,14 +418,38 @@ class ValueAndGrad:
     def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
         leaves = self.values(params)
         for name in self.places.trainable & leaves.keys():
-            leaves[name].requires_grad_()
+            try:
+                leaves[name].requires_grad_()
+            except RuntimeError as error:
+                raise StateError(
+                    f"params/{name}: {error}; of params made in torch.inference_mode give a clone "
+                    "made out of it, functrain.trees.clone(params)"
+                ) from error
         return leaves
+
+
+def _device(params: Mapping[str, Tensor]) -> torch.device:
+    check_tensors("params", params)
+    return next((param.device for param in params.values()), torch.device("cpu"))
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Generator[None]:
+    """Within it the bits are a function of the arguments, whatever contexts the caller is in."""
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
+    if torch.is_grad_enabled() and not inference and not autocast:  # as in most loops
+        yield
+        return
+    with torch.inference_mode(False), torch.autocast(kind, enabled=False):
+        yield
 
 
 def _check_measured(found: object, objective: Objective) -> None:
     """Raise `ConfigError` unless an objective of the user's gave what an objective gives."""
     match found:
-        case (Tensor(), Metrics()):
+        case (Tensor(), Metrics() as measured):
+            measured.check()
             return
         case (_, _):
             given = " and ".join(type(each).__name__ for each in found)
@@ -582,7 +612,8 @@ class Accumulated:
             "objective": objective,
         }
         if isinstance(self.gradient, ValueAndGrad):
-            return self._checked(self.gradient, params, buffers, batch, options)
+            with undisturbed(_device(params)):
+                return self._checked(self.gradient, params, buffers, batch, options)
         parts = split_batch(batch, self.microbatches) if isinstance(batch, Mapping) else batch
         return self.gradient(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]
 

@@ -31,7 +31,8 @@ class SpikeGuard:
     """A step is skipped whose loss or gradient norm lies `deviations` standard deviations above
     the mean of the newest `window` applied steps, once half a window has been seen.
 
-    What was skipped, and what was not finite, never enters the window. `functrain.train` stops with
+    What was skipped, and what was not finite, never enters the window; where all in it are equal
+    nothing is a spike. `functrain.train` stops with
     `DivergedError` after more than `most_skips` steps in a row.
     """
 
@@ -61,7 +62,10 @@ class SpikeGuard:
         count = seen.sum()
         mean = values.sum() / count
         variance = torch.where(seen, (values - mean) ** 2, 0.0).sum() / (count - 1)
-        return value.to(values.device, values.dtype) > mean + self.deviations * variance.sqrt()
+        far = value.to(values.device, values.dtype) > mean + self.deviations * variance.sqrt()
+        # Of equal values any other is infinitely far: a loss that was 0 would stay so for ever.
+        least, most = (torch.where(seen, values, end) for end in (torch.inf, -torch.inf))
+        return far & (most.max() > least.min())
 
     def observe(self, state: GuardState, loss: Tensor, norm: Tensor, applied: Tensor) -> GuardState:
         """The state after a step: its values in the window where it was applied."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from functrain.agreement import described
 from functrain.checkpoint import BackgroundWriter, Keep, prune, save
@@ -19,9 +21,16 @@ from functrain.checkpoint.store import warn_of_newer
 from functrain.checks import PathLike, as_path, at_least_one, boolean, is_number
 from functrain.data.prefetch import Prefetched
 from functrain.data.source import Source
-from functrain.data.streams import Stream, is_stream_state
+from functrain.data.streams import Stream, Taken, is_stream_state
 from functrain.distributed import ALONE, World
-from functrain.errors import CheckpointError, ConfigError, DivergedError, RelayedError, SaveWarning
+from functrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    RelayedError,
+    SaveWarning,
+)
 from functrain.evaluation import checked_batches, evaluate
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, targets_in
@@ -88,19 +97,14 @@ def train(
         given = ", ".join(type(each).__name__ for each in (step, state))
         raise ConfigError(f"train: expected (step, state, source), got {given} first")
     if isinstance(source, Stream):
-        _check_stream(step, state, epochs, batch_size)
-    elif is_stream_state(state.cursor.loader):
-        raise ConfigError(
-            f"train: the state has consumed {state.cursor.samples:,} samples of a stream, so where "
-            "to go on in a source is unknown; to begin it, "
-            "attrs.evolve(state, cursor=functrain.Cursor(tokens=state.cursor.tokens))"
-        )
+        _check_stream(step, epochs, batch_size)
     elif not hasattr(source, "at"):
         raise ConfigError(
             f"train: a source of the type {type(source).__name__} has no at(position, n); "
             "functrain.data makes sources, and streams of the loaders that keep a state; batches "
             "of your own go into a loop of your own"
         )
+    _check_cursor("train", state, source)
     checked = _Plan(
         steps=steps,
         tokens=tokens,
@@ -179,9 +183,25 @@ def agree_on(step: Step, state: TrainState, source: Source, facts: Mapping[str, 
     world.agree({**texts, **facts})
 
 
-def _check_stream(
-    step: Step, state: TrainState, epochs: float | None, batch_size: int | None
-) -> None:
+def _check_cursor(what: str, state: TrainState, source: Source | Stream) -> None:
+    """Raise `ConfigError` for a state that has read in data of the other kind."""
+    cursor = state.cursor
+    if isinstance(source, Stream):
+        if cursor.samples and cursor.loader is None:
+            raise ConfigError(
+                f"{what}: the state has consumed {cursor.samples:,} samples of a source, so where "
+                "to go on in a stream is unknown; to begin it, "
+                "attrs.evolve(state, cursor=functrain.Cursor())"
+            )
+    elif is_stream_state(cursor.loader):
+        raise ConfigError(
+            f"{what}: the state has consumed {cursor.samples:,} samples of a stream, so where to "
+            "go on in a source is unknown; to begin it, "
+            "attrs.evolve(state, cursor=functrain.Cursor(tokens=state.cursor.tokens))"
+        )
+
+
+def _check_stream(step: Step, epochs: float | None, batch_size: int | None) -> None:
     for name, given in (("epochs", epochs), ("batch_size", batch_size)):
         if given is not None:
             raise ConfigError(
@@ -193,12 +213,6 @@ def _check_stream(
         raise ConfigError(
             f"world: a stream is read by one worker, and there are {size}; for several, use a "
             "source of functrain.data, of which each reads its own part"
-        )
-    if state.cursor.samples and state.cursor.loader is None:
-        raise ConfigError(
-            f"train: the state has consumed {state.cursor.samples:,} samples of a source, so where "
-            "to go on in a stream is unknown; to begin it, "
-            "attrs.evolve(state, cursor=functrain.Cursor())"
         )
 
 
@@ -360,6 +374,7 @@ def _run(
             sent = yield state, metrics
             while sent is not None:
                 check_state(sent, "send")
+                _check_cursor("send", sent, source)
                 state = sent
                 sent = yield state, metrics
 
@@ -410,13 +425,53 @@ def _advanced(
 
 def _read(step: Step, cursor: Cursor, source: Source | Stream, plan: _Plan) -> tuple[Any, Cursor]:
     """A batch, and the cursor after it but for its tokens."""
-    if isinstance(source, Stream):
-        taken = source.after(cursor.loader)
-        samples = cursor.samples + taken.samples
-        return taken.batch, attrs.evolve(cursor, samples=samples, loader=taken.loader)
-    assert plan.batch_size is not None  # sources have one
-    batch = read(step, source, cursor.samples, plan.batch_size)
+    try:
+        if isinstance(source, Stream):
+            taken = _checked_taken(source.after(cursor.loader))
+            samples = cursor.samples + taken.samples
+            return taken.batch, attrs.evolve(cursor, samples=samples, loader=taken.loader)
+        assert plan.batch_size is not None  # sources have one
+        batch = read(step, source, cursor.samples, plan.batch_size)
+    except StopIteration as error:  # which would end the generator with an error of its own
+        raise DataError(
+            f"{type(source).__name__}: the data have ended after {cursor.samples:,} samples; begin "
+            "them anew there, as epochs do, or give fewer steps"
+        ) from error
+    # The rows of an objective of the user's own may be anything.
+    if world_of(step).size == 1 and not step.value_and_grad.foreign:
+        _check_size(batch, plan.batch_size)
     return batch, attrs.evolve(cursor, samples=cursor.samples + plan.batch_size)
+
+
+def _checked_taken(taken: object) -> Taken:
+    """What a stream gave; one of the user's own may give anything."""
+    if not isinstance(taken, Taken):
+        raise DataError(
+            f"stream: it gave a {type(taken).__name__}, expected functrain.data.Taken(batch=…, "
+            "samples=…, loader=…)"
+        )
+    if not isinstance(taken.loader, str):
+        raise DataError(
+            f"stream: it gave a loader that is a {type(taken.loader).__name__}, expected a text; "
+            "give json.dumps(loader.state_dict()), say"
+        )
+    try:
+        return attrs.evolve(taken, samples=operator.index(taken.samples))
+    except TypeError as error:
+        raise DataError(f"stream: samples={taken.samples!r}, expected an integer") from error
+
+
+def _check_size(batch: object, asked: int) -> None:
+    """Raise `DataError` where samples are missing, by which the position would be off."""
+    if not isinstance(batch, Mapping) or "position_ids" in batch:  # documents, several in a row
+        return
+    side = batch.get("chosen", batch.get("completion", batch))
+    ids = side.get("input_ids") if isinstance(side, Mapping) else None
+    if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) < asked:
+        raise DataError(
+            f"source: at(position, {asked}) gave {len(ids)} samples; give as many as are asked "
+            "for, those from the beginning again after the last"
+        )
 
 
 class _Saver:
@@ -428,7 +483,7 @@ class _Saver:
 
     def check(self) -> None:
         """Meet a failure of the save in the background."""
-        if self._plan.background and self._plan.directory is not None:
+        if self._plan.background:
             with self._failing():
                 self._for_all(lambda writer: writer.check())
 

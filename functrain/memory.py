@@ -111,7 +111,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
     A hint, which changes no value: a kernel that refuses it gives ordinary pages.
     """
-    tensor = torch.empty(tuple(shape), dtype=dtype)
+    tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     if tensor.nbytes >= _WORTH and _madvise is not None:
         # Whole pages within the tensor only: its neighbours' memory is theirs.
         begin = -(-tensor.data_ptr() // _PAGE) * _PAGE

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from functrain.errors import did_you_mean
+from functrain.errors import ConfigError, did_you_mean
 
 Reading = Literal["mean", "total", "exp"]
 
@@ -65,7 +65,7 @@ def exponential(total_loss: Tensor | float, weight: Tensor | float) -> Metric:
 
 def _scalar(value: Tensor | float) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.scalar_tensor(value, dtype=torch.float64)
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
     return (value.detach() if value.requires_grad else value).double()
 
 
@@ -98,6 +98,15 @@ class Metrics(Mapping[str, Tensor]):
         if name not in self._metrics:
             raise KeyError(f"{name!r}; {did_you_mean(name, self._metrics)}")
         return self._metrics[name]
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a value that is no (sum, weight)."""
+        for name, metric in self._metrics.items():
+            if not isinstance(metric, Metric):
+                raise ConfigError(
+                    f"metrics/{name}: a {type(metric).__name__}, expected a sum with its weight, "
+                    "by which micro-batches are merged: functrain.metrics.mean(total, weight)"
+                )
 
     def merge(self, other: Metrics) -> Metrics:
         """Both together; a name that only one of them has keeps its own sum and weight."""

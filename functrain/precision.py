@@ -43,10 +43,11 @@ def init_loss_scale(
     """A loss scale at its start, with `torch.amp.GradScaler`'s defaults."""
     _check_loss_scale(initial, growth_factor, backoff_factor, growth_interval)
     return LossScale(
-        scale=torch.tensor(initial, dtype=torch.float32),
-        growth_count=torch.tensor(0, dtype=torch.int32),
-        growth_factor=growth_factor,
-        backoff_factor=backoff_factor,
+        scale=torch.tensor(initial, dtype=torch.float32, device="cpu"),
+        growth_count=torch.tensor(0, dtype=torch.int32, device="cpu"),
+        # As floats, whatever was given: a checkpoint tells 2 from 2.0.
+        growth_factor=float(growth_factor),
+        backoff_factor=float(backoff_factor),
         growth_interval=growth_interval,
     )
 
@@ -101,6 +102,8 @@ def update_loss_scale(scaler: LossScale, finite: Tensor) -> LossScale:
 
     The same kernel as `torch.amp.GradScaler.update`.
     """
+    if not isinstance(finite, Tensor) or finite.dtype is not torch.bool:
+        raise ConfigError(f"finite: {finite!r}, expected a tensor (bool, 0-d)")
     scale, count = scaler.scale.clone(), scaler.growth_count.clone()
     found_inf = (~finite).to(torch.float32).to(scale.device)
     torch._amp_update_scale_(

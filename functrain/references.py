@@ -286,7 +286,7 @@ class ReferenceCache:
         if self.attach.by_token:
             time = side["labels"].shape[1]
             known = [row + [0.0] * (time - 1 - len(row)) for row in known]
-        return torch.tensor(known, dtype=torch.float64)
+        return torch.tensor(known, dtype=torch.float64, device="cpu")
 
     def close(self) -> None:
         """Make what was written durable, and let another process write; `DataError` as above.

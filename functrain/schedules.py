@@ -371,7 +371,9 @@ class Plateau:
     """The learning rate falls by `factor` when evaluations stop improving.
 
     torch's `ReduceLROnPlateau`. `functrain.train` shows it the `eval_loss` of every
-    `evaluate_every`-th step; a loop of your own calls `step.observe(state, value)`.
+    `evaluate_every`-th step; a loop of your own calls `step.observe(state, value)`. The rate that
+    it has come to is in the state (`scheduler.plateau`): in a run that is under way another `peak`
+    changes nothing, and evolving that record does.
     """
 
     peak: float = attrs.field(validator=_positive)
@@ -528,7 +530,7 @@ def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:
     of the user's own that gives no learning rate: below 0 a step would climb, silently.
     """
     if count.device.type == "cpu":
-        return torch.tensor(_rate(schedule, int(count)), dtype=torch.float64)
+        return torch.tensor(_rate(schedule, int(count)), dtype=torch.float64, device="cpu")
     return _looked_up(schedule, count, bound)
 
 
@@ -536,7 +538,7 @@ def _rate(schedule: Schedule, count: int) -> float:
     value = schedule(count)
     try:
         rate = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rate = math.nan
     if not 0 <= rate < math.inf:
         raise ConfigError(

@@ -187,7 +187,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
         return True
     (_, first, last), (_, begin, end) = _place(one), _place(other)
     low = min(first, begin)
-    seen = torch.zeros(max(last, end) - low, dtype=torch.bool)
+    seen = torch.zeros(max(last, end) - low, dtype=torch.bool, device="cpu")
 
     def bytes_of(tensor: Tensor, at: int) -> Tensor:
         steps = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s]

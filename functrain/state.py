@@ -17,7 +17,7 @@ from functrain.keys import MAX_KEY
 from functrain.optimizers import OptimizerState
 from functrain.precision import LossScale
 from functrain.schedules import PlateauState
-from functrain.trees import Tensors, clone, digest, storages, tensors, writable
+from functrain.trees import Tensors, clone, digest, ordered, storages, tensors, writable
 
 Leaf = Tensor | int | float | str | None
 
@@ -43,6 +43,13 @@ class SchedulerState:
     plateau: PlateauState | None = None
 
 
+def _taken(items: Mapping[str, Tensor]) -> Tensors:
+    """`Tensors` as they are; what a user has put together, in order, but for what is no tensor."""
+    found = tensors(items)
+    plain = found is not items and all(isinstance(value, Tensor) for value in found.values())
+    return ordered(found) if plain else found
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class TrainState:
     """Everything the next step depends on.
@@ -61,8 +68,8 @@ class TrainState:
 
     step: int
     # A plain mapping, of a state that is evolved by hand, is taken too.
-    params: Tensors = attrs.field(converter=tensors)
-    buffers: Tensors = attrs.field(converter=tensors)
+    params: Tensors = attrs.field(converter=_taken)
+    buffers: Tensors = attrs.field(converter=_taken)
     optimizer: OptimizerState
     scheduler: SchedulerState
     scaler: LossScale | None
@@ -208,7 +215,7 @@ def leaves(record: object, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
     elif record is None or isinstance(record, Tensor | int | float | str):
         yield prefix, record
     else:
-        raise TypeError(f"{prefix}: a state cannot hold a {type(record).__name__}")
+        raise StateError(f"{prefix}: a state cannot hold a {type(record).__name__}")
 
 
 def check_state(state: object, where: str = "state") -> None:

@@ -15,7 +15,7 @@ from functrain import metrics as m
 from functrain.agreement import agree
 from functrain.architecture import Slots, held_values, holds_shards
 from functrain.checks import boolean, is_number
-from functrain.clipping import clip_by_global_norm
+from functrain.clipping import check_dense, clip_by_global_norm
 from functrain.distributed import World
 from functrain.errors import ConfigError, FunctrainError, StateError
 from functrain.forms import Form
@@ -312,7 +312,8 @@ class Step:
             raise ConfigError(
                 f"donate: {donate!r}, expected True, False, or None for the step's own"
             )
-        # The bits are a function of the arguments, whatever contexts the caller is in.
+        # The bits are a function of the arguments, whatever contexts the caller is in. And what an
+        # interrupt within the exit of one inside leaves on is put back.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             if self.world is not None and self.world.size > 1:
                 self.world.begin(state.step, state.key)
@@ -465,7 +466,7 @@ class Step:
                     "schedule; go on with attrs.evolve(state, scheduler=attrs.evolve("
                     "state.scheduler, plateau=schedule.init()))"
                 )
-            return torch.tensor(plateau.learning_rate, dtype=torch.float64)
+            return torch.tensor(plateau.learning_rate, dtype=torch.float64, device="cpu")
         return schedules.learning_rate(self.schedule, state.scheduler.count, bound=state.step)
 
     def observe(self, state: TrainState, value: float) -> TrainState:
@@ -479,7 +480,7 @@ class Step:
             return state
         try:
             number = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"value: {value!r}, expected a number, as evaluate gives") from error
         seen = self.schedule.observe(plateau, number)
         return attrs.evolve(state, scheduler=attrs.evolve(state.scheduler, plateau=seen))
@@ -511,11 +512,18 @@ class Step:
         update = self.optimizer.update
         if self._sharding is not None:
             update = self._sharding.placed(update)
+        known = optimizers.is_torchs(self.optimizer)
+        begun = None if donate or known else self._versions(state)
         with self._drawing(state):
             returned = update(
                 grads, given.optimizer, given.params, rate, applied=applied, donate=donate
             )
-        known = optimizers.is_torchs(self.optimizer)
+        if begun is not None and self._versions(state) != begun:
+            raise ConfigError(
+                f"optimizer {self.optimizer.kind!r}: its update has written into the params or "
+                "slots that it was given, which are the old state's; it may where donate is True, "
+                "and makes new ones where it is False"
+            )
         if not known:
             returned = foreign.updated(self.optimizer.kind, returned, given.params)
         params, optimizer = returned
@@ -577,12 +585,19 @@ class Step:
         it would write before it has read them as gradients. Clipping makes copies anyway.
         """
         assert self.transform is not None
+        begun = versions(params)
         given = self.transform(own, params)
+        if versions(params) != begun:
+            raise ConfigError(
+                "transform: it has written into the params, which are the state's; give it a clone "
+                "to write into"
+            )
         if not isinstance(given, Mapping):
             raise ConfigError(
                 f"transform: it returned a {type(given).__name__}, expected the gradients, a "
                 "mapping by name"
             )
+        check_dense("transform", given)
         in_place = donate and self.max_grad_norm is None
         writes = in_place and optimizers.may_write(self.optimizer)
 
@@ -603,7 +618,7 @@ class Step:
     def _metrics(
         self, norm: Tensor, rate: Tensor, applied: Tensor, scaler: LossScale | None
     ) -> Metrics:
-        scale = torch.ones(()) if scaler is None else scaler.scale
+        scale = 1.0 if scaler is None else scaler.scale
         return Metrics(
             {
                 "grad_norm": m.mean(norm),

@@ -282,7 +282,7 @@ def global_norm(items: Mapping[str, Tensor]) -> Tensor:
     """
     leaves = [whole(leaf) for leaf in items.values()]
     if not leaves:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     norm: Tensor = torch.linalg.vector_norm(all_row_norms(leaves))
     return norm
 
@@ -346,16 +346,27 @@ def in_order(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
+def ordered(items: Mapping[str, Tensor]) -> Tensors:
+    """A copy of the mapping, in which each tensor is `in_order`."""
+    return Tensors({name: in_order(tensor) for name, tensor in Tensors(items).items()})
+
+
 def digest(tensor: Tensor) -> str:
     """sha256 over dtype, shape and the very bytes, in hexadecimal; of shards, of the whole."""
     tensor = whole(tensor)
     hasher = hashlib.sha256(_kind(tensor).encode())
+    hasher.update(data_of(tensor))
+    return hasher.hexdigest()
+
+
+def data_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is on the CPU and in order."""
     # A conjugate or a sign that is still to be taken has other bytes.
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if flat.numel() == 1:  # contiguous at any stride
         flat = torch.as_strided(flat, (1,), (1,))
-    hasher.update(flat.view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
 
 
 def storages(items: Mapping[str, Tensor]) -> dict[int, str]:

@@ -696,7 +696,12 @@ ARGUMENTS: list[tuple[str, Callable[[], object], str]] = [
     (
         "norm",
         lambda: ft.clip_by_global_norm(PARAMS, 1.0, norm=2.0),
-        r"norm: 2\.0, expected a tensor",
+        r"norm: 2\.0, expected a 0-d tensor",
+    ),
+    (
+        "norms",
+        lambda: ft.clip_by_global_norm(PARAMS, 1.0, norm=torch.ones(3)),
+        r"norm: tensor\(\[1\., 1\., 1\.\]\), expected a 0-d tensor",
     ),
     (
         "weight",
@@ -732,6 +737,62 @@ ARGUMENTS: list[tuple[str, Callable[[], object], str]] = [
         "no pattern",
         lambda: ft.checkpoint.load_tensors("nowhere"),
         "load_tensors: no pattern; give some",
+    ),
+    (
+        "mapped in words",
+        lambda: ft.checkpoint.load_tensors("nowhere", "*", mapped="no"),
+        "mapped: 'no', expected True or False",
+    ),
+    (
+        "older in words",
+        lambda: ft.load("nowhere", like=STEP.init(PARAMS, BUFFERS), older="no"),
+        "older: 'no', expected True or False",
+    ),
+    (
+        "strict in words",
+        lambda: ft.load("nowhere", like=STEP.init(PARAMS, BUFFERS), strict="no"),
+        "strict: 'no', expected True or False",
+    ),
+    (
+        "stop in words",
+        lambda: ft.models.generate(ARCHITECTURE, PARAMS, BUFFERS, [1], max_new_tokens=1, stop="x"),
+        "stop: 'x', expected a function of the new ids",
+    ),
+    (
+        "no seed",
+        lambda: ft.models.generate(
+            ARCHITECTURE, PARAMS, BUFFERS, [1], max_new_tokens=1, temperature=1.0, seed=None
+        ),
+        "seed: None, expected an integer",
+    ),
+    (
+        "finite in words",
+        lambda: ft.update_loss_scale(ft.init_loss_scale(), False),
+        r"finite: False, expected a tensor \(bool, 0-d\)",
+    ),
+    (
+        "finite as a number",
+        lambda: ft.update_loss_scale(ft.init_loss_scale(), torch.tensor(1)),
+        r"finite: tensor\(1\), expected a tensor \(bool, 0-d\)",
+    ),
+    (
+        "planned for a number",
+        lambda: ft.planning.Job(
+            architecture=ARCHITECTURE, params=PARAMS, buffers=BUFFERS, optimizer=3, rows=1, time=8
+        ),
+        "optimizer: int, expected one of functrain.optim",
+    ),
+    (
+        "exported with a text that was measured",
+        lambda: ft.export(
+            STEP.init(PARAMS, BUFFERS), ARCHITECTURE, "nowhere", metrics={"loss": "low"}
+        ),
+        "metrics: 'loss' is 'low', expected a number",
+    ),
+    (
+        "exported of numbers",
+        lambda: ft.export(STEP.init(PARAMS, BUFFERS), ARCHITECTURE, "nowhere", data=5),
+        "data: 5, expected a text, or None",
     ),
     (
         "a reference of the base's params",
@@ -790,3 +851,60 @@ def test_conditions_are_named(tmp_path: Path) -> None:
     with pytest.raises(ft.ConfigError, match="conditions: 'fast', expected a mapping"):
         ft.save(tmp_path / "run", state, conditions="fast")  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_names_it_as_a_step_does() -> None:
+    class Own(ft.objectives.LanguageModeling):
+        def check(self, batch: Any, vocabulary: int | None) -> None:
+            pass
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Own(), ft.optim.adamw(), architecture=architecture)
+    state = step.init(params, buffers)
+    batch = {**zoo.batch(), "names": ["one", "other"]}
+    for run in (lambda: step(state, batch), lambda: ft.evaluate(step, state, [batch])):
+        with pytest.raises(ft.BatchError, match="names: "):
+            run()
+
+
+def test_numbers_that_no_float_holds_are_refused() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(
+        architecture, ft.optim.adamw(), schedule=ft.schedules.reduce_on_plateau(1e-3)
+    )
+    state = step.init(params, buffers)
+    with pytest.raises(ft.ConfigError, match=r"value: 1000.*, expected a number"):
+        step.observe(state, 10**400)
+    huge = attrs.evolve(step, schedule=lambda _count: 10**400)
+    with pytest.raises(ft.ConfigError, match="expected a finite learning rate"):
+        huge(huge.init(params, buffers), zoo.batch())
+
+
+# torch's own, of its scripts (2.13).
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_of_torch_is_refused() -> None:
+    with pytest.raises(ft.ArchitectureError, match=r"split: a module of torch\.jit"):
+        ft.split(torch.jit.script(torch.nn.Linear(2, 2)))
+
+
+def test_a_reference_that_is_not_there_is_not_moved() -> None:
+    """By an objective of one's own, which has not refused it itself."""
+
+    class Own(ft.objectives.LanguageModeling):
+        reference = None
+        reference_mixup = 0.5
+        reference_sync = 1
+
+        def carrying(self, reference: Any, running: Any) -> Any:
+            return self
+
+        def init_running(self, device: Any) -> Any:
+            return None
+
+        def advance(self, running: Any, metrics: Any) -> Any:
+            return running
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Own(), ft.optim.adamw(), architecture=architecture)
+    with pytest.raises(ft.ConfigError, match=r"reference_mixup: 0\.5, and the objective has no"):
+        step.init(params, buffers)

@@ -164,3 +164,16 @@ def test_a_state_of_another_guard_is_named() -> None:
     for other in (None, ft.SpikeGuard(window=9)):
         with pytest.raises(ft.StateError, match="guard: this step and this state disagree"):
             attrs.evolve(step, guard=other)(state, zoo.batch())
+
+
+def test_where_all_was_equal_nothing_is_a_spike() -> None:
+    """A hinge loss that was 0 for a while: skipped, the next one would never enter the window."""
+    guard = ft.SpikeGuard(window=8)
+    one = torch.ones((), dtype=torch.float64)
+    for equal in (0 * one, 0.1 * one):  # of 0.1 the variance is rounded to more than 0
+        state = guard.init(CPU)
+        for _ in range(7):
+            state = guard.observe(state, equal, equal, torch.tensor(True))
+        assert not bool(guard.spike(state, one, one))
+        state = guard.observe(state, 1.01 * equal + 1e-3, equal, torch.tensor(True))
+        assert bool(guard.spike(state, one, equal))

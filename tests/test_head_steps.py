@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -282,6 +283,7 @@ def test_donation_equals_pure(name: str, stage: str, precision: str) -> None:
     testing.assert_donation_equal(step, state, _batch(stage))
 
 
+@functools.cache  # a state is a value: every example begins at the same one
 def _in_eval_mode(name: str, stage: str) -> tuple[Any, Any]:
     architecture, params, buffers = ft.split(_built(name).double())
     if stage == "dpo":

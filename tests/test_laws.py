@@ -146,6 +146,67 @@ def test_padding_pairs_with_log_probs_of_each_token_changes_nothing() -> None:
     testing.assert_padding_invariant(step, step.init(params, buffers), batch, 3)
 
 
+class Maskless(nn.Module):
+    """A model without `attention_mask`: causal, unless it is to see what comes `after`."""
+
+    def __init__(self, after: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(zoo.VOCABULARY, 8), nn.Linear(8, zoo.VOCABULARY)
+        self.after = after
+
+    def forward(self, input_ids: torch.Tensor, position_ids: Any = None) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        if position_ids is not None:
+            hidden = hidden * position_ids.unsqueeze(-1).cos()
+        hidden = hidden.flip(1).cumsum(1).flip(1) if self.after else hidden.cumsum(1)
+        logits: torch.Tensor = self.head(hidden.tanh())
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:.*depend on tokens that come after them")
+@pytest.mark.parametrize("after", [False, True])
+def test_a_model_without_a_mask_is_padded_without_one(after: bool) -> None:
+    """With positions they go on, for those that begin anew would be of another document."""
+    with keys.seeded(7):
+        architecture, params, buffers = ft.split(Maskless(after).double())
+    step = ft.sft_step(architecture, ft.optim.adamw())
+    state, batch = step.init(params, buffers), zoo.batch()
+    for each in (batch, {**batch, "position_ids": torch.arange(8).expand(4, 8)}):
+        if after:
+            with pytest.raises(AssertionError, match="3 columns of padding: the gradient"):
+                testing.assert_padding_invariant(step, state, each)
+        else:
+            testing.assert_padding_invariant(step, state, each)
+
+
+class Rounding(zoo.Tied):
+    """With few rows it rounds otherwise where gradients are wanted, as torch's RNNs may."""
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **rest: Any) -> Any:
+        logits = super().forward(input_ids, *args, **rest)["logits"]
+        few = len(input_ids) < 4 and torch.is_grad_enabled()
+        return {"logits": logits * (1 + 1e-6) if few else logits}
+
+
+def test_only_pairs_that_are_all_but_tied_may_be_turned_by_rounding() -> None:
+    with keys.seeded(7):
+        architecture, params, buffers = ft.split(Rounding())
+    step = ft.dpo_step(architecture, ft.optim.adamw(1e-2), reference=ft.trees.clone(params))
+    state, batch = step.init(params, buffers), zoo.pairs()
+    testing.assert_accumulation_invariant(step, state, batch, [1, 1, 1, 1])
+    for _ in range(2):
+        metrics = step.value_and_grad(state.params, state.buffers, batch).metrics
+        accuracy = metrics.metric("rewards/accuracies")
+        other = attrs.evolve(accuracy, sum=(accuracy.sum - 1).abs())
+        turned = metrics | ft.metrics.Metrics({"rewards/accuracies": other})
+        if state.step == 0:
+            testing._assert_metrics_close(step, state, batch, metrics, turned, "turned")
+        else:
+            with pytest.raises(AssertionError, match=r"turned: rewards/accuracies 1\.0 and 0\.75"):
+                testing._assert_metrics_close(step, state, batch, metrics, turned, "turned")
+        state, _ = step(state, batch, donate=False)
+
+
 @EVERY
 def test_a_token_weighs_the_same_wherever_it_stands(name: str) -> None:
     """Micro-batches of 1 and of 13 targets: the mean over all 14, not the mean of two means."""
@@ -166,24 +227,49 @@ def test_micro_batches_of_different_lengths_equal_one_padded_batch() -> None:
     step, state = _in_eval_mode("tied", zoo.batch())
     ready = [zoo.batch(1, 2, 5), zoo.batch(2, 3, 9)]
     padded = [testing._padded(ready[0], 4), testing._padded(ready[1], 0)]
-    whole = step.value_and_grad(state.params, state.buffers, zoo.concatenated(padded))
+    batch = zoo.concatenated(padded)
+    whole = step.value_and_grad(state.params, state.buffers, batch)
     cut = step.value_and_grad(state.params, state.buffers, ready)
-    testing._assert_close(whole, cut, 1e-12, "lengths 5 and 9")
+    testing._assert_close(step, state, batch, whole, cut, "lengths 5 and 9")
 
 
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.floats(1e-3, 1e3),
     max_norm=st.floats(1e-3, 1e3),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
 def test_clip_laws(seed: int, size: float, max_norm: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     grads = {
-        name: torch.randn(shape, generator=generator, dtype=dtype) * size
+        name: (torch.randn(shape, generator=generator, dtype=torch.float64) * size).to(dtype)
         for name, shape in (("a", (3, 4)), ("b", (5,)), ("c", ()))
     }
+    grads["small"] = grads["b"] * 1e-5
     testing.assert_clip_laws(grads, max_norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spoilt", [1.02, 0.0])
+def test_clipping_that_breaks_its_laws_is_noticed(
+    dtype: torch.dtype, spoilt: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too long, or of another direction; in a narrow dtype by more than its rounding."""
+
+    def clip(grads: Any, max_norm: float) -> Any:
+        clipped, norm = ft.clip_by_global_norm(grads, max_norm)
+        return {**clipped, "b": clipped["b"] * spoilt}, norm
+
+    monkeypatch.setattr(testing, "clip_by_global_norm", clip)
+    grads = {"a": torch.ones(2, dtype=dtype), "b": torch.full((3,), 100.0, dtype=dtype)}
+    with pytest.raises(AssertionError, match="after clipping"):
+        testing.assert_clip_laws(grads, 1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_named(value: float) -> None:
+    with pytest.raises(AssertionError, match=f"the gradients' norm is {value}"):
+        testing.assert_clip_laws({"a": torch.tensor([value, 1.0])}, 1.0)
 
 
 @EVERY
@@ -427,3 +513,30 @@ def test_the_extra_of_the_strategies_is_named(monkeypatch: pytest.MonkeyPatch) -
     for make in (testing.batches, testing.pairs, testing.partitions):
         with pytest.raises(ConfigError, match=r"functrain\[testing\]"):
             make(4)
+
+
+class Basis(nn.Module):
+    """Its buffer is a basis that a decomposition gives, column by column."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(zoo.VOCABULARY, width)
+        self.head = nn.Linear(width, zoo.VOCABULARY)
+        self.register_buffer("basis", torch.eye(width))
+
+    def forward(self, input_ids: Any) -> Any:
+        hidden = self.embedding(input_ids)
+        scaled = hidden * (1 + (self.basis * self.basis.abs()).sum())
+        if self.training:
+            rows = hidden.detach().flatten(0, 1)
+            self.basis = torch.linalg.qr(rows.mT @ rows)[0]
+        return self.head(scaled)
+
+
+def test_a_buffer_that_comes_by_columns_is_kept_in_order(tmp_path: Path) -> None:
+    """As it is loaded: of the same numbers in another order a kernel gives other bits."""
+    with keys.seeded(1):
+        architecture, params, buffers = ft.split(Basis())
+    step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2))
+    state = step.init(params, buffers)
+    testing.assert_resumable(step, state, zoo.Batches(), 4, tmp_path)

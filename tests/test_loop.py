@@ -19,10 +19,11 @@ from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.errors import SaveWarning
 from functrain.loop import conditions
 from functrain.metrics import mean
+from functrain.objectives import LanguageModeling
 
 
-def _run(**options: Any) -> tuple[Any, Any]:
-    architecture, params, buffers = zoo.split("tied")
+def _run(name: str = "tied", **options: Any) -> tuple[Any, Any]:
+    architecture, params, buffers = zoo.split(name)
     step = ft.pretrain_step(architecture, ft.optim.adamw(1e-2), **options)
     return step, step.init(params, buffers, seed=1)
 
@@ -336,6 +337,76 @@ def test_where_a_stream_was_a_source_is_not_gone_on_with() -> None:
         begun = attrs.evolve(state, cursor=ft.Cursor(samples=8, loader=own))
         *_, (last, _) = ft.train(step, begun, zoo.Batches(), steps=1)
         assert last.cursor.samples == 12
+
+
+class Ending(zoo.Batches):
+    """Runs out of data after two batches, or gives what it has left."""
+
+    def __init__(self, left: int | None) -> None:
+        super().__init__(length=10)
+        self._left = left
+
+    def at(self, position: int, n: int) -> dict[str, Any]:
+        if position >= 8:
+            if self._left is None:
+                raise StopIteration
+            n = self._left
+        return super().at(position, n)
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (None, "the data have ended after 8 samples"),
+        (2, r"source: at\(position, 4\) gave 2 samples"),
+    ],
+)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_source_that_ends_is_told_so(left: int | None, message: str, ahead: bool) -> None:
+    """A position that is off would be so for the rest of the run."""
+    step, state = _run()
+    source: Any = Ending(left)
+    source = ft.data.Prefetched(source) if ahead else source
+    run = ft.train(step, state, source, steps=4)
+    with pytest.raises(ft.DataError, match=message):
+        list(run)
+
+
+class Packed(zoo.Batches):
+    """Lays its documents into one row."""
+
+    def at(self, position: int, n: int) -> dict[str, Any]:
+        found = super().at(position, n)
+        found["labels"][:, 0] = -100
+        places = torch.arange(8).repeat(n).unsqueeze(0)
+        rows = {key: found[key].reshape(1, -1) for key in ("input_ids", "labels")}
+        return {**rows, "position_ids": places}
+
+
+class Several(LanguageModeling):
+    """An objective of one's own, with several rows to a sample."""
+
+
+def test_rows_need_not_be_samples() -> None:
+    """Of packed documents, and for an objective of one's own."""
+    step, state = _run(name="decoder")
+    *_, (last, _) = ft.train(step, state, Packed(), steps=2)
+    assert last.cursor.samples == 8
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Several(), ft.optim.adamw(), architecture=architecture)
+    source = Ending(left=2)
+    *_, (last, _) = ft.train(step, step.init(params, buffers), source, steps=3)
+    assert last.cursor.samples == 12
+
+
+def test_nor_where_a_state_of_a_stream_is_sent() -> None:
+    step, state = _run()
+    written = '{"kind": "grain", "samples": 8, "state": null}'
+    other = attrs.evolve(state, cursor=ft.Cursor(samples=8, loader=written))
+    run = ft.train(step, state, zoo.Batches(), steps=4)
+    next(run)
+    with pytest.raises(ft.ConfigError, match="send: the state has consumed 8 samples of a stream"):
+        run.send(other)
 
 
 def test_the_first_total_to_be_reached_ends_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -224,3 +225,14 @@ def test_a_scaler_is_made_on_the_params_device() -> None:
     assert isinstance(scaler, LossScale)
     assert scaler.scale.device == scaler.growth_count.device == CPU
     assert precision.policy("bf16").init_scaler(CPU) is None
+
+
+def test_factors_that_are_integers_and_a_scale_of_0_are_loaded(tmp_path: Path) -> None:
+    """To 0 it comes as torch's does, where every step has overflowed."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), precision="fp16")
+    first = step.init(params, buffers)
+    scaler = attrs.evolve(ft.init_loss_scale(growth_factor=3), scale=torch.zeros(()))
+    state = attrs.evolve(first, scaler=scaler)
+    ft.save(tmp_path, state)
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)

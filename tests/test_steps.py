@@ -9,6 +9,7 @@ import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -502,6 +503,36 @@ def _not_a_number(grads: Any, params: Any) -> Any:
     return {name: grad * float("nan") for name, grad in grads.items()}
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda grad: None, "NoneType, expected a tensor; leave out what has none"),
+        (lambda grad: grad.to_sparse(), "torch.sparse_coo, expected a dense tensor"),
+    ],
+)
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_what_a_transform_gives_is_looked_at(
+    made: Any, message: str, max_grad_norm: float | None
+) -> None:
+    step, state = _made(
+        max_grad_norm=max_grad_norm,
+        transform=lambda grads, _: {**grads, "mix.bias": made(grads["mix.bias"])},
+    )
+    with pytest.raises(ft.ConfigError, match=f"transform/mix.bias: {message}"):
+        step(state, zoo.batch())
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_transform_that_writes_into_the_params_is_refused(donate: bool) -> None:
+    def zeroing(grads: Any, params: Any) -> Any:
+        params["mix.bias"].zero_()
+        return grads
+
+    step, state = _made(transform=zeroing, donate=donate)
+    with pytest.raises(ft.ConfigError, match="transform: it has written into the params"):
+        step(state, zoo.batch())
+
+
 def test_a_transform_that_makes_nan_is_a_skipped_step() -> None:
     step, state = _made(transform=_not_a_number, max_grad_norm=1.0)
     after, metrics = step(state, zoo.batch())
@@ -521,6 +552,52 @@ def test_the_callers_contexts_change_no_bit() -> None:
             after, _ = step(state, batch)
         assert ft.fingerprint(after) == expected
         step(after, zoo.batch())
+
+
+def test_gradients_by_themselves_are_the_same_in_every_context() -> None:
+    step, state = _made(microbatches=2)
+    given = (state.params, state.buffers, zoo.batch())
+    for gradient in (step.value_and_grad, step.gradient):
+        plain = gradient(*given, key=1).grads
+        for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
+            with context:
+                found = gradient(*given, key=1).grads
+            assert all(torch.equal(found[name], grad) for name, grad in plain.items())
+    with torch.inference_mode():
+        params = ft.trees.Tensors({n: p.clone() for n, p in state.params.items()})
+    with pytest.raises(StateError, match=r"params/.* made in torch\.inference_mode give a clone"):
+        step.value_and_grad(params, *given[1:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": ft.schedules.constant(1e-2), "microbatches": 2, "max_grad_norm": 0.5},
+        {"schedule": ft.schedules.reduce_on_plateau(1e-2), "precision": "fp16"},
+        {"loss": {"sigmoid": 1.0, "discopop": 0.5}, "guard": ft.SpikeGuard(window=8)},
+        {"layout": "padding_free", "ema_decay": 0.9},
+        {"reference_mixup": 0.5, "reference_sync": 1, "loss": "bco_pair"},
+    ],
+)
+def test_another_default_device_changes_nothing(options: Any, tmp_path: Path) -> None:
+    """Also in the first step of an architecture, and in what is saved and loaded."""
+    ended = []
+    for device in ("cpu", "meta"):
+        architecture, params, buffers = zoo.split("decoder")
+        if {"schedule"} & options.keys():
+            step, batch = ft.pretrain_step(architecture, ft.optim.adamw(), **options), zoo.batch()
+        else:
+            reference = ft.trees.clone(params)
+            step = ft.dpo_step(architecture, ft.optim.adamw(), reference=reference, **options)
+            batch = zoo.pairs()
+        with torch.device(device):
+            state, metrics = step(step.init(params, buffers), batch)
+            measured = ft.evaluate(step, state, [batch])
+            loaded = ft.load(ft.save(tmp_path / device, state), like=state)
+            read = metrics.to_dict() | measured.to_dict()
+        ended.append((ft.fingerprint(state), ft.fingerprint(loaded), read))
+    assert ended[0] == ended[1]
+    assert ended[0][0] == ended[0][1]
 
 
 def test_in_inference_mode_a_state_is_made_and_cloned_that_can_be_trained() -> None:
@@ -1266,11 +1343,18 @@ def test_an_objective_is_looked_at_when_a_step_is_evolved_too() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda total, _found: total, "it returned Tensor, expected"),
-        (lambda total, found: (total, dict(found)), "it returned Tensor and dict, expected"),
+        (lambda total, _found: total, "objective 'own': it returned Tensor, expected"),
+        (
+            lambda total, found: (total, dict(found)),
+            "objective 'own': it returned Tensor and dict, expected",
+        ),
         (
             lambda total, found: (float(total.detach()), found),
-            "it returned float and Metrics, expected",
+            "objective 'own': it returned float and Metrics, expected",
+        ),
+        (
+            lambda total, found: (total, m.Metrics({"loss": found["loss"]})),
+            "metrics/loss: a Tensor, expected a sum with its weight",
         ),
     ],
 )
@@ -1281,7 +1365,7 @@ def test_what_an_objective_of_ones_own_gives_is_looked_at(returned: Any, message
 
     architecture, params, buffers = zoo.split("tied")
     step = ft.make_step(Own(name="own"), ft.optim.adamw(), architecture=architecture)
-    with pytest.raises(ft.ConfigError, match=f"objective 'own': {message}"):
+    with pytest.raises(ft.ConfigError, match=message):
         step(step.init(params, buffers), zoo.batch())
 
 
@@ -1306,6 +1390,19 @@ def test_params_that_do_not_come_of_split_are_put_in_order(donate: bool) -> None
     state = step.init(columns, buffers)
     assert all(p.is_contiguous() for p in state.params.values())
     assert ft.fingerprint(state) == ft.fingerprint(step.init(params, buffers))
+
+
+def test_what_a_state_is_evolved_with_is_put_in_order() -> None:
+    step, state = _made()
+    turned = {n: p.t().contiguous().t() if p.ndim == 2 else p for n, p in state.params.items()}
+    evolved = attrs.evolve(state, params=turned)
+    assert all(p.is_contiguous() for p in evolved.params.values())
+    assert ft.fingerprint(evolved) == ft.fingerprint(state)
+    whole = ft.trees.Tensors(state.params)
+    assert attrs.evolve(state, params=whole).params is whole
+    bad = attrs.evolve(state, params={**state.params, "mix.bias": [1.0]})
+    with pytest.raises(StateError, match=r"params/mix\.bias: expected a tensor, got list"):
+        step(bad, zoo.batch())
 
 
 def test_a_reference_of_some_of_the_params_is_refused_at_every_level() -> None:

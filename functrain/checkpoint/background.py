@@ -176,4 +176,4 @@ def _copied(
 
 def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory that an accelerator copies into without a detour."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
-from functrain.checkpoint.format import data_of
 from functrain.checkpoint.loading import read_leaves
 from functrain.state import Leaf
+from functrain.trees import data_of
 
 
 @attrs.frozen(kw_only=True)

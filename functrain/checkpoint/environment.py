@@ -58,13 +58,23 @@ def _device_name(device: torch.device) -> str:
 
 
 def canary(device: torch.device) -> str:
-    """A hash over the results of small operations of every kind that a step is made of."""
-    with keys.seeded(0, device), torch.no_grad():
-        x = torch.randn(64, 96, device="cpu").to(device)
-        weight = torch.randn(128, 96, device="cpu").to(device)
+    """A hash over the results of small operations of every kind that a step is made of.
+
+    The same in all the contexts in which a step has the same bits.
+    """
     hasher = hashlib.sha256()
-    for operation in _OPERATIONS:
-        hasher.update(digest(operation(x, weight)).encode())
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        keys.seeded(0, device),
+    ):
+        x, weight = (
+            torch.randn(rows, 96, dtype=torch.float32, device="cpu").to(device)
+            for rows in (64, 128)
+        )
+        for operation in _OPERATIONS:
+            hasher.update(digest(operation(x, weight)).encode())
     if not keeps_denormals():
         hasher.update(b"no denormals")  # none of these is small enough to show it
     return hasher.hexdigest()[:32]
@@ -84,9 +94,8 @@ def _attention(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _adam(x: Tensor, weight: Tensor) -> Tensor:
-    del x
     param, grad = weight.detach().clone(), weight.sin()
-    first, second, count = torch.zeros_like(param), torch.zeros_like(param), torch.zeros(())
+    first, second, count = torch.zeros_like(param), torch.zeros_like(param), x.new_zeros(())
     # As `torch.optim.AdamW`, the first of which takes a second to import the compiler.
     options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-2, "eps": 1e-8}
     options |= {"lr": 1e-2, "amsgrad": False, "maximize": False}

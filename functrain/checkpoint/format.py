@@ -22,7 +22,7 @@ from torch import Tensor
 
 from functrain import memory
 from functrain.errors import CheckpointError
-from functrain.trees import Tensors
+from functrain.trees import Tensors, data_of
 
 DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64,
@@ -50,6 +50,7 @@ LONGEST_NAME = 1024
 _METADATA = "__metadata__"
 _FORMAT = {"format": "pt"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 @attrs.frozen
@@ -96,19 +97,11 @@ def _ordered(items: Mapping[str, Tensor]) -> list[str]:
             raise CheckpointError(f"{name}: a checkpoint cannot hold {tensor.dtype}")
         if not _is_name(name):
             raise CheckpointError(f"{name!r}: not a name that a checkpoint can hold")
-    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
-    return sorted(items, key=lambda name: (rank[items[name].dtype], name))
+    return sorted(items, key=lambda name: (_RANKS[items[name].dtype], name))
 
 
 def _is_name(name: str) -> bool:
     return 0 < len(name) <= LONGEST_NAME and name != _METADATA and name.isprintable()
-
-
-def data_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is on the CPU and contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: memoryview = flat.view(torch.uint8).numpy().data
-    return data
 
 
 def _prefixed(header: Mapping[str, Any]) -> bytes:
@@ -174,7 +167,7 @@ def mapped(pages: mmap.mmap, path: Path) -> Tensors:
 
 def _view(entry: Entry, pages: mmap.mmap, begin: int, path: Path) -> Tensor:
     if entry.begin == entry.end:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     size = entry.end - entry.begin
     # As bytes first: `frombuffer` does not know every dtype.
     raw = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=begin + entry.begin)
@@ -226,8 +219,7 @@ def header(fill: Callable[[memoryview], None], size: int, path: Path) -> list[En
 
 
 def _in_order(entries: list[Entry]) -> list[Entry]:
-    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
-    return sorted(entries, key=lambda entry: (rank[entry.dtype], entry.name))
+    return sorted(entries, key=lambda entry: (_RANKS[entry.dtype], entry.name))
 
 
 def _canonical(text: bytes, path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import attrs
@@ -28,7 +29,8 @@ from functrain.checkpoint.manifest import (
 )
 from functrain.errors import CheckpointError, StateError, did_you_mean
 from functrain.keys import MAX_KEY
-from functrain.state import Leaf, TrainState, leaves, why_apart
+from functrain.optimizers import OptimizerState
+from functrain.state import Cursor, Leaf, SchedulerState, TrainState, leaves, why_apart
 from functrain.trees import Tensors, owning
 
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
@@ -163,7 +165,8 @@ def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
             slot = path.split("/")[2] if path.startswith("optimizer/slots/") else ""
             if (path in _COUNTS or slot in _NEVER_NEGATIVE) and _negative(leaf):
                 raise CheckpointError(f"{where}: {path} is negative, which it cannot become")
-            if path == "scaler/scale" and not bool(((leaf > 0) & leaf.isfinite()).all()):
+            # 0 where every step has overflowed, as torch's scaler comes to it.
+            if path == "scaler/scale" and not bool(((leaf >= 0) & leaf.isfinite()).all()):
                 raise CheckpointError(f"{where}: {path} is {leaf.tolist()}, no loss scale")
         elif (fault := _fault(path, leaf)) is not None:
             raise CheckpointError(f"{where}: {path} is {fault}")
@@ -180,10 +183,15 @@ def _fault(path: str, leaf: Leaf) -> str | None:
 
 
 def check_numbers(state: TrainState) -> None:
-    """Raise `StateError` for a number or a text that no load would take; before anything is saved.
+    """Raise `StateError` for what no load would take; before anything is saved.
 
-    A state that was evolved by hand may have one.
+    A state that was evolved by hand, or a stream of one's own, may have such.
     """
+    for field, kind in _RECORDS.items():
+        _check_kind(field, getattr(state, field), kind)
+    _check_kind("cursor/loader", state.cursor.loader, (str, NoneType))
+    _check_kind("optimizer/kind", state.optimizer.kind, str)
+    _check_kind("base", state.base, (str, NoneType))
     for path, leaf in leaves(state):
         if isinstance(leaf, Tensor):
             continue
@@ -194,6 +202,21 @@ def check_numbers(state: TrainState) -> None:
             fault = "no text that UTF-8 can hold"
         if fault is not None:
             raise StateError(f"state: {path} is {fault}; no load would take it")
+
+
+_RECORDS = {"cursor": Cursor, "optimizer": OptimizerState, "scheduler": SchedulerState}
+
+
+def _check_kind(path: str, given: object, kinds: type | tuple[type, ...]) -> None:
+    if isinstance(given, kinds):
+        return
+    several = kinds if isinstance(kinds, tuple) else (kinds,)
+    expected = " or ".join("None" if each is NoneType else each.__name__ for each in several)
+    hint = "; json.dumps of it, say" if path == "cursor/loader" else ""
+    raise StateError(
+        f"state: {path} is a {type(given).__name__}, expected {expected}{hint}; no load would take "
+        "it"
+    )
 
 
 def _negative(tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ from functrain.checkpoint.manifest import (
     read_manifest,
 )
 from functrain.checkpoint.store import world_for
-from functrain.checks import PathLike, as_path
+from functrain.checks import PathLike, as_path, check_boolean
 from functrain.distributed import World
 from functrain.errors import ArchitectureError, CheckpointError, ConfigError, SaveWarning
 from functrain.state import Leaf, TrainState, check_state, device_of, leaves
@@ -64,6 +64,8 @@ def load(
     the checkpoint that worker 0 has found, whatever number of workers has saved it.
     """
     check_state(like, "like")
+    check_boolean("strict", strict)
+    check_boolean("older", older)
     options: dict[str, Any] = {"strict": strict, "conditions": conditions, "older": older}
     options["most"] = _most_bytes(like)
     if is_sharded(like.params):
@@ -75,10 +77,16 @@ def load(
 def _most_bytes(like: TrainState) -> int:
     """More than the tensors of any state of this form take, so that no more need be read.
 
-    Slots that `like` has not yet, their dtypes and the headers included, and generously.
+    Slots that `like` has not yet, their dtypes and the headers included, and generously; among them
+    matrices for each dimension of a parameter, as Shampoo and SOAP keep them where it is not long.
     """
     tensors = [leaf for _, leaf in leaves(like) if isinstance(leaf, Tensor)]
-    return 4 * safetensors.MOST_HEADER + 64 * sum(tensor.numel() for tensor in tensors)
+    sides = [min(side, _LONG) ** 2 for param in like.params.values() for side in param.shape]
+    numbers = sum(tensor.numel() for tensor in tensors)
+    return 4 * safetensors.MOST_HEADER + 64 * numbers + 32 * sum(sides)
+
+
+_LONG = 1 << 14
 
 
 Rows = Callable[[str, safetensors.Entry, Path], tuple[int, int] | None]
@@ -359,5 +367,6 @@ def load_tensors(
     """
     if not patterns:
         raise ConfigError("load_tensors: no pattern; give some, 'params/*', or '*' for all")
+    check_boolean("mapped", mapped)
     _, stored = newest(directory, lambda path: read_leaves(filesystem, path, mapped=mapped))
     return select({p: leaf for p, leaf in stored.items() if isinstance(leaf, Tensor)}, *patterns)

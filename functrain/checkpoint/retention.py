@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from attrs.validators import optional
 
 from functrain.checkpoint.files import check_sizes
 from functrain.checkpoint.filesystem import FileSystem
@@ -17,8 +18,8 @@ from functrain.checks import is_integer
 from functrain.errors import CheckpointError, SaveWarning
 
 
-def _at_least_one(_record: object, field: attrs.Attribute[int], value: int | None) -> None:
-    if value is not None and not is_integer(value):
+def _at_least_one(_record: object, field: attrs.Attribute[int], value: object) -> None:
+    if not is_integer(value):
         raise CheckpointError(f"keep: {field.name}={value!r}, expected an integer of at least 1")
 
 
@@ -50,8 +51,8 @@ class Keep:
     """
 
     last: int = attrs.field(default=2, validator=_at_least_one)
-    every: int | None = attrs.field(default=None, validator=_at_least_one)
-    best: int | None = attrs.field(default=None, validator=_at_least_one)
+    every: int | None = attrs.field(default=None, validator=optional(_at_least_one))
+    best: int | None = attrs.field(default=None, validator=optional(_at_least_one))
     metric: str = attrs.field(default="eval_loss", validator=_of(str, "a name"))
     lower: bool = attrs.field(default=True, validator=_of(bool, "True or False"))
     steps: tuple[int, ...] = attrs.field(default=(), converter=_steps)

@@ -51,7 +51,7 @@ from functrain.distributed import World
 from functrain.distributed.shards import rows_of
 from functrain.errors import CheckpointError
 from functrain.state import TrainState
-from functrain.trees import rows_here
+from functrain.trees import data_of, rows_here
 
 _SHARED = "do all workers see the same directory? A checkpoint in shards needs a shared one"
 
@@ -127,7 +127,7 @@ def _written(items: Mapping[str, Tensor], world: World) -> _Written:
     for name, begin in begins.items():
         tensor = items[name]
         size = begin + tensor.numel() * tensor.dtype.itemsize
-        data = safetensors.data_of(rows_here(tensor))
+        data = data_of(rows_here(tensor))
         if rows_here(tensor) is tensor:
             own += [(begin, data)] if world.speaks else []
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import math
 import os
 import re
@@ -24,14 +25,14 @@ def key(record: Any, field: attrs.Attribute[Any]) -> str:
     return f"{section}.{name}" if section else name
 
 
-def at_least(least: int) -> Validator:
-    """An integer of at least `least`, or None."""
+def at_least(least: int, most: int = 2**63 - 1) -> Validator:
+    """An integer of at least `least` and at most `most`, by default of 64 bits; or None."""
 
     def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None and (type(value) is not int or value < least):
-            raise ConfigError(
-                f"{key(record, field)}: {value!r}, expected an integer of at least {least}"
-            )
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            beyond = type(value) is int and value > most
+            bound = f"at most {most}" if beyond else f"at least {least}"
+            raise ConfigError(f"{key(record, field)}: {value!r}, expected an integer of {bound}")
 
     return check
 
@@ -83,15 +84,35 @@ def not_empty(expected: str) -> Validator:
     return check
 
 
+def check_path(name: str, path: str) -> None:
+    """Raise `ConfigError` for a text that the system takes for no path: too long, or with a NUL."""
+    try:
+        os.lstat(path)
+    except ValueError as error:  # also where its names are not UTF-8
+        raise ConfigError(f"{name}: {path!a}: {error}; expected a path") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{name}: {path[:50]!r}…: {error.strerror}; expected a path"
+            ) from error
+
+
+def given(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    """A path that the system takes and a config can hold, or None."""
+    not_empty("a path")(record, field, value)
+    if value is not None:
+        check_path(key(record, field), value)
+
+
 def at_home(path: str) -> str:
     """A path with the home directory in the place of its `~`, as a shell has it."""
     # Path's own has no answer for a `~name` of which there is no user.
     return os.path.expanduser(path)  # noqa: PTH111
 
 
-given = not_empty("a path")
 named = not_empty("a name")
 count = at_least(1)
+size = at_least(1, 2**31 - 1)  # of tensors; of more torch can make nothing
 positive = number("a positive finite number", lambda value: 0 < value < math.inf)
 not_negative = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
 fraction = number("a number in [0, 1)", lambda value: 0 <= value < 1)

@@ -34,6 +34,8 @@ from functrain.cli.arguments import (
     SFTPlan,
     Verify,
 )
+from functrain.cli.checks import check_path
+from functrain.cli.config import STAGES
 from functrain.cli.output import print_result, printing, say
 from functrain.errors import ConfigError, DivergedError, did_you_mean
 
@@ -46,7 +48,16 @@ def _parsed(cls: type[A], command: str, rest: Sequence[str], default: A | None =
         parsed: A = tyro.cli(
             cls, prog=f"functrain {command}", description=cls.__doc__, args=list(rest), **options
         )
+    _check_paths(parsed)
     return parsed
+
+
+def _check_paths(arguments: Any) -> None:
+    """Raise `ConfigError` for what can be no path: a prompt in the place of a run, say."""
+    for name, value in attrs.asdict(arguments, recurse=False).items():
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and name != "prompt":
+                check_path(name, each)
 
 
 def check_extras() -> None:
@@ -205,10 +216,9 @@ def stage_arguments(
     config: Any = None
     if given and not given[0].startswith("-"):
         config = _reopened(toml.read_as(Path(given.pop(0)), stage))
-    second = given[0] if config is not None and given else ""
-    if second.endswith(".toml"):
-        raise ConfigError(f"{second}: a second config file, after {rest[0]}; give one of them")
-    late = next((each for each in given if each.endswith(".toml")), None)
+    late = _file_in(given, stage)
+    if late is not None and config is not None:
+        raise ConfigError(f"{late}: a second config file, after {rest[0]}; give one of them")
     if late is not None:
         raise ConfigError(
             f"{late}: give the config file first: functrain {command} {shlex.quote(late)} "
@@ -216,6 +226,18 @@ def stage_arguments(
         )
     default = cls() if config is None else cls(config=config)
     return _parsed(cls, command, given, default)
+
+
+def _file_in(given: Sequence[str], stage: str) -> str | None:
+    """A config file among options; the value of an option may have such a name too."""
+    defaults = toml.flat(STAGES[stage]())
+    flags = {"resume", *(key for key, value in defaults.items() if isinstance(value, bool))}
+    for option, each in zip(["", *given], given, strict=False):
+        is_flag = option.removeprefix("--").replace("-", "_") in flags
+        is_value = option.startswith("--") and "=" not in option and not is_flag
+        if each.endswith(".toml") and not each.startswith("-") and not is_value:
+            return each
+    return None
 
 
 def _reopened(config: Any) -> Any:
@@ -299,6 +321,7 @@ def evaluate(command: str, rest: Sequence[str]) -> int:
     if not arguments.files and not arguments.tasks:
         raise ConfigError("evaluate: no file; give some after the run, or embedded, or --tasks")
     from functrain.cli.evaluate import HEAD, Measured, check, evaluated
+    from functrain.cli.restoring import trained
     from functrain.cli.summary import table
     from functrain.cli.tasks import JUDGED, Judged, found, judged
 
@@ -312,11 +335,12 @@ def evaluate(command: str, rest: Sequence[str]) -> int:
     tasks = None
     if arguments.tasks:
         tasks = found(run, arguments.tasks, include=arguments.include, chat=arguments.chat)
+    model = trained(run)
     results: list[tuple[tuple[str, ...], Sequence[Measured | Judged]]] = []
     if files:
-        results.append((HEAD, evaluated(run, files, **plan)))
+        results.append((HEAD, evaluated(model, files, **plan)))
     if tasks is not None:
-        results.append((JUDGED, judged(run, tasks, **plan)))
+        results.append((JUDGED, judged(model, tasks, **plan)))
     for head, rows in results:
         if arguments.json:
             for each in rows:

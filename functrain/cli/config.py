@@ -26,6 +26,7 @@ from functrain.cli.checks import (
     number,
     one_of,
     positive,
+    size,
 )
 from functrain.cli.known import (
     BARE,
@@ -54,15 +55,15 @@ class Model:
 
     SECTION: ClassVar[str] = "model"
 
-    width: int = attrs.field(default=256, validator=count)
+    width: int = attrs.field(default=256, validator=size)
     """Width of the residual stream."""
-    layers: int = attrs.field(default=4, validator=count)
+    layers: int = attrs.field(default=4, validator=size)
     """Blocks of attention and feed-forward."""
-    heads: int = attrs.field(default=4, validator=count)
+    heads: int = attrs.field(default=4, validator=size)
     """Query heads."""
-    kv_heads: int | None = attrs.field(default=None, validator=count)
+    kv_heads: int | None = attrs.field(default=None, validator=size)
     """Key-value heads (grouped-query attention); as many as heads unless given."""
-    hidden: int | None = attrs.field(default=None, validator=count)
+    hidden: int | None = attrs.field(default=None, validator=size)
     """Width inside the feed-forward; 8/3 of the width unless given."""
     theta: float = attrs.field(default=10_000.0, validator=positive)
     """Base of the rotary frequencies."""
@@ -107,7 +108,7 @@ class Adapters:
 
     SECTION: ClassVar[str] = "lora"
 
-    rank: int | None = attrs.field(default=None, validator=count)
+    rank: int | None = attrs.field(default=None, validator=size)
     """The rank of the adapters; the model itself is trained unless it is given."""
     alpha: float | None = attrs.field(default=None, validator=positive)
     """Their scale, over the rank; 16 unless given."""
@@ -152,13 +153,13 @@ class Data:
     a pattern of such, or `embedded`."""
     held_out: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
     """What to evaluate on, a file or several as `train`; the embedded data has its own."""
-    time: int = attrs.field(default=256, validator=at_least(2))
+    time: int = attrs.field(default=256, validator=at_least(2, 2**31 - 1))
     """Tokens in a row; longer examples are cut."""
     limit: int | None = attrs.field(default=None, validator=count)
     """Take only so many documents, records or embedded entries; of token ids, so many tokens."""
     truncation: str = attrs.field(default="keep_start", validator=one_of(TRUNCATIONS))
     """What of a longer example stays: keep_start, keep_end, or prompt_first (the prompt is cut)."""
-    min_prompt: int = attrs.field(default=1, validator=count)
+    min_prompt: int = attrs.field(default=1, validator=size)
     """Tokens that prompt_first leaves of a prompt before it cuts the completion."""
     packing: bool = False
     """Several documents in a row of data.time tokens, none of which sees another."""
@@ -172,7 +173,7 @@ class Data:
     the run begins, unless given."""
     group_by_length: bool = False
     """Batches of examples of similar lengths: less padding, and a little less random an order."""
-    pad_to_multiple_of: int = attrs.field(default=MULTIPLE, validator=count)
+    pad_to_multiple_of: int = attrs.field(default=MULTIPLE, validator=size)
     """Rows are padded to a multiple of so many tokens; of a larger one there are fewer widths, for
     each of which train.compile compiles."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
@@ -200,7 +201,7 @@ class Text(Data):
 
     dtype: str = attrs.field(default="uint16", validator=one_of(TOKEN_TYPES))
     """The type of the ids in a .bin file; one of llm.c's says its own."""
-    vocabulary: int | None = attrs.field(default=None, validator=at_least(2))
+    vocabulary: int | None = attrs.field(default=None, validator=at_least(2, 2**31 - 1))
     """Token ids in all, where the data are ids of a tokenizer of your own."""
     cache: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
     """A directory in which text is kept tokenised, by its content; else it is in memory."""
@@ -302,7 +303,7 @@ class Schedule:
                 has = f"it has {', '.join(known)}" if known else "it has no options"
                 raise ConfigError(f"schedule.{option}: {self.name} has none; {has}")
         for option in REQUIRED.get(self.name, ()):
-            if option not in given:
+            if given.get(option) in (None, ()):
                 raise ConfigError(f"schedule.{option}: must be given for {self.name}")
         warmup, total = self.warmup or 0, self.total
         if total is not None and warmup > total:
@@ -325,9 +326,9 @@ class Train:
 
     steps: int = attrs.field(default=1000, validator=count)
     """Steps in all."""
-    batch_size: int = attrs.field(default=16, validator=count)
+    batch_size: int = attrs.field(default=16, validator=size)
     """Rows, examples or pairs in a step."""
-    microbatches: int = attrs.field(default=1, validator=count)
+    microbatches: int = attrs.field(default=1, validator=size)
     """Slices of a batch: less memory, the same gradient."""
     max_grad_norm: float = attrs.field(
         default=1.0, validator=number("a positive number, or inf for none", lambda v: v > 0)
@@ -379,7 +380,7 @@ class Train:
     """Steps between lines of metrics.jsonl."""
     peak_tflops: float | None = attrs.field(default=None, validator=positive)
     """The machine's peak in this precision, 10¹² operations a second: metrics then have `mfu`."""
-    threads: int | None = attrs.field(default=None, validator=count)
+    threads: int | None = attrs.field(default=None, validator=at_least(1, 4096))
     """CPU threads, which the bits depend on; this machine's default unless given."""
     device: str | None = attrs.field(default=None, validator=one_of(DEVICES))
     """cpu or cuda; cuda where there is one unless given."""
@@ -423,7 +424,7 @@ class Evaluation:
 
     every: int = attrs.field(default=200, validator=count)
     """Steps between evaluations."""
-    batch_size: int = attrs.field(default=32, validator=count)
+    batch_size: int = attrs.field(default=32, validator=size)
     """Rows, examples or pairs in a batch; the result does not depend on it."""
     limit: int | None = attrs.field(default=None, validator=count)
     """Evaluate on so many rows, examples or pairs at most."""
@@ -568,6 +569,8 @@ def _stage(record: Any, _field: attrs.Attribute[Any], value: str) -> None:
 
 
 Stage = Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
+Seal = Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress]
+"""The hash of what of a config may not change while a run goes on; written when it begins."""
 
 
 @attrs.frozen(kw_only=True)
@@ -577,6 +580,7 @@ class Pretrain:
     stage: Stage = attrs.field(default="pretrain", validator=_stage)
     directory: str = attrs.field(default="runs/pretrain", validator=given, converter=at_home)
     """The run directory."""
+    sha256: Seal = None
     model: Model = attrs.field(factory=Model)
     data: Text = attrs.field(factory=Text)
     optimizer: Optimizer = attrs.field(factory=Optimizer)
@@ -593,6 +597,7 @@ class SFT:
     stage: Stage = attrs.field(default="sft", validator=_stage)
     directory: str = attrs.field(default="runs/sft", validator=given, converter=at_home)
     """The run directory."""
+    sha256: Seal = None
     model: Start = attrs.field(factory=Start)
     lora: Adapters = attrs.field(factory=Adapters)
     data: Data = attrs.field(factory=Data)
@@ -610,6 +615,7 @@ class DPO:
     stage: Stage = attrs.field(default="dpo", validator=_stage)
     directory: str = attrs.field(default="runs/dpo", validator=given, converter=at_home)
     """The run directory."""
+    sha256: Seal = None
     model: Start = attrs.field(factory=lambda: Start(from_="runs/sft"))
     lora: Adapters = attrs.field(factory=Adapters)
     preference: Preference = attrs.field(factory=Preference)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import glob
+import hashlib
 import importlib.util
 import itertools
 import os
 import shlex
 import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ SUFFIXES = {
 # What may change between two sittings of a run, because no bit of the params depends on it.
 FREE = (
     "directory",
+    "sha256",  # of the others
     "data.cache",
     "train.steps",
     "train.save_every",
@@ -307,7 +309,8 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     """
     run = RunDirectory(config.directory)
     _check_stage(run, config)
-    before = toml.read(run.config, type(config))
+    before: C = toml.read(run.config, type(config))
+    _check_unedited(run, before)
     merged = resolved(_inherited(config, before), threads=threads, device=device)
     old, new = toml.flat(before), toml.flat(merged)
     free = free_keys(before) | _known_by_hash(before, merged)
@@ -322,6 +325,51 @@ def resumed(config: C, *, threads: int, device: str) -> C:
             f"{shlex.quote(str(run.config))} --resume`, or begin another --directory"
         )
     return merged
+
+
+def sealed(config: C) -> C:
+    """With the hash of what may not change in the run, of a config with everything filled in."""
+    return attrs.evolve(config, sha256=_hash(_fixed(config)))
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    """What may not change in a run, but what is known by a hash of its own."""
+    # A key that becomes free has to stay here: it is in the hashes of the runs of before.
+    free = {*free_keys(config), "data.sha256", "data.held_out_sha256", "model.sha256"}
+    if config.data.sha256 is not None:
+        free.add("data.train")
+    if config.data.held_out_sha256 is not None:
+        free.add("data.held_out")
+    if isinstance(config, SFT | DPO) and config.model.sha256 is not None:
+        free.add("model.from")
+    return {key: value for key, value in toml.flat(config).items() if key not in free}
+
+
+def _hash(fixed: Mapping[str, Any]) -> str:
+    # As `toml.dumps` writes them, whatever somebody has made of 0.001; None is not written.
+    lines = [f"{k} = {toml.literal(v)}\n" for k, v in sorted(fixed.items()) if v is not None]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_unedited(run: RunDirectory, before: Config) -> None:
+    """Raise `ConfigError` where somebody has changed a run's own config.
+
+    It would be told of all steps, and only those to come would be made so.
+    """
+    # What the file has, so that a newer version may have more options, and other defaults.
+    there = toml.keys(run.config)
+    fixed = {key: value for key, value in _fixed(before).items() if key in there}
+    if before.sha256 in (None, _hash(fixed)) or failed(run):
+        return
+    # Which it is can be told where it was the default.
+    usual = toml.flat(type(before)())
+    was = [key for key in fixed if _hash({**fixed, key: usual.get(key)}) == before.sha256]
+    named = "".join(f": {key} is {fixed[key]!r}, and was {usual.get(key)!r}" for key in was)
+    raise ConfigError(
+        f"{run.config}: was changed after the run had begun{named}; put back what it was, or begin "
+        f"another run with it: functrain {before.stage} {shlex.quote(str(run.config))} --directory "
+        "OTHER"
+    )
 
 
 def free_keys(before: Config) -> set[str]:

@@ -14,10 +14,9 @@ from functrain.distributed import World
 from functrain.evaluation import evaluate
 from functrain.objectives import PreferenceOptimization, UnpairedOptimization
 from functrain.objectives.batches import Batch
+from functrain.objectives.pairs import SIDES
 from functrain.state import TrainState, fingerprint
 from functrain.trees import Tensors, tensors
-
-SIDES = ("chosen", "rejected")
 
 
 @attrs.frozen(kw_only=True)

@@ -15,10 +15,11 @@ from functrain.cli.directory import is_tokens
 from functrain.cli.ending import unreferenced
 from functrain.cli.known import EMBEDDED, MULTIPLE, TOKEN_FILES
 from functrain.cli.origins import origin
-from functrain.cli.restoring import Trained, trained
+from functrain.cli.restoring import Trained
 from functrain.cli.sources import cut_options, text_maker
 from functrain.cli.summary import bits_per_byte
 from functrain.cli.tokenizers import asked_with
+from functrain.data.dialogues import SHAPES
 from functrain.data.files import RECORDS, TEXTS, files_of, suffix_of
 from functrain.data.grouping import width
 from functrain.data.source import MapSource
@@ -31,15 +32,16 @@ from functrain.objectives.language import LanguageModeling
 from functrain.objectives.preference import PreferenceOptimization
 from functrain.stages import make_step
 
+_FORMS = (("text",), ("chosen", "rejected"), *SHAPES.values())
 TIME = 1024  # tokens at most, for a model that no run has made
-KINDS = ("text", "completions", "pairs")
 
 
 @attrs.frozen(kw_only=True)
 class Measured:
     """What a model makes of a file; losses in nats for each target token.
 
-    `likelier`: the fraction of pairs whose chosen completion has the higher log-prob.
+    `likelier`: the fraction of pairs whose chosen completion has the higher log-prob. `malformed`:
+    records that were passed over.
     """
 
     file: str
@@ -51,13 +53,14 @@ class Measured:
     bits_per_byte: float | None = None
     accuracy: float | None = None
     likelier: float | None = None
+    malformed: int = 0
 
     def row(self) -> tuple[str, ...]:
         """As a row of a table."""
         figures = (self.bits_per_byte, self.accuracy, self.likelier)
         return (
             self.file,
-            self.kind,
+            f"{self.kind} ({self.malformed:,} malformed)" if self.malformed else self.kind,
             f"{self.examples:,}",
             f"{self.tokens:,}",
             f"{self.loss:.4f}",
@@ -108,17 +111,18 @@ def check(given: str, files: Sequence[str]) -> None:
 
 
 def evaluated(
-    given: str, files: Sequence[str], *, time: int | None, batch_size: int, limit: int | None
+    model: Trained, files: Sequence[str], *, time: int | None, batch_size: int, limit: int | None
 ) -> list[Measured]:
     """The model of a run or checkpoint over each file that `check` lets pass, on the CPU.
 
     `time`: tokens of a row or example at most; the run's own unless given, or of a model that no
     run has made `TIME`, if it has learnt so many positions. `limit`: rows, examples or pairs.
+    All are read before the first is measured, and what is malformed does what it did in the run.
     Raises `DataError` for files that cannot be read, `ConfigError` for more tokens than positions.
     """
-    model = trained(given)
     time = _time(model, time)
-    return [measured(model, file, time=time, batch_size=batch_size, limit=limit) for file in files]
+    read = [_source(model, file, time=time, batch_size=batch_size) for file in files]
+    return [measured(model, each, batch_size=batch_size, limit=limit) for each in read]
 
 
 def _time(model: Trained, given: int | None) -> int:
@@ -134,15 +138,22 @@ def _time(model: Trained, given: int | None) -> int:
     return TIME if most is None else min(TIME, most)
 
 
-def measured(
-    model: Trained, file: str, *, time: int, batch_size: int, limit: int | None
-) -> Measured:
+@attrs.frozen
+class Held:
+    """What is in a file, and how many records were passed over."""
+
+    file: str
+    kind: str
+    source: MapSource
+    malformed: int = 0
+
+
+def measured(model: Trained, held: Held, *, batch_size: int, limit: int | None) -> Measured:
     """A model over one file."""
-    kind, source = _source(model, file, time=time, batch_size=batch_size)
-    total = len(source) if limit is None else min(limit, len(source))
-    batches = data.all_batches(source, batch_size, limit=limit)
+    total = len(held.source) if limit is None else min(limit, len(held.source))
+    batches = data.all_batches(held.source, batch_size, limit=limit)
     found = dict.fromkeys(("bits_per_byte", "accuracy", "likelier"))
-    if kind == "pairs":
+    if held.kind == "pairs":
         found["likelier"] = _likelier(model, batches)
         batches = [dict(batch["chosen"]) for batch in batches]
     record = _evaluated(model, LanguageModeling(), batches)
@@ -150,8 +161,9 @@ def measured(
         found["bits_per_byte"] = bits_per_byte(record, batches, model.tokenizer)
     found["accuracy"] = record["eval_mean_token_accuracy"]
     return Measured(
-        file=file,
-        kind=kind,
+        file=held.file,
+        kind=held.kind,
+        malformed=held.malformed,
         examples=total,
         tokens=int(record["eval_num_tokens"]),
         loss=record["eval_loss"],
@@ -173,19 +185,21 @@ def _evaluated(model: Trained, objective: Objective, batches: Sequence[Batch]) -
     return evaluate(step, state, batches).to_dict()
 
 
-def _source(model: Trained, file: str, *, time: int, batch_size: int) -> tuple[str, MapSource]:
+def _source(model: Trained, file: str, *, time: int, batch_size: int) -> Held:
     options: dict[str, Any] = {"time": time, "batch_size": batch_size, "seed": derive(0, "data")}
     try:
         if is_tokens(file):
             own = None if model.config is None else getattr(model.config.data, "dtype", None)
-            return "text", data.tokens(file, dtype=own or "uint16", **options)
+            return Held(file, "text", data.tokens(file, dtype=own or "uint16", **options))
         assert model.tokenizer is not None  # `check` has refused text without one
         kind, found = _read(model, file)
         make, more = _as_trained(model.config, kind)
         most = models.positions(model.architecture)
         if kind != "text" and most is not None and width([time], MULTIPLE) > most:
             more["pad_to_multiple_of"] = 1  # padding has no positions beyond the last one
-        return kind, make(found, model.tokenizer, **options, **more)
+        made = make(found, model.tokenizer, **options, **more)
+        malformed = len(getattr(found, "malformed", ()))
+        return Held(file, kind, made, malformed if kind == "text" else made.counts.malformed)
     except DataError as error:
         raise error if file in str(error) else DataError(f"{file}: {error}") from error
 
@@ -199,7 +213,12 @@ def _as_trained(config: Config | None, kind: str) -> tuple[Any, dict[str, Any]]:
     if kind == "text":
         return text_maker(config), {}
     make = data.chat if kind == "completions" else data.preference
-    return make, {} if config is None or isinstance(config, Pretrain) else cut_options(config)
+    cut = {} if config is None or isinstance(config, Pretrain) else cut_options(config)
+    return make, {**cut, "on_bad_record": _on_bad_record(config)}
+
+
+def _on_bad_record(config: Config | None) -> str:
+    return "stop" if config is None else config.data.on_bad_record
 
 
 def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:
@@ -212,11 +231,21 @@ def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:
             "sft": ("completions", held_out.sft_held_out),
             "dpo": ("pairs", held_out.preference_held_out),
         }["pretrain" if model.config is None else model.config.stage]
+    how = _on_bad_record(model.config)
     suffixes = {suffix_of(each) for each in files_of(file, (*TEXTS, *RECORDS))}
     if not suffixes <= {*RECORDS}:
-        return "text", data.documents(file)
-    records = data.records(file)
-    keys = records[0].keys()
-    if "text" in keys:
-        return "text", data.documents(file)
-    return ("pairs" if "chosen" in keys else "completions"), records
+        return "text", data.documents(file, on_bad_record=how)
+    records = data.records(file, on_bad_record=how)
+    # The very first may be one that is skipped.
+    whole = (each for each in records if any(each.keys() >= set(form) for form in _FORMS))
+    first = next(whole, records[0])
+    if "text" in first:
+        return "text", data.documents(file, on_bad_record=how)
+    if "chosen" in first:
+        return "pairs", records
+    if "completion" in first and isinstance(first.get("label"), bool):
+        raise DataError(
+            f"{file}: completions with a label (desirable or not), which is not measured; leave "
+            "label out to measure all of them as completions, or give pairs (chosen and rejected)"
+        )
+    return "completions", records

@@ -6,6 +6,7 @@ Adapters need theirs as long as they are used, and a run of DPO for its referenc
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from functrain import writing
@@ -21,13 +22,13 @@ def hold(checkpoint: Path, user: Path) -> str | None:
     run = RunDirectory(checkpoint.parent.parent)
     if step_of(checkpoint) is None or checkpoint.parent != run.checkpoints:
         return None
-    file, line = run.used / checkpoint.name, str(user.absolute())
+    file, line = run.used / checkpoint.name, os.fsencode(user.absolute())
     try:
-        if not file.exists() or line not in file.read_text().splitlines():
+        if not file.exists() or line not in file.read_bytes().splitlines():
             file.parent.mkdir(exist_ok=True)
             # Runs that begin at once each add their line.
             with file.open("ab", buffering=0) as opened:
-                writing.append(opened, f"{line}\n".encode())
+                writing.append(opened, line + b"\n")
     except OSError as error:
         return f"{file}: cannot be written ({error.strerror})"
     return None

@@ -27,6 +27,11 @@ def held(run: RunDirectory, *, new: bool) -> Generator[None]:
                 f"{run.path}: another process is training here; wait for it or end it, or give "
                 "another --directory"
             ) from error
+        except FileExistsError as error:  # though no directory is there
+            raise ConfigError(
+                f"{error.filename}: a link to what is not there; make that, or give another "
+                "--directory"
+            ) from error
         except OSError as error:
             raise unwritten(run.path, error) from error
         if new and failed(run):

@@ -96,12 +96,13 @@ def _is_run(path: Path) -> bool:
 
 def stage_directory(path: Path) -> Path:
     """The run directory that `path` is, holds (a demo's last stage), or lies in (a checkpoint)."""
-    path = located(path)
-    stages = [path / stage for stage in STAGE_ORDER if (path / stage / "checkpoints").is_dir()]
-    for found in (path, *stages, path.parent, path.parent.parent, path.absolute().parent):
-        if _is_run(found):
-            return found
-    what = "no run's directory (it has no config.toml)" if path.exists() else "not there"
+    path, what = located(path), "not there"
+    if path.exists():
+        stages = [path / stage for stage in STAGE_ORDER if (path / stage / "checkpoints").is_dir()]
+        for found in (path, *stages, path.parent, path.parent.parent, path.absolute().parent):
+            if _is_run(found):
+                return found
+        what = "no run's directory (it has no config.toml)"
     raise ConfigError(
         f"{path}: {what}; expected a run as `functrain pretrain` makes it, or a model of "
         "transformers (config.json and safetensors, or a .gguf file)"

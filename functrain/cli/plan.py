@@ -59,8 +59,8 @@ class Machines:
         }
         more = {name: value for name, value in more.items() if value is not None}
         if self.device == HERE:
-            found = planning.here(world, precision, workers=self.workers)
-            return attrs.evolve(found, per_node=self.per_node, **more)
+            found = planning.here(world, precision)
+            return attrs.evolve(found, workers=self.workers, per_node=self.per_node, **more)
         return planning.cluster(
             self.device,
             self.workers,

@@ -36,7 +36,7 @@ def recipe(directory: str, *, seed: int, scale: str) -> tuple[Pretrain, SFT, DPO
 
 
 def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
-    optimizer = Optimizer(name="muon", weight_decay=0.1)
+    optimizer = Optimizer(weight_decay=0.1, betas=(0.9, 0.95))
     return (
         Pretrain(
             directory=str(path / "pretrain"),
@@ -44,19 +44,19 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
             data=Text(time=256),
             optimizer=optimizer,
             schedule=Schedule(
-                name="warmup_stable_decay", peak=4e-3, warmup=20, decay=200, min_ratio=0.02
+                name="warmup_stable_decay", peak=2e-3, warmup=50, decay=700, min_ratio=0.02
             ),
-            train=_train(steps=600, batch_size=8, seed=seed, save_every=75),
-            evaluation=Evaluation(every=100),
+            train=_train(steps=1500, batch_size=4, seed=seed, save_every=125),
+            evaluation=Evaluation(every=250),
         ),
         SFT(
             directory=str(path / "sft"),
             model=Start(from_=str(path / "pretrain")),
             data=Data(time=320),
             optimizer=optimizer,
-            schedule=Schedule(name="cosine", peak=3e-3, warmup=10),
-            train=_train(steps=150, batch_size=16, seed=seed, save_every=50),
-            evaluation=Evaluation(every=30),
+            schedule=Schedule(name="cosine", peak=1e-3, warmup=20),
+            train=_train(steps=300, batch_size=8, seed=seed, save_every=50),
+            evaluation=Evaluation(every=100),
         ),
         DPO(
             directory=str(path / "dpo"),
@@ -64,7 +64,7 @@ def _full(path: Path, seed: int) -> tuple[Pretrain, SFT, DPO]:
             preference=Preference(loss="sigmoid", beta=0.1),
             data=Data(time=320),
             optimizer=optimizer,
-            schedule=Schedule(name="cosine", peak=1e-3, warmup=10),
+            schedule=Schedule(name="cosine", peak=3e-4, warmup=10),
             train=_train(steps=80, batch_size=16, seed=seed, save_every=20),
             evaluation=Evaluation(every=20),
         ),

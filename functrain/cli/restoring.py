@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import attrs
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from functrain import checkpoint, distributed, keys, lora, models
 from functrain.architecture import slots, split
+from functrain.checkpoint.manifest import step_of
 from functrain.cli.config import DPO, SFT, Config, Model, Pretrain
 from functrain.cli.origins import Origin, origin
 from functrain.cli.steps import step_for
@@ -67,16 +69,12 @@ def started(found: Origin, world: World = ALONE) -> tuple[nn.Module, Tensors, Te
     return architecture, params, buffers
 
 
-def _has_adapters(config: Config) -> bool:
-    return not isinstance(config, Pretrain) and bool(config.lora.options())
-
-
 def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]:
     """The model of a checkpoint as it was trained: adapters stay adapters."""
     config = found.config
     if config is None:
         return models.from_pretrained(found.checkpoint, device=world.device, world=world)[:3]
-    if isinstance(config, Pretrain) or not _has_adapters(config):
+    if isinstance(config, Pretrain) or not config.lora.options():
         architecture, like, buffers = world.for_all(lambda: bare(found, config))
         params, buffers = checkpoint.load_model(found.checkpoint, like, buffers, world=world)
         return architecture, params, buffers
@@ -95,10 +93,13 @@ def _below(found: Origin, config: SFT | DPO) -> Origin:
     try:
         below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
     except ConfigError as error:
-        raise ConfigError(
-            f"{error}; put it back: a run that goes on removes its older checkpoints, but those "
-            "that its train.keep or train.keep_every holds on to, and those in its directory 'used'"
-        ) from error
+        way_out = "put it back"
+        if step_of(Path(config.model.from_)) is not None:
+            way_out += (
+                ": a run that goes on removes its older checkpoints, but those that its train.keep "
+                "or train.keep_every holds on to, and those in its directory 'used'"
+            )
+        raise ConfigError(f"{error}; {way_out}") from error
     if config.model.sha256 not in (None, below.sha256):
         raise ConfigError(
             f"{found.checkpoint}: its adapters were trained over {below.checkpoint}, which is "

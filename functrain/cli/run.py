@@ -124,16 +124,18 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         config = _with_hashes(config, found, built.templated)
         # The lock is the first worker's, for as long as this sitting goes.
 
-        def begun() -> str:
-            stack.enter_context(held(run, new=not resume))  # for as long as this sitting goes
-            return _written(run, config, built, world)
+        def locked() -> str:
+            stack.enter_context(held(run, new=not resume))
+            return ""
 
-        world.from_first(begun, "the run directory")
+        world.from_first(locked, "the run directory")
         given = _prompts(built, say)
         # Now, because the first step reuses the memory of the first state.
         first_words = spoken(built, built.state, given)
         newest = world.from_first(lambda: _newest(run), "the newest checkpoint")
         state = world.for_all(lambda: _state(built, run, newest, config.train.steps, world))
+        # Not before: a run that cannot go on stays as it was.
+        world.from_first(lambda: _written(run, config, built, world), "the config")
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
             state = _trained(config, built, state, run, stop, say)
@@ -144,7 +146,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         config=config,
         built=built,
         state=state,
-        records=jsonl.read(run.metrics) if world.speaks else [],
+        records=facts.logged(run) if world.speaks else [],
         prompts=given,
         first_words=first_words,
         end=end,
@@ -217,7 +219,7 @@ def _with_hashes(config: C, found: Mapping[str, str], templated: bool | None) ->
         held_out_sha256=found.get("data.held_out"),
         templated=templated,
     )
-    return attrs.evolve(config, data=known)
+    return directories.sealed(attrs.evolve(config, data=known))
 
 
 class _Saying(logging.Handler):
@@ -287,6 +289,7 @@ def _state(built: Built, run: RunDirectory, newest: str, steps: int, world: Worl
             raise
         raise CheckpointError(f"{error}\n{way_out}") from error
     if state.step < steps and world.speaks:
+        facts.logged(run)  # what is no record is refused with a way out
         jsonl.truncate_after(run.metrics, state.step)
     return state
 

@@ -206,7 +206,8 @@ def held_out_batches(held_out: Source | None, config: Config) -> list[Batch]:
 
 def notes(source: Source, held_out: Source | None) -> list[str]:
     """What to say of the data before a run begins, a line each."""
-    notes = [f"training text: {line}" for line in getattr(source, "origin", ())]
+    both = (("training", source), ("held-out", held_out))
+    notes = [f"{name} text: {x}" for name, each in both for x in getattr(each, "origin", ())]
     if isinstance(source, data.Packed):
         notes.append(f"training data: {source.packing}")
     if isinstance(source, data.Padded):
@@ -214,7 +215,7 @@ def notes(source: Source, held_out: Source | None) -> list[str]:
             f"training data: {len(source):,} examples; in batches of {source.batch_size}, "
             f"{source.padding():.1%} of the tokens are padding"
         )
-    for name, each in (("training", source), ("held-out", held_out)):
+    for name, each in both:
         counts = getattr(each, "counts", None)
         if counts is not None and (counts.truncated or counts.dropped):
             notes.append(f"{name} examples at data.time: {counts}")

@@ -17,7 +17,7 @@ from functrain.cli.run import Outcome
 from functrain.cli.samples import Prompt
 from functrain.data import Tokenizer
 from functrain.objectives import UnpairedOptimization
-from functrain.objectives.batches import Batch
+from functrain.objectives.batches import Batch, targets_in
 from functrain.tracking import report
 
 HEAD = ("stage", "held out", "before", "after")
@@ -82,7 +82,7 @@ def measured(outcome: Outcome) -> list[Row]:
     first, last = (f"{each['eval_perplexity']:.2f}" for each in (before, after))
     rows = [(f"{what} perplexity", first if alike else "", last)]
     batches, tokenizer = outcome.built.evaluation, outcome.built.tokenizer
-    if tokenizer is not None and after["eval_num_tokens"] == _targets(batches):
+    if tokenizer is not None and after["eval_num_tokens"] == int(targets_in(batches)):
         first, last = (f"{bits_per_byte(each, batches, tokenizer):.3f}" for each in (before, after))
         rows.append((f"{what} bits per byte", first if alike else "", last))
     return [(outcome.config.stage, *row) for row in rows]
@@ -91,11 +91,6 @@ def measured(outcome: Outcome) -> list[Row]:
 def _alike(outcome: Outcome) -> bool:
     """Whether the first and the last evaluation were of the same data: of as many tokens."""
     return outcome.before.get("eval_num_tokens") == outcome.after.get("eval_num_tokens")
-
-
-def _targets(batches: Sequence[Batch]) -> int:
-    """How many tokens an evaluation of these batches predicts."""
-    return sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
 
 
 def padding(records: Sequence[Mapping[str, Any]]) -> list[str]:

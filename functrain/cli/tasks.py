@@ -12,7 +12,7 @@ import attrs
 
 from functrain import models
 from functrain.cli.origins import origin
-from functrain.cli.restoring import trained
+from functrain.cli.restoring import Trained
 from functrain.cli.tokenizers import asked_with
 from functrain.data.templates import has_template
 from functrain.errors import ConfigError, did_you_mean
@@ -93,10 +93,9 @@ def _named(make: Any, tasks: Sequence[str], include: str | None) -> tuple[Any, I
 
 
 def judged(
-    given: str, tasks: Tasks, *, time: int | None, batch_size: int, limit: int | None
+    model: Trained, tasks: Tasks, *, time: int | None, batch_size: int, limit: int | None
 ) -> list[Judged]:
     """The model of a run, of a checkpoint or of transformers over tasks."""
-    model = trained(given)
     assert model.tokenizer is not None  # `found` has refused such a one
     lm = models.harness(
         model.architecture,

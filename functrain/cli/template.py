@@ -68,6 +68,7 @@ def _section(record: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 # What a run writes down for itself.
 _RESOLVED: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    (): ("sha256",),
     ("model",): ("sha256", "shape"),
     ("data",): ("sha256", "held_out_sha256", "templated"),
     ("schedule",): ("total_filled",),

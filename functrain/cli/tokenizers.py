@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import attrs
 
 from functrain import data, models
-from functrain.cli.config import Config, Pretrain
+from functrain.cli.config import DPO, Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.known import EMBEDDED
 from functrain.cli.origins import Origin
 from functrain.data import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from functrain.data.dialogues import SHAPES
+from functrain.data.examples import read_chat, read_pair
 from functrain.data.pretrained import pretrained_tokenizer
+from functrain.data.records import readable
 from functrain.data.templates import has_template
-from functrain.errors import ConfigError
+from functrain.data.unpaired import read_judged
+from functrain.errors import ConfigError, DataError
 
 
 def tokenizer_for(config: Config, start: Origin | None) -> Tokenizer | None:
@@ -94,12 +98,26 @@ def vocabulary_for(config: Config, tokenizer: Tokenizer | None) -> int:
 
 def templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
     """Whether a run's data are dialogues in a chat template; None where there is no template."""
-    if not has_template(tokenizer):
+    if tokenizer is None or not has_template(tokenizer):
         return None
-    record = None if config.data.train == EMBEDDED else data.first_record(config.data.train)
+    if isinstance(config, Pretrain) or config.data.train == EMBEDDED:
+        return False
+    records = (each for each in readable(config.data.train) if _takes(config, tokenizer, each))
+    record = next(records, dict[str, Any]())
     keys = ("prompt", "completion", "chosen", "rejected")
     dialogues = [known for shape, known in SHAPES.items() if shape != "prompt-completion"]
-    return record is not None and (
-        any(all(key in record for key in known) for known in dialogues)
-        or any(isinstance(record.get(key), list) for key in keys)
+    return any(all(key in record for key in known) for known in dialogues) or any(
+        isinstance(record.get(key), list) for key in keys
     )
+
+
+def _takes(config: Config, tokenizer: Tokenizer, record: dict[str, Any]) -> bool:
+    """Whether a run trains on a record: one that it skips says nothing of the others."""
+    read: Any = {"sft": read_chat, "dpo": read_pair}[config.stage]
+    if isinstance(config, DPO) and config.preference.unpaired:
+        read = read_judged
+    try:
+        read(record, tokenizer, "")
+    except DataError:
+        return False
+    return True

@@ -82,11 +82,16 @@ def read_as(path: Path, stage: str) -> Config:
 def _tables(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except IsADirectoryError as error:
+        inside = path / "config.toml"
+        way = f"give {inside}" if inside.is_file() else "expected a file"
+        raise ConfigError(f"{path}: a directory; {way}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
-    except tomllib.TOMLDecodeError as error:
+    # Its own error, and those of integers of thousands of digits and of arrays as deep.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
@@ -151,6 +156,15 @@ def _expected(path: tuple[str, ...]) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """Every key of a config by its path, `schedule.peak`; what is not given is None."""
+    return _flat(_converter().unstructure(config))
+
+
+def keys(path: Path) -> set[str]:
+    """The keys that a TOML file has, by their paths."""
+    return {*_flat(_tables(path))}
+
+
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:
@@ -160,7 +174,7 @@ def flat(config: Config) -> dict[str, Any]:
         else:
             found[path] = value
 
-    walk(_converter().unstructure(config), "")
+    walk(tables, "")
     return found
 
 

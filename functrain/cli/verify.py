@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,8 @@ def compared(one: str, other: str) -> tuple[bool, list[str]]:
     to be the same has been hashed. Raises `CheckpointError` for what is not as it was saved.
     """
     pairs = _pairs(_checkpoints(Path(one)), _checkpoints(Path(other)))
-    lines = [*_configs(Path(one), Path(other)), *_logged(Path(one), Path(other))]
+    runs = _runs(Path(one), Path(other))
+    lines = [] if runs is None else [*_configs(runs), *_logged(runs)]
     same = []
     for pair in pairs:
         try:
@@ -197,16 +198,14 @@ def _shown(found: list[Difference]) -> list[str]:
     return [*shown, f"… and {more} more"] if more else shown
 
 
-def _configs(one: Path, other: Path) -> Iterator[str]:
-    runs = _runs(one, other)
-    if runs is None:
-        return
+def _configs(runs: Sequence[RunDirectory]) -> Iterator[str]:
     try:
-        configs = [toml.flat(toml.read_any(run.config)) for run in runs]
+        read = [toml.read_any(run.config) for run in runs]
     except ConfigError as error:  # the checkpoints are compared all the same
         yield f"configs not compared: {error}"
         return
-    yield from _apart("config", *configs)
+    # Its own hash is of what is compared.
+    yield from _apart("config", *(toml.flat(attrs.evolve(each, sha256=None)) for each in read))
 
 
 def _runs(one: Path, other: Path) -> list[RunDirectory] | None:
@@ -217,9 +216,8 @@ def _runs(one: Path, other: Path) -> list[RunDirectory] | None:
         return None
 
 
-def _logged(one: Path, other: Path) -> Iterator[str]:
-    runs = _runs(one, other)
-    if runs is None or not all(run.metrics.is_file() for run in runs):
+def _logged(runs: Sequence[RunDirectory]) -> Iterator[str]:
+    if not all(run.metrics.is_file() for run in runs):
         return
     try:
         records = [{record["step"]: record for record in logged(run)} for run in runs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,9 +57,11 @@ def shape_of(record: object, where: str) -> str:
         keys = " and ".join(SHAPES[name][0] for name in found)
         raise DataError(f"{where}: {keys}; give one form or the other")
     known = {key for keys in SHAPES.values() for key in keys}
-    near = did_you_mean(str(next(iter(record), "")), known) if record else "it is empty"
+    others = [key for key in map(str, record) if key not in known]
+    near = [key for key in others if difflib.get_close_matches(key, known)]
+    hint = f"{did_you_mean(near[0], known)} " if near else "" if record else "it is empty; "
     listed = "; ".join(f"{' and '.join(keys)} ({name})" for name, keys in SHAPES.items())
-    raise DataError(f"{where}: of no known shape; {near} expected {listed}")
+    raise DataError(f"{where}: of no known shape; {hint}expected {listed}")
 
 
 def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
@@ -84,8 +87,11 @@ def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
     return attrs.evolve(found, tools=called)
 
 
-def message(given: object, where: str) -> Message:
-    """A message with a known role, and with content, or tool calls in its place."""
+def message(given: object, where: str, content_key: str = "content") -> Message:
+    """A message with a known role, and with content, or tool calls in its place.
+
+    `tool_calls` may be JSON as text. `content_key`: under what the record has the content.
+    """
     if not isinstance(given, Mapping):
         raise DataError(f"{where}: expected role and content, got {type(given).__name__}")
     if "role" not in given:
@@ -96,16 +102,20 @@ def message(given: object, where: str) -> Message:
         raise DataError(f"{where}.role: expected text, got {type(role).__name__}")
     if role not in ROLES:
         raise DataError(f"{where}.role: {role!r} is unknown; {did_you_mean(role, ROLES)}")
-    content, calls = given.get("content"), given.get("tool_calls")
+    calls = given.get("tool_calls")
+    if calls is not None:
+        calls = list(_objects(calls, f"{where}.tool_calls", "expected a list of objects"))
+        given = {**given, "tool_calls": calls}
+    content = given.get("content")
     if "content" not in given and not calls:
         near = did_you_mean("content", map(str, given))
         raise DataError(f"{where}: no 'content'; {near}")
     if not (isinstance(content, str) or (content is None and calls)):
-        raise DataError(f"{where}.content: expected text, got {type(content).__name__}")
+        raise DataError(f"{where}.{content_key}: expected text, got {type(content).__name__}")
     if role == "assistant" and not content and not calls:
-        raise DataError(f"{where}.content: empty; an assistant's turn needs text to learn from")
-    if calls is not None and not isinstance(calls, Sequence):
-        raise DataError(f"{where}.tool_calls: expected a list, got {type(calls).__name__}")
+        raise DataError(
+            f"{where}.{content_key}: empty; an assistant's turn needs text to learn from"
+        )
     kept = {k: v for k, v in given.items() if k != "weight" and v is not None}
     return {**kept, "content": content or ""}
 
@@ -144,7 +154,7 @@ def _turn(given: object, where: str) -> Message:
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         near = did_you_mean(str(speaker), _SPEAKERS)
         raise DataError(f"{where}.from: {speaker!r} is unknown; {near}")
-    return message({"role": _SPEAKERS[speaker], "content": given["value"]}, where)
+    return message({"role": _SPEAKERS[speaker], "content": given["value"]}, where, "value")
 
 
 def _alpaca(record: Mapping[str, Any], where: str) -> Dialogue:
@@ -172,6 +182,11 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
 
 def tools(given: object, where: str) -> tuple[Mapping[str, Any], ...]:
     """Descriptions of functions, or none; JSON as text is read."""
+    return _objects(given, where, "expected a list of objects that describe functions")
+
+
+def _objects(given: object, where: str, expected: str) -> tuple[Mapping[str, Any], ...]:
+    """A list of objects, or JSON of one as text; none of what is empty."""
     if isinstance(given, str) and given.strip():
         try:
             given = orjson.loads(given)
@@ -179,6 +194,6 @@ def tools(given: object, where: str) -> tuple[Mapping[str, Any], ...]:
             raise DataError(f"{where}: text that is not JSON ({error})") from error
     if not given:
         return ()
-    if not isinstance(given, Sequence) or not all(isinstance(tool, Mapping) for tool in given):
-        raise DataError(f"{where}: expected a list of objects that describe functions")
+    if not isinstance(given, Sequence) or not all(isinstance(each, Mapping) for each in given):
+        raise DataError(f"{where}: {expected}")
     return tuple(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 import attrs
@@ -94,6 +95,8 @@ def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
     dialogue = {"messages", "conversations"} & record.keys()
     if dialogue or {"instruction", "output"} <= record.keys():
         return _read_dialogue(record, tokenizer, where)
+    if not {"prompt", "completion"} & record.keys():
+        dialogues.shape_of(record, where)
     return read_completions(record, ("completion",), tokenizer, where)
 
 
@@ -206,10 +209,17 @@ def read_unpaired(record: Record, tokenizer: Tokenizer, where: str) -> tuple[Pro
     label = record["label"]
     if not isinstance(label, (bool, np.bool_)):
         raise DataError(
-            f"{where}.label: expected true (desirable) or false, got {type(label).__name__}; give "
-            "bool(label)"
+            f"{where}.label: expected true (desirable) or false, got {type(label).__name__}"
+            f"{_truth(label)}"
         )
     return read_completions(record, ("completion",), tokenizer, where), bool(label)
+
+
+def _truth(label: object) -> str:
+    """How a label is made true or false, which `bool` gets wrong of "false" and of -1."""
+    if isinstance(label, str):
+        return "; give label == 'true', say"
+    return "; give label > 0, say" if isinstance(label, Real) else ""
 
 
 def _read_implicit(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:

@@ -116,5 +116,5 @@ def _untagged(value: dict[str, Any]) -> Any:
 
 def _tensor(raw: bytes, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     if not raw:  # of which `frombuffer` makes nothing
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)

@@ -108,7 +108,9 @@ def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStrea
     sampler of one's own, or of torch's (`WeightedRandomSampler`, `RandomSampler`), without a state
     is counted on in its epoch, and draws another order than it did in that of a run resumed later,
     which `NumericsWarning` says at the first batch; torchdata's `RandomSampler` has a state. What a
-    dataset draws from a generator of its own is in no state.
+    dataset draws from a generator of its own is in no state. With worker processes a resumed run
+    draws the seeds of its later epochs anew: the samples are the same, the text in the cursor, and
+    a fingerprint with it, is not.
 
     Raises `DataError` for a loader without state, as torch's own `DataLoader` is; and, when they
     are read, at the end of data that do not begin anew.

@@ -9,7 +9,7 @@ import attrs
 from functrain.data.examples import Example, Prompted, Record, check_given, read_each, read_pair
 from functrain.data.grouping import MULTIPLE, Padded
 from functrain.data.sequences import padded
-from functrain.data.source import Batch
+from functrain.data.source import Batch, check_boolean
 from functrain.data.tokenizers import Tokenizer, check_joinable
 from functrain.data.truncation import Truncation, fitted
 from functrain.errors import DataError
@@ -72,11 +72,12 @@ def preference(
     """
     check_given(records)
     check_joinable(tokenizer)
+    check_boolean("drop_identical", drop_identical)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
     read, malformed = read_each(
-        records, lambda record, where: read_pair(record, tokenizer, where), on_bad_record
+        records, lambda each, where: _read(each, tokenizer, where, drop_identical), on_bad_record
     )
-    distinct = [pair for where, pair in read if differ(pair, where, drop_identical)]
+    distinct = [pair for _, pair in read if pair is not None]
     kept, counts = fitted(distinct, how, identical=len(read) - len(distinct))
     return Pairs(
         examples=tuple((chosen, rejected) for chosen, rejected in kept.values()),
@@ -89,6 +90,14 @@ def preference(
     )
 
 
+def _read(
+    record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool
+) -> Prompted | None:
+    """A pair, or None where the two are the same and are to be dropped."""
+    pair = read_pair(record, tokenizer, where)
+    return pair if differ(pair, where, drop_identical) else None
+
+
 def differ(pair: Prompted, where: str, drop_identical: bool) -> bool:
     """Whether chosen and rejected differ; `DataError` if not, unless such pairs are to be dropped.
 
@@ -98,6 +107,6 @@ def differ(pair: Prompted, where: str, drop_identical: bool) -> bool:
     if chosen == rejected and not drop_identical:
         raise DataError(
             f"{where}: chosen and rejected are the same text; nothing is preferred; take it out, "
-            "or drop_identical=True"
+            "or on_bad_record='skip' (in Python drop_identical=True too)"
         )
     return chosen != rejected

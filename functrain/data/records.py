@@ -23,11 +23,11 @@ from functrain.data.files import (
 from functrain.errors import DataError
 
 Place = tuple[str, int]
-"""A file, and the line or the row of a record in it."""
+"""A file, and which of its lines, elements or rows a record is, from 1."""
 
 
 class Records(list[dict[str, Any]]):
-    """The objects of files; `where(n)` is the file and line of one, for messages.
+    """The objects of files; `where(n)` is the place of one, for messages.
 
     As a list it may be shuffled, cut and added to: a record keeps its place, and one that was put
     in has none. `malformed`: what was wrong with each line that was passed over. `files`: how many
@@ -46,9 +46,9 @@ class Records(list[dict[str, Any]]):
         self._placed = tuple(self)
 
     def where(self, index: int) -> str:
-        """The file and the line of a record; `record n` where it has none."""
+        """The file and the line, element or row of a record; `record n` where it has none."""
         place = self._place(index)
-        return f"record {index}" if place is None else f"{place[0]}:{place[1]}"
+        return f"record {index}" if place is None else _at(*place)
 
     def first(self, count: int | None) -> Records:
         """So many of them, the first; all where it is None."""
@@ -104,13 +104,17 @@ def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:
 def first_record(path: PathLike) -> dict[str, Any] | None:
     """The first record that is none of the malformed; of .jsonl no more is read, of .parquet a row
     group."""
+    return next(readable(path), None)
+
+
+def readable(path: PathLike) -> Iterator[dict[str, Any]]:
+    """The records that are none of the malformed, as they are read."""
     for file in files_of(path, RECORDS):
         try:
             for record, _ in _each(file, []):
-                return record
+                yield record
         except DataError:  # of a file that cannot be read, as of a line, the next is looked at
             continue
-    return None
 
 
 def check_on_bad_record(given: object) -> None:
@@ -167,18 +171,22 @@ def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
     a record, or the rest of a file.
     """
     if suffix_of(path) in RECORDS:
-        for count, (record, number) in enumerate(_each(path, skipped), start=1):
+        for record, number in _each(path, skipped):
             if isinstance(record.get("text"), str):
                 yield record["text"]
             else:
-                where = f"{path}:{number}"
-                lack = f"{path}: record {count} has no text under 'text' ({where})"
-                _passed_over(DataError(lack), skipped)
+                _passed_over(DataError(f"{_at(path, number)}: no text under 'text'"), skipped)
         return
     try:
         yield _decoded(contents(path), str(path))
     except DataError as error:
         _passed_over(error, skipped)
+
+
+def _at(path: PathLike, number: int) -> str:
+    """The place of a record in words; of a line as editors have it."""
+    which = {".json": " element ", ".parquet": " row "}.get(suffix_of(path), "")
+    return f"{path}:{which}{number}"
 
 
 def _passed_over(error: DataError, skipped: list[str] | None) -> None:
@@ -188,7 +196,7 @@ def _passed_over(error: DataError, skipped: list[str] | None) -> None:
 
 
 def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], int]]:
-    """The records of one file, each with its line or row.
+    """The records of one file, each with its number from 1.
 
     What is malformed, or the rest of a file that is torn, is an error, or goes to `skipped`.
     """
@@ -207,16 +215,17 @@ def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any
 def _objects(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], int]]:
     """The same of what is no torn file; one in memory at a time where the file allows."""
     if suffix_of(path) == ".parquet":
-        yield from ((record, row) for row, record in enumerate(columns.rows(path)))
+        yield from ((record, row) for row, record in enumerate(columns.rows(path), start=1))
         return
     is_list = suffix_of(path) == ".json"
-    values = enumerate(_listed(path)) if is_list else enumerate(lines(path), start=1)
-    for number, value in values:
-        where = f"{path}:{number}"
+    hint = f"; expected records, in a file that ends in {' or '.join(RECORDS)}"
+    hint = "" if suffix_of(path) in RECORDS else hint
+    for number, value in enumerate(_listed(path) if is_list else lines(path), start=1):
+        where = _at(path, number)
         if not is_list and not value.strip():
             continue
         try:
-            record = value if is_list else _parsed(value, where)
+            record = value if is_list else _parsed(value, where, hint)
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected an object, got {type(record).__name__}")
         except DataError as error:

@@ -42,10 +42,15 @@ def positive(_: object, field: attrs.Attribute[int], value: int) -> None:
     at_least_one(field.name, value)
 
 
-def true_or_false(_: object, field: attrs.Attribute[bool], value: bool) -> None:
-    """Raise `DataError` unless a field is True or False: "false" is true."""
+def check_boolean(name: str, value: object) -> None:
+    """Raise `DataError` unless `value` is True or False: "false" is true."""
     if not isinstance(value, bool):
-        raise DataError(f"{field.name}: {value!r}, expected True or False")
+        raise DataError(f"{name}: {value!r}, expected True or False")
+
+
+def true_or_false(_: object, field: attrs.Attribute[bool], value: bool) -> None:
+    """Raise `DataError` unless a field is True or False."""
+    check_boolean(field.name, value)
 
 
 def _integer(_: object, field: attrs.Attribute[int], value: int) -> None:

@@ -75,6 +75,8 @@ def laid_out(
         try:
             return tokenizer.render(messages, tools=tools, prompt=prompt)
         except DataError as error:
+            if not messages:  # what comes before the first one
+                raise DataError(_speaks_first(given, where)) from error
             raise DataError(f"{where}: {error}") from error
 
     whole = rendered(given.messages)
@@ -96,6 +98,14 @@ def laid_out(
             "learn; check where it has {% generation %}"
         )
     return tuple(ids), tuple(labels)
+
+
+def _speaks_first(given: Dialogue, where: str) -> str:
+    hint = ", or give it weight 0" if any(given.learnt[1:]) else ""
+    return (
+        f"{where}.messages[0]: the assistant speaks first, and the chat template shows no place "
+        f"before it; begin with the user{hint}"
+    )
 
 
 def _is_marked(tokenizer: Templated) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import attrs
@@ -103,16 +105,29 @@ def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.ND
                 f"document {number}: expected text, got {type(document).__name__}; give the "
                 "records' text"
             )
-        stream += tokenizer.encode(document)
-        stream.append(tokenizer.end)
+        stream.extend(ended(document, tokenizer))
         ends.append(len(stream))
     ids = known_ids(stream, tokenizer, lambda at: f"document {bisect.bisect_right(ends, at)}")
     return ids, np.array(ends, dtype=np.int64)
 
 
+def ended(document: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a document, and the end; a tokenizer of one's own may give arrays or tensors."""
+    ids: Any = tokenizer.encode(document)
+    return [*(ids.tolist() if hasattr(ids, "tolist") else ids), operator.index(tokenizer.end)]
+
+
 def known_ids(ids: list[int], tokenizer: Tokenizer, where: Callable[[int], str]) -> Ids:
-    """Ids in `id_type`; `DataError` for one outside the vocabulary, with `where(its index)`."""
+    """Ids in `id_type`; `DataError` for one outside the vocabulary, with `where(its index)`.
+
+    And for one that is no integer, which NumPy would cut to one.
+    """
     vocabulary = tokenizer.vocabulary
+    if not all(issubclass(kind, Integral) for kind in set(map(type, ids))):
+        at = next(n for n, each in enumerate(ids) if not isinstance(each, Integral))
+        raise DataError(
+            f"{where(at)}: the tokenizer gives {ids[at]!r:.99}, expected integers, ids of tokens"
+        )
     with contextlib.suppress(OverflowError):  # of what is beyond int64 too
         found = np.array(ids, dtype=np.int64)
         if not ids or (found.min() >= 0 and found.max() < vocabulary):

@@ -19,7 +19,7 @@ from functrain.checks import PathLike, as_path
 from functrain.data.files import UnreadableError, is_compressed, is_marked, suffix_of
 from functrain.data.packing import Packed, packed_ids
 from functrain.data.records import check_on_bad_record, document_files, texts
-from functrain.data.text import TextRows, id_type, known_ids
+from functrain.data.text import TextRows, ended, id_type, known_ids
 from functrain.data.token_files import Ids
 from functrain.data.token_parts import (
     END_TYPE,
@@ -261,7 +261,7 @@ def _named(bad: tuple[int, str], contents: Sequence[_Content]) -> str:
 
 
 def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
-    return known_ids([*tokenizer.encode(text), tokenizer.end], tokenizer, lambda _: str(path))
+    return known_ids(ended(text, tokenizer), tokenizer, lambda _: str(path))
 
 
 class _Pending:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import operator
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol
 
 import attrs
 import orjson
@@ -39,7 +41,11 @@ def check_tokenizer(tokenizer: object, *more: str) -> None:
     `more`: what is needed beside `encode`, `decode` and `end`.
     """
     needed = ("encode", "decode", "end", *more)
-    missing = [name for name in needed if not hasattr(tokenizer, name)]
+    found: dict[str, object] = {}
+    for name in needed:
+        with suppress(AttributeError):  # each is asked once: a fingerprint may take a while
+            found[name] = getattr(tokenizer, name)
+    missing = [name for name in needed if name not in found]
     if missing or isinstance(tokenizer, type):
         name = tokenizer.__name__ if isinstance(tokenizer, type) else type(tokenizer).__name__
         lack = f"has no {' and no '.join(map(repr, missing))}" if missing else "is a class"
@@ -47,6 +53,28 @@ def check_tokenizer(tokenizer: object, *more: str) -> None:
             f"tokenizer: {name} {lack}; expected an object with {', '.join(needed)} "
             "(functrain.data.Tokenizer); write a small class around yours that has them"
         )
+    for name, expected in _EXPECTED.items():
+        given = found.get(name)
+        fits = isinstance(given, str) if name == "fingerprint" else _is_integer(given)
+        if name in found and not fits:
+            hint = "; make it a property" if callable(given) else ""
+            raise DataError(f"tokenizer.{name}: {type(given).__name__}, expected {expected}{hint}")
+
+
+_EXPECTED: Mapping[str, str] = {
+    "end": "an integer, the id that ends a document",
+    "vocabulary": "an integer, the number of token ids",
+    "fingerprint": "a text",
+}
+
+
+def _is_integer(given: Any) -> bool:
+    """Also of NumPy, and a tensor of one."""
+    try:
+        operator.index(given)
+    except TypeError:
+        return False
+    return not isinstance(given, bool)
 
 
 def check_joinable(tokenizer: Tokenizer) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -13,15 +13,9 @@ from functrain.data.source import MapSource, at_least_one
 from functrain.data.text import IGNORE_INDEX
 from functrain.errors import DataError, did_you_mean
 
-
-class Mode(Protocol):
-    """The slices of a prompt and of its completions that are kept."""
-
-    def __call__(
-        self, prompt: int, longest: int, time: int, min_prompt: int
-    ) -> tuple[slice, slice]:
-        """For a prompt and a longest completion of these lengths, all of them in tokens."""
-        ...
+Mode = Callable[[int, int, int, int], tuple[slice, slice]]
+"""The slices of a prompt and of its completions that are kept, of (prompt, longest, time,
+min_prompt): the lengths of a prompt and of its longest completion first, all in tokens."""
 
 
 def keep_start(prompt: int, longest: int, time: int, min_prompt: int) -> tuple[slice, slice]:

@@ -237,10 +237,8 @@ def _marked(message: Message, key: str, mark: str) -> Message:
     return {**message, key: [_marked_call(call, mark) for call in message[key]]}
 
 
-def _marked_call(call: Any, mark: str) -> Any:
+def _marked_call(call: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
     """Arguments are told from all else: a tool's answer may name the tool, as the call does."""
-    if not isinstance(call, Mapping):
-        return call
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _marked_call(call["function"], mark)}
     arguments = call.get("arguments")

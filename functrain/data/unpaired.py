@@ -22,7 +22,7 @@ from functrain.data.examples import (
 from functrain.data.grouping import MULTIPLE, Padded
 from functrain.data.pairs import differ
 from functrain.data.sequences import padded
-from functrain.data.source import Batch
+from functrain.data.source import Batch, check_boolean
 from functrain.data.tokenizers import Tokenizer, check_joinable
 from functrain.data.truncation import MODES, Truncation, fitted, has_targets
 from functrain.errors import DataError
@@ -92,9 +92,12 @@ def unpaired(
     """
     check_given(records)
     check_joinable(tokenizer)
+    check_boolean("drop_identical", drop_identical)
     how = Truncation(time=time, mode=truncation, min_prompt=min_prompt)
     read, malformed = read_each(
-        records, lambda each, where: _read(each, tokenizer, where, drop_identical), on_bad_record
+        records,
+        lambda each, where: read_judged(each, tokenizer, where, drop_identical),
+        on_bad_record,
     )
     given = [each for _, examples in read for each in examples]
     identical = 2 * sum(not examples for _, examples in read)
@@ -130,7 +133,7 @@ def unpaired(
 
 
 @attrs.frozen
-class _Judged:
+class Judged:
     """A completion as it was read, whether it is desirable, and where it was."""
 
     prompted: Prompted
@@ -138,10 +141,12 @@ class _Judged:
     where: str
 
 
-def _read(record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool) -> list[_Judged]:
+def read_judged(
+    record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool = False
+) -> list[Judged]:
     """One example, or the two of a pair, or none where the two are the same."""
     if not isinstance(record, Mapping) or not any(side in record for side in SIDES):
-        return [_Judged(*read_unpaired(record, tokenizer, where), where)]
+        return [Judged(*read_unpaired(record, tokenizer, where), where)]
     for other in ("completion", "label"):
         if other in record:
             raise DataError(f"{where}: {other} beside chosen or rejected; give one form")
@@ -149,13 +154,13 @@ def _read(record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool
     if not differ(pair, where, drop_identical):
         return []
     return [
-        _Judged(Prompted(pair.prompt, (completion,)), side == "chosen", where)
+        Judged(Prompted(pair.prompt, (completion,)), side == "chosen", where)
         for completion, side in zip(pair.completions, SIDES, strict=True)
     ]
 
 
 def _mismatched(
-    judged: Sequence[_Judged], own: Sequence[Example], how: Truncation
+    judged: Sequence[Judged], own: Sequence[Example], how: Truncation
 ) -> list[Example | None]:
     """For each its prompt with the next other completion that leaves a target and is another.
 
@@ -189,7 +194,7 @@ def _mismatched(
     return found
 
 
-def _left(each: _Judged, prompt: int, how: Truncation) -> Hashable:
+def _left(each: Judged, prompt: int, how: Truncation) -> Hashable:
     """What the cut leaves after a prompt of so many tokens: of it how many, and the completion."""
     ((ids, labels),) = each.prompted.completions
     head, tail = MODES[how.mode](prompt, len(ids), how.time, how.min_prompt)

@@ -50,9 +50,9 @@ def split(make: Callable[[], nn.Module], world: World) -> tuple[nn.Module, Tenso
     same: where the random generators were seeded differently, all refuse.
     """
     # Here, since DTensor takes a second to import.
-    from functrain.distributed import making
+    from functrain.distributed import shards
 
-    return making.split(make, world)
+    return shards.split(make, world)
 
 
 @overload

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from functrain import architecture
+from functrain.deferred import built
 from functrain.distributed.world import World
 from functrain.errors import StateError
 from functrain.state import TrainState
-from functrain.trees import Tensors, digest, map_leaves, owning, rows_here, whole
+from functrain.trees import Tensors, digest, in_order, map_leaves, owning, rows_here, whole
 
 
 @attrs.frozen
@@ -55,6 +57,17 @@ def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
         owning(items, items.own & plain.keys())
     # What was in shards already, the caller may hold too.
     return owning(Tensors(found), plain.keys())
+
+
+def split(make: Callable[[], nn.Module], world: World) -> tuple[nn.Module, Tensors, Tensors]:
+    """See `functrain.distributed.split`."""
+    if world.size == 1:
+        return architecture.split(make().to(world.device))
+    module, recorded = world.for_all(lambda: built(make))
+    given, kept = world.for_all(lambda: architecture.emptied(module))
+    own = rows_made(given, world, recorded.made)
+    whole = {n: in_order(recorded.made(t).to(world.device)) for n, t in kept.items()}
+    return module, own, Tensors(whole)
 
 
 def rows_made(

@@ -242,11 +242,14 @@ def _initial(
         generator = torch.Generator().manual_seed(keys.derive(seed, "lora", name))
         rank, inputs = layer.lora_A.shape
         limit = 1 / math.sqrt(inputs)
-        first = torch.empty(rank, inputs).uniform_(-limit, limit, generator=generator)
+        first = torch.empty(rank, inputs, dtype=torch.float32, device="cpu")
+        first.uniform_(-limit, limit, generator=generator)
         found[f"{name}.lora_A"] = first.to(device)
-        found[f"{name}.lora_B"] = torch.zeros(layer.lora_B.shape, device=device)
+        found[f"{name}.lora_B"] = torch.zeros(
+            layer.lora_B.shape, dtype=torch.float32, device=device
+        )
         if layer.lora_magnitude is not None:
-            zero = torch.zeros((), device=device)
+            zero = torch.zeros((), dtype=torch.float32, device=device)
             norms = row_norms(layer.oriented(whole_of(weight)), zero)
             found[f"{name}.lora_magnitude"] = norms
     return found

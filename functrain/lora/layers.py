@@ -37,7 +37,7 @@ class Adapted(nn.Module):
         outputs, inputs = self.oriented(self.weight).shape
 
         def room(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device="meta"))
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))
 
         self.lora_A, self.lora_B = room(lora.rank, inputs), room(outputs, lora.rank)
         self.register_parameter("lora_magnitude", room(outputs) if lora.dora else None)
@@ -75,7 +75,7 @@ class Adapted(nn.Module):
         assert self.lora_magnitude is not None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             norm = row_norms(self.oriented(self.weight), self.delta())
-        ratio = (self.lora_magnitude / norm).view(1, -1)
+        ratio = magnitude_ratio(self.lora_magnitude, norm).view(1, -1)
         if result is None:
             base = F.linear(x, self.oriented(self.weight).to(x.dtype))
         else:
@@ -88,6 +88,12 @@ def row_norms(weight: Tensor, delta: Tensor) -> Tensor:
     """The Euclidean norm of each row of the sum, in the dtype of `delta`."""
     norm: Tensor = torch.linalg.norm(weight.to(delta.dtype) + delta, dim=1)
     return norm
+
+
+def magnitude_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / ‖W + sBA‖ of each row; 1 of a row of zeros, so that its B gets a gradient and not NaN."""
+    zeros = norm == 0
+    return magnitude.masked_fill(zeros, 1.0) / norm.masked_fill(zeros, 1.0)
 
 
 class LoRALinear(Adapted, nn.Linear):

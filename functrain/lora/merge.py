@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from functrain.architecture import check_fit, held_values, holds_shards, slots
 from functrain.lora.attach import adapter_of, layers_of
-from functrain.lora.layers import Adapted, row_norms
+from functrain.lora.layers import Adapted, magnitude_ratio, row_norms
 from functrain.trees import Tensors, laid_out, map_leaves, whole
 
 
@@ -37,7 +37,8 @@ def _merged(layer: Adapted, weight: Tensor, name: str, params: Mapping[str, Tens
     delta = (b @ a) * layer.scaling
     summed = own.to(delta.dtype) + delta
     if layer.lora_magnitude is not None:
-        ratio = whole(params[f"{name}.lora_magnitude"]) / row_norms(own, delta)
+        magnitude = whole(params[f"{name}.lora_magnitude"])
+        ratio = magnitude_ratio(magnitude, row_norms(own, delta))
         summed = ratio.unsqueeze(1) * summed
     return laid_out(layer.oriented(summed).to(weight.dtype).contiguous(), weight)
 
@@ -56,7 +57,8 @@ def reference(architecture: nn.Module, params: Mapping[str, Tensor]) -> Tensors:
         values[f"{name}.lora_B"] = torch.zeros_like(params[f"{name}.lora_B"])
         if layer.lora_magnitude is not None:
             weight = base.get(f"{name}.weight", params.get(f"{name}.weight"))
-            zero = torch.zeros((), device=weight.device)
+            magnitude = params[f"{name}.lora_magnitude"]
+            zero = torch.zeros((), dtype=magnitude.dtype, device=weight.device)
             norms = row_norms(layer.oriented(whole(weight)), zero)
-            values[f"{name}.lora_magnitude"] = laid_out(norms, params[f"{name}.lora_magnitude"])
+            values[f"{name}.lora_magnitude"] = laid_out(norms, magnitude)
     return Tensors(values)

@@ -56,7 +56,7 @@ def save_adapter(
     architecture: nn.Module,
     params: Mapping[str, Tensor],
     *,
-    base: str | None = None,
+    base: PathLike | None = None,
 ) -> Path:
     """Write the adapters as peft reads them, with `base` as the name or path of their model.
 
@@ -87,7 +87,7 @@ def save_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base is None else os.fspath(base),
         "r": adapter.lora.rank,
         "lora_alpha": adapter.lora.alpha,
         "lora_dropout": adapter.lora.dropout,

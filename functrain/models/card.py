@@ -22,7 +22,7 @@ def card(
     state: TrainState,
     data: str | None,
     config: str | Mapping[str, Any] | None,
-    metrics: Mapping[str, float] | None,
+    metrics: Mapping[str, float],
     tokenizer: bool,
     chat: bool,
 ) -> str:
@@ -49,7 +49,7 @@ def card(
         ),
     ]
     if metrics:
-        shown = {key: f"{float(value):.6g}" for key, value in sorted(metrics.items())}
+        shown = {key: f"{value:.6g}" for key, value in sorted(metrics.items())}
         parts += ["## Measured", _table(shown)]
     if config is not None:
         text = config if isinstance(config, str) else _json(config)

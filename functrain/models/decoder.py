@@ -115,22 +115,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Logits [batch, time, vocabulary]."""
-        return self.head(self.hidden(input_ids, attention_mask, position_ids, cache))
-
-    def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """The last hidden state, normed: [batch, time, width]."""
-        hidden: Tensor = self.model(input_ids, attention_mask, position_ids, cache)
-        return hidden
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states."""
-        logits: Tensor = self.lm_head(hidden)
+        logits: Tensor = self.lm_head(self.model(input_ids, attention_mask, position_ids, cache))
         return logits
 
     def get_input_embeddings(self) -> nn.Embedding:

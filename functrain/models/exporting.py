@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from functrain import lora
 from functrain.architecture import check_fit, holds_shards, slots
 from functrain.checkpoint import format as safetensors
+from functrain.checkpoint.manifest import checked_metrics
 from functrain.checks import PathLike, as_path
 from functrain.data.pretrained import PretrainedTokenizer
 from functrain.errors import CheckpointError, ConfigError
@@ -67,8 +68,12 @@ def export(
     _check_whole(state, architecture)
     target = as_path("directory", directory)
     _check_target(target)
-    kind = _dtype(dtype)
-    architecture, params = _merged(architecture, state.params)
+    kind, measured = _dtype(dtype), checked_metrics(metrics)
+    if data is not None and not isinstance(data, str):
+        raise ConfigError(f"data: {data!r:.99}, expected a text, or None")
+    params: Mapping[str, Tensor] = state.params
+    if lora.is_adapted(architecture):
+        architecture, params = lora.merged(architecture, params)
     if not isinstance(architecture, Decoder) and not hasattr(architecture, "save_pretrained"):
         raise ConfigError(
             f"export: {type(architecture).__name__} is no model of transformers and not the "
@@ -83,7 +88,7 @@ def export(
         state=state,
         data=data,
         config=config,
-        metrics=metrics,
+        metrics=measured,
         tokenizer=tokenizer is not None,
         chat=getattr(getattr(tokenizer, "inner", tokenizer), "chat_template", None) is not None,
     )
@@ -170,16 +175,6 @@ def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(given, str) and found is None:
         raise ConfigError(f"dtype: {given!r} is unknown; expected 'float32', 'bfloat16', 'float16'")
     return found
-
-
-def _merged(
-    architecture: nn.Module, params: Mapping[str, Tensor]
-) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    return (
-        lora.merged(architecture, params)
-        if lora.is_adapted(architecture)
-        else (architecture, params)
-    )
 
 
 def _weights(

@@ -115,6 +115,13 @@ def continued(
     Workers who compute together must take the same, also where their machines round differently.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
+    if stop is not None and not callable(stop):
+        raise ConfigError(
+            f"stop: {stop!r}, expected a function of the new ids, or None; stop at a text with "
+            "stop=lambda new: text in tokenizer.decode(new)"
+        )
+    if temperature > 0 and (isinstance(seed, bool) or not hasattr(seed, "__index__")):
+        raise ConfigError(f"seed: {seed!r}, expected an integer")
     most = positions(model)
     _check_prompt(input_ids, vocabulary_of(model), most)
     ids, new = list(input_ids), list[int]()

@@ -188,7 +188,7 @@ def layout_of(
     what the model's config says is tied.
     """
     found = slots(architecture)
-    kept = {n for n in found.buffers if n not in _passing(architecture, found.buffers)}
+    kept = found.buffers.keys() & architecture.state_dict(keep_vars=True).keys()
     others = _others(architecture, found.params)
     wide = kept_wide(architecture, dtype)
     try:
@@ -320,12 +320,6 @@ def refuse_codes(files: Files, architecture: nn.Module) -> None:
                 f"{files.path}: {name} is {str(kind).removeprefix('torch.')}, expected a floating "
                 "dtype; quantised weights cannot be trained, take the model that they were made of"
             )
-
-
-def _passing(architecture: nn.Module, names: Mapping[str, object]) -> set[str]:
-    """The buffers that no file has."""
-    kept = architecture.state_dict(keep_vars=True).keys()
-    return {name for name in names if name not in kept}
 
 
 def _others(architecture: nn.Module, names: Mapping[str, object]) -> dict[str, str]:

@@ -123,23 +123,19 @@ def _whole(
     if attention is not None:
         options["attn_implementation"] = attention
     module = _loaded(given, where, kind, options)
-    if "gguf_file" not in options:
-        refuse_codes(Files.of(where), module)
+    # The blocks of a GGUF file are taken apart into memory of their own.
+    files = None if "gguf_file" in options else Files.of(where)
+    if files is not None:
+        refuse_codes(files, module)
     configured(module)
     architecture, params, buffers = split(module.to(device))
-    if _lies_as(kind, where, given):
-        # Handed over, not lent: a tensor that is named here as well would be held twice.
+    if files is not None and kind in files.dtypes().values():
+        # Pages of the files, and no casts. Handed over, not lent: a tensor that is named here as
+        # well would be held twice.
         handed = dict(params)
         del params
         params = _moved(handed)
     return Pretrained(architecture, params, _moved(dict(buffers)), tokenizer_of(given))
-
-
-def _lies_as(dtype: torch.dtype, where: Path, given: Path) -> bool:
-    """Whether a file has tensors of the very dtype, which are then its pages and no casts."""
-    if given.suffix == ".gguf":
-        return False  # its blocks are taken apart into memory of their own
-    return dtype in Files.of(where).dtypes().values()
 
 
 def _dtype(given: str | torch.dtype) -> torch.dtype:

@@ -135,7 +135,7 @@ def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
         # Mismatched completions (KTO's) are scored, not trained on.
         sides = (v for k, v in batch.items() if isinstance(v, Mapping) and k != "mismatched")
         found = [targets_in(side) for side in sides]
-    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.int64)
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def beginnings(position_ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from functrain import compilation, keys
-from functrain.architecture import Mode, bound, bound_buffers, slots
+from functrain.architecture import Mode, Slots, bound, bound_buffers, slots
 from functrain.errors import ArchitectureError
 from functrain.objectives.batches import MODEL_INPUTS, Batch
 from functrain.objectives.chunks import computed_in
@@ -234,8 +234,7 @@ def _do_without(architecture: nn.Module, head: Head, mode: Mode) -> Mapping[str,
 
     Returns the buffers that it leaves, as `_called` does.
     """
-    places = slots(architecture, held=True)
-    with calm(architecture, {}, mode=mode):
+    with calm(architecture, {}, mode=mode) as places:
         begun = bound_buffers(places)
         head.hidden(architecture, {"input_ids": _tokens(head.projection)})
         return _comparable(bound_buffers(places), begun)
@@ -249,8 +248,7 @@ def _called(
     And the buffers that it leaves.
     """
     made: list[_Made] = []
-    places = slots(architecture, held=True)
-    with calm(architecture, {}, mode=mode):
+    with calm(architecture, {}, mode=mode) as places:
         begun = bound_buffers(places)
         with _left(projection, made):
             outputs = architecture(input_ids=_tokens(projection))
@@ -319,10 +317,11 @@ def calm(
     buffers: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     mode: Mode = "eval",
-) -> Generator[None]:
+) -> Generator[Slots]:
     """In this mode, no history, not compiled; neither buffers nor random generators are moved.
 
-    Attributes that the forward sets, and buffers that it makes, are as before at the end.
+    Attributes that the forward sets, and buffers that it makes, are as before at the end. Yields
+    the slots that are bound.
 
     `params`, `buffers`: what is bound in the place of the architecture's own.
     """
@@ -331,15 +330,16 @@ def calm(
     with torch.inference_mode(False):  # what is made in it cannot be written to out of it
         buffers = {name: buffer.clone() for name, buffer in given.items()}
     device = next(iter(params.values())).device
+    places = slots(architecture, held=True)
     with (
         torch.inference_mode(False),  # in which no tensor has a version
         torch.no_grad(),
         _attributes_put_back(architecture),
-        bound(architecture, params, buffers, mode, places=slots(architecture, held=True)),
+        bound(architecture, params, buffers, mode, places=places),
         keys.seeded(0, device),
         compilation.paused(architecture),
     ):
-        yield
+        yield places
 
 
 @contextmanager

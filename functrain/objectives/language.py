@@ -33,7 +33,8 @@ class LanguageModeling:
     """The sum over target tokens of −log p(token | tokens before it), in nats.
 
     `labels` are aligned with `input_ids`; the shift is inside: position t predicts the label at
-    t + 1, and −100 is no target. The weight is the number of target tokens. Pretraining and SFT
+    t + 1, and −100 is no target; nothing else says so: padding and its `attention_mask` of 0 leave
+    a label what it is. The weight is the number of target tokens. Pretraining and SFT
     differ only in which labels the data leaves. `head`: `auto` makes the logits a few rows at a
     time where they are large, `full` never; the same to rounding.
 

@@ -225,7 +225,8 @@ def token_scores(
     if rows is not None:
         return _scored_by_chunks(rows, batch["labels"], detailed=detailed, slopes=slopes)
     if layout is None:
-        return scores_of(logits_of(call, batch), batch["labels"], detailed=detailed)
+        logits, labels = logits_of(call, batch), batch["labels"]
+        return _scores(logits[:, :-1], labels[:, 1:], detailed=detailed)
     targets = batch["labels"][:, 1:].flatten()
     places = _places(targets)
     logits = layout.gathered(logits_of(call, layout.inputs), places)
@@ -289,11 +290,6 @@ def _placed(found: Scores | TokenScores, places: Tensor | None, labels: Tensor) 
         level=placed(found.level),
         collision=placed(found.collision),
     )
-
-
-def scores_of(logits: Tensor, labels: Tensor, *, detailed: bool = True) -> TokenScores:
-    """`token_scores` of logits [batch, time, vocabulary] and labels [batch, time]."""
-    return _scores(logits[:, :-1], labels[:, 1:], detailed=detailed)
 
 
 def _scores(logits: Tensor, targets: Tensor, *, detailed: bool) -> TokenScores:

@@ -318,7 +318,7 @@ def forward_kl(delta: Tensor) -> Tensor:
 
 def jensen_shannon(delta: Tensor) -> Tensor:
     """log 2 + logσ(Δ)."""
-    return F.logsigmoid(delta) + torch.log(torch.tensor(2.0, dtype=delta.dtype))
+    return F.logsigmoid(delta) + torch.log(torch.tensor(2.0, dtype=delta.dtype, device="cpu"))
 
 
 def alpha_divergence(alpha: float) -> Divergence:

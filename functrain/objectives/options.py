@@ -37,11 +37,6 @@ def nearest_loss(name: str) -> str:
     return CALLED.get(name.casefold().replace("-", "_")) or did_you_mean(name, LOSSES)
 
 
-def optional_tensors(value: Mapping[str, Tensor] | None) -> Tensors | None:
-    """`own_tensors` of a reference, or None."""
-    return None if value is None else own_tensors(value)
-
-
 def own_tensors(value: Mapping[str, Tensor], what: str = "reference") -> Tensors:
     """A plain mapping is copied: a step may donate the memory that it was made of.
 
@@ -75,15 +70,11 @@ def mixed(given: Mix) -> Mapping[str, float]:
     return dict(given)
 
 
-def within(
-    low: float, high: float, what: str, *, above: bool = False, optional: bool = False
-) -> Any:
-    """A validator of a number in [low, high), with `above` in (low, high)."""
+def within(high: float, what: str, *, above: bool = False) -> Any:
+    """A validator of a number in [0, high), with `above` in (0, high)."""
 
     def check(_record: object, field: attrs.Attribute[Any], value: object) -> None:
-        if value is None and optional:
-            return
-        if not is_number(value) or not low <= value < high or (above and value == low):
+        if not is_number(value) or not 0 <= value < high or (above and value == 0):
             raise ConfigError(f"{field.name}: {value!r}, expected {what}")
 
     return check

@@ -45,7 +45,7 @@ from functrain.objectives.losses import (
 from functrain.objectives.options import (
     check_combination,
     mixed,
-    optional_tensors,
+    own_tensors,
     within,
 )
 from functrain.objectives.pairs import (
@@ -160,33 +160,35 @@ class PreferenceOptimization:
     Raises `ConfigError` for a loss, number, boolean or combination that makes no sense.
     """
 
-    reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
+    reference: Tensors | None = attrs.field(
+        default=None, converter=attrs.converters.optional(own_tensors)
+    )
     loss: Mapping[str, float] = attrs.field(default="sigmoid", converter=mixed)
     beta: float = attrs.field(default=0.1, validator=positive)
-    label_smoothing: float = attrs.field(
-        default=0.0, validator=within(0, 0.5, "a number in [0, 0.5)")
-    )
+    label_smoothing: float = attrs.field(default=0.0, validator=within(0.5, "a number in [0, 0.5)"))
     simpo_gamma: float = attrs.field(
-        default=0.5, validator=within(0, math.inf, "a finite number of at least 0")
+        default=0.5, validator=within(math.inf, "a finite number of at least 0")
     )
     cpo_alpha: float = attrs.field(
-        default=1.0, validator=within(0, math.inf, "a finite number of at least 0")
+        default=1.0, validator=within(math.inf, "a finite number of at least 0")
     )
     orpo_lambda: float = attrs.field(default=0.1, validator=positive)
     discopop_tau: float = attrs.field(default=0.05, validator=positive)
     divergence: str = "reverse_kl"
     divergence_alpha: float = attrs.field(
-        default=0.5, validator=within(0, 1, "a number between 0 and 1", above=True)
+        default=0.5, validator=within(1, "a number between 0 and 1", above=True)
     )
     length_normalized: bool = attrs.field(default=False, validator=boolean)
     ld_alpha: float | None = attrs.field(
         default=None,
-        validator=within(0, 1 + 1e-9, "a number in [0, 1], or None", optional=True),
+        validator=attrs.validators.optional(within(1 + 1e-9, "a number in [0, 1], or None")),
     )
     wpo: bool = attrs.field(default=False, validator=boolean)
     reference_mixup: float | None = attrs.field(
         default=None,
-        validator=within(0, 1 + 1e-9, "a number in (0, 1], or None", above=True, optional=True),
+        validator=attrs.validators.optional(
+            within(1 + 1e-9, "a number in (0, 1], or None", above=True)
+        ),
     )
     reference_sync: int = 512
     dropout: bool = attrs.field(default=False, validator=boolean)

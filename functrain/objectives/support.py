@@ -153,7 +153,7 @@ def _told(model: nn.Module, made: Layout, real: Tensor, logits: Tensor) -> float
         changed[kept] = ids.flatten()[kept]
         moved = logits_of(model, {**made.inputs, "input_ids": changed.view_as(ids)})
         found.append(_apart(moved.flatten(0, 1)[kept], logits[kept]))
-    return float(torch.tensor(found).max())  # NaN, where any is
+    return float(torch.tensor(found, device="cpu").max())  # NaN, where any is
 
 
 def _trying(model: nn.Module, find: Callable[[nn.Module], Found]) -> Found:
@@ -218,7 +218,7 @@ def _stirred(
     slices: dict[tuple[object, ...], Tensor] = {}
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu")
 
     for name, param in model.named_parameters():
         if not param.is_floating_point():
@@ -243,12 +243,13 @@ def _trial(model: nn.Module) -> tuple[dict[str, Any], Tensor]:
     And which tokens something is predicted from: bool [4, 6].
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary_of(model) or 2, (4, 6), generator=generator)
-    ids[2, :3] = ids[0, :3]
-    lengths = torch.tensor([[6], [4], [5], [5]])
-    labels = ids.masked_fill(torch.arange(6) >= lengths, IGNORE_INDEX)
-    real = torch.arange(6) < lengths - 1
+    with torch.device("cpu"):  # whatever the default is
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary_of(model) or 2, (4, 6), generator=generator)
+        ids[2, :3] = ids[0, :3]
+        lengths = torch.tensor([[6], [4], [5], [5]])
+        labels = ids.masked_fill(torch.arange(6) >= lengths, IGNORE_INDEX)
+        real = torch.arange(6) < lengths - 1
     return {"input_ids": ids.to(device), "labels": labels.to(device)}, real.to(device)
 
 

@@ -15,7 +15,7 @@ from functrain.errors import BatchError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import Batch, count_padding
 from functrain.objectives.logprobs import HeadMode, head_mode, token_scores
-from functrain.objectives.options import optional_tensors
+from functrain.objectives.options import own_tensors
 from functrain.objectives.pairs import check_keys, check_reference_logps, check_sides
 from functrain.objectives.reference import reference_scores
 from functrain.trees import Tensors
@@ -44,7 +44,9 @@ class UnpairedOptimization:
     of both sides. Raises `ConfigError` for numbers that are not positive, and the like.
     """
 
-    reference: Tensors | None = attrs.field(default=None, converter=optional_tensors)
+    reference: Tensors | None = attrs.field(
+        default=None, converter=attrs.converters.optional(own_tensors)
+    )
     beta: float = attrs.field(default=0.1, validator=positive)
     desirable_weight: float = attrs.field(default=1.0, validator=positive)
     undesirable_weight: float = attrs.field(default=1.0, validator=positive)

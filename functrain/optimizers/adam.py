@@ -273,7 +273,8 @@ class Adam:
         """
         counts = lists[-1]
         if counts[0].device.type == "cpu":
-            torch._foreach_add_(counts, torch.ones(()), alpha=1)  # without alpha, as a number
+            one = torch.ones((), device="cpu")
+            torch._foreach_add_(counts, one, alpha=1)  # without alpha, as a number
         else:
             torch._foreach_add_(counts, 1)
         kernel = torch._fused_adamw_ if self.decoupled else torch._fused_adam_

@@ -112,6 +112,7 @@ class Adapter:
     _tried: set[Any] = attrs.field(factory=set, init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        _refuse_made(self.cls)
         every: list[Mapping[str, Any]] = [{}, *(g.options for g in self.groups)]
         for options in every:
             merged = {**self.options, **{k: v for k, v in options.items() if k != "lr_scale"}}
@@ -158,6 +159,7 @@ class Adapter:
         On an accelerator this waits for the learning rate and for `applied`.
         """
         check_update(self.kind, grads, state, params)
+        self._refuse_dense(grads)
         if held_back(applied, waits=True):
             return tensors(params), state
         if donate:
@@ -182,7 +184,18 @@ class Adapter:
     ) -> None:
         """Raise what `update` would with `donate=True`, and write nothing."""
         check_update(self.kind, grads, state, params)
+        self._refuse_dense(grads)
         self._try(grads, state, params)
+
+    def _refuse_dense(self, grads: Mapping[str, Tensor]) -> None:
+        if self.cls is not torch.optim.SparseAdam:
+            return
+        for name, grad in grads.items():
+            if grad.layout is torch.strided:
+                raise StateError(
+                    f"grads/{name}: dense, as all of a step's are, and SparseAdam takes sparse "
+                    "ones alone; take functrain.optim.adam"
+                )
 
     def _try(
         self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
@@ -383,7 +396,7 @@ def _slot(entry: str, value: Any, name: str) -> tuple[str, Tensor]:
     if isinstance(value, Tensor):
         return entry, value.detach()
     if value is None:
-        return entry + _NONE, torch.empty(0)
+        return entry + _NONE, torch.empty(0, device="cpu")
     if isinstance(value, int | float):
         return entry + _NUMBER, _as_tensor(value)
     raise ConfigError(
@@ -394,8 +407,18 @@ def _slot(entry: str, value: Any, name: str) -> tuple[str, Tensor]:
 
 def _as_tensor(value: float | bool) -> Tensor:
     if isinstance(value, bool):
-        return torch.tensor(value, dtype=torch.bool)
-    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+        return torch.tensor(value, dtype=torch.bool, device="cpu")
+    dtype = torch.int64 if isinstance(value, int) else torch.float64
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _refuse_made(cls: object) -> None:
+    if isinstance(cls, torch.optim.Optimizer):
+        name = type(cls).__name__
+        raise ConfigError(
+            f"from_torch: an optimizer of {name} that is made; give the class, "
+            f"from_torch(torch.optim.{name}, …)"
+        )
 
 
 def _refuse_graphs(kind: str, options: Mapping[str, Any]) -> None:

@@ -148,7 +148,17 @@ def no_decay(architecture: nn.Module) -> Group:
             exempt.update(id(p) for p in own.values())
         exempt.update(id(p) for name, p in own.items() if name == "bias" or p.ndim < 2)
     names = frozenset(name for name, p in architecture.named_parameters() if id(p) in exempt)
-    return group(lambda name, _: name in names, weight_decay=0.0)
+    return group(_Among(names), weight_decay=0.0)
+
+
+@attrs.frozen
+class _Among:
+    """A predicate by name; a record, which can be pickled as a function made here could not."""
+
+    names: frozenset[str]
+
+    def __call__(self, name: str, _tensor: Tensor) -> bool:
+        return name in self.names
 
 
 def _is_real(given: object) -> bool:

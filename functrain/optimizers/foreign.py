@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functrain.errors import ConfigError
 from functrain.optimizers.base import OptimizerState, described
-from functrain.trees import Tensors
+from functrain.trees import Tensors, ordered
 
 
 def begun(kind: str, state: object) -> OptimizerState:
@@ -29,7 +29,7 @@ def begun(kind: str, state: object) -> OptimizerState:
 def updated(
     kind: str, returned: Any, before: Mapping[str, Tensor]
 ) -> tuple[Tensors, OptimizerState]:
-    """The params and the state that `update` returned, in mappings that nobody else has.
+    """The params and the state that `update` returned, in order, in mappings that nobody else has.
 
     Raises `ConfigError` for what is no update of the params `before`: of other names, shapes or
     dtypes.
@@ -37,7 +37,7 @@ def updated(
     match returned:
         case (Mapping() as params, OptimizerState() as state):
             _check_params(kind, params, before)
-            return Tensors(params), _in_own_mappings(kind, state)
+            return ordered(params), _in_own_mappings(kind, state)
         case (params, state):
             given = f"{type(params).__name__} and {type(state).__name__}"
         case _:
@@ -80,6 +80,8 @@ def _refuse_names(kind: str, params: Mapping[str, Any], before: Mapping[str, Ten
 
 def _in_own_mappings(kind: str, state: OptimizerState) -> OptimizerState:
     for slot, items in state.slots.items():
+        if "/" in slot:  # which in a checkpoint ends it
+            raise ConfigError(f"optimizer {kind!r}: slot {slot!r}, expected a name without a slash")
         if not isinstance(items, Mapping):
             raise ConfigError(
                 f"optimizer {kind!r}: slot {slot!r} is a {type(items).__name__}, expected a "
@@ -91,4 +93,4 @@ def _in_own_mappings(kind: str, state: OptimizerState) -> OptimizerState:
                     f"optimizer {kind!r}: slot {slot!r} has a {type(value).__name__} of {name!r}, "
                     "expected a tensor; keep a number as a 0-d one"
                 )
-    return attrs.evolve(state, slots={slot: Tensors(t) for slot, t in state.slots.items()})
+    return attrs.evolve(state, slots={slot: ordered(t) for slot, t in state.slots.items()})

@@ -31,6 +31,7 @@ from functrain.objectives.base import logits_in
 from functrain.objectives.head import Head, shown
 from functrain.optimizers import Optimizer
 from functrain.precision import POLICIES, Precision, policy
+from functrain.steps import is_optimizer
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -49,7 +50,7 @@ class Job:
     architecture: nn.Module = attrs.field(repr=False)
     params: Mapping[str, Tensor] = attrs.field(repr=False)
     buffers: Mapping[str, Tensor] = attrs.field(repr=False)
-    optimizer: Optimizer = attrs.field(repr=False)
+    optimizer: Optimizer = attrs.field(repr=False, validator=is_optimizer)
     rows: int
     time: int
     microbatches: int = 1

@@ -25,14 +25,13 @@ from functrain.trees import Tensors
 _NUMBERS, _ROUNDS = 1 << 24, 5
 
 
-def here(world: World, precision: Precision, *, workers: int | None = None) -> Cluster:
+def here(world: World, precision: Precision) -> Cluster:
     """A cluster of workers like those of this world; all of them must call this.
 
     `flops` of the gradient of a decoder of two layers, all workers computing at once; `traffic` of
     updates by AdamW; `inside` and `latency` of sums over the workers, large and small, of one
-    worker alone those of its memory. `workers`: how many are planned for; those of this world by
-    default.
-    On a CPU exchanges take the time of the cores that compute, so nothing runs beside.
+    worker alone those of its memory. On a CPU exchanges take the time of the cores that compute, so
+    nothing runs beside.
     """
     device = world.device
     flops = _flops(world, precision)
@@ -47,8 +46,8 @@ def here(world: World, precision: Precision, *, workers: int | None = None) -> C
             seconds = _seconds(lambda: dist.all_reduce(large), world) - latency * rounds
         inside = 2 * (world.size - 1) / world.size * BUCKET / max(seconds, 1e-9)
     return Cluster(
-        workers=world.size if workers is None else workers,
-        per_node=world.size if workers is None else workers,
+        workers=world.size,
+        per_node=world.size,
         memory=_memory(device, world.size),
         flops=flops,
         traffic=traffic,

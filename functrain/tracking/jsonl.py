@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +41,7 @@ class JSONLTracker:
 
     JSON has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity". A
     last line without an end, which a kill has torn and `read` leaves out, is cut off at the first
-    line that is logged. Raises `DataError` for a metric of the name "step".
+    line that is logged.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -52,18 +54,19 @@ class JSONLTracker:
             raise _unwritten(self._path, error) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line, the whole of it or nothing; `DataError` where it cannot be written."""
-        if "step" in metrics:
-            raise DataError(
-                f"{self._path}: a metric of step {step} is named 'step', as is the step itself; "
-                "give it another name"
-            )
-        values = {name: _encoded(float(value)) for name, value in metrics.items()}
+        """Append a line, the whole of it or nothing.
+
+        Raises `DataError` where it cannot be written, for a step that is no integer of 64 bits, a
+        metric that is no number, and one of the name "step".
+        """
+        if self._file.closed:
+            raise DataError(f"{self._path}: the tracker is closed; log before close()")
+        line = _line(step, metrics, self._path)
         try:
             if not self._whole:
                 _cut_torn(self._path)
                 self._whole = True
-            append(self._file, orjson.dumps({"step": step, **values}) + b"\n")
+            append(self._file, line)
         except OSError as error:
             raise _unwritten(self._path, error) from error
 
@@ -140,6 +143,35 @@ def _cut_torn(path: Path) -> None:
                 break
         if begin < end:
             file.truncate(begin)
+
+
+def _line(step: object, metrics: Mapping[str, float], path: Path) -> bytes:
+    """A line that `read` reads."""
+    number = _integer(step, path)
+    if "step" in metrics:
+        raise DataError(
+            f"{path}: a metric of step {number} is named 'step', as is the step itself; give it "
+            "another name"
+        )
+    values = {}
+    for name, value in metrics.items():
+        try:
+            values[name] = _encoded(float(value))
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise DataError(
+                f"{path}: {name!r} of step {number} is {value!r:.99}, expected a number"
+            ) from error
+    try:
+        return orjson.dumps({"step": number, **values}, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError as error:  # for names that are no text, and beyond 64 bits
+        raise DataError(f"{path}: step {number} cannot be written as JSON ({error})") from error
+
+
+def _integer(step: Any, path: Path) -> int:
+    with suppress(TypeError):
+        if not isinstance(step, bool):
+            return operator.index(step)
+    raise DataError(f"{path}: step {step!r}, expected an integer")
 
 
 def _encoded(value: float) -> float | str:

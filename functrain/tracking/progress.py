@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _PLAIN_SECONDS = 5.0
 _LIVE_SECONDS = 0.2
+_HELD_OUT = "eval_loss"
 
 
 class Progress:
@@ -21,8 +22,8 @@ class Progress:
 
     Values are read only when something is drawn, so that looking costs training nothing. On a
     terminal rich draws a bar, five times a second at most; elsewhere, and on a dumb terminal, there
-    is a line every five seconds. A stream that cannot be written (its reader has gone, the disk is
-    full) ends nothing.
+    is a line every five seconds, and one for each evaluation. A stream that cannot be written (its
+    reader has gone, the disk is full) ends nothing.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step has been made."""
-        if self.due(step):
+        if self.due(step) or _HELD_OUT in metrics:
             self._drawn = now = self._clock()
             parts = self._parts(step, metrics, now)
             with self._writing():
@@ -87,8 +88,8 @@ class Progress:
         parts = []
         if "loss" in metrics:
             parts.append(f"loss {float(metrics['loss']):.4f}")
-        if "eval_loss" in metrics:
-            parts.append(f"held out {float(metrics['eval_loss']):.4f}")
+        if _HELD_OUT in metrics:
+            parts.append(f"held out {float(metrics[_HELD_OUT]):.4f}")
         if "tokens_per_second" in metrics:
             parts.append(f"{float(metrics['tokens_per_second']):,.0f} tokens/s")
         left = self._left(step, now)

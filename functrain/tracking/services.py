@@ -40,7 +40,7 @@ class TrackedRun:
     def identity(self, service: str, make: Callable[[], str]) -> str:
         """The run's id with a service: as it was noted, or made and noted now."""
         path = self.directory / "trackers.json"
-        known: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+        known: dict[str, str] = json.loads(path.read_bytes()) if path.is_file() else {}
         if service not in known:
             known[service] = make()
             write(path, json.dumps(known, indent=1).encode())

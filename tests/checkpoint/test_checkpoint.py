@@ -777,3 +777,84 @@ def test_the_same_state_beside_other_texts_is_not_called_another(tmp_path: Path)
     message = r"exists and holds this state beside other texts \(one.txt, three.txt, two.txt\)"
     with pytest.raises(ft.CheckpointError, match=message):
         ft.save(tmp_path, state, beside={"one.txt": "one", "three.txt": "3"})
+
+
+class Odd(nn.Module):
+    """A parameter of one element and a buffer of another, cut out of larger tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(zoo.VOCABULARY, 8)
+        self.head = nn.Linear(8, zoo.VOCABULARY)
+        self.gain = nn.Parameter(torch.ones(1, 5)[:, 3])
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        self.last = hidden.detach()[:1, -1, 0]
+        logits: torch.Tensor = self.head(hidden) * self.gain
+        return logits
+
+
+def test_an_element_that_was_cut_out_of_another_tensor_is_saved(tmp_path: Path) -> None:
+    architecture, params, buffers = ft.split(Odd())
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    first = step.init(params, buffers)
+    state, _ = step(first, zoo.batch())
+    assert state.params["gain"].stride() != (1,)  # contiguous all the same
+    ft.save(tmp_path, state)
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+
+
+class Thin(nn.Module):
+    """A model of low rank."""
+
+    def __init__(self, length: int = 2000) -> None:
+        super().__init__()
+        self.down = nn.Embedding(zoo.VOCABULARY, 1)
+        self.wide = nn.Linear(1, length, bias=False)
+        self.up = nn.Linear(length, zoo.VOCABULARY, bias=False)
+        self.up.weight.requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.up(self.wide(self.down(input_ids)))
+        return logits
+
+
+class Preconditioned(torch.optim.SGD):
+    """Keeps a matrix of the longer side, as Shampoo does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for param in self.param_groups[0]["params"]:
+            side = max(param.shape)
+            self.state[param].setdefault("matrix", torch.zeros(side, side))
+
+
+def test_slots_much_larger_than_the_params_are_loaded_into_a_fresh_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("functrain.checkpoint.format.MOST_HEADER", 1 << 11)
+    architecture, params, buffers = ft.split(Thin())
+    step = ft.pretrain_step(architecture, ft.optim.from_torch(Preconditioned))
+    first = step.init(params, buffers)
+    state, _ = step(first, zoo.batch())
+    ft.save(tmp_path, state)
+    assert ft.fingerprint(ft.load(tmp_path, like=first)) == ft.fingerprint(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cursor": ft.Cursor(loader={"i": 4})}, "cursor/loader is a dict, expected str or None"),  # type: ignore[arg-type]
+        ({"cursor": None}, "cursor is a NoneType, expected Cursor"),
+        ({"scheduler": None}, "scheduler is a NoneType, expected SchedulerState"),
+        ({"base": 3}, "base is a int, expected str or None"),
+        ({"key": [1]}, "key: a state cannot hold a list"),
+    ],
+)
+def test_what_no_load_would_take_is_not_saved(change: Any, message: str, tmp_path: Path) -> None:
+    _, _, state = _trained()
+    with pytest.raises(ft.StateError, match=message):
+        ft.save(tmp_path, attrs.evolve(state, **change))
+    assert ft.latest(tmp_path) is None

@@ -137,3 +137,16 @@ def test_the_loop_writes_its_conditions(tmp_path: Path) -> None:
         pass
     found = checkpoint.inspect(tmp_path)["numerics"]
     assert (found["microbatches"], found["batch_size"], found["precision"]) == (2, 4, "bf16")
+
+
+def test_the_canary_is_the_same_in_every_context_in_which_a_step_is() -> None:
+    cpu = torch.device("cpu")
+    expected = module.canary(cpu)
+    for context in (torch.inference_mode(), torch.autocast("cpu"), torch.device("meta")):
+        with context:
+            assert module.canary(cpu) == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert module.canary(cpu) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

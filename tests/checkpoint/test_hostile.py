@@ -519,7 +519,6 @@ LEAVES: dict[str, Alter] = {
     "a schedule's count of -1": _cast("scheduler/count", "I64", MINUS_ONE),
     "a schedule's count of complex": _cast("scheduler/count", "C64", b"\0" * 8),
     "a schedule's count without a sign": _cast("scheduler/count", "U64", b"\0" * 8),
-    "a scale of 0": _cast("scaler/scale", "F32", b"\0" * 4),
     "a scale of -1": _cast("scaler/scale", "F32", b"\0\0\x80\xbf"),
     "a scale of NaN": _cast("scaler/scale", "F32", b"\0\0\xc0\x7f"),
     "a scale of infinity": _cast("scaler/scale", "F32", b"\0\0\x80\x7f"),

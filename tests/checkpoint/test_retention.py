@@ -66,7 +66,9 @@ def test_steps_that_cannot_be_kept_are_named(bad: Any) -> None:
         Keep(steps=bad)
 
 
-@pytest.mark.parametrize("bad", [{"last": 0}, {"every": -1}, {"best": 1.5}, {"last": True}])
+@pytest.mark.parametrize(
+    "bad", [{"last": 0}, {"every": -1}, {"best": 1.5}, {"last": True}, {"last": None}]
+)
 def test_what_cannot_be_kept_is_named(bad: Any) -> None:
     with pytest.raises(ft.CheckpointError, match=r"keep: .* expected an integer of at least 1"):
         Keep(**bad)

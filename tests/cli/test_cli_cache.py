@@ -103,6 +103,19 @@ def test_what_needs_no_cache_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "holds token ids, which are mapped as they are" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_was_passed_over_is_said_of_both_texts(tmp_path: Path, cached: bool) -> None:
+    config = toml.read(Path(_config(tmp_path, "run")), Pretrain)
+    (tmp_path / "held.jsonl").write_text('{"text": "some text"}\n{}\n{"text": 3}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "some text"}\n{\n')
+    more: dict[str, Any] = {"held_out": str(tmp_path / "held.jsonl"), "on_bad_record": "skip"}
+    more["cache"] = str(tmp_path / "cache") if cached else None
+    said = build.build(attrs.evolve(config, data=attrs.evolve(config.data, **more))).notes
+    assert "training text: 1 malformed, passed over" in said
+    assert "held-out text: 2 malformed, passed over" in said
+    assert f"held-out text: {tmp_path / 'held.jsonl'}:2: no text under 'text'" in said
+
+
 def test_what_has_no_records_has_none_that_are_passed_over(tmp_path: Path, capsys: Any) -> None:
     """Token ids and the embedded text: the option would be read by nothing."""
     with pytest.raises(ft.ConfigError, match=r"data\.on_bad_record: the embedded text has no"):

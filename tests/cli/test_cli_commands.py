@@ -18,6 +18,7 @@ peak = 0.5
 [train]
 steps = 7
 """
+LONG = "prompt " * 100
 
 
 @pytest.fixture
@@ -59,8 +60,15 @@ def test_a_tokenizer_that_is_not_there_is_not_looked_for_elsewhere(
 
 
 def test_the_file_comes_first(run_toml: Path) -> None:
-    with pytest.raises(ConfigError, match="give the config file first"):
-        commands.stage_arguments("pretrain", ["--train.steps", "3", str(run_toml)])
+    for before in (["--train.steps", "3"], ["--train.steps=3"], ["--resume"], ["--train.compile"]):
+        with pytest.raises(ConfigError, match="give the config file first"):
+            commands.stage_arguments("pretrain", [*before, str(run_toml)])
+
+
+@pytest.mark.parametrize("option", [["--directory", "x.toml"], ["--directory=x.toml"]])
+def test_the_value_of_an_option_is_no_config_file(run_toml: Path, option: list[str]) -> None:
+    for given in (option, [str(run_toml), *option]):
+        assert commands.stage_arguments("pretrain", given).config.directory == "x.toml"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +101,11 @@ def test_the_file_comes_first(run_toml: Path) -> None:
         (["generate"], 2, "RUN"),
         (["generate", "no/run", "hello"], 2, "no/run is not there"),
         (["inspect", "no/run"], 2, "no/run: does not exist"),
+        (["generate", LONG, "runs/p0"], 2, f"run: '{LONG[:50]}'…: File name too long"),
+        (["evaluate", "no/run", LONG], 2, "files: 'prompt prompt"),
+        (["verify", LONG], 2, "File name too long; expected a path"),
+        (["inspect", LONG], 2, "File name too long; expected a path"),
+        (["generate", "no/run", LONG], 2, "no/run is not there"),
     ],
 )
 def test_exit_codes_and_messages(

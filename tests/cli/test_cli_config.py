@@ -18,8 +18,10 @@ from functrain.cli import config as c
 from functrain.errors import ConfigError
 from functrain.tracking import services
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-COUNTS = st.integers(1, 2**40)
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20
+)
+COUNTS = st.integers(1, 2**31 - 1)
 POSITIVE = st.floats(0, 1e300, exclude_min=True, allow_subnormal=True)
 FRACTIONS = st.floats(0, 1, exclude_max=True)
 
@@ -42,7 +44,7 @@ DATA: dict[str, Any] = {
     "train": TEXTS,
     "held_out": _optional(TEXTS),
     "time": st.integers(2, 999),
-    "limit": _optional(COUNTS),
+    "limit": _optional(st.integers(1, 2**40)),
     "sha256": _optional(st.just("0" * 64)),
 }
 OPTIMIZERS = st.one_of(
@@ -60,7 +62,7 @@ SCHEDULES = st.one_of(
     st.builds(
         c.Schedule,
         name=st.just("multistep"),
-        milestones=st.lists(COUNTS).map(lambda found: tuple(sorted(found))),
+        milestones=st.lists(COUNTS, min_size=1).map(lambda found: tuple(sorted(found))),
         gamma=_optional(POSITIVE),
     ),
 )
@@ -70,7 +72,7 @@ TRAINS = st.builds(
     max_grad_norm=POSITIVE | st.just(math.inf),
     precision=st.sampled_from(known.PRECISIONS),
     ema_decay=_optional(FRACTIONS),
-    threads=_optional(COUNTS),
+    threads=_optional(st.integers(1, 4096)),
     device=_optional(st.sampled_from(known.DEVICES)),
 )
 COMMON: dict[str, Any] = {
@@ -92,7 +94,7 @@ CONFIGS = st.one_of(
 )
 
 
-@example(c.Pretrain(directory='\x7f\x00"\\\n\u2028é'))
+@example(c.Pretrain(directory='\x7f\x01"\\\n\u2028é'))
 @given(CONFIGS)
 def test_a_config_written_as_toml_reads_back_as_the_same_config(config: c.Config) -> None:
     text = toml.dumps(config)
@@ -132,6 +134,17 @@ BAD = [
     ('[schedule]\nname = "cosin"', "schedule.name: 'cosin' is unknown; did you mean 'cosine'"),
     ('[schedule]\nname = "linear"\ngamma = 0.1', "schedule.gamma: linear has none; it has warmup"),
     ('[schedule]\nname = "step"', "schedule.every: must be given for step"),
+    ('[schedule]\nname = "multistep"\nmilestones = []', "schedule.milestones: must be given for"),
+    (
+        "[data]\ntime = 99999999999",
+        "data.time: 99999999999, expected an integer of at most 2147",
+    ),
+    (f"[train]\nsteps = {2**63}", "train.steps: .* expected an integer of at most 9223"),
+    ("[train]\nthreads = 4097", "train.threads: 4097, expected an integer of at most 4096"),
+    (f"x = {'9' * 5000}", "run.toml: not TOML: Exceeds the limit"),
+    (f"x = {'[' * 9999}{']' * 9999}", "run.toml: not TOML: maximum recursion depth"),
+    ('directory = "a\\u0000b"', "directory: 'a.x00b': embedded null byte; expected a path"),
+    (f'directory = "{"a" * 300}"', "directory: 'a{50}'…: File name too long; expected a path"),
     ("[schedule]\npeak = nan", "schedule.peak: nan, expected a positive finite number"),
     ("[schedule]\nwarmup = 5\ntotal = 4", "schedule.warmup: 5 is more than schedule.total 4"),
     ("[data]\nmin_prompt = 0", "data.min_prompt: 0, expected an integer of at least 1"),
@@ -201,6 +214,14 @@ def test_all_complaints_come_at_once(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.toml: cannot be read \(No such file"):
         toml.read(tmp_path / "no.toml", c.Pretrain)
+
+
+def test_a_directory_in_the_place_of_a_config_is_told_with_the_config_in_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a directory; expected a file"):
+        toml.read(tmp_path, c.Pretrain)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(ConfigError, match=f"a directory; give {tmp_path}/config.toml"):
+        toml.read(tmp_path, c.Pretrain)
 
 
 @pytest.mark.parametrize(

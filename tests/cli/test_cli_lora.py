@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ import pytest
 import torch
 
 import functrain as ft
-from functrain.cli import main
+from functrain.cli import main, restoring
+from functrain.cli.config import SFT, Adapters, Start
+from functrain.cli.origins import Origin
 from functrain.cli.restoring import restored, trained
+from functrain.errors import ConfigError
 
 COMMON = [
     *("--train.steps", "6", "--train.batch-size", "4", "--train.save-every", "2"),
@@ -120,6 +126,35 @@ def test_a_run_that_goes_on_keeps_what_others_start_from(
     left = {each.name for each in (base / "checkpoints").glob("step-*")}
     assert left == {"step-000000000012", *([begun.name] if told else [])}
     assert main(["generate", str(run), "x", "--max-new-tokens", "1"]) == (0 if told else 2)
+
+
+NOTED = """
+import os
+from pathlib import Path
+from functrain.cli.holding import hold
+for name in (b"\\xc3\\xbc", b"\\xff") * 2:
+    assert hold(Path("checkpoints/step-000000000001").absolute(), Path(os.fsdecode(name))) is None
+"""
+
+
+@pytest.mark.parametrize("locale", ["POSIX", "C.UTF-8"])
+def test_a_run_of_any_name_is_noted_once(locale: str, tmp_path: Path) -> None:
+    """Whatever the locale makes of its bytes."""
+    (tmp_path / "checkpoints").mkdir()
+    env = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", NOTED], cwd=tmp_path, env=env, check=True, timeout=60)
+    here = os.fsencode(tmp_path)
+    noted = (tmp_path / "used" / "step-000000000001").read_bytes()
+    assert noted == here + b"/\xc3\xbc\n" + here + b"/\xff\n"
+
+
+@pytest.mark.parametrize("base", ["gone", "gone/checkpoints/step-000000000006"])
+def test_a_checkpoint_alone_can_have_been_pruned(base: str, tmp_path: Path) -> None:
+    """A model of transformers is there again when it is put back."""
+    config = SFT(model=Start(from_=str(tmp_path / base)), lora=Adapters(rank=2))
+    with pytest.raises(ConfigError, match=r"its adapters: .* is not there") as caught:
+        restoring._below(Origin(checkpoint=tmp_path / "x", sha256="0", config=config), config)
+    assert ("put it back: a run that goes on" in str(caught.value)) is ("step-" in base)
 
 
 def test_preferences_begin_at_the_merged_start(runs: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from functrain import checkpoint, compilation, loop, memory
 from functrain.cli import main, sources, toml
 from functrain.cli import run as run_module
+from functrain.cli.config import Pretrain
 from functrain.cli.lock import held
 from functrain.cli.origins import RunDirectory
 from functrain.data.packing import packed_ids
@@ -390,6 +392,122 @@ def test_a_schedule_that_sees_evaluations_is_the_same_wherever_a_sitting_ends(
     assert main(["verify", str(tmp_path / "two"), "--replay", "0..9"]) == 0
 
 
+def _unseal(config: Path) -> None:
+    """As the configs of runs were before they had a hash of themselves."""
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join([line for line in lines[:3] if "sha256" not in line] + lines[3:]))
+
+
+EDITS = [
+    ("peak = 0.01", "peak = 0.5", ""),
+    ("max_grad_norm = 1.0", "max_grad_norm = inf", ": train.max_grad_norm is inf, and was 1.0;"),
+    ("time = 32", "time = 16", ""),
+    ("seed = 0", "seed = 7", ": train.seed is 7, and was 0;"),
+    ("dropout = 0.1", "dropout = 0.2", ""),
+    ('name = "adamw"', 'name = "adamw"\nweight_decay = 0.5', "weight_decay is 0.5, and was None;"),
+    ("warmup = 3\n", "", ""),
+    ("sha256 = ", 'sha256 = "0"  # ', ""),
+]
+FREE = [
+    ("peak = 0.01", "peak = 1e-2"),
+    ("keep = 2", "keep = 3"),
+    ("steps = 2", "steps = 3"),
+    ("every = 5", "every = 7"),
+    ("timeout = 600.0", "timeout = 60"),
+]
+
+
+def test_a_runs_own_config_is_that_with_which_it_was_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An edit of what may not change is refused, also where another config is given; then not one
+    of what may, of how it is written, nor of a run that has no hash of its config.
+    """
+    given, run = _config(tmp_path, steps=2)
+    assert main(["pretrain", given]) == 0
+    config = run / "config.toml"
+    text = config.read_text()
+    for old, new, named in EDITS:
+        assert old in text
+        config.write_text(text.replace(old, new, 1))
+        for path in (str(config), given):
+            told = _refused(["pretrain", path, "--resume", "--train.steps", "4"], capsys)
+            assert f"{config}: was changed after the run had begun" in told
+            assert named in told
+    for old, new in FREE:
+        assert old in text
+        text = text.replace(old, new, 1)
+    config.write_text(text)
+    again = ["pretrain", str(config), "--resume", "--train.steps"]
+    assert main([*again, "3"]) == 0
+    _unseal(config)
+    assert main([*again, "4"]) == 0
+    assert toml.read_any(config).sha256 is not None
+    moved = run.rename(tmp_path / "moved")
+    assert main([*["pretrain", given, "--directory", str(moved)], *again[2:], "4"]) == 0
+    # Another run with it is another run.
+    config, other = moved / "config.toml", tmp_path / "other"
+    config.write_text(config.read_text().replace("seed = 0", "seed = 7"))
+    more = ["--directory", str(other), "--train.steps"]
+    assert main(["pretrain", str(config), *more, "2"]) == 0
+    assert main(["pretrain", str(config), *more, "3", "--resume"]) == 0
+
+
+BEGUN = """
+stage = "pretrain"
+sha256 = "4256134d568cfe039b1ea706b4f8e4773ba4f9bb6246c7d637757b9a6d4c5677"
+[model]
+width = 16
+heads = 2
+[data]
+train = "x.txt"
+sha256 = "0"
+[optimizer]
+name = "sgd"
+momentum = 0.9
+[schedule]
+name = "multistep"
+peak = 1e-3
+milestones = [2, 3]
+[train]
+steps = 3
+max_grad_norm = inf
+timeout = 1
+threads = 1
+device = "cpu"
+"""
+
+
+def test_the_hash_of_a_config_is_one_for_every_later_version(tmp_path: Path) -> None:
+    """Whatever options, defaults and free keys are added: the run of before can go on."""
+    from functrain.cli import directory
+
+    run = RunDirectory(tmp_path)
+    run.config.write_text(BEGUN)
+    run.metrics.write_text('{"step": 1, "loss": 1.0}\n')
+    before = attrs.evolve(toml.read(run.config, Pretrain), directory=str(tmp_path))
+    assert directory.resumed(before, threads=1, device="cpu").sha256 == before.sha256
+    run.config.write_text(BEGUN.replace("momentum = 0.9", "momentum = 0.8"))
+    with pytest.raises(ConfigError, match="was changed after the run had begun"):
+        directory.resumed(before, threads=1, device="cpu")
+
+
+def test_a_run_that_cannot_go_on_stays_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config, where its newest checkpoint or its metrics are damaged."""
+    given, run = _config(tmp_path, steps=4)
+    assert main(["pretrain", given]) == 0
+    state, metrics = run / "checkpoints" / "step-000000000004" / "state.json", run / "metrics.jsonl"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    more = ["pretrain", given, "--resume", "--train.steps", "50", "--train.keep", "1"]
+    for damaged, told in ((state, "it is damaged"), (metrics, "remove that line, and the others")):
+        damaged.write_bytes(b"x\n" + before[damaged])
+        assert told in _refused(more, capsys)
+        damaged.write_bytes(before[damaged])
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
 def test_data_may_lie_in_another_place_and_are_known_by_their_hash(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -515,6 +633,11 @@ def test_a_directory_that_cannot_be_written_is_an_error_of_the_config(
     for directory in ("/proc/run", f"{given}/run"):
         told = _refused(["pretrain", given, "--directory", directory], capsys)
         assert f"{directory}: cannot be written" in told
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    for directory in (str(link), f"{link}/run"):
+        told = _refused(["pretrain", given, "--directory", directory], capsys)
+        assert f"{link}: a link to what is not there" in told
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "ids.BIN"])
@@ -591,6 +714,7 @@ def test_a_checkpoint_that_is_whole_is_not_to_be_removed(
     given, run = _config(tmp_path, steps=5)
     assert main(["pretrain", given]) == 0
     config = run / "config.toml"
+    _unseal(config)
     config.write_text(config.read_text().replace("layers = 1", "layers = 2"))
     error = _refused(["pretrain", str(config), "--resume"], capsys)
     assert "step-000000000005: against `like` it lacks" in error

@@ -415,10 +415,45 @@ def test_what_is_measured_is_laid_out_as_the_run_has_it(
     assert found["tokens"] == last["eval_num_tokens"]
 
 
+TEXTS = [{"text": each["prompt"]} for each in CHATS]
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "bad", "good"),
+    [
+        ("pretrain", "text", {"prompt": "a"}, TEXTS),
+        ("sft", "completions", {"prompt": "a", "rejected": "b"}, CHATS),
+        ("dpo", "pairs", {"prompt": "a"}, PAIRS),
+    ],
+)
+def test_a_run_that_skips_is_measured_on_what_it_was_trained_on(
+    stage: str,
+    kind: str,
+    bad: dict[str, object],
+    good: list[dict[str, object]],
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where the first record is one that it has skipped; how many were is said."""
+    path, run = _jsonl(tmp_path / "flawed.jsonl", [bad, *good, bad]), str(tmp_path / "run")
+    given = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
+    given = given if stage == "pretrain" else ["--model.from", str(runs / "b")]
+    given += ["--data.train", path, "--data.held-out", path, "--data.on-bad-record", "skip"]
+    assert main([stage, "--directory", run, *given, *COMMON]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", run, path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["malformed"]) == (kind, 2)
+    assert main(["evaluate", run, path]) == 0
+    assert f"{kind} (2 malformed)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["no.txt"], "no.txt: is not there"),
+        (["{runs}/judged.jsonl"], "judged.jsonl: completions with a label"),
         (["{runs}/bad.jsonl"], "bad.jsonl:2: not JSON"),
         (["{runs}/text.txt", "--limit", "0"], "limit: 0, expected an integer of at least 1"),
         ([], "no file"),
@@ -430,6 +465,7 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     np.save(runs / "ids.npy", np.arange(300) % 50)
     (runs / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{\n')
+    _jsonl(runs / "judged.jsonl", [{**each, "label": True} for each in CHATS])
     assert main(["evaluate", str(runs / "a"), *(x.format(runs=runs) for x in given)]) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
@@ -439,6 +475,7 @@ def test_what_cannot_be_measured_is_refused(
     [
         (["no.txt"], "no.txt: is not there"),
         (["{runs}/*.md"], "*.md: no file matches"),
+        (["{runs}/torn.jsonl"], "torn.jsonl:1: not JSON"),
         (["--tasks", "mine", "--include", "{runs}/no"], "/no is no directory"),
         (["--tasks", "mine", "--chat"], "has no chat template"),
         (["--chat"], "chat: it is of --tasks, and there are none"),
@@ -456,6 +493,7 @@ def test_what_is_not_there_is_said_before_anything_is_computed(
         raise AssertionError("a file was measured before all names had been looked at")
 
     monkeypatch.setattr(measuring, "measured", computed)
+    (runs / "torn.jsonl").write_text("{")
     more = [each.format(runs=runs) for each in given]
     assert main(["evaluate", str(runs / "a"), str(runs / "text.txt"), *more]) == 2
     assert message in capsys.readouterr().err

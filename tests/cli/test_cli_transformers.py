@@ -14,9 +14,10 @@ import transformers
 
 import functrain as ft
 from functrain.cli import main, toml
-from functrain.cli.config import Data
+from functrain.cli.config import DPO, SFT, Config, Data, Preference, Pretrain, Text
 from functrain.cli.restoring import restored, trained
 from functrain.cli.summary import bits_per_byte
+from functrain.cli.tokenizers import templated
 from tests.data.test_dialogues import CHATML, tokenizer
 
 COMMON = [
@@ -357,12 +358,12 @@ def test_a_run_over_texts_is_asked_with_texts(runs: Path, tmp_path: Path, capsys
     records = [{"prompt": f"{n} plus one:", "completion": f" {n + 1}"} for n in range(12)]
     run = ["sft", "--model.from", str(runs / "model"), *jsonl(tmp_path / "x.jsonl", records)]
     assert main([*run, *COMMON, "--directory", str(tmp_path / "run")]) == 0
-    for path, templated in (
+    for path, wanted in (
         (tmp_path / "run", False),
         (runs / "whole", True),
         (runs / "dpo", True),
     ):
-        assert toml.read_any(path / "config.toml").data.templated is templated
+        assert toml.read_any(path / "config.toml").data.templated is wanted
     capsys.readouterr()
     said = []
     for more in ([], ["--plain"]):
@@ -370,6 +371,36 @@ def test_a_run_over_texts_is_asked_with_texts(runs: Path, tmp_path: Path, capsys
         assert main(ask) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+
+
+PAIR: Any = {"prompt": "a", "chosen": "b", "rejected": "c"}
+JUDGED: Any = {"prompt": "a", "completion": "b", "label": True}
+
+
+@pytest.mark.parametrize(
+    ("stage", "bad", "good"),
+    [
+        ("sft", [{"foo": 1}, JUDGED, {"prompt": "a", "completion": ""}], CHATS),
+        ("sft", [{"messages": []}], [{"prompt": "a", "completion": "b"}]),
+        ("dpo", [{"foo": 1}, JUDGED, {**PAIR, "rejected": ""}], PAIRS),
+        ("kto", [{"foo": 1}, {**JUDGED, "label": 1}, {**JUDGED, **PAIR}], PAIRS),
+        ("kto", [{**JUDGED, "prompt": CHATS[0]["messages"][:1]}], [JUDGED]),
+    ],
+)
+def test_a_record_that_is_skipped_does_not_say_how_a_run_is_asked(
+    stage: str, bad: list[Any], good: list[Any], tmp_path: Path
+) -> None:
+    jsonl(tmp_path / "data.jsonl", [*bad, *good])
+    found = Data(train=str(tmp_path / "data.jsonl"), on_bad_record="skip")
+    loss = Preference(loss="kto" if stage == "kto" else "sigmoid")
+    config: Config = SFT(data=found) if stage == "sft" else DPO(data=found, preference=loss)
+    assert templated(config, tokenizer()) is isinstance(good[0].get("prompt", []), list)
+
+
+def test_nor_does_text_for_pretraining(tmp_path: Path) -> None:
+    jsonl(tmp_path / "data.jsonl", [{"text": "ab"}, *CHATS])
+    config = Pretrain(data=Text(train=str(tmp_path / "data.jsonl")))
+    assert templated(config, tokenizer()) is False
 
 
 def test_learnt_positions_are_not_exceeded(tmp_path: Path, capsys: Any) -> None:

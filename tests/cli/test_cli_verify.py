@@ -13,6 +13,7 @@ import pytest
 from functrain.checkpoint.filesystem import FileSystem
 from functrain.checkpoint.manifest import Manifest
 from functrain.cli import main, verify
+from functrain.cli.origins import RunDirectory
 from functrain.tracking.jsonl import JSONLTracker
 
 
@@ -130,6 +131,7 @@ def test_runs_that_part_are_told_apart(runs: Path, capsys: pytest.CaptureFixture
     ):
         assert part in said
     assert "step-000000000012" not in said.split("metrics part")[1]
+    assert "config sha256" not in said
 
 
 def _altered(checkpoint: Path) -> Path:
@@ -199,6 +201,23 @@ def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert f"{tmp_path}: no run's directory" in capsys.readouterr().err
 
 
+def test_what_is_not_there_is_no_run_though_it_would_lie_in_one(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs / "one" / "sft"
+    for path in (run / "checkpoints" / "step-99", run / "nothing", run / "nothing" / "deeper"):
+        for command in (
+            ["verify", str(path)],
+            ["diff", str(path), str(run)],
+            ["report", str(path)],
+        ):
+            assert main(command) == 2
+            assert f"{path}: not there; expected a run" in capsys.readouterr().err
+    pruned = run / "checkpoints" / "step-000000000003"
+    assert main(["verify", str(pruned)]) == 2
+    assert f"{pruned}/manifest.json: cannot be read" in capsys.readouterr().err
+
+
 def test_a_metric_that_is_no_number_in_both_runs_does_not_part_them(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("one", "other")]
     for run, norm in zip(runs, (1.0, 2.0), strict=True):
@@ -207,4 +226,5 @@ def test_a_metric_that_is_no_number_in_both_runs_does_not_part_them(tmp_path: Pa
         with closing(JSONLTracker(run / "metrics.jsonl")) as tracker:
             tracker.log(1, {"loss": math.nan})
             tracker.log(2, {"loss": math.nan, "grad_norm": norm})
-    assert list(verify._logged(*runs)) == ["metrics part at step 2:", "  grad_norm: 1.0 and 2.0"]
+    told = list(verify._logged([RunDirectory(run) for run in runs]))
+    assert told == ["metrics part at step 2:", "  grad_norm: 1.0 and 2.0"]

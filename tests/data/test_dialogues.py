@@ -237,6 +237,9 @@ def test_tools_and_their_calls_are_in_the_template() -> None:
     record = {"messages": messages, "tools": tools}
     assert trained(record, TOOLED) == ["CALL clock<|im_end|>", "Nine.<|im_end|>"]
     assert read({**record, "tools": json.dumps(tools)}, TOOLED) == read(record, TOOLED)
+    spelt = {**messages[1], "tool_calls": json.dumps([{"name": "clock"}])}
+    spelt = {**record, "messages": [messages[0], spelt, *messages[2:]]}
+    assert read(spelt, TOOLED) == read(record, TOOLED)
     with pytest.raises(ft.DataError, match=r"tools: the chat template has no place for them"):
         read(said("a", "b", tools=tools))
     with pytest.raises(ft.DataError, match="the tokenizer has no chat template"):
@@ -500,7 +503,10 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
         (_changed(1, role="asistant"), CHATML, r"role: 'asistant' is unknown; did you mean 'ass"),
         (_changed(1, content=3), CHATML, r"messages\[1\]\.content: expected text, got int"),
         (_changed(1, content=""), CHATML, r"messages\[1\]\.content: empty"),
-        (_changed(1, tool_calls=3), CHATML, r"tool_calls: expected a list, got int"),
+        (_changed(1, tool_calls=3), CHATML, r"messages\[1\]\.tool_calls: expected a list of obj"),
+        (_changed(1, tool_calls=["f"]), CHATML, r"\]\.tool_calls: expected a list of objects$"),
+        (_changed(1, tool_calls='["f"]'), CHATML, r"\]\.tool_calls: expected a list of objects$"),
+        (_changed(1, tool_calls="f()"), CHATML, r"\]\.tool_calls: text that is not JSON"),
         ({"messages": [3]}, CHATML, r"messages\[0\]: expected role and content, got int"),
         ({"messages": [{"content": "a"}]}, CHATML, r"messages\[0\]: no 'role'"),
         ({"messages": [{"role": "user"}]}, CHATML, r"messages\[0\]: no 'content'"),
@@ -511,6 +517,29 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
         (said("a", "b", tools=[3]), CHATML, "tools: expected a list of objects"),
         ({"conversations": [{"from": "humna", "value": "a"}]}, CHATML, "did you mean 'human'"),
         ({"conversations": [{"value": "a"}]}, CHATML, "expected an object with 'from' and 'value'"),
+        (
+            {"conversations": [{"from": "gpt", "value": ""}]},
+            CHATML,
+            r"conversations\[0\]\.value: empty",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": 3}]},
+            CHATML,
+            r"conversations\[0\]\.value: expected text, got int",
+        ),
+        (
+            {"messages": said("a", "b")["messages"][1:]},
+            CHATML,
+            r"\.messages\[0\]: the assistant speaks first, .* begin with the user$",
+        ),
+        (
+            {
+                "prompt": [],
+                **dict.fromkeys(("chosen", "completion"), said("a", "b")["messages"][1:]),
+            },
+            CHATML,
+            r"completion\.messages\[0\]: the assistant speaks first",
+        ),
         ({"instruction": "", "output": "b"}, CHATML, "instruction: empty, expected text"),
         ({"instruction": "a", "output": 3}, CHATML, "output: expected text, got int"),
         ({"instruction": "a", "input": 0, "output": "b"}, CHATML, "input: expected text, got int"),
@@ -534,6 +563,26 @@ def test_what_cannot_be_told_is_refused(record: Any, template: str, message: str
     with pytest.raises(ft.DataError, match=message) as caught:
         read(record, template)
     assert "record 0" in str(caught.value) or "chat template" in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [CHATML, FORGETFUL])
+def test_what_the_assistant_says_first_is_learnt_where_its_place_is_shown(template: str) -> None:
+    """Without a mark there is no text before it; with one, or not learnt, it needs none."""
+    turns = said("a", "b", "c", "d")["messages"][1:]
+    for record in (
+        {"messages": turns},
+        {"conversations": [{"from": "gpt", "value": "b"}, *_shared("c", "d")]},
+    ):
+        with pytest.raises(ft.DataError, match=r"begin with the user, or give it weight 0$"):
+            read(record, template)
+    assert trained({"messages": turns}, MARKED) == ["b<|im_end|>", "d<|im_end|>"]
+    last = trained({"messages": turns[1:]}, template)
+    assert trained({"messages": [{**turns[0], "weight": 0}, *turns[1:]]}, template) == last
+
+
+def _shared(*turns: str) -> list[dict[str, Any]]:
+    """Turns as ShareGPT has them, the user first."""
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
 
 
 def test_an_all_zero_mask_is_refused() -> None:
@@ -628,7 +677,7 @@ def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
     for text, message in (
         ("{}", "expected a list of objects, got dict"),
         ("[]", "expected a list of objects"),
-        ("[1]", r"data\.json:0: expected an object, got int"),
+        ("[1]", r"data\.json: element 1: expected an object, got int"),
         ('{"a": 1}\n{"a": 2}', r"one object in each line is a \.jsonl file"),
     ):
         path.write_text(text)
@@ -641,6 +690,8 @@ def test_data_show_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:
     pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     path.write_text(json.dumps(said("a", "b", "c", "d")) + "\n" + json.dumps(pair) + "\n")
     tokenizer().inner.save_pretrained(tmp_path / "model")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("It was a dark night.")
     assert main(["data", "show", str(path), "--model", str(tmp_path / "model")]) == 0
     out = capsys.readouterr().out
     assert f"{path}:1: messages" in out
@@ -653,6 +704,7 @@ def test_data_show_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:
         (["data", "show", str(path), "--index", "2"], "index: 2, and"),
         (["data", "sow", str(path)], "'sow' is unknown"),
         (["data", "show", str(path), "--color", "red"], "color: 'red'"),
+        (["data", "show", str(notes)], "expected records, in a file that ends in .jsonl or .json"),
         (["data", "show", str(path), "--model", str(tmp_path)], "no tokenizer that transformers"),
     ):
         assert main(wrong) == 2

@@ -127,6 +127,19 @@ def test_a_file_of_no_known_kind_is_named(tmp_path: Path, name: str) -> None:
         data.records(tmp_path)
 
 
+def test_a_text_is_told_that_records_are_expected(tmp_path: Path) -> None:
+    """A file of lines may have any name; one that holds none is probably another kind."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(_jsonl([{"n": 1}]))
+    assert data.records(path) == [{"n": 1}]
+    path.write_text("It was a dark night.")
+    wanted = (
+        r"notes\.txt:1: not JSON .*; expected records, in a file that ends in \.jsonl or \.json"
+    )
+    with pytest.raises(ft.DataError, match=wanted):
+        data.records(path)
+
+
 def test_a_link_to_a_directory_is_named_not_passed_over(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
@@ -163,7 +176,7 @@ def test_documents_are_the_texts_of_every_kind_of_file(tmp_path: Path) -> None:
     texts = ["one", "two", "three", "four", "five", "six"]
     assert data.documents(tmp_path) == texts
     _parquet(tmp_path / "f.parquet", [{"text": "seven"}, {"text": None}])
-    with pytest.raises(ft.DataError, match=r"f\.parquet: record 2 has no text under 'text'"):
+    with pytest.raises(ft.DataError, match=r"f\.parquet: row 2: no text under 'text'"):
         data.documents(tmp_path)
     _parquet(tmp_path / "f.parquet", [{"text": "seven"}])
     assert data.documents(tmp_path) == [*texts, "seven"]
@@ -210,14 +223,14 @@ def test_a_gzip_file_with_a_damaged_body_is_named(tmp_path: Path) -> None:
 def test_of_a_list_with_a_bad_element_the_others_are_read(tmp_path: Path) -> None:
     """As of lines; and each is known by its own place."""
     (tmp_path / "a.json").write_text(json.dumps([{"text": "0"}, None, {"text": "2"}, [3]]))
-    with pytest.raises(ft.DataError, match=r"a\.json:1: expected an object, got NoneType"):
+    with pytest.raises(ft.DataError, match=r"a\.json: element 2: expected an object, got No"):
         data.records(tmp_path)
     found = data.records(tmp_path, on_bad_record="skip")
     assert found == [{"text": "0"}, {"text": "2"}]
-    assert found.where(1) == f"{tmp_path / 'a.json'}:2"
+    assert found.where(1) == f"{tmp_path / 'a.json'}: element 3"
     assert [each.split("/")[-1] for each in found.malformed] == [
-        "a.json:1: expected an object, got NoneType",
-        "a.json:3: expected an object, got list",
+        "a.json: element 2: expected an object, got NoneType",
+        "a.json: element 4: expected an object, got list",
     ]
     texts = data.documents(tmp_path, on_bad_record="skip")
     assert (texts, texts.malformed) == (["0", "2"], found.malformed)

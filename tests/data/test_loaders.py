@@ -483,8 +483,12 @@ def test_what_a_stream_cannot_know_is_refused(options: Any, message: str) -> Non
 def test_a_state_of_a_source_is_refused() -> None:
     step, state = _run()
     state = attrs.evolve(state, cursor=ft.Cursor(samples=4))
-    with pytest.raises(ft.ConfigError, match="consumed 4 samples of a source"):
+    with pytest.raises(ft.ConfigError, match=r"train: .* consumed 4 samples of a source"):
         ft.train(step, state, _counting(), steps=1)
+    run = ft.train(step, attrs.evolve(state, cursor=ft.Cursor()), _counting(), steps=3)
+    next(run)
+    with pytest.raises(ft.ConfigError, match=r"send: .* consumed 4 samples of a source"):
+        run.send(state)
 
 
 def test_several_workers_are_refused() -> None:
@@ -533,3 +537,38 @@ def test_arrays_become_tensors() -> None:
     batch = _grain_dataset().after(None).batch
     assert all(isinstance(each, torch.Tensor) for each in batch.values())
     assert batch["input_ids"].dtype == torch.int64
+
+
+@attrs.frozen
+class Given:
+    """A stream of one's own, which gives what it is told to."""
+
+    taken: Any
+
+    def after(self, loader: str | None) -> Any:
+        del loader
+        if self.taken is None:
+            raise StopIteration
+        return self.taken
+
+
+@pytest.mark.parametrize(
+    ("taken", "message"),
+    [
+        (None, "Given: the data have ended after 0 samples"),
+        ({}, r"stream: it gave a dict, expected functrain\.data\.Taken"),
+        (
+            data.Taken(batch=zoo.batch(), samples=4, loader={"i": 4}),  # type: ignore[arg-type]
+            "stream: it gave a loader that is a dict, expected a text",
+        ),
+        (
+            data.Taken(batch=zoo.batch(), samples=4.0, loader=""),  # type: ignore[arg-type]
+            r"stream: samples=4\.0, expected an integer",
+        ),
+    ],
+)
+def test_what_a_stream_of_ones_own_gives_is_looked_at(taken: Any, message: str) -> None:
+    """No load would take such a state."""
+    step, state = _run()
+    with pytest.raises(ft.DataError, match=message):
+        next(ft.train(step, state, Given(taken), steps=1))

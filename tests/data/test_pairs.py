@@ -159,10 +159,12 @@ def test_identical_sides_are_refused_or_dropped_and_counted(record: dict[str, An
     options: dict[str, Any] = {"time": 16, "batch_size": 1}
     message = (
         "^record 1: chosen and rejected are the same text; nothing is preferred; take it out, or "
-        "drop_identical=True$"
+        r"on_bad_record='skip' \(in Python drop_identical=True too\)$"
     )
     with pytest.raises(ft.DataError, match=message):
         data.preference([FILLER, record], BYTES, **options)
+    source = data.preference([FILLER, record], BYTES, **options, on_bad_record="skip")
+    assert str(source.counts) == "read 2, kept 1, dropped 1 (1 malformed)"
     source = data.preference([FILLER, record], BYTES, **options, drop_identical=True)
     assert str(source.counts) == "read 2, kept 1, dropped 1 (1 identical)"
     with pytest.raises(ft.DataError, match=r"none to learn from: read 1, kept 0, dropped 1 \(1 id"):

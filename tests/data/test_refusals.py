@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,85 @@ def test_what_is_no_tokenizer_is_told_what_it_lacks(name: str) -> None:
     ):
         with pytest.raises(ft.DataError, match=message):
             MAKERS[name](given)
+
+
+class _Arrays(_Special):
+    """As libraries give ids."""
+
+    vocabulary, end, fingerprint = np.int64(257), np.int64(256), "arrays"
+
+    def encode(self, text: str) -> Any:
+        return np.array(BYTES.encode(text), dtype=np.uint64)
+
+
+class _Tensors(_Arrays):
+    """As tensors."""
+
+    end = torch.tensor(256)
+
+    def encode(self, text: str) -> Any:
+        return torch.tensor(BYTES.encode(text), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("tokenizer", [_Arrays(), _Tensors()])
+def test_a_tokenizer_may_give_arrays(tokenizer: Any, tmp_path: Path) -> None:
+    texts = ["ab", "", "a"]
+    made = data.text(texts, tokenizer, **SIZES)
+    assert made.ids.tolist() == data.text(texts, BYTES, **SIZES).ids.tolist()
+    (tmp_path / "a.txt").write_text("ab")
+    cached = data.tokenized(tmp_path / "a.txt", tokenizer, tmp_path / "cache")
+    assert cached.text(**SIZES).ids.tolist() == [97, 98, 256]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("end", None, "NoneType, expected an integer"),
+        ("end", lambda _: 256, "method, expected .*; make it a property"),
+        ("end", True, "bool, expected an integer"),
+        ("vocabulary", lambda _: 257, "method, expected .*; make it a property"),
+        ("vocabulary", "257", "str, expected an integer"),
+        ("fingerprint", 5, "int, expected a text"),
+    ],
+)
+def test_the_parts_of_a_tokenizer_are_of_their_kinds(
+    name: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    own = type("Own", (_Special,), {"encode": BYTES.encode, "fingerprint": "own", name: value})()
+    (tmp_path / "a.txt").write_text("some text")
+    makers = [lambda: data.tokenized(tmp_path / "a.txt", own, tmp_path / "cache")]
+    if name != "fingerprint":
+        makers.append(lambda: MAKERS["text"](own))
+    if name == "end":
+        makers.append(lambda: MAKERS["chat"](own))
+    for make in makers:
+        with pytest.raises(ft.DataError, match=rf"^tokenizer\.{name}: {message}"):
+            make()
+
+
+@pytest.mark.parametrize("given", [1.0, "a", None, [1]])
+def test_ids_that_are_no_integers_are_named_by_their_document(given: Any, tmp_path: Path) -> None:
+    """A float was cut to an integer."""
+
+    class Wrong(_Special):
+        fingerprint = "wrong"
+
+        def encode(self, text: str) -> Any:
+            return [given if each == "!" else ord(each) for each in text]
+
+    message = rf"^document 1: the tokenizer gives {re.escape(repr(given))}, expected integers"
+    with pytest.raises(ft.DataError, match=message):
+        data.text(["a", "b!"], Wrong(), **SIZES)
+    (tmp_path / "a.txt").write_text("b!")
+    with pytest.raises(ft.DataError, match=r"a\.txt: the tokenizer gives .*, expected integers"):
+        data.tokenized(tmp_path / "a.txt", Wrong(), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["preference", "unpaired"])
+def test_texts_are_no_answer_to_whether_identical_pairs_are_dropped(name: str) -> None:
+    make: Any = getattr(data, name)
+    with pytest.raises(ft.DataError, match="drop_identical: 'no', expected True or False"):
+        make([PAIR], BYTES, drop_identical="no", **SIZES)
 
 
 @pytest.mark.parametrize("dtype", ["S0", "S4", "float32", "O", "bool", "unit16", None])

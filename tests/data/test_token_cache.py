@@ -588,7 +588,7 @@ def test_malformed_records_stop_it_or_are_passed_over(tmp_path: Path) -> None:
     assert found == left
     assert [text.split(": ")[0].split("/")[-1] for text in found.malformed] == [
         "a.jsonl:6",
-        "a.jsonl",  # no text in a record, which has its line at the end
+        "a.jsonl:14",
         "b.jsonl:2",
     ]
     for _ in range(2):  # made, and mapped

@@ -82,6 +82,50 @@ def test_at_the_start_it_is_its_base_to_the_bit(name: str, form: str) -> None:
     assert torch.equal(logits(adapted, reference, buffers), logits(architecture, params, buffers))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_adapters_are_float32_whatever_the_defaults(default: torch.dtype, tmp_path: Path) -> None:
+    """Of the same bits, wherever else torch would make tensors, too."""
+    architecture, params, buffers = zoo.split("decoder")
+    lora = LoRA(rank=2, dora=True)
+    _, expected = ft.lora.attach(architecture, params, lora)
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            adapted, adapters = ft.lora.attach(architecture, params, lora)
+        reference = ft.lora.reference(adapted, adapters)
+        ft.lora.save_adapter(tmp_path, adapted, adapters)
+        _, loaded = ft.lora.load_adapter(tmp_path, architecture, params)
+        ft.sft_step(adapted, ft.optim.adamw()).init(adapters, buffers)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    places = dict(adapted.named_parameters())
+    for found in (adapters, reference, loaded):
+        for name, tensor in expected.items():
+            assert places[name].dtype == torch.float32
+            assert ft.trees.digest(found[name]) == ft.trees.digest(tensor), name
+
+
+def test_dora_over_rows_of_zeros_begins_as_its_base_and_is_trained() -> None:
+    """They have no direction: peft's outputs would be NaN."""
+    architecture, params, buffers = zoo.split("decoder")
+    params = {name: tensor.clone() for name, tensor in params.items()}
+    for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        params[name][::2] = 0.0
+    adapted, adapters = ft.lora.attach(architecture, params, LoRA(rank=2, dora=True))
+    assert torch.equal(logits(adapted, adapters, buffers), logits(architecture, params, buffers))
+    step = ft.sft_step(adapted, ft.optim.adamw(1e-2))
+    state = step.init(adapters, buffers)
+    for _ in range(4):
+        base, merged = ft.lora.merged(adapted, state.params)
+        found = logits(adapted, state.params, buffers)
+        torch.testing.assert_close(logits(base, merged, buffers), found, rtol=1e-3, atol=1e-4)
+        state, metrics = step(state, zoo.batch())
+        assert float(metrics["skipped"]) == 0
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
+        assert bool(state.params[f"{name}.lora_B"][::2].any(1).all())
+        assert bool(state.params[f"{name}.lora_magnitude"].all())
+
+
 def test_each_layer_begins_with_an_adapter_of_its_own() -> None:
     """By its name and the seed, whichever others there are; of the size of `nn.Linear`'s weight."""
     architecture, params, _ = zoo.split("decoder")

@@ -357,6 +357,13 @@ def test_an_adapter_that_cannot_be_written_is_never_half_of_another(
         assert all(torch.equal(adapters[n], old[n]) for n in old)
 
 
+def test_the_base_of_adapters_may_be_a_path(tmp_path: Path) -> None:
+    adapted, adapters, _ = ours("llama", "plain")
+    path = ft.lora.save_adapter(tmp_path, adapted, adapters, base=Path("the/base"))
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "the/base"
+
+
 def test_adapters_are_not_written_beside_a_model(tmp_path: Path) -> None:
     """transformers would apply them to it, which is not their base where they are merged."""
     adapted, adapters, _ = ours("llama", "plain")

@@ -132,7 +132,7 @@ def test_weights_are_a_function_of_the_seed_and_no_generator_moves() -> None:
 
 def test_logits_are_the_head_of_the_hidden_states() -> None:
     model, ids = _model(), _ids(0, 1, 5)
-    assert torch.equal(model(ids), model.head(model.hidden(ids)))
+    assert torch.equal(model(ids), model.lm_head(model.model(ids, None, None, None)))
     assert model.get_input_embeddings().num_embeddings == 23
 
 

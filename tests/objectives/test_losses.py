@@ -697,7 +697,9 @@ class _Copies(TorchFunctionMode):
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func in (torch.tensor, torch.as_tensor) and "device" in (kwargs or {})
+        # By its name alone "cpu" is the host; that of another tensor may be any device.
+        device = (kwargs or {}).get("device", "cpu")
+        made = func in (torch.tensor, torch.as_tensor) and device != "cpu"
         self.count += made or func in (Tensor.new_tensor, Tensor.tolist, Tensor.numpy)
         return func(*args, **(kwargs or {}))
 

@@ -256,6 +256,23 @@ def test_a_class_that_needs_a_closure_is_refused_when_it_is_named(cls: Any) -> N
         optim.from_torch(cls)
 
 
+def test_an_optimizer_that_is_made_is_answered_with_its_class() -> None:
+    made: Any = torch.optim.SGD([torch.zeros(1)])
+    message = r"^from_torch: .*; give the class, from_torch\(torch\.optim\.SGD, …\)$"
+    with pytest.raises(ConfigError, match=message):
+        optim.from_torch(made)
+
+
+def test_a_class_for_sparse_gradients_says_so_of_dense_ones() -> None:
+    optimizer = optim.from_torch(torch.optim.SparseAdam)
+    state = optimizer.init(PARAMS)
+    for donate in (False, True):
+        with pytest.raises(StateError, match=r"^grads/.: dense, .* take functrain\.optim\.adam$"):
+            optimizer.update(GRADS, state, PARAMS, 0.1, donate=donate)
+    with pytest.raises(StateError, match=r"^grads/.: dense"):
+        optimizer.check(GRADS, state, PARAMS)
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [

@@ -171,3 +171,66 @@ def test_what_is_no_update_is_refused_by_name(made: Any, message: str, donate: b
 def test_what_is_no_state_is_refused_by_init(slots: Any, message: str) -> None:
     with pytest.raises(ft.ConfigError, match=message):
         _begun(Giving(slots=slots))
+
+
+@attrs.frozen
+class Turned(Anchored):
+    """What it returns lies by columns."""
+
+    def init(self, params: Any) -> OptimizerState:
+        return _state(anchor={name: _by_columns(param) for name, param in params.items()})
+
+    def update(self, *given: Any, **options: Any) -> Any:
+        params, state = super().update(*given, **options)
+        return {name: _by_columns(param) for name, param in params.items()}, state
+
+
+def _by_columns(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.t().contiguous().t() if tensor.ndim == 2 else tensor
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_lies_by_columns_is_put_in_order(donate: bool) -> None:
+    """As a checkpoint gives it back."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, Turned(), donate=donate)
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    for items in (state.params, *state.optimizer.slots.values()):
+        assert all(tensor.is_contiguous() for tensor in items.values())
+
+
+def test_a_slot_that_no_checkpoint_would_give_back_is_refused() -> None:
+    """Its name and a parameter's are parted by a slash there."""
+
+    class Slashed(Anchored):
+        def init(self, params: Any) -> OptimizerState:
+            return _state(**{"a/b": Tensors(params)})
+
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.pretrain_step(architecture, Slashed())
+    with pytest.raises(ft.ConfigError, match="slot 'a/b', expected a name without a slash"):
+        step.init(params, buffers)
+
+
+@attrs.frozen
+class Careless(Anchored):
+    """Writes in place, whether it may or not."""
+
+    into: str = "params"
+
+    def update(self, *given: Any, donate: bool, **options: Any) -> Any:
+        if self.into == "slots":
+            for anchor in given[1].slots["anchor"].values():
+                anchor.mul_(0.5)
+            return super().update(*given, donate=donate, **options)
+        return super().update(*given, donate=True, **options)
+
+
+@pytest.mark.parametrize("into", ["params", "slots"])
+def test_an_update_that_writes_into_the_old_state_is_refused(into: str) -> None:
+    """Where it is not donated: the old state would be another, and a reference with it."""
+    step, state = _begun(Careless(into=into))
+    with pytest.raises(ft.ConfigError, match="has written into the params or slots that it was"):
+        step(state, zoo.batch())
+    step, state = _begun(Careless(into=into), donate=True)
+    step(state, zoo.batch())

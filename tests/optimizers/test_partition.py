@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -352,8 +353,8 @@ def test_what_the_last_part_refuses_is_said_before_the_first_is_written() -> Non
     assert after == before
 
 
-@pytest.mark.parametrize("labels", [[], ["a", "a"], ["a.b"]])
-def test_labels_are_distinct_and_without_dots(labels: list[str]) -> None:
+@pytest.mark.parametrize("labels", [[], ["a", "a"], ["a.b"], ["a/b"]])
+def test_labels_are_distinct_and_without_dots_or_slashes(labels: list[str]) -> None:
     parts = [(label, optim.is_any, optim.adamw()) for label in labels]
     with pytest.raises(ConfigError, match="labels must be distinct and without dots"):
         optim.partition(parts)
@@ -375,3 +376,14 @@ def test_a_label_may_begin_like_another() -> None:
     assert {slot: set(t) for slot, t in state.slots.items()} == {
         slot: set(t) for slot, t in first.slots.items()
     }
+
+
+def test_a_step_with_groups_can_be_pickled() -> None:
+    architecture, params, buffers = zoo.split("tied")
+    optimizer = optim.adamw(groups=[optim.no_decay(architecture)])
+    step = ft.pretrain_step(architecture, optimizer)
+    state = step.init(params, buffers)
+    expected, _ = step(state, zoo.batch())
+    again = pickle.loads(pickle.dumps(step))  # noqa: S301
+    found, _ = again(state, zoo.batch())
+    assert ft.fingerprint(found) == ft.fingerprint(expected)

@@ -14,7 +14,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import attrs
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,6 +88,38 @@ def test_a_metric_of_the_name_step_is_refused(tmp_path: Path) -> None:
     assert jsonl.read(path) == []
 
 
+@pytest.mark.parametrize(
+    ("step", "metrics", "message"),
+    [
+        (2.0, {}, r"step 2\.0, expected an integer"),
+        (True, {}, "step True, expected an integer"),
+        ("a", {}, "step 'a', expected an integer"),
+        (None, {}, "step None, expected an integer"),
+        (2**64, {}, "step 18446744073709551616 cannot be written as JSON"),
+        (2, {3: 1.0}, "step 2 cannot be written as JSON"),
+        (2, {"loss": "low"}, "'loss' of step 2 is 'low', expected a number"),
+        (2, {"loss": None}, "'loss' of step 2 is None, expected a number"),
+        (
+            2,
+            {"loss": torch.ones(2)},
+            r"'loss' of step 2 is tensor\(\[1., 1.\]\), expected a number",
+        ),
+    ],
+)
+def test_what_would_not_be_read_is_not_logged(
+    step: Any, metrics: Any, message: str, tmp_path: Path
+) -> None:
+    """One such line, and the whole file could not be read, nor its run go on."""
+    path = tmp_path / "metrics.jsonl"
+    with closing(jsonl.JSONLTracker(path)) as tracker:
+        tracker.log(np.int64(1), {"loss": np.float32(2.0)})  # type: ignore[arg-type, dict-item]
+        with pytest.raises(ft.DataError, match=message):
+            tracker.log(step, metrics)
+    with pytest.raises(ft.DataError, match=r"metrics.jsonl: the tracker is closed"):
+        tracker.log(2, {})
+    assert jsonl.read(path) == [{"step": 1, "loss": 2.0}]
+
+
 @given(records=RECORDS, step=st.integers(-1, 7), torn=st.binary(max_size=5))
 def test_truncated_is_never_having_logged_more(
     records: Any, step: int, torn: bytes, tmp_path_factory: Any
@@ -146,6 +180,18 @@ def test_elsewhere_there_is_a_line_every_five_seconds() -> None:
         assert part in lines[10]
     assert "100/100" in lines[-1]
     assert "left" not in lines[-1]
+
+
+def test_an_evaluation_is_told_whenever_it_is_made() -> None:
+    """Also a moment after a line; the next one is five seconds later."""
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(100, "sft", stream=stream, clock=clock)
+    for step in range(1, 9):
+        clock.now += 1.0
+        progress.update(step, {"loss": 2.5} | ({"eval_loss": 2.25} if step == 3 else {}))
+    told = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert told == ["1/100", "3/100", "8/100"]
+    assert "held out 2.2500" in stream.getvalue().splitlines()[1]
 
 
 def test_on_a_terminal_a_bar_is_redrawn() -> None:
