@@ -180,7 +180,7 @@ class ValueAndGrad:
     ) -> Gradients:
         """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
         checked = self.checked(batch)
-        with undisturbed(_device(params)):
+        with _undisturbed(_device(params)):
             whole = self.weight(checked)
             self.objective.check_weight(whole)
             return self.of_checked(
@@ -434,7 +434,7 @@ def _device(params: Mapping[str, Tensor]) -> torch.device:
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Generator[None]:
+def _undisturbed(device: torch.device) -> Generator[None]:
     """Within it the bits are a function of the arguments, whatever contexts the caller is in."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
     inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
@@ -612,7 +612,7 @@ class Accumulated:
             "objective": objective,
         }
         if isinstance(self.gradient, ValueAndGrad):
-            with undisturbed(_device(params)):
+            with _undisturbed(_device(params)):
                 return self._checked(self.gradient, params, buffers, batch, options)
         parts = split_batch(batch, self.microbatches) if isinstance(batch, Mapping) else batch
         return self.gradient(params, buffers, parts, **options)  # pyrefly: ignore[open-unpacking]

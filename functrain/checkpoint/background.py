@@ -16,7 +16,7 @@ from torch import Tensor
 from functrain import memory
 from functrain.checkpoint.environment import conditioned
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM, FileSystem
-from functrain.checkpoint.layout import check_numbers
+from functrain.checkpoint.layout import check_loadable
 from functrain.checkpoint.manifest import checked_metrics, checked_texts
 from functrain.checkpoint.retention import Keep, as_keep
 from functrain.checkpoint.store import prune, save_under, warn_of_newer
@@ -97,7 +97,7 @@ class BackgroundWriter:
             )
         if self._closed:
             raise CheckpointError("BackgroundWriter: it is closed; make another to save on")
-        check_numbers(state)
+        check_loadable(state)
         values = checked_metrics(metrics)
         checked_texts(beside)
         self.wait()

@@ -182,7 +182,7 @@ def _fault(path: str, leaf: Leaf) -> str | None:
     return None
 
 
-def check_numbers(state: TrainState) -> None:
+def check_loadable(state: TrainState) -> None:
     """Raise `StateError` for what no load would take; before anything is saved.
 
     A state that was evolved by hand, or a stream of one's own, may have such.

@@ -24,7 +24,7 @@ from functrain.checkpoint.filesystem import (
     remove_directory,
     sync_directory,
 )
-from functrain.checkpoint.layout import check_numbers, encode
+from functrain.checkpoint.layout import check_loadable, encode
 from functrain.checkpoint.manifest import (
     MANIFEST,
     File,
@@ -96,7 +96,7 @@ def save_under(
 ) -> Path:
     """`save` with numerics that were found before: another thread has its own number of threads."""
     root = as_path("directory", directory)
-    check_numbers(state)
+    check_loadable(state)
     found = checked_metrics(metrics)
     texts: dict[str, Contents] = {
         name: [memoryview(text)] for name, text in checked_texts(beside).items()
