@@ -28,6 +28,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from functrain.errors import ArchitectureError, ConfigError, FunctrainWarning
 
@@ -252,6 +253,15 @@ def check_uncompiled(architecture: nn.Module) -> None:
                 f"compile: {name or type(module).__name__} is compiled already; split the module "
                 "as it was before torch.compile, or leave compile out"
             )
+
+
+def refuse_tracing(what: str) -> None:
+    """Raise `ConfigError` within `torch.compile`: it ends in an assertion of its own."""
+    if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None:
+        raise ConfigError(
+            f"{what}: called within torch.compile, which would take its checks apart as well; give "
+            "compile=True where it is made, which compiles the model's body, and call it plainly"
+        )
 
 
 def _check_compiler(module: nn.Module) -> None:

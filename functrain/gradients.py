@@ -179,6 +179,7 @@ class ValueAndGrad:
         objective: Objective | None = None,
     ) -> Gradients:
         """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
+        compilation.refuse_tracing("value_and_grad")
         checked = self.checked(batch)
         with _undisturbed(_device(params)):
             whole = self.weight(checked)
@@ -605,6 +606,7 @@ class Accumulated:
         objective: Objective | None = None,
     ) -> Gradients:
         """The gradient of the whole logical batch, one micro-batch in memory at a time."""
+        compilation.refuse_tracing("accumulate")
         options: _Options = {
             "key": key,
             "weight": weight,

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from functrain import activations, keys, optimizers, schedules
+from functrain import activations, compilation, keys, optimizers, schedules
 from functrain import metrics as m
 from functrain.agreement import agree
 from functrain.architecture import Slots, held_values, holds_shards
@@ -304,6 +304,7 @@ class Step:
         `ConsumedStateError` for a donated one, `AliasError` where donating would overwrite the
         reference or the average.
         """
+        compilation.refuse_tracing("step")
         self.check(state)
         self._form.check_trained(state.params)
         device = device_of(state.params)
