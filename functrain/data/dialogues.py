@@ -39,10 +39,12 @@ class Dialogue:
     """Messages as a chat template takes them, the tools that may be called, and what is learnt.
 
     `learnt`: for each message whether its tokens are targets; of the assistant's alone they are.
+    `places`: where each message is found, as errors say it.
     """
 
     messages: tuple[Message, ...]
     learnt: tuple[bool, ...]
+    places: tuple[str, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -83,7 +85,9 @@ def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
     asked = _text(record, "system", where) if shape == "ShareGPT" else ""
     if asked:
         system = {"role": "system", "content": asked}
-        found = Dialogue((system, *found.messages), (False, *found.learnt))
+        found = Dialogue(
+            (system, *found.messages), (False, *found.learnt), (f"{where}.system", *found.places)
+        )
     return attrs.evolve(found, tools=called)
 
 
@@ -124,10 +128,11 @@ def said(
     given: Sequence[object], where: str, read: Callable[[object, str], Message] = message
 ) -> Dialogue:
     """Messages as a dialogue; what an assistant says is learnt unless the message's weight is 0."""
-    messages = [read(each, f"{where}[{n}]") for n, each in enumerate(given)]
-    weights = [_weight(each, f"{where}[{n}]") for n, each in enumerate(given)]
+    places = [f"{where}[{n}]" for n in range(len(given))]
+    messages = [read(each, place) for each, place in zip(given, places, strict=True)]
+    weights = [_weight(each, place) for each, place in zip(given, places, strict=True)]
     learnt = [m["role"] == "assistant" and w for m, w in zip(messages, weights, strict=True)]
-    return Dialogue(tuple(messages), tuple(learnt))
+    return Dialogue(tuple(messages), tuple(learnt), tuple(places))
 
 
 def _weight(given: Any, where: str) -> bool:
@@ -165,11 +170,12 @@ def _alpaca(record: Mapping[str, Any], where: str) -> Dialogue:
         if not texts[key]:
             raise DataError(f"{where}.{key}: empty, expected text")
     asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-    said = [("user", asked), ("assistant", texts["output"])]
+    said = [("user", asked, "instruction"), ("assistant", texts["output"], "output")]
     if texts["system"]:
-        said.insert(0, ("system", texts["system"]))
-    messages = tuple({"role": role, "content": text} for role, text in said)
-    return Dialogue(messages, tuple(role == "assistant" for role, _ in said))
+        said.insert(0, ("system", texts["system"], "system"))
+    messages = tuple({"role": role, "content": text} for role, text, _ in said)
+    learnt = tuple(role == "assistant" for role, *_ in said)
+    return Dialogue(messages, learnt, tuple(f"{where}.{key}" for *_, key in said))
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:

@@ -107,16 +107,14 @@ def _read_dialogue(record: Record, tokenizer: Tokenizer, where: str) -> Prompted
         ids, labels = laid_out(given, tokenizer, where)
         first = next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
         return Prompted(ids[:first], ((ids[first:], labels[first:]),))
-    key = "conversations" if "conversations" in record else "messages"
-    _check_plain(given, where, key)
+    _check_plain(given, where)
     first = given.learnt.index(True)
     return Prompted(_lines(given, tokenizer, 0, first)[0], (_lines(given, tokenizer, first),))
 
 
-def _check_plain(given: Dialogue, where: str, key: str) -> None:
+def _check_plain(given: Dialogue, where: str) -> None:
     """Raise `DataError` for what lines `role: content` have no place for."""
-    for n, each in enumerate(given.messages):
-        at = f"{where}.{key}[{n}]"
+    for each, at in zip(given.messages, given.places, strict=True):
         if given.tools or each["role"] == "tool" or each.get("tool_calls"):
             raise DataError(
                 f"{where}: tools, and the tokenizer has no chat template, which would say how they "
@@ -181,6 +179,7 @@ def read_completions(
             prompt,
             messages=(*prompt.messages, *said[side].messages),
             learnt=(*prompt.learnt, *said[side].learnt),
+            places=(*prompt.places, *said[side].places),
         )
         for side in sides
     }
@@ -270,8 +269,8 @@ def _contents(
         tools = dialogues.tools(record.get("tools"), f"{where}.tools")
         said = {name: attrs.evolve(each, tools=tools) for name, each in said.items()}
     if said and not has_template(tokenizer):
-        for name, each in said.items():
-            _check_plain(each, where, name)
+        for each in said.values():
+            _check_plain(each, where)
     return texts, said
 
 

@@ -76,13 +76,13 @@ def laid_out(
             return tokenizer.render(messages, tools=tools, prompt=prompt)
         except DataError as error:
             if not messages:  # what comes before the first one
-                raise DataError(_speaks_first(given, where)) from error
+                raise DataError(_speaks_first(given)) from error
             raise DataError(f"{where}: {error}") from error
 
     whole = rendered(given.messages)
     if given.tools and whole == tokenizer.render(given.messages):
         raise DataError(f"{where}.tools: the chat template has no place for them")
-    check_said(given, rendered, where)
+    check_said(given, rendered)
     complete = all(holds(whole, each) for each in given.messages)
     if complete and _is_marked(tokenizer):
         ids, labels = _by_generation(given, tokenizer, tools, where)
@@ -90,7 +90,7 @@ def laid_out(
         spans = _spans(given, whole, rendered) if complete else None
         first = given.learnt.index(True)
         if spans is None or not has_end(rendered, given.messages[: first + 1]):
-            whole, spans = turn_by_turn(given, rendered, where)
+            whole, spans = turn_by_turn(given, rendered)
         ids, labels = _by_spans(whole, spans, tokenizer, where)
     if all(label == IGNORE_INDEX for label in labels):
         raise DataError(
@@ -100,10 +100,10 @@ def laid_out(
     return tuple(ids), tuple(labels)
 
 
-def _speaks_first(given: Dialogue, where: str) -> str:
+def _speaks_first(given: Dialogue) -> str:
     hint = ", or give it weight 0" if any(given.learnt[1:]) else ""
     return (
-        f"{where}.messages[0]: the assistant speaks first, and the chat template shows no place "
+        f"{given.places[0]}: the assistant speaks first, and the chat template shows no place "
         f"before it; begin with the user{hint}"
     )
 
@@ -128,7 +128,7 @@ def _by_generation(
         return ids, [i if said else IGNORE_INDEX for i, said in zip(ids, mask, strict=True)]
     if len(starts) != len(spoken):
         raise DataError(
-            f"{where}.messages: weights, and the chat template marks {len(starts)} stretches for "
+            f"{where}: weights, and the chat template marks {len(starts)} stretches for "
             f"{len(spoken)} messages of the assistant; leave the weights out"
         )
     labels: list[int] = []

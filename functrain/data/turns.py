@@ -37,9 +37,7 @@ class Turn(NamedTuple):
     ends: int
 
 
-def turn_by_turn(
-    given: Dialogue, rendered: Render, where: str
-) -> tuple[str, list[tuple[int, int]]]:
+def turn_by_turn(given: Dialogue, rendered: Render) -> tuple[str, list[tuple[int, int]]]:
     """The text of a dialogue, and where in it what is learnt begins and ends.
 
     Where a turn ends by another token once more follows, its end is not learnt there; that of the
@@ -51,27 +49,20 @@ def turn_by_turn(
     learnt = [n for n, each in enumerate(given.learnt) if each]
     text = rendered(messages[: learnt[0]], prompt=True)
     ended = has_end(rendered, messages[: learnt[0] + 1])
-    _check_there(messages, range(learnt[0]), text, where)
+    _check_there(given, range(learnt[0]), text)
     spans = []
     for n, following in zip(learnt, [*learnt[1:], None], strict=True):
-        turn = _turn(messages, n, following, rendered, where, ended=ended)
-        _check_there(messages, range(n + 1, following or len(messages)), turn.follows, where)
+        turn = _turn(given, n, following, rendered, ended=ended)
+        _check_there(given, range(n + 1, following or len(messages)), turn.follows)
         begin, text = len(text), text + turn.said + turn.follows
         whole = turn.said + turn.follows[: turn.ends]
         spans.append((begin, begin + len(whole.rstrip())))
     return text, spans
 
 
-def _turn(
-    messages: Sequence[Message],
-    n: int,
-    following: int | None,
-    rendered: Render,
-    where: str,
-    *,
-    ended: bool,
-) -> Turn:
+def _turn(given: Dialogue, n: int, following: int | None, rendered: Render, *, ended: bool) -> Turn:
     """`ended`: whether the template ends turns by something."""
+    messages, place = given.messages, given.places[n]
     before, now = rendered(messages[:n], prompt=True), rendered(messages[: n + 1])
     kept = {key: value for key, value in messages[n].items() if key not in REASONING}
     past = [*messages[:n], {**kept, "content": _STANDIN}]
@@ -85,9 +76,9 @@ def _turn(
     shown = found and found_later and now.endswith(end) and follows.startswith(end[:overlap])
     if not shown:
         if not holds(now, messages[n]):
-            raise DataError(_lost(n, messages[n], where))
+            raise DataError(_lost(place, messages[n]))
         raise DataError(
-            f"{where}.messages[{n}]: the chat template does not show where this turn ends; give "
+            f"{place}: the chat template does not show where this turn ends; give "
             "the tokenizer a template with {% generation %}"
         )
     end, follows = end[overlap:], follows[overlap:]
@@ -96,10 +87,10 @@ def _turn(
     content = str(messages[n]["content"])
     if opening:  # the prompt holds the beginning, which the template leaves out afterwards
         if not (opening.startswith("<") and content.startswith(opening)):
-            raise DataError(_otherwise(messages[n], n, before, now, where))
+            raise DataError(_otherwise(place, before, now))
         said = content[len(opening) :]
     if not holds(opening + said, messages[n]):
-        raise DataError(_lost(n, messages[n], where))
+        raise DataError(_lost(place, messages[n]))
     ends = _common(end, follows)
     if ended:
         return Turn(said, follows, ends)
@@ -132,14 +123,14 @@ def _opened(rendered: Render, past: Sequence[Message]) -> str:
     return more[: _opening(more)]
 
 
-def _otherwise(message: Message, n: int, before: str, now: str, where: str) -> str:
+def _otherwise(place: str, before: str, now: str) -> str:
     shown = now[max(len(before) - _SHOWN, 0) :][: 2 * _SHOWN]
     hint = ""
     if "<think>" in before[-_SHOWN:]:
         hint = "begin its content so, give the tokenizer {'enable_thinking': False} "
         hint += "(template_options; data.enable_thinking), or "
     return (
-        f"{where}.messages[{n}]: the chat template has the assistant go on from "
+        f"{place}: the chat template has the assistant go on from "
         f"{before[-_SHOWN:]!r}, and renders this turn as {shown!r}; {hint}give a template with "
         "{% generation %}"
     )
@@ -159,10 +150,10 @@ def _common(one: str, other: str) -> int:
     return length
 
 
-def _check_there(messages: Sequence[Message], which: range, text: str, where: str) -> None:
+def _check_there(given: Dialogue, which: range, text: str) -> None:
     for number in which:
-        if not holds(text, messages[number], past=True):
-            raise DataError(_lost(number, messages[number], where))
+        if not holds(text, given.messages[number], past=True):
+            raise DataError(_lost(given.places[number], given.messages[number]))
 
 
 def holds(text: str, message: Message, *, past: bool = False) -> bool:
@@ -179,14 +170,14 @@ def holds(text: str, message: Message, *, past: bool = False) -> bool:
     return all(part.strip() in text for part in parts)
 
 
-def _lost(number: int, message: Message, where: str) -> str:
+def _lost(place: str, message: Message) -> str:
     return (
-        f"{where}.messages[{number}].content: the chat template leaves it out, or changes it "
+        f"{place}: the chat template leaves out what is said there, or changes it "
         f"({message['role']}); take it out, or give the tokenizer a template that has it"
     )
 
 
-def check_said(given: Dialogue, rendered: Render, where: str) -> None:
+def check_said(given: Dialogue, rendered: Render) -> None:
     """Raise `DataError` for calls of tools and for reasoning that the template has no place for.
 
     They stand beside a message's content, so that a template may drop them and nothing is amiss but
@@ -206,7 +197,7 @@ def check_said(given: Dialogue, rendered: Render, where: str) -> None:
                 continue
             if rendered(upto) == without:
                 raise DataError(
-                    f"{where}.messages[{n}].{key}: the chat template has no place for it; put it "
+                    f"{given.places[n]}.{key}: the chat template has no place for it; put it "
                     "into content, take it out, or give the tokenizer a template that has it"
                 )
 

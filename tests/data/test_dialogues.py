@@ -468,12 +468,12 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
         (
             said("ab", "bcd"),
             CHATML.replace("m['content']", "m['content'][::-1]"),
-            r"messages\[0\]\.content: .* changes it",
+            r"messages\[0\]: .* changes it",
         ),
         (
             said("a", "b", "cc", "d"),
             FORGETFUL.replace("m['content'] }}", "m['content'] if m['content'] != 'cc' }}"),
-            r"messages\[2\]\.content: the chat template leaves it out",
+            r"messages\[2\]: the chat template leaves out",
         ),
         (
             said("a", "b", "c", "d"),
@@ -483,14 +483,42 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
         (
             {"messages": [{"role": "system", "content": "Be good"}, *said("a", "b")["messages"]]},
             NO_SYSTEM,
-            r"messages\[0\]\.content: the chat template leaves it out",
+            r"messages\[0\]: the chat template leaves out",
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "system": "Be good",
+            },
+            NO_SYSTEM,
+            r"^record 0\.system: the chat template leaves out",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "cd"}, {"from": "gpt", "value": "a"}]},
+            CHATML.replace("m['content']", "m['content'][::-1]"),
+            r"^record 0\.conversations\[0\]: .* changes it",
+        ),
+        (
+            {"instruction": "cd", "output": "a"},
+            CHATML.replace("m['content']", "m['content'][::-1]"),
+            r"^record 0\.instruction: .* changes it",
+        ),
+        (
+            {"prompt": said("a", "b", "cd")["messages"], "completion": [SPOKEN]},
+            FORGETFUL.replace("m['content'] }}", "m['content'] if m['content'] != 'cd' }}"),
+            r"^record 0\.prompt\[2\]: the chat template leaves out",
+        ),
+        (
+            {"prompt": said("a", "b", "c")["messages"], "completion": [SPOKEN | THOUGHT]},
+            CHATML,
+            r"^record 0\.completion\[0\]\.reasoning_content: the chat template has no place",
         ),
         (
             said("a", "b"),
             MARKED.replace("generation %}{{", "generation %}{# {{").replace(
                 "<|im_end|>{% end", "#}{% end"
             ),
-            "messages.*leaves it out|marks no token",
+            "messages.*leaves out|marks no token",
         ),
         (
             said("a", "b"),
@@ -538,7 +566,7 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
                 **dict.fromkeys(("chosen", "completion"), said("a", "b")["messages"][1:]),
             },
             CHATML,
-            r"completion\.messages\[0\]: the assistant speaks first",
+            r"record 0\.completion\[0\]: the assistant speaks first",
         ),
         ({"instruction": "", "output": "b"}, CHATML, "instruction: empty, expected text"),
         ({"instruction": "a", "output": 3}, CHATML, "output: expected text, got int"),
