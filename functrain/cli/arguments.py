@@ -14,10 +14,10 @@ from functrain.errors import ConfigError
 
 @attrs.frozen(kw_only=True)
 class RunArguments:
-    """What every stage's command takes beside its config."""
+    """What the command of every stage takes beside its config."""
 
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run, to the bit; begin it where there is none."""
+    """Resume the run, to the bit; begin it where there is none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -53,24 +53,24 @@ class PlanArguments:
     """What `functrain plan` takes beside the config of a stage."""
 
     workers: int | None = None
-    """Workers in all; those that torchrun has started unless given, or one."""
+    """The number of workers; unless given, those that torchrun has started, or one."""
     per_node: int = 8
-    """Workers to a node."""
+    """Workers on each node."""
     device: str = "h100"
-    """a100, h100, h200 or b200, by their maker's figures; or here: what this machine's workers come
-    to, measured. Under torchrun their exchanges too."""
+    """a100, h100, h200 or b200 (their maker's figures), or here (this machine, measured).
+    Under torchrun the communication of its workers is measured too."""
     utilisation: float | None = None
-    """What part of a device's peak a worker comes to, 0.4 unless given; or else tflops."""
+    """The fraction of a device's peak that a worker reaches, 0.4 unless given; or give tflops."""
     memory: float | None = None
-    """GiB of a worker, where they are others than the device's; so are the next."""
+    """GiB of memory of a worker; this and the following options override the device's figures."""
     tflops: float | None = None
-    """10¹² operations a second that a worker comes to."""
+    """TFLOP/s that a worker reaches."""
     inside: float | None = None
-    """GB a second that a worker sends to others of its node."""
+    """GB/s that a worker sends within its node."""
     between: float | None = None
-    """GB a second that a worker sends to other nodes."""
+    """GB/s that a worker sends to other nodes."""
     latency: float | None = None
-    """Microseconds of an exchange beside its bytes, for each doubling of the workers."""
+    """Latency of an exchange in microseconds, for each doubling of the workers."""
 
 
 @attrs.frozen(kw_only=True)
@@ -99,102 +99,102 @@ class Demo:
     """Pretrain, fine-tune and align a small model on Python's own documentation."""
 
     directory: str = attrs.field(default="runs/demo", converter=at_home)
-    """Where its three runs and its report go."""
+    """The directory for its three runs and its report."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on where it was stopped, to the bit."""
+    """Resume where it was stopped, to the bit."""
     seed: int = 0
     """The root of all randomness."""
     scale: str = "full"
-    """full, or tiny: a rehearsal of everything in seconds, which learns nothing."""
+    """full, or tiny: everything in seconds, to try it out; the model learns nothing."""
 
 
 @attrs.frozen(kw_only=True)
 class Generate:
-    """What the model of a run says after a prompt."""
+    """Generate text from the model of a run."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory, or a checkpoint in one."""
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
-    """The text to go on from."""
+    """The text to continue."""
     max_new_tokens: int = 200
-    """Tokens at most."""
+    """The most tokens to generate."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; higher is more varied."""
+    """0 takes the likeliest token each time; higher values vary more."""
     top_k: int | None = None
-    """Sample from the so many likeliest tokens."""
+    """Sample from this many of the likeliest tokens."""
     top_p: float | None = None
-    """Sample from the smallest set of this probability."""
+    """Sample from the smallest set of tokens that has this probability."""
     seed: int = 0
-    """Of the sampling."""
+    """The seed of the sampling."""
     plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The prompt as it is, also where the tokenizer has a chat template."""
+    """Use the prompt as it is, even where the tokenizer has a chat template."""
 
 
 @attrs.frozen(kw_only=True)
 class Inspect:
-    """What a checkpoint holds, verified."""
+    """Show what a checkpoint holds, after verifying it."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A checkpoint directory, or a run (then its newest)."""
+    """A checkpoint directory, or a run (its newest checkpoint)."""
     tensors: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """List every tensor."""
 
 
 @attrs.frozen(kw_only=True)
 class Verify:
-    """Check checkpoints against their hashes, and steps against being made again."""
+    """Check checkpoints against their hashes, and replay steps to compare their bits."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT|RUN")]
-    """A checkpoint, or a run: then every checkpoint that it has kept."""
+    """A checkpoint, or a run (every checkpoint that it has kept)."""
     replay: str | None = None
-    """A..B: make the steps from checkpoint A (0: from the beginning) to B again, and compare."""
+    """A..B: make the steps from checkpoint A (0: the beginning) to B again, and compare."""
 
 
 @attrs.frozen(kw_only=True)
 class Diff:
-    """Where two runs or checkpoints part: config, metrics, numerics, then leaf by leaf."""
+    """Show where two runs or checkpoints differ: config, metrics, numerics, then leaf by leaf."""
 
     one: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ONE")]
     """A checkpoint or a run."""
     other: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OTHER")]
-    """Another; of two runs the first step is shown at which kept checkpoints differ."""
+    """Another. Of two runs, the first step at which kept checkpoints differ is shown."""
 
 
 @attrs.frozen(kw_only=True)
 class Init:
-    """Write a config of a stage: every key, what it means, its default."""
+    """Write a config for a stage: every key, what it means, its default."""
 
     stage: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="pretrain|sft|dpo")]
-    """Of which stage."""
+    """The stage."""
     path: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="FILE")] = None
-    """Where to; STAGE.toml unless given."""
+    """The file to write; STAGE.toml unless given."""
 
 
 @attrs.frozen(kw_only=True)
 class Evaluate:
-    """A model over files: perplexity of text and completions, and which of a pair it likes.
+    """Evaluate a model on files: perplexity of text and completions, and pairs ranked right.
 
-    Documents and examples are laid out and cut as the run itself lays out and cuts its own.
+    Documents and examples are laid out and cut as the run does with its own.
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory, or a checkpoint in one."""
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
-    """Text, token ids, or records of text, completions or pairs; `embedded` is the default's."""
+    """Text, token ids, or records of text, completions or pairs; or `embedded`, the demo's data."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness, by name; its data come from a hub, or from files."""
+    """Tasks of lm-evaluation-harness, by name; their data come from a hub, or from files."""
     include: str | None = None
-    """A directory with tasks of your own, as YAML."""
+    """A directory with your own tasks, as YAML."""
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Ask the tasks in the tokenizer's chat template."""
+    """Put the tasks into the tokenizer's chat template."""
     time: int | None = None
-    """Tokens of a row or an example at most; the run's own, of tasks the model's, unless given."""
+    """The most tokens of a row or an example; unless given, as the run, and for tasks the model."""
     batch_size: int = 32
-    """Rows, examples or pairs at once; the result does not depend on it."""
+    """Rows, examples or pairs in a batch; the result does not depend on it."""
     limit: int | None = None
-    """Rows, examples or pairs of each file at most."""
+    """The most rows, examples or pairs of each file."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A line of JSON for each file, in the place of the table."""
+    """Print a line of JSON for each file instead of a table."""
 
     def __attrs_post_init__(self) -> None:
         for name in ("time", "batch_size", "limit"):
@@ -208,53 +208,53 @@ class Evaluate:
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """One page over several runs, their curves in the same charts."""
+    """Write one page about several runs, with their curves in the same charts."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN")]
     """Run directories."""
     to: str = "report.html"
-    """The page; one that is there is replaced."""
+    """The file to write; an existing one is replaced."""
 
 
 @attrs.frozen(kw_only=True)
 class Export:
-    """The model of a run as transformers loads it, or its adapters as peft does."""
+    """Write the model of a run for transformers, or its adapters for peft."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory, or a checkpoint in one."""
     directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
-    """Where it goes; an earlier export there is replaced."""
+    """The directory to write; an earlier export there is replaced."""
     merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Of a run with lora.rank: the whole model, with the adapters in its weights."""
+    """For a run with lora.rank: write the whole model, with the adapters merged into it."""
     dtype: str | None = attrs.field(
         default=None, validator=one_of(("float32", "bfloat16", "float16"))
     )
-    """float32, bfloat16 or float16; as it was trained unless given."""
+    """float32, bfloat16 or float16; unless given, as it was trained."""
 
 
 @attrs.frozen(kw_only=True)
 class Data:
-    """An example of a file of records, with the tokens that are trained marked."""
+    """Show a record of a file, with the tokens that are trained on marked."""
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="show")]
     """show"""
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """Records (.jsonl, .json, .parquet) of dialogues, prompts with completions, or preferences."""
     model: str | None = None
-    """A directory of Hugging Face's, a GGUF file or a run, whose tokenizer reads it; else bytes."""
+    """Whose tokenizer reads it: a Hugging Face directory, a GGUF file or a run; else bytes."""
     index: int = 0
-    """Which record, from 0 on."""
+    """The number of the record, from 0."""
     color: str = "auto"
-    """always, never, or auto: where the output is a terminal."""
+    """always, never, or auto (where the output is a terminal)."""
 
 
 @attrs.frozen(kw_only=True)
 class Completion:
-    """Completions for a shell.
+    """Print completions for a shell.
 
     bash: eval "$(functrain completion bash)". fish: functrain completion fish | source. zsh:
     functrain completion zsh > DIR/_functrain, where DIR is in $fpath.
     """
 
     shell: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="bash|zsh|fish")]
-    """For which shell."""
+    """The shell."""

@@ -58,19 +58,19 @@ class Model:
     width: int = attrs.field(default=256, validator=size)
     """Width of the residual stream."""
     layers: int = attrs.field(default=4, validator=size)
-    """Blocks of attention and feed-forward."""
+    """The number of blocks of attention and feed-forward."""
     heads: int = attrs.field(default=4, validator=size)
-    """Query heads."""
+    """The number of query heads."""
     kv_heads: int | None = attrs.field(default=None, validator=size)
-    """Key-value heads (grouped-query attention); as many as heads unless given."""
+    """The number of key-value heads (grouped-query attention); unless given, as many as heads."""
     hidden: int | None = attrs.field(default=None, validator=size)
-    """Width inside the feed-forward; 8/3 of the width unless given."""
+    """The width inside the feed-forward; unless given, 8/3 of the width."""
     theta: float = attrs.field(default=10_000.0, validator=positive)
     """Base of the rotary frequencies."""
     tied: bool = True
     """Whether the head is the embedding."""
     dropout: float = attrs.field(default=0.0, validator=fraction)
-    """Dropout on the embedding and on every branch."""
+    """Dropout on the embedding and on every residual branch."""
     checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more compute."""
 
@@ -109,17 +109,17 @@ class Adapters:
     SECTION: ClassVar[str] = "lora"
 
     rank: int | None = attrs.field(default=None, validator=size)
-    """The rank of the adapters; the model itself is trained unless it is given."""
+    """The rank of the adapters. Unless given, the model itself is trained."""
     alpha: float | None = attrs.field(default=None, validator=positive)
-    """Their scale, over the rank; 16 unless given."""
+    """The adapters are scaled by alpha / rank; 16 unless given."""
     targets: str | None = attrs.field(default=None, validator=named)
-    """Layers by name, "q_proj, v_proj"; every linear one but the head unless given."""
+    """Names of layers, "q_proj, v_proj"; unless given, every linear layer but the head."""
     dropout: float | None = attrs.field(default=None, validator=fraction)
     """Dropout before the adapters."""
     rslora: bool = False
-    """The scale over the root of the rank."""
+    """Scale by alpha / √rank instead (rank-stabilised LoRA)."""
     dora: bool = False
-    """Train the magnitude of each output as well."""
+    """Train the magnitude of each output too (DoRA)."""
 
     def __attrs_post_init__(self) -> None:
         for name, value in attrs.asdict(self).items():
@@ -152,36 +152,35 @@ class Data:
     """A file (.jsonl, .json, .parquet; for pretraining also .txt, .md, .bin, .npy), a directory or
     a pattern of such, or `embedded`."""
     held_out: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
-    """What to evaluate on, a file or several as `train`; the embedded data has its own."""
+    """What to evaluate on: a file or several, as for `train`; the embedded data has its own."""
     time: int = attrs.field(default=256, validator=at_least(2, 2**31 - 1))
     """Tokens in a row; longer examples are cut."""
     limit: int | None = attrs.field(default=None, validator=count)
-    """Take only so many documents, records or embedded entries; of token ids, so many tokens."""
+    """Take at most so many documents, records or embedded entries (of token ids: tokens)."""
     truncation: str = attrs.field(default="keep_start", validator=one_of(TRUNCATIONS))
-    """What of a longer example stays: keep_start, keep_end, or prompt_first (the prompt is cut)."""
+    """What is kept of a longer example: keep_start, keep_end, or prompt_first (cuts the prompt)."""
     min_prompt: int = attrs.field(default=1, validator=size)
-    """Tokens that prompt_first leaves of a prompt before it cuts the completion."""
+    """Tokens of a prompt that prompt_first keeps before it cuts the completion."""
     packing: bool = False
-    """Several documents in a row of data.time tokens, none of which sees another."""
+    """Put several documents in each row of data.time tokens; none of them sees another."""
     on_bad_record: str = attrs.field(default="stop", validator=one_of(("stop", "skip")))
-    """What a malformed record does: stop, or be skipped and counted."""
+    """On a malformed record: stop, or skip it and count it."""
     enable_thinking: bool | None = None
-    """What the chat template of a model of transformers is told of it; its own default unless
-    given."""
+    """Passed to the chat template of a transformers model; unless given, the template decides."""
     today: str | None = attrs.field(default=None, validator=a_day)
-    """The day that a chat template is told where it asks for one, as 2026-11-25; the day on which
-    the run begins, unless given."""
+    """The date for chat templates that ask for one, such as 2026-11-25; unless given, the day on
+    which the run begins."""
     group_by_length: bool = False
-    """Batches of examples of similar lengths: less padding, and a little less random an order."""
+    """Batch examples of similar lengths: less padding, in a slightly less random order."""
     pad_to_multiple_of: int = attrs.field(default=MULTIPLE, validator=size)
-    """Rows are padded to a multiple of so many tokens; of a larger one there are fewer widths, for
-    each of which train.compile compiles."""
+    """Pad rows to a multiple of so many tokens. A larger multiple gives fewer widths, and
+    train.compile compiles for each width."""
     sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
-    """The hash of what is trained on; written when the run begins."""
+    """The hash of the training data; written when the run begins."""
     held_out_sha256: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
-    """The hash of what is held out; written when the run begins."""
+    """The hash of the held-out data; written when the run begins."""
     templated: Annotated[bool | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
-    """Whether it is dialogues in a chat template; written when the run begins."""
+    """Whether the data are dialogues in a chat template; written when the run begins."""
 
     def __attrs_post_init__(self) -> None:
         if self.packing and self.group_by_length:
@@ -200,11 +199,11 @@ class Text(Data):
     """Running text, or files of token ids."""
 
     dtype: str = attrs.field(default="uint16", validator=one_of(TOKEN_TYPES))
-    """The type of the ids in a .bin file; one of llm.c's says its own."""
+    """The type of the ids in a .bin file; llm.c's files state their own."""
     vocabulary: int | None = attrs.field(default=None, validator=at_least(2, 2**31 - 1))
-    """Token ids in all, where the data are ids of a tokenizer of your own."""
+    """The size of the vocabulary, where the data are token ids of your own tokenizer."""
     cache: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
-    """A directory in which text is kept tokenised, by its content; else it is in memory."""
+    """A directory that keeps text tokenised, by its content; unless given, it is in memory."""
 
     def __attrs_post_init__(self) -> None:
         if self.cache is not None and self.train == EMBEDDED:
@@ -223,20 +222,20 @@ class Text(Data):
 
 @attrs.frozen(kw_only=True)
 class Optimizer:
-    """The optimizer; options that are not given are its own defaults."""
+    """The optimizer. An option that is not given has the optimizer's own default."""
 
     SECTION: ClassVar[str] = "optimizer"
 
     name: str = attrs.field(default="adamw", validator=one_of(tuple(OPTIMIZERS)))
     """adamw, adam, adamw_8bit (bitsandbytes), sgd, adafactor or muon."""
     weight_decay: float | None = attrs.field(default=None, validator=not_negative)
-    """Not applied to norms, biases and embeddings."""
+    """Weight decay; not applied to norms, biases and embeddings."""
     betas: tuple[float, float] | None = None
-    """Adam's decay rates of both moments."""
+    """Adam's decay rates of the two moments."""
     eps: float | None = attrs.field(default=None, validator=positive)
     """Adam's epsilon."""
     momentum: float | None = attrs.field(default=None, validator=fraction)
-    """Of sgd and muon."""
+    """The momentum of sgd and muon."""
 
     def __attrs_post_init__(self) -> None:
         for option in self.options():
@@ -257,7 +256,7 @@ class Optimizer:
 
 @attrs.frozen(kw_only=True)
 class Schedule:
-    """The learning rate over the applied updates; options that are not given are its defaults."""
+    """The learning rate over applied updates. An option not given has the schedule's default."""
 
     SECTION: ClassVar[str] = "schedule"
 
@@ -268,33 +267,33 @@ class Schedule:
     warmup: int | None = attrs.field(default=None, validator=at_least(0))
     """Updates from 0 to the peak."""
     total: int | None = attrs.field(default=None, validator=count)
-    """Updates to the end of the schedule; train.steps when the run begins, unless given."""
+    """Updates to the end of the schedule; unless given, train.steps when the run begins."""
     total_filled: Annotated[bool | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """Whether that was not given; written when the run begins."""
     min_lr: float | None = attrs.field(default=None, validator=not_negative)
-    """Where cosine ends."""
+    """The learning rate at which cosine ends."""
     cycles: float | None = attrs.field(default=None, validator=positive)
-    """Waves of cosine, restarts of cosine_with_restarts."""
+    """Waves of cosine; restarts of cosine_with_restarts."""
     decay: int | None = attrs.field(default=None, validator=at_least(0))
-    """Updates of the decay of warmup_stable_decay."""
+    """Updates that the decay of warmup_stable_decay takes."""
     min_ratio: float | None = attrs.field(default=None, validator=fraction)
-    """The fraction of the peak at the ends of warmup_stable_decay."""
+    """The fraction of the peak at which warmup_stable_decay begins and ends."""
     power: float | None = attrs.field(default=None, validator=positive)
-    """Of polynomial."""
+    """The power of polynomial."""
     end: float | None = attrs.field(default=None, validator=not_negative)
     """The last learning rate of polynomial."""
     timescale: int | None = attrs.field(default=None, validator=count)
-    """Of inverse_sqrt."""
+    """The timescale of inverse_sqrt, in updates."""
     every: int | None = attrs.field(default=None, validator=count)
-    """Updates between the decays of step."""
+    """Updates between the decays of the step schedule."""
     milestones: tuple[int, ...] | None = None
-    """Where multistep decays."""
+    """The updates after which multistep decays."""
     gamma: float | None = attrs.field(default=None, validator=positive)
     """The decay factor of step, multistep and exponential."""
     factor: float | None = attrs.field(default=None, validator=fraction)
     """The decay factor of reduce_on_plateau."""
     patience: int | None = attrs.field(default=None, validator=at_least(0))
-    """Evaluations without progress that reduce_on_plateau waits."""
+    """Evaluations without progress that reduce_on_plateau waits for."""
 
     def __attrs_post_init__(self) -> None:
         known, given = SCHEDULES[self.name], self.options()
@@ -320,16 +319,16 @@ class Schedule:
 
 @attrs.frozen(kw_only=True)
 class Train:
-    """How long, in which batches, and how exactly."""
+    """How long to train, in which batches, and how."""
 
     SECTION: ClassVar[str] = "train"
 
     steps: int = attrs.field(default=1000, validator=count)
-    """Steps in all."""
+    """The total number of steps."""
     batch_size: int = attrs.field(default=16, validator=size)
-    """Rows, examples or pairs in a step."""
+    """Rows, examples or pairs in each step."""
     microbatches: int = attrs.field(default=1, validator=size)
-    """Slices of a batch: less memory, the same gradient."""
+    """Slices into which each batch is cut: less memory, the same gradient."""
     max_grad_norm: float = attrs.field(
         default=1.0, validator=number("a positive number, or inf for none", lambda v: v > 0)
     )
@@ -337,53 +336,54 @@ class Train:
     precision: str = attrs.field(default="fp32", validator=one_of(PRECISIONS))
     """fp32, bf16, fp16 or bf16_params."""
     checkpoint: str | None = attrs.field(default=None, validator=named)
-    """Modules that are recomputed in the backward pass, by name: `model.layers.*`, or several,
-    with commas between them; less memory."""
+    """Modules to recompute in the backward pass, for less memory: a pattern of names,
+    `model.layers.*`, or several with commas between them."""
     head: str = attrs.field(default="auto", validator=one_of(("auto", "full")))
-    """How logits are made: auto, a few rows at a time where they are large, or full, the whole
-    batch's."""
+    """How logits are made: auto (a few rows at a time where they are large), or full (for the
+    whole batch at once)."""
     keep_pages: bool = False
-    """Have the process keep the memory that it frees, for the next step: faster steps on Linux."""
+    """Keep freed memory in the process for the next step: faster steps on Linux."""
     return_pages: bool = False
-    """Have the process return memory as soon as it is free: a lower peak on Linux, slower steps."""
+    """Return memory as soon as it is free: a lower peak on Linux, and slower steps."""
     compile: bool = False
-    """Compile the model, once for each shape of a batch: faster steps after a slow first one."""
+    """Compile the model, once per batch shape: faster steps after a slow first one."""
     compile_cache: str | None = attrs.field(
         default=None, validator=given, converter=optional(at_home)
     )
-    """A directory for what is compiled, so that another start is warm."""
+    """A directory for compiled code, so that the next start is warm."""
     ema_decay: float | None = attrs.field(default=None, validator=fraction)
-    """Keep a moving average of the params. It lies in each checkpoint and no command uses it:
-    functrain.checkpoint.load_tensors(CHECKPOINT, "average/*") loads it."""
+    """Keep a moving average of the params in each checkpoint. No command uses it; load it with
+    functrain.checkpoint.load_tensors(CHECKPOINT, "average/*")."""
     reduction: str = attrs.field(default="fast", validator=one_of(("fast", "canonical")))
-    """How gradients are summed: fast, or canonical, with the same bits on any number of workers."""
+    """How gradients are summed: fast, or canonical (the same bits on any number of workers)."""
     sharded: bool = False
-    """Each worker keeps some rows of params and moments alone: a fraction of the memory."""
+    """Each worker keeps only some rows of params and moments: a fraction of the memory."""
     timeout: float = attrs.field(default=600.0, validator=positive)
-    """Seconds that a worker waits for another."""
+    """Seconds that a worker waits for the others."""
     seed: int = attrs.field(default=0, validator=at_least(0))
     """The root of all randomness: weights, order of the data, dropout."""
     save_every: int = attrs.field(default=200, validator=count)
     """Steps between checkpoints."""
     keep: int = attrs.field(default=2, validator=count)
-    """Checkpoints that are kept."""
+    """How many of the newest checkpoints to keep."""
     keep_every: int | None = attrs.field(default=None, validator=count)
-    """Keep the checkpoints of every so many steps as well."""
+    """Also keep the checkpoint of every so many steps."""
     keep_best: int | None = attrs.field(default=None, validator=count)
-    """Keep the checkpoints with the lowest held-out loss as well, so many; then each evaluation
-    ends in a checkpoint."""
+    """Also keep so many checkpoints with the lowest held-out loss; each evaluation then ends in
+    a checkpoint."""
     on_save_error: str = attrs.field(default="stop", validator=one_of(("stop", "continue")))
-    """What a failed save (a full disk, say) does to the run: stop, or continue with a warning."""
+    """When a save fails (a full disk, say): stop, or continue with a warning."""
     spike_deviations: float | None = attrs.field(default=None, validator=positive)
-    """Skip steps whose loss or gradient norm is so many standard deviations above the last 128."""
+    """Skip steps whose loss or gradient norm is so many standard deviations above the mean of the
+    last 128."""
     log_every: int = attrs.field(default=1, validator=count)
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines in metrics.jsonl."""
     peak_tflops: float | None = attrs.field(default=None, validator=positive)
-    """The machine's peak in this precision, 10¹² operations a second: metrics then have `mfu`."""
+    """The machine's peak in this precision, in TFLOP/s; metrics then have `mfu`."""
     threads: int | None = attrs.field(default=None, validator=at_least(1, 4096))
-    """CPU threads, which the bits depend on; this machine's default unless given."""
+    """CPU threads, on which the bits depend; unless given, this machine's default."""
     device: str | None = attrs.field(default=None, validator=one_of(DEVICES))
-    """cpu or cuda; cuda where there is one unless given."""
+    """cpu or cuda; unless given, cuda where there is one."""
 
     def __attrs_post_init__(self) -> None:
         if self.batch_size % self.microbatches:
@@ -418,7 +418,7 @@ class Train:
 
 @attrs.frozen(kw_only=True)
 class Evaluation:
-    """Evaluation on the held-out data: before the first step, now and then, and at the end."""
+    """Evaluation on the held-out data: before the first step, at intervals, and at the end."""
 
     SECTION: ClassVar[str] = "evaluation"
 
@@ -427,7 +427,7 @@ class Evaluation:
     batch_size: int = attrs.field(default=32, validator=size)
     """Rows, examples or pairs in a batch; the result does not depend on it."""
     limit: int | None = attrs.field(default=None, validator=count)
-    """Evaluate on so many rows, examples or pairs at most."""
+    """Evaluate on at most so many rows, examples or pairs."""
 
 
 def _services(_record: Any, _field: Any, given: Any) -> None:
@@ -445,16 +445,16 @@ def _services(_record: Any, _field: Any, given: Any) -> None:
 
 @attrs.frozen(kw_only=True)
 class Tracking:
-    """Services that are told the metrics, beside metrics.jsonl; none of them can stop a run."""
+    """Services that metrics are sent to, beside metrics.jsonl; none of them can stop a run."""
 
     SECTION: ClassVar[str] = "tracking"
 
     services: tuple[str, ...] = attrs.field(default=(), validator=_services)
-    """tensorboard, wandb, mlflow, trackio."""
+    """Any of tensorboard, wandb, mlflow, trackio."""
     project: str = attrs.field(default="functrain", validator=named)
     """The project, or MLflow's experiment."""
     name: str | None = attrs.field(default=None, validator=named)
-    """What the run is called there; its directory's name unless given."""
+    """The name of the run there; unless given, that of its directory."""
 
 
 @attrs.frozen(kw_only=True)
@@ -466,7 +466,7 @@ class Preference:
     loss: str = attrs.field(default="sigmoid", validator=a_mix)
     """sigmoid (DPO), ipo, simpo, orpo, kto, … or a mix: "sigmoid + 0.2*sft"."""
     beta: float = attrs.field(default=0.1, validator=positive)
-    """How strongly the reference holds."""
+    """β: how strongly the policy is held to the reference."""
     label_smoothing: float = attrs.field(
         default=0.0, validator=number("a number in [0, 0.5)", lambda value: 0 <= value < 0.5)
     )
@@ -480,29 +480,29 @@ class Preference:
     discopop_tau: float = attrs.field(default=0.05, validator=positive)
     """The temperature of DiscoPOP's gate."""
     divergence: str = attrs.field(default="reverse_kl", validator=one_of(DIVERGENCES))
-    """reverse_kl, forward_kl, jensen_shannon or alpha: an f-divergence in the place of KL."""
+    """The f-divergence: reverse_kl (DPO's), forward_kl, jensen_shannon or alpha."""
     divergence_alpha: float = attrs.field(
         default=0.5, validator=number("a number between 0 and 1", lambda value: 0 < value < 1)
     )
-    """The α of the divergence alpha: towards 1 reverse_kl, towards 0 forward_kl."""
+    """The α of the divergence `alpha`: near 1 as reverse_kl, near 0 as forward_kl."""
     length_normalized: bool = False
-    """Log-ratios by token."""
+    """Divide log-ratios by the number of tokens."""
     ld_alpha: float | None = attrs.field(default=None, validator=fraction_or_one)
-    """LD-DPO: the weight of what a completion has beyond the shorter one's length."""
+    """LD-DPO: the weight of tokens beyond the length of the shorter completion."""
     wpo: bool = False
     """WPO: weigh pairs by how likely the policy finds them."""
     reference_mixup: float | None = attrs.field(default=None, validator=fraction_to_one)
     """TR-DPO: how far the reference moves towards the policy."""
     reference_sync: int = attrs.field(default=512, validator=count)
-    """TR-DPO: steps between its moves."""
+    """TR-DPO: steps between the moves of the reference."""
     layout: str = attrs.field(default="padded", validator=one_of(LAYOUTS))
-    """padded, padding_free, or shared_prompt: what the sides of a pair begin with, once."""
+    """padded, padding_free, or shared_prompt (what both sides begin with is computed once)."""
     desirable_weight: float = attrs.field(default=1.0, validator=positive)
     """KTO: the weight of desirable examples."""
     undesirable_weight: float = attrs.field(default=1.0, validator=positive)
-    """KTO: the weight of the others."""
+    """KTO: the weight of undesirable examples."""
     cache: str | None = attrs.field(default=None, validator=given, converter=optional(at_home))
-    """A file for the reference's log-probs; `functrain reference` fills it ahead."""
+    """A file for the reference's log-probs, which `functrain reference` fills in advance."""
 
     def __attrs_post_init__(self) -> None:
         names = (self.loss,) if self.unpaired else tuple(self.mix)
@@ -557,7 +557,7 @@ class Preference:
 
     @property
     def mix(self) -> dict[str, float]:
-        """The losses of the mix, and the weight of each."""
+        """The losses of the mix, with the weight of each."""
         return mixed(self.loss)
 
 
@@ -592,7 +592,7 @@ class Pretrain:
 
 @attrs.frozen(kw_only=True)
 class SFT:
-    """Supervised fine-tuning: prediction of completions, from a pretrained run on."""
+    """Supervised fine-tuning: next-token prediction of completions, from a pretrained model."""
 
     stage: Stage = attrs.field(default="sft", validator=_stage)
     directory: str = attrs.field(default="runs/sft", validator=given, converter=at_home)
