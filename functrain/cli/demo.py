@@ -45,7 +45,7 @@ def run_demo(directory: str, *, seed: int, scale: str, resume: bool, say: Say) -
             "--directory"
         )
     if (path / "report.html").is_file():
-        say(f"{path}: finished already; this is what came of it")
+        say(f"{path}: finished already; these are its results")
     else:
         say(f"pretrain, sft, dpo on this Python's own documentation, in {path}; Ctrl-C saves")
     with stopping() as stop:

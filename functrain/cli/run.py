@@ -105,9 +105,9 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
     if note := world.from_first(lambda: _held_start(config), "the start of the run"):
         say(note)
     if config.train.keep_pages and not memory.keep_pages():
-        say("train.keep_pages: this system's allocator cannot be told to, so nothing is kept")
+        say("train.keep_pages: this system's allocator has no such setting, so nothing is kept")
     if config.train.return_pages and not memory.return_pages():
-        say("train.return_pages: this system's allocator cannot be told to, and does as ever")
+        say("train.return_pages: this system's allocator has no such setting, and works as usual")
     with (
         threads(config.train.threads or 1),
         cache_directory(config.train.compile_cache),
