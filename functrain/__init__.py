@@ -3,7 +3,7 @@
     state, metrics = step(state, batch)
 
 Read `functrain/state.py`, then `functrain/steps.py`, and you have seen the whole idea. Names are
-loaded when first used, so that `functrain --help` and config checks need no torch.
+loaded on first use, so `functrain --help` and config checks need no torch.
 """
 
 from __future__ import annotations

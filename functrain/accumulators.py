@@ -1,14 +1,14 @@
-"""Gradients of large tables, summed where they are made.
+"""Gradients of large tables, added to their sums as they are computed.
 
-An embedding's gradient is a dense [vocabulary, width] of zeros but for the rows of a batch, and a
-head's is another; an ordinary backward pass fills one for each micro-batch and adds it to the sum
-of those before. Within `accumulating` both are added to the sum as they are made, in the backward
-pass that `adding` is told of. Any other is a forward's own, for a gradient that it computes with,
-and is given a dense one.
+An embedding's gradient is a dense [vocabulary, width] tensor, zero except in the rows of a batch,
+and a head's is another; an ordinary backward pass fills one for each micro-batch and adds it to the
+sum of those before. Within `accumulating` both are added to the sum directly, in the backward pass
+that `adding` announces. Any other backward pass belongs to a forward that computes with a gradient
+of its own, and gets a dense one.
 
-An embedding is of another class meanwhile. Compiled code may not write to a sum that it is not told
-of: there the class looks up by an operator of our own, whose backward operator adds the rows, and
-returns the gradient of a number that nobody reads, so that it is not left out.
+Meanwhile an embedding is of another class. Compiled code may not write to a sum that is not among
+its arguments: there the class looks rows up by an operator of our own. Its backward operator adds
+the rows and returns the gradient of a number that nobody reads, so that the compiler keeps it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from functrain.errors import ConfigError
 
 TABLE = 1 << 20
-"""Embeddings of so many bytes are worth it."""
+"""The least size in bytes of an embedding for which this is worth it."""
 
 
 @attrs.frozen(eq=False)
 class Accumulating:
-    """`sum_of`: where a leaf's gradient is summed, or None for what is no leaf that trains, or has
-    a hook, which is to be told of its gradient.
+    """Where gradients are summed, and how they are scaled.
 
-    Who asks has a gradient: what is asked for is there, zeros at first. `trains`: whether there
-    would be one. `factor`: what a summed loss is multiplied by before its gradient is taken; 0-d,
-    or [k] where it is k sums.
+    `trains`: whether a tensor is a trainable leaf. `sum_of`: the sum of a leaf's gradients, zeros
+    when first asked for, so ask only with a gradient to add; None if the tensor is no trainable
+    leaf, or has a hook, which must see the gradient. `factor`: what a summed loss is multiplied by
+    before its gradient is taken; 0-d, or [k] for k sums.
     """
 
     trains: Callable[[Tensor], bool]
@@ -48,12 +48,12 @@ class Accumulating:
 
 _current: ContextVar[Accumulating | None] = ContextVar("accumulating", default=None)
 _tables: ContextVar[list[Tensor]] = ContextVar("tables")
-# The backward pass that adds to the sums, by autograd's number, as soon as it is under way.
+# Autograd's number of the backward pass that adds to the sums, once it is under way.
 _pass: ContextVar[list[int]] = ContextVar("pass")
 
 
 def current() -> Accumulating | None:
-    """The accumulation that is under way."""
+    """The accumulation that is under way, or None."""
     return _current.get()
 
 
@@ -61,14 +61,16 @@ def current() -> Accumulating | None:
 def accumulating(
     modules: Sequence[nn.Module], given: Accumulating, *, compiled: bool = False
 ) -> Generator[None]:
-    """Within it, large embeddings among `modules` and heads by chunks add to `given`'s sums.
+    """A context in which large embeddings among `modules` and chunked heads add to `given`'s sums.
 
-    For one forward and one backward pass of each loss, within `adding`, whose gradient is asked of
-    these leaves and of nothing else. Embeddings are left alone on accelerators, where an ordinary
-    gradient is summed in a fixed order and a scattered one is not, and in a model that its user has
-    compiled. `compiled`: by `functrain.compilation`. Then a call on another weight raises
-    `ConfigError`, and so does a gradient that a forward takes through them; they are left alone
-    where torch compiles the backward pass as a whole.
+    It is for one forward and one backward pass of each loss; the latter is within `adding`, and
+    takes the gradient of these leaves and of nothing else. Embeddings are left alone on
+    accelerators, where an ordinary gradient is summed in a fixed order and a scattered one is not,
+    and in a model that its user has compiled.
+
+    `compiled`: the model is compiled by `functrain.compilation`. Then an embedding called on
+    another weight raises `ConfigError`, and so does a gradient that a forward takes through one;
+    embeddings are left alone if torch compiles the backward pass as a whole.
     """
     large = [m for m in modules if isinstance(m, nn.Embedding) and _is_worth(m)]
     large = [module for module in large if given.trains(module.weight)]
@@ -88,16 +90,16 @@ def accumulating(
 
 @contextmanager
 def adding(loss: Tensor) -> Generator[None]:
-    """Within it, the backward pass of `loss` adds to the sums of the embeddings.
+    """A context in which the backward pass of `loss` adds to the sums of the embeddings.
 
-    A backward pass inside of it does not, as one in a forward that is run again for it.
+    A backward pass nested in that one does not, such as one in a forward that is recomputed for it.
     """
     if not _tables.get([]):
         yield
         return
     passes: list[int] = []
     token = _pass.set(passes)
-    # Autograd comes to it first, and gives each pass a number.
+    # Autograd numbers each pass, and calls the loss's hook first.
     begun = loss.register_hook(lambda _: passes.append(_under_way()))  # type: ignore[no-untyped-call]
     try:
         yield
@@ -112,12 +114,12 @@ def _under_way() -> int:
 
 
 def _adds() -> bool:
-    """Whether the backward pass that is under way adds to the sums."""
+    """Whether the innermost backward pass under way adds to the sums."""
     return _under_way() in _pass.get([])
 
 
 def _compiles_autograd() -> bool:
-    """Whether the backward pass is compiled as a whole, which leaves out what nobody reads."""
+    """Whether the backward pass is compiled as a whole, which drops what nobody reads."""
     from torch._dynamo import config
 
     return bool(config.compiled_autograd)
@@ -128,7 +130,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _is_worth(module: nn.Embedding) -> bool:
-    """Whether a module has a large table, on the CPU, and neither options nor a forward beside."""
+    """Whether an embedding has a large table on the CPU, no options and no forward of its own."""
     weight = module._parameters.get("weight")
     if weight is None or weight.device.type != "cpu" or weight.nbytes < TABLE:
         return False
@@ -139,10 +141,10 @@ def _is_worth(module: nn.Embedding) -> bool:
 
 @contextmanager
 def _replaced(module: nn.Embedding, place: int, base: type[nn.Embedding]) -> Generator[None]:
-    """Within it, an embedding is of a class that has `base` in the place of `nn.Embedding`.
+    """A context in which an embedding's class has `base` in place of `nn.Embedding`.
 
-    A class, and no forward of its own: compiled code is guarded by what it is, and the forward of
-    a subclass, as Gemma's, which scales what it looks up, finds it by `super()`.
+    It is a class rather than an instance's `forward`, since compiled code guards on the class, and
+    the forward of a subclass (Gemma's scales what it looks up) reaches `base` by `super()`.
     """
     own, names = type(module), vars(module)
     lent = {_PLACE: place, _UNREAD: torch.zeros((), device="cpu", requires_grad=True)}
@@ -162,14 +164,15 @@ _PLACE, _UNREAD = "_functrain_place", "_functrain_unread"
 
 
 def _change(module: nn.Module, kind: type[Any]) -> None:
-    object.__setattr__(module, "__class__", kind)  # not by a class's own
+    object.__setattr__(module, "__class__", kind)  # not by the class's own __setattr__
 
 
 @functools.cache
 def _above(base: type[Any], own: type[Any]) -> type[Any]:
-    """A class with `base` below it, or `own`, whose gradients are dense then.
+    """A class with `base` among its bases; or `own`, whose gradients stay dense.
 
-    That is for a class which is told of its subclasses: this one is none of its user's.
+    The latter is for a class with a metaclass or an `__init_subclass__` of its own, which must not
+    see a subclass that its user has not made.
     """
     if type(own) is not type or hasattr(own.__init_subclass__, "__func__"):
         return own
@@ -177,12 +180,12 @@ def _above(base: type[Any], own: type[Any]) -> type[Any]:
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
     try:
         return type(own.__name__, bases, names)
-    except TypeError:  # no order of their bases is that of both
+    except TypeError:  # no consistent method resolution order
         return own
 
 
 def _transformed() -> bool:
-    """Whether `torch.vmap` or its like is at work, for which nothing here has a rule."""
+    """Whether a functorch transform (`torch.vmap`) is active, for which nothing here has a rule."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -190,7 +193,7 @@ class _Looked(nn.Embedding):
     """An embedding whose gradient is added row by row to its sum."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """As `nn.Embedding`'s."""
+        """See `nn.Embedding`."""
         given, weight = _current.get(), self.weight
         graded = given is not None and torch.is_grad_enabled() and given.trains(weight)
         if given is None or not graded or _transformed():
@@ -201,12 +204,12 @@ class _Looked(nn.Embedding):
 
 
 class _Operated(nn.Embedding):
-    """The same by the operator, in compiled code."""
+    """The same for compiled code, by the operator."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """As `nn.Embedding`'s."""
+        """See `nn.Embedding`."""
         weight = self.weight
-        graded = torch.is_grad_enabled() and weight.requires_grad  # no reference, no frozen copy
+        graded = torch.is_grad_enabled() and weight.requires_grad  # not a reference's or frozen
         if not graded or _transformed():
             return super().forward(input)
         padding = -1 if self.padding_idx is None else self.padding_idx
@@ -216,9 +219,9 @@ class _Operated(nn.Embedding):
 
 
 class _Lookup(torch.autograd.Function):
-    """`F.embedding`, whose gradient is added row by row to what `into` gives then.
+    """`F.embedding` whose backward adds the gradient row by row to the sum that `into` returns.
 
-    It is dense where `into` gives nothing, or the backward pass is a forward's own.
+    The gradient is dense if `into` returns None, or if the backward pass is a forward's own.
     """
 
     @staticmethod
@@ -241,7 +244,7 @@ class _Lookup(torch.autograd.Function):
             _add_rows(into, grad_outputs[0], ids, ctx.padding)
             return None, None, None, None
         padding = -1 if ctx.padding is None else ctx.padding
-        # Torch's own, which can be differentiated once more.
+        # Torch's own operator, which can be differentiated again.
         dense = torch.ops.aten.embedding_dense_backward(
             grad_outputs[0], ids, ctx.rows, padding, False
         )
@@ -256,8 +259,8 @@ def _add_rows(into: Tensor, grad: Tensor, ids: Tensor, padding: int | None) -> N
     into.index_add_(0, ids, rows)
 
 
-# Compiled code is kept on disk by the operators' names and not by what they do: where that
-# changes, so must the names.
+# Compiled code is cached on disk by the operators' names, not by what they do: rename them when
+# that changes.
 _LOOK_UP, _ADD_ROWS = "look_up_1", "add_rows_1"
 
 
@@ -271,7 +274,7 @@ def _operator(name: str) -> Any:
     schema="(Tensor weight, Tensor ids, Tensor unread, int place, int padding) -> Tensor",
 )
 def _look_up(weight: Tensor, ids: Tensor, unread: Tensor, place: int, padding: int) -> Tensor:
-    """`F.embedding`; `place`: among the tables; `padding`: the id without a gradient, or −1.
+    """`F.embedding`; `place`: the table's index; `padding`: the id without a gradient, or −1.
 
     Raises `ConfigError` for a weight whose memory is not the table's.
     """
@@ -291,9 +294,9 @@ def _look_up(weight: Tensor, ids: Tensor, unread: Tensor, place: int, padding: i
     schema="(Tensor grad, Tensor ids, int place, int padding, int call) -> Tensor",
 )
 def _add_rows_of(grad: Tensor, ids: Tensor, place: int, padding: int, call: int) -> Tensor:
-    """A gradient's rows are added to the sum of a table; the gradient of what nobody reads.
+    """Add a gradient's rows to the sum of a table; returns the gradient of the unread number.
 
-    `call`: which one it is in its graph. A compiler takes two of the same arguments for one.
+    `call`: the index of the call in its graph, since a compiler merges calls of equal arguments.
     """
     if not _adds():
         raise ConfigError(
@@ -332,7 +335,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, None, unread, None, None
 
 
-# How many calls the graph that is being traced has so far.
+# The index of the latest call in each graph that is being traced.
 _calls: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
 

@@ -1,9 +1,9 @@
 """Activation checkpointing by module, chosen by name (Chen et al., 1604.06174).
 
-Within `checkpointed` the activations inside of the chosen modules are not kept for the backward
-pass, which computes them again: less memory, up to a third more compute, and the same bits, since
-dropout drops the same the second time, and so does what draws from Python's `random` or NumPy. A
-module that writes to its buffers would compute something else the second time, and is refused.
+Within `checkpointed` the activations inside the chosen modules are not kept for the backward pass,
+which recomputes them: less memory, up to a third more compute, and the same bits, since dropout and
+whatever draws from Python's `random` or NumPy draws the same numbers the second time. A module that
+writes to its buffers would compute something else the second time, and is refused.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _again: ContextVar[bool] = ContextVar("again", default=False)
 
 
 def recomputing() -> bool:
-    """Whether a forward is run for the second time, in the backward pass."""
+    """Whether a forward is being recomputed, in the backward pass."""
     return _again.get()
 
 
 _Table = dict[str, Tensor | None]
-# Where the buffers of a recomputed module are: to look for them at every call would take 14 µs.
+# The buffer tables of each recomputed module: to find them at every call would take 14 µs.
 _tables: weakref.WeakKeyDictionary[nn.Module, list[_Table]] = weakref.WeakKeyDictionary()
 
 
 def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """One pattern of names, several or none, as a tuple; `ConfigError` for anything else."""
+    """One pattern of names, several, or None, as a tuple; `ConfigError` for anything else."""
     found = (given,) if isinstance(given, str) else () if given is None else given
     if not isinstance(found, Sequence) or not all(isinstance(each, str) for each in found):
         raise ConfigError(
@@ -50,13 +50,12 @@ def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def matching(architecture: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that these patterns match, by name; `*` is within a part between two dots.
+    """The modules that these patterns match, by name; `*` matches within one dotted part.
 
-    An embedding that one matches beside others is left out.
+    An embedding that a pattern matches beside other modules is left out.
 
-    Raises `ConfigError` for a pattern that matches nothing, or embeddings alone, and for modules
-    that are inside of one another, that are not called or whose second forward would not be the
-    same.
+    Raises `ConfigError` for a pattern that matches nothing or embeddings only, and for modules that
+    are inside one another, are not called, or would not compute the same the second time.
     """
     modules = dict(architecture.named_modules())
     del modules[""]
@@ -88,8 +87,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _without_embeddings(some: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    # With a forward of its own a large one would not add its gradient to the sum where that is made
-    # (functrain.accumulators), and the bits would be others.
+    # A large embedding with a forward of its own would not add its gradient to the sum directly
+    # (functrain.accumulators), and the bits would differ.
     others = {name: each for name, each in some.items() if not isinstance(each, nn.Embedding)}
     if not others:
         raise ConfigError(
@@ -135,14 +134,14 @@ def _check(name: str, module: nn.Module, architecture: nn.Module) -> None:
 
 @contextmanager
 def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> Generator[None]:
-    """Within it, the activations of `modules`, found by `matching`, are recomputed.
+    """A context in which the activations of `modules`, found by `matching`, are recomputed.
 
     Enter it inside `functrain.bound`, and take the gradient inside. A model's cache of keys and
-    values is off (`config.use_cache`): it would be added to a second time.
+    values is off (`config.use_cache`), since the second forward would add to it again.
 
-    The backward pass raises `ArchitectureError` where a module's buffers have been written to since
-    its forward. Of what else a forward may change nothing is known here: attributes that are no
-    tensors, say, and what is written without a new version, as `F.batch_norm` writes.
+    The backward pass raises `ArchitectureError` if a module's buffers have been written to since
+    its forward. Other changes by a forward go unnoticed: non-tensor attributes, and writes that
+    leave the version as it is, such as those of `F.batch_norm`.
     """
     caching = _caching(architecture) if modules else []
     before = {name: vars(module).get("forward") for name, module in modules.items()}
@@ -175,7 +174,7 @@ def _caching(architecture: nn.Module) -> list[Any]:
 
 
 def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A function, not a bound method, which dynamo does not take.
+    # A function, since dynamo does not take a bound method.
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
 
@@ -192,7 +191,7 @@ def _checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **
         return forward(*given[:count], **dict(zip(names, given[count:], strict=True)))
 
     def run(*given: Any) -> Any:
-        # What draws or writes is not compiled with its checkpoint: it comes here uncompiled.
+        # Dynamo does not compile a checkpoint that draws or writes; such calls come uncompiled.
         if torch.compiler.is_compiling():
             return called(given)
         if not first:
@@ -207,8 +206,8 @@ def _checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **
         finally:
             _again.reset(token)
 
-    # All by place: torch puts back the generators of the devices that it finds there (2.13), and of
-    # a block that is called by names alone dropout would drop something else the second time.
+    # All arguments are positional: torch (2.13) restores the generators of the devices that it
+    # finds among those, so with keywords only, dropout would differ the second time.
     return checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
 
 
@@ -216,7 +215,7 @@ _Buffer = tuple[_Table, str, Tensor | None, int]
 
 
 def _buffers(module: nn.Module) -> list[_Buffer]:
-    """Where each buffer is, and at which version."""
+    """The slot of each buffer, the buffer, and its version."""
     return [
         (table, key, value, 0 if value is None else value._version)
         for table in _tables[module]

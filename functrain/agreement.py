@@ -1,4 +1,4 @@
-"""What the workers of a run must agree on before its first step: code, step, numerics and state."""
+"""The agreement of workers before the first step: on code, step, numerics and state."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _LONG = 100  # characters
 
 def agree(world: World, step: Any, state: TrainState) -> None:
     """Raise `WorkerError`, naming each difference, unless all workers are about to do the same."""
-    with world.meeting("the fingerprint of a state"):  # which gathers what is in shards
+    with world.meeting("the fingerprint of a state"):  # it gathers sharded tensors
         found = fingerprint(state)
     world.agree({**code(), **described(step, "step"), "state": found})
 
 
 def code() -> dict[str, str]:
-    """The versions of what computes, and a hash of this package's own source."""
+    """The versions and settings of what computes, and a hash of this package's own source."""
     hasher = hashlib.sha256()
     root = Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -57,12 +57,12 @@ def code() -> dict[str, str]:
 
 
 def keeps_denormals() -> bool:
-    """Whether this process computes with them; torch does not tell what it was set to."""
+    """Whether this process computes with denormals; torch does not tell its setting."""
     return float(torch.tensor(_DENORMAL, dtype=torch.float32, device="cpu") * 1) != 0
 
 
 def described(record: Any, name: str) -> dict[str, str]:
-    """Each leaf of nested records by its path, as a text that is the same in every process."""
+    """Each leaf of nested records by its path, as text that is the same in every process."""
     return dict(_leaves(record, name))
 
 
@@ -79,7 +79,7 @@ def _leaves(record: Any, name: str) -> Iterator[tuple[str, str]]:
         found = attrs.fields if attrs.has(type(record)) else dataclasses.fields
         for field in found(type(record)):
             hidden = not field.init and field.name[0] == "_"
-            if isinstance(field, dataclasses.Field):  # a worker's own path, say
+            if isinstance(field, dataclasses.Field):  # compare=False: a worker's own path, say
                 hidden = hidden or not field.compare
             if field.name not in _ELSEWHERE and not hidden:
                 yield from _leaves(getattr(record, field.name), f"{name}.{field.name}")
@@ -91,7 +91,7 @@ def _leaves(record: Any, name: str) -> Iterator[tuple[str, str]]:
         yield name, _text(record) or str(sorted(map(str, record)))
     else:
         text = repr(record)
-        # An address is another in every process.
+        # A repr with an address differs between processes.
         known = getattr(record, "__qualname__", type(record).__qualname__)
         yield name, known if " at 0x" in text else text
 
@@ -110,16 +110,16 @@ def _function(given: Any, name: str, within: tuple[Any, ...]) -> Iterator[tuple[
 
 
 def _enclosed(given: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What it has of the functions around it, by name."""
+    """The variables that a function closes over, by name."""
     for name, cell in zip(given.__code__.co_freevars, given.__closure__ or (), strict=True):
-        with suppress(ValueError):  # a name without a value
+        with suppress(ValueError):  # not assigned yet
             yield name, cell.cell_contents
 
 
 def _held(value: Any, name: str, within: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
-    """What a function holds: simple values, tensors, other functions.
+    """A value that a function holds: simple values, tensors and other functions in full.
 
-    Anything else by its type: its fields may well be other ones on each worker (those of a world, a
+    Anything else is described by its type, since its fields may differ between workers (a world, a
     device, a worker's rows of the params).
     """
     text = _text(value)
@@ -134,13 +134,13 @@ def _held(value: Any, name: str, within: tuple[Any, ...]) -> Iterator[tuple[str,
 
 
 def _code(code: CodeType) -> str:
-    """A hash of what is done; of no address, and of no line number."""
+    """A hash of what the code does, without addresses and line numbers."""
     constants = [_code(c) if isinstance(c, CodeType) else _text(c) for c in code.co_consts]
     return _hash(repr((code.co_code, code.co_names, constants)))
 
 
 def _text(value: Any) -> str | None:
-    """A simple value, or a collection of them, as a text that is the same in every process."""
+    """A simple value or a collection of them, as text that is the same in every process."""
     if isinstance(value, _SIMPLE):
         return repr(value)
     if type(value) not in _COLLECTIONS:

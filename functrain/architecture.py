@@ -1,8 +1,8 @@
 """A module without its weights, and the context in which it has them again.
 
-`split` takes the weights out of a module and leaves it on the meta device: structure alone, so
+`split` takes the weights out of a module and leaves it on the meta device, as pure structure, so
 that stale weights cannot be used by accident and memory is not held twice. `bound` puts values
-into its parameter slots for as long as a loss *and its gradient* are computed.
+into its parameter slots while a loss *and its gradient* are computed.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ Place = tuple[dict[str, Tensor | None], str]
 
 @attrs.frozen(eq=False)
 class Slots:
-    """Where each named value of an architecture goes: every slot, both of a tied pair.
+    """Where each named value of an architecture goes: all its slots, both of them for a tied pair.
 
-    `trainable`: the parameters with `requires_grad`. `statistical`: those of modules that keep
-    running statistics (BatchNorm), whose dtype they must go with. `uncast`: the buffers that keep
-    their dtype where params are cast: those statistics, and what is not persistent. `rotary`:
-    modules that would remember the longest batch (`functrain.quirks`). `vacant`: buffers that are
-    None, with whether they are persistent. `shapes`: those of `params`.
+    `trainable`: the parameters with `requires_grad`. `statistical`: the parameters of modules that
+    keep running statistics (BatchNorm), which must keep the statistics' dtype. `uncast`: the
+    buffers that keep their dtype where params are cast: those statistics, and non-persistent ones.
+    `base`: what the architecture holds itself, see `Held.base`. `rotary`: modules that would
+    remember the longest batch (`functrain.quirks`). `vacant`: slots of buffers that are None, and
+    whether each is persistent. `shapes`: the shapes of `params`.
     """
 
     params: Mapping[str, tuple[Place, ...]]
@@ -65,7 +66,7 @@ class Slots:
         return {name: _tensor_at(at).shape for name, at in self.params.items()}
 
     def take(self, params: Mapping[str, Tensor]) -> bool:
-        """Whether `check_fit` has nothing to say of the params, found in a fraction of its time."""
+        """Whether the params pass `check_fit`, found in a fraction of its time."""
         values = params.values()
         found = all(isinstance(value, Tensor) and not value.is_meta for value in values)
         return found and {name: value.shape for name, value in params.items()} == self.shapes
@@ -75,9 +76,9 @@ class Slots:
 class Held:
     """The parameters that an architecture holds itself, as constants, and their fingerprint.
 
-    They are no part of a state, which stays small: a frozen base under adapters. See
-    `functrain.lora`. `scale`: what the adapters' product is multiplied with; under another one the
-    same names and shapes are another model.
+    They are the frozen base under adapters (`functrain.lora`), and not part of a state, which so
+    stays small. `scale`: the factor of the adapters' product, since another factor makes another
+    model of the same names and shapes.
     """
 
     names: frozenset[str]
@@ -87,7 +88,7 @@ class Held:
 
     @property
     def base(self) -> str:
-        """What a state knows it by."""
+        """The text by which a state identifies it."""
         return (
             self.fingerprint if self.scale is None else f"{self.fingerprint} scale={self.scale!r}"
         )
@@ -96,23 +97,23 @@ class Held:
 _HELD = "functrain_held"
 
 
-# The slots are shared by all users of an architecture: one binding at a time, others wait.
+# All users of an architecture share its slots: one binding at a time, others wait.
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
     """Take the weights out of `module`: `(architecture, params, buffers)`.
 
-    The architecture is `module` itself, now on the meta device; `params` and `buffers` are its
-    tensors by their own names; copies of those alone that are not contiguous, as a checkpoint reads
-    them. A tied parameter has one name, its first; buffers that are not persistent are kept, since
-    the forward needs them.
+    The architecture is `module` itself, now on the meta device. `params` and `buffers` are its
+    tensors by their own names; only tensors that are not contiguous are copied, into the layout in
+    which a checkpoint reads them. A tied parameter has one name, its first. Non-persistent buffers
+    are included, since the forward needs them.
 
-    Raises `ArchitectureError` for a module on the meta device or with parameters that its first
-    call would make, for parameters that share storage without being the same parameter or have
-    hooks on their gradients, for a buffer over a parameter's memory, and for an embedding with
-    `max_norm`. What an attribute leads to of a parameter that is trained or of a buffer (a list, a
-    closure, an object) is a `FunctrainWarning`, and so are different buffers over one memory.
+    Raises `ArchitectureError` for a module on the meta device, lazy parameters that have no shape
+    yet, parameters that share storage without being the same parameter, parameters with hooks on
+    their gradients, a buffer over a parameter's memory, and an embedding with `max_norm`. Warns
+    (`FunctrainWarning`) if an attribute (a list, a closure, an object) leads to a trainable
+    parameter or a buffer, and if different buffers share memory.
     """
     params, buffers = values_of(module)
     _refuse_meta({**params, **buffers})
@@ -122,7 +123,7 @@ def split(module: nn.Module) -> tuple[nn.Module, Tensors, Tensors]:
 
 
 def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters and buffers that are in a module's slots, by name."""
+    """The parameters and buffers in a module's slots, by name."""
     if not isinstance(module, nn.Module):
         raise ArchitectureError(f"split: expected an nn.Module, got {type(module).__name__}")
     if type(module).__module__.startswith("torch.jit"):
@@ -142,11 +143,11 @@ def values_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def emptied(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Put the slots of a module on the meta device; what was in them, as `values_of`."""
+    """Put a module's slots on the meta device; returns what was in them, as `values_of` does."""
     params, buffers = values_of(module)
     check_separable(module, params, buffers)
     places = slots(module)
-    # All of them before the first is put in its place: a module that is refused keeps its weights.
+    # All are made before the first slot is filled, so a module that is refused keeps its weights.
     empty: dict[str, Tensor] = {
         name: nn.Parameter(_empty(name, tensor), requires_grad=tensor.requires_grad)
         for name, tensor in params.items()
@@ -169,13 +170,13 @@ def _empty(name: str, tensor: Tensor) -> Tensor:
 
 
 def held_by(architecture: nn.Module) -> Held | None:
-    """What an architecture holds itself."""
+    """What an architecture holds itself, or None."""
     found: Held | None = vars(architecture).get(_HELD)
     return found
 
 
 def held_values(architecture: nn.Module) -> Tensors:
-    """The parameters that an architecture holds, by name; nobody may write into them."""
+    """The parameters that an architecture holds itself, by name; they must not be written to."""
     held = held_by(architecture)
     if held is None:
         return Tensors()
@@ -184,9 +185,9 @@ def held_values(architecture: nn.Module) -> Tensors:
 
 
 def hold(architecture: nn.Module, values: Mapping[str, Tensor], *, scale: float | None) -> None:
-    """Have an architecture hold these values of its parameters, whose memory is not copied.
+    """Have an architecture hold these values of its parameters itself, without a copy.
 
-    `scale`: of the adapters over them, if its params are such; see `Held`.
+    `scale`: that of the adapters over them, if there are any; see `Held`.
     """
     places = _places(architecture, "_parameters")
     for name, value in values.items():
@@ -208,19 +209,19 @@ def hold(architecture: nn.Module, values: Mapping[str, Tensor], *, scale: float 
 
 
 def holds_shards(architecture: nn.Module) -> bool:
-    """Whether of what an architecture holds each worker has some rows."""
+    """Whether what an architecture holds itself is sharded."""
     held = held_by(architecture)
     return held is not None and held.sharded
 
 
 def _has_whole(architecture: nn.Module, places: Slots) -> bool:
-    """Whether nothing is in shards but what is in these places, where other values come."""
+    """Whether every sharded value that is held has its slots in `places`, to be replaced."""
     held = held_by(architecture)
     return held is None or not held.sharded or held.names <= places.params.keys()
 
 
 def check_module(architecture: object) -> None:
-    """Raise `ArchitectureError` for what is no module."""
+    """Raise `ArchitectureError` unless `architecture` is an `nn.Module`."""
     if not isinstance(architecture, nn.Module):
         raise ArchitectureError(
             f"architecture: expected the nn.Module that functrain.split returns first, got "
@@ -231,7 +232,7 @@ def check_module(architecture: object) -> None:
 def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
     """Find every slot of every parameter and buffer; names are those of `named_parameters()`.
 
-    Without the parameters that the architecture holds itself, unless `held`. Raises
+    Parameters that the architecture holds itself are left out, unless `held`. Raises
     `ArchitectureError` for an embedding with `max_norm`.
     """
     check_module(architecture)
@@ -319,7 +320,7 @@ def check_names(
 def check_fit(
     values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]], what: str
 ) -> None:
-    """Raise unless `values` are tensors, not on meta, with the names and shapes of these places."""
+    """Raise unless `values` are tensors with the names and shapes of `places`, and not on meta."""
     if not isinstance(values, Mapping):
         raise StateError(
             f"{what}: expected a mapping from names to tensors, as functrain.split returns it, got "
@@ -344,9 +345,9 @@ def check_fit(
 
 
 def check_reference(values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]]) -> None:
-    """Raise unless `values` could be params of a reference: as `check_fit`, and numbers of theirs.
+    """Raise unless `values` can be the params of a reference: as `check_fit`, and floating.
 
-    Of another floating dtype they are cast; integers are codes that mean something else.
+    Another floating dtype is cast; integers would be codes of a quantised model.
     """
     check_fit(values, places, "reference")
     for name, ((entries, key), *_) in places.items():
@@ -361,7 +362,7 @@ def check_reference(values: Mapping[str, Tensor], places: Mapping[str, tuple[Pla
 def _refuse_tied(
     values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]], what: str
 ) -> None:
-    """A `state_dict` has both names of a tied parameter, where `split` has the first."""
+    """Refuse both names of a tied parameter, as a `state_dict` has them; `split` has the first."""
     if places.keys() - values.keys():
         return
     for name in sorted(values.keys() - places.keys()):
@@ -390,23 +391,23 @@ def bound(
     places: Slots | None = None,
     gathers: bool = False,
 ) -> Generator[nn.Module]:
-    """Within it, `architecture` computes with these values, in train or eval mode.
+    """A context in which `architecture` computes with these values, in train or eval mode.
 
     Take the loss *and the gradient* inside: under activation checkpointing the backward runs the
     forward again, and after the context has ended it would find other values (with
-    `functional_call` around the forward alone the loss was right and the gradient 13.7 times
-    wrong, silently). The slots are swapped, not copied: no cost in memory. On exit the slots
-    hold what they held before, also after an exception. One binding at a time for an
-    architecture: other threads wait.
+    `functional_call` around the forward alone, the loss was right and the gradient, silently, 13.7
+    times wrong). The slots are swapped, not copied, which costs no memory. On exit, also after an
+    exception, they hold what they held before. An architecture has one binding at a time: other
+    threads wait.
 
-    Buffers are bound as they are; a module that updates them in place (BatchNorm in train mode)
-    updates what was passed, so pass clones where that matters. Those that are None are so again at
-    the end. `places` spares the search for the slots when `slots(architecture)` is known.
-    `gathers`: the caller makes whole what the architecture holds in shards.
+    Buffers are bound as they are: a module that updates them in place (BatchNorm in train mode)
+    updates what was passed, so pass clones where that matters. Buffers that are None are None again
+    at the end. `places`: `slots(architecture)`, if known, which saves the search. `gathers`: the
+    caller gathers what the architecture holds in shards.
 
-    Raises `ArchitectureError` when names do not match the architecture's, and at the end where the
-    model has written into `params`, or has made a persistent buffer that was None; `ConfigError`
-    for another `mode`.
+    Raises `ArchitectureError` if the names are not the architecture's or `params` are sharded, and
+    on exit if the model has written into `params` or has made a persistent buffer that was None;
+    `ConfigError` for another `mode`.
     """
     check_mode(mode)
     check_tensors("params", params)
@@ -465,13 +466,13 @@ def bound(
 
 
 def check_mode(mode: object, where: str = "") -> None:
-    """Raise `ConfigError` for what is no mode: by another word dropout would be off, silently."""
+    """Raise `ConfigError` for an unknown mode, which would silently turn dropout off."""
     if mode not in get_args(Mode):
         raise ConfigError(f"{where}mode: {mode!r}, expected 'train' or 'eval'")
 
 
 def _refuse_made(places: Slots) -> None:
-    """A buffer that is not persistent, a mask say, is made again in the next binding."""
+    """Refuse persistent buffers that the forward made; others (a mask) each binding makes anew."""
     for (entries, key), persistent in places.vacant:
         if persistent and entries.get(key) is not None:
             raise ArchitectureError(
@@ -487,11 +488,11 @@ _substitution: ContextVar[Substitution | None] = ContextVar("substitution", defa
 
 @contextmanager
 def substitution(given: Substitution) -> Generator[None]:
-    """Within it, `given` is how a bound model comes to compute with other params.
+    """A context in which `given` is the way to call a bound model with other params.
 
-    Where its own are in shards, `torch.func.functional_call` cannot do that. `given` makes a
-    context of params: within it the model, called, computes with those; what it yields are the
-    params that are whole in there.
+    `torch.func.functional_call` cannot do that if the bound params are sharded. `given(params)` is
+    a context in which the model, when called, computes with `params`; it yields those of them that
+    are whole inside.
     """
     token = _substitution.set(given)
     try:
@@ -501,12 +502,12 @@ def substitution(given: Substitution) -> Generator[None]:
 
 
 def current_substitution() -> Substitution | None:
-    """How a bound model comes to compute with other params, where that is not by a call."""
+    """The way to call a bound model with other params, if not `torch.func.functional_call`."""
     return _substitution.get()
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
-    # A module's own setattr looks for parameters first: slow, where most modes stay as they are.
+    # A module's setattr looks for parameters first, which is slow, and most modes stay the same.
     if module.training != training:
         module.training = training
 
@@ -518,7 +519,7 @@ def _all_places(places: Slots) -> Iterator[Place]:
 
 
 def bound_buffers(places: Slots) -> dict[str, Tensor]:
-    """Inside a binding: the buffers as they are now, whether updated in place or assigned anew."""
+    """Inside a binding, the buffers as they are now, updated in place or assigned anew."""
     for name, ((entries, key), *_) in places.buffers.items():
         if entries.get(key) is None:
             raise ArchitectureError(
@@ -530,7 +531,7 @@ def bound_buffers(places: Slots) -> dict[str, Tensor]:
 
 @contextmanager
 def kept_buffers(places: Slots) -> Generator[None]:
-    """Inside a binding: what happens to the buffers within is undone at the end."""
+    """A context inside a binding, at whose end the buffers are as they were at its beginning."""
     before = bound_buffers(places)
     for name, buffer in before.items():
         fill(places.buffers[name], buffer.clone())

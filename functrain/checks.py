@@ -1,4 +1,4 @@
-"""What an argument must be, asked in one place and in the same words.
+"""Checks of arguments, in one place and in the same words.
 
 Each raises `ConfigError` with the argument's name, what was given and what was expected. Those that
 take a record and a field are attrs validators.
@@ -23,36 +23,36 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def is_integer(value: object, least: int = 1) -> TypeGuard[int]:
-    """Whether a value is an int of at least `least`; True and False are none."""
+    """Whether a value is an int of at least `least`; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_integer(name: str, value: object, least: int = 1) -> None:
-    """An int of at least `least`."""
+    """Require an int of at least `least`."""
     if not is_integer(value, least):
         raise ConfigError(f"{name}: {value!r}, expected an integer of at least {least}")
 
 
 def check_positive(name: str, value: object) -> None:
-    """A number above 0, and finite."""
+    """Require a finite number above 0."""
     if not is_number(value) or not 0 < value < math.inf:
         raise ConfigError(f"{name}: {value!r}, expected a positive finite number")
 
 
 def check_not_negative(name: str, value: object) -> None:
-    """A number of at least 0, and finite."""
+    """Require a finite number of at least 0."""
     if not is_number(value) or not 0 <= value < math.inf:
         raise ConfigError(f"{name}: {value!r}, expected a finite number of at least 0")
 
 
 def check_fraction(name: str, value: object) -> None:
-    """A number in [0, 1)."""
+    """Require a number in [0, 1)."""
     if not is_number(value) or not 0 <= value < 1:
         raise ConfigError(f"{name}: {value!r}, expected a number in [0, 1)")
 
 
 def check_tensors(name: str, given: object) -> None:
-    """A mapping: no module, of whose params somebody may think, and no None."""
+    """Require a mapping; a module or None, which users may give instead, is refused."""
     if not isinstance(given, Mapping):
         raise ConfigError(
             f"{name}: {type(given).__name__}, expected a mapping of names to tensors; "
@@ -61,13 +61,13 @@ def check_tensors(name: str, given: object) -> None:
 
 
 def check_boolean(name: str, value: object) -> None:
-    """True or False: "false" is true."""
+    """Require True or False, since a text such as "false" would count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}: {value!r}, expected True or False")
 
 
 def as_path(name: str, given: object) -> Path:
-    """A path; the empty text is none, since it would be the working directory."""
+    """The given path; an empty text is refused, as it would mean the working directory."""
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):  # pyrefly: ignore[implicit-any-type-argument]
         raise ConfigError(f"{name}: {given!r}, expected a path")
     path = os.fspath(given)
@@ -77,20 +77,20 @@ def as_path(name: str, given: object) -> Path:
 
 
 def boolean(_record: object, field: Any, value: Any) -> None:
-    """True or False."""
+    """Require True or False."""
     check_boolean(field.name, value)
 
 
 def at_least_one(_record: object, field: Any, value: Any) -> None:
-    """An int of at least 1."""
+    """Require an int of at least 1."""
     check_integer(field.name, value)
 
 
 def positive(_record: object, field: Any, value: Any) -> None:
-    """A number above 0, and finite."""
+    """Require a finite number above 0."""
     check_positive(field.name, value)
 
 
 def fraction(_record: object, field: Any, value: Any) -> None:
-    """A number in [0, 1)."""
+    """Require a number in [0, 1)."""
     check_fraction(field.name, value)

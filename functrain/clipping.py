@@ -1,4 +1,4 @@
-"""Clipping: of gradients by their global norm, by value, and by the norm of the weights."""
+"""Clipping of gradients: by their global norm, by value, and by the norms of the weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def clip_by_global_norm(
 ) -> tuple[Tensors, Tensor]:
     """Scale all gradients so that their global norm is at most `max_norm`: `(grads, norm)`.
 
-    The factor is `torch.nn.utils.clip_grads_with_norm_`'s, min(1, max_norm / (norm + 1e-6)), with
-    the norm accumulated in float64 (Pascanu et al., 1211.5063). `norm` spares the computation
-    where it is known; `donate=True` scales the gradients in place. A norm that is not finite
-    spreads to every gradient: test it before.
+    The factor is that of `torch.nn.utils.clip_grads_with_norm_`, min(1, max_norm / (norm + 1e-6)),
+    with the norm accumulated in float64 (Pascanu et al., 1211.5063). A non-finite norm spreads to
+    every gradient: test it before.
+
+    `norm`: the global norm, if it is known already. `donate=True` scales the gradients in place.
     """
     check_positive("max_norm", max_norm)
     check_tensors("grads", grads)
@@ -48,16 +49,16 @@ def clip_by_global_norm(
 
 
 def _narrowed(factor: Tensor, leaves: list[Tensor]) -> Tensor:
-    """The factor in the leaves' dtype, where the kernel rounds it to that one itself.
+    """The factor in float32 if all leaves are, to which the kernel would round it anyway.
 
-    In its own it would be converted anew for each of them.
+    In float64 it would be converted again for each leaf.
     """
     plain = all(leaf.dtype == torch.float32 for leaf in leaves)
     return factor.float() if plain else factor
 
 
 def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:
-    """Each element clamped to [−limit, limit]."""
+    """Clamp each element to [−limit, limit]."""
     check_positive("limit", limit)
     check_tensors("grads", grads)
     check_dense("grads", grads)
@@ -74,9 +75,9 @@ def adaptive_clip(
     factor: float = 0.01,
     eps: float = 1e-3,
 ) -> Tensors:
-    """Each unit's gradient norm held to `factor` times the norm of its weights, at least `eps`.
+    """Limit each unit's gradient norm to `factor` times its weight norm (taken as at least `eps`).
 
-    A unit is a row of a matrix (an output), a whole vector or scalar otherwise; adaptive gradient
+    A unit is a row of a matrix (an output), or a whole vector or scalar. This is adaptive gradient
     clipping (Brock et al., 2102.06171).
     """
     check_positive("factor", factor)
@@ -98,14 +99,14 @@ def adaptive_clip(
     for (name, grad), norm, limit in zip(grads.items(), norms, limits, strict=True):
         most = factor * limit.clamp(min=eps)
         scale = torch.where(norm > most, most / norm, 1.0)
-        # The factor alone is narrowed: a gradient of each element in float64 would be twice as big.
+        # The factor is narrowed, since it would widen the whole gradient to float64.
         scale = scale.to(torch.promote_types(grad.dtype, torch.float32))
         clipped[name] = (grad * scale).to(grad.dtype)
     return Tensors(clipped)
 
 
 def _unit_norms(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each unit, float64, to broadcast over it; squares would overflow in float32."""
+    """Each unit's norm, to broadcast over it; float64, since float32 squares would overflow."""
     return [
         norms.view(-1, *[1] * (leaf.ndim - 1)) if leaf.ndim > 1 else torch.linalg.vector_norm(norms)
         for leaf, norms in zip(leaves, row_norms(leaves), strict=True)

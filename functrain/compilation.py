@@ -1,16 +1,16 @@
-"""The body of an architecture, compiled for the length of a step.
+"""The body of an architecture, compiled for the duration of a step.
 
 Within `compiled` its units are called through `torch.compile`; outside of a step the architecture
-stays as it is, so that evaluation, generation and whatever looks for a head see no compiled module.
+stays as it is, so evaluation, generation and whatever looks for a head see no compiled module.
 
-Shapes are static: a new shape of the inputs is compiled anew, and logged (logger `functrain`, level
-INFO). Shapes that became dynamic after the second would have other bits, and a run that is resumed
-begins with another first one. Dropout stays a function of the step's key; it drops what it drops
-uncompiled, unless the compiler lays out tensors in another order.
+Shapes are static: each new shape of the inputs is compiled, and logged (logger `functrain`, level
+INFO). With shapes that become dynamic after the second one the bits would depend on which came
+first, and a resumed run begins with another. Dropout stays a function of the step's key; it drops
+the same elements as uncompiled, unless the compiler lays out tensors in another order.
 
-The first step of a shape takes many seconds. What was compiled is kept in the directory that the
-environment's TORCHINDUCTOR_CACHE_DIR names (by default one below the system's temporary directory,
-which a restart may empty): from there a second process is warm in a fraction of the time.
+The first step of a shape takes many seconds. Compiled code is cached in the directory that the
+environment variable TORCHINDUCTOR_CACHE_DIR names (by default one below the system's temporary
+directory, which a restart may empty); with it a second process warms up in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from functrain.errors import ArchitectureError, ConfigError, FunctrainWarning
 
 LIMIT = 16
-"""Shapes that a unit is compiled for; with more, compiling takes longer than it saves."""
+"""The most shapes that a unit is compiled for: with more, compiling takes longer than it saves."""
 
 BACKEND = "inductor"
-# Of each shape: with gradients and without, in train and eval mode, and whether the gradients of
-# large tables are summed where they are made.
+# Variants of each shape: with and without gradients, in train and eval mode, and with and without
+# the direct sums of `functrain.accumulators`.
 _VARIANTS = 8
 _SETTINGS: dict[str, Any] = {
-    # By default dynamo goes on uncompiled where it has compiled too often, and says so in a log.
+    # By default dynamo goes on uncompiled after too many compilations, and only logs it.
     "fail_on_recompile_limit_hit": True,
     "suppress_errors": False,
     "accumulated_recompile_limit": 1 << 20,  # counted over all models of a process
 }
 _OPTIONS: dict[str, Any] = {
-    # Torch's own generators: otherwise dropout would drop other elements than uncompiled.
+    # Torch's own generators, or dropout would drop other elements than uncompiled.
     "fallback_random": True,
-    # What several kernels read and is more than so many operations is made once. By default the
-    # sines of rotary positions are computed anew in every layer: 5 % of a small model's step.
+    # A value that several kernels read is stored if it takes more than this many operations. By
+    # default every layer recomputes the sines of rotary positions: 5 % of a small model's step.
     "realize_cpu_opcount_threshold": 8,
 }
 _log = logging.getLogger("functrain")
@@ -59,9 +59,9 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @attrs.frozen(eq=False)
 class _Unit:
-    """What is known of a unit: its compiled call, and for what it was compiled.
+    """A unit: its name, its compiled call, and what it was compiled for.
 
-    `seen`: the shapes of its inputs, with whether gradients were kept and the mode.
+    `seen`: the shapes of its inputs, whether gradients were enabled, and whether in train mode.
     """
 
     name: str
@@ -71,7 +71,7 @@ class _Unit:
 
 @attrs.frozen(eq=False)
 class _Call:
-    """A unit's call in the place of the module's own."""
+    """The call of a unit that replaces its module's own."""
 
     unit: _Unit
     module: nn.Module
@@ -87,7 +87,7 @@ class _Call:
         if key not in unit.seen:
             _announce(unit, *key)
         graphs = _graphs()
-        # Looked at in the first call of a kind alone.
+        # Buffers are compared in the first call of each kind only.
         looked = key not in unit.seen and key[1] and self.module.training
         begun = _buffers(self.module) if looked else {}
         try:
@@ -107,9 +107,9 @@ class _Call:
 
 
 def _buffers(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """What changes where a buffer is assigned anew, and where it is written to in place.
+    """The identity and the version of each buffer: assignment changes one, a write the other.
 
-    Without the statistics of norms, which are not read after they are written.
+    The statistics of norms are left out, as they are not read after they are written.
     """
     return {
         f"{prefix}.{key}" if prefix else key: (id(buffer), buffer._version)
@@ -123,7 +123,7 @@ def _buffers(module: nn.Module) -> dict[str, tuple[int, int]]:
 def _tell_of_written(
     unit: _Unit, begun: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Warn of buffers written in place: torch takes the gradient with what was there before."""
+    """Warn of buffers written in place: torch would compute gradients with their old values."""
     names = [
         n
         for n, (same, version) in begun.items()
@@ -139,19 +139,19 @@ def _tell_of_written(
         )
 
 
-# Of each unit, as long as it lives: values must not refer to their module.
+# One entry per unit, as long as its module lives, so values must not refer to the module.
 _units: weakref.WeakKeyDictionary[nn.Module, _Unit] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def compiled(architecture: nn.Module, projection: nn.Module | None) -> Generator[None]:
-    """Within it, the units of an architecture are compiled where they are called.
+    """A context in which the units of an architecture are compiled when they are called.
 
-    `projection`: the head's, which stays outside, so that logits can be made of a few rows at a
-    time; None: the architecture is one unit. Enter it inside `functrain.bound`.
+    Enter it inside `functrain.bound`. `projection`: the head's, which stays uncompiled, so that
+    logits can be computed a few rows at a time; with None the architecture is one unit.
 
-    Raises `ConfigError` where no C++ compiler is found, and, when a unit is called, for more than
-    `LIMIT` shapes; `ArchitectureError` for what cannot be compiled, with torch's reason.
+    Raises `ConfigError` if no C++ compiler is found and, when a unit is called, for more than
+    `LIMIT` shapes; `ArchitectureError`, with torch's reason, for what cannot be compiled.
     """
     found = units(architecture, projection)
     try:
@@ -170,7 +170,7 @@ def compiled(architecture: nn.Module, projection: nn.Module | None) -> Generator
 
 @contextmanager
 def paused(architecture: nn.Module) -> Generator[None]:
-    """Within it, what `compiled` has set is not used."""
+    """A context in which the units of `compiled` run uncompiled."""
     own = [vars(module) for module in architecture.modules()]
     calls = [(each, each.get("_compiled_call_impl")) for each in own]
     calls = [(each, call) for each, call in calls if isinstance(call, _Call)]
@@ -185,7 +185,7 @@ def paused(architecture: nn.Module) -> Generator[None]:
 
 @contextmanager
 def cache_directory(path: str | None) -> Generator[None]:
-    """Within it, what is compiled is kept at `path`, and found there; None: as it was.
+    """A context in which compiled code is cached at `path`; None leaves the directory as it was.
 
     Raises `ConfigError` for a path with a space.
     """
@@ -209,12 +209,12 @@ def cache_directory(path: str | None) -> Generator[None]:
 
 
 def units(architecture: nn.Module, projection: nn.Module | None) -> dict[str, nn.Module]:
-    """What is compiled, by name: the largest modules that have parameters and no `projection`.
+    """The units to compile, by name: the largest modules with parameters and without `projection`.
 
-    Containers that are not called (`nn.ModuleList`, `nn.ModuleDict`) are looked into; a module of
-    torch's own that is alone, an embedding or a norm, would gain nothing.
+    Containers that are never called (`nn.ModuleList`, `nn.ModuleDict`) are searched. A single
+    module of torch's own, such as an embedding or a norm, is left out, since it would gain nothing.
 
-    Raises `ArchitectureError` where nothing is left.
+    Raises `ArchitectureError` if nothing is left.
     """
     if projection is None:
         return {type(architecture).__name__: architecture}
@@ -280,7 +280,7 @@ def _check_compiler(module: nn.Module) -> None:
 
 
 def _compile() -> Callable[..., Any]:
-    """A call whose compiled code is its own: dynamo keeps it, and counts, by code object."""
+    """A compiled call with a code object of its own, by which dynamo caches and counts."""
     own = types.FunctionType(_run.__code__.replace(), _run.__globals__)
     options: dict[str, Any] = {
         "dynamic": False,
@@ -298,7 +298,7 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _announce(unit: _Unit, shapes: Shapes, graded: bool, training: bool) -> None:
-    """Log a new shape; `ConfigError` where there are too many."""
+    """Log a new shape; raise `ConfigError` if there are too many."""
     before = dict.fromkeys(each for each, *_ in unit.seen)
     if shapes not in before and len(before) >= LIMIT:
         raise ConfigError(
@@ -341,7 +341,7 @@ def _reasons() -> str:
 
 
 def _said(unit: _Unit, error: Exception) -> ArchitectureError | ConfigError:
-    """Of an error of torch's, what the user can mend."""
+    """Torch's error as one that tells the user what to do."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     if isinstance(error, FailOnRecompileLimitHit):
@@ -350,7 +350,7 @@ def _said(unit: _Unit, error: Exception) -> ArchitectureError | ConfigError:
             "its inputs (TORCH_LOGS=recompiles names them); leave compile out for this model"
         )
     reason = str(error).strip()
-    if len(reason) > 2000:  # of a failed C++ compiler: a long command, and then what it said
+    if len(reason) > 2000:  # a failed C++ compiler: a long command, then its message
         reason = f"{reason[:500]} … {reason[-1500:]}"
     return ArchitectureError(
         f"compile: {unit.name} cannot be compiled; leave compile out for this model: {reason}"

@@ -1,9 +1,9 @@
-"""A module made without its memory, and each of its tensors when it is asked for, to the bit.
+"""A module constructed without its memory; each tensor is made on request, to the bit.
 
-Constructors take memory with `torch.empty` and fill it in place. Within `recording` such a tensor
-is on the meta device, and what is done to it is written down, with the state of the random
-generator; `Recording.made` does it once more, for one tensor. So a model that is larger than the
-memory is made in parts (`functrain.distributed.split`), or none of it is (`functrain.planning`).
+Constructors allocate memory with `torch.empty` and fill it in place. Within `recording` such a
+tensor is on the meta device, and the operations on it are recorded, with the state of the random
+generator; `Recording.made` replays them for one tensor. So a model larger than the memory can be
+made in parts (`functrain.distributed.split`), or not at all (`functrain.planning`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _EMPTY = frozenset(
         _aten.new_empty_strided.default,
     }
 )
-# What of an operation cannot be known without the values that it is given.
+# Tags of operations whose results, or their shapes, depend on the values of the arguments.
 _OF_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 @attrs.frozen(eq=False)
 class _Place:
-    """Where a tensor lies in memory that is not there, whatever becomes of the tensor."""
+    """Where a tensor lies in a storage without memory, whatever becomes of the tensor."""
 
     storage: torch.UntypedStorage
     offset: int
@@ -53,19 +53,19 @@ class _Place:
 
     @property
     def key(self) -> int:
-        """The storage by its address, which nobody else has as long as it is kept."""
+        """The storage's address, unique as long as the storage is kept."""
         address: int = self.storage._cdata
         return address
 
     def over(self, memory: torch.UntypedStorage) -> Tensor:
-        """The same place in memory that is there."""
+        """The same place in real memory."""
         bare = torch.empty(0, dtype=self.dtype, device=memory.device)
         return bare.set_(memory, self.offset, self.size, self.stride)
 
 
 @attrs.frozen(eq=False)
 class _Done:
-    """One operation on tensors and places; `drawn`: the state of a generator before it."""
+    """One recorded operation on tensors and places; `drawn`: the generator's state before it."""
 
     function: Any
     arguments: Sequence[Any]
@@ -76,7 +76,7 @@ class _Done:
 
 @attrs.frozen(eq=False)
 class Recording:
-    """What constructors have done to memory that they were not given; see `recording`."""
+    """The operations of constructors on tensors without memory; see `recording`."""
 
     draws: bool = True
     _done: list[_Done] = attrs.field(factory=list, init=False)
@@ -87,9 +87,10 @@ class Recording:
         return tensor.device.type == "meta" and _Place.of(tensor).key in self._writers
 
     def made(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor, in memory of their own; a real one is itself.
+        """The values of a tensor, in memory of their own; a real tensor is returned as it is.
 
-        What was never filled has no defined values, as ever. What is needed on the way is let go.
+        What was never filled has undefined values, as with `torch.empty`. Intermediate tensors are
+        freed.
         """
         if not self.defers(tensor):
             return tensor.detach()
@@ -101,7 +102,7 @@ class Recording:
         return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
 
     def called(self, function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Write an operation down where it makes or takes memory that is not there, else do it."""
+        """Record an operation that makes or takes tensors without memory; run any other."""
         given = [t for t in tree_leaves((arguments, options)) if isinstance(t, Tensor)]
         if not any(map(self.defers, given)) and not _takes_memory(function, given, options):
             return function(*arguments, **options)
@@ -121,18 +122,18 @@ class Recording:
         options: Mapping[str, Any],
         given: Sequence[Tensor],
     ) -> bool:
-        """Whether an operation can be done later, and what it returns be known without values."""
+        """Whether an operation can run later, with the form of its result known without values."""
         written = _written(function, arguments, options)
         if any(tag in function.tags for tag in _OF_VALUES) or not _returns_tensors(function):
             return False
         if not all(map(self.defers, written)):
-            return False  # it writes into what is real, and may be read at once
-        # A draw that depends on values could take more or less of the generator.
+            return False  # it writes into a real tensor, which may be read at once
+        # How much a draw takes from the generator could depend on values.
         fills = len(given) == len(written) == 1
         return fills or torch.Tag.nondeterministic_seeded not in function.tags
 
     def _done_now(self, function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Do an operation on what it asks for; what it writes is written down."""
+        """Run an operation now, on tensors made for it, and record what it writes."""
         written = [t for t in _written(function, arguments, options) if self.defers(t)]
         made: dict[int, Tensor] = {}
 
@@ -147,7 +148,7 @@ class Recording:
         return tree_map_only(Tensor, lambda tensor: back.get(id(tensor), tensor), found)
 
     def taken(self, tensor: Tensor) -> Tensor:
-        """A real tensor as one that is not there, with its values."""
+        """A tensor without memory that has the values of a real one."""
         found: Tensor = self._noted(_aten.clone.default, (tensor,), {})
         return found
 
@@ -171,11 +172,11 @@ class Recording:
         return found
 
     def _kept(self, tensor: Tensor) -> Tensor | _Place:
-        """What of an argument is written down; real values may change before they are needed."""
+        """A tensor as recorded: a real one is cloned, since it may change before the replay."""
         return _Place.of(tensor) if self.defers(tensor) else tensor.clone()
 
     def _behind(self, key: int) -> set[int]:
-        """Which operations the values in a storage are of, directly or not."""
+        """The operations that the values in a storage depend on, directly or not."""
         found: set[int] = set()
         seen, waiting = {key}, [key]
         while waiting:
@@ -216,7 +217,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _AsReal(TorchFunctionMode):
-    """What has no memory says that it is on the CPU: torch's own initialisers skip meta tensors."""
+    """Tensors without memory claim to be on the CPU: torch's own initialisers skip meta tensors."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -229,7 +230,7 @@ class _AsReal(TorchFunctionMode):
         if func == _DEVICE and self._recording.defers(args[0]):
             return torch.device("cpu")
         if func == _SET_DATA and self._recording.defers(args[0]) != self._recording.defers(args[1]):
-            # The one has memory and the other has none, which torch does not take.
+            # One has memory and the other has none, which torch refuses.
             change = self._recording.taken if self._recording.defers(args[0]) else None
             args = (args[0], change(args[1]) if change else self._recording.made(args[1]))
         if func == torch.Tensor.numpy and self._recording.defers(args[0]):
@@ -238,7 +239,7 @@ class _AsReal(TorchFunctionMode):
                 "lost; use torch's operations"
             )
         if func == torch.Tensor.__setitem__ and self._is_number_into_nothing(*args):
-            # torch would make a tensor of it beside the first, where there is no memory.
+            # Torch would turn the number into a tensor on the first one's device, meta.
             args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))
         return func(*args, **(kwargs or {}))
 
@@ -252,9 +253,9 @@ _SET_DATA = _getters.data.__set__
 
 
 def built(make: Callable[[], nn.Module], *, draws: bool = True) -> tuple[nn.Module, Recording]:
-    """A module made without its memory, and the recording of it.
+    """Call `make` without allocating the module's memory: the module, and its recording.
 
-    Raises `ArchitectureError` where what its constructor does cannot be done later.
+    Raises `ArchitectureError` if the constructor does something that cannot be done later.
     """
     with recording(draws=draws) as found:
         try:
@@ -268,11 +269,11 @@ def built(make: Callable[[], nn.Module], *, draws: bool = True) -> tuple[nn.Modu
 
 @contextmanager
 def recording(*, draws: bool = True) -> Generator[Recording]:
-    """Within it, `torch.empty` takes no memory on the CPU; what becomes of it is written down.
+    """A context in which `torch.empty` allocates no CPU memory, and operations on it are recorded.
 
-    Random generators move as if everything were done at once. A value that is asked for (`.item()`)
-    is made then. Without `draws` what is filled at random later has no defined values, and moves no
-    generator: for a structure whose weights come from elsewhere, or from nowhere.
+    Random generators advance as if everything ran at once. A value that is read (`.item()`) is
+    computed then. Without `draws`, tensors filled at random have undefined values and advance no
+    generator, for a structure whose weights come from elsewhere or are never needed.
     """
     found = Recording(draws)
     with _AsReal(found), _Mode(found):
@@ -295,7 +296,7 @@ def _returns_tensors(function: Any) -> bool:
 
 
 def _written(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> list[Tensor]:
-    """What an operation writes into."""
+    """The tensors that an operation writes into."""
     found: list[Tensor] = []
     for index, each in enumerate(function._schema.arguments):
         if each.alias_info is None or not each.alias_info.is_write:
@@ -306,7 +307,7 @@ def _written(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]
 
 
 def _draw(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Have the generator go on as if an operation had drawn from it."""
+    """Advance the generator as if the operation had drawn from it."""
     scratch, more = tree_map_only(
         Tensor,
         lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype),
@@ -316,7 +317,7 @@ def _draw(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -
 
 
 def _as_laid(tensor: Tensor, place: _Place) -> Tensor:
-    """A tensor in memory that is laid out as the place asks."""
+    """A tensor laid out in memory as `place` asks."""
     if tensor.stride() == place.stride and not place.offset:
         return tensor
     size = place.storage.nbytes() // place.dtype.itemsize

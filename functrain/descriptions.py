@@ -1,4 +1,4 @@
-"""What an architecture says of itself: what it computes, and how many token ids it knows."""
+"""What an architecture tells about itself: what it computes, and how many token ids it knows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from functrain.architecture import held_by
 
 
 def vocabulary_of(architecture: nn.Module) -> int | None:
-    """How many token ids the architecture's input embedding knows, where that can be told.
+    """The number of token ids of the architecture's input embedding, or None if it is unknown.
 
-    It is the one that `get_input_embeddings` names; or the only one, those of positions apart; or
-    the one that is as large as the output projection.
+    The input embedding is the one that `get_input_embeddings` returns; else the only one besides
+    those of positions; else the one that is as large as the output projection.
     """
     embedding = getattr(architecture, "get_input_embeddings", None)
     if callable(embedding):
@@ -35,10 +35,11 @@ def vocabulary_of(architecture: nn.Module) -> int | None:
 
 
 def description(architecture: nn.Module) -> str:
-    """What an architecture computes, beside its values: its class, and its config if it has one.
+    """What an architecture computes, apart from its values: JSON of its class and its config.
 
-    A config is attrs', or transformers', without what says how and by whom it was made. Without
-    one: the classes and the `repr` of the modules; a number that they do not show is not seen.
+    The config is an attrs record or a transformers config, without the fields that say how the
+    model was made and is run. Without one, the classes and the `repr` of the modules stand in; a
+    number that these do not show is missed.
     """
     config = _config(getattr(architecture, "config", None))
     if config is None:
@@ -63,7 +64,7 @@ def _config(config: Any) -> dict[str, Any] | None:
     return _lasting(found) if isinstance(found, dict) else None
 
 
-# Of how a model is made and run, which changes its logits by no more than rounding.
+# Fields on how a model is made and run, which change its logits by no more than rounding.
 _PASSING = frozenset(
     {
         *("transformers_version", "_name_or_path", "name_or_path", "architectures"),

@@ -1,7 +1,7 @@
-"""Every error a user can meet, one family.
+"""Every error that a user can meet, in one family.
 
 Each message says what was wrong, where, what was expected, and what to do about it.
-All of them derive from `FunctrainError`; those about a value are also `ValueError`s.
+All errors derive from `FunctrainError`; those about a value are also `ValueError`s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ConfigError(FunctrainError, ValueError):
 
 
 class BatchError(FunctrainError, ValueError):
-    """A batch that a step cannot train on: named before any compute."""
+    """A batch that a step cannot train on, raised before any compute."""
 
 
 class DataError(FunctrainError, ValueError):
@@ -43,7 +43,7 @@ class AliasError(StateError):
 
 
 class DivergedError(FunctrainError):
-    """Training that skips one step after another: nothing more would come of it."""
+    """Training that skips one step after another, so that going on is useless."""
 
 
 class CheckpointError(FunctrainError, ValueError):
@@ -51,11 +51,11 @@ class CheckpointError(FunctrainError, ValueError):
 
 
 class WorkerError(FunctrainError):
-    """Workers of one run that disagree, or one of which refuses or does not answer."""
+    """Workers of one run that disagree, or a worker that refuses or does not answer."""
 
 
 class RelayedError(WorkerError):
-    """What another worker has refused, and has said there."""
+    """An error of another worker, which has raised it there."""
 
 
 class FunctrainWarning(UserWarning):
@@ -63,7 +63,7 @@ class FunctrainWarning(UserWarning):
 
 
 class NumericsWarning(FunctrainWarning):
-    """A run goes on where its bits will not be those of the run left alone."""
+    """A run goes on, but its bits will not be those of an uninterrupted run."""
 
 
 class WeightsWarning(FunctrainWarning):
@@ -75,9 +75,9 @@ class SaveWarning(FunctrainWarning):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known ones, or all of them.
+    """The end of an error message about an unknown name: the nearest known names, or all of them.
 
-    Those that begin with it come before those that look like it; upper case counts as lower.
+    Names that begin with it come before names that look like it; case is ignored.
     """
     names, folded = sorted(known), name.casefold()
     near = [each for each in names if each.casefold() == folded]

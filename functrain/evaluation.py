@@ -1,4 +1,4 @@
-"""Evaluation: an objective over batches, which changes nothing and depends on no batch size."""
+"""Evaluation of an objective over batches: it changes nothing and depends on no batch size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NONE = "batches: none, so there is nothing to evaluate"
 
 
 def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of an evaluation, each checked; `BatchError` names what is wrong in which."""
+    """The batches of an evaluation, each checked; `BatchError` says which is wrong, and how."""
     if isinstance(batches, Mapping):
         raise BatchError("evaluation: one batch; expected a sequence of batches: [batch]")
     if not isinstance(batches, Iterable):
@@ -40,15 +40,19 @@ def checked_batches(step: Step, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics:
-    """The step's objective over `batches`, in eval mode and without gradients.
+    """Evaluate the step's objective over `batches`, in eval mode and without gradients.
 
-    `eval_loss`, `eval_perplexity` and the stage's other metrics but `padding`, each divided once by
-    the weight of all batches, so that neither batch size nor order matters (but to a model that
-    draws in eval mode). Changes nothing: no state is returned, and the global random generators are
-    as before. The workers of the step's world are each given all batches and share them out, unless
-    the loss couples them; the result is that of one worker alone, to the bit. Where the state is in
-    shards all must call this, at the same point, and `WorkerError` says who does not.
-    Raises `BatchError` where there is nothing to evaluate.
+    The result has `eval_loss`, `eval_perplexity` and the stage's other metrics except `padding`.
+    Each is divided once, by the weight of all batches, so neither batch size nor order matters
+    (except to a model that draws in eval mode). Nothing is changed: no state is returned, and the
+    global random generators are as before.
+
+    Each worker of the step's world is given all batches, and they share the work unless the loss
+    couples the examples of a batch; the result is that of one worker alone, to the bit. If the
+    state is sharded, all workers must call this at the same point; `WorkerError` names one that
+    does not.
+
+    Raises `BatchError` if there is nothing to evaluate.
     """
     if not isinstance(step, Step):
         raise ConfigError(
@@ -57,12 +61,12 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     step.check(state)
     gradient = step.value_and_grad
     if step.world is not None and gradient.shards is not None:
-        # The params of blocks are gathered before anything is told: who is elsewhere is seen here.
+        # A worker that is elsewhere is found here, before the first block's params are gathered.
         step.world.numbers([], "an evaluation")
     device = device_of(state.params)
     measured: list[Metrics] = []
     weight = torch.zeros((), dtype=torch.int64, device="cpu")
-    # Not by map_leaves: the state goes on holding its memory alone.
+    # Not map_leaves, after which the state would no longer own its memory.
     values = gradient.values({name: rows_here(tensor) for name, tensor in state.params.items()})
     buffers = gradient.buffer_values(state.buffers)
     seed = keys.derive(state.key, "evaluate")
@@ -86,7 +90,7 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
         couplings: Iterable[Any] = itertools.repeat(None)
         index = -1
         if objective.batch_coupled:
-            # Of all batches together: the result must not depend on how they were cut.
+            # Over all batches together: the result must not depend on how they were cut.
             checked = [to_device(batch, device) for batch in checked]
             if not checked:
                 raise BatchError(_NONE)
@@ -97,13 +101,14 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
                 continue
             measured.append(measure(batch, coupling))
         if gradient.shards is not None and index >= 0 and world.rank > index % world.size:
-            # For the others' sake, who gather the params of blocks from here in their last turn.
+            # A worker without a batch in the last round computes along, since the others gather
+            # the params of blocks from it.
             measure(batch, coupling)
     every = gathered_metrics(world, measured)
     if not every:
         raise BatchError(_NONE)
     step.objective.check_weight(weight)
-    # In the order of the batches, whoever has scored which.
+    # Merged in the order of the batches, whichever worker measured them.
     whole = functools.reduce(Metrics.merge, every)
-    # How much is padding depends on how the batches were cut.
+    # `padding` depends on how the batches were cut.
     return Metrics({n: whole.metric(n) for n in whole if n != "padding"}).prefixed("eval_")

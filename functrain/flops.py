@@ -1,4 +1,4 @@
-"""The floating-point operations of a step, of which throughput and utilisation are made."""
+"""The floating-point operations of a step, the basis of throughput and utilisation."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from functrain.steps import Step
 def flops_of(step: Step, state: TrainState, batch: Batches, *, recomputed: bool = True) -> int:
     """How many floating-point operations one step on this batch takes, counted by PyTorch.
 
-    Forward and backward: matrix products, attention and convolutions, a multiplication and an
-    addition being two; a reference's forward too. What checkpointing computes again counts where it
-    is `recomputed`; what a head by chunks makes twice counts twice. A compiled step is counted
-    uncompiled. The gradient is computed once for it, and nothing is changed. Over the seconds of a
-    step and the machine's peak it is the utilisation of the hardware (HFU), or, without what is
-    recomputed, of the model (MFU; PaLM, 2204.02311, appendix B).
+    It counts forward and backward, and a reference's forward: matrix products, attention and
+    convolutions, with a multiplication and an addition as two operations. With `recomputed`, what
+    checkpointing recomputes counts too; what a chunked head computes twice counts twice. A compiled
+    step is counted uncompiled. The gradient is computed once for this, and nothing is changed.
 
-    Raises what the step would raise for this state and batch, and `ConfigError` for a step that is
-    sharded over several workers, of which none sees the whole.
+    Divided by a step's seconds and the machine's peak, the result is the hardware's utilisation
+    (HFU), or, without `recomputed`, the model's (MFU; PaLM, 2204.02311, appendix B).
+
+    Raises what the step would raise for this state and batch, and `ConfigError` for a step sharded
+    over several workers, since none of them sees the whole.
     """
     if step.sharded and step.world is not None and step.world.size > 1:
         raise ConfigError(
@@ -44,7 +45,7 @@ def flops_of(step: Step, state: TrainState, batch: Batches, *, recomputed: bool 
     step.check(state)
     values, places = step.value_and_grad.values(state.params), step.value_and_grad.places
     with bound(step.architecture, values, state.buffers, places=places) as model:
-        find_head(model)  # which calls the model the first time, and so does the next
+        find_head(model)  # both call the model on first use, which must not be counted
         check_causal(model)
     with counter(recomputed=recomputed) as counted:
         step.gradient(
@@ -59,11 +60,11 @@ def flops_of(step: Step, state: TrainState, batch: Batches, *, recomputed: bool 
 
 
 def counter(*, recomputed: bool = True) -> Any:
-    """PyTorch's counter, a context, with what it does not know of."""
+    """PyTorch's counter as a context, with formulas for the operations that it lacks."""
     from torch.utils.flop_counter import FlopCounterMode  # takes a while to import
 
     class Counter(FlopCounterMode):
-        """Which leaves out trials, and may leave out what checkpointing runs again."""
+        """A counter that leaves out trials and, unless `recomputed`, recomputed activations."""
 
         def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
             if under_trial() or (not recomputed and activations.recomputing()):
@@ -74,7 +75,7 @@ def counter(*, recomputed: bool = True) -> Any:
 
 
 def _unknown() -> dict[Any, Any]:
-    """The operations that PyTorch's counter does not know, or of which it knows too much."""
+    """Formulas for operations that PyTorch's counter does not know, or overcounts."""
     aten = torch.ops.aten
     like = {
         aten.addmm_: aten.addmm,
@@ -98,8 +99,8 @@ def _formula(known: Any) -> Any:
 
 
 def _grouped(one: Sequence[int], other: Sequence[int], *_more: Any, **_options: Any) -> int:
-    """Products of groups, as a mixture's experts are: each row is multiplied with its own alone."""
-    # Where the groups are columns of the other, each of `one`'s meets its part of them.
+    """Grouped products, as of a mixture's experts: each row meets its own group's matrix only."""
+    # If the groups split `other`'s columns instead, each of `one`'s matrices meets its part.
     groups = one[0] if len(one) > len(other) else 1
     return 2 * math.prod(one) * other[-1] // groups
 
@@ -107,10 +108,10 @@ def _grouped(one: Sequence[int], other: Sequence[int], *_more: Any, **_options: 
 def _convolution_backward(
     grad: Tensor, inputs: Tensor, weight: Tensor, *options: Any, out_val: Any
 ) -> int:
-    """Each gradient takes what the forward pass takes.
+    """Each gradient takes as many operations as the forward pass.
 
-    PyTorch counts a weight's as if every channel were convolved with every other: of a convolution
-    by channels, as Mamba has it, as many times too much as there are channels.
+    PyTorch counts a weight's gradient as if every channel were convolved with every other: for a
+    depthwise convolution (Mamba's), too many by a factor of the number of channels.
     """
     from torch.utils.flop_counter import conv_flop_count
 

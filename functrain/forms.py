@@ -1,4 +1,4 @@
-"""The form of a step's states: how the first one is made, and whether a state is of it."""
+"""The form of a step's states: how the first one is made, and whether a state fits."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 class Form:
     """What a step asks of a state.
 
-    `averaged`: whether it keeps a moving average. `carrying`: its objective, where that has tensors
-    of its own in the state. `donated`: whether the step overwrites its states, and `kept` what it
-    reads beside them.
+    `averaged`: whether it keeps a moving average. `carrying`: its objective, if that keeps tensors
+    in the state. `donated`: whether the step overwrites its states. `kept`: the tensors that the
+    objective reads besides the state.
     """
 
     places: Slots
@@ -64,7 +64,7 @@ class Form:
     ) -> TrainState:
         """The state before the first step; see `Step.init`."""
         self._check_values(params, buffers)
-        with torch.inference_mode(False):  # what is made in it cannot be trained
+        with torch.inference_mode(False):  # inference tensors cannot be trained
             if self.sharding is None:
                 return self._initial(params, buffers, seed)
             rows = self.sharding.local(params)
@@ -101,8 +101,8 @@ class Form:
                 f"reference_mixup: {objective.reference_mixup!r}, and the objective has no "
                 "reference that it could move; give it one, or leave reference_mixup None"
             )
-        # Its own memory, which no step of another run and no donation writes into; and the params'
-        # dtype, since in a narrower one what it moves by could be rounded away.
+        # A copy, so that no step of another run and no donation writes into it; in the params'
+        # dtype, since a narrower one could round its small moves away.
         reference = objective.reference
         if self.sharding is not None:
             reference = self.sharding.local(reference)
@@ -114,7 +114,7 @@ class Form:
         )
 
     def _begun(self, params: Tensors) -> OptimizerState:
-        """The optimizer's state, whose memory is its own where nothing else holds it."""
+        """The optimizer's initial state, which owns the slots whose memory nothing else holds."""
         optimizer = self.optimizer
         state = optimizer.init(Tensors({n: params[n] for n in self.places.trainable}))
         known = is_torchs(optimizer)
@@ -135,7 +135,7 @@ class Form:
         return params if isinstance(params, Tensors) and not shared else clone(params)
 
     def _masters(self, params: Tensors) -> Tensors:
-        """Where the params are cast for the compute, the state keeps them in float32 at least."""
+        """Widen trainable params to float32 at least, if the precision casts for the compute."""
         narrow = {
             name
             for name in self.places.trainable
@@ -165,7 +165,7 @@ class Form:
             )
 
     def check_trained(self, params: Mapping[str, Tensor]) -> None:
-        """Raise `StateError` for params that cannot be trained as they are, as `init` does."""
+        """Raise `StateError`, as `init` does, for params that cannot be trained as they are."""
         if any(param.is_inference() for param in params.values()):
             raise StateError(
                 "params: made under torch.inference_mode(), so they cannot be trained; go on with "
@@ -176,7 +176,7 @@ class Form:
                 self._check_dtype(name, params[name])
 
     def check(self, state: TrainState) -> None:
-        """Raise `StateError` for what is no state, or one of another step."""
+        """Raise `StateError` unless `state` is a state of this form."""
         check_state(state)
         if not self.places.take(state.params):
             check_fit(state.params, self.places.params, "params")
@@ -211,7 +211,7 @@ class Form:
             self._check_carried(self.carrying, state)
         if self.averaged != (state.average is not None):
             raise _apart("average", "a moving average")
-        # Beside a step that keeps none a loop of one's own may have its own in these fields.
+        # If the step keeps no average, a user's loop may keep its own in this field.
         if self.averaged and state.average is not None:
             self._check_like_params("average", state.average)
 
@@ -231,7 +231,7 @@ class Form:
             )
 
     def _check_carried(self, objective: Carrying, state: TrainState) -> None:
-        """Beside an objective that carries nothing a loop of one's own may keep these fields."""
+        """Check the objective's fields; without such an objective, a user's loop may use them."""
         if (objective.reference_mixup is not None) != (state.reference is not None):
             raise _apart("reference", "a moving reference")
         if objective.reference_mixup is not None and state.reference is not None:
@@ -242,7 +242,7 @@ class Form:
 
 
 def _plain(param: Tensor) -> Tensor:
-    """A parameter's values, without a history, and not those of inference mode."""
+    """A parameter's values, detached, and cloned if they were made in inference mode."""
     if param.requires_grad:  # a mapping of a module's own parameters
         param = param.detach()
     return param.clone() if param.is_inference() else param

@@ -1,4 +1,4 @@
-"""What a forward sees of params and buffers, and what it leaves of them."""
+"""What a forward sees of params and buffers, and how it leaves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from functrain.trees import Tensors, in_order
 
 
 def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
-    """What the forward sees: private values, which share the params' memory or are casts."""
+    """What the forward sees: detached params, which share the params' memory, or casts of them."""
     kept = params if precision.cast is None else places.statistical
     return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
 
@@ -27,8 +27,8 @@ def forward_buffers(
 ) -> dict[str, Tensor]:
     """What the forward sees of the buffers: clones, which a module may update in place.
 
-    Where params are cast, so are the buffers that a checkpoint of the module holds; statistics
-    (BatchNorm's) and what the module computes for itself (RoPE's frequencies) stay.
+    If the precision casts params, it casts the buffers that a checkpoint holds too; statistics
+    (BatchNorm's) and what a module computes for itself (RoPE's frequencies) keep their dtype.
     """
     return {
         name: buffer.clone() if name in places.uncast else precision.leaf(buffer).clone()
@@ -38,7 +38,7 @@ def forward_buffers(
 
 @attrs.frozen(eq=False)
 class OwnBuffers:
-    """The buffers that a forward was `given`, and its own `values` of them, as they began."""
+    """The buffers that a forward was `given`, its own `values` of them, and how those began."""
 
     given: Mapping[str, Tensor]
     values: dict[str, Tensor]
@@ -47,20 +47,20 @@ class OwnBuffers:
 
     @classmethod
     def of(cls, given: Mapping[str, Tensor], places: Slots, precision: Precision) -> OwnBuffers:
-        """Of these buffers; see `forward_buffers`."""
+        """The record for these buffers; see `forward_buffers`."""
         values = forward_buffers(given, places, precision)
         begun = {name: _written(value) for name, value in values.items()}
         return cls(given, values, begun, {name: _lies(value) for name, value in values.items()})
 
     def left(self, after: Mapping[str, Tensor]) -> Tensors:
-        """The buffers after the forward, in the dtypes that they were given in.
+        """The buffers after the forward, in the dtypes in which they were given.
 
-        Each in memory of its own, in order. What was cast and not written to is as it was given,
-        unrounded. Where nothing was cast every buffer is taken: BatchNorm's kernel writes without
-        moving the version.
+        Each is in memory of its own, in order. A buffer that was cast and not written to is
+        returned as it was given, unrounded. Without a cast every buffer is taken, since BatchNorm's
+        kernel writes without changing the version.
 
-        Raises `ArchitectureError` for one of another shape, or of another kind of number, which
-        would be cut: a state keeps its form, by which it is loaded again.
+        Raises `ArchitectureError` for a buffer of another shape, or of a kind of number that the
+        old dtype cannot hold: a state keeps its form, so that it can be loaded again.
         """
         left = {}
         for name, buffer in after.items():
@@ -68,7 +68,7 @@ class OwnBuffers:
             self._check(name, buffer)
             cast = buffer.dtype != given.dtype
             traceless = cast and _written(buffer) == self._begun[name]
-            # What was assigned may lie in the memory of a parameter, or of the batch.
+            # An assigned tensor may share memory with a parameter or the batch.
             own = buffer is self.values[name] and _lies(buffer) == self._lay[name]
             taken = buffer.detach().to(given.dtype, copy=not own)
             if traceless:
@@ -93,12 +93,12 @@ class OwnBuffers:
             )
 
     def moved(self, after: Mapping[str, Tensor]) -> list[str]:
-        """The buffers that the forward has written to."""
+        """The names of the buffers that the forward has written to."""
         return [
             name
             for name, buffer in after.items()
             if _written(buffer) != self._begun[name]
-            # BatchNorm's kernel writes without moving the version.
+            # BatchNorm's kernel writes without changing the version.
             or (
                 buffer.device.type == "cpu" and not _same(buffer, self.given[name].to(buffer.dtype))
             )
@@ -106,21 +106,21 @@ class OwnBuffers:
 
 
 def _written(buffer: Tensor) -> tuple[int, int]:
-    """What changes where a buffer is assigned anew or written to in place."""
+    """A pair that changes when a buffer is assigned anew or written to in place."""
     return id(buffer), buffer._version
 
 
 def _lies(buffer: Tensor) -> int:
-    """Where it lies, which `.data` and `set_` change; 0 where that is no one place."""
+    """A buffer's address, which `.data` and `set_` change; 0 if it is not a strided tensor."""
     return buffer.data_ptr() if buffer.layout is torch.strided else 0
 
 
 @attrs.frozen(eq=False)
 class Watched:
-    """The params that a forward is given, as they began, in an architecture's first step.
+    """The params given to a forward in an architecture's first step, as they began.
 
-    What it writes by `.data` or NumPy leaves no version. To compare values waits for an
-    accelerator, so it is not done in every step.
+    Writes by `.data` or NumPy change no version. Comparing values waits for an accelerator, so it
+    is done in the first step only.
     """
 
     leaves: Mapping[str, Tensor]
@@ -132,7 +132,7 @@ class Watched:
     def of(
         cls, architecture: nn.Module, leaves: Mapping[str, Tensor], places: Slots
     ) -> Watched | None:
-        """Of these leaves, which are about to be bound; None after the first step."""
+        """The record for leaves that are about to be bound; None after the first step."""
         if architecture in _watched:
             return None
         _watched.add(architecture)
@@ -140,9 +140,9 @@ class Watched:
         return cls(leaves, places, lying, _samples(leaves))
 
     def check(self) -> None:
-        """Raise `ArchitectureError` where the forward has left other params; within the binding."""
+        """Raise `ArchitectureError` if the forward changed params; call it within the binding."""
         after, modules = _samples(self.leaves), self.places.modules
-        # A recurrent layer lays its weights out anew (flatten_parameters), with their values.
+        # A recurrent layer moves its weights, values unchanged (flatten_parameters).
         laying = {id(m._parameters) for m in modules if isinstance(m, nn.RNNBase)}
         for name, leaf in self.leaves.items():
             at = self.places.params[name]
@@ -158,15 +158,15 @@ _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _samples(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """At most 1,024 numbers of each, evenly spaced."""
+    """At most 1,024 numbers of each leaf, evenly spaced."""
     flat = {name: leaf.detach().flatten() for name, leaf in leaves.items()}
     return {name: each[:: 1 + each.numel() // 1024].clone() for name, each in flat.items()}
 
 
 def _kept_where_same(buffer: Tensor, given: Tensor, taken: Tensor) -> Tensor:
-    """What was given, but for the values that were written by `.data`, which leaves no trace.
+    """The buffer as given, except where values were written by `.data`, which leaves no trace.
 
-    On an accelerator whether there are any is not asked: the host would wait.
+    On an accelerator it is not asked whether there are any, since the host would wait.
     """
     bound = given.to(buffer.dtype)
     if buffer.device.type == "cpu" and _same(buffer, bound):
@@ -175,5 +175,5 @@ def _kept_where_same(buffer: Tensor, given: Tensor, taken: Tensor) -> Tensor:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same values; NaN is as good as any other."""
+    """Whether two tensors have the same values; NaN equals NaN."""
     return one.equal(other) or bool(((one == other) | (one.isnan() & other.isnan())).all())

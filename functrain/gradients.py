@@ -1,4 +1,4 @@
-"""Gradients of an objective: taken inside the binding, over one micro-batch or several."""
+"""Gradients of an objective, taken inside the binding, over one or several micro-batches."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ Batches = Batch | Sequence[Batch]
 class Gradients:
     """The result of a gradient function.
 
-    `grads`: by parameter name, in the params' dtypes; a parameter that the loss does not reach is
-    absent. `buffers`: as the forward left them. `metrics`: of the whole logical batch.
+    `grads`: by parameter name, in the params' dtypes, without parameters that the loss does not
+    reach. `buffers`: as the forward left them. `metrics`: of the whole logical batch.
     """
 
     grads: Tensors
@@ -69,9 +69,9 @@ class _Options(TypedDict):
 class GradientFunction(Protocol):
     """`gradient(params, buffers, batch)`, for one batch or a sequence of micro-batches.
 
-    `key` is the root of the step's randomness; `weight` divides the summed loss (by default the
-    objective's weight of all micro-batches together); `scaler` multiplies it. `objective` takes the
-    place of the function's own: the same with what a state carries for it.
+    `key`: the root of the step's randomness. `weight`: what the summed loss is divided by; by
+    default the objective's weight of all micro-batches together. `scaler`: multiplies the loss.
+    `objective`: used in place of the function's own; the same one with what a state carries for it.
     """
 
     def __call__(
@@ -90,7 +90,7 @@ class GradientFunction(Protocol):
 
 
 class Shards(Protocol):
-    """How an architecture computes with params of which each worker has some rows."""
+    """How an architecture computes with sharded params, of which each worker has some rows."""
 
     def bound(
         self,
@@ -111,8 +111,8 @@ class Shards(Protocol):
 class ValueAndGrad:
     """The gradient function of an objective on an architecture; see `value_and_grad`.
 
-    `shards`: how the params, which are then rows of the whole ones, become whole where they are
-    needed (`functrain.distributed.sharding`).
+    `shards`: how params of which this worker has some rows become whole where they are needed
+    (`functrain.distributed.sharding`).
     """
 
     objective: Objective
@@ -124,13 +124,13 @@ class ValueAndGrad:
     checkpointed: Mapping[str, nn.Module] = attrs.field(factory=dict)
     shards: Shards | None = None
     direct: bool = attrs.field(init=False)
-    # What an objective of one's own reports may be a parameter, or a buffer that moves.
+    # A user's objective may report a parameter as a metric, or a buffer that changes later.
     foreign: bool = attrs.field(init=False)
     order: tuple[str, ...] = attrs.field(init=False)
 
     @order.default
     def _order(self) -> tuple[str, ...]:
-        """What trains, in the order of the module's definition."""
+        """The trainable names, in the order of the module's definition."""
         names = dict(self.architecture.named_parameters())
         return tuple(name for name in names if name in self.places.trainable)
 
@@ -145,7 +145,7 @@ class ValueAndGrad:
     def bound(
         self, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor], mode: Mode
     ) -> AbstractContextManager[nn.Module]:
-        """The architecture with these values, as `functrain.bound`; no gradient is taken inside."""
+        """Bind these values, as `functrain.bound` does; no gradient is taken inside."""
         if self.shards is not None:
             return self.shards.bound(self.architecture, values, buffers, mode)
         return bound(self.architecture, values, buffers, mode, places=self.places)
@@ -153,7 +153,7 @@ class ValueAndGrad:
     def _bound(
         self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor], total: GradientSum
     ) -> AbstractContextManager[nn.Module]:
-        """The architecture with these leaves, whose gradients are summed in `total`."""
+        """Bind these leaves, whose gradients are summed in `total`."""
         mode = self.objective.mode
         if self.shards is None:
             return bound(self.architecture, leaves, buffers, mode, places=self.places)
@@ -178,7 +178,7 @@ class ValueAndGrad:
         scaler: LossScale | None = None,
         objective: Objective | None = None,
     ) -> Gradients:
-        """Bind once, then forward and backward by micro-batch; see `GradientFunction`."""
+        """Bind once, then run forward and backward per micro-batch; see `GradientFunction`."""
         compilation.refuse_tracing("value_and_grad")
         checked = self.checked(batch)
         with _undisturbed(_device(params)):
@@ -207,9 +207,9 @@ class ValueAndGrad:
         scaler: LossScale | None,
         objective: Objective | None = None,
     ) -> Gradients:
-        """The same of micro-batches that `checked` has seen, or that are slices of what it saw.
+        """The gradient for micro-batches that `checked` has seen, or slices of what it saw.
 
-        They are `part` of a logical batch.
+        Together they are `part` of a logical batch.
         """
         check_tensors("buffers", buffers)
         objective = self.objective if objective is None else objective
@@ -233,7 +233,7 @@ class ValueAndGrad:
             _casts_of_its_own(),
             self._compiled(model),
             self._accumulating(total, weight, scaler)
-            if self.direct and not part.tree  # as a tree the bits are those of shards too
+            if self.direct and not part.tree  # a tree must give the bits of a sharded step
             else nullcontext(),
         ):
             couplings = self.couplings(model, ready, objective, key, device, part)
@@ -254,7 +254,7 @@ class ValueAndGrad:
                             with accumulators.adding(scaled):
                                 torch.autograd.backward(scaled, inputs=inputs)
                         except RuntimeError:
-                            # What was saved of the batch may have been written to.
+                            # The cause may be a write into what autograd saved of the batch.
                             refuse_written(batch_versions(ready), begun)
                             raise
                     total.add()
@@ -284,25 +284,25 @@ class ValueAndGrad:
     def _accumulating(
         self, total: GradientSum, weight: Tensor, scaler: LossScale | None
     ) -> AbstractContextManager[None]:
-        """Large tables' gradients are added to their sums where they are made."""
+        """A context in which large tables' gradients go straight into their sums."""
         factor = scale_loss(weight.double().reciprocal(), scaler)
         given = Accumulating(total.trains, total.sum_of, factor)
         return accumulators.accumulating(self.places.modules, given, compiled=self.compile)
 
     def _watched(self, leaves: Mapping[str, Tensor]) -> Watched | None:
-        if self.shards is not None:  # which are bound as others
+        if self.shards is not None:  # the tensors bound are not these leaves
             return None
         return Watched.of(self.architecture, leaves, self.places)
 
     def _beside(self, params: Mapping[str, Tensor], part: Part) -> Beside | None:
-        """Sums over the workers that begin in the last backward pass, which goes from the end."""
+        """Sums over the workers that start in the last backward pass, from the last params on."""
         if part.workers is None:
             return None
         like = {name: params[name] for name in reversed(self.order)}
         return part.workers.beside(like, tree=part.tree)
 
     def _compiled(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The bound model with its body compiled, where that was asked for."""
+        """A context in which the bound model's body is compiled, if `compile` is set."""
         if not self.compile:
             return nullcontext()
         head = find_head(model)
@@ -317,9 +317,9 @@ class ValueAndGrad:
         device: torch.device,
         part: Part | None = None,
     ) -> Sequence[Any]:
-        """What each micro-batch must know of the others, where the objective couples them.
+        """What each micro-batch must know of the others, if the objective couples them.
 
-        With the randomness of the second pass, so that dropout drops the same.
+        This first pass draws the same random numbers as the second, so that dropout is the same.
         """
         if part is None:
             part = Part(first=0, total=len(micro_batches), weight=torch.zeros(()))
@@ -333,7 +333,7 @@ class ValueAndGrad:
                 "objective observe and couple (functrain.objectives.Coupled)"
             )
         observed = []
-        # The buffers that this pass moves (BatchNorm's) are put back before the second.
+        # The buffers that this pass changes (BatchNorm's) are restored before the second.
         with torch.no_grad(), kept_buffers(self.places):
             for index, each in enumerate(micro_batches):
                 with (
@@ -354,7 +354,7 @@ class ValueAndGrad:
         objective: Objective | None = None,
         coupling: Any = None,
     ) -> tuple[Tensor, Metrics]:
-        """The sum and the metrics of a micro-batch; `coupling` is its own of `couplings`."""
+        """The summed loss and the metrics of a micro-batch; `coupling`: its own of `couplings`."""
         objective = self.objective if objective is None else objective
         with indexing():
             if coupling is not None and isinstance(objective, Coupled):
@@ -376,7 +376,7 @@ class ValueAndGrad:
         return forward_buffers(buffers, self.places, self.precision)
 
     def checked(self, batch: Batches) -> list[Batch]:
-        """The micro-batches, each checked; `BatchError` names what is wrong in which."""
+        """The micro-batches, each checked; `BatchError` says which one is wrong, and how."""
         if isinstance(batch, Mapping):
             micro_batches: list[Batch] = [batch]
         elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
@@ -398,7 +398,7 @@ class ValueAndGrad:
         return micro_batches
 
     def weight(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """The weight of all micro-batches together: what their summed losses are divided by."""
+        """The weight of all micro-batches together, by which their summed losses are divided."""
         found = [self.objective.weight(each) for each in micro_batches]
         wrong = next((each for each in found if not isinstance(each, Tensor)), None)
         if wrong is not None:
@@ -436,7 +436,7 @@ def _device(params: Mapping[str, Tensor]) -> torch.device:
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Generator[None]:
-    """Within it the bits are a function of the arguments, whatever contexts the caller is in."""
+    """A context in which the bits do not depend on the contexts that the caller is in."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
     inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
     if torch.is_grad_enabled() and not inference and not autocast:  # as in most loops
@@ -447,7 +447,7 @@ def _undisturbed(device: torch.device) -> Generator[None]:
 
 
 def _check_measured(found: object, objective: Objective) -> None:
-    """Raise `ConfigError` unless an objective of the user's gave what an objective gives."""
+    """Raise `ConfigError` unless a user's objective returned (total, metrics)."""
     match found:
         case (Tensor(), Metrics() as measured):
             measured.check()
@@ -463,7 +463,7 @@ def _check_measured(found: object, objective: Objective) -> None:
 
 
 def _check_weighed(loss: Tensor, weight: Tensor | float, objective: Objective) -> None:
-    """Raise `ConfigError` where a division would make more of a loss than was summed."""
+    """Raise `ConfigError` if dividing by the weight would broadcast the loss to a larger shape."""
     if not isinstance(weight, Tensor) or weight.numel() == 1 or weight.shape == loss.shape:
         return
     raise ConfigError(
@@ -475,9 +475,10 @@ def _check_weighed(loss: Tensor, weight: Tensor | float, objective: Objective) -
 
 @contextmanager
 def _casts_of_its_own() -> Generator[None]:
-    """Within the caller's autocast, torch would keep the leaves' casts until that ends.
+    """Clear the autocast cache at the end.
 
-    And with each of them a leaf and its gradient.
+    Within an autocast of the caller's, torch would keep the leaves' casts until that ends, and with
+    each cast a leaf and its gradient.
     """
     try:
         yield
@@ -486,9 +487,9 @@ def _casts_of_its_own() -> Generator[None]:
 
 
 def refuse_written(after: Mapping[str, int], begun: Mapping[str, int]) -> None:
-    """Raise `ArchitectureError` for a model that has written into its batch, which is another's.
+    """Raise `ArchitectureError` if the model has written into its batch, which is the caller's.
 
-    On an accelerator it was a copy, and is refused alike.
+    On an accelerator the model wrote into a copy, and is refused all the same.
     """
     names = [name for name, version in begun.items() if after[name] != version]
     if names:
@@ -499,7 +500,7 @@ def refuse_written(after: Mapping[str, int], begun: Mapping[str, int]) -> None:
 
 
 def _check_reached(loss: Tensor) -> None:
-    """Raise `ArchitectureError` for a loss that depends on nothing that trains."""
+    """Raise `ArchitectureError` if the loss depends on no trainable parameter."""
     if not loss.requires_grad:
         raise ArchitectureError(
             "architecture: the loss does not depend on any parameter that is trained, so there is "
@@ -508,12 +509,12 @@ def _check_reached(loss: Tensor) -> None:
         )
 
 
-# The adapted architectures that have had a gradient.
+# The adapted architectures that have been through `_tell_of_idle`.
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _tell_of_idle(architecture: nn.Module, reached: Collection[str]) -> None:
-    """Warn, once, of adapters without a gradient: they would stay as they are, and say nothing."""
+    """Warn, once, of adapters that got no gradient: they would silently stay as they are."""
     if architecture in _told:
         return
     _told.add(architecture)
@@ -532,9 +533,9 @@ def _tell_of_idle(architecture: nn.Module, reached: Collection[str]) -> None:
 
 @contextmanager
 def indexing() -> Generator[None]:
-    """An index that the model does not know as a `BatchError`.
+    """Turn the model's `IndexError` into a `BatchError`.
 
-    Not every architecture shows how many ids, labels or positions it knows.
+    Not every architecture tells how many ids, labels or positions it has, so `check` may miss it.
     """
     try:
         yield
@@ -556,11 +557,13 @@ def value_and_grad(
 ) -> ValueAndGrad:
     """The gradient function of `objective` on `architecture`.
 
-    Pure: params and buffers are not changed, the global random generators are as before, and the
-    same arguments give the same bits. `torch.autograd` on private leaves, inside the binding.
-    `compile`: with the body compiled (`functrain.compilation`): other bits, the same to rounding.
-    `checkpoint`: a pattern of modules whose activations are recomputed (`functrain.activations`).
-    `shards`: how the model computes with params of which each worker has some rows.
+    It is pure: params and buffers are not changed, the global random generators are as before, and
+    the same arguments give the same bits. It runs `torch.autograd` on private leaves, inside the
+    binding.
+
+    `compile`: compile the model's body (`functrain.compilation`); the result differs from the
+    uncompiled one by rounding. `checkpoint`: patterns of modules whose activations are recomputed
+    (`functrain.activations`). `shards`: how the model computes with sharded params.
     """
     check_objective(objective)
     if not isinstance(compile, bool):
@@ -569,7 +572,7 @@ def value_and_grad(
         compilation.check_uncompiled(architecture)
     places = slots(architecture)
     kept = objective.kept()
-    # What an objective of one's own keeps beside it may be anything.
+    # What a user's objective keeps beside the reference may be anything.
     is_reference = getattr(objective, "reference", None) is kept
     if kept is not None and is_reference:
         check_reference(kept, places.params)
@@ -627,10 +630,10 @@ class Accumulated:
         batch: Batches,
         options: _Options,
     ) -> Gradients:
-        """Of a batch that is checked before it is cut.
+        """The gradient of a batch that is checked before it is cut.
 
-        So what is wrong is said in the words of the batch that was given. It may be a part of a
-        logical one, and without a target then.
+        An error then speaks of the batch that was given. It may be one worker's part of a logical
+        batch, which may have no target.
         """
         size = 1 if self.workers is None else self.workers.size
         ready: list[Batch] = []
@@ -657,12 +660,13 @@ def accumulate(
     tree: bool = False,
     workers: Workers | None = None,
 ) -> Accumulated:
-    """`gradient` with each batch taken in `microbatches` equal slices.
+    """`gradient` with each batch cut into `microbatches` equal slices.
 
-    The summed losses are divided by the weight of the whole batch, so any partition gives the
-    same gradient to rounding. A sequence of ready micro-batches, of whatever lengths, is taken
-    as it is. `tree`: summed as `functrain.reductions.Tree`. `workers` share the micro-batches of
-    the batch out among them (`functrain.distributed`); each is given its own part of it.
+    The summed losses are divided by the weight of the whole batch, so any partition gives the same
+    gradient to rounding. A sequence of ready micro-batches, of whatever lengths, is not cut.
+
+    `tree`: sum as `functrain.reductions.Tree` does. `workers`: share the micro-batches of a batch
+    (`functrain.distributed`); each worker is given its own part.
     """
     check_integer("microbatches", microbatches)
     if not isinstance(gradient, ValueAndGrad) and (tree or workers is not None):

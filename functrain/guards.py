@@ -1,7 +1,7 @@
-"""Loss spikes: a step that is far from the steps before it is not applied.
+"""Loss spikes: a step far above the steps before it is not applied.
 
-What a guard remembers is in the state, so that a resumed run skips what the uninterrupted one would
-have skipped. After OLMo's skip-step optimizer (2501.00656, §3.2).
+What a guard remembers is in the state, so a resumed run skips the steps that an uninterrupted one
+would have skipped. After OLMo's skip-step optimizer (2501.00656, §3.2).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from functrain.checks import check_integer, check_positive
 
 @attrs.frozen(kw_only=True, eq=False)
 class GuardState:
-    """What a guard has seen: the losses and norms of the newest applied steps, float64 [window].
+    """What a guard has seen: the losses and norms of the latest applied steps, float64 [window].
 
-    `count`: applied steps in all, int64, 0-d. `skips`: steps in a row that were not applied.
+    `count`: all applied steps. `skips`: the latest steps in a row that were not applied. Both are
+    int64, 0-d.
     """
 
     losses: Tensor
@@ -28,12 +29,12 @@ class GuardState:
 
 @attrs.frozen(kw_only=True)
 class SpikeGuard:
-    """A step is skipped whose loss or gradient norm lies `deviations` standard deviations above
-    the mean of the newest `window` applied steps, once half a window has been seen.
+    """Skip steps whose loss or gradient norm is a spike: far above the latest applied steps.
 
-    What was skipped, and what was not finite, never enters the window; where all in it are equal
-    nothing is a spike. `functrain.train` stops with
-    `DivergedError` after more than `most_skips` steps in a row.
+    A spike lies more than `deviations` standard deviations above the mean of the latest `window`
+    applied steps; there is none before half a window has been seen, and none while all values in it
+    are equal. Skipped and non-finite steps never enter the window. `functrain.train` raises
+    `DivergedError` after more than `most_skips` skips in a row.
     """
 
     window: int = 128
@@ -52,7 +53,7 @@ class SpikeGuard:
         return GuardState(losses=empty, norms=empty.clone(), count=none, skips=none.clone())
 
     def spike(self, state: GuardState, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether this loss or norm is a spike: bool, 0-d; nothing is waited for."""
+        """Whether this loss or norm is a spike: bool, 0-d, without waiting for an accelerator."""
         seen = torch.arange(self.window, device=state.count.device) < state.count
         judged = state.count >= max(2, self.window // 2)
         high = self._high(state.losses, seen, loss) | self._high(state.norms, seen, norm)
@@ -63,12 +64,13 @@ class SpikeGuard:
         mean = values.sum() / count
         variance = torch.where(seen, (values - mean) ** 2, 0.0).sum() / (count - 1)
         far = value.to(values.device, values.dtype) > mean + self.deviations * variance.sqrt()
-        # Of equal values any other is infinitely far: a loss that was 0 would stay so for ever.
+        # From equal values any other is infinitely far: after a window of zero losses, every other
+        # loss would be skipped for ever.
         least, most = (torch.where(seen, values, end) for end in (torch.inf, -torch.inf))
         return far & (most.max() > least.min())
 
     def observe(self, state: GuardState, loss: Tensor, norm: Tensor, applied: Tensor) -> GuardState:
-        """The state after a step: its values in the window where it was applied."""
+        """The state after a step, with its values in the window if it was applied."""
         place = torch.arange(self.window, device=state.count.device) == state.count % self.window
         put = place & applied.to(place.device)
 

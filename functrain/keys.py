@@ -1,7 +1,7 @@
 """Derived randomness: every draw is a function of (root key, step, micro-batch, purpose).
 
-Nothing is carried and nothing global is disturbed: there is no generator in the state, and a
-step gives the same draws whatever ran before it, on whatever worker it runs.
+The state carries no generator, and no global generator is disturbed: a step makes the same draws
+whatever ran before it, and on whichever worker it runs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from numpy.random import mtrand
 
 MAX_KEY = 2**63 - 1
 _lock = threading.RLock()
-# What NumPy's generator was in memory after the last seed.
+# The memory of NumPy's generator after the last seed.
 _after_seed: bytes | None = None
-# What NumPy's functions draw from within `kept`.
+# The generator that NumPy's functions draw from within `kept`.
 _STAND_IN = np.random.MT19937(0)
 
 
 def derive(key: int, *path: int | str) -> int:
     """A key for one purpose: blake2b over `key` and `path`, in [0, 2**63).
 
-    The parts are typed and length-prefixed, so that `("a", "bc")` and `("ab", "c")`, or `1` and
-    `"1"`, are different purposes.
+    The parts are typed and length-prefixed, so `("a", "bc")` and `("ab", "c")`, or `1` and `"1"`,
+    are different purposes.
     """
     hasher = hashlib.blake2b(digest_size=8)
     for part in (_plain(key), *map(_plain, path)):
@@ -43,7 +43,7 @@ def derive(key: int, *path: int | str) -> int:
 
 
 def _plain(part: int | str) -> int | str:
-    """NumPy's integers, and 0-d tensors of integers, as the numbers that they are."""
+    """NumPy integers and 0-d integer tensors as Python integers."""
     given: Any = part
     plain = isinstance(given, int | str) or not hasattr(given, "__index__")
     return part if plain else operator.index(given)
@@ -51,15 +51,15 @@ def _plain(part: int | str) -> int | str:
 
 @contextmanager
 def seeded(key: int, device: torch.device | None = None) -> Generator[None]:
-    """Within it, the global generators draw from `key`; after it, they are as they were before.
+    """A context in which the global generators draw from `key`; afterwards they are as before.
 
-    Covers torch's CPU generator, that of `device` if it is of CUDA, Python's `random` and NumPy's
-    global one, so that a model which draws from any of them is a function of the key.
-    CPU seeding keeps 32 bits of the key; enter this outside of compiled regions. The generators
-    are the process's, so one thread at a time is within it, and others wait.
+    It covers torch's CPU generator, that of `device` if it is a CUDA device, Python's `random` and
+    NumPy's global one, so a model that draws from any of them is a function of the key. CPU seeding
+    keeps 32 bits of the key; enter this outside of compiled regions. The generators belong to the
+    process, so one thread at a time is inside, and others wait.
 
-    Who binds an architecture as well (`functrain.bound`, where others wait too) does that first,
-    and enters this inside: two threads in different orders would wait for each other for ever.
+    With a binding (`functrain.bound`, where threads wait too), enter this inside of it: two threads
+    that take the two in different orders would deadlock.
     """
     with kept(device):
         seed(key, device)
@@ -68,17 +68,18 @@ def seeded(key: int, device: torch.device | None = None) -> Generator[None]:
 
 @contextmanager
 def kept(device: torch.device | None = None) -> Generator[None]:
-    """Within it, `seed` may be called, once or often; after it, the generators are as before.
+    """A context in which `seed` may be called repeatedly; afterwards the generators are as before.
 
-    To read and write NumPy's alone takes 70 µs: around several seeds it is done once. Other threads
-    wait for as long, in a step for all its micro-batches; the order with a binding is `seeded`'s.
+    Saving and restoring NumPy's generator alone takes 70 µs; around several seeds it is done once.
+    Other threads wait meanwhile, in a step for all its micro-batches. Enter it inside of a binding,
+    as `seeded`.
     """
     with _lock:
         yield from _kept(device)
 
 
 def seed(key: int, device: torch.device | None = None) -> None:
-    """Have the generators that `seeded` covers draw from `key`; call it within `kept`."""
+    """Seed the generators that `seeded` covers with `key`; call it within `kept`."""
     global _after_seed
     # Not torch.manual_seed: that would seed every accelerator of the process.
     torch.default_generator.manual_seed(key)
@@ -91,9 +92,9 @@ def seed(key: int, device: torch.device | None = None) -> None:
 
 @attrs.frozen(eq=False)
 class Place:
-    """Where Python's and NumPy's global generators are; see `place`.
+    """The positions of Python's and NumPy's global generators; see `place`.
 
-    `numpy`: as in memory, if it was there after a seed; otherwise as `np.random.get_state` says.
+    `numpy`: the generator's memory if nothing was drawn since a seed, else `np.random.get_state`.
     """
 
     python: Any
@@ -101,10 +102,10 @@ class Place:
 
 
 def place() -> Place:
-    """Where Python's and NumPy's generators are: those that torch does not put back itself.
+    """The positions of Python's and NumPy's generators, which torch does not restore itself.
 
-    To read NumPy's takes 70 µs; where nothing has been drawn from it since the last `seed`, 1 µs.
-    Python's takes 14, so that a module that is recomputed costs 45 µs more.
+    Reading NumPy's takes 70 µs, or 1 µs if nothing was drawn from it since the last `seed`.
+    Python's takes 14 µs, so that recomputing a module costs 45 µs more.
     """
     memory = _memory()
     fresh = memory is not None and memory == _after_seed
@@ -113,7 +114,7 @@ def place() -> Place:
 
 @contextmanager
 def again(begun: Place) -> Generator[None]:
-    """Within it, Python's and NumPy's generators draw as from `begun`; after it, as before."""
+    """A context in which Python's and NumPy's generators start at `begun`; restored afterwards."""
     before = place()
     try:
         _go(begun)
@@ -132,9 +133,9 @@ def _go(there: Place) -> None:
 
 
 def _memory() -> bytes | None:
-    """NumPy's generator in memory: 624 words and a position; None for another than its usual one.
+    """The memory of NumPy's generator, 624 words and a position; None unless it is an MT19937.
 
-    The second of a pair of normal numbers, which is kept beside it, is none after a seed.
+    A cached second normal number is kept elsewhere, but after a seed there is none.
     """
     generator = mtrand.get_bit_generator()
     if type(generator) is not np.random.MT19937:
@@ -151,8 +152,9 @@ def _kept(device: torch.device | None) -> Iterator[None]:
     saved = cpu.get_state()
     saved_random = random.getstate()
     numpy, saved_numpy = mtrand.get_bit_generator(), np.random.get_state(legacy=False)
-    # To write a generator's state takes 75 µs, to change generators 2. A change forgets the second
-    # of a pair of normal numbers; and within another `kept` the stand-in is what is saved.
+    # Writing a generator's state takes 75 µs, swapping generators 2 µs. The state is written only
+    # if the swap loses something: a cached second normal number, or, within another `kept`, the
+    # position of the stand-in itself.
     written = numpy is _STAND_IN or saved_numpy["has_gauss"]
     saved_device = torch.cuda.get_rng_state(device) if _is_cuda(device) else None
 

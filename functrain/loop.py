@@ -64,34 +64,36 @@ def train(
         for state, metrics in run:
             ...                                     # stop with `break`; nothing else runs
 
-    `steps` (calls), `tokens` (targets trained on, by `labels`, int64 [batch, time]) and `epochs`
-    are totals since the stage began, as the state counts them, so that a resumed run is the same
-    call; the first to be reached ends it. The batch is `source.at(state.cursor.samples,
-    batch_size)`, or that of a stream after `state.cursor.loader`, where its state after the batch
-    then is. With `evaluation`, the metrics of every `evaluate_every`-th step and of the last hold
-    `eval_…` too, and a `reduce_on_plateau` schedule sees the `eval_loss` of the former alone, so
-    that no bit depends on where a run ends. With `directory`, every `save_every`-th state and the
-    last are saved before they are yielded, and those kept that `keep` names: the newest few, or a
-    `Keep` of the newest, of every so many steps, and of the best by an evaluation. Where the
-    directory has later steps, which this run has gone back from, these neither count nor go, and a
-    `SaveWarning` names them; a step that is there with another state is refused.
+    `steps` (calls), `tokens` (targets trained on, counted in `labels`, int64 [batch, time]) and
+    `epochs` are totals since the stage began, as the state counts them, so a resumed run makes the
+    same call; the first total reached ends the run. The batch is
+    `source.at(state.cursor.samples, batch_size)`; from a stream, it is the batch that follows
+    `state.cursor.loader`, which then holds the loader's state after it.
 
-    `beside` are texts to lie with each checkpoint, as for `functrain.save`.
+    With `evaluation`, the metrics of every `evaluate_every`-th step and of the last one include
+    `eval_…`. A `reduce_on_plateau` schedule sees the `eval_loss` of the former only, so that no bit
+    depends on where a run ends.
 
-    A state in shards is saved by all workers, each its rows. With `background` a save costs the
-    step only a copy of the state, and is durable when the next one begins or the generator ends.
-    `on_save_error="continue"` turns a failed save (a full disk) into a `SaveWarning` where `"stop"`
-    raises; a failure in the background is found at the next step.
+    With `directory`, every `save_every`-th state and the last one are saved before they are
+    yielded. `keep` says which checkpoints stay: the newest few, or a `Keep` of the newest, of every
+    so many steps, and of the best by an evaluation. If this run has gone back from later steps
+    that are in the directory, those are neither counted nor deleted, and a `SaveWarning` names
+    them; a step that is already there with another state is refused. `beside`: texts to store with
+    each checkpoint, as for `functrain.save`. With `background`, a save costs the step only a copy
+    of the state, and is durable when the next save begins or the generator ends.
+    `on_save_error="continue"` turns a failed save (a full disk) into a `SaveWarning`, where
+    `"stop"` raises; a failure in the background is found at the next step.
 
-    Under the step's `world` every worker makes this same call, on data that are the same: each
-    reads its own part of a batch, the position counts the samples of all, and worker 0 saves, for
-    all or for none. Ranks that are to do different things are refused before the first step.
+    Under the step's `world`, every worker makes this same call on the same data. Each reads its own
+    part of a batch, while the position counts the samples of all. Worker 0 saves, and a save
+    succeeds for all workers or for none; a sharded state is saved by all workers, each its rows.
+    Workers whose calls differ are refused before the first step.
 
-    `run.send(other)` goes on from another state; the generator yields that state back at once.
-    Where the step donates, a yielded state is consumed by the next iteration.
+    `run.send(other)` continues from another state; the generator yields that state back at once.
+    If the step donates, the next iteration consumes the yielded state.
 
-    Raises `DivergedError` where the step's guard has skipped too many steps in a row, and
-    `ConfigError` for a total, an interval or another argument that makes no sense, at the call.
+    Raises `DivergedError` when the step's guard has skipped too many steps in a row, and
+    `ConfigError`, already at the call, for arguments that make no sense.
     """
     if not isinstance(step, Step) or not isinstance(state, TrainState):
         given = ", ".join(type(each).__name__ for each in (step, state))
@@ -140,7 +142,7 @@ def _check_world(step: Step) -> None:
 
 
 def world_of(step: Step) -> World:
-    """The world of a step."""
+    """The world of a step, or `ALONE`."""
     return ALONE if step.world is None else step.world
 
 
@@ -165,7 +167,7 @@ class _Reading:
 
 
 def read(step: Step, source: Source, position: int, n: int) -> Any:
-    """What this worker reads of the `n` samples at a position; see `World.read`."""
+    """Read this worker's part of the `n` samples at `position`; see `World.read`."""
     tree = step.reduction == "canonical"
     reading = _Reading(world_of(step), step.microbatches, tree, step.sharded)
     if isinstance(source, Prefetched):
@@ -174,7 +176,7 @@ def read(step: Step, source: Source, position: int, n: int) -> Any:
 
 
 def agree_on(step: Step, state: TrainState, source: Source, facts: Mapping[str, str]) -> None:
-    """Raise `WorkerError` where the workers were not given the same data, or the same `facts`."""
+    """Raise `WorkerError` unless all workers were given the same data and the same `facts`."""
     world = world_of(step)
     if world.size == 1:
         return
@@ -184,7 +186,7 @@ def agree_on(step: Step, state: TrainState, source: Source, facts: Mapping[str, 
 
 
 def _check_cursor(what: str, state: TrainState, source: Source | Stream) -> None:
-    """Raise `ConfigError` for a state that has read in data of the other kind."""
+    """Raise `ConfigError` if the cursor is of the other kind of data (source or stream)."""
     cursor = state.cursor
     if isinstance(source, Stream):
         if cursor.samples and cursor.loader is None:
@@ -289,7 +291,7 @@ class _Plan:
             )
 
     def _check_best(self) -> None:
-        """Raise `ConfigError` where the best would be by what no checkpoint will have."""
+        """Raise `ConfigError` if `keep.best` judges by a metric that no checkpoint will have."""
         if self.keep is None or self.keep.best is None:
             return
         if self.evaluation is None:
@@ -304,7 +306,7 @@ class _Plan:
             )
 
     def facts(self) -> dict[str, Any]:
-        """What every worker must have been given; where to save, worker 0 alone knows."""
+        """What every worker must have been given alike; only worker 0 may know where to save."""
         elsewhere = ("directory", "keep", "beside")
         given = attrs.asdict(self, recurse=False)
         facts = {name: value for name, value in given.items() if name not in elsewhere}
@@ -325,7 +327,7 @@ class _Plan:
         return self.evaluation is not None and self._due(self.evaluate_every, state)
 
     def check_schedule(self, schedule: object) -> None:
-        """Raise `ConfigError` for a schedule that would see no evaluation."""
+        """Raise `ConfigError` for a `reduce_on_plateau` schedule that would see no evaluation."""
         if (
             isinstance(schedule, Plateau)
             and self.evaluation is not None
@@ -337,7 +339,7 @@ class _Plan:
             )
 
     def observes(self, state: TrainState) -> bool:
-        """Whether a schedule is to see what was measured: where a longer run measures it too."""
+        """Whether the schedule sees this evaluation: only one that a longer run would make too."""
         return _at_interval(self.evaluate_every, state)
 
     def saves(self, state: TrainState) -> bool:
@@ -380,7 +382,7 @@ def _run(
 
 
 def check_guard(step: Step, state: TrainState) -> None:
-    """Raise `DivergedError` where the step's guard has skipped too many steps in a row."""
+    """Raise `DivergedError` if the step's guard has skipped too many steps in a row."""
     if step.guard is None or state.guard is None:
         return
     skips = int(state.guard.skips)
@@ -400,15 +402,15 @@ def _advanced(
 
     def read_and_counted() -> tuple[tuple[Any, Cursor], int]:
         batch, moved = _read(step, cursor, source, plan)
-        # Here, where the batch still is on the CPU: the step's own count is on its device.
+        # Counted here, while the batch is on the CPU; the step's own count is on its device.
         return (batch, moved), int(targets_in(batch))
 
-    # What one worker cannot read, none trains on: the others would wait for it in the step.
+    # If one worker fails to read, every worker raises: the others would wait for it in the step.
     world = world_of(step)
     world.begin(state.step, state.key)
     (batch, moved), count = world.counted(read_and_counted, "the reading of a batch")
     tokens = moved.tokens + count
-    if plan.tokens is not None and not tokens:  # said before a donated state is gone
+    if plan.tokens is not None and not tokens:  # raised before a donated state is consumed
         raise ConfigError(
             "tokens: the batch has no labels, int64 [batch, time], of which they are counted, so "
             "the total would never be reached; give steps or epochs"
@@ -424,7 +426,7 @@ def _advanced(
 
 
 def _read(step: Step, cursor: Cursor, source: Source | Stream, plan: _Plan) -> tuple[Any, Cursor]:
-    """A batch, and the cursor after it but for its tokens."""
+    """A batch, and the cursor after it, its tokens not yet counted."""
     try:
         if isinstance(source, Stream):
             taken = _checked_taken(source.after(cursor.loader))
@@ -432,19 +434,19 @@ def _read(step: Step, cursor: Cursor, source: Source | Stream, plan: _Plan) -> t
             return taken.batch, attrs.evolve(cursor, samples=samples, loader=taken.loader)
         assert plan.batch_size is not None  # sources have one
         batch = read(step, source, cursor.samples, plan.batch_size)
-    except StopIteration as error:  # which would end the generator with an error of its own
+    except StopIteration as error:  # Python would turn it into a RuntimeError of the generator
         raise DataError(
             f"{type(source).__name__}: the data have ended after {cursor.samples:,} samples; begin "
             "them anew there, as epochs do, or give fewer steps"
         ) from error
-    # The rows of an objective of the user's own may be anything.
+    # For a user's objective, what counts as a sample is unknown.
     if world_of(step).size == 1 and not step.value_and_grad.foreign:
         _check_size(batch, plan.batch_size)
     return batch, attrs.evolve(cursor, samples=cursor.samples + plan.batch_size)
 
 
 def _checked_taken(taken: object) -> Taken:
-    """What a stream gave; one of the user's own may give anything."""
+    """What a stream gave, checked: a user's stream may give anything."""
     if not isinstance(taken, Taken):
         raise DataError(
             f"stream: it gave a {type(taken).__name__}, expected functrain.data.Taken(batch=…, "
@@ -462,8 +464,8 @@ def _checked_taken(taken: object) -> Taken:
 
 
 def _check_size(batch: object, asked: int) -> None:
-    """Raise `DataError` where samples are missing, by which the position would be off."""
-    if not isinstance(batch, Mapping) or "position_ids" in batch:  # documents, several in a row
+    """Raise `DataError` if samples are missing, since the position would then be wrong."""
+    if not isinstance(batch, Mapping) or "position_ids" in batch:  # several documents in a row
         return
     side = batch.get("chosen", batch.get("completion", batch))
     ids = side.get("input_ids") if isinstance(side, Mapping) else None
@@ -475,20 +477,20 @@ def _check_size(batch: object, asked: int) -> None:
 
 
 class _Saver:
-    """Saves as a plan says, at once or beside the steps."""
+    """Saves as a plan says, at once or in the background."""
 
     def __init__(self, step: Step, plan: _Plan, writer: BackgroundWriter | None) -> None:
         self._plan, self._writer, self._world = plan, writer, world_of(step)
         self._conditions = conditions(step, plan.batch_size)
 
     def check(self) -> None:
-        """Meet a failure of the save in the background."""
+        """Raise, or warn, if the save in the background has failed."""
         if self._plan.background:
             with self._failing():
                 self._for_all(lambda writer: writer.check())
 
     def save(self, state: TrainState, metrics: Metrics) -> None:
-        """Save a state, with what its evaluation has measured."""
+        """Save a state with the metrics of its evaluation."""
         options: dict[str, Any] = {
             "metrics": {n: v for n, v in metrics.to_dict().items() if n.startswith("eval_")},
             "conditions": self._conditions,
@@ -501,7 +503,7 @@ class _Saver:
                 self._for_all(lambda writer: self._save(writer, state, options))
 
     def _save_shards(self, state: TrainState, options: dict[str, Any]) -> None:
-        """Every worker saves its rows; where, worker 0 knows."""
+        """Every worker saves its rows, in the directory that worker 0 names."""
         directory = self._world.from_first(lambda: str(self._plan.directory), "a save")
         path = save(directory, state, world=self._world, **options)
         self._for_all(lambda _: self._saved(path))
@@ -515,7 +517,7 @@ class _Saver:
             self._saved(save(self._plan.directory, state, **options))
 
     def _saved(self, path: Path) -> None:
-        """What follows a save: what is not kept goes. Worker 0 alone may know of `keep`."""
+        """Delete what is not kept. Only worker 0 may know of `keep`."""
         if self._plan.keep is None:
             warn_of_newer(path)
         else:
@@ -527,7 +529,7 @@ class _Saver:
             self._for_all(lambda writer: writer and writer.wait())
 
     def _for_all(self, act: Callable[[Any], object]) -> None:
-        """Worker 0 acts; what it fails with, every worker fails with."""
+        """Let worker 0 act; if it fails, every worker fails with its error."""
 
         def acted() -> str:
             act(self._writer)
@@ -562,22 +564,22 @@ def _saving(step: Step, plan: _Plan) -> Generator[_Saver, None, None]:
 
 
 def conditions(step: Step, batch_size: int | None) -> dict[str, Any]:
-    """What the bits of a run depend on that neither its state nor its numerics say."""
+    """What the bits of a run depend on besides its state and its numerics."""
     size = world_of(step).size
     return {
-        # Null is what checkpoints of before have.
+        # None is also what older checkpoints say.
         "reduction": None if step.reduction == "fast" else step.reduction,
-        # The order of a fast sum is another with another number of workers.
+        # The order of a fast sum depends on the number of workers.
         "workers": size if step.reduction == "fast" and size > 1 else None,
-        # And with shards; null is what checkpoints of before have, which most often had none.
+        # And on sharding. None is also what older checkpoints say, most of them not sharded.
         "sharded": True if step.sharded and step.reduction == "fast" and size > 1 else None,
         "batch_size": batch_size,
         "microbatches": step.microbatches,
         "precision": step.precision.name,
         "compile": step.compile,
-        # Uncompiled, what is recomputed has the same bits.
+        # Uncompiled, recomputing gives the same bits.
         "checkpoint": list(step.checkpoint) if step.compile else [],
-        # Of an objective that has them; null is what is usual.
+        # For an objective that has these options; None for the usual value.
         "head": _unusual(step, "head", "auto"),
         "layout": _unusual(step, "layout", "padded"),
     }

@@ -1,8 +1,8 @@
-"""Memory for tensors that are filled at once: in large pages where the system has them.
+"""Memory for tensors that are filled at once: in large pages if the system has them.
 
-Fresh memory is given by the kernel page by page, each zeroed when it is first touched. On Linux
-that is most of the time of a load from the page cache: 0.32 s for 0.5 GB in pages of 4 KiB, 0.08 s
-in pages of 2 MiB, asked for with madvise.
+The kernel provides fresh memory page by page, and zeroes each page when it is first touched. On
+Linux that is most of the time of a load from the page cache: 0.32 s for 0.5 GB in pages of 4 KiB,
+0.08 s in pages of 2 MiB, requested with madvise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _madvise = _found()
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes so far: of tensors on a CUDA device; else of the whole process."""
+    """The peak memory so far, in bytes: of tensors on a CUDA device, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -44,31 +44,31 @@ def peak(device: torch.device) -> int:
 
 
 def keep_pages() -> bool:
-    """Have this process keep the memory that it frees, for its next tensors; whether it now does.
+    """Make this process keep freed memory for its next tensors; returns whether it now does.
 
-    On Linux, glibc gives large freed blocks back to the kernel, which zeroes them page by page when
-    they are asked for again: a training step does that at every tensor of its forward. With this
-    the peak stays reserved, and steps spare the time (of other threads than the main one, blocks of
-    64 MiB and more go back all the same). It changes no value. Under another allocator than glibc's
+    On Linux, glibc returns large freed blocks to the kernel, which zeroes them page by page when
+    they are requested again; a training step pays for that at every tensor of its forward. With
+    this the peak stays reserved and steps save the time (threads other than the main one still
+    return blocks of 64 MiB and more). It changes no value. Under another allocator than glibc's
     nothing happens.
     """
     return _set({_MMAP_MAX: 0, _TRIM: -1})
 
 
 def return_pages() -> bool:
-    """Have this process return each large tensor's memory as it is freed; whether it now does.
+    """Make this process return each large tensor's memory once freed; returns whether it does.
 
-    On Linux, glibc learns from what is freed to lay blocks of up to 32 MiB side by side in its
-    heap. What is freed between others that are still in use stays with the process, and the next
-    tensor often does not fit. With this each from 256 KiB on has pages of its own, which the
-    kernel has again at once, and must zero when it gives them. A step of `benchmarks/steps.py`
-    peaked at 635 MB instead of 740, in 1.05 times the time.
+    On Linux, glibc learns from what is freed to place blocks of up to 32 MiB side by side in its
+    heap. A block freed between others still in use stays with the process, and often does not fit
+    the next tensor. With this each block from 256 KiB on has pages of its own, which return to the
+    kernel at once, and which it must zero when it provides them again. A step of
+    `benchmarks/steps.py` peaked at 635 MB instead of 740, in 1.05 times the time.
 
-    Call it before the model is made: room that is free in the heap by then is used again, and
-    stays. It changes no value; `keep_pages` is the opposite. Under another allocator than glibc's
-    nothing happens.
+    Call it before the model is made: heap memory that is already free then is reused and never
+    returned. It changes no value; `keep_pages` does the opposite. Under another allocator than
+    glibc's nothing happens.
     """
-    # A threshold that is set no longer grows. The others are glibc's own defaults.
+    # Once set, the threshold no longer grows. The other values are glibc's own defaults.
     if not _set({_MMAP_THRESHOLD: 1 << 18, _MMAP_MAX: 1 << 16, _TRIM: 1 << 17}):
         return False
     ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))  # what has been freed by now
@@ -76,14 +76,14 @@ def return_pages() -> bool:
 
 
 def _set(options: Mapping[int, int]) -> bool:
-    """Give glibc's allocator these options; whether it is this process's, and took them."""
+    """Set these options of glibc's allocator; whether the process uses it and it took them."""
     return _is_glibc() and all(ctypes.CDLL(None).mallopt(*each) == 1 for each in options.items())
 
 
 def _is_glibc() -> bool:
-    """Whether memory comes from glibc: with another allocator before it, its options are nobody's.
+    """Whether memory comes from glibc; with another allocator preloaded, `mallopt` misleads.
 
-    jemalloc brings no `mallopt`, so that glibc's would answer; tcmalloc's answers 1 to everything.
+    jemalloc has no `mallopt`, so glibc's would answer; tcmalloc's answers 1 to everything.
     """
     if sys.platform != "linux":
         return False
@@ -100,20 +100,20 @@ def _address(library: ctypes.CDLL, name: str) -> int | None:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`; on the CPU in large pages where there are any."""
+    """`torch.zeros`; on the CPU in large pages if the system has them."""
     if device.type == "cpu":
         return empty(shape, dtype).zero_()
     return torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`torch.empty` on the CPU; what is large lies in large pages where there are any.
+    """`torch.empty` on the CPU; a large tensor lies in large pages if the system has them.
 
-    A hint, which changes no value: a kernel that refuses it gives ordinary pages.
+    This is a hint that changes no value: a kernel that refuses it provides ordinary pages.
     """
     tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     if tensor.nbytes >= _WORTH and _madvise is not None:
-        # Whole pages within the tensor only: its neighbours' memory is theirs.
+        # Only pages that lie within the tensor: the memory beside it belongs to others.
         begin = -(-tensor.data_ptr() // _PAGE) * _PAGE
         end = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
         _madvise(begin, end - begin, _ADVICE)
@@ -125,7 +125,7 @@ _reused: ContextVar[dict[torch.dtype, Tensor] | None] = ContextVar("reused", def
 
 @contextmanager
 def reusing() -> Generator[None]:
-    """Within it, on this thread, `scratch` gives the same memory again; after it, it is free."""
+    """A context in which `scratch` reuses its memory on this thread; it is freed at the end."""
     token = _reused.set({})
     try:
         yield
@@ -134,11 +134,11 @@ def reusing() -> Generator[None]:
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`empty`; within `reusing` in the memory of the call before, as far as it has room.
+    """`empty`; within `reusing`, in the memory of the previous call if there is room.
 
-    For one who is done with it before the next is asked for: the kernel need not find and zero it
-    for each micro-batch. What is large is not kept, since in large pages that takes little time and
-    the rest of the step has use for its memory.
+    It is for callers that are done with one tensor before they ask for the next: the kernel need
+    not find and zero memory for each micro-batch. A large tensor's memory is not kept, since large
+    pages cost little time and the rest of the step can use them.
     """
     kept, count = _reused.get(), math.prod(shape)
     if kept is None or count * dtype.itemsize >= _WORTH:

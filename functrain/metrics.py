@@ -1,4 +1,4 @@
-"""Metrics as (sum, weight): merged exactly, divided once, read only when somebody asks."""
+"""Metrics as (sum, weight): merged exactly, divided once, read only on demand."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Reading = Literal["mean", "total", "exp"]
 class Metric:
     """A sum and its weight, both 0-d float64 tensors, and how to read them.
 
-    Several sums with a weight each, both [k], are read as one: the quotients are added. `mean` is
-    sum/weight; `exp` is its exponential (a perplexity, whose sum and weight are the
-    loss's own, so that it merges as the loss does); `total` is the sum.
+    `reading`: `mean` is sum/weight; `exp` is the exponential of that (a perplexity has the loss's
+    own sum and weight, so it merges as the loss does); `total` is the sum. Of k sums with k
+    weights, both [k], the mean is the sum of the k quotients.
     """
 
     sum: Tensor
@@ -29,12 +29,12 @@ class Metric:
     reading: Reading = "mean"
 
     def merge(self, other: Metric) -> Metric:
-        """The metric over both: sums and weights added."""
+        """The metric over both parts: sums and weights are added."""
         return Metric(self.sum + other.sum, self.weight + other.weight, self.reading)
 
     @property
     def empty(self) -> bool:
-        """Whether it is a mean over nothing, 0/0; on an accelerator this waits for it."""
+        """Whether this is a mean over nothing, 0/0; on an accelerator this waits."""
         nothing = (self.sum == 0) & (self.weight == 0)
         return self.reading != "total" and bool(nothing.any())
 
@@ -49,7 +49,7 @@ class Metric:
 
 
 def mean(total: Tensor | float, weight: Tensor | float = 1) -> Metric:
-    """A weighted mean, from its sum and its weight."""
+    """A weighted mean, given its sum and its weight."""
     return Metric(_scalar(total), _scalar(weight))
 
 
@@ -59,7 +59,7 @@ def total(value: Tensor | float) -> Metric:
 
 
 def exponential(total_loss: Tensor | float, weight: Tensor | float) -> Metric:
-    """The exponential of a weighted mean: a perplexity, from the loss's sum and weight."""
+    """The exponential of a weighted mean: a perplexity, given the loss's sum and weight."""
     return Metric(_scalar(total_loss), _scalar(weight), "exp")
 
 
@@ -70,10 +70,10 @@ def _scalar(value: Tensor | float) -> Tensor:
 
 
 class Metrics(Mapping[str, Tensor]):
-    """Named metrics: reads as a mapping from name to 0-d tensor; merges as (sum, weight).
+    """Named metrics: a mapping from name to 0-d tensor that merges as (sum, weight).
 
-    Nothing is divided, and on an accelerator nothing is waited for, before a value is read.
-    Law: merging the metrics of any partition of a batch gives the metrics of the batch.
+    Nothing is divided before a value is read, and until then the host does not wait for an
+    accelerator. Law: merging the metrics of any partition of a batch gives the batch's metrics.
     """
 
     __slots__ = ("_metrics",)
@@ -94,13 +94,13 @@ class Metrics(Mapping[str, Tensor]):
         return f"Metrics({', '.join(f'{n}={v:.6g}' for n, v in self.to_dict().items())})"
 
     def metric(self, name: str) -> Metric:
-        """The (sum, weight) behind a name; an unknown one raises `KeyError` with the nearest."""
+        """The (sum, weight) behind a name; `KeyError`, with the nearest names, if it is unknown."""
         if name not in self._metrics:
             raise KeyError(f"{name!r}; {did_you_mean(name, self._metrics)}")
         return self._metrics[name]
 
     def check(self) -> None:
-        """Raise `ConfigError` for a value that is no (sum, weight)."""
+        """Raise `ConfigError` unless every value is a `Metric`."""
         for name, metric in self._metrics.items():
             if not isinstance(metric, Metric):
                 raise ConfigError(
@@ -109,18 +109,18 @@ class Metrics(Mapping[str, Tensor]):
                 )
 
     def merge(self, other: Metrics) -> Metrics:
-        """Both together; a name that only one of them has keeps its own sum and weight."""
+        """Merge by name; a name that only one of them has keeps its own sum and weight."""
         merged = dict(self._metrics)
         for name, metric in other._metrics.items():
             merged[name] = merged[name].merge(metric) if name in merged else metric
         return Metrics(merged)
 
     def __or__(self, other: Metrics) -> Metrics:
-        """The metrics of both, for disjoint names; `other` wins where they meet."""
+        """The metrics of both, meant for disjoint names; on a shared name `other` wins."""
         return Metrics({**self._metrics, **other._metrics})
 
     def copied(self) -> Metrics:
-        """The same in memory of their own."""
+        """The same metrics in memory of their own."""
         return Metrics(
             {
                 name: Metric(metric.sum.clone(), metric.weight.clone(), metric.reading)
@@ -135,7 +135,7 @@ class Metrics(Mapping[str, Tensor]):
     def to_dict(self) -> dict[str, float]:
         """All values as Python floats; on an accelerator this waits for them.
 
-        A mean over nothing is left out: the reward of rejected examples, where a batch has none.
+        A mean over nothing is left out, such as the reward of rejected examples in a batch without.
         """
         values = {name: float(metric.value) for name, metric in self._metrics.items()}
         return {n: v for n, v in values.items() if not (math.isnan(v) and self._metrics[n].empty)}

@@ -1,7 +1,7 @@
-"""Norms of the rows of many tensors, by a few kernels.
+"""Norms of the rows of many tensors, in a few kernel calls.
 
-A global norm is taken row by row and then over the rows, so that it is the same of tensors that are
-shared out by rows.
+A global norm is taken over each row and then over the rows, so that it is the same for tensors
+sharded by rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 _PIECE = 1 << 16
-"""So many numbers are copied to float64 at a time: what stays in a core's cache."""
+"""How many numbers are copied to float64 at a time: as many as stay in a core's cache."""
 
 _SMALL = 1 << 14
-"""Of no more numbers a tensor is laid beside others: calling a kernel would take longer."""
+"""The most numbers of a tensor that is joined to others, to save a kernel call of its own."""
 
 
 def row_norms(leaves: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The Euclidean norms of the rows of each tensor, float64 [rows]; of a vector, magnitudes."""
+    """The Euclidean norms of each tensor's rows, float64 [rows]; of a vector, its magnitudes."""
     if not leaves:
         return ()
     counts = [_form(leaf.shape, leaf.dtype)[0] for leaf in leaves]
@@ -41,20 +41,20 @@ def all_row_norms(leaves: Sequence[Tensor]) -> Tensor:
         return norms
     if norms.device.type == "cpu":
         return norms[torch.from_numpy(laid.places)]
-    # To send the places there would be a wait.
+    # Sending the places to the accelerator would make the host wait.
     parts = zip(laid.taken, torch.split_with_sizes(norms, laid.counts), strict=True)
     return torch.cat([part for _, part in sorted(parts, key=operator.itemgetter(0))])
 
 
 @attrs.frozen(eq=False)
 class _Several:
-    """Which tensors are taken together; `plain`: whether each is a matrix or a vector, and real."""
+    """Tensors that are joined; `plain`: whether each is a real matrix or vector."""
 
     places: list[int]
     plain: bool
 
     def rows(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Their rows, all as long, as one matrix; of vectors, a vector."""
+        """Their rows, of one length, as one matrix; for vectors, a vector."""
         several = [leaves[at] for at in self.places]
         if not self.plain:
             several = [_as_rows(leaf) for leaf in several]
@@ -63,9 +63,10 @@ class _Several:
 
 @attrs.frozen(eq=False)
 class _Laid:
-    """Which tensors are taken together, and where their rows are then; None where in order.
+    """How tensors are joined.
 
-    `taken`: the tensors in the order in which they are taken, with their `counts` of rows.
+    `taken`: the tensors in the order in which they are joined, with their `counts` of rows.
+    `places`: where the rows of each are then; None if they are in order.
     """
 
     several: list[_Several]
@@ -78,9 +79,9 @@ class _Laid:
 def _laid_together(
     shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], small: int
 ) -> _Laid:
-    """Together are those of up to `small` numbers whose rows are of one length.
+    """Join tensors of up to `small` numbers whose dtype and row length are the same.
 
-    A model has hundreds of them, and calling the kernels for each takes longer than the kernels do.
+    A model has hundreds of them, and calling kernels for each takes longer than the kernels do.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     forms = [_form(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
@@ -104,7 +105,7 @@ def _laid_together(
 
 
 def _form(shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of a tensor's rows, [rows, length]; of fewer dimensions than two, [numbers]."""
+    """The shape of a tensor as rows, [rows, length]; [numbers] below two dimensions."""
     count, *width = (*shape, 2) if dtype.is_complex else shape or (1,)
     return (count, math.prod(width)) if width else (count,)
 
@@ -120,7 +121,7 @@ def _row_norms(rows: Tensor) -> Tensor:
         return rows.to(torch.float64).abs()
     if rows.device.type != "cpu":
         return _norms(rows)
-    # In pieces: the CPU's kernel makes a copy of its argument in float64.
+    # In pieces, since the CPU's kernel copies its argument to float64.
     count = max(2, _PIECE // max(1, rows.shape[1]))
     if len(rows) <= count:
         return _norms(rows)
@@ -129,7 +130,7 @@ def _row_norms(rows: Tensor) -> Tensor:
 
 def _norms(rows: Tensor) -> Tensor:
     if len(rows) == 1:
-        # A single row would be shared out to the threads, and summed in another order.
+        # A single row would be split among threads, and summed in another order.
         return _norms(rows.expand(2, -1))[:1]
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms

@@ -1,7 +1,7 @@
 """Precision as a policy, and the dynamic loss scale as a record with pure functions.
 
-The arithmetic is PyTorch's: autocast for the forward, and the kernels behind
-`torch.amp.GradScaler` for the scale, so that its trajectory is the same.
+The arithmetic is PyTorch's: autocast for the forward, and for the scale the kernels behind
+`torch.amp.GradScaler`, so that its trajectory is the same.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from functrain.trees import Tensors, map_leaves, tensors
 
 @attrs.frozen(eq=False, kw_only=True)
 class LossScale:
-    """The dynamic loss scale of fp16 training, everything its next value depends on.
+    """The dynamic loss scale of fp16 training: everything that its next value depends on.
 
-    `scale`: float32, 0-d. `growth_count`: int32, 0-d, finite steps since the last change.
+    `scale`: float32, 0-d. `growth_count`: finite steps since the last change, int32, 0-d.
     """
 
     scale: Tensor
@@ -40,12 +40,12 @@ def init_loss_scale(
     backoff_factor: float = 0.5,
     growth_interval: int = 2000,
 ) -> LossScale:
-    """A loss scale at its start, with `torch.amp.GradScaler`'s defaults."""
+    """An initial loss scale, with `torch.amp.GradScaler`'s defaults."""
     _check_loss_scale(initial, growth_factor, backoff_factor, growth_interval)
     return LossScale(
         scale=torch.tensor(initial, dtype=torch.float32, device="cpu"),
         growth_count=torch.tensor(0, dtype=torch.int32, device="cpu"),
-        # As floats, whatever was given: a checkpoint tells 2 from 2.0.
+        # Always floats: a checkpoint tells 2 from 2.0.
         growth_factor=float(growth_factor),
         backoff_factor=float(backoff_factor),
         growth_interval=growth_interval,
@@ -53,7 +53,7 @@ def init_loss_scale(
 
 
 _LEAST, _MOST = 2.0**-150, (2 - 2.0**-24) * 2.0**127
-"""What float32 rounds to 0, and to infinity."""
+"""Float32 rounds values of at most `_LEAST` to 0, and of at least `_MOST` to infinity."""
 
 
 def _check_loss_scale(
@@ -76,14 +76,14 @@ def _check_loss_scale(
 
 
 def scale_loss(loss: Tensor, scaler: LossScale | None) -> Tensor:
-    """`loss` times the scale; the loss itself where there is no scaler."""
+    """`loss` times the scale, or `loss` itself without a scaler."""
     return loss if scaler is None else loss * scaler.scale.to(loss.device)
 
 
 def unscale(
     grads: Mapping[str, Tensor], scaler: LossScale | None, *, donate: bool = False
 ) -> Tensors:
-    """The gradients divided by the scale, as a multiplication by its reciprocal like GradScaler.
+    """Divide the gradients by the scale, multiplying by its reciprocal as `GradScaler` does.
 
     `donate=True` does it in place.
     """
@@ -100,7 +100,7 @@ def unscale(
 def update_loss_scale(scaler: LossScale, finite: Tensor) -> LossScale:
     """The scale after a step: backed off if not `finite` (bool, 0-d), grown after an interval.
 
-    The same kernel as `torch.amp.GradScaler.update`.
+    It uses the kernel of `torch.amp.GradScaler.update`.
     """
     if not isinstance(finite, Tensor) or finite.dtype is not torch.bool:
         raise ConfigError(f"finite: {finite!r}, expected a tensor (bool, 0-d)")
@@ -127,9 +127,10 @@ def _floating(_record: object, field: attrs.Attribute[Any], given: Any) -> None:
 class Precision:
     """How a step computes; the state's params stay in their own dtype (float32 as a rule).
 
-    `autocast`: dtype of the forward's matrix products, or None. `cast`: dtype to which floating
-    params are cast for the forward and the backward, or None; gradients come back in the params'
-    own dtype, so the state holds the master copy. `loss_scale`: a dynamic scale in the state.
+    `autocast`: the dtype of the forward's matrix products, or None. `cast`: the dtype to which
+    floating params are cast for forward and backward, or None; gradients come back in the params'
+    own dtype, so the state holds the master copy. `loss_scale`: keep a dynamic loss scale in the
+    state, with `initial_scale` and `growth_interval`.
     """
 
     name: str
@@ -141,25 +142,25 @@ class Precision:
 
     def __attrs_post_init__(self) -> None:
         if self.loss_scale:
-            # Without a tensor: there may be a default device that cannot hold one now.
+            # Checked without making a tensor, which the default device may not be able to hold.
             _check_loss_scale(self.initial_scale, 2.0, 0.5, self.growth_interval)
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
-        """The context of the forward on `device`."""
+        """The autocast context of the forward on `device`."""
         if self.autocast is None:
-            # Off where the caller has it on: the bits are a function of the arguments.
+            # The caller's autocast is turned off: the bits must depend on the arguments alone.
             on = torch.is_autocast_enabled(device.type)
             return torch.autocast(device.type, enabled=False) if on else nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
 
     def leaf(self, param: Tensor) -> Tensor:
-        """The value that the forward sees, still without a gradient history."""
+        """The value that the forward sees: detached, and cast if this policy casts."""
         if self.cast is None or not param.is_floating_point():
             return param.detach()
         return param.detach().to(self.cast)
 
     def init_scaler(self, device: torch.device) -> LossScale | None:
-        """A loss scale at its start on `device`, or None where this policy has none."""
+        """An initial loss scale on `device`, or None if this policy has none."""
         if not self.loss_scale:
             return None
         scaler = init_loss_scale(self.initial_scale, growth_interval=self.growth_interval)

@@ -1,8 +1,8 @@
-"""What modules do beside computing with their values, and what a binding does about it.
+"""What some modules do besides computing with their values, and what a binding does about it.
 
-A bound model is a function of its params, its buffers and what it is called with. Some modules of
-torch's and of transformers' are not, by themselves: they call no submodules, remember the longest
-batch, or write into their own weights.
+A bound model is a function of its params, its buffers and its arguments. Some modules of torch and
+transformers are not so by themselves: they bypass their submodules, remember the longest batch, or
+write into their own weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functrain.trees import versions
 
 
 class _Holder:
-    """One that keeps the fast path off; where an interrupt leaves it behind, it is forgotten."""
+    """A token that keeps the fast path off; weakly held, in case an interrupt leaves it behind."""
 
 
 _holders: weakref.WeakSet[_Holder] = weakref.WeakSet()
@@ -29,12 +29,12 @@ _before = True
 
 @contextmanager
 def submodules_called() -> Generator[None]:
-    """Within it, torch's transformer layers call their submodules in eval mode too.
+    """A context in which torch's transformer layers call their submodules in eval mode too.
 
-    Their fast path reads the submodules' weights and calls none of them: an adapter or a hook is
-    passed over, and the bits are not those of train mode. The switch is one for all threads, so it
-    is put back when the last of them has left. No lock is held for it, which an interrupt between
-    two lines could leave held for ever.
+    Their fast path reads the submodules' weights without calling them: adapters and hooks are
+    bypassed, and the bits are not those of train mode. The switch is shared by all threads, so it
+    is restored when the last of them leaves. No lock guards it, since an interrupt between two
+    lines could leave that held for ever.
     """
     global _before
     own = _Holder()
@@ -51,22 +51,22 @@ def submodules_called() -> Generator[None]:
 
 
 def dynamic_rotary(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
-    """The rotary embeddings of transformers that write a batch's frequencies into their buffers.
+    """Transformers' rotary embeddings that write a batch's frequencies into their buffers.
 
-    "dynamic" keeps those of the longest length it has seen, "longrope" (Phi-3) those of the last.
+    "dynamic" keeps those of the longest length seen, "longrope" (Phi-3) those of the last one.
     """
     return tuple(m for m in modules if "max_seq_len_cached" in vars(m) and _is_dynamic(m))
 
 
 def _is_dynamic(module: nn.Module) -> bool:
-    kind: Any = getattr(module, "rope_type", "")  # or of each kind of layers its own
+    kind: Any = getattr(module, "rope_type", "")  # or a dict, one for each kind of layer
     kinds = kind.values() if isinstance(kind, dict) else [kind]
     return any("dynamic" in each or each == "longrope" for each in kinds)
 
 
 @contextmanager
 def called_afresh(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Within it, each call of these `dynamic_rotary` is as if it were their first.
+    """A context in which each call of these `dynamic_rotary` modules is like their first.
 
     Their frequencies are then those of the length that they are called with, whatever came before,
     and the buffers that hold them stay as they are.
@@ -98,7 +98,7 @@ def _afresh(module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         before = dict(module._buffers)
         for name in before:
             if name.endswith(_ORIGINAL):
-                # One for each kind of layers, where those have their own.
+                # Each kind of layer may have its own, with a prefix.
                 prefix = name.removesuffix(_ORIGINAL)
                 module._buffers[f"{prefix}inv_freq"] = before[name].clone()
                 setattr(module, f"{prefix}{_LONGEST}", module.original_max_seq_len)
@@ -111,7 +111,7 @@ def _afresh(module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def written(params: Mapping[str, Tensor], before: list[int]) -> list[str]:
-    """Which of the params were written to since these `versions`."""
+    """The names of the params that were written to since these `versions`."""
     after = versions(params)
     if after == before:
         return []
@@ -119,7 +119,7 @@ def written(params: Mapping[str, Tensor], before: list[int]) -> list[str]:
 
 
 def refuse_scaling(architecture: nn.Module) -> None:
-    """Raise `ArchitectureError` for an embedding that writes into its weight as it is read."""
+    """Raise `ArchitectureError` for an embedding with `max_norm`, which writes into its weight."""
     for name, module in architecture.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise ArchitectureError(
@@ -140,7 +140,7 @@ def write_error(name: str) -> ArchitectureError:
 
 
 def lost_error(name: str) -> ArchitectureError:
-    """The error for a forward that put other values in a parameter's place."""
+    """The error for a forward that replaced a parameter."""
     return ArchitectureError(
         f"{name}: the model's forward gave this parameter other values (`.data = …`, or a new "
         "nn.Parameter), which no state would have after the step; register what a forward moves as "

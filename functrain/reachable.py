@@ -1,7 +1,7 @@
-"""What a module's attributes lead to, beside the slots of its parameters, buffers and submodules.
+"""Tensors reachable from a module's attributes, besides its registered slots.
 
-A forward may take a tensor from a list, a closure, an object or a module that is not registered.
-They are looked through without running any code of theirs: no property, no iterator.
+A forward may take a tensor from a list, a closure, an object or an unregistered module. These are
+searched without running any of their code: no property, no iterator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Bounds for attributes that lead to a data set, or to most of the program.
+# Bounds, since attributes may lead to a data set or to most of the program.
 _DEEPEST, _MOST = 10, 100_000
 
 _SLOTS = ("_parameters", "_buffers", "_modules")
@@ -24,16 +24,16 @@ _NOTHING_WITHIN = (str, bytes, int, float, complex, type(None), type, types.Modu
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _OFTEN_EMPTY = frozenset({dict, collections.OrderedDict, set, list})
 _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
-# A logger knows all others, and a thread what runs in it.
+# Not searched: a logger leads to all others, and a thread to what runs in it.
 _CLOSED = frozenset({*sys.stdlib_module_names, "torch", "numpy"}) - {"__main__"}
 
 
 def beside_slots(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that attributes of a module and of its submodules lead to, each with which.
+    """The tensors that attributes of a module and its submodules lead to, each with the attribute.
 
-    In containers, functions and what they close over, methods, `functools.partial`, attributes and
-    `__slots__` of objects, and modules that are not registered; not within what torch, NumPy and
-    the standard library define. To a depth of 10, and of the first 100,000 objects.
+    It searches containers, functions and what they close over, methods, `functools.partial`,
+    attributes and `__slots__` of objects, and unregistered modules, but no other objects of classes
+    of torch, NumPy and the standard library; to a depth of 10, and at most 100,000 objects.
     """
     seen = {id(each) for each in module.modules()}
     found = list(_attributes(module))
@@ -55,22 +55,22 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
         for key, value in vars(each).items():
             if key in _SLOTS or not _may_hold(value):
                 continue
-            # Made anew of what is in the slots: a recurrent layer's list, and the weight of
-            # torch.nn.utils.spectral_norm before each forward.
+            # Left out is what is remade from the slots: a recurrent layer's list of weights, and
+            # the weight that torch.nn.utils.spectral_norm computes before each forward.
             listed = key == "_flat_weights" and isinstance(each, nn.RNNBase)
             if not listed and f"{key}_orig" not in each._parameters:
                 yield f"{path}.{key}" if path else key, value
 
 
 def _may_hold(value: Any) -> bool:
-    kind = type(value)  # isinstance asks for their __class__ too
+    kind = type(value)  # isinstance would also ask the object's __class__
     if kind in _OFTEN_EMPTY:  # most attributes of a module: its hooks
         return bool(value)
     return not issubclass(kind, _NOTHING_WITHIN)
 
 
 def _within(value: Any) -> Iterable[object]:
-    """What an object holds, one step in."""
+    """What an object holds directly."""
     kind: Any = type(value)
     if issubclass(kind, types.FunctionType):
         return _of_function(value)
@@ -103,7 +103,7 @@ def _contents(value: Any, kind: type) -> Iterable[object]:
 
 @functools.lru_cache(maxsize=1024)
 def _getters(kind: type) -> tuple[Callable[[Any], object], ...]:
-    """How the attributes of objects of a kind are read: its `__dict__`, and each of its slots."""
+    """Readers of the attributes of objects of a kind: of `__dict__`, and of each slot."""
     plain = kind is types.SimpleNamespace or issubclass(kind, nn.Module)
     if not plain and str(kind.__module__).partition(".")[0] in _CLOSED:
         return ()

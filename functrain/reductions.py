@@ -1,8 +1,8 @@
-"""How the gradients of micro-batches become one: as a running sum, or as a fixed binary tree.
+"""How the gradients of micro-batches become one: by a running sum, or by a fixed binary tree.
 
-Floating-point sums depend on their order. A running sum over the micro-batches of one process is
-another order than one sum for each worker and then a sum of those; a binary tree over all
-micro-batches of the logical batch is the same tree however its leaves are shared out.
+Floating-point sums depend on their order. A running sum over the micro-batches of one process has
+another order than a sum on each worker and then over the workers; a binary tree over all
+micro-batches of the logical batch is the same tree however its leaves are distributed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ T = TypeVar("T")
 
 
 def reduction_name(_record: object, _field: object, value: object) -> None:
-    """An attrs validator: raise `ConfigError` for what is no reduction."""
+    """An attrs validator: raise `ConfigError` for an unknown reduction."""
     if value not in REDUCTIONS:
         raise ConfigError(f"reduction: {value!r}, unknown; {did_you_mean(str(value), REDUCTIONS)}")
 
 
 class Tree(Generic[T]):
-    """A binary sum of what is pushed, in a fixed order, with O(log n) of it in memory.
+    """A binary sum of what is pushed, in a fixed order, with O(log n) values in memory.
 
-    The leaves 2k and 2k + 1 are added, then their sums, and so on; what is left over when the
-    number of leaves is no power of two is added from the last to the first. `add` may write into
-    its first argument.
+    Leaves 2k and 2k + 1 are added, then their sums, and so on; if the number of leaves is no power
+    of two, the branches left over are added from the last to the first. `add` may write into its
+    first argument.
     """
 
     def __init__(self, add: Callable[[T, T], T]) -> None:
@@ -42,22 +42,22 @@ class Tree(Generic[T]):
         self._waiting: list[tuple[int, T]] = []
 
     def push(self, value: T, leaves: int = 1) -> None:
-        """The next leaf; or the sum of the last one, which `pop` gave, and the next."""
+        """Add the next leaf; or, with `leaves=2`, the sum of the leaf from `pop` and the next."""
         while self._waiting and self._waiting[-1][0] == leaves:
             value = self._add(self._waiting.pop()[1], value)
             leaves *= 2
         self._waiting.append((leaves, value))
 
     def pop(self) -> T | None:
-        """The leaf that the next one is added to, if one waits: its sum is to be pushed as 2."""
+        """Take out the leaf that waits for the next one, if any; push their sum as 2 leaves."""
         return self._waiting.pop()[1] if self._waiting and self._waiting[-1][0] == 1 else None
 
     def waiting(self) -> list[T]:
-        """The branches that have no other beside them yet, the first one first."""
+        """The branches that wait for their other half, the first one first."""
         return [value for _, value in self._waiting]
 
     def total(self) -> T | None:
-        """The sum of all leaves, once; None where there was none."""
+        """The sum of all leaves, which empties the tree; None if there are none."""
         found: T | None = None
         while self._waiting:
             _, value = self._waiting.pop()
@@ -76,7 +76,7 @@ def tree_sum(values: Sequence[T], add: Callable[[T, T], T]) -> T:
 
 
 def added(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients summed into the memory of `one`; a name that only one has keeps its value."""
+    """Add gradients into the memory of `one`; a name that only one of them has keeps its value."""
     both = [name for name in one if name in other]
     if both:
         torch._foreach_add_([one[n] for n in both], [other[n] for n in both])
@@ -84,14 +84,14 @@ def added(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def merged(measured: Sequence[Metrics], *, tree: bool) -> Metrics:
-    """The metrics of several micro-batches as one."""
+    """The merged metrics of several micro-batches."""
     if tree:
         return tree_sum(measured, Metrics.merge)
     return functools.reduce(Metrics.merge, measured)
 
 
 class Workers(Protocol):
-    """The workers that a logical batch is shared out to, as a gradient function sees them."""
+    """The workers that share a logical batch, as a gradient function sees them."""
 
     @property
     def size(self) -> int:
@@ -99,21 +99,22 @@ class Workers(Protocol):
         ...
 
     def part(self, prepared: Callable[[], tuple[int, Tensor]], *, tree: bool) -> Part:
-        """This worker's part of the batch, agreed with all.
+        """This worker's part of the batch, agreed on with the others.
 
-        `prepared` gives the number of its micro-batches and their weight, or raises; then every
-        worker raises.
+        `prepared` returns the number of this worker's micro-batches and their weight. If it raises
+        on one worker, every worker raises.
         """
         ...
 
     def observations(self, observed: Sequence[Any]) -> list[Any]:
-        """What every worker has observed, in the order of the micro-batches of the whole."""
+        """The observations of all workers, in the order of the whole batch's micro-batches."""
         ...
 
     def beside(self, like: Mapping[str, Tensor], *, tree: bool) -> Beside | None:
-        """Sums that may begin while gradients are computed, if any.
+        """Sums that may start while gradients are still computed, or None.
 
-        `like`: a tensor for each name that may have a gradient, in the order in which they come.
+        `like`: a tensor for each name that may have a gradient, in the order in which gradients
+        arrive.
         """
         ...
 
@@ -128,24 +129,24 @@ class Workers(Protocol):
         tree: bool,
         beside: Beside | None,
     ) -> tuple[dict[str, Tensor], Metrics]:
-        """The sums over all workers, on each of them; in the memory of `grads`.
+        """The sums over all workers, on each of them; gradients in the memory of `grads`.
 
-        `reached`: what has a gradient here. `measured`: the metrics of each micro-batch. `like`: a
-        tensor for each name that may have a gradient. `moved`: the buffers that the forward has
-        written to, which is refused. `beside`: the sums that have begun.
+        `reached`: the names that have a gradient here. `measured`: the metrics of each micro-batch.
+        `like`: a tensor for each name that may have a gradient. `moved`: buffers that the forward
+        has written to, which is refused. `beside`: the sums that have started already.
         """
         ...
 
 
 class Beside(Protocol):
-    """Sums over the workers that begin while other gradients are still computed."""
+    """Sums over the workers that start while other gradients are still computed."""
 
     def ready(self, name: str, grad: Tensor, *, own: bool) -> None:
-        """A gradient is what it will be; where its memory is its `own`, it may be the sum's."""
+        """Announce a final gradient; if its memory is its `own`, the sum may be written into it."""
         ...
 
     def finish(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All sums, with those of `grads` that were not `ready` before."""
+        """All sums, including those of `grads` that were not `ready` before."""
         ...
 
 
@@ -153,8 +154,9 @@ class Beside(Protocol):
 class Part:
     """The micro-batches of a logical batch that are computed here.
 
-    They are the `first` and each `stride`-th after it, of `total`; `weight` is that of all of them.
-    `tree`: whether they are summed as a `Tree`. `workers`: who has the others, if anybody.
+    They are number `first` and every `stride`-th after it, of `total`. `weight`: that of the whole
+    logical batch. `tree`: whether they are summed as a `Tree`. `workers`: who has the others, if
+    any.
     """
 
     first: int
@@ -165,5 +167,5 @@ class Part:
     stride: int = 1
 
     def place(self, index: int) -> int:
-        """Which micro-batch of the whole one of those here is."""
+        """The number in the whole batch of the micro-batch that is number `index` here."""
         return self.first + index * self.stride

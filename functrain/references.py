@@ -1,4 +1,4 @@
-"""Reference log-probs ahead of training: attached to batches, and kept on disk."""
+"""Reference log-probs computed ahead of training: attached to batches, and cached on disk."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _own_buffers(value: Mapping[str, Tensor]) -> Tensors:
 
 @attrs.frozen(eq=False)
 class AttachReference:
-    """A function from batches to batches with `reference_logps`; see `attach_reference`."""
+    """A function that adds `reference_logps` to a batch; see `attach_reference`."""
 
     architecture: nn.Module = attrs.field(repr=False)
     reference: Tensors = attrs.field(repr=False, converter=own_tensors)
@@ -67,10 +67,10 @@ class AttachReference:
         check_fit(self.buffers, places.buffers, "buffers")
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with the reference's log-probs of its sides, where the batch is.
+        """The batch with the reference's log-probs of its sides, on the batch's device.
 
-        Raises `BatchError` for what `check` refuses, and for an index that the model has no place
-        for.
+        Raises `BatchError` for what `check` refuses, and for an index that is out of the model's
+        range.
         """
         sides = self.check(batch)
         device = device_of(self.reference)
@@ -92,12 +92,12 @@ class AttachReference:
         return {**batch, "reference_logps": {s: t.to(home) for s, t in found.items()}}
 
     def check(self, batch: Batch) -> tuple[str, ...]:
-        """The two sides of a batch that are scored.
+        """The names of the two sides of a batch that are scored.
 
-        Raises `BatchError` unless they are well formed and belong together, as a step wants them.
+        Raises `BatchError` unless they are well formed and match each other, as a step requires.
         """
         sides = _sides(batch)
-        # What else it has is its objective's affair.
+        # The batch's other entries are for its objective to check.
         given = {side: batch[side] for side in sides if side in batch}
         vocabulary = vocabulary_of(self.architecture)
         if sides == SIDES:
@@ -113,7 +113,7 @@ class AttachReference:
         return sides
 
     def _scored(self, model: nn.Module, batch: Batch, sides: Sequence[str]) -> dict[str, Tensor]:
-        """Pairs in one forward as the step takes them, so that the bits are the step's."""
+        """Score the sides; pairs in one forward, as the step does, to have the step's bits."""
         if tuple(sides) == SIDES:
             joined = concatenated(batch["chosen"], batch["rejected"])
             layout = laid_out(self.layout, model, joined)
@@ -133,9 +133,10 @@ class AttachReference:
 
     @property
     def fingerprint(self) -> str:
-        """Of what the log-probs depend on beside the batch: architecture, values, precision, form.
+        """A hash of all that the log-probs depend on besides the batch.
 
-        Layout and head are not in it: under another they are the same to rounding.
+        That is the architecture, the values, the precision and the form (`by_token`). Layout and
+        head are not in it, since they change log-probs by rounding only.
         """
         hasher = hashlib.sha256(f"{self.precision.name}\0{self.by_token}\0".encode())
         hasher.update(f"{description(self.architecture)}\0".encode())
@@ -146,7 +147,7 @@ class AttachReference:
 
 
 def _widened(reference: Tensors, places: Slots) -> Tensors:
-    """In the dtypes of the params that a step would train: of 32 bits at least."""
+    """The reference with trainable params in at least 32 bits, as a step would hold them."""
     narrow = {n for n in places.trainable if reference[n].dtype.itemsize < 4}
     if not narrow:
         return reference
@@ -163,17 +164,18 @@ def attach_reference(
     head: HeadMode = "auto",
     layout: LayoutName = "padded",
 ) -> AttachReference:
-    """A function that gives batches of pairs, or of KTO's examples, their `reference_logps`.
+    """A function that adds `reference_logps` to batches of pairs, or of KTO's examples.
 
-    Of sums over completions, float [examples]; with `by_token`, [examples, time − 1]. Under the
-    step's `precision` and `layout` and on the same batch, its bits are those of the online
-    reference (of a step that does not compile), which the step then does not need:
-    `dpo_step(architecture, optimizer)`. `buffers` are those that `functrain.split` returned.
+    They are sums over completions, float [examples]; with `by_token`, one per token, float
+    [examples, time − 1]. A step then needs no reference of its own:
+    `dpo_step(architecture, optimizer)`. Under the step's `precision` and `layout` and on the same
+    batch, the bits are those of the online reference of a step that does not compile. `buffers`:
+    those that `functrain.split` returned.
 
-    Raises `ArchitectureError` for params or buffers with other names than the architecture's,
-    `StateError` for other shapes, integers and what is on the meta device, and `ConfigError` for an
+    Raises `ArchitectureError` if params or buffers have other names than the architecture's,
+    `StateError` for other shapes, integers and tensors on the meta device, and `ConfigError` for an
     unknown `precision`, `head` or `layout`, a `by_token` that is no boolean, and a `reference` or
-    `buffers` that are no mapping of tensors.
+    `buffers` that is no mapping of tensors.
     """
     buffers = {} if buffers is None else buffers
     return AttachReference(architecture, reference, buffers, precision, by_token, head, layout)
@@ -190,12 +192,12 @@ def _sides(batch: Batch) -> tuple[str, ...]:
 
 
 def example_keys(side: Batch) -> list[str]:
-    """A hash of each example of a side: its tokens, labels and mask up to its last target."""
+    """A hash of each example of a side: tokens, labels, mask, positions, up to its last target."""
     ids, labels = side["input_ids"].cpu(), side["labels"].cpu()
     columns = [ids.to(torch.int64), labels]
     columns += [side[key].cpu().to(torch.int64) for key in _EXTRA if key in side]
-    # Positions without a mask could be one: they alone are named, as every other hash is then what
-    # caches of earlier versions hold.
+    # Positions without a mask could be taken for a mask. Only they are named in the hash, so that
+    # all other hashes stay those in caches of earlier versions.
     name = b"position_ids" if "position_ids" in side and "attention_mask" not in side else b""
     ends = (last_target(labels) + 1).tolist()
     found = []
@@ -217,18 +219,17 @@ class ReferenceCache:
         with ReferenceCache("runs/reference.jsonl", functrain.attach_reference(…)) as cache:
             batch = cache(batch)
 
-    A call reads what is known and computes the rest, which is written at once, so that what was
-    interrupted goes on where it was. The file is JSON Lines: a header, then `{"example", "logp"}`;
-    a last line that a kill has torn is taken off. A file that is something else is left as it is.
-    Raises `DataError` for it, for a cache of another reference, architecture, precision or form,
-    where another process is writing, and where it cannot be written, as on a full disk: then it is
-    as it was before that call. `BatchError` for a log-prob that is not finite.
+    A call looks up the known examples and computes the rest, which it writes at once, so that an
+    interrupted run continues where it was. A row is scored in the batch in which it first occurs;
+    in a batch of another shape its last bits may differ.
 
-    Of an `attach` with `by_token`, each example's `logp` is a list: of every token after the first,
-    up to its last target.
+    The file is JSON Lines: a header, then `{"example", "logp"}`. If `attach` was made with
+    `by_token`, `logp` is a list, of every token after the first up to the last target. A last line
+    torn by a kill is removed; a file that is no cache is left as it is.
 
-    A row is scored in the batch in which it is first met; in a batch of another shape the same row
-    may differ in its last bits.
+    Raises `DataError` for a file that is no cache, for a cache of another reference, architecture,
+    precision or form, if another process is writing it, and if it cannot be written, as on a full
+    disk: it is then as it was before that call. Raises `BatchError` for a non-finite log-prob.
     """
 
     def __init__(self, path: PathLike, attach: AttachReference) -> None:
@@ -254,14 +255,14 @@ class ReferenceCache:
         self.close()
 
     def __len__(self) -> int:
-        """How many examples are known."""
+        """The number of known examples."""
         return len(self._known)
 
     def __call__(self, batch: Batch, *, microbatches: int = 1) -> Batch:
-        """The batch with its `reference_logps`, float64 of what was computed.
+        """The batch with its `reference_logps`, as float64 on the CPU.
 
-        `microbatches`: what is computed is computed in so many slices, as the step takes them.
-        Raises `BatchError` as `attach` does, `ConfigError` for another number of slices than an
+        `microbatches`: the number of slices in which unknown examples are computed, as the step
+        takes them. Raises `BatchError` as `attach` does, `ConfigError` unless `microbatches` is an
         integer of at least 1, and `DataError` after `close`.
         """
         if self._file.closed:
@@ -289,9 +290,9 @@ class ReferenceCache:
         return torch.tensor(known, dtype=torch.float64, device="cpu")
 
     def close(self) -> None:
-        """Make what was written durable, and let another process write; `DataError` as above.
+        """Make what was written durable, and let another process write.
 
-        Closed already, it stays so.
+        Closing twice does nothing. Raises `DataError` if the file cannot be written.
         """
         if self._file.closed:
             return
@@ -303,7 +304,7 @@ class ReferenceCache:
             self._file.close()
 
     def _compute(self, batch: Batch, rows: Mapping[str, list[str]], first: int) -> None:
-        """`first`: the place of these examples in the batch that they are a slice of."""
+        """Compute and write a slice of a batch; `first`: the index of its first example there."""
         found = self.attach(batch)["reference_logps"]
         _check_finite(found, first)
         fresh: dict[str, float | list[float]] = {}
@@ -362,7 +363,7 @@ class ReferenceCache:
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines()[1:], start=2):
             self._take(_object(line), f"{self.path}:{number}")
-        # Only now that this is known to be its cache: another file's end is not ours to cut.
+        # Cut only now that this is known to be its cache; another file's end is not ours to cut.
         if whole < len(data):
             file.truncate(whole)
 
@@ -395,7 +396,7 @@ class ReferenceCache:
 
 
 def _check_finite(found: Mapping[str, Tensor], first: int) -> None:
-    """JSON has no NaN: a null in its place would be refused whenever the cache is read again."""
+    """Raise `BatchError` for non-finite log-probs, which JSON would hold as an unreadable null."""
     for side, logps in found.items():
         bad = ~logps.isfinite()
         bad = bad.any(-1) if bad.ndim == 2 else bad
@@ -418,20 +419,20 @@ def _object(line: bytes) -> dict[str, Any]:
 
 @attrs.frozen(eq=False)
 class Referenced:
-    """A source whose batches have their `reference_logps`, of an `attach_reference` or a cache."""
+    """A source whose batches have `reference_logps`, from `attach_reference` or a cache."""
 
     source: Source
     attach: Attach
 
     @property
     def batch_size(self) -> int:
-        """The source's own."""
+        """The source's batch size."""
         return self.source.batch_size
 
     def __len__(self) -> int:
-        """The source's own."""
+        """The source's length."""
         return len(self.source)
 
     def at(self, position: int, n: int) -> Batch:
-        """The source's batch, with the reference's log-probs."""
+        """The source's batch with the reference's log-probs."""
         return self.attach(self.source.at(position, n))

@@ -1,8 +1,9 @@
 """The learning rate as a function of applied updates.
 
 A schedule is any hashable callable from a count to a learning rate. Those here are frozen records
-that equal their torch or transformers namesakes: `cosine(3e-4, total=10_000, warmup=100)(500)`.
-`reduce_on_plateau` depends on what was measured, so it is a record with a state: `init`, `observe`.
+with the values of their torch or transformers namesakes:
+`cosine(3e-4, total=10_000, warmup=100)(500)`. `reduce_on_plateau` depends on evaluations, so it is
+a record whose state is separate: `init`, `observe`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _one_of(*known: str) -> Callable[[object, attrs.Attribute[Any], str], None]:
 
 
 def _power(base: float, exponent: int) -> float:
-    """base^exponent; infinite beyond all floats, where Python's own raises."""
+    """base^exponent; infinite where Python's own power raises `OverflowError`."""
     try:
         return float(base**exponent)
     except OverflowError:
@@ -90,12 +91,12 @@ def _name(record: object) -> str:
 
 @attrs.frozen
 class Constant:
-    """`peak` throughout; transformers' `constant`."""
+    """The learning rate is `peak` throughout; transformers' `constant`."""
 
     peak: float = attrs.field(validator=_not_negative)
 
     def __call__(self, count: int) -> float:
-        """The learning rate of the update after `count` applied ones."""
+        """The learning rate of the next update, after `count` applied ones."""
         return self.peak * self.factor(count)
 
     def factor(self, count: int) -> float:
@@ -110,7 +111,7 @@ class ConstantWithWarmup(Constant):
     warmup: int = attrs.field(default=0, validator=_count, kw_only=True)
 
     def factor(self, count: int) -> float:
-        """Warmup, then `after`."""
+        """The warmup's fraction of the peak, then that of `after`."""
         if count < self.warmup:
             return count / self.warmup
         return self.after(count)
@@ -134,19 +135,19 @@ class Linear(ConstantWithWarmup):
             )
 
     def progress(self, count: int) -> float:
-        """The fraction of the way from the end of the warmup to `total`; above 1 beyond it."""
+        """How far `count` is from the end of the warmup to `total`: 0 to 1, above 1 beyond."""
         return (count - self.warmup) / max(1, self.total - self.warmup)
 
     def after(self, count: int) -> float:
-        """The fraction that is left."""
+        """The fraction of the way to `total` that is left."""
         return max(0.0, (self.total - count) / max(1, self.total - self.warmup))
 
 
 @attrs.frozen
 class Cosine(Linear):
-    """Warmup, then `cycles` waves (½: one descent) of a cosine to `total` (SGDR, 1608.03983).
+    """Warmup, then `cycles` cosine waves (½: one descent) until `total` (SGDR, 1608.03983).
 
-    transformers' `cosine`, and with `min_lr` (a learning rate) its `cosine_with_min_lr`.
+    It is transformers' `cosine`, and with `min_lr` (a learning rate) its `cosine_with_min_lr`.
     """
 
     cycles: float = attrs.field(default=0.5, validator=_positive, kw_only=True)
@@ -167,7 +168,7 @@ class Cosine(Linear):
 
 @attrs.frozen
 class CosineWithMinLR(Cosine):
-    """`cosine` that ends at `min_lr`, which must be given; transformers' `cosine_with_min_lr`."""
+    """`cosine` with a required `min_lr`, at which it ends; transformers' `cosine_with_min_lr`."""
 
     min_lr: float = attrs.field(validator=_not_negative, kw_only=True)
 
@@ -179,7 +180,7 @@ class CosineWithRestarts(Linear):
     cycles: int = attrs.field(default=1, validator=_positive, kw_only=True)
 
     def after(self, count: int) -> float:
-        """A descent of the cosine in each cycle, 0 from `total` on."""
+        """A cosine descent in each cycle, and 0 from `total` on."""
         progress = self.progress(count)
         if progress >= 1.0:
             return 0.0
@@ -212,7 +213,7 @@ class Polynomial(Linear):
 class InverseSqrt(ConstantWithWarmup):
     """Warmup, then 1/√(count/timescale); transformers' `inverse_sqrt` (Noam, 1706.03762).
 
-    `timescale` is the warmup, or 10,000 without one, unless given.
+    `timescale` defaults to the warmup, or to 10,000 without one.
     """
 
     timescale: int | None = attrs.field(
@@ -229,7 +230,7 @@ class InverseSqrt(ConstantWithWarmup):
 class WarmupStableDecay(Constant):
     """Warmup, a plateau, and a decay over the last `decay` of `total` updates (2404.06395).
 
-    transformers' `warmup_stable_decay`; `min_ratio` is the fraction of the peak at both ends.
+    It is transformers' `warmup_stable_decay`; `min_ratio` is the fraction of the peak at both ends.
     """
 
     total: int = attrs.field(validator=_count, kw_only=True)
@@ -252,7 +253,7 @@ class WarmupStableDecay(Constant):
             )
 
     def factor(self, count: int) -> float:
-        """Up, level, down, and then `min_ratio`."""
+        """The fraction of the peak: up, level, down, and then `min_ratio`."""
         begin = self.total - self.decay
         if count < self.warmup:
             return self._scaled(self._up(count / self.warmup))
@@ -278,7 +279,7 @@ class WarmupStableDecay(Constant):
 
 @attrs.frozen
 class StepDecay(Constant):
-    """Times `gamma` every `every` updates; torch's `StepLR`."""
+    """Multiplied by `gamma` every `every` updates; torch's `StepLR`."""
 
     every: int = attrs.field(validator=_positive_count, kw_only=True)
     gamma: float = attrs.field(default=0.1, validator=_positive, kw_only=True)
@@ -290,7 +291,7 @@ class StepDecay(Constant):
 
 @attrs.frozen
 class MultiStep(Constant):
-    """Times `gamma` at each milestone; torch's `MultiStepLR`."""
+    """Multiplied by `gamma` at each milestone; torch's `MultiStepLR`."""
 
     milestones: tuple[int, ...] = attrs.field(converter=_milestones, kw_only=True)
     gamma: float = attrs.field(default=0.1, validator=_positive, kw_only=True)
@@ -309,7 +310,7 @@ class MultiStep(Constant):
 
 @attrs.frozen
 class Exponential(Constant):
-    """Times `gamma` at each update; torch's `ExponentialLR`."""
+    """Multiplied by `gamma` at each update; torch's `ExponentialLR`."""
 
     gamma: float = attrs.field(validator=_positive, kw_only=True)
 
@@ -322,8 +323,8 @@ class Exponential(Constant):
 class OneCycle(Constant):
     """Up to `peak` over `pct_start` of `total`, then far down (1708.07120); torch's `OneCycleLR`.
 
-    Begins at peak/`div_factor`, ends at that over `final_div_factor`, and stays there, where
-    torch's raises.
+    It begins at peak/`div_factor` and ends at peak/`div_factor`/`final_div_factor`, where it stays;
+    torch's raises beyond `total`.
     """
 
     total: int = attrs.field(validator=_positive_count, kw_only=True)
@@ -335,9 +336,9 @@ class OneCycle(Constant):
     final_div_factor: float = attrs.field(default=1e4, validator=_positive, kw_only=True)
 
     def __call__(self, count: int) -> float:
-        """Two anneals: from the initial learning rate to the peak, and on to the least one."""
-        # In learning rates and not in fractions of the peak: near the end of a linear anneal what
-        # is left is a difference of nearly equal numbers, and torch's bits are those of the rates.
+        """Two anneals: from the initial learning rate to the peak, then to the least one."""
+        # Computed in learning rates, as torch does, not in fractions of the peak: near the end of a
+        # linear anneal the rest is a difference of nearly equal numbers, and the bits would differ.
         initial = self.peak / self.div_factor
         turn, last = self.pct_start * self.total - 1, self.total - 1
         if count <= turn:
@@ -357,8 +358,11 @@ class OneCycle(Constant):
 
 @attrs.frozen(kw_only=True)
 class PlateauState:
-    """What `reduce_on_plateau` has seen: the best value, evaluations without a better one since,
-    evaluations left to cool down, and the learning rate now."""
+    """What `reduce_on_plateau` has seen.
+
+    `best`: the best value. `bad`: evaluations since without a better one. `cooldown`: evaluations
+    left to cool down. `learning_rate`: the current one.
+    """
 
     best: float
     bad: int = 0
@@ -368,12 +372,12 @@ class PlateauState:
 
 @attrs.frozen
 class Plateau:
-    """The learning rate falls by `factor` when evaluations stop improving.
+    """The learning rate is multiplied by `factor` when evaluations stop improving.
 
-    torch's `ReduceLROnPlateau`. `functrain.train` shows it the `eval_loss` of every
-    `evaluate_every`-th step; a loop of your own calls `step.observe(state, value)`. The rate that
-    it has come to is in the state (`scheduler.plateau`): in a run that is under way another `peak`
-    changes nothing, and evolving that record does.
+    It is torch's `ReduceLROnPlateau`. `functrain.train` shows it the `eval_loss` of every
+    `evaluate_every`-th step; a loop of your own calls `step.observe(state, value)`. The current
+    rate is in the state (`scheduler.plateau`): during a run another `peak` changes nothing; evolve
+    that record instead.
     """
 
     peak: float = attrs.field(validator=_positive)
@@ -394,9 +398,9 @@ class Plateau:
         _at_most_peak(self)
 
     def init(self) -> PlateauState:
-        """Nothing seen yet."""
+        """The state before the first evaluation."""
         best = math.inf if self.mode == "min" else -math.inf
-        # As floats, whatever was given: a checkpoint tells 1 from 1.0, and takes no numpy number.
+        # Always floats: a checkpoint tells 1 from 1.0, and cannot hold a NumPy number.
         return PlateauState(best=best, learning_rate=float(self.peak))
 
     def observe(self, state: PlateauState, value: float) -> PlateauState:
@@ -458,7 +462,10 @@ SCHEDULES: Mapping[str, Callable[..., Schedule | Plateau]] = {
 
 
 def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
-    """The schedule of that name, for config files; `ConfigError` for unknown names and options."""
+    """Make the schedule of that name, for config files.
+
+    Raises `ConfigError` for unknown names and options, and for missing options.
+    """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ConfigError(f"schedule: {name!r} is unknown; {did_you_mean(str(name), SCHEDULES)}")
     make: Any = SCHEDULES[name]
@@ -476,7 +483,7 @@ def named(name: str, peak: float, **options: Any) -> Schedule | Plateau:
 
 
 def checked(value: Schedule | Plateau | float) -> Schedule | Plateau:
-    """The schedule itself, or `constant(value)` for a learning rate; `ConfigError` for the rest."""
+    """The given schedule, or `constant(value)` for a learning rate; else raises `ConfigError`."""
     if isinstance(value, Plateau):
         return value
     if is_number(value):
@@ -497,7 +504,7 @@ def checked(value: Schedule | Plateau | float) -> Schedule | Plateau:
 
 
 def _refuse_unmade(value: object) -> None:
-    """Raise `ConfigError` for a name or a class of schedules where a schedule is expected."""
+    """Raise `ConfigError` for the name or the class of a schedule instead of a schedule."""
     if isinstance(value, str):
         if value in SCHEDULES:
             raise ConfigError(f"schedule: {value!r}, expected a schedule: {_call(value)}")
@@ -526,8 +533,8 @@ def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:
     """`schedule(count)` as a 0-d float64 tensor, without waiting for an accelerator.
 
     `count` is at most `bound` (the calls so far). On an accelerator the value is looked up in a
-    table there, because reading the count back would stall the queue. `ConfigError` for a schedule
-    of the user's own that gives no learning rate: below 0 a step would climb, silently.
+    table there, because reading the count back would stall the queue. Raises `ConfigError` if a
+    user's schedule returns no valid learning rate: below 0 a step would silently climb.
     """
     if count.device.type == "cpu":
         return torch.tensor(_rate(schedule, int(count)), dtype=torch.float64, device="cpu")
@@ -552,16 +559,16 @@ def _looked_up(schedule: Schedule, count: Tensor, bound: int) -> Tensor:
     size = max(1024, 1 << (bound + 1).bit_length())
     table, known = _table(schedule, size, str(count.device))
     if bound >= known:
-        _rate(schedule, known)  # raises what it raised
+        _rate(schedule, known)  # raises the error that ended the table
     # Not `table[count]`: indexing with a 0-d integer tensor reads it back on the host.
     return torch.take(table, count)
 
 
 @functools.lru_cache(maxsize=16)
 def _table(schedule: Schedule, size: int, device: str) -> tuple[Tensor, int]:
-    """The first `size` learning rates, and how many there are before the schedule fails.
+    """The first `size` learning rates, and how many of them come before the schedule fails.
 
-    It may fail beyond the end of the run, which is nearer: a list of learning rates does.
+    It may fail beyond the end of the run, as one that reads a list of learning rates does.
     """
     values: list[float] = []
     try:

@@ -1,8 +1,8 @@
-"""Whether a module's parameters can be taken out of it: nothing else may be over their memory.
+"""Whether a module's parameters can be taken out of it: nothing else may share their memory.
 
-A step's params are other tensors than those of the module that was split. Whatever else of the
-module holds the old ones, or was told of their gradients, would go on with values that nobody
-trains.
+A step's params are other tensors than those of the module that was split. Anything else in the
+module that holds the old tensors, or has hooks on their gradients, would go on with values that
+nobody trains.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from functrain.trees import has_hooks
 def check_separable(
     module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
-    """Raise `ArchitectureError` where these tensors of a module cannot be taken out of it.
+    """Raise `ArchitectureError` if these tensors of a module cannot be taken out of it.
 
-    That is where a parameter has a hook on its gradient, or memory in common with another or with
-    a buffer. For the caller of `functrain.split`, what an attribute leads to of a parameter that is
-    trained or of a buffer is a `FunctrainWarning`, and so are buffers over one memory, and an extra
-    state.
+    That is so if a parameter has a hook on its gradient, or shares memory with another parameter
+    or a buffer. Warns the caller of `functrain.split` (`FunctrainWarning`) of attributes that lead
+    to a trainable parameter or a buffer, of buffers that share memory, and of an extra state.
     """
     memory = _Memory(params)
     _refuse_hooks(params)
@@ -41,7 +40,7 @@ def check_separable(
 
 
 def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
-    """A step takes gradients of values of its own, of which such a hook would not hear."""
+    """Refuse hooks on gradients: a step takes gradients of other tensors, so none would run."""
     for name, param in params.items():
         if has_hooks(param):
             raise ArchitectureError(
@@ -52,7 +51,7 @@ def _refuse_hooks(params: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_shared(params: Mapping[str, Tensor], memory: _Memory) -> None:
-    """Updated one after the other, each would have what has become of the other."""
+    """Refuse parameters that share memory: an update of one would change the other."""
     for name, param in params.items():
         for other in memory.over(param):
             if other != name:
@@ -63,7 +62,7 @@ def _refuse_shared(params: Mapping[str, Tensor], memory: _Memory) -> None:
 
 
 def _refuse_shared_buffers(buffers: Mapping[str, Tensor], memory: _Memory) -> None:
-    """A step's params are other tensors, beside which such a buffer would keep the old values."""
+    """Refuse buffers over a parameter's memory: they would keep the old values."""
     for name, buffer in buffers.items():
         for other in memory.over(buffer):
             raise ArchitectureError(
@@ -74,7 +73,7 @@ def _refuse_shared_buffers(buffers: Mapping[str, Tensor], memory: _Memory) -> No
 
 
 def _tell_of_parted(buffers: Mapping[str, Tensor], lasting: Mapping[str, Tensor]) -> None:
-    """Each becomes a tensor of its own, so that what is written to one is not in the other."""
+    """Warn of buffers that share memory: in a state each is a tensor of its own."""
     memory = _Memory(buffers)
     for name, buffer in lasting.items():
         other = next((each for each in memory.over(buffer) if each != name), None)
@@ -89,7 +88,7 @@ def _tell_of_parted(buffers: Mapping[str, Tensor], lasting: Mapping[str, Tensor]
 
 
 def _lasting(module: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers that a checkpoint has; the others a module computes for itself."""
+    """The persistent buffers, which a checkpoint has; a module computes the others for itself."""
     passing = {
         id(each._buffers[key])
         for each in module.modules()
@@ -101,10 +100,10 @@ def _lasting(module: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, Tens
 def _tell_of_kept(
     module: nn.Module, params: Mapping[str, Tensor], lasting: Mapping[str, Tensor]
 ) -> None:
-    """A forward that goes elsewhere than to a slot would find the old values there.
+    """Warn of attributes through which a forward would find old values, beside the slots.
 
-    Of params those that are trained, and of buffers those that a checkpoint has: what a module
-    computes for itself (RoPE's frequencies) mostly stays as it is.
+    It looks for trainable params and persistent buffers: what a module computes for itself (RoPE's
+    frequencies) mostly stays as it is.
     """
     trained = {name: param for name, param in params.items() if param.requires_grad}
     memory, told = _Memory({**trained, **lasting}), set()
@@ -124,7 +123,7 @@ def _tell_of_kept(
 
 
 def _tell_of_extra(module: nn.Module) -> None:
-    """What a module would put into its `state_dict` beside tensors is in no state."""
+    """Warn of `get_extra_state`: what it adds to a `state_dict` is in no state of ours."""
     found = [
         name or type(each).__name__
         for name, each in module.named_modules()
@@ -141,7 +140,7 @@ def _tell_of_extra(module: nn.Module) -> None:
 
 
 class _Memory:
-    """Where named tensors lie, to find those that another lies over."""
+    """Where named tensors lie in memory, to find those that overlap another tensor."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: each for name, each in tensors.items() if _lies_somewhere(each)}
@@ -150,7 +149,7 @@ class _Memory:
         self._spaces, self._begins, self._ends = np.array(places, dtype=np.int64).reshape(-1, 3).T
 
     def over(self, tensor: Tensor) -> Iterator[str]:
-        """The names of the tensors that have a byte of memory with this one in common."""
+        """The names of the tensors that share at least one byte with this one."""
         if not _lies_somewhere(tensor):
             return
         space, begin, end = _place(tensor)
@@ -162,15 +161,15 @@ class _Memory:
 
 
 def _lies_somewhere(tensor: Tensor) -> bool:
-    """Whether it has elements, and they are at strides over one storage."""
+    """Whether a tensor has elements, at strides in one storage."""
     plain = tensor.layout is torch.strided and not tensor.is_nested
     return plain and not is_traceable_wrapper_subclass(tensor) and tensor.numel() > 0
 
 
 def _place(tensor: Tensor) -> tuple[int, int, int]:
-    """The address space of a tensor, and the bytes from its first to behind its last.
+    """The address space of a tensor, and the addresses of its first byte and after its last.
 
-    A storage without memory (`functrain.deferred`) is a space of its own.
+    A storage without memory (`functrain.deferred`) is an address space of its own.
     """
     storage = tensor.untyped_storage()
     base = storage.data_ptr()
@@ -182,7 +181,7 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two whose places overlap have a byte in common: columns of a matrix have none."""
+    """Whether two tensors whose ranges overlap share a byte; columns of a matrix do not."""
     if one.is_contiguous() and other.is_contiguous():
         return True
     (_, first, last), (_, begin, end) = _place(one), _place(other)

@@ -1,4 +1,4 @@
-"""The stages: pretraining, fine-tuning, preference optimisation, each a step over an objective."""
+"""The stages: pretraining, fine-tuning and preference optimisation, each a step on an objective."""
 
 from __future__ import annotations
 
@@ -56,10 +56,11 @@ def make_step(
 ) -> Step:
     """The step that minimises `objective` with `optimizer`: the one place where the pieces meet.
 
-    `schedule`: a schedule, a constant learning rate, or None for the optimizer's own `lr`, which is
-    read here: a step that is evolved with another optimizer keeps it, unless its schedule is given
-    too. The other options are described at `Step`. Raises `ConfigError` for what cannot be
-    combined.
+    `schedule`: a schedule, a constant learning rate, or None for the optimizer's own `lr`. That is
+    read here, so a step evolved with another optimizer keeps the old rate unless its schedule is
+    evolved too. The other options are described at `Step`.
+
+    Raises `ConfigError` for options that cannot be combined.
     """
     _check_known(objective, options)
     if not isinstance(architecture, nn.Module):
@@ -109,10 +110,10 @@ def pretrain_step(
 ) -> Step:
     """Next-token cross entropy over every labelled token; options as for `make_step`.
 
-    `head`: `auto` makes logits a few rows at a time where that saves memory or passes over them,
-    from 1 MiB on, and the same to rounding; `full` never, to the bits of an ordinary loop.
-    `router`: for a mixture of experts, the weight of the loss that balances its routers, its
-    config's `router_aux_loss_coef`, say (`functrain.objectives.RoutedLanguageModeling`).
+    `head`: `auto` computes logits a few rows at a time where that saves memory or passes over them
+    (from 1 MiB on), the same to rounding; `full` never does, and gives the bits of an ordinary
+    loop. `router`: for a mixture of experts, the weight of the loss that balances its routers, such
+    as its config's `router_aux_loss_coef` (`functrain.objectives.RoutedLanguageModeling`).
     """
     objective = _language_modeling("pretrain", head, router)
     return make_step(objective, optimizer, architecture=architecture, schedule=schedule, **options)
@@ -127,7 +128,7 @@ def sft_step(
     schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
-    """Cross entropy over the completion's tokens, which the labels single out.
+    """Cross entropy over the completion's tokens, which the labels mark.
 
     Options as for `pretrain_step`.
     """
@@ -136,9 +137,9 @@ def sft_step(
 
 
 class PreferenceOptions(StepOptions, total=False):
-    """What `dpo_step` takes beside; each is described at `PreferenceOptimization`.
+    """The further options of `dpo_step`; each is described at `PreferenceOptimization`.
 
-    What begins with the name of a loss is of its formula alone (`functrain.objectives.losses`).
+    An option named after a loss concerns only that loss (`functrain.objectives.losses`).
     """
 
     simpo_gamma: float
@@ -171,8 +172,8 @@ def dpo_step(
     """Direct preference optimisation (2305.18290) against `reference`, params of this architecture.
 
     `loss`: any of `functrain.objectives.LOSSES`, or a weighted mix, `{"sigmoid": 1.0, "sft": 0.2}`.
-    Without a reference every batch must carry `reference_logps`, where a loss reads them. The
-    modifiers are described at `PreferenceOptimization`.
+    Without a `reference`, every batch must carry `reference_logps` if a loss reads them. The other
+    options are described at `PreferenceOptimization` and, for the step, at `make_step`.
     """
     given: dict[str, Any] = dict(options)
     known = PreferenceOptions.__annotations__.keys() - StepOptions.__annotations__.keys()
@@ -202,7 +203,7 @@ def kto_step(
     schedule: Schedule | Plateau | float | None = None,
     **options: Unpack[StepOptions],
 ) -> Step:
-    """KTO (2402.01306), for completions without a pair; see `UnpairedOptimization`."""
+    """KTO (2402.01306), for unpaired completions; see `UnpairedOptimization`."""
     objective = UnpairedOptimization(
         reference=reference,
         beta=beta,

@@ -26,8 +26,8 @@ Leaf = Tensor | int | float | str | None
 class Cursor:
     """How much data has been consumed: samples and tokens trained on since the stage began.
 
-    `loader` is the JSON state of a loader that keeps one, as it was after the consumed batch: of a
-    `functrain.data.Stream`, or what a loop of your own puts there.
+    `loader`: the JSON state of a stateful loader after the last consumed batch. A
+    `functrain.data.Stream` provides it; a loop of your own may store its loader's state here.
     """
 
     samples: int = 0
@@ -37,14 +37,17 @@ class Cursor:
 
 @attrs.frozen(kw_only=True, eq=False)
 class SchedulerState:
-    """`count`: applied updates, int64, 0-d. `plateau`: the record of `reduce_on_plateau`."""
+    """The schedule's position.
+
+    `count`: applied updates, int64, 0-d. `plateau`: the record of `reduce_on_plateau`.
+    """
 
     count: Tensor
     plateau: PlateauState | None = None
 
 
 def _taken(items: Mapping[str, Tensor]) -> Tensors:
-    """`Tensors` as they are; what a user has put together, in order, but for what is no tensor."""
+    """`Tensors` unchanged; a plain mapping sorted, and `in_order` if it holds only tensors."""
     found = tensors(items)
     plain = found is not items and all(isinstance(value, Tensor) for value in found.values())
     return ordered(found) if plain else found
@@ -56,18 +59,20 @@ class TrainState:
 
     `step` counts calls; `optimizer.count` and `scheduler.count` count applied updates, so a
     skipped step (overflow, non-finite gradients) advances only the first. `params` and `buffers`
-    map the module's own names to tensors, sorted. `key` is the root of all randomness. `average`
-    is the moving average of the params where a step keeps one, `guard` what a spike guard has seen;
-    `reference` is that of a method that moves it (TR-DPO), `running` what else an objective carries
-    (the running mean of `bco_pair`). `base` is the fingerprint of what the architecture holds
-    itself, the frozen params under adapters, which are no part of the state, and of their scale.
+    map the module's own names to tensors, sorted. `key` is the root of all randomness.
 
-    Change a field with `attrs.evolve(state, ...)`; branch with `functrain.clone(state)` where a
-    donating step follows.
+    Present only where something needs them: `average`, the moving average of the params;
+    `reference`, a reference that moves during training (TR-DPO); `guard`, what a spike guard has
+    seen; `running`, what else an objective carries (the running mean of `bco_pair`); `base`, the
+    fingerprint of the frozen params under adapters, which the architecture holds and the state does
+    not, and the adapters' scale.
+
+    Change a field with `attrs.evolve(state, ...)`; to branch before a donating step, use
+    `functrain.clone(state)`.
     """
 
     step: int
-    # A plain mapping, of a state that is evolved by hand, is taken too.
+    # A state evolved by hand may bring a plain mapping.
     params: Tensors = attrs.field(converter=_taken)
     buffers: Tensors = attrs.field(converter=_taken)
     optimizer: OptimizerState
@@ -83,11 +88,11 @@ class TrainState:
 
 
 def why_apart(made: str | None, here: str | None) -> str | None:
-    """Why what was trained over the base `made` does not belong over `here`; None where it does.
+    """Why adapters trained over the base `made` do not fit the base `here`; None if they do.
 
-    Where either does not say a scale, as the first checkpoints do not, any fits.
+    A base without a scale, as in the first checkpoints, fits any scale.
     """
-    if made == here:  # of every step
+    if made == here:  # the case of every step
         return None
     (old, scale), (new, other) = _parts(made), _parts(here)
     if old != new:
@@ -104,7 +109,7 @@ def why_apart(made: str | None, here: str | None) -> str | None:
 
 
 def _parts(base: str | None) -> tuple[str, float | None]:
-    """A fingerprint, and the scale beside it; of what is none, itself."""
+    """The fingerprint in a base, and its scale if it has one; an unreadable base is unchanged."""
     fingerprint, _, scale = (base or "").partition(" scale=")
     try:
         return fingerprint, float(scale) if scale else None
@@ -140,9 +145,9 @@ def _raise_consumed(step: int) -> NoReturn:
 def consume(state: TrainState, successor: TrainState | None) -> None:
     """Tombstone a donated state: each later access raises `ConsumedStateError`.
 
-    So do its params and its optimizer's slots, whose memory is what a donated step reuses;
-    mappings that live on in `successor` (a skipped step's) are left alone. There is none where the
-    step was interrupted.
+    Its params and its optimizer's slots raise too, since a donated step reuses their memory;
+    mappings that live on in `successor` (that of a skipped step) are left alone. `successor` is
+    None if the step was interrupted.
     """
     if isinstance(state, _ConsumedState):
         return
@@ -161,10 +166,10 @@ def _donated(state: TrainState) -> Iterator[tuple[str, Tensors]]:
 
 
 def writable_state(state: TrainState, trainable: Collection[str]) -> TrainState:
-    """The state with copies of what a donated step would overwrite and others may hold too.
+    """The state with copies of the tensors that a donated step would overwrite but may not own.
 
-    That is what it shares with an earlier state (which a pure step made it of, leaving some
-    parameters as they were), or came from a mapping of the user's.
+    Such tensors are shared with an earlier state (a pure step leaves some params as they were), or
+    came from a mapping of the user's.
     """
     params = writable(state.params, trainable)
     slots = {slot: writable(items) for slot, items in state.optimizer.slots.items()}
@@ -177,7 +182,7 @@ def writable_state(state: TrainState, trainable: Collection[str]) -> TrainState:
 def refuse_aliases(
     state: TrainState, trainable: Collection[str], *others: Mapping[str, Tensor] | None
 ) -> None:
-    """Raise `AliasError` where what a donated step overwrites shares storage with what it reads.
+    """Raise `AliasError` if a donated step would overwrite storage that it also reads.
 
     Overwritten: the trainable params and the optimizer's slots. Read: `state.average`,
     `state.reference` and `others` (a step's own reference).
@@ -204,7 +209,7 @@ def checked_key(seed: int) -> int:
 
 
 def leaves(record: object, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
-    """Every leaf of a state with its path, `optimizer/slots/exp_avg/head.weight`, in order."""
+    """Every leaf of a state, in order, with its path: `optimizer/slots/exp_avg/head.weight`."""
     if isinstance(record, Mapping):
         for name in sorted(record):
             yield from leaves(record[name], f"{prefix}/{name}")
@@ -219,7 +224,7 @@ def leaves(record: object, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
 
 
 def check_state(state: object, where: str = "state") -> None:
-    """Raise `StateError` for what is no state."""
+    """Raise `StateError` unless `state` is a `TrainState`."""
     if not isinstance(state, TrainState):
         raise StateError(
             f"{where}: expected a TrainState, as step.init makes it, got {type(state).__name__}"
@@ -230,7 +235,7 @@ R = TypeVar("R")
 
 
 def map_tensors(record: R, function: Callable[[str, Tensor], Tensor], prefix: str = "") -> R:
-    """The same record with `function` of (path, tensor) for every tensor; paths as in `leaves`."""
+    """The record with each tensor replaced by `function(path, tensor)`; paths as in `leaves`."""
     found: Any = record
     if isinstance(record, Tensor):
         found = function(prefix, record)
@@ -247,9 +252,9 @@ def map_tensors(record: R, function: Callable[[str, Tensor], Tensor], prefix: st
 
 
 def fingerprints(state: TrainState) -> dict[str, str]:
-    """A hash for each leaf: sha256 of a tensor's dtype, shape and bytes, `repr` of a number.
+    """A hash of each leaf, by path: sha256 of a tensor's dtype, shape and bytes, else its `repr`.
 
-    Of a state in shards all workers must ask for them, as for `fingerprint`.
+    For a sharded state every worker must call this, as for `fingerprint`.
     """
     check_state(state)
     return {
@@ -259,10 +264,10 @@ def fingerprints(state: TrainState) -> dict[str, str]:
 
 
 def fingerprint(state: TrainState) -> str:
-    """The hash over all leaves, hexadecimal; equal if and only if every leaf has the same bits.
+    """One hexadecimal hash over all leaves; equal if and only if every leaf has the same bits.
 
-    Of a state in shards all workers must ask for it at the same point, for their rows are gathered:
-    `if world.speaks: print(fingerprint(state))` would end in an error of torch's, or of gloo's.
+    For a sharded state every worker must call this at the same point, since the rows are gathered:
+    `if world.speaks: print(fingerprint(state))` would fail with an error from torch or gloo.
     """
     hasher = hashlib.sha256()
     for path, leaf in fingerprints(state).items():
@@ -271,9 +276,9 @@ def fingerprint(state: TrainState) -> str:
 
 
 def clone_state(state: TrainState) -> TrainState:
-    """The same values in memory of their own, for a branch beside a donating step.
+    """Copy a state into memory of its own, to keep a branch beside a donating step.
 
-    Of params alone `functrain.trees.clone` makes one.
+    To copy params alone, use `functrain.trees.clone`.
     """
     check_state(state, "clone")
     return attrs.evolve(
@@ -290,7 +295,7 @@ def clone_state(state: TrainState) -> TrainState:
 
 
 def device_of(params: Mapping[str, Tensor]) -> torch.device:
-    """The device of the params; more than one raises `ConfigError`."""
+    """The one device of the params; raises `ConfigError` if there are several."""
     devices = {tensor.device for tensor in params.values()}
     if len(devices) > 1:
         raise ConfigError(f"params: on several devices {sorted(map(str, devices))}, expected one")

@@ -58,7 +58,7 @@ Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, 
 
 
 def is_optimizer(_step: object, _field: object, given: Any) -> None:
-    """Raise `ConfigError` unless `given` is one of `functrain.optim`, made."""
+    """Raise `ConfigError` unless `given` is an optimizer as `functrain.optim` makes them."""
     missing = [name for name in ("init", "update", "lr", "kind") if not hasattr(given, name)]
     made = not isinstance(given, type)
     if made and not missing and not isinstance(given, torch.optim.Optimizer):
@@ -80,27 +80,30 @@ def is_optimizer(_step: object, _field: object, given: Any) -> None:
 class Step:
     """A pure training step: an attrs record of its parts, called as `step(state, batch)`.
 
-    `schedule`: learning rate as a function of applied updates. `microbatches`: equal slices of
-    each batch. `max_grad_norm`: global-norm clipping, or None. `transform`: a pure function of
-    (grads, params) before that clipping, `functrain.adaptive_clip` for one. `ema_decay`: keeps
-    `state.average`. `guard`: skips steps whose loss or norm is a spike. `donate`: reuse the old
-    state's memory, which is then consumed. `compile`: the model's body, once for each shape of its
-    inputs (`functrain.compilation`); other bits than without, the same to rounding.
-    `checkpoint`: a pattern of modules' names, `"model.layers.*"`, or several: their activations are
-    not kept but computed again in the backward pass, for less memory and the same bits
-    (`functrain.activations`).
-    `world`: the workers that share each batch (`functrain.distributed.world()`); each calls the
-    step with its own part, and `microbatches` counts those of the whole. `reduction`: `"fast"`, or
-    `"canonical"`, a fixed binary tree over the micro-batches, which gives the same bits on any
-    number of workers that each have a power of two of them. `sharded`: each worker keeps some rows
-    of the params, the moments, the average and the reference, as DTensors, and gathers the params
-    of a block while it computes: a fraction of the memory, and with `"canonical"` the same bits.
-    Then micro-batch j of worker r is the (j·W + r)-th of the whole, as `World.read` reads them with
-    `strided=True`, and `train` does.
+    The bits of the result depend on the arguments alone: the same (state, batch) gives the same
+    (state, metrics), and nothing that was passed in is changed, unless donated. Derive another
+    step with `attrs.evolve(step, max_grad_norm=0.5)`.
 
-    Change any of it with `attrs.evolve(step, max_grad_norm=0.5)`. The bits of the result depend
-    on the arguments alone: the same (state, batch) gives the same (state, metrics), and nothing
-    that was passed in is changed, unless donated.
+    `schedule`: the learning rate as a function of applied updates. `microbatches`: the number of
+    equal slices of each batch. `transform`: a pure function of (grads, params), applied before
+    clipping, such as `functrain.adaptive_clip`. `max_grad_norm`: the limit of global-norm clipping,
+    or None. `ema_decay`: keep a moving average of the params in `state.average`. `guard`: skip
+    steps whose loss or gradient norm is a spike. `donate`: reuse the old state's memory, which
+    consumes that state.
+
+    `compile`: compile the model's body, once for each shape of its inputs
+    (`functrain.compilation`); the result differs from the uncompiled one by rounding. `checkpoint`:
+    one or several patterns of module names, such as `"model.layers.*"`, whose activations are
+    recomputed in the backward pass: less memory, the same bits (`functrain.activations`).
+
+    `world`: the workers that share each batch (`functrain.distributed.world()`); each calls the
+    step with its own part, and `microbatches` counts those of the whole batch. `reduction`:
+    `"fast"`, or `"canonical"`, a fixed binary tree over the micro-batches, which gives the same
+    bits on any number of workers as long as each has a power of two of them. `sharded`: each worker
+    keeps some rows of the params, moments, average and reference, as DTensors, and gathers a
+    block's params while it computes: a fraction of the memory, and with `"canonical"` the same
+    bits. In that case, with W workers, micro-batch j of worker r is number j·W + r of the whole
+    batch; `train` reads them in this order, and so does `World.read` with `strided=True`.
     """
 
     objective: Objective
@@ -122,7 +125,7 @@ class Step:
     _sharding: Sharding | None = attrs.field(init=False, repr=False)
     value_and_grad: ValueAndGrad = attrs.field(init=False, repr=False)
     gradient: Accumulated = attrs.field(init=False, repr=False)
-    # Looked up once: a protocol's isinstance takes longer than a step's smallest kernels.
+    # Looked up once: isinstance on a protocol takes longer than a step's smallest kernels.
     _carrying: Carrying | None = attrs.field(init=False, repr=False)
     _form: Form = attrs.field(init=False, repr=False)
 
@@ -261,26 +264,26 @@ class Step:
     ) -> TrainState:
         """The state before the first step.
 
-        Where it is `sharded`, `params` are whole and the same on every worker, or in shards already
-        (`functrain.distributed.shard`). Nothing is copied, but where the step donates and the
-        params are not the state's own to overwrite (a plain mapping, or storage that the reference
-        uses): then they are cloned.
+        For a `sharded` step, `params` are whole and the same on every worker, or already sharded
+        (`functrain.distributed.shard`). Nothing is copied unless the step donates and the params
+        are not the state's own to overwrite (a plain mapping, or storage that the reference uses);
+        then they are cloned.
         """
         return self._form.first(params, buffers, seed)
 
     def objective_of(self, state: TrainState) -> Objective:
-        """The objective with what the state carries for it: a moving reference, running means."""
+        """The objective, given what the state carries for it: a moving reference, running means."""
         if self._carrying is None:
             return self.objective
         return self._carrying.carrying(state.reference, state.running)
 
     def adopt(self, state: TrainState) -> TrainState:
-        """A state of another stage as this one's start: its params and buffers, the rest fresh.
+        """Start this stage from a state of another: keep its params and buffers, reset the rest.
 
         Optimizer, schedule, loss scale, counts and cursor begin anew; the key is derived from the
-        old one, the old step and this stage's name, so that no randomness repeats. Two steps
-        with the same optimizer and precision can also take turns on one state without this.
-        Adapters of another base or scale are refused (`StateError`).
+        old key, the old step and this stage's name, so that no randomness repeats. Two steps with
+        the same optimizer and precision can take turns on one state without this. Raises
+        `StateError` for adapters of another base or scale.
         """
         check_state(state, "adopt")
         if state.base is not None and self._places.base is not None:
@@ -291,17 +294,19 @@ class Step:
     def __call__(
         self, state: TrainState, batch: Batches, *, donate: bool | None = None
     ) -> tuple[TrainState, Metrics]:
-        """One step: the next state, and metrics as (sum, weight).
+        """Take one step: the next state, and metrics as (sum, weight).
 
-        Where the gradients are not finite (an fp16 overflow, a bad batch) nothing is applied:
-        params, moments, schedule and average stay, the loss scale backs off, `skipped` is 1.
-        Nothing here waits for an accelerator, but for optimizers of the adapter (all but the fused
-        Adam).
-        `donate` overrides the record's own for this call: what was taken out of the old state, as
-        by `dict(state.params)`, is overwritten too, and `functrain.trees.clone` keeps it.
+        If the gradients are not finite (an fp16 overflow, a bad batch), nothing is applied: params,
+        moments, schedule and average stay, the loss scale backs off, and `skipped` is 1. The host
+        does not wait for an accelerator, except in optimizers that go through
+        `functrain.optim.from_torch` (all but the fused Adam).
+
+        `donate` overrides the step's own setting for this call. Tensors taken out of a donated
+        state, for instance by `dict(state.params)`, are overwritten too; keep them with
+        `functrain.trees.clone`.
 
         Raises `BatchError` before any compute, `StateError` for a state of another step,
-        `ConsumedStateError` for a donated one, `AliasError` where donating would overwrite the
+        `ConsumedStateError` for a donated one, and `AliasError` if donating would overwrite the
         reference or the average.
         """
         compilation.refuse_tracing("step")
@@ -313,8 +318,8 @@ class Step:
             raise ConfigError(
                 f"donate: {donate!r}, expected True, False, or None for the step's own"
             )
-        # The bits are a function of the arguments, whatever contexts the caller is in. And what an
-        # interrupt within the exit of one inside leaves on is put back.
+        # The bits must not depend on the contexts that the caller is in. This also restores what
+        # an inner context leaves on when its exit is interrupted.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             if self.world is not None and self.world.size > 1:
                 self.world.begin(state.step, state.key)
@@ -362,8 +367,8 @@ class Step:
             if donate:
                 consume(state, successor)
         except BaseException as error:
-            # Half of the memory may be the next state's: better no state than a torn one. What an
-            # optimizer refuses before it writes leaves the state.
+            # Part of the memory may hold the next state's values already, and no state is better
+            # than a torn one. If the optimizer raised before it wrote, the state is intact.
             refused = update is None and isinstance(error, FunctrainError)
             if donate and not (refused and self._versions(state) == begun):
                 consume(state, None)
@@ -379,7 +384,7 @@ class Step:
         finite: Tensor,
         applied: Tensor,
     ) -> TrainState:
-        """The state after a step; the loss scale goes by `finite`, since a spike is no overflow."""
+        """The state after a step; the loss scale follows `finite`: a spike is not an overflow."""
         params, optimizer = update
         counted, scaler, guard = state.scheduler, state.scaler, state.guard
         count = counted.count + applied.to(counted.count.dtype)
@@ -411,7 +416,7 @@ class Step:
     def _moved_reference(
         self, state: TrainState, params: Tensors, applied: Tensor
     ) -> Tensors | None:
-        """α·π + (1−α)·ref where the step is a multiple of k (TR-DPO, 2404.09656)."""
+        """α·π + (1−α)·ref if the step is a multiple of k (TR-DPO, 2404.09656)."""
         objective, reference = self._carrying, state.reference
         if objective is None or reference is None:
             return reference
@@ -422,21 +427,21 @@ class Step:
         return _where(applied, self._moved_frozen(moved, params, mixup), reference)
 
     def _moved(self, values: Tensors, params: Tensors, weight: float) -> Tensors:
-        """`values` moved towards the params, of what trains alone.
+        """`values` moved towards the params, for trainable names only.
 
-        What is frozen would move nowhere, and may be integers or infinite.
+        Frozen params would not move, and may be integers or infinite.
         """
         names = [name for name in values if name in self._places.trainable]
-        # Without the history that a module's own parameters, put into a state, would begin.
+        # Detached: a module's own Parameters in a state would start an autograd history.
         old = [values[name].detach() for name in names]
         new = [params[name].detach().to(each.dtype) for name, each in zip(names, old, strict=True)]
         moved = torch._foreach_lerp(old, new, weight)
         return Tensors({**values, **dict(zip(names, moved, strict=True))})
 
     def _moved_frozen(self, values: Tensors, params: Tensors, weight: float) -> Tensors:
-        """`values` moved towards the frozen params, where they are of another model.
+        """`values` moved towards the frozen params, which differ if the reference is another model.
 
-        What is equal stays as it is, infinite or not; integers have nothing between them.
+        Equal elements stay as they are, infinite or not; integers are not interpolated.
         """
         moved = dict(values)
         for name, old in values.items():
@@ -471,9 +476,9 @@ class Step:
         return schedules.learning_rate(self.schedule, state.scheduler.count, bound=state.step)
 
     def observe(self, state: TrainState, value: float) -> TrainState:
-        """The state after a `reduce_on_plateau` schedule has seen an evaluation's value.
+        """Show an evaluation's value to a `reduce_on_plateau` schedule: the state after it.
 
-        For every other schedule the state itself. `ConfigError` for a value that is no number.
+        With any other schedule, the state itself. Raises `ConfigError` if `value` is not a number.
         """
         check_state(state)
         plateau = state.scheduler.plateau
@@ -496,7 +501,7 @@ class Step:
         return self.value_and_grad.places
 
     def check(self, state: TrainState) -> None:
-        """Raise `StateError` for what is no state, or one of another step."""
+        """Raise `StateError` unless `state` is a state of this step."""
         self._form.check(state)
 
     def _updated(
@@ -546,7 +551,10 @@ class Step:
         return params, optimizer
 
     def _versions(self, state: TrainState) -> list[int]:
-        """What changes where an update has written; torch's own refuse before they do."""
+        """Version counters that change if an update writes in place.
+
+        Slots are left out for torch's own optimizers, which raise before they write.
+        """
         found = versions(state.params)
         if not optimizers.is_torchs(self.optimizer):
             for items in state.optimizer.slots.values():
@@ -554,7 +562,7 @@ class Step:
         return found
 
     def _drawing(self, state: TrainState) -> AbstractContextManager[None]:
-        """Where an optimizer may draw, as SGLD's noise: from the state's key alone."""
+        """A context in which the optimizer draws (SGLD's noise) from the state's key alone."""
         if not optimizers.may_draw(self.optimizer):
             return nullcontext()
         key = keys.derive(state.key, "optimizer", state.step)
@@ -563,15 +571,15 @@ class Step:
     def _clipped(
         self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], norm: Tensor, donate: bool
     ) -> tuple[Mapping[str, Tensor], Tensor]:
-        """The gradients as they are applied, and their norm before the clipping."""
+        """The gradients to apply, and their norm before clipping."""
         if self.transform is not None:
             grads = self._transformed(grads, params, donate)
             norm = global_norm(grads)
         if self.max_grad_norm is None:
             return grads, norm
-        # Gradients of the step's own are scaled in place; those of a transform may be anybody's.
-        # Not by the fused kernel, which divides by its grad_scale: a quarter of the gradients
-        # would have another last bit than torch's clipping gives, to spare 0.2 % of a large step.
+        # The step's own gradients are scaled in place; a transform's may belong to anybody. The
+        # fused kernel's grad_scale is not used: it divides, so that a quarter of the gradients
+        # would differ from torch's clipping in the last bit, to save 0.2 % of a large step.
         clipped, _ = clip_by_global_norm(
             grads, self.max_grad_norm, norm=norm, donate=self.transform is None
         )
@@ -580,10 +588,11 @@ class Step:
     def _transformed(
         self, own: Mapping[str, Tensor], params: Mapping[str, Tensor], donate: bool
     ) -> dict[str, Tensor]:
-        """What the transform makes of the step's own gradients.
+        """The result of the transform on the step's own gradients.
 
-        Copies of what is not the step's where an optimizer would write into it, or of params that
-        it would write before it has read them as gradients. Clipping makes copies anyway.
+        Gradients that are not the step's own are copied where the optimizer may write into them,
+        and so are params returned as gradients, which a donated update would overwrite before it
+        has read them. Clipping makes copies anyway.
         """
         assert self.transform is not None
         begun = versions(params)
@@ -631,11 +640,11 @@ class Step:
 
 
 def _moved_where_apart(old: Tensor, new: Tensor, weight: float) -> Tensor:
-    """`old` moved towards `new`, but where they are equal; `old` itself where they are throughout.
+    """`old` moved towards `new` where they differ; `old` itself if they are equal throughout.
 
-    That is asked on the CPU alone: on an accelerator the host would wait.
+    The latter is checked on the CPU only: on an accelerator the host would wait.
     """
-    narrow = old.dtype.itemsize == 1  # floats of 8 bits can be cast, and nothing else
+    narrow = old.dtype.itemsize == 1  # 8-bit floats support casts and nothing else
     one, other = (old.float(), new.float()) if narrow else (old, new)
     if old.device.type == "cpu" and torch.equal(one, other):
         return old
@@ -643,7 +652,7 @@ def _moved_where_apart(old: Tensor, new: Tensor, weight: float) -> Tensor:
 
 
 def _where(applied: Tensor, new: Tensors, old: Tensors) -> Tensors:
-    """`new` where the step is applied, else `old`; no wait on an accelerator."""
+    """`new` if the step is applied, else `old`, without waiting for an accelerator."""
     if applied.device.type == "cpu":
         return new if bool(applied) else old
     return Tensors(

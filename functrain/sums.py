@@ -1,4 +1,4 @@
-"""Gradients as they are summed over micro-batches, and told of when they are what they will be."""
+"""Sums of gradients over micro-batches, which can announce each gradient once it is final."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from functrain.trees import Tensors, alike, has_hooks
 class GradientSum:
     """Gradients summed over micro-batches.
 
-    Autograd adds into the leaves' own `.grad`, as in an ordinary loop; where the leaves are of a
-    narrower dtype than the params, the sum is kept in the params' dtype. What is summed where it is
-    made (`functrain.accumulators`) is added at the end. As a `tree` each micro-batch's gradients
-    are a leaf of it.
+    Autograd adds into the leaves' own `.grad`, as in an ordinary loop; if the leaves have a
+    narrower dtype than the params, the sum is kept in the params' dtype. Sums made directly by
+    `functrain.accumulators` are added at the end. With `tree`, each micro-batch's gradients are a
+    leaf of a `Tree`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class GradientSum:
         self._wide: dict[str, Tensor] = {}
         self._reached: set[str] = set()
         self._received = False
-        # Those without a gradient in memory of their own, where autograd adds the following ones.
+        # Leaves that have no gradient yet; into an existing one autograd adds in place.
         self._new = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         self._names = {id(leaf): name for name, leaf in self._new.items()}
         self._direct: dict[str, Tensor] = {}
@@ -43,9 +43,9 @@ class GradientSum:
         self._told: set[str] = set()
 
     def begin(self) -> None:
-        """The next micro-batch: where it is added to one leaf of the tree, autograd adds it there.
+        """Start the next micro-batch; if it pairs with a leaf of the tree, autograd adds into that.
 
-        The same sum of two, without memory and a pass of its own.
+        This gives the same sum of two, without extra memory and an extra pass.
         """
         branch = None if self._tree is None else self._tree.pop()
         self._added = 1 if branch is None else 2
@@ -57,16 +57,17 @@ class GradientSum:
                 leaf.grad = grad
 
     def trains(self, leaf: Tensor) -> bool:
-        """Whether a tensor is a leaf that trains."""
+        """Whether a tensor is a trainable leaf."""
         return id(leaf) in self._names
 
     def sum_of(self, leaf: Tensor) -> Tensor | None:
-        """Where gradients of a leaf that trains may be summed as they are made.
+        """The sum into which gradients of a trainable leaf may be added directly.
 
-        None where a hook is to see them, which a forward may have put on its weight.
+        None for other tensors, and if a hook must see the gradients; a forward may have put one on
+        its weight.
         """
         name = self._names.get(id(leaf))
-        # At the end there are some of `telling`'s.
+        # In the last pass there are the hooks of `telling` too.
         if has_hooks(leaf) if not self._ending else leaf._backward_hooks:
             return None
         if name is not None and name not in self._direct:
@@ -74,23 +75,23 @@ class GradientSum:
         return None if name is None else self._direct[name]
 
     def receive(self, name: str, rows: Tensor, reached: bool) -> None:
-        """Take the rows of a gradient of one micro-batch, summed over the workers already."""
+        """Add this worker's rows of a micro-batch's gradient, already summed over the workers."""
         self._received = True
         if reached:
             self._reached.add(name)
         self._wide[name] = self._wide[name].add_(rows) if name in self._wide else rows
 
     def reached(self, grads: Mapping[str, Tensor]) -> frozenset[str]:
-        """What of the sums has had a gradient here."""
+        """The names that have had a gradient on this worker."""
         return frozenset(self._reached if self._received else {*grads, *self._told})
 
     @contextmanager
     def telling(self, beside: Beside) -> Generator[None]:
-        """Within it, the last backward pass tells which sums here have come to their end."""
+        """A context in which the last backward pass tells `beside` of each final gradient."""
         self._ending = True
         handles = []
         for name, leaf in self._leaves.items():
-            # What is summed where it is made may still grow.
+            # Direct sums may still grow.
             if leaf.requires_grad and name not in self._direct:
                 ended = functools.partial(self._ended, beside, name, leaf.grad is not None)
                 handle = leaf.register_post_accumulate_grad_hook(ended)  # type: ignore[no-untyped-call]
@@ -102,8 +103,8 @@ class GradientSum:
                 handle.remove()
 
     def _ended(self, beside: Beside, name: str, begun: bool, leaf: Tensor) -> None:
-        """`begun`: whether there was a sum before, to whose memory autograd has added."""
-        if name in self._direct:  # since this pass: `grads` adds the two
+        """Tell of a final gradient; `begun`: whether autograd added it into an existing sum."""
+        if name in self._direct:  # since this pass; `grads` adds the two sums
             return
         assert leaf.grad is not None  # it has just been accumulated
         grad = leaf.grad
@@ -116,9 +117,9 @@ class GradientSum:
         beside.ready(name, whole, own=own)
 
     def _folded(self, name: str, grad: Tensor | None) -> Tensor:
-        """A gradient of the last leaves with the branches of the tree that wait for it.
+        """A gradient of the last leaf, added to the branches of the tree that wait for it.
 
-        Each worker has a power of two of leaves, so that the last one meets every branch in turn.
+        Each worker has a power of two of leaves, so the last one completes every branch in turn.
         """
         for branch in reversed(self._tree.waiting() if self._tree is not None else ()):
             if name in branch:
@@ -128,14 +129,14 @@ class GradientSum:
         return grad
 
     def add(self) -> None:
-        """Take what the backward pass of a micro-batch has left.
+        """Take the gradients that a micro-batch's backward pass has left.
 
-        Gradients that share their memory get their own, since they will be written to: of
-        `a[None] + b[None]` autograd hands both leaves the same (torch 2.13), in which an ordinary
-        loop's second backward pass adds for both.
+        Gradients that share memory are separated, since they will be written to: for
+        `a[None] + b[None]` autograd gives both leaves the same tensor (torch 2.13), into which the
+        second backward pass of an ordinary loop adds for both.
         """
         taken = {name: grad for name, leaf in self._new.items() if (grad := leaf.grad) is not None}
-        # Asked of all at once: a model has hundreds.
+        # Checked for all at once, since a model has hundreds.
         if self._narrow or not all(grad.layout is torch.strided for grad in taken.values()):
             taken = {n: g for n, g in taken.items() if self._taken(n, self._leaves[n], g)}
         places = [grad.untyped_storage().data_ptr() for grad in taken.values()]
@@ -144,7 +145,7 @@ class GradientSum:
             for (name, grad), address in zip(taken.items(), places, strict=True):
                 if address in seen:
                     self._leaves[name].grad = grad.clone()
-                elif address:  # empty ones have none
+                elif address:  # empty tensors have none
                     seen.add(address)
         if self._tree is None:
             for name in taken:
@@ -156,7 +157,7 @@ class GradientSum:
                 leaf.grad = None
 
     def _taken(self, name: str, leaf: Tensor, grad: Tensor) -> bool:
-        """Whether a leaf keeps its gradient; one that is narrower than its sum is widened."""
+        """Whether a leaf keeps its gradient; a narrower one is added to the wide sum instead."""
         if grad.layout is not torch.strided:
             raise ArchitectureError(
                 f"{name}: its gradient is sparse, which neither clipping nor the optimizers "
@@ -170,9 +171,9 @@ class GradientSum:
         return False
 
     def grads(self) -> Tensors:
-        """The sum over all micro-batches, but for what was told to be there.
+        """The sums over all micro-batches, except those that were announced already.
 
-        They are known to be like the params: autograd sees to that, after hooks too.
+        They are marked as `alike` the params: autograd ensures that, even after hooks.
         """
         return alike(self._total(), self._params)
 

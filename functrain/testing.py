@@ -1,12 +1,13 @@
-"""The laws, for your own models: each takes a step, a state and a batch, and raises where broken.
+"""The laws, to test on your own models: each takes a step, a state and a batch.
 
     from functrain import testing
 
     testing.assert_pure(step, state, batch)
     testing.assert_accumulation_invariant(step, state, batch, parts=[3, 1, 4])
 
-A law that fails raises `AssertionError` naming the first leaf that differs. `batches`, `pairs` and
-`partitions` are Hypothesis strategies (the `testing` extra) for properties of your own.
+A law that fails raises `AssertionError`, which names the first leaf that differs between states.
+`batches`, `pairs` and `partitions` are Hypothesis strategies (the `testing` extra) for properties
+of your own.
 """
 
 from __future__ import annotations
@@ -59,18 +60,18 @@ TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float16: 2e-3,
     torch.bfloat16: 1e-2,
 }
-"""How far sums in another order may part, relative to their norm: of numbers in a dtype, and of
-what a step computes in one (`precision`), whatever it keeps."""
+"""How far sums in another order may differ, relative to their norm, for values kept in a dtype or
+computed in it (`precision`)."""
 
 
 def _require(holds: bool, otherwise: str) -> None:
-    """A law: not an `assert`, which `python -O` leaves out."""
+    """Raise `AssertionError` unless `holds`; `python -O` would skip an `assert`."""
     if not holds:
         raise AssertionError(otherwise)
 
 
 def first_difference(one: TrainState, other: TrainState) -> str | None:
-    """The path of the first leaf whose bits differ between two states; None where none does."""
+    """The path of the first leaf whose bits differ between two states; None if none does."""
     ours, theirs = fingerprints(one), fingerprints(other)
     for path in sorted(ours.keys() | theirs.keys()):
         if ours.get(path) != theirs.get(path):
@@ -79,16 +80,16 @@ def first_difference(one: TrainState, other: TrainState) -> str | None:
 
 
 def assert_same(one: TrainState, other: TrainState, what: str) -> None:
-    """Both states have the same bits in every leaf."""
+    """Assert that both states have the same bits in every leaf."""
     path = first_difference(one, other)
     _require(path is None, f"{what}: the states part at {path}")
 
 
 def assert_pure(step: Step, state: TrainState, batch: Batch) -> None:
-    """A step changes nothing that it was given, and the same call gives the same bits.
+    """Assert that a step changes nothing it was given, and that the same call gives the same bits.
 
-    Inputs' digests are unchanged, the architecture is as it was, and the global random generators
-    of torch, Python and NumPy are where they were.
+    The digests of the inputs, the architecture, and the global random generators of torch, Python
+    and NumPy are unchanged.
     """
     before, given, generators = fingerprints(state), _digests(batch), _generators()
     slots = [id(p) for p in step.architecture.parameters()]
@@ -103,7 +104,7 @@ def assert_pure(step: Step, state: TrainState, batch: Batch) -> None:
 
 
 def assert_donation_equal(step: Step, state: TrainState, batch: Batch) -> None:
-    """A donated step gives the bits of a pure one, and what was donated refuses to be read."""
+    """Assert that a donated step gives the bits of a pure one, and consumes the donated state."""
     pure, metrics = step(state, batch, donate=False)
     given = clone_state(state)
     donated, same = step(given, batch, donate=True)
@@ -120,12 +121,13 @@ def assert_donation_equal(step: Step, state: TrainState, batch: Batch) -> None:
 def assert_accumulation_invariant(
     step: Step, state: TrainState, batch: Batch, parts: Sequence[int]
 ) -> None:
-    """The gradient of a batch is that of any partition of it, `parts` examples each, to rounding.
+    """Assert that a batch cut into micro-batches of `parts` examples has the same gradient.
 
-    So are the metrics; of pairs whose margin is within rounding of 0, as all are at the reference,
-    either may be the preferred one. Holds for a model whose examples do not see each other and that
-    draws no random numbers: give an objective in eval mode where there is BatchNorm or dropout.
-    Rounding is that of the step's precision: to see the most, give it in float64.
+    It is the same to rounding, and so are the metrics; where a pair's margin is within rounding of
+    0, as at the reference, either side may count as preferred. The law holds for a model whose
+    examples do not see each other and that draws no random numbers: with BatchNorm or dropout, give
+    an objective in eval mode. The tolerance is that of the step's precision; float64 is the
+    strictest.
     """
     whole = step.value_and_grad(state.params, state.buffers, batch)
     cut = step.value_and_grad(state.params, state.buffers, list(_cut(batch, parts)))
@@ -133,9 +135,9 @@ def assert_accumulation_invariant(
 
 
 def assert_padding_invariant(step: Step, state: TrainState, batch: Batch, columns: int = 3) -> None:
-    """Columns of padding at the end (mask 0, label −100) change neither loss nor gradient.
+    """Assert that `columns` of padding at the end (mask 0, label −100) change no loss or gradient.
 
-    A model that takes no `attention_mask` gets none: a causal one sees nothing of what comes after.
+    A model that takes no `attention_mask` gets none: a causal model does not see what comes after.
     """
     masked = _takes_mask(step)
     plain = step.value_and_grad(state.params, state.buffers, _padded(batch, 0, masked))
@@ -146,9 +148,9 @@ def assert_padding_invariant(step: Step, state: TrainState, batch: Batch, column
 
 
 def assert_packing_isolated(step: Step, state: TrainState, batch: Batch) -> None:
-    """Other tokens in a document of a packed batch change the log-probs of no other, to rounding.
+    """Assert that a packed document's log-probs do not depend on the others, to rounding.
 
-    A batch as `functrain.data.packed` makes it; a model that does not keep documents apart fails.
+    `batch` is one that `functrain.data.packed` makes; a model whose documents see each other fails.
     """
     step.objective.check(batch, step.value_and_grad.vocabulary)
     _require(are_packed(batch), "not a packed batch: no row holds several documents")
@@ -172,7 +174,7 @@ def assert_packing_isolated(step: Step, state: TrainState, batch: Batch) -> None
 
 
 def _logps(step: Step, state: TrainState, batch: Batch) -> Tensor:
-    """The log-probs of targets in eval mode, [batch, time − 1]; 0 where there is none."""
+    """The targets' log-probs in eval mode, [batch, time − 1]; 0 where there is no target."""
     gradient = step.value_and_grad
     values, buffers = gradient.values(state.params), gradient.buffer_values(state.buffers)
     device = device_of(state.params)
@@ -186,8 +188,11 @@ def _logps(step: Step, state: TrainState, batch: Batch) -> Tensor:
 
 
 def assert_clip_laws(grads: Mapping[str, Tensor], max_norm: float) -> None:
-    """Clipped gradients are no longer than `max_norm`, point where they did, and clip to
-    themselves; those below the limit are the same bits. To the rounding of their coarsest dtype."""
+    """Assert the laws of clipping, to the rounding of the gradients' coarsest dtype.
+
+    Clipped gradients have a norm of at most `max_norm` and their old direction, and clipping them
+    again changes nothing; gradients below the limit keep their bits.
+    """
     norm = float(global_norm(grads))
     _require(math.isfinite(norm), f"the gradients' norm is {norm}, which no clipping makes finite")
     dtypes = {grad.dtype for grad in grads.values()}
@@ -214,7 +219,7 @@ def assert_clip_laws(grads: Mapping[str, Tensor], max_norm: float) -> None:
 
 
 def _least(grad: Tensor) -> float:
-    """What an element that underflows may be off by; in float16 gradients often do."""
+    """The error that underflow of an element may cause; frequent in float16 gradients."""
     kind = torch.finfo(grad.dtype)
     return max(1e-30, kind.smallest_normal * kind.eps)
 
@@ -222,7 +227,7 @@ def _least(grad: Tensor) -> float:
 def assert_evaluation_invariant(
     step: Step, state: TrainState, batch: Batch, parts: Sequence[int]
 ) -> None:
-    """An evaluation is the same over any partition, in any order, and disturbs nothing."""
+    """Assert that an evaluation is the same for any partition and order, and disturbs nothing."""
     before, generators = fingerprint(state), _generators()
     whole = evaluate(step, state, [batch])
     for order in (1, -1):
@@ -235,9 +240,9 @@ def assert_evaluation_invariant(
 def assert_resumable(
     step: Step, state: TrainState, source: Source | Stream, steps: int, directory: Path
 ) -> None:
-    """A run saved and loaded at every split point ends with the bits of one left alone.
+    """Assert that a run resumed from a checkpoint of any of its steps ends with the same bits.
 
-    `steps` is a total, as for `train`. Also of a step that donates, which leaves `state` alone.
+    `steps` is a total, as for `train`. `state` is left alone, even by a step that donates.
     """
     states = [clone_state(state)]
     run = train(step, clone_state(state), source, steps=steps)
@@ -257,9 +262,9 @@ def assert_resumable(
 
 
 def assert_preference_laws(step: Step, state: TrainState, batch: Batch) -> None:
-    """At the reference the margin is 0; swapping the pair negates it.
+    """Assert that the margin is 0 at the reference, and that swapping the pair negates it.
 
-    `step` is a `dpo_step` whose reference is `state.params`, at β and a loss of its own.
+    `step` is a `dpo_step` with any β and loss, whose reference is `state.params`.
     """
     _require(isinstance(step.objective, PreferenceOptimization), "not a preference step")
     measured = evaluate(step, state, [batch])
@@ -326,7 +331,7 @@ def _padded(batch: Batch, columns: int, masked: bool = True) -> Batch:
     fill = {"labels": IGNORE_INDEX}
     wider = {k: F.pad(t, (0, columns), value=fill.get(k, 0)) for k, t in batch.items()}
     if "position_ids" in batch and "attention_mask" not in batch:
-        # Positions that began anew would make it a packed batch.
+        # Positions that restart would make it a packed batch.
         given = batch["position_ids"]
         onward = given[:, -1:] + torch.arange(1, columns + 1, device=given.device)
         wider["position_ids"] = torch.cat([given, onward], 1)
@@ -334,14 +339,14 @@ def _padded(batch: Batch, columns: int, masked: bool = True) -> Batch:
 
 
 def _tolerance(step: Step, state: TrainState) -> float:
-    """That of the widest rounding on the way: of the params' dtypes, or of the step's precision."""
+    """The tolerance of the coarsest dtype among the params and the step's precision."""
     kept = {p.dtype for p in state.params.values() if p.is_floating_point() or p.is_complex()}
     computed = {each for each in (step.precision.autocast, step.precision.cast) if each}
     return max(TOLERANCE.get(dtype, 1e-2) for dtype in kept | computed)
 
 
 def _ties(step: Step, state: TrainState, batch: Batch, margin: float) -> float:
-    """The share of pairs that are no further apart than `margin`."""
+    """The share of pairs whose reward margin is at most `margin`."""
     if not isinstance(step.objective, PreferenceOptimization):
         return 0.0
     pairs = list(_cut(batch, [1] * examples_in(batch)))
@@ -382,7 +387,7 @@ def _assert_metrics_close(
 
 @contextmanager
 def _extra() -> Generator[None]:
-    """Names the extra where a package is missing."""
+    """A context that names the extra if a package is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -395,9 +400,9 @@ def _extra() -> Generator[None]:
 def batches(
     vocabulary: int, *, max_examples: int = 6, max_time: int = 10
 ) -> SearchStrategy[dict[str, Tensor]]:
-    """A Hypothesis strategy: batches of sequences in which some labels are no target.
+    """A Hypothesis strategy: batches of sequences in which some labels are −100.
 
-    Every example has a target at least; `input_ids` and `labels`: int64 [batch, time].
+    Every example has at least one target. `input_ids` and `labels`: int64 [batch, time].
     """
     with _extra():
         from hypothesis import strategies as st
@@ -421,7 +426,7 @@ def batches(
 def pairs(
     vocabulary: int, *, max_examples: int = 4, max_time: int = 10
 ) -> SearchStrategy[dict[str, dict[str, Tensor]]]:
-    """A Hypothesis strategy: preference batches, chosen and rejected of different lengths."""
+    """A Hypothesis strategy: preference batches, whose two sides may differ in length."""
     with _extra():
         from hypothesis import strategies as st
 
@@ -430,7 +435,7 @@ def pairs(
         examples, time = chosen["input_ids"].shape
         shape = (examples, max(2, time - cut))
         ids = torch.randint(0, vocabulary, shape, generator=generator)
-        # Never the same completion twice: nothing would be preferred.
+        # The completions must differ, or neither would be preferred.
         ids[:, -1] = (chosen["input_ids"][:, shape[1] - 1] + 1) % vocabulary
         return {"chosen": chosen, "rejected": {"input_ids": ids, "labels": ids.clone()}}
 

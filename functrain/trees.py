@@ -1,4 +1,4 @@
-"""Mappings from names to tensors: ordered, immutable, cloned, measured and fingerprinted."""
+"""Mappings from names to tensors: ordering, immutability, cloning, norms and hashes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from functrain.norms import all_row_norms
 class Tensors(dict[str, Tensor]):
     """An immutable mapping from names to tensors, sorted by name.
 
-    Sorted once, here at the door, because the order reaches the bits of every sum over the leaves.
-    A `dict`, so that `load_state_dict` takes it as it is (`torch.func.functional_call` writes into
-    what it is given: hand it `dict(params)`); its mutating methods raise `TypeError`. When a
-    donated step has reused the memory, every access raises `ConsumedStateError`.
+    It is sorted at construction, because the order determines the bits of every sum over the
+    leaves. It is a `dict`, so `load_state_dict` takes it as it is (`torch.func.functional_call`
+    writes into what it is given: hand it `dict(params)`); its mutating methods raise `TypeError`.
+    Once a donated step has reused the memory, every access raises `ConsumedStateError`.
 
-    It knows which of the tensors no other mapping of functrain's holds (`own`): a donated step
-    writes into the memory of those alone, and into copies of the others. Gradients know
-    which params they are `like`, so that an optimizer does not look at hundreds of them again.
+    It knows which of its tensors no other mapping of functrain's holds (`own`): a donated step
+    writes into the memory of those only, and copies the others. Gradients know which params they
+    are like (`are_like`), so that an optimizer need not check hundreds of tensors again.
     """
 
     __slots__ = ("_consumed_by", "_like", "_own")
@@ -55,7 +55,7 @@ class Tensors(dict[str, Tensor]):
                 return
         given = dict(items, **named)
         names = sorted(given)
-        # One that is in order is copied as it is, in a fraction of the time.
+        # A mapping already in order is copied as it is, in a fraction of the time.
         in_order = all(map(operator.eq, names, given))
         super().__init__(given if in_order else {name: given[name] for name in names})
 
@@ -65,7 +65,7 @@ class Tensors(dict[str, Tensor]):
         return self._own
 
     def consume(self, by: str) -> None:
-        """Forget the tensors: from now on each access raises, naming `by`."""
+        """Drop the tensors: from now on each access raises an error that names `by`."""
         self._consumed_by = by
         super().clear()
 
@@ -80,7 +80,7 @@ class Tensors(dict[str, Tensor]):
         self._alive()
         raise KeyError(name)
 
-    # Iteration is overridden so that `dict(t)` and `{**t}` come through here as well.
+    # Overriding __iter__ makes `dict(t)` and `{**t}` take this path too.
     def __iter__(self) -> Iterator[str]:
         self._alive()
         return super().__iter__()
@@ -124,7 +124,7 @@ class Tensors(dict[str, Tensor]):
     __hash__ = None
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        """A plain `dict` of both; `other` wins where they meet."""
+        """A plain `dict` of both; on a shared name `other` wins."""
         return {**self, **other}
 
     def copy(self) -> Tensors:
@@ -163,14 +163,14 @@ def _kind(tensor: Tensor) -> str:
 
 
 def tensors(items: Mapping[str, Tensor]) -> Tensors:
-    """`items` itself where it is `Tensors` already, else a sorted immutable copy of the mapping."""
+    """`items` itself if it is `Tensors` already, else a sorted immutable copy of the mapping."""
     return items if isinstance(items, Tensors) else Tensors(items)
 
 
 def map_leaves(function: Callable[[Tensor], Tensor], items: Mapping[str, Tensor]) -> Tensors:
-    """`function` of every tensor, under the same names.
+    """Apply `function` to every tensor, under the same names.
 
-    It may give the tensor itself, or a view of it.
+    `function` may return the tensor itself, or a view of it.
     """
     mapped = {name: function(tensor) for name, tensor in items.items()}
     if isinstance(items, Tensors) and items.own:
@@ -179,7 +179,7 @@ def map_leaves(function: Callable[[Tensor], Tensor], items: Mapping[str, Tensor]
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether a write into the memory of one may be seen in the other."""
+    """Whether a write into one may be seen in the other."""
     one, other = rows_here(one), rows_here(other)
     if is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(other):
         return True
@@ -187,19 +187,19 @@ def _share(one: Tensor, other: Tensor) -> bool:
 
 
 def clone(items: Mapping[str, Tensor]) -> Tensors:
-    """The same values in memory of their own."""
-    with torch.inference_mode(False):  # what is made in it cannot be trained
+    """Copy the tensors into memory of their own."""
+    with torch.inference_mode(False):  # inference tensors cannot be trained
         return owning(Tensors({name: t.detach().clone() for name, t in items.items()}))
 
 
 def owning(items: Tensors, names: Iterable[str] | None = None) -> Tensors:
-    """`items` itself, now known to hold the memory of these names (of all) alone."""
+    """`items` itself, now marked as the sole holder of the memory of `names` (by default all)."""
     items._own = frozenset(items if names is None else names)
     return items
 
 
 def writable(items: Tensors, names: Collection[str] | None = None) -> Tensors:
-    """`items` with copies of those of `names` (of all) whose memory others may hold too."""
+    """`items` with copies of those of `names` (by default all) that it does not own."""
     wanted = frozenset(items if names is None else names)
     shared = wanted - items.own
     if not shared:
@@ -210,7 +210,7 @@ def writable(items: Tensors, names: Collection[str] | None = None) -> Tensors:
 
 
 def succeeding(new: Mapping[str, Tensor], old: Tensors) -> Tensors:
-    """`new` as the successor of `old`: what both hold is from now on nobody's own."""
+    """`new` as the successor of `old`: neither owns the tensors that both hold any more."""
     items = old.copy() if new is old else tensors(new)
     both = {name for name, tensor in items.items() if tensor is old.get(name)}
     if both:
@@ -219,7 +219,7 @@ def succeeding(new: Mapping[str, Tensor], old: Tensors) -> Tensors:
 
 
 def disown_shared(*several: Tensors) -> None:
-    """What lies in memory that two entries of these mappings hold is from now on nobody's own."""
+    """Mark tensors that share storage, within or across these mappings, as owned by none."""
     at = [{name: _address(tensor) for name, tensor in items.items()} for items in several]
     times = Counter(address for addresses in at for address in addresses.values())
     for items, addresses in zip(several, at, strict=True):
@@ -229,18 +229,18 @@ def disown_shared(*several: Tensors) -> None:
 
 
 def alike(items: Tensors, params: Mapping[str, Tensor]) -> Tensors:
-    """`items` itself, known to have dense tensors of the params' shapes, dtypes and devices."""
+    """`items` itself, marked as dense tensors of the params' shapes, dtypes and devices."""
     items._like = params
     return items
 
 
 def are_like(items: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
-    """Whether that is known of `items`, and of these very params."""
+    """Whether `items` is marked as `alike` these very params."""
     return isinstance(items, Tensors) and items._like is params
 
 
 def select(items: Mapping[str, Tensor], *patterns: str) -> Tensors:
-    """The tensors whose names match one of the shell patterns; a pattern without match raises."""
+    """The tensors whose names match a shell pattern; `StateError` if a pattern matches nothing."""
     return _sharing(items, {name: items[name] for name in _matching(items, patterns)})
 
 
@@ -252,7 +252,7 @@ def zero(items: Mapping[str, Tensor], *patterns: str) -> Tensors:
 
 
 def _sharing(items: Mapping[str, Tensor], some: Mapping[str, Tensor]) -> Tensors:
-    """A mapping that holds tensors of `items` too."""
+    """`some` as `Tensors` that share tensors with `items`, which no longer owns any."""
     if isinstance(items, Tensors):
         owning(items, ())
     return Tensors(some)
@@ -276,9 +276,9 @@ def _matching(items: Mapping[str, Tensor], patterns: Iterable[str]) -> list[str]
 def global_norm(items: Mapping[str, Tensor]) -> Tensor:
     """The Euclidean norm over all leaves: a 0-d float64 tensor, without host synchronisation.
 
-    Accumulated in float64: an fp32 sum of squares overflows long before a gradient does. Row by
-    row, and then over the rows in order: leaves that are sharded by rows have the same norm, to the
-    bit; all workers must ask for it, for their rows are gathered.
+    It is accumulated in float64, since an fp32 sum of squares overflows long before a gradient
+    does; first over each row, then over the rows in order, so leaves sharded by rows have the same
+    norm to the bit. For those every worker must call this, since the rows are gathered.
     """
     leaves = [whole(leaf) for leaf in items.values()]
     if not leaves:
@@ -288,7 +288,7 @@ def global_norm(items: Mapping[str, Tensor]) -> Tensor:
 
 
 def versions(params: Mapping[str, Tensor]) -> list[int]:
-    """What changes where any of them is written to; those made in inference mode do not tell."""
+    """The tensors' version counters, which change on writes; 0 for inference tensors."""
     try:
         return [param._version for param in params.values()]
     except RuntimeError:
@@ -296,50 +296,50 @@ def versions(params: Mapping[str, Tensor]) -> list[int]:
 
 
 def has_hooks(tensor: Tensor) -> bool:
-    """Whether somebody is to be told of a tensor's gradient."""
+    """Whether a hook is registered on a tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def by_dtype(dtypes: Mapping[str, torch.dtype]) -> list[list[str]]:
-    """The names of each dtype, in parts; a kernel or an exchange takes one of them at a time."""
+    """The names grouped by dtype: a kernel or an exchange handles one dtype at a time."""
     kinds = sorted(set(dtypes.values()), key=str)
     return [[name for name in dtypes if dtypes[name] == kind] for kind in kinds]
 
 
 def is_sharded(items: Mapping[str, Tensor]) -> bool:
-    """Whether any tensor is a DTensor; without importing that, which takes a second."""
+    """Whether any tensor is a DTensor, without importing that class, which takes a second."""
     return any(hasattr(tensor, "full_tensor") for tensor in items.values())
 
 
 def rows_here(tensor: Tensor) -> Tensor:
-    """What this worker has of a tensor in shards; any other tensor itself."""
+    """This worker's rows of a sharded tensor; any other tensor itself."""
     found: Tensor = getattr(tensor, "_local_tensor", tensor)
     return found
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in shards as a whole one, for which every worker must ask; any other itself."""
+    """A sharded tensor gathered, for which every worker must call this; any other itself."""
     found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
 
 
 def laid_out(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor, the same on every worker, in shards where another one of its shape is."""
+    """A whole tensor, the same on every worker, sharded as `like` is, if that is sharded."""
     if not hasattr(like, "full_tensor"):
         return tensor
     # Here, since DTensor takes a second to import.
     from torch.distributed.tensor import distribute_tensor
 
-    # Without a rank whose values all take, nothing is sent.
+    # Without a source rank nothing is sent.
     found = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return found.clone()  # else these rows would hold the whole
+    return found.clone()  # the rows are a view, which would keep the whole tensor alive
 
 
 def in_order(tensor: Tensor) -> Tensor:
-    """A tensor laid out as it is read from a file: itself, or a copy where its strides are others.
+    """A tensor laid out as when read from a file: itself, or a contiguous copy.
 
-    Of a transposed matrix a kernel may give other bits than of the same numbers in order, so that a
-    state would go on otherwise than what was saved of it and loaded again.
+    A kernel may give other bits for a transposed matrix than for the same numbers in order, so a
+    state would continue differently after it was saved and loaded.
     """
     if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         return tensor
@@ -347,12 +347,12 @@ def in_order(tensor: Tensor) -> Tensor:
 
 
 def ordered(items: Mapping[str, Tensor]) -> Tensors:
-    """A copy of the mapping, in which each tensor is `in_order`."""
+    """A copy of the mapping with each tensor `in_order`."""
     return Tensors({name: in_order(tensor) for name, tensor in Tensors(items).items()})
 
 
 def digest(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and the very bytes, in hexadecimal; of shards, of the whole."""
+    """The sha256 over dtype, shape and bytes, hexadecimal; of a sharded tensor, over the whole."""
     tensor = whole(tensor)
     hasher = hashlib.sha256(_kind(tensor).encode())
     hasher.update(data_of(tensor))
@@ -360,8 +360,8 @@ def digest(tensor: Tensor) -> str:
 
 
 def data_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is on the CPU and in order."""
-    # A conjugate or a sign that is still to be taken has other bytes.
+    """The bytes of a tensor, without a copy if it is on the CPU and in order."""
+    # A lazy conjugation or negation is resolved, since it is not yet in the bytes.
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if flat.numel() == 1:  # contiguous at any stride
         flat = torch.as_strided(flat, (1,), (1,))
@@ -370,10 +370,10 @@ def data_of(tensor: Tensor) -> memoryview:
 
 
 def storages(items: Mapping[str, Tensor]) -> dict[int, str]:
-    """The address of each leaf's storage, with the leaf's name."""
+    """The address of each leaf's storage, mapped to the leaf's name."""
     return {_address(tensor): name for name, tensor in items.items()}
 
 
 def _address(tensor: Tensor) -> int:
-    """Of a tensor's storage; 0 where it has no element."""
+    """The address of a tensor's storage; 0 if it has no elements."""
     return rows_here(tensor).untyped_storage().data_ptr()

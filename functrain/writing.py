@@ -1,6 +1,6 @@
-"""Writing files: lines at their end, contents that appear at once, what outlasts a power cut.
+"""Writing files: appending, replacing at once, and surviving a power cut.
 
-Checkpoints, which are tried against every fault of a disk, go through
+Checkpoints, which are tested against every fault of a disk, go through
 `functrain.checkpoint.filesystem` instead.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def append(file: io.RawIOBase, data: bytes) -> None:
-    """Write all of it at the end, or nothing: half a line would spoil those after it.
+    """Append all of `data`, or nothing: half a line would spoil the lines after it.
 
-    `file` has no buffer, in which what a full disk has refused would wait, to be written later.
+    `file` is unbuffered: a buffer would keep what a full disk has refused, and write it later.
     """
     end, rest = file.seek(0, os.SEEK_END), memoryview(data)
     try:
@@ -28,10 +28,10 @@ def append(file: io.RawIOBase, data: bytes) -> None:
 
 
 def write(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Put a file in the place of the one that is there; `OSError` where it cannot be written.
+    """Write a file, replacing an old one at once.
 
-    Then the old one stays, and nothing of the new one. `durable`: the data is on the disk before
-    the file has its name.
+    Raises `OSError` if it cannot be written; then the old file stays, and nothing of the new one.
+    `durable`: the data is on the disk before the file has its name.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -48,7 +48,7 @@ def write(path: Path, data: bytes, *, durable: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's data durable, or the names in a directory."""
+    """Make durable a file's data, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
