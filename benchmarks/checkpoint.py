@@ -1,13 +1,13 @@
-"""Saving and loading a state, beside `torch.save` and torch's distributed checkpoint.
+"""Saving and loading a state, compared with `torch.save` and torch's distributed checkpoint.
 
     python benchmarks/checkpoint.py [--gigabytes 0.5] [--rounds 5] [--directory /tmp]
 
 A state of AdamW, a third params and two thirds moments, is written to and read from the same disk
-by each in turn. Ours: hashed, fsynced, renamed, and verified at the load; DCP as it comes, which
-fsyncs but does not verify, and loads into tensors that are there; `torch.save` with an fsync and
-without, which promises nothing yet. Rounds alternate; the result is the median of the ratios to
-`torch.save` with an fsync and `torch.load` of the same round. Everybody reads from the page cache.
-With `--directory /dev/shm` no disk is waited for: what is left is the work of each.
+by each in turn. Ours is hashed, fsynced, renamed, and verified on loading; DCP, with its defaults,
+fsyncs but does not verify, and loads into existing tensors; `torch.save` is measured with an fsync
+and without one, which guarantees nothing. The order changes each round; the result is the median of
+the ratios to `torch.save` with an fsync, or to `torch.load`, of the same round. All read from the
+page cache. With `--directory /dev/shm` nothing waits for a disk, and only the work is measured.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Act = Callable[[Path], object]
 
 
 def made(gigabytes: float) -> tuple[ft.Step, ft.TrainState]:
-    """A state of so many bytes, in tensors of 16 MB and small ones."""
+    """A state of about so many gigabytes, in tensors of 16 MB and small ones."""
     width = 2048
     count = max(1, round(gigabytes * 1e9 / (3 * 4 * width * width)))
     module = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(count)))
@@ -42,7 +42,7 @@ def made(gigabytes: float) -> tuple[ft.Step, ft.TrainState]:
 
 
 def plain(state: ft.TrainState) -> dict[str, object]:
-    """The same tensors as one would hand to `torch.save`."""
+    """The same tensors in the form that one would pass to `torch.save`."""
     slots = {name: dict(items) for name, items in state.optimizer.slots.items()}
     return {"model": dict(state.params), "optimizer": slots, "step": state.step}
 
@@ -86,9 +86,9 @@ def loaders(state: ft.TrainState) -> dict[str, Act]:
 
 
 def stall(state: ft.TrainState, path: Path) -> tuple[float, float]:
-    """Seconds that a background save holds training up, and that a plain copy takes."""
+    """Seconds for which a background save blocks training, and those of a plain copy."""
     with ft.checkpoint.BackgroundWriter(path / "beside") as writer:
-        writer.save(state)  # makes the memory that later saves use again
+        writer.save(state)  # allocates the memory that later saves reuse
         writer.wait()
         later = attrs.evolve(state, step=state.step + 1)
         begun = time.perf_counter()
@@ -112,7 +112,7 @@ def timed(act: Act, path: Path) -> float:
 
 
 def measured(ways: dict[str, Act], base: str, rounds: int, fresh: bool, path: Path) -> None:
-    """Print the median seconds of each way, and of its ratio to the base of the same round."""
+    """Print each way's median seconds, and its median ratio to the base of the same round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         names = list(ways)

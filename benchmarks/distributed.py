@@ -1,14 +1,15 @@
-"""Several workers on one machine: time and memory of a step, beside DDP's and FSDP2's own loops.
+"""Several workers on one machine: time and memory of a step, compared with DDP's and FSDP2's loops.
 
     python benchmarks/distributed.py --workers 2 --rounds 9
     python benchmarks/distributed.py --workers 1 2 4 --memory
 
-Time: every way has its own model in the same processes, and the ways take turns, a step each, in an
-order that is drawn anew each round; a step ends when all workers have ended it. Ratios are of the
-medians, with the quartiles of the ratios of each round. Memory: each way in processes of its own,
-the resident memory of a worker before the model is made, after three steps (params, moments, and
-gradients where they are kept), and at its peak in them. What is freed goes back to the system at
-once for it (MALLOC_MMAP_THRESHOLD_): else it is what glibc keeps, of every way, that is measured.
+Time: every way has its own model in the same processes, and the ways take turns, one step each, in
+an order drawn anew each round; a step ends when all workers have finished it. Ratios are of the
+medians, with the quartiles of the ratios of each round. Memory: each way runs in processes of its
+own; a worker's resident memory is measured before the model is made, after three steps (params,
+moments, and gradients if they are kept), and at its peak during them. For this, freed memory is
+returned to the system at once (MALLOC_MMAP_THRESHOLD_); otherwise the measurement would be of what
+glibc keeps, in every way.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def batch(seed: int, rows: int, length: int) -> dict[str, Tensor]:
 
 
 def loop(shape: DecoderConfig, way: str, microbatches: int) -> Step:
-    """The loop that a user of DDP or FSDP2 writes: accumulation, clipping, fused AdamW."""
+    """The loop that a user of DDP or FSDP2 would write: accumulation, clipping, fused AdamW."""
     module = decoder(shape, seed=1)
     if way == "FSDP2":
         for block in module.model.layers:
@@ -96,7 +97,7 @@ def loop(shape: DecoderConfig, way: str, microbatches: int) -> Step:
 
 
 def ours(shape: DecoderConfig, way: str, microbatches: int, world: Any) -> Step:
-    """The same by functrain, donated."""
+    """The same with functrain, donating."""
     if way.startswith("sharded"):
         architecture, params, buffers = ft.distributed.split(lambda: decoder(shape, seed=1), world)
     else:
@@ -124,19 +125,19 @@ def ours(shape: DecoderConfig, way: str, microbatches: int, world: Any) -> Step:
 
 
 def make(shape: DecoderConfig, way: str, microbatches: int, world: Any) -> Step:
-    """A way of making a step."""
+    """The step of one of the `WAYS`."""
     if way in ("DDP", "FSDP2"):
         return loop(shape, way, microbatches)
     return ours(shape, way, microbatches, world)
 
 
 def resident() -> float:
-    """MB that this process has now."""
+    """The resident memory of this process, in MB."""
     return harness.resident() / 1e6
 
 
 class Peak:
-    """The most memory that is resident at any of many moments, from now on."""
+    """The peak of resident memory from now on, sampled every 2 ms."""
 
     def __init__(self) -> None:
         self._most, self._ended = resident(), threading.Event()
@@ -148,14 +149,14 @@ class Peak:
             self._most = max(self._most, resident())
 
     def end(self) -> float:
-        """It, in MB."""
+        """Stop sampling; returns the peak, in MB."""
         self._ended.set()
         self._thread.join()
         return self._most
 
 
 def worker(options: Any) -> None:
-    """One worker of a group that the launcher has started; worker 0 prints what was measured."""
+    """One worker of a group started by the launcher; worker 0 prints the measurements."""
     torch.set_num_threads(options.threads)
     shape, ways = SHAPES[options.shape], options.ways
     with ft.distributed.world() as world:
@@ -164,14 +165,14 @@ def worker(options: Any) -> None:
             dist.init_process_group("gloo", rank=0, world_size=1)
         own = batch(world.rank, options.rows, options.length)
         warm = torch.nn.Linear(8, 8)
-        torch.optim.AdamW(warm.parameters(), fused=True)  # what torch imports at first use
+        torch.optim.AdamW(warm.parameters(), fused=True)  # loads what torch imports on first use
         before = resident()
         steps = {way: make(shape, way, options.microbatches, world) for way in ways}
         harness.release()
         peak = Peak()
         check_losses({way: step(own) for way, step in steps.items()}, world)
         if not options.memory:
-            peak.end()  # it would be in the way of the steps
+            peak.end()  # sampling would disturb the timing
         times: dict[str, list[float]] = {way: [] for way in ways}
         order = random.Random(0)
         for _ in range(options.rounds):
@@ -189,7 +190,7 @@ def worker(options: Any) -> None:
 
 
 def check_losses(own: dict[str, Tensor], world: Any) -> None:
-    """All ways have computed the same: a benchmark of unequals is none."""
+    """Exit unless all ways have the same losses: a comparison of unequal work would be void."""
     every = world.gathered(torch.tensor([float(each) for each in own.values()]), "a check")
     losses = every.mean(0).tolist()
     if max(losses) - min(losses) > 1e-4:
@@ -197,7 +198,7 @@ def check_losses(own: dict[str, Tensor], world: Any) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that nobody is listening on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
@@ -205,7 +206,7 @@ def free_port() -> int:
 
 
 def launched(size: int, arguments: list[str], script: str = __file__) -> Any:
-    """What worker 0 of a group of so many workers of a script has measured."""
+    """Run a script in a group of `size` workers; returns what worker 0 has measured."""
     port = str(free_port())
     group = []
     for rank in range(size):
@@ -223,7 +224,7 @@ def launched(size: int, arguments: list[str], script: str = __file__) -> Any:
 
 
 def show_times(times: dict[str, list[float]], size: int) -> None:
-    """A line for each way: seconds, and the ratio to what it is beside."""
+    """Print a line for each way: seconds, and the ratio to the way that it is compared with."""
     print(f"{size} workers: seconds of a step, and over the way beside it")
     for way, own in times.items():
         line = f"  {way:<18} {statistics.median(own):7.3f}"

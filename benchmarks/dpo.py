@@ -1,18 +1,18 @@
-"""A DPO step beside TRL's DPOTrainer: time and peak memory, on the same model, pairs and options.
+"""A DPO step compared with TRL's DPOTrainer: time and peak memory; same model, pairs and options.
 
     pip install -e '.[dev,bench]'
     python benchmarks/dpo.py [--vocabulary 50257] [--microbatches 4] [--rounds 5] [--steps 4]
 
-A Llama of random weights, pairs of random tokens (prompts of 64, completions of 192), AdamW by the
-fused kernel, four pairs to a step in four micro-batches or fewer, clipping at 1, fp32. Every
-measurement is a process of its own; ours and theirs take turns, and each makes one step before
-those that count. Both score the completions, log rewards, entropy, accuracy and mean logits, and
-must come to the same losses. Time is the median of a process's steps; ratios are of the same round.
-Memory is the peak of the process above what it held when the model had been loaded; a second model,
-or the reference as a value, is above. `precomputed` has the reference's log-probs ahead, in both;
-`shared` computes the prompt of a pair once, `kept` keeps the memory it frees
-(`functrain.keep_pages`), `returned` returns it at once (`functrain.return_pages`), and `lean` also
-computes the activations of the blocks again in the backward pass.
+A Llama with random weights, pairs of random tokens (prompts of 64, completions of 192), AdamW with
+the fused kernel, four pairs per step in four micro-batches or fewer, clipping at 1, fp32. Every
+measurement is a process of its own; ours and theirs take turns, and each makes one warm-up step.
+Both score the completions, log rewards, entropy, accuracy and mean logits, and must reach the same
+losses. Time is the median of a process's steps; ratios are within a round. Memory is the peak of
+the process above what it held after loading the model, so a second model, or the reference as a
+value, counts. `precomputed` computes the reference's log-probs ahead, in both; `shared` computes
+the prompt of a pair once; `kept` keeps freed memory (`functrain.keep_pages`); `returned` returns it
+at once (`functrain.return_pages`); `lean` does so too, and recomputes the activations of the blocks
+in the backward pass.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def pairs(vocabulary: int, count: int) -> list[dict[str, list[int]]]:
 
 
 def ours(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
-    """Steps of `functrain.dpo_step`, donated, in one of the ways that are told of above."""
+    """Steps of `functrain.dpo_step`, donating, in one of the ways described above."""
     import functrain as ft
 
     ways = more.split()
@@ -121,7 +121,7 @@ def ours(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
 
 
 def batch(records: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Pairs as a batch; all are of one length."""
+    """Pairs as a batch; all have one length."""
 
     def side(name: str) -> dict[str, torch.Tensor]:
         ids = torch.tensor([r["prompt_ids"] + r[name] for r in records])
@@ -147,7 +147,7 @@ def theirs(vocabulary: int, steps: int, microbatches: int, more: str) -> Result:
     )
 
     class Tokenised(DPOTrainer):
-        """With token ids as they are given, in their order."""
+        """The trainer on given token ids, in their order."""
 
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_options: Any) -> Any:
             return dataset
@@ -217,7 +217,7 @@ def main() -> None:
     arguments += ["--microbatches", str(options.microbatches)]
     kinds = harness.chosen(options.kinds, KINDS)
     results = harness.interleaved(__file__, kinds, options.rounds, arguments, options.threads)
-    # The trainer logs its losses rounded to four digits.
+    # The trainer rounds the losses that it logs to four digits.
     apart = harness.check_losses(results, 2e-4)
     pairs_each = PAIRS // options.microbatches
     title = f"DPO, vocabulary {options.vocabulary:,}, {pairs_each} pair(s) a micro-batch"

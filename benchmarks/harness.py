@@ -1,8 +1,8 @@
 """What the benchmarks share: a process for each measurement, taking turns, and a table of ratios.
 
-Every measurement is a process of its own, so that nobody's memory or caches are another's. Rounds
-go through all ways in turn, forwards and backwards, and ratios are of one round, so that what a
-shared machine does in the meantime falls on all alike. Each makes steps before those that count.
+Every measurement is a process of its own, so that none profits from another's memory or caches.
+Each round goes through all ways, alternately forwards and backwards, and ratios are within a round,
+so that whatever else a shared machine does affects all alike. Each process makes warm-up steps.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 from picture import bars
 
 Result = dict[str, Any]
-"""`wall` and `cpu` seconds of a step, `megabytes` above the loaded model, `losses` by step."""
+"""`wall` and `cpu` seconds per step, `megabytes` above the loaded model, `losses` by step."""
 
 WARMUP = 1
 
 
 class Clock:
-    """Seconds of wall and CPU of each step, and the peak of memory above that at the start."""
+    """Wall and CPU seconds of each step, and peak memory above that at the start."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
@@ -40,17 +40,17 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """The next step begins now."""
+        """Begin the next step."""
         self._since = time.perf_counter(), time.process_time()
 
     def step(self) -> None:
-        """A step ends, and the next begins."""
+        """End a step, and begin the next."""
         now = time.perf_counter(), time.process_time()
         self.steps.append((now[0] - self._since[0], now[1] - self._since[1]))
         self._since = now
 
     def report(self, losses: Sequence[float]) -> Result:
-        """The medians of the steps after those to warm up."""
+        """The medians over the steps after the warm-up."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         wall, cpu = (statistics.median(each) for each in zip(*self.steps[WARMUP:], strict=True))
         megabytes = (peak - self._loaded) / 1e6
@@ -58,9 +58,9 @@ class Clock:
 
 
 def release() -> None:
-    """Give the kernel what loading the model has freed, which a step would find and seem to spare.
+    """Return to the kernel what loading the model has freed, which a step could otherwise reuse.
 
-    Else a process that keeps its memory (`functrain.keep_pages`) would begin 100 MB further up.
+    Otherwise a process that keeps its memory (`functrain.keep_pages`) would start 100 MB higher.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -69,13 +69,13 @@ def release() -> None:
 
 
 def resident() -> int:
-    """The bytes of memory that this process has now."""
+    """The resident memory of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def chosen(given: str, known: Collection[str]) -> list[str]:
-    """The kinds that `--kinds` names; one that is not known ends the program, before any runs."""
+    """The kinds that `--kinds` names; an unknown one ends the program before any of them runs."""
     kinds = [kind.strip() for kind in given.split(",")]
     unknown = next((kind for kind in kinds if kind not in known), None)
     if unknown is not None:
@@ -86,7 +86,7 @@ def chosen(given: str, known: Collection[str]) -> list[str]:
 def interleaved(
     script: str, kinds: Sequence[str], rounds: int, arguments: Sequence[str], threads: int
 ) -> dict[str, list[Result]]:
-    """The results of each kind, one for each round; the script is called with `--child KIND`."""
+    """The results of each kind, one per round; the script is called with `--child KIND`."""
     results: dict[str, list[Result]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind in kinds if number % 2 == 0 else reversed(kinds):
@@ -106,7 +106,7 @@ def _child(script: str, kind: str, arguments: Sequence[str], threads: int) -> Re
 
 
 def check_losses(results: Mapping[str, Sequence[Result]], tolerance: float) -> float:
-    """The largest difference between two losses of one step; a benchmark of unequals is none."""
+    """The largest difference between losses of the same step; exits if it is above `tolerance`."""
     losses = [result["losses"] for each in results.values() for result in each]
     apart = max(max(each) - min(each) for each in zip(*losses, strict=True))
     if apart > tolerance:
@@ -115,7 +115,7 @@ def check_losses(results: Mapping[str, Sequence[Result]], tolerance: float) -> f
 
 
 def table(results: Mapping[str, Sequence[Result]], base: Callable[[str], str]) -> str:
-    """A Markdown table: medians, and the median ratio to `base(kind)` with its quartiles."""
+    """A Markdown table of medians, and of median ratios to `base(kind)` with quartiles."""
     lines = [
         "| | wall s | CPU s | MB above the model | wall | CPU (quartiles) | memory |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -139,7 +139,7 @@ def table(results: Mapping[str, Sequence[Result]], base: Callable[[str], str]) -
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third; of a single value, the value."""
+    """The first and the third quartile; for a single value, the value twice."""
     if len(values) < 2:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -160,7 +160,7 @@ def machine() -> dict[str, Any]:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark of steps has."""
+    """A parser with the options that every benchmark of steps has."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,9 +179,9 @@ def written(
     results: Mapping[str, Any],
     picture: Callable[[], str] | None = None,
 ) -> None:
-    """All results as JSON, with the machine, and a picture, where asked for.
+    """Write all results with the machine as JSON, and a picture, if the options ask for them.
 
-    By default of bars, the medians of each kind's results.
+    The default picture shows the medians of each kind's results as bars.
     """
     if options.json is not None:
         found = {"title": title, "machine": machine(), "results": results}

@@ -1,13 +1,13 @@
-"""What a step costs beside its kernels: a model with no arithmetic to speak of, and many tensors.
+"""What a step costs besides its kernels, on a model with hardly any arithmetic and many tensors.
 
     pip install -e '.[dev]'
     python benchmarks/overhead.py [--rounds 300] [--microbatches 1]
 
-The same work by a hand-written loop (fused AdamW, clipping, the loss read at each step) and by a
-donated `functrain.pretrain_step`, a step of one and then a step of the other in one process, from
-the same weights to the same losses. What a functional step costs more is the difference of the
-fast steps of both, the first decile, which what else the machine does touches least; then a line
-through it over the number of tensors: so much for a step, and so much for each tensor of it.
+A hand-written loop (fused AdamW, clipping, the loss read at each step) and a donating
+`functrain.pretrain_step` do the same work, from the same weights to the same losses, taking turns
+step by step in one process. The extra cost of a functional step is the difference of the first
+deciles of both: fast steps are the least disturbed by whatever else the machine does. A line fitted
+to it over the number of tensors gives the cost per step, and per tensor.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 import functrain as ft
 
-# At a rate that goes almost nowhere, so that roundings do not grow.
+# The learning rate is so small that rounding differences do not grow.
 RATE, CLIP, WIDTH, VOCABULARY, ROWS, TIME = 1e-6, 1.0, 8, 16, 4, 8
 COUNTS = (8, 32, 128, 512)
 
 
 class Light(nn.Module):
-    """A model of `count` small tensors: vectors and matrices in turn, as layers have them."""
+    """A model of `count` small tensors: alternately vectors and matrices, as in layers."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Light(nn.Module):
 
 
 def by_hand(count: int, ids: Tensor, microbatches: int) -> Callable[[], float]:
-    """A step of an ordinary loop."""
+    """The step of an ordinary loop."""
     torch.manual_seed(0)
     model = Light(count)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0, fused=True)
@@ -73,7 +73,7 @@ def by_hand(count: int, ids: Tensor, microbatches: int) -> Callable[[], float]:
 
 
 def by_functrain(count: int, ids: Tensor, microbatches: int) -> Callable[[], float]:
-    """A step of ours."""
+    """The step of functrain."""
     torch.manual_seed(0)
     architecture, params, buffers = ft.split(Light(count))
     made = ft.pretrain_step(
@@ -95,7 +95,7 @@ def by_functrain(count: int, ids: Tensor, microbatches: int) -> Callable[[], flo
 
 
 def measured(count: int, rounds: int, microbatches: int) -> tuple[float, float]:
-    """Milliseconds of a step by hand, and of ours."""
+    """Milliseconds of a step by hand, and of functrain's."""
     ids = torch.randint(0, VOCABULARY, (ROWS, TIME), generator=torch.Generator().manual_seed(1))
     steps = [make(count, ids, microbatches) for make in (by_hand, by_functrain)]
     times: list[list[float]] = [[], []]

@@ -1,15 +1,15 @@
-"""SFT on examples of mixed lengths, packed, beside TRL padded and packed: targets a second.
+"""SFT on examples of mixed lengths, packed, compared with TRL, padded and packed: time per target.
 
     pip install -e '.[dev,bench]'
     python benchmarks/packing.py [--model large] [--rounds 5] [--steps 4] [--threads 1]
 
 The examples are the embedded documents: what Python documents, and what it says about it, of 13 to
-512 words, longer ones cut; a word or a sign is a token. Packed rows are of 512 tokens, two to a
+512 words, longer ones cut; a word or a sign is a token. Packed rows have 512 tokens, two to a
 micro-batch, four micro-batches to a step; padded ones are as long as the longest of the eight in a
-micro-batch. Only the completions count: what is compared is the seconds for a thousand tokens that
-count, of the steps after the first. Model, optimizer and clipping as in `steps.py`. TRL's packed
-rows are taken as it lays them out, without padding; that its documents do not see each other
-depends on the attention that it is run with.
+micro-batch. Only completions are targets: what is compared is the seconds per thousand targets,
+over the steps after the first. Model, optimizer and clipping are those of `steps.py`. TRL's packed
+rows are laid out by TRL, without padding; whether its documents see each other depends on the
+attention that it is run with.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ TIME, ROWS, PADDED, MICROBATCHES = 512, 2, 8, 4
 
 
 class Words:
-    """A word or a sign is a token; its id is a hash."""
+    """A tokenizer whose tokens are words and signs, with hashes as ids."""
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self.end = 1
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, from 3 on."""
+        """The ids of a text; they begin at 3."""
         words = re.findall(r"\w+|[^\w\s]", text)
         return [3 + zlib.crc32(word.encode()) % (self._vocabulary - 3) for word in words]
 
     def decode(self, ids: list[int]) -> str:
-        """No text has these ids alone."""
+        """Not possible: a hash does not determine its word."""
         raise NotImplementedError
 
 
 def source(size: Size) -> Any:
-    """The examples, in an order that is the same for all."""
+    """The examples, in the same order for all."""
     import functrain as ft
 
     documents = [text.partition("\n\n") for text in ft.data.embedded.load().train]
@@ -109,7 +109,7 @@ def _trained(size: Size, count: int, rows: int, options: dict[str, Any]) -> Resu
     targets: list[int] = []
 
     class Counting(SFTTrainer):
-        """With the number of targets of each step."""
+        """The trainer, recording the number of targets of each step."""
 
         def get_batch_samples(self, *args: Any, **given: Any) -> Any:
             batches, items = super().get_batch_samples(*args, **given)
@@ -164,7 +164,7 @@ def _trained(size: Size, count: int, rows: int, options: dict[str, Any]) -> Resu
 
 
 def _by_target(clock: Clock, targets: list[float] | list[int]) -> Result:
-    """Seconds for a thousand targets; the losses of other batches are not compared."""
+    """Seconds per thousand targets; losses are not compared, since the batches differ."""
     found = clock.report([])
     counted = sum(targets[harness.WARMUP :]) / 1000
     wall, cpu = (sum(each) for each in zip(*clock.steps[harness.WARMUP :], strict=True))

@@ -1,4 +1,4 @@
-"""A picture of a benchmark, as an SVG that follows light and dark: bars, or curves of growth."""
+"""Pictures of benchmarks, as SVG in light or dark colours: bars, or curves of growth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ path.memory { stroke: #a8651f; stroke-width: 2; } path.linear { stroke: #8d897e;
 
 
 def bars(title: str, results: Mapping[str, Sequence[Mapping[str, Any]]], ours: str) -> str:
-    """Medians of `cpu` seconds and `megabytes` of each way; those that begin with `ours` in blue.
+    """Bars of each way's median `cpu` seconds and `megabytes`; names beginning with `ours` in blue.
 
     Both scales begin at 0.
     """
@@ -60,7 +60,7 @@ def bars(title: str, results: Mapping[str, Sequence[Mapping[str, Any]]], ours: s
 
 @attrs.frozen(kw_only=True)
 class Growth:
-    """How a step grows in one dimension: what it takes at each size."""
+    """How a step's time and memory grow in one dimension: what it takes at each size."""
 
     name: str
     sizes: Sequence[float]
@@ -69,26 +69,26 @@ class Growth:
 
     @property
     def kinds(self) -> dict[str, tuple[Sequence[float], str]]:
-        """What grows, and in what it is measured."""
+        """What grows, with its unit."""
         return {"time": (self.milliseconds, "ms"), "memory": (self.megabytes, "MB")}
 
     @property
     def exponents(self) -> dict[str, float]:
-        """Of time and of memory; 1 is linear growth."""
+        """The exponents of time and of memory; 1 is linear growth."""
         return {kind: exponent(self.sizes, values) for kind, (values, _) in self.kinds.items()}
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of a least-squares line through the logarithms."""
+    """The slope of a least-squares line through the logarithms of sizes and values."""
     x, y = ([math.log(v) for v in each] for each in (sizes, values))
     return statistics.linear_regression(x, y).slope
 
 
 def growth(title: str, panels: Sequence[Growth]) -> str:
-    """A panel for each dimension, on logarithmic axes: how many times what it is at the least size.
+    """A panel per dimension, on logarithmic axes, with values relative to those at the least size.
 
-    A decade is as long on every axis, so that linear growth, dashed, is the diagonal of all panels
-    and a slope can be compared with any other. What a curve begins and ends with is written at it.
+    A decade has the same length on every axis, so that linear growth (dashed) is the diagonal of
+    each panel, and slopes can be compared. Each curve's first and last value are written below it.
     """
     every = [
         _times(values)
@@ -109,7 +109,7 @@ def growth(title: str, panels: Sequence[Growth]) -> str:
 
 
 def _times(values: Sequence[float]) -> list[float]:
-    """The decades of growth since the first."""
+    """The growth since the first value, in decades."""
     return [math.log10(value / values[0]) for value in values]
 
 
@@ -176,7 +176,7 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits at most: 0.1, 12, 4.1k, 1.62M."""
+    """A number with at most three digits: 0.1, 12, 4.1k, 1.62M."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"

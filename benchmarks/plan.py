@@ -1,10 +1,10 @@
-"""A plan beside what workers take: `functrain.planning` against resident memory and clocks.
+"""A plan compared with what workers take: `functrain.planning` against resident memory and clocks.
 
     python benchmarks/plan.py --workers 1 2 4 [--shape 60M] [--rounds 5]
 
-The machine is measured first (`functrain.planning.here`, what `functrain plan --device here` does),
-by the workers of each group themselves; then steps of `benchmarks/distributed.py`, donated, in the
-same shapes. Memory is resident memory at its peak above what a worker had before its model.
+First the workers of each group measure the machine themselves (`functrain.planning.here`, which
+`functrain plan --device here` uses); then come the donating steps of `benchmarks/distributed.py`,
+in the same shapes. Memory is peak resident memory above what a worker had before its model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WAYS |= {"sharded": (True, False), "sharded canonical": (True, True)}
 
 
 def worker() -> None:
-    """One worker of a group: worker 0 prints this machine as a cluster."""
+    """One worker of a group; worker 0 prints this machine as a cluster."""
     torch.set_num_threads(1)
     with ft.distributed.world() as world:
         found = ft.planning.here(world, ft.precision.POLICIES["fp32"])

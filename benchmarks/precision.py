@@ -3,8 +3,9 @@
     pip install -e '.[dev,hf]'
     python benchmarks/precision.py [--model large] [--rounds 3] [--steps 3] [--threads 1]
 
-Model and batches as in `steps.py`. A processor without instructions for half precision computes it
-by conversion: there it costs time and saves only activations. It pays on an accelerator.
+Model and batches are those of `steps.py`. A processor without half-precision instructions computes
+by conversion: there half precision costs time and saves only activations. It pays on an
+accelerator.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python benchmarks/scaling.py [--rounds 3] [--steps 3] [--threads 1]
 
-One dimension at a time, from a built-in decoder of 1.6 M parameters, two sequences of 128 and a
-vocabulary of 4,096, AdamW, clipping, donated. Each point is a process of its own, points take
-turns, and the exponent is the slope of a line through the logarithms: 1 is linear growth. The
-params grow by width, and the tensors by layers of a width so small that they are little else. More
-micro-batches are of one sequence each, of a batch that grows with them: time should be linear, and
-memory not grow at all. `--picture` draws the curves, a panel for each dimension; `--json` has all
-results of all points.
+One dimension grows at a time, starting from a built-in decoder of 1.6 M parameters, two sequences
+of 128 tokens and a vocabulary of 4,096; AdamW, clipping, donating. Each point is a process of its
+own, points take turns, and the exponent is the slope of a line through the logarithms: 1 is linear
+growth. Params grow by width; tensors by layers so narrow that they cost little else. Micro-batches
+have one sequence each, so that the batch grows with them: time should be linear, and memory should
+not grow at all. `--picture` draws the curves, a panel per dimension; `--json` writes all results of
+all points.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from picture import Growth, growth
 
 @attrs.frozen
 class Point:
-    """What a step is made of."""
+    """The sizes of a step."""
 
     width: int = 160
     layers: int = 4
@@ -54,7 +54,7 @@ DIMENSIONS: dict[str, tuple[str, list[Point]]] = {
 
 
 def step_of(point: Point, steps: int) -> Result:
-    """Steps of `functrain.pretrain_step`; the memory is above the model's own."""
+    """Measure steps of `functrain.pretrain_step`; memory is counted above the model's own."""
     import functrain as ft
     from functrain.models import DecoderConfig, decoder
 
@@ -94,7 +94,7 @@ def measured(name: str, options: Any) -> list[list[Result]]:
 
 
 def grown(name: str, found: Sequence[Sequence[Result]]) -> Growth:
-    """The medians at each size of a dimension."""
+    """The curve of a dimension: the medians at each size."""
     field, points = DIMENSIONS[name]
     sizes = (
         [rounds[0][name] for rounds in found]
@@ -114,7 +114,7 @@ def grown(name: str, found: Sequence[Sequence[Result]]) -> Growth:
 
 
 def reported(curve: Growth, found: Sequence[Sequence[Result]]) -> Result:
-    """A dimension for the JSON: sizes, medians and exponents, and each point with its rounds."""
+    """A dimension for the JSON: sizes, medians, exponents, and each point with its rounds."""
     points = [
         {**attrs.asdict(point), "rounds": rounds}
         for point, rounds in zip(DIMENSIONS[curve.name][1], found, strict=True)

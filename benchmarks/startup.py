@@ -1,10 +1,10 @@
-"""How long it takes until the first step is done: importing, making a small model, one step.
+"""The time until the first step is done: importing, making a small model, one step.
 
     pip install -e '.[dev,bench]'
     python benchmarks/startup.py [--rounds 5]
 
-Each in a process of its own, ours and a hand-written loop of `torch.optim.AdamW` in turn: seconds
-of CPU of the whole process, on one thread.
+Ours and a hand-written loop with `torch.optim.AdamW` take turns, each in a process of its own:
+CPU seconds of the whole process, on one thread.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ loss = float(metrics["loss"])
 
 
 def seconds(kind: str, loss: float) -> float:
-    """Of CPU, of a process that does this."""
+    """CPU seconds of a process that runs this kind."""
     code = _MODEL + (KINDS[kind] + _END).replace("{loss}", repr(loss))
     quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=quiet)
@@ -67,7 +67,7 @@ def seconds(kind: str, loss: float) -> float:
 
 
 def _loss() -> float:
-    """What both must come to."""
+    """The loss that both must reach."""
     code = _MODEL + KINDS["loop"] + "print(loss)\n"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return float(done.stdout)

@@ -1,10 +1,11 @@
-"""A step against the loop that one would write by hand: the same model, batches and kernels.
+"""A step compared with the loop that one would write by hand: same model, batches and kernels.
 
     python benchmarks/step.py [--rounds 30] [--threads 2] [--width 256] [--layers 4]
 
-Both sides train the built-in decoder with fused AdamW, clipping and a schedule; after the rounds
-their params must be the same bits, or the comparison is void. Rounds alternate, and the result is
-the median of the ratios of neighbouring rounds, so that what slows the machine slows both.
+Both sides train the built-in decoder with fused AdamW, clipping and a schedule; at the end their
+params must have the same bits, or the comparison is void. In each round both sides run, one after
+the other, and the result is the median of the rounds' ratios, so that what slows the machine slows
+both.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def by_hand(config: ft.models.DecoderConfig) -> tuple[Callable[[Batch], None], t
         logits = model(batch["input_ids"])[:, :-1].flatten(0, 1)
         targets = batch["labels"][:, 1:].flatten()
         F.cross_entropy(logits, targets).backward()
-        # Every gradient clips by the same norm on both sides, so the bits can be compared.
+        # Clipped by functrain's own norm, so that both sides can be compared bit by bit.
         grads = {str(n): p.grad for n, p in enumerate(params) if p.grad is not None}
         factor = torch.clamp(1.0 / (ft.trees.global_norm(grads) + 1e-6), max=1.0)
         torch._foreach_mul_(list(grads.values()), factor)
@@ -57,7 +58,7 @@ def ours(config: ft.models.DecoderConfig) -> tuple[Callable[[Batch], None], list
         schedule=ft.schedules.linear(1e-3, total=1000, warmup=10),
         max_grad_norm=1.0,
         donate=True,
-        head="full",  # by default such logits are the same to rounding
+        head="full",  # by default such logits are equal only up to rounding
     )
     states = [train.init(params, buffers)]
 

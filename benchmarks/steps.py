@@ -1,14 +1,14 @@
-"""A training step beside its peers: a hand-written loop, transformers, TRL, Fabric, accelerate.
+"""A training step compared with a hand-written loop, transformers, TRL, Fabric and accelerate.
 
     pip install -e '.[dev,bench]'
     python benchmarks/steps.py [--model large] [--rounds 5] [--steps 4] [--threads 1]
 
-A Llama of random weights on random tokens, the same for all: AdamW by the fused kernel, four
-micro-batches of two sequences, clipping at 1, fp32, no checkpointing. `small` is 2 M parameters at
-sequences of 128, `large` 38 M at a vocabulary of 50,257 and sequences of 256. All must come to the
-same losses. Memory is the peak of the process above what it held when the model had been loaded.
-`loop` is the best hand-written loop that we know: gradients set to None, the fused optimizer, the
-logits made once, no wait for a metric but the loss of each step.
+A Llama with random weights on random tokens, the same for all: AdamW with the fused kernel, four
+micro-batches of two sequences, clipping at 1, fp32, no checkpointing. `small` has 2 M parameters
+and sequences of 128, `large` 38 M, a vocabulary of 50,257 and sequences of 256. All must reach the
+same losses. Memory is the peak of the process above what it held after loading the model. `loop` is
+the best hand-written loop that we know: gradients set to None, the fused optimizer, logits made
+once, no wait for any metric but the loss of each step.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def llama(size: Size) -> Any:
 
 
 def batches(size: Size, steps: int) -> list[torch.Tensor]:
-    """Token ids [micro-batches · rows, time], one tensor for each step."""
+    """Token ids [micro-batches · rows, time], one tensor per step."""
     generator = torch.Generator().manual_seed(1)
     shape = (MICROBATCHES * ROWS, size.time)
     return [torch.randint(0, size.vocabulary, shape, generator=generator) for _ in range(steps)]
@@ -83,7 +83,7 @@ def microbatches(size: Size, steps: int) -> Iterator[torch.Tensor]:
 def functrain(
     size: Size, steps: int, *, donate: bool = True, pages: str | None = None, **options: Any
 ) -> Result:
-    """`functrain.pretrain_step`; `pages`: what the process does with the memory it frees."""
+    """`functrain.pretrain_step`; `pages`: what the process does with memory that it frees."""
     import functrain as ft
 
     if pages is not None:
@@ -112,7 +112,7 @@ def functrain(
 
 
 def pure(size: Size, steps: int) -> Result:
-    """The same without donation: the old state stays whole."""
+    """The same without donation: the old state stays intact."""
     return functrain(size, steps, donate=False)
 
 
@@ -127,7 +127,7 @@ def returned(size: Size, steps: int) -> Result:
 
 
 def lean(size: Size, steps: int) -> Result:
-    """`returned`, and the activations of the MLPs computed again in the backward pass."""
+    """`returned`, with the MLPs' activations recomputed in the backward pass."""
     return functrain(size, steps, pages="returned", checkpoint="model.layers.*.mlp")
 
 
@@ -240,7 +240,7 @@ def sft(size: Size, steps: int) -> Result:
     )
 
     class Tokenised(SFTTrainer):
-        """With token ids as they are given."""
+        """The trainer on given token ids."""
 
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_options: Any) -> Any:
             return dataset
@@ -261,7 +261,7 @@ def _trained(
     from transformers import TrainerCallback
 
     class Ordered(kind):  # type: ignore[misc]
-        """With the examples in their order."""
+        """The trainer with the examples in their order."""
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(self.train_dataset if dataset is None else dataset)
@@ -333,7 +333,7 @@ def main() -> None:
     arguments = ["--model", options.model, "--steps", str(options.steps)]
     results = harness.interleaved(__file__, kinds, options.rounds, arguments, options.threads)
     base = "loop" if "loop" in kinds else kinds[0]
-    # transformers' Trainer logs its losses rounded to four digits.
+    # transformers' Trainer rounds the losses that it logs to four digits.
     apart = harness.check_losses(results, 2e-3)
     title = f"{options.model}, {options.threads} thread(s), {options.rounds} rounds"
     print(f"{title}; losses equal within {apart:.1e}; ratios to {base}")

@@ -2,8 +2,8 @@
 
 `python examples/equivalence.py` checks that a step is pure, that a donated step gives the same
 bits, that accumulation does not change the gradient, and that a run resumes to the bit. With
-BatchNorm accumulation fails, on purpose: it makes examples see each other, so that how a batch is
-split matters.
+BatchNorm, accumulation fails on purpose: it lets examples see each other, so it matters how a batch
+is split.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from functrain import testing
 
 
 class Yours(nn.Module):
-    """A recurrent model with dropout: nothing here knows of functrain."""
+    """A recurrent model with dropout, which knows nothing of functrain."""
 
     def __init__(self, norm: bool = False, dropout: float = 0.1) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Yours(nn.Module):
 
 
 class Random:
-    """A source: the samples are a function of their position."""
+    """A source whose samples are a function of their position."""
 
     batch_size = 8
 

@@ -1,7 +1,7 @@
-"""A training loop of your own, in forty lines: a step taken apart and put together again.
+"""A training loop of your own in forty lines: a step, taken apart and put together again.
 
 `python examples/loop.py` trains the built-in decoder on a sentence, with gradients, clipping and
-the update in plain sight; the last lines show that `pretrain_step` gives the same bits.
+update in plain sight; its last lines show that `pretrain_step` gives the same bits.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Stages that take turns on one state: language modelling on some steps, preferences on others.
+"""Stages that take turns on one state: language modelling in some steps, preferences in others.
 
-Two steps with the same optimizer and precision understand each other's states, so alternating is
-an `if` in the loop. `python examples/mixed_stages.py`
+Two steps with the same optimizer and precision accept each other's states, so a loop may call
+either at any time. Run it with `python examples/mixed_stages.py`.
 """
 
 import torch
@@ -12,7 +12,7 @@ Sequences = dict[str, torch.Tensor]
 
 
 def sequences(rows: list[str], prompt: int = 0) -> Sequences:
-    """Bytes padded to the longest; the first `prompt` bytes are no target."""
+    """Bytes, padded to the longest row; the first `prompt` bytes are not targets."""
     time = max(map(len, rows))
     ids = torch.tensor([list(row.encode().ljust(time, b"\0")) for row in rows])
     labels = ids.clone()

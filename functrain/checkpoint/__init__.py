@@ -6,36 +6,37 @@
         optimizer.safetensors   slot/name for each of the optimizer's tensors
         extra.safetensors       every other tensor of the state, by its path
         state.json              every number and text of the state, by its path
-        config.json, …          texts that were given to lie beside, if any
+        config.json, …          the texts given as `beside`, if any
         manifest.json           size and sha256 of each file; written last
 
 **Format 1**, for readers in other languages. Nothing is pickled; nothing needs this package.
 
-*Names.* `step-` and twelve decimal digits; any other name is no checkpoint. What begins with
-`.tmp-step-` or `.trash-step-` is the rest of a save or a removal that was killed, and may go;
-`.damaged-step-` is what was found damaged. No file points to the newest: it has the highest number.
+*Names.* `step-` and twelve decimal digits; a directory of any other name is not a checkpoint.
+`.tmp-step-` and `.trash-step-` begin the names of what a killed save or removal left behind, which
+may be deleted; `.damaged-step-`, of checkpoints found damaged. No file points to the newest
+checkpoint: it is the one with the highest number.
 
 *safetensors* in one canonical form: eight bytes of header length, little-endian; the header as
-compact JSON, padded with blanks to a multiple of eight; then the tensors, contiguous and without
-gaps, little-endian. In the header `__metadata__` is first and `{"format":"pt"}`; each entry has
-`dtype`, `shape` and `data_offsets` in that order, the entries sorted by dtype as `format.DTYPES`
-lists them, then by name. Any reader of safetensors reads it.
+compact JSON, padded with spaces to a multiple of eight; then the tensors, contiguous and without
+gaps, little-endian. In the header `__metadata__` comes first and is `{"format":"pt"}`; each entry
+has `dtype`, `shape` and `data_offsets` in that order, and entries are sorted by dtype, in the order
+of `format.DTYPES`, then by name. Any safetensors reader can read it.
 
-*JSON* is UTF-8 with sorted keys and two blanks of indentation, and no duplicate keys. A number that
-JSON has not is `{"float": "inf"}`, `"-inf"` or `"nan"`.
+*JSON* is UTF-8 with sorted keys, two spaces of indentation, and no duplicate keys. Numbers that
+JSON cannot express are `{"float": "inf"}`, `{"float": "-inf"}` and `{"float": "nan"}`.
 
 *state.json*: `version`, `slots` (the names of the optimizer's slots, in order), and `leaves`: each
 number, text or null by its path in the state, `step`, `key`, `cursor/samples`,
-`scheduler/plateau/best`, and so on; a field that a state has not is null. `base` is a fingerprint,
-64 hexadecimal digits, of frozen params that adapters were trained over and that are not here, and
-after a blank `scale=` and what the adapters' product is multiplied with.
+`scheduler/plateau/best`, and so on; a field that the state lacks is null. `base`, for adapters, is
+the fingerprint (64 hexadecimal digits) of the frozen params that they were trained over, which are
+not in the checkpoint, then a space, `scale=` and the factor of the adapters' product.
 
-*manifest.json*: `format` is `"functrain"`, `version` is 1; `step`; `files`, for each file its
-`size` in bytes and `sha256` in hexadecimal; `metrics`, what was measured of the state; `numerics`,
-under what the bits were computed; and `sha256`, that of this very JSON without the key `sha256`.
+*manifest.json*: `format` is `"functrain"`, `version` is 1; `step`; `files`, each file's `size` in
+bytes and `sha256` in hexadecimal; `metrics`, what was measured of the state; `numerics`, the
+conditions that the bits depend on; and `sha256`, that of this same JSON without the key `sha256`.
 
 A checkpoint is whole if and only if every file of the manifest is there with its size and hash. The
-hashes find corruption, not forgery.
+hashes detect corruption, not forgery.
 """
 
 from functrain.checkpoint.background import BackgroundWriter

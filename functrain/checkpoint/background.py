@@ -1,4 +1,4 @@
-"""Saving beside training: the state is copied, and the copy is hashed and written by a thread."""
+"""Saving in the background: the state is copied, and a thread hashes and writes the copy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from functrain.trees import is_sharded
 
 
 class BackgroundWriter:
-    """`save` returns when the state has been copied; the rest happens beside training.
+    """Saves in the background: `save` returns once the state has been copied.
 
         run = functrain.train(step, state, source, steps=10_000)
         with BackgroundWriter("runs/mine", keep=Keep(last=3)) as writer:
@@ -36,10 +36,9 @@ class BackgroundWriter:
                 if state.step % 500 == 0:
                     writer.save(state)
 
-    At most one save is in flight: another waits for it. Its failure is raised by the next call of
-    any method, at the latest by `close`. The copy is taken when `save` is called, into memory of
-    the writer's own that is used again the next time, so that a donated step may follow at once;
-    peak memory is one more state.
+    At most one save is in flight: the next one waits for it. If it fails, the next call of any
+    method raises its error, `close` at the latest. `save` copies the state into memory that the
+    writer owns and reuses, so a donating step may follow at once; peak memory is one more state.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class BackgroundWriter:
         try:
             self.close()
         except Exception as failure:
-            # The error that ends the block is the one to see.
+            # The error that ended the block is the one that should surface.
             warnings.warn(str(failure), SaveWarning, stacklevel=2)
 
     def save(
@@ -83,11 +82,11 @@ class BackgroundWriter:
         conditions: Mapping[str, Any] | None = None,
         beside: Mapping[str, str] | None = None,
     ) -> None:
-        """Copy the state, and begin to write the copy; waits for the save before.
+        """Copy the state and start writing the copy, after waiting for the previous save.
 
-        What `keep` does not hold on to goes afterwards, as by `prune(…, saved=…)`. Raises
-        `ConfigError` for a state in shards, `CheckpointError` once the writer is closed, and
-        at once what `save` raises before it writes anything.
+        Afterwards the checkpoints that `keep` does not retain are removed, as by
+        `prune(…, saved=…)`. Raises `ConfigError` for a state in shards, `CheckpointError` once the
+        writer is closed, and at once whatever `functrain.save` raises before it writes anything.
         """
         check_state(state)
         if is_sharded(state.params):
@@ -101,22 +100,25 @@ class BackgroundWriter:
         values = checked_metrics(metrics)
         checked_texts(beside)
         self.wait()
-        # Here, because a thread of its own has its own number of threads.
+        # Taken here: torch's number of threads, which is part of it, is another in the writer's.
         under = conditioned(device_of(state.params), conditions)
         before, self._memory = self._memory, dict[str, Tensor]()
         copy, used = _copied(state, before)
         self._pending = self._pool.submit(self._write, copy, used, values, under, beside or {})
 
     def check(self) -> None:
-        """Raise what a finished save has failed with; never waits."""
+        """Raise the error of a save that has finished and failed; never waits."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> Path | None:
-        """Wait for the save in flight: its path, or None where there was none; raises its error."""
+        """Wait for the save in flight and return its path, or None if there is none.
+
+        Raises the error of a save that failed.
+        """
         if self._pending is None:
             return None
-        # Until it has ended it is in flight, even where an interrupt ends the waiting.
+        # If an interrupt ends the wait, the save is still in flight and stays pending.
         futures.wait([self._pending])
         pending, self._pending = self._pending, None
         return pending.result()
@@ -148,7 +150,7 @@ class BackgroundWriter:
                 filesystem=self._filesystem,
             )
         finally:
-            # Not before: nothing may be copied into what is still being written.
+            # Only now: nothing may be copied into memory that is still being written out.
             self._memory = used
         if self._keep is None:
             warn_of_newer(path)
@@ -160,7 +162,7 @@ class BackgroundWriter:
 def _copied(
     state: TrainState, before: Mapping[str, Tensor]
 ) -> tuple[TrainState, dict[str, Tensor]]:
-    """A copy of a state, and its memory by the tensors' paths: that of `before` where it fits."""
+    """A copy of the state, and its memory by tensor path; that of `before` is reused if it fits."""
     fresh = _pinned if device_of(state.params).type == "cuda" else memory.empty
     used = dict[str, Tensor]()
 
@@ -175,5 +177,5 @@ def _copied(
 
 
 def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that an accelerator copies into without a detour."""
+    """Pinned memory, which an accelerator copies into directly."""
     return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)

@@ -1,4 +1,4 @@
-"""Two checkpoints beside each other, leaf by leaf."""
+"""Comparing two checkpoints, leaf by leaf."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from functrain.trees import data_of
 
 @attrs.frozen(kw_only=True)
 class Difference:
-    """A leaf that is not the same in both: `one` and `other` say what it is there.
+    """A leaf that differs between two checkpoints; `one` and `other` describe it in each.
 
-    Of tensors of one form also how many `elements` and `bits` differ, and the `largest` absolute
-    difference (NaN where one of them is not a number).
+    For tensors of equal dtype and shape, also how many `elements` and `bits` differ, and the
+    `largest` absolute difference (NaN where either tensor holds a NaN).
     """
 
     path: str
@@ -41,7 +41,7 @@ class Difference:
 
 
 def differences(one: Mapping[str, Leaf], other: Mapping[str, Leaf]) -> Iterator[Difference]:
-    """Every leaf whose bits differ: the params first, then by their paths."""
+    """Every leaf whose bits differ: the params first, then the others, each sorted by path."""
     for path in sorted(one.keys() | other.keys(), key=lambda p: (not p.startswith("params/"), p)):
         if path not in one or path not in other:
             forms = [_form(each[path]) if path in each else "not there" for each in (one, other)]
@@ -60,7 +60,7 @@ def _difference(path: str, one: Leaf, other: Leaf) -> Difference | None:
         return None if same else Difference(path=path, one=forms[0], other=forms[1])
     assert isinstance(one, Tensor)
     assert isinstance(other, Tensor)
-    # XOR of the bytes: NaN equals NaN where the bits do, and 0.0 is not -0.0.
+    # Bits are compared, not values: equal NaNs are the same, and 0.0 differs from -0.0.
     apart = np.frombuffer(data_of(one), np.uint8) ^ np.frombuffer(data_of(other), np.uint8)
     if not apart.any():
         return None
@@ -88,7 +88,7 @@ def _form(leaf: Leaf) -> str:
 def compare_checkpoints(
     one: Path, other: Path, *, filesystem: FileSystem = OPERATING_SYSTEM
 ) -> Iterator[Difference]:
-    """Every leaf in which two checkpoints differ, both verified first."""
+    """Every leaf in which two checkpoints differ, after both have been verified."""
     _, first = read_leaves(filesystem, one)
     _, second = read_leaves(filesystem, other)
     yield from differences(first, second)

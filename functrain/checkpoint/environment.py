@@ -1,8 +1,8 @@
-"""Under what the bits were computed: what must be the same for a resumed run to have the same bits.
+"""Numerics: what must stay the same for a resumed run to compute the same bits.
 
-The same program on the same numbers gives other bits where torch, the instruction set, the number
-of threads or the deterministic flag is another. Their names find most of that; the canary, a hash
-over the results of a few small operations, finds the rest.
+The same program on the same numbers gives different bits under a different torch, instruction set,
+number of threads or deterministic flag. Comparing these by name finds most differences; the canary,
+a hash over the results of a few small operations, finds the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _cached: dict[tuple[object, ...], str] = {}
 
 
 def numerics(device: torch.device | str | None = None) -> dict[str, Any]:
-    """What the bits of a step depend on beside its arguments, as plain data."""
+    """What the bits of a step depend on besides its arguments, as plain data."""
     where = torch.device("cpu" if device is None else device)
     found: dict[str, Any] = {
         "torch": torch.__version__,
@@ -60,7 +60,7 @@ def _device_name(device: torch.device) -> str:
 def canary(device: torch.device) -> str:
     """A hash over the results of small operations of every kind that a step is made of.
 
-    The same in all the contexts in which a step has the same bits.
+    It is the same in every context (autocast, say) in which a step has the same bits.
     """
     hasher = hashlib.sha256()
     with (
@@ -76,7 +76,7 @@ def canary(device: torch.device) -> str:
         for operation in _OPERATIONS:
             hasher.update(digest(operation(x, weight)).encode())
     if not keeps_denormals():
-        hasher.update(b"no denormals")  # none of these is small enough to show it
+        hasher.update(b"no denormals")  # no result above is small enough to reveal it
     return hasher.hexdigest()[:32]
 
 
@@ -96,7 +96,8 @@ def _attention(x: Tensor, weight: Tensor) -> Tensor:
 def _adam(x: Tensor, weight: Tensor) -> Tensor:
     param, grad = weight.detach().clone(), weight.sin()
     first, second, count = torch.zeros_like(param), torch.zeros_like(param), x.new_zeros(())
-    # As `torch.optim.AdamW`, the first of which takes a second to import the compiler.
+    # The kernel of `torch.optim.AdamW`: the first instance of that class imports the compiler,
+    # which takes a second.
     options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-2, "eps": 1e-8}
     options |= {"lr": 1e-2, "amsgrad": False, "maximize": False}
     with torch.no_grad():
@@ -127,7 +128,10 @@ _OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 def compare(
     stored: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, strict: bool
 ) -> None:
-    """Warn where some of `now` were others (`NumericsWarning`), or with `strict` refuse them."""
+    """Warn (`NumericsWarning`) where a value in `now` differs from the stored one.
+
+    With `strict`, raise `CheckpointError` instead.
+    """
     parts = [
         f"{name} {stored.get(name)!r} then, {now[name]!r} now"
         for name in sorted(now)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written and hashed as a stream, read and verified as one."""
+"""The files of a checkpoint: hashed as they are written, and verified as they are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from functrain.errors import CheckpointError
 from functrain.trees import Tensors
 
 Contents = Sequence[memoryview]
-"""What is in a file, piece by piece."""
+"""The bytes of a file, in pieces."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -33,9 +33,9 @@ _THREADS = 4
 
 
 def side_by_side(function: Callable[[In], Out], items: Iterable[In], size: int) -> list[Out]:
-    """`function` of every item, by threads where `size` bytes are worth them.
+    """`function` of every item, in threads where `size` (bytes in all) is worth it.
 
-    Hashing, writing and reading release the interpreter's lock, so the files share the cores.
+    Hashing, writing and reading release the GIL, so several files are processed in parallel.
     """
     if size < _WORTH_THREADS:
         return [function(item) for item in items]
@@ -46,7 +46,7 @@ def side_by_side(function: Callable[[In], Out], items: Iterable[In], size: int) 
 def written(
     filesystem: FileSystem, directory: Path, files: Mapping[str, Contents]
 ) -> dict[str, File]:
-    """Write every file into a directory and make it durable; their sizes and hashes."""
+    """Write the files into a directory, each durable; returns their sizes and hashes."""
     total = sum(size_of(contents) for contents in files.values())
     entries = side_by_side(
         lambda name: write_file(filesystem, directory / name, files[name]), files, total
@@ -55,7 +55,7 @@ def written(
 
 
 def write_file(filesystem: FileSystem, path: Path, contents: Contents) -> File:
-    """Write a file that is not there yet, hashing what is written; durable when this returns."""
+    """Write a new file, hashing it on the way; durable when this returns."""
     descriptor = filesystem.create(path)
     try:
         with _Hasher(size_of(contents)) as hasher:
@@ -70,11 +70,10 @@ def write_file(filesystem: FileSystem, path: Path, contents: Contents) -> File:
 
 
 class _Hasher:
-    """sha256 of a stream; a large one is hashed by a thread beside the writing or reading.
+    """sha256 of a stream; a large one is hashed in a thread while it is written or read.
 
-    sha256, because every machine and language has it: a file can be checked with `sha256sum`. With
-    the processor's own instructions it takes 1.6 GB/s on one core, which is no longer what a save
-    waits for.
+    sha256, because every machine and language has it: `sha256sum` checks a file. With the
+    processor's sha256 instructions it runs at 1.6 GB/s on one core, so a save does not wait for it.
     """
 
     def __init__(self, size: int) -> None:
@@ -90,7 +89,7 @@ class _Hasher:
             self._pool.shutdown()
 
     def update(self, piece: memoryview) -> None:
-        """Hash the next bytes, which must stay as they are until the next call."""
+        """Hash the next bytes, which must not change until the next call."""
         if self._pool is None:
             self._sha256.update(piece)
             return
@@ -109,7 +108,7 @@ class _Hasher:
 
 
 def hashed(contents: Contents) -> File:
-    """The size and hash of a file that is not written."""
+    """The size and hash that a file of these contents would have."""
     hasher = hashlib.sha256()
     for content in contents:
         hasher.update(content)
@@ -124,10 +123,10 @@ def size_of(contents: Contents) -> int:
 def read_file(
     filesystem: FileSystem, path: Path, entry: File, parse: Callable[[Fill, int, Path], Out]
 ) -> Out:
-    """What `parse` makes of a file, verified: the very bytes that it was given have the hash.
+    """What `parse` makes of a file, verified: the hash is of the very bytes that were parsed.
 
-    `parse` is called with a function that fills a buffer with the next bytes, the size, and the
-    path, and must read all of them.
+    `parse` receives a function that fills a buffer with the file's next bytes, the file's size and
+    its path; it must consume the whole file.
     """
     with regular(filesystem, path) as (descriptor, size), _Hasher(size) as hasher:
         _check_size(path, size, entry)
@@ -151,7 +150,7 @@ def read_file(
 
 
 def map_file(filesystem: FileSystem, path: Path, entry: File) -> Tensors:
-    """The tensors of a file as its own pages, after all of them had the hash."""
+    """The tensors of a file, memory-mapped, after all of its pages have been verified."""
     with regular(filesystem, path) as (descriptor, size):
         _check_size(path, size, entry)
         if not size:
@@ -164,7 +163,7 @@ def map_file(filesystem: FileSystem, path: Path, entry: File) -> Tensors:
 
 
 def check_sizes(filesystem: FileSystem, directory: Path, entries: Mapping[str, File]) -> None:
-    """Raise `CheckpointError` unless every file is there with its size; nothing is read."""
+    """Raise `CheckpointError` unless every file exists with its size; no contents are read."""
     for name, entry in entries.items():
         with regular(filesystem, directory / name) as (_, size):
             _check_size(directory / name, size, entry)
@@ -179,7 +178,7 @@ def _check_size(path: Path, size: int, entry: File) -> None:
 
 
 def _altered(filesystem: FileSystem, path: Path, entry: File) -> CheckpointError | None:
-    """What cannot be parsed was most often altered: then that is what is said."""
+    """The error for a file that cannot be parsed because it was altered, the usual reason."""
     return None if verify_file(filesystem, path, entry) else _mismatch(path)
 
 
@@ -190,7 +189,7 @@ def verify_file(filesystem: FileSystem, path: Path, entry: File) -> bool:
 
 
 def hash_file(filesystem: FileSystem, path: Path) -> File:
-    """The size and hash of a file that is there."""
+    """The size and hash of an existing file."""
     with regular(filesystem, path) as (descriptor, size):
         return File(size, _hash(filesystem, descriptor, size, path))
 
@@ -213,5 +212,5 @@ def _mismatch(path: Path) -> CheckpointError:
 
 
 def passed(fill: Fill, size: int, _path: Path) -> None:
-    """A parser that keeps nothing: for a file of which only the hash is asked."""
+    """A parser that keeps nothing, for a file that need only be verified."""
     safetensors.skip(size, fill)

@@ -1,7 +1,7 @@
-"""The file-system operations that a checkpoint is made of, each through one object.
+"""The file-system operations that checkpoints are made of, all methods of one object.
 
-Tests put another in its place to count operations, fail them, tear them, and replay them up to any
-crash; the protocol above never sees the difference.
+Tests substitute another object to count operations, make them fail, tear writes, and replay them up
+to any crash; the protocol above does not see the difference.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ PIECE = 1 << 24
 
 
 class FileSystem:
-    """The operating system's; every method is one call of it, and raises its `OSError`."""
+    """The operating system's; each method is one system call and raises its `OSError`."""
 
     def mkdir(self, path: Path) -> None:
-        """Make a directory that is not there yet."""
+        """Make a new directory."""
         path.mkdir()
 
     def create(self, path: Path) -> int:
-        """A descriptor to write a file that is not there yet; a symbolic link is not followed."""
+        """A descriptor to write a new file; symbolic links are not followed."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o644)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """Write what can be written at once: how many bytes that was."""
+        """Write as much as one call can, and return the number of bytes written."""
         return os.write(descriptor, data)
 
     def open_to_write(self, path: Path) -> int:
-        """A descriptor to write into a file that is there."""
+        """A descriptor to write into an existing file."""
         return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def write_at(self, descriptor: int, data: memoryview, offset: int) -> int:
-        """Write at a place in the file what can be written at once: how many bytes that was."""
+        """Like `write`, at an offset in the file."""
         return os.pwrite(descriptor, data, offset)
 
     def sync(self, descriptor: int) -> None:
@@ -58,7 +58,7 @@ class FileSystem:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a directory another name, at once."""
+        """Rename a directory atomically."""
         source.rename(target)
 
     def unlink(self, path: Path) -> None:
@@ -76,36 +76,36 @@ class FileSystem:
     def open(self, path: Path) -> int:
         """A descriptor to read a file; symbolic links are not followed, pipes are not waited for.
 
-        Without O_NOFOLLOW a checkpoint could lead outside of its directory, and without
-        O_NONBLOCK a pipe in the place of a file would hang the load.
+        Without O_NOFOLLOW a checkpoint could lead outside its directory, and without O_NONBLOCK a
+        pipe in place of a file would hang the load.
         """
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def stat(self, descriptor: int) -> os.stat_result:
-        """What kind of file a descriptor is of, and its size."""
+        """The kind and the size of a descriptor's file."""
         return os.fstat(descriptor)
 
     def read(self, descriptor: int, into: memoryview) -> int:
-        """Read what there is at once: how many bytes that was, 0 at the end."""
+        """Read as much as one call can, and return the number of bytes read, 0 at the end."""
         return os.readv(descriptor, [into])
 
     def map(self, descriptor: int, size: int) -> mmap.mmap:
-        """A file's pages, to read and to write; what is written goes to no file."""
+        """A file's pages, readable and writable; writes are private and never reach the file."""
         return mmap.mmap(
             descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
 
     @contextmanager
     def locked(self, path: Path) -> Generator[None]:
-        """Hold the lock of this file; `BlockingIOError` where another process does."""
-        # Who may save here the umask says: in a group's directory all of the group.
+        """Hold the lock of this file; raises `BlockingIOError` if another process holds it."""
+        # Mode 0o666: the umask decides who may save here, so a group can share a directory.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
                 yield
             finally:
-                # A close alone would leave it to a process that was forked in the meantime.
+                # Closing alone would leave the lock with a process forked in the meantime.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
@@ -126,8 +126,8 @@ def sync_directory(files: FileSystem, path: Path) -> None:
 def remove_directory(files: FileSystem, path: Path) -> None:
     """Remove a directory of files, or a file in its place.
 
-    A directory within it, which somebody else has made, stays, and is the `OSError` that is raised
-    when all that can go has gone.
+    A subdirectory, which someone else must have made, stays: its `OSError` is raised after
+    everything else has been removed.
     """
     if not path.is_dir() or path.is_symlink():
         files.unlink(path)
@@ -150,7 +150,7 @@ def pieces(data: memoryview) -> Iterator[memoryview]:
 
 
 def write_all(files: FileSystem, descriptor: int, data: memoryview) -> None:
-    """Write all of `data`: one call may write less, on a signal or a disk that is nearly full."""
+    """Write all of `data`; a single call may write less, on a signal or a nearly full disk."""
     while data:
         written = files.write(descriptor, data)
         if written <= 0:
@@ -159,7 +159,7 @@ def write_all(files: FileSystem, descriptor: int, data: memoryview) -> None:
 
 
 def write_all_at(files: FileSystem, descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at a place in the file."""
+    """Write all of `data` at an offset in the file."""
     while data:
         written = files.write_at(descriptor, data, offset)
         if written <= 0:
@@ -169,7 +169,7 @@ def write_all_at(files: FileSystem, descriptor: int, data: memoryview, offset: i
 
 @contextmanager
 def reading(path: Path) -> Generator[None]:
-    """What the system refuses here, as a `CheckpointError` that names the path."""
+    """Turn an `OSError` raised within into a `CheckpointError` that names the path."""
     try:
         yield
     except OSError as error:
@@ -181,7 +181,7 @@ def reading(path: Path) -> Generator[None]:
 
 @contextmanager
 def regular(files: FileSystem, path: Path) -> Generator[tuple[int, int]]:
-    """A descriptor and the size of a regular file; anything else raises `CheckpointError`."""
+    """A descriptor of a regular file, and its size; anything else raises `CheckpointError`."""
     with reading(path):
         descriptor = files.open(path)
         try:
@@ -194,7 +194,7 @@ def regular(files: FileSystem, path: Path) -> Generator[tuple[int, int]]:
 
 
 def read_exactly(files: FileSystem, descriptor: int, into: memoryview, path: Path) -> None:
-    """Fill `into`; a file that ends before raises `CheckpointError`."""
+    """Fill `into`; a file that ends too early raises `CheckpointError`."""
     while into:
         try:
             count = files.read(descriptor, into)

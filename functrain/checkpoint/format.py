@@ -1,10 +1,10 @@
 """safetensors files, written as a stream and read strictly.
 
-The bytes written are those of `safetensors.torch.save`. What is read must be in that one canonical
-form: the reference reader lets through duplicate keys, gaps, shapes that overflow and more, and a
-file that two readers understand differently is no place for a model. A tensor is read straight into
-memory that torch has allocated, never mapped: overwriting the file would change a mapped tensor,
-truncating it would kill the process, and the bits of a kernel may depend on how memory is aligned.
+The bytes written are those of `safetensors.torch.save`. A file to be read must be in that one
+canonical form: the reference reader accepts duplicate keys, gaps, overflowing shapes and more, and
+a file that two readers understand differently is no place for a model. `read` reads tensors into
+memory that torch allocated and maps nothing: overwriting the file would change a mapped tensor,
+truncating it would kill the process, and a kernel's bits may depend on memory alignment.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Every dtype a checkpoint holds, in the order of a file: the widest first, so all are aligned."""
+"""Every dtype that a checkpoint can hold, in file order: widest first, so all are aligned."""
 
 MOST_HEADER = 1 << 26
 MOST_DIMENSIONS = 64
@@ -55,7 +55,7 @@ _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 @attrs.frozen
 class Entry:
-    """A tensor in a file: `begin` and `end` count from the end of the header."""
+    """A tensor in a file; `begin` and `end` are byte offsets from the end of the header."""
 
     name: str
     dtype: torch.dtype
@@ -67,14 +67,14 @@ class Entry:
 def contents(items: Mapping[str, Tensor]) -> list[memoryview]:
     """A safetensors file of `items`, in pieces: the header, then each tensor's own memory.
 
-    Nothing is copied but what is not contiguous or not on the CPU.
+    Only tensors that are not contiguous or not on the CPU are copied.
     """
     text, begins = laid_out(items)
     return [text, *(data_of(items[name]) for name in begins)]
 
 
 def laid_out(items: Mapping[str, Tensor]) -> tuple[memoryview, dict[str, int]]:
-    """The header of a safetensors file, and where in the file each tensor begins, in order."""
+    """The header of a safetensors file, and each tensor's byte offset in the file, in order."""
     header: dict[str, Any] = {_METADATA: _FORMAT}
     begins: dict[str, int] = {}
     position = 0
@@ -105,7 +105,7 @@ def _is_name(name: str) -> bool:
 
 
 def _prefixed(header: Mapping[str, Any]) -> bytes:
-    """The header with its length before it, and blanks after it so that the tensors are aligned."""
+    """The header, preceded by its length and padded with spaces so that the tensors are aligned."""
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -117,10 +117,10 @@ def read(
     path: Path,
     rows: Callable[[Entry], tuple[int, int] | None] = lambda _: None,
 ) -> Tensors:
-    """The tensors of a file of `size` bytes; `fill` reads the next bytes of it.
+    """The tensors of a file of `size` bytes; `fill` reads its next bytes into a buffer.
 
-    `rows`: which rows of a tensor are kept, from where to where; all where it is None. Anything
-    that is not exactly what `contents` writes raises `CheckpointError`.
+    `rows` says which rows of a tensor to keep, as begin and end, or None for all. Anything that
+    `contents` would not have written exactly so raises `CheckpointError`.
     """
     entries = header(fill, size, path)
     return Tensors({entry.name: _kept(entry, rows(entry), fill, path) for entry in entries})
@@ -144,7 +144,7 @@ def _kept(
 
 
 def skip(size: int, fill: Callable[[memoryview], None]) -> None:
-    """Read, for the hash, what is not kept."""
+    """Read bytes that are not kept, so that they are hashed."""
     buffer = memoryview(bytearray(min(size, _SKIPPED)))
     while size:
         fill(buffer[: min(size, _SKIPPED)])
@@ -152,7 +152,7 @@ def skip(size: int, fill: Callable[[memoryview], None]) -> None:
 
 
 def mapped(pages: mmap.mmap, path: Path) -> Tensors:
-    """The tensors of a file whose pages are mapped, in those pages; else as `read`."""
+    """The tensors of a memory-mapped file, as views of its pages; otherwise like `read`."""
     rest = memoryview(pages)
 
     def fill(buffer: memoryview) -> None:
@@ -178,7 +178,7 @@ def _view(entry: Entry, pages: mmap.mmap, begin: int, path: Path) -> Tensor:
 def _filled(entry: Entry, fill: Callable[[memoryview], None], path: Path) -> Tensor:
     try:
         tensor = memory.empty(entry.shape, entry.dtype)
-    except RuntimeError as error:  # torch's own, whose text speaks of its allocator
+    except RuntimeError as error:  # torch's, whose message is about its allocator
         size = f"{entry.end - entry.begin:,} bytes"
         raise MemoryError(f"{entry.name}, {list(entry.shape)}, {size}") from error
     data = data_of(tensor)
@@ -193,7 +193,7 @@ def _check_booleans(entry: Entry, data: memoryview, path: Path) -> None:
 
 
 def header(fill: Callable[[memoryview], None], size: int, path: Path) -> list[Entry]:
-    """What a file of `size` bytes holds, by its header alone, in the order of its data."""
+    """The entries of a file of `size` bytes, from its header alone, in the order of the data."""
     prefix = bytearray(8)
     if size < 8:
         raise CheckpointError(f"{path}: {size} bytes, which is no safetensors file")
@@ -223,9 +223,10 @@ def _in_order(entries: list[Entry]) -> list[Entry]:
 
 
 def _canonical(text: bytes, path: Path) -> dict[str, Any]:
-    """The parsed header, where writing it again gives the same bytes.
+    """The parsed header, provided that serializing it again gives the same bytes.
 
-    That alone refuses duplicate keys, blanks, escapes and numbers written in two ways.
+    This one check refuses duplicate keys, extra spaces, escapes and alternative spellings of
+    numbers.
     """
     try:
         found = orjson.loads(text)
@@ -255,7 +256,7 @@ def _entries(found: Mapping[str, Any], path: Path) -> Iterator[Entry]:
         if not _counts(offsets) or len(offsets) != 2:
             raise CheckpointError(f"{path}: {name} has the offsets {str(offsets)[:99]}")
         begin, end = offsets
-        # Each dimension by itself too: torch refuses 2**63, even beside a 0.
+        # The nonzero dimensions by themselves too: torch refuses 2**63 even beside a 0.
         if (
             end - begin != math.prod(shape) * dtype.itemsize
             or math.prod(filter(None, shape)) >= _MOST

@@ -19,7 +19,7 @@ from functrain.state import Leaf
 def inspect(directory: PathLike, *, filesystem: FileSystem = OPERATING_SYSTEM) -> dict[str, Any]:
     """A verified checkpoint as plain data.
 
-    `path`; `leaves`: every number of the state by its path; `files`: for each file its `size`,
+    `path`; `leaves`: every number and text of the state by its path; `files`: each file's `size`,
     `sha256` and `tensors` (name to dtype and shape); `metrics` and `numerics` as they were saved.
     """
 

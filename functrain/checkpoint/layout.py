@@ -1,4 +1,4 @@
-"""A state as files, and files as a state: which leaf goes where, and under which name."""
+"""How a state maps to files and back: which leaf is in which file, and under which name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _HINTS = {
 
 
 def encode(state: TrainState) -> dict[str, Contents]:
-    """The contents of every file but the manifest, over the state's own memory."""
+    """The contents of every file but the manifest, as views of the state's memory."""
     files: dict[str, Contents] = {
         f"{name}.safetensors": safetensors.contents(items)
         for name, items in tensors_of(state).items()
@@ -66,7 +66,7 @@ def encode(state: TrainState) -> dict[str, Contents]:
 
 
 def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """What is in each file of tensors, by the names there."""
+    """The tensors of each file, by their names in it."""
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in FILES}
     for path, leaf in leaves(state):
         if isinstance(leaf, Tensor):
@@ -76,14 +76,14 @@ def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
 
 
 def numbers_of(state: TrainState) -> Contents:
-    """The file of everything that is no tensor."""
+    """The contents of `state.json`: every leaf that is not a tensor."""
     numbers = {path: encoded(leaf) for path, leaf in leaves(state) if not isinstance(leaf, Tensor)}
     body = {"leaves": numbers, "slots": sorted(state.optimizer.slots), "version": FORMAT}
     return [memoryview(bounded(as_json(body), f"{STATE}, with the loader's state"))]
 
 
 def file_of(path: str) -> tuple[str, str]:
-    """The file that holds a tensor of this path in the state, and its name there."""
+    """The file that holds the tensor at this path of the state, and its name there."""
     for prefix, file in _PREFIXES.items():
         if path.startswith(prefix):
             return file, path.removeprefix(prefix)
@@ -91,7 +91,7 @@ def file_of(path: str) -> tuple[str, str]:
 
 
 def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
-    """The numbers of a state by their paths, from the bytes of its JSON."""
+    """The leaves in `state.json` by their paths: every leaf that is not a tensor."""
     if size > LONGEST_JSON:
         raise CheckpointError(f"{where}: {size} bytes, which no state's numbers are")
     data = bytearray(size)
@@ -108,7 +108,7 @@ def numbers(fill: Fill, size: int, where: Path) -> dict[str, Leaf]:
 
 
 def placed(file: str, items: Mapping[str, Tensor]) -> dict[str, Leaf]:
-    """The tensors of a file under their paths in the state."""
+    """The tensors of a file by their paths in the state."""
     found: dict[str, Leaf] = {}
     for name, tensor in items.items():
         path = path_of(file, name)
@@ -121,15 +121,15 @@ def placed(file: str, items: Mapping[str, Tensor]) -> dict[str, Leaf]:
 
 
 def path_of(file: str, name: str) -> str:
-    """The path in the state of what has this name in a file; the way back from `file_of`."""
+    """The path in the state of the tensor with this name in a file; the inverse of `file_of`."""
     return next((prefix for prefix, own in _PREFIXES.items() if own == file), "") + name
 
 
 def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainState:
-    """The state whose leaves are `stored`, in the form, dtypes and devices of `like`.
+    """The state whose leaves are `stored`, with the structure, dtypes and devices of `like`.
 
-    Optimizer slots that `like` does not have yet (some classes make them at the first update)
-    are taken as they are, for known parameters only.
+    Optimizer slots that `like` does not have yet (some classes create them at the first update)
+    are accepted as they are, for known params only.
     """
     kind = stored.get("optimizer/kind")
     if kind != like.optimizer.kind:
@@ -145,13 +145,13 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
     _check_paths(stored, dict(leaves(template)), where)
     rebuilt = _rebuild(template, stored, "", where)
     assert isinstance(rebuilt, TrainState)  # `_rebuild` keeps the template's form
-    # After it: not every dtype can be compared, and by now each is the template's.
+    # Only now: not every dtype can be compared, and by now each dtype is the template's.
     _check_values(stored, where)
     return rebuilt
 
 
 def check_base(made: Leaf, here: str | None, where: Path) -> None:
-    """Raise `CheckpointError` where a base is not that of the params here."""
+    """Raise `CheckpointError` where the checkpoint was trained over another base."""
     if not isinstance(made, str | None):
         raise CheckpointError(f"{where}: base is {made!r}, expected a fingerprint, or null")
     if (reason := why_apart(made, here)) is not None:
@@ -159,13 +159,13 @@ def check_base(made: Leaf, here: str | None, where: Path) -> None:
 
 
 def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
-    """What no training can have come to: a file with fitting hashes may still be forged."""
+    """Refuse values that no training can reach: a file whose hashes match may still be forged."""
     for path, leaf in stored.items():
         if isinstance(leaf, Tensor):
             slot = path.split("/")[2] if path.startswith("optimizer/slots/") else ""
             if (path in _COUNTS or slot in _NEVER_NEGATIVE) and _negative(leaf):
                 raise CheckpointError(f"{where}: {path} is negative, which it cannot become")
-            # 0 where every step has overflowed, as torch's scaler comes to it.
+            # 0 is allowed: where every step overflows, the scale reaches it, as torch's does.
             if path == "scaler/scale" and not bool(((leaf >= 0) & leaf.isfinite()).all()):
                 raise CheckpointError(f"{where}: {path} is {leaf.tolist()}, no loss scale")
         elif (fault := _fault(path, leaf)) is not None:
@@ -173,7 +173,7 @@ def _check_values(stored: Mapping[str, Leaf], where: Path) -> None:
 
 
 def _fault(path: str, leaf: Leaf) -> str | None:
-    """What a number of a state is that it cannot be."""
+    """What is wrong with a number of a state, or None."""
     most = _LARGEST.get(path, MAX_KEY)
     if isinstance(leaf, int) and not 0 <= leaf <= most:
         return f"{leaf}, expected 0 to {most}"
@@ -183,9 +183,9 @@ def _fault(path: str, leaf: Leaf) -> str | None:
 
 
 def check_loadable(state: TrainState) -> None:
-    """Raise `StateError` for what no load would take; before anything is saved.
+    """Raise `StateError`, before anything is saved, for values that no load would accept.
 
-    A state that was evolved by hand, or a stream of one's own, may have such.
+    A state evolved by hand may have them, or the cursor of a user's own stream.
     """
     for field, kind in _RECORDS.items():
         _check_kind(field, getattr(state, field), kind)
@@ -222,7 +222,7 @@ def _check_kind(path: str, given: object, kinds: type | tuple[type, ...]) -> Non
 def _negative(tensor: Tensor) -> bool:
     if tensor.dtype.is_complex or not tensor.dtype.is_signed:
         return False
-    # The floats of 8 bits cannot be compared.
+    # 8-bit floats have no comparison.
     comparable = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return bool((comparable < 0).any())
 
@@ -256,10 +256,10 @@ def _slots(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> dict[st
 
 
 def _expected_slot(stored: Mapping[str, Tensor], like: Tensors | None, fresh: bool) -> Tensors:
-    """What a slot should hold: what `like` has, where that is all that it will have.
+    """The tensors that a slot should hold: those of `like` if `like` is fresh.
 
-    Some classes make a parameter's tensor at its first gradient, so a state that has been trained
-    may have more of them, or fewer, than the checkpoint.
+    Some classes create a param's tensor at its first gradient, so a trained `like` may have more of
+    them, or fewer, than the checkpoint: then the stored names decide.
     """
     if like is None:
         return Tensors(stored)
@@ -291,7 +291,7 @@ def _some(names: list[str]) -> str:
 def _rebuild(template: Any, stored: Mapping[str, Leaf], path: str, where: Path) -> Any:
     if isinstance(template, Mapping):
         items = {n: _rebuild(t, stored, f"{path}/{n}", where) for n, t in template.items()}
-        # What has been read is nobody else's.
+        # Tensors that have just been read are not shared with anyone.
         return owning(Tensors(items)) if isinstance(template, Tensors) else items
     if attrs.has(type(template)):
         changes = {
@@ -326,7 +326,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _number(leaf: Leaf, template: Leaf, path: str, where: Path) -> Leaf:
-    # `cursor/loader` alone is optional: None before the first batch, a string after it.
+    # Only `cursor/loader` is optional: None before the first batch, a string after it.
     allowed = (type(None), str) if path == "cursor/loader" else (type(template),)
     if type(leaf) not in allowed:
         names = " or ".join(t.__name__ for t in allowed)

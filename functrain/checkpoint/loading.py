@@ -1,4 +1,4 @@
-"""Loading: a state, a model, or tensors by name, each verified."""
+"""Loading a state, a model, or tensors by name, each verified."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from functrain.trees import Tensors, is_sharded, owning, select
 
 Found = TypeVar("Found")
 _LATER = frozenset({"head", "layout"})
-"""Conditions of which checkpoints of before say nothing: whether they differ is not known."""
+"""Conditions that older checkpoints do not record; where absent, they are not compared."""
 _ATTEMPTS = 100
-"""Each finds a newer checkpoint; a fast writer on a busy machine wins ten times in a row."""
+"""Reads of a newest checkpoint that may each be pruned: a fast writer wins ten times in a row."""
 
 
 def load(
@@ -49,19 +49,20 @@ def load(
     world: World | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> TrainState:
-    """The state in `directory`, a checkpoint or a directory of them (then the newest).
+    """Load the state in `directory`: a checkpoint, or a directory of them (then the newest).
 
-    `like` gives the form: names, shapes, dtypes and devices, as `step.init(params, buffers)` makes
-    it; its values do not matter. Every file's size and sha256 are checked, over the very bytes
-    that become tensors, in memory of their own. Raises `CheckpointError` for what is missing,
+    `like` gives the structure: names, shapes, dtypes and devices, as `step.init(params, buffers)`
+    makes it; its values do not matter. Every file's size and sha256 are checked, over the very
+    bytes that become tensors, in memory of their own. Raises `CheckpointError` for what is missing,
     altered, or of another architecture, optimizer or precision, naming the first difference.
 
-    Where the numerics or the `conditions` are not those of the save, so that the bits will part,
-    `NumericsWarning` says what differs; with `strict` it is an error. The newest checkpoint being
-    invalid is an error too, unless `older` allows the newest valid one, with a warning.
+    If the numerics or the `conditions` differ from those of the save, so that the run will not
+    continue with the same bits, a `NumericsWarning` says what differs; with `strict` it is a
+    `CheckpointError`. An invalid newest checkpoint is an error too, unless `older` permits the
+    newest valid one, with a warning.
 
-    Where `like` is in shards every worker of its `world` calls this: each keeps its rows alone, of
-    the checkpoint that worker 0 has found, whatever number of workers has saved it.
+    If `like` is in shards, every worker of its `world` calls this: worker 0 chooses the checkpoint,
+    and each worker keeps only its rows, whatever number of workers saved it.
     """
     check_state(like, "like")
     check_boolean("strict", strict)
@@ -75,10 +76,10 @@ def load(
 
 
 def _most_bytes(like: TrainState) -> int:
-    """More than the tensors of any state of this form take, so that no more need be read.
+    """An upper bound on the bytes of tensors of any state like this one; more need not be read.
 
-    Slots that `like` has not yet, their dtypes and the headers included, and generously; among them
-    matrices for each dimension of a parameter, as Shampoo and SOAP keep them where it is not long.
+    It is generous: it allows for headers, for wider dtypes, and for slots that `like` does not have
+    yet, among them a matrix per dimension of a param, as Shampoo and SOAP keep for short ones.
     """
     tensors = [leaf for _, leaf in leaves(like) if isinstance(leaf, Tensor)]
     sides = [min(side, _LONG) ** 2 for param in like.params.values() for side in param.shape]
@@ -133,7 +134,7 @@ def _load_rows(
     filesystem: FileSystem,
     options: Mapping[str, Any],
 ) -> TrainState:
-    """The state in shards of a checkpoint, by all workers, or an error on each of them."""
+    """A checkpoint's state in shards, loaded by all workers, or an error on each of them."""
     # Here, since DTensor takes a second to import.
     from functrain.checkpoint.sharded import rows_in
     from functrain.distributed.shards import local_state, whole_state
@@ -155,10 +156,10 @@ def _load_rows(
 
 
 def newest(directory: PathLike, read: Callable[[Path], Found]) -> Found:
-    """What `read` makes of a checkpoint or, of a directory of them, of the newest.
+    """What `read` makes of a checkpoint or, in a directory of them, of the newest.
 
-    Beside a run that prunes, the newest may go while it is read: then there is a newer one, and
-    that is read instead. In the place of a checkpoint that was itself named no other is.
+    A run that prunes may remove the newest while it is being read; by then there is a newer one,
+    which is read instead. A checkpoint named directly is never replaced by another.
     """
     root = as_path("directory", directory)
     with reading(root):
@@ -173,7 +174,7 @@ def newest(directory: PathLike, read: Callable[[Path], Found]) -> Found:
 
 
 def _newest_valid(root: Path, path: Path, read: Callable[[Path], Found]) -> tuple[Found, list[str]]:
-    """What `read` makes of the newest valid checkpoint, and why those after it were refused."""
+    """What `read` makes of the newest valid checkpoint, and why newer ones were refused."""
     if path == root:
         return read(path), []
     refused: list[str] = []
@@ -182,7 +183,7 @@ def _newest_valid(root: Path, path: Path, read: Callable[[Path], Found]) -> tupl
             return read(each), refused
         except CheckpointError as error:
             if latest(root) != path:
-                raise  # It went, as there is a newer one: nothing is passed over.
+                raise  # Pruned, since there is a newer one: it is not passed over.
             refused.append(str(error))
     raise CheckpointError("\n".join([f"{root}: holds no valid checkpoint", *refused]))
 
@@ -195,10 +196,10 @@ def read_leaves(
     rows: Rows = lambda *_: None,
     most: int | None = None,
 ) -> tuple[Manifest, dict[str, Leaf]]:
-    """A checkpoint's manifest and every leaf by its path, verified; `mapped` as `load_tensors`.
+    """A checkpoint's manifest and every leaf by its path, verified.
 
-    `rows`: which rows are kept of the tensor with this path. `most`: how many bytes of tensors are
-    read at most; where there are more nothing is.
+    `mapped`: as in `load_tensors`. `rows`: which rows to keep of the tensor at a path. `most`: the
+    limit on the bytes of tensors; a larger checkpoint is refused before any are read.
     """
     manifest = read_manifest(filesystem, path)
     tensors = sum(e.size for name, e in manifest.files.items() if name.endswith(".safetensors"))
@@ -230,7 +231,7 @@ def read_leaves(
 
 
 def _reading(name: str, rows: Rows) -> Callable[[Fill, int, Path], Tensors]:
-    """A parser of a file of tensors that keeps these rows."""
+    """A parser of a file of tensors that keeps only these rows."""
     file = name.removesuffix(".safetensors")
 
     def read(fill: Fill, size: int, path: Path) -> Tensors:
@@ -250,14 +251,14 @@ def load_model(
     world: World | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> tuple[Tensors, Tensors]:
-    """The params and buffers of a checkpoint, whatever optimizer and stage made it.
+    """Load the params and buffers of a checkpoint, whatever optimizer and stage made it.
 
-    `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them: the
-    values are converted to those. `base`: the fingerprint of the frozen params under adapters, as
-    a state of theirs has it; adapters that were trained over another are refused.
+    `params` and `buffers` give the names, shapes, dtypes and devices, as `split` returns them; the
+    values are converted to these. `base`, for adapters, is the fingerprint of the frozen params
+    under them (`state.base`); adapters trained over another base are refused.
 
-    `world`: for a step that is `sharded`. Every worker calls this and keeps its rows of the params
-    alone, on the world's device; `params` may be the architecture's own, without values, also in a
+    `world`: for a step with `sharded=True`. Every worker calls this and keeps only its rows of the
+    params, on the world's device; `params` may be the architecture's own, without values, even in a
     world of 1.
     """
     if world is not None and world.size > 1:
@@ -283,7 +284,7 @@ def _load_model_rows(
 
     path = world.from_first(lambda: str(located(directory)), "the choice of a checkpoint")
     manifest = world.for_all(lambda: read_manifest(filesystem, Path(path)))
-    # Rows of different models would be a mixture that no later comparison could see.
+    # Rows of different models would make a mixture that no later comparison could detect.
     world.agree({n: f"{e.size} {e.sha256}" for n, e in manifest.files.items()}, "about the files")
     found, kept = world.for_all(
         lambda: _load_model(path, params, buffers, base, filesystem, rows, world.device)
@@ -322,7 +323,10 @@ def _read_as(
     rows: Rows = lambda *_: None,
     device: torch.device | None = None,
 ) -> Tensors:
-    """The tensors of a file, as `like` has them; or these rows, on this device."""
+    """The tensors of a file, or these rows of them, in the dtypes and on the devices of `like`.
+
+    `device`: the device to use instead, if any.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def parts(place: str, item: safetensors.Entry, where: Path) -> tuple[int, int] | None:
@@ -356,14 +360,14 @@ def load_tensors(
 ) -> Tensors:
     """The tensors of a checkpoint whose paths match a shell pattern, `params/*` or `*/head.weight`.
 
-    Paths are those of `functrain.fingerprints`; "*" is all. No pattern is a `ConfigError`, and one
+    Paths are those of `functrain.fingerprints`; "*" matches all. No pattern is a `ConfigError`, one
     without a match a `StateError`.
 
-    With `mapped` the tensors are the files' own pages: verified once, by reading them through, and
-    then in memory only as far as they are touched, for models that are larger than it. Writing
-    into them changes no file. Where another program overwrites such a file they change with it,
-    and where it is cut short the process ends with SIGBUS; functrain itself does neither (a prune
-    removes files, which mapped ones outlive).
+    With `mapped` the tensors are memory-mapped, for models larger than memory: the files are read
+    through once to verify them, and then only the pages that are touched are in memory. Writing to
+    the tensors changes no file. If another program overwrites a file, they change with it, and if
+    it truncates one, the process dies of SIGBUS; functrain itself does neither (it removes files
+    when pruning, which mapped tensors outlive).
     """
     if not patterns:
         raise ConfigError("load_tensors: no pattern; give some, 'params/*', or '*' for all")

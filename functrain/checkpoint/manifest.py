@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, and the name of its directory."""
+"""A checkpoint's manifest, and the name of its directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = ("model", "buffers", "optimizer", "extra")
 FORMAT = 1
 MOST_STEPS = 10**12 - 1
 LONGEST_JSON = 1 << 26
-"""Bytes: a loader's state, which may list what it has shuffled, and a manifest fit in easily."""
+"""Bytes; easily enough for a manifest, or a loader's state that lists what it has shuffled."""
 
 LONGEST_TEXT = 1 << 30
 _NAME = re.compile(r"step-([0-9]{12})")
@@ -33,7 +33,7 @@ _KEYS = {"files", "format", "metrics", "numerics", "sha256", "step", "version"}
 
 @attrs.frozen
 class File:
-    """What the manifest says of a file: its size in bytes, its sha256 in hexadecimal."""
+    """A file's entry in the manifest: its size in bytes and its sha256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -43,8 +43,8 @@ class File:
 class Manifest:
     """What a checkpoint consists of.
 
-    `metrics`: what was measured of the state, for retention and for the reader. `numerics`: under
-    what the bits were computed (`functrain.checkpoint.environment`).
+    `metrics`: what was measured of the state, for retention and for the reader. `numerics`: the
+    conditions that the bits depend on (`functrain.checkpoint.environment`).
     """
 
     step: int
@@ -59,7 +59,7 @@ def directory_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint directory's name says; None for any other name."""
+    """The step in a checkpoint directory's name; None for any other name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -77,13 +77,13 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def latest(directory: PathLike) -> Path | None:
-    """The checkpoint of the highest step in `directory`, or None; the names are the truth."""
+    """The checkpoint of the highest step in `directory`, judged by the names alone, or None."""
     found = checkpoints(as_path("directory", directory))
     return found[-1] if found else None
 
 
 def located(path: PathLike) -> Path:
-    """The checkpoint directory that `path` is or, as its newest, holds."""
+    """`path` itself if it is a checkpoint, else the newest checkpoint in it."""
     given = as_path("path", path)
     if not given.is_dir():
         what = "is a file" if given.exists() else "does not exist"
@@ -101,7 +101,7 @@ def located(path: PathLike) -> Path:
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """The manifest as it is written, with its own hash."""
+    """The manifest as written to the file, with its own hash."""
     metrics = {name: encoded(value) for name, value in manifest.metrics.items()}
     body = attrs.asdict(manifest) | {"format": "functrain", "metrics": metrics, "version": FORMAT}
     return bounded(as_json({**body, "sha256": _own_hash(body)}), f"{MANIFEST}, with conditions")
@@ -112,12 +112,12 @@ def _own_hash(body: Mapping[str, Any]) -> str:
 
 
 def as_json(value: object) -> bytes:
-    """Canonical JSON: sorted keys, two blanks of indentation."""
+    """Canonical JSON: sorted keys, two spaces of indentation."""
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
 
 
 def bounded(data: bytes, what: str, most: int | None = None) -> bytes:
-    """What is to be written, unless it is longer than what is read (`CheckpointError`)."""
+    """`data` unchanged; raises `CheckpointError` if it is longer than a load would accept."""
     limit = LONGEST_JSON if most is None else most
     if len(data) > limit:
         raise CheckpointError(
@@ -128,9 +128,9 @@ def bounded(data: bytes, what: str, most: int | None = None) -> bytes:
 
 
 def plain(values: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Values as they are when JSON has held them: a tuple is a list, an infinity `encoded`.
+    """The values after a round trip through JSON: tuples become lists, infinities are `encoded`.
 
-    Raises `CheckpointError` for what JSON cannot hold.
+    Raises `CheckpointError` for values that JSON cannot hold.
     """
     try:
         found: dict[str, Any] = orjson.loads(as_json(_encoded_within(values)))
@@ -150,7 +150,7 @@ def _encoded_within(value: Any) -> Any:
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a text that UTF-8 can hold: not with half of a surrogate pair."""
+    """Whether a value is a string that UTF-8 can hold, without half of a surrogate pair."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -158,7 +158,7 @@ def is_text(value: object) -> bool:
 
 
 def checked_name(name: object, where: str = "beside") -> str:
-    """The name of a text that lies with the state; any other raises `CheckpointError`."""
+    """`name`, if a text beside the state may have it; otherwise raises `CheckpointError`."""
     if not isinstance(name, str) or not _BESIDE.fullmatch(name) or name in (MANIFEST, STATE):
         shown = name[:99] if isinstance(name, str) else name
         raise CheckpointError(
@@ -168,7 +168,7 @@ def checked_name(name: object, where: str = "beside") -> str:
 
 
 def checked_texts(given: Mapping[str, str] | None) -> dict[str, bytes]:
-    """The texts that are to lie with a state, as bytes; `CheckpointError` for what is none."""
+    """The texts to be saved beside a state, as bytes; raises `CheckpointError` for other values."""
     if given is not None and not isinstance(given, Mapping):
         raise CheckpointError(f"beside: {given!r}, expected a mapping of file names to texts")
     texts: dict[str, bytes] = {}
@@ -183,12 +183,12 @@ def checked_texts(given: Mapping[str, str] | None) -> dict[str, bytes]:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a file of a checkpoint is a text beside the state and no part of it."""
+    """Whether a checkpoint's file is a text beside the state rather than a part of it."""
     return name not in {STATE, *(f"{file}.safetensors" for file in FILES)}
 
 
 def checked_metrics(given: Mapping[str, float] | None) -> dict[str, float]:
-    """What was measured, as numbers; `CheckpointError` for what is none."""
+    """The metrics as floats; raises `CheckpointError` for values that are not numbers."""
     if given is not None and not isinstance(given, Mapping):
         raise CheckpointError(f"metrics: {given!r}, expected a mapping of names to numbers")
     metrics: dict[str, float] = {}
@@ -207,14 +207,14 @@ def checked_metrics(given: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def encoded(value: Any) -> Any:
-    """A number as JSON can hold it: it has no infinities, and orjson would write null."""
+    """A number in a form that JSON can hold: it has no inf or NaN, for which orjson writes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     return value
 
 
 def decoded(value: Any, name: str, path: Path) -> Any:
-    """The number, text or None that was encoded; anything else raises `CheckpointError`."""
+    """The inverse of `encoded`: a number, text or None; anything else raises `CheckpointError`."""
     if isinstance(value, dict):
         text = value.get("float")
         if value.keys() == {"float"} and text in ("inf", "-inf", "nan"):
@@ -227,7 +227,7 @@ def decoded(value: Any, name: str, path: Path) -> Any:
 def parsed_json(data: bytes, path: Path) -> dict[str, Any]:
     """A JSON object in canonical form; anything else raises `CheckpointError`.
 
-    Canonical: that refuses duplicate keys, and numbers which would silently become others.
+    Requiring canonical form refuses duplicate keys, and numbers that parsing would silently change.
     """
     try:
         value = orjson.loads(data)
@@ -242,16 +242,16 @@ def parsed_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def is_format(version: object) -> bool:
-    """Whether a version is the one that is read: a true, or 1.0, is no 1."""
+    """Whether this is the version that is read here; true and 1.0 do not count as 1."""
     return type(version) is int and version == FORMAT
 
 
 class OtherFormatError(CheckpointError):
-    """A checkpoint that is as it was written, in a format that is not read here."""
+    """The checkpoint is intact, but in a format that this version does not read."""
 
 
 def read_manifest(filesystem: FileSystem, directory: Path) -> Manifest:
-    """The manifest of a checkpoint, after its own hash and its form have been checked."""
+    """The manifest of a checkpoint, after checking its own hash and its structure."""
     path = directory / MANIFEST
     with regular(filesystem, path) as (descriptor, size):
         if size > LONGEST_JSON:

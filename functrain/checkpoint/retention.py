@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints to keep."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def _of(kind: type, expected: str) -> Callable[[object, attrs.Attribute[Any], ob
 
 @attrs.frozen(kw_only=True)
 class Keep:
-    """The newest `last`, each whose step `every` divides, the `best` by `metric`, and `steps`.
+    """Keeps the newest `last`, multiples of `every`, the `best` by `metric`, and those of `steps`.
 
-    `metric` is one that `save` was given; `lower` says that less of it is better. A checkpoint
-    without it, or with NaN, is never among the best; one whose manifest is damaged stays where
-    there is a `best`, with a warning. So do all that have other metrics where none has this one:
-    it may be misspelt. What none of the four holds on to goes, but nothing goes
-    while one of the newest is damaged: what is older may be all that there is.
+    What none of these four rules keeps may be removed, but nothing is while one of the newest is
+    damaged: an older checkpoint may be the only good one.
+
+    `metric` is one that `save` was given; with `lower`, less of it is better. A checkpoint without
+    it, or with NaN, is never among the best. Where `best` is set, two kinds are kept with a
+    warning: a checkpoint whose manifest is damaged and, if none has `metric`, all that have other
+    metrics, since its name may be misspelt.
     """
 
     last: int = attrs.field(default=2, validator=_at_least_one)
@@ -58,12 +60,12 @@ class Keep:
     steps: tuple[int, ...] = attrs.field(default=(), converter=_steps)
 
     def expendable(self, filesystem: FileSystem, root: Path, last: int | None) -> list[Path]:
-        """What may go, oldest first; `CheckpointError` where one of the newest lacks something.
+        """What may be removed, oldest first; `CheckpointError` if one of the newest is incomplete.
 
-        `last` is the step that was saved last: what is of a higher one neither counts nor goes.
+        `last` is the step that was saved last: checkpoints of higher steps neither count nor go.
 
-        By the manifests and the sizes of the files, not their hashes: reading everything again
-        would make each save as slow as a save and a load.
+        Checkpoints are judged by their manifests and file sizes, not their hashes: reading
+        everything again would make each save as slow as a save and a load.
         """
         found = [p for p in checkpoints(root) if last is None or (step_of(p) or 0) <= last]
         newest = found[-self.last :]
@@ -91,7 +93,7 @@ class Keep:
         if not any(self.metric in each for each in metrics.values()):
             return [*unknown, *self._otherwise_measured(metrics, found)]
         values = [
-            # Of equals the newer one is the better.
+            # Among equal values the newer checkpoint wins.
             (value if self.lower else -value, -(step_of(path) or 0), path)
             for path, each in metrics.items()
             if not math.isnan(value := each.get(self.metric, math.nan))
@@ -101,7 +103,7 @@ class Keep:
     def _otherwise_measured(
         self, metrics: Mapping[Path, Mapping[str, float]], found: list[Path]
     ) -> list[Path]:
-        """Those that have other metrics than the one, which none has."""
+        """The checkpoints that have metrics, where none has `self.metric`; warns of them."""
         others = [path for path, each in metrics.items() if each]
         if set(others) - set(found[-self.last :]):
             has = ", ".join(sorted({name for each in metrics.values() for name in each}))
@@ -115,5 +117,5 @@ class Keep:
 
 
 def as_keep(given: int | Keep) -> Keep:
-    """A number of the newest, as what keeps them."""
+    """A `Keep`; an integer means that many of the newest."""
     return given if isinstance(given, Keep) else Keep(last=given)

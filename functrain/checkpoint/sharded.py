@@ -1,8 +1,8 @@
 """Checkpoints of states in shards: every worker writes and reads its own rows of the same files.
 
-The rows of a worker are a stretch of each tensor's bytes, so the workers write into one file, each
-at its places, and the file is the very one that a single process writes: there is one format, and
-any number of workers, or one, or transformers, reads it.
+A worker's rows are one contiguous range of each tensor's bytes, so the workers write into one file,
+each at its offsets, and the result is the file that a single process would write: there is one
+format, which any number of workers, a single process, or transformers can read.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _SHARED = "do all workers see the same directory? A checkpoint in shards needs a
 
 @attrs.frozen(kw_only=True)
 class _Written:
-    """What one worker has to write into a file of tensors: its header, and stretches of bytes."""
+    """A file of tensors: its header and size, and the bytes that this worker writes, by offset."""
 
     header: memoryview
     size: int
@@ -77,11 +77,11 @@ def save_shards(
 ) -> Path:
     """`functrain.save` of a state in shards, by all workers: the path, or an error on each of them.
 
-    Worker 0 makes the directory and the files, everyone writes, fsyncs and hashes its share, and
-    worker 0 puts the manifest and the directory in place when all have done so.
+    Worker 0 creates the directory and the files, every worker writes, fsyncs and hashes its share,
+    and when all have done so, worker 0 puts the manifest and the directory in place.
     """
     name = directory_name(state.step)
-    # Another name each time: a worker that was left behind must not write into a later save's.
+    # A fresh name each time: a worker left behind must not write into a later save's files.
     suffix = world.from_first(lambda: secrets.token_hex(4), "the name of a save")
     temporary, target = root / f".tmp-{name}-{suffix}", root / name
     files = {f"{n}.safetensors": _written(items, world) for n, items in tensors_of(state).items()}
@@ -167,7 +167,7 @@ def _write(filesystem: FileSystem, path: Path, written: _Written) -> None:
 def _hashed(
     filesystem: FileSystem, directory: Path, files: Mapping[str, _Written], world: World
 ) -> dict[str, Any]:
-    """The size and hash of every file, each read by one of the workers."""
+    """The size and hash of every file; each file is read by one of the workers."""
     largest = sorted(files, key=lambda file: -files[file].size)
     mine = [file for turn, file in enumerate(largest) if turn % world.size == world.rank]
 
@@ -191,9 +191,10 @@ def _hashed(
 
 
 def _place(filesystem: FileSystem, temporary: Path, target: Path, manifest: Manifest) -> None:
-    """The manifest, and the directory under its name; what is there already may stay if the same.
+    """Write the manifest and rename the directory into place.
 
-    As for `functrain.save`: damaged, it is put aside, and another state is an error.
+    An existing checkpoint is treated as by `functrain.save`: it stays if it holds the same, is put
+    aside if it is damaged, and is an error if it holds another state.
     """
     if target.exists():
         if not whole(filesystem, target):
@@ -209,7 +210,7 @@ def _place(filesystem: FileSystem, temporary: Path, target: Path, manifest: Mani
 
 
 def rows_in(like: TrainState, world: World) -> Callable[[str, safetensors.Entry, Path], Any]:
-    """Which rows of a tensor, by its path in the state, a worker keeps: begin and end, or None."""
+    """Which rows this worker keeps of the tensor at a path: begin and end, or None for all."""
     params = like.params
 
     def rows(place: str, entry: safetensors.Entry, where: Path) -> tuple[int, int] | None:
@@ -227,13 +228,13 @@ def rows_in(like: TrainState, world: World) -> Callable[[str, safetensors.Entry,
 
 
 def part_of(count: int, world: World) -> tuple[int, int]:
-    """Which of so many rows a worker keeps: begin and end."""
+    """Which of `count` rows this worker keeps: begin and end."""
     rows = rows_of(count, world.rank, world.size)
     return rows.begin, rows.end
 
 
 def _parameter(place: str) -> str:
-    """The parameter that a tensor of this path is of, or a name that none has."""
+    """The name of the param that the tensor at this path belongs to, or one that no param has."""
     prefix, _, name = place.partition("/")
     if prefix == "optimizer":
         return name.removeprefix("slots/").partition("/")[2]

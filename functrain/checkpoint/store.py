@@ -57,25 +57,25 @@ def save(
     world: World | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> Path:
-    """Write `state` to `directory/step-…`, durable when this returns; the path of it.
+    """Save `state` to `directory/step-…`, durable when this returns, and return the path.
 
-    A reader sees the whole checkpoint or none: the files go to a temporary directory, are fsynced,
-    the manifest last, and one rename puts them in place. The step's checkpoint being there already
-    is fine where it holds the same state and texts, and raises `CheckpointError` where it does not;
-    its manifest stays, and a `SaveWarning` names the metrics that are others. One that is damaged
-    is put aside.
+    A reader sees the whole checkpoint or none: the files go to a temporary directory and are
+    fsynced, the manifest last, and one rename puts them in place. If the step has a checkpoint
+    already, that is fine where it holds the same state and texts: it stays with its manifest, and a
+    `SaveWarning` names the metrics if they differ. Where it holds others, `CheckpointError` is
+    raised; a damaged one is put aside.
 
-    `metrics` are written into the manifest, for `prune` to keep the best by. So are the numerics
-    that the bits depend on, and `conditions`, the caller's own part of them (the number of
-    micro-batches, say). `beside` are texts to lie with them, by their file names: with a
+    `metrics` are written into the manifest, for `prune` to find the best by. So are the numerics
+    that the bits depend on, and `conditions`, the caller's own additions to them (the number of
+    micro-batches, say). `beside` are texts to save in the directory, by file name: with a
     `config.json` (`functrain.models.config_files`, which says for which models) transformers reads
-    the directory as it is. Peak memory is the state's own: nothing is copied from the CPU.
+    the directory as it is. Peak memory is the state's own: tensors on the CPU are not copied.
 
-    Raises `StateError` for numbers that no load would take (a step of more than twelve digits), and
-    `CheckpointError` for metrics and texts that are none, before anything is written.
+    Before anything is written, raises `StateError` for numbers that no load would accept (a step of
+    more than twelve digits), and `CheckpointError` for invalid metrics and texts.
 
     A state in shards is saved by every worker of its `world`, in a directory that all of them see:
-    each writes its rows, into the very files that one process would have written.
+    each writes its rows into the very files that a single process would have written.
     """
     check_state(state)
     under = conditioned(device_of(state.params), conditions)
@@ -94,7 +94,7 @@ def save_under(
     world: World | None = None,
     filesystem: FileSystem,
 ) -> Path:
-    """`save` with numerics that were found before: another thread has its own number of threads."""
+    """`save` under numerics determined before: in another thread they would differ."""
     root = as_path("directory", directory)
     check_loadable(state)
     found = checked_metrics(metrics)
@@ -102,7 +102,7 @@ def save_under(
         name: [memoryview(text)] for name, text in checked_texts(beside).items()
     }
     if is_sharded(state.params):
-        # Here, since it stands on this module.
+        # Imported here, since it imports this module.
         from functrain.checkpoint.sharded import save_shards
 
         return save_shards(
@@ -123,7 +123,7 @@ def save_under(
 
 @contextmanager
 def saving(root: Path, step: int) -> Generator[None]:
-    """What the system refuses, as a `CheckpointError`."""
+    """Turn an `OSError` raised within into a `CheckpointError`."""
     try:
         yield
     except OSError as error:
@@ -134,7 +134,7 @@ def saving(root: Path, step: int) -> Generator[None]:
 
 
 def world_for(world: World | None, what: str) -> World:
-    """The workers that have a state's shards; `ConfigError` where they are not given."""
+    """The world of a state in shards; raises `ConfigError` if it was not given."""
     if world is None or world.size == 1:
         raise ConfigError(
             f"{what}: the state is in shards, and its world is not given; every worker calls "
@@ -144,17 +144,17 @@ def world_for(world: World | None, what: str) -> World:
 
 
 def make_root(filesystem: FileSystem, root: Path) -> None:
-    """Make the directory and those above it, all durable before a save is acknowledged."""
+    """Make the directory and its parents, all durable before a save is acknowledged."""
     missing = [directory for directory in (root, *root.parents) if not directory.is_dir()]
     for directory in reversed(missing):
         try:
             filesystem.mkdir(directory)
         except FileExistsError:
-            # Another run has made it a moment ago, beside this one.
+            # A concurrent run has just made it.
             if not directory.is_dir():
                 raise
     if not checkpoints(root):
-        # Also those that are there: a save that was killed here may have made them a moment ago.
+        # Existing parents too: a save killed just now may have made them without a sync.
         _sync_above(filesystem, root)
 
 
@@ -165,7 +165,7 @@ def _sync_above(filesystem: FileSystem, root: Path) -> None:
         try:
             sync_directory(filesystem, directory.parent)
         except PermissionError:
-            return  # What cannot be read was there before: nobody here has made it.
+            return  # A directory that we cannot read was not made by a save of ours.
 
 
 def _placed(
@@ -184,7 +184,7 @@ def _placed(
         else:
             hashes = {name: hashed(contents) for name, contents in files.items()}
             check_same(target, read_manifest(filesystem, target), hashes, metrics)
-            # The save that put it there may have been killed before its rename was durable.
+            # The save that wrote it may have been killed before its rename was durable.
             sync_directory(filesystem, root)
             return target
     temporary = root / f".tmp-{name}"
@@ -207,7 +207,7 @@ def durable(filesystem: FileSystem, target: Path) -> None:
     try:
         sync_directory(filesystem, target.parent)
     except OSError as error:
-        # Not tried again: after a failed fsync a second one may succeed without having written.
+        # Not retried: after a failed fsync, a second one may succeed without having written.
         raise CheckpointError(
             f"{target}: written and in place, but whether it would survive a power cut is unknown "
             f"({error.strerror or error}); check the disk, and save the next step"
@@ -215,14 +215,14 @@ def durable(filesystem: FileSystem, target: Path) -> None:
 
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
-"""No file under the name, or something else than a file: a link, a pipe that nobody reads."""
+"""No file of that name, or not a regular file: a link, or a pipe that nobody reads."""
 
 
 def whole(filesystem: FileSystem, target: Path) -> bool:
-    """Whether every file of a checkpoint is there and has its hash.
+    """Whether every file of a checkpoint is there and matches its hash.
 
-    Raises `CheckpointError` where that cannot be said: of another version's format, and of what the
-    system refuses to read now, for too many open files perhaps. Either may well be whole.
+    Raises `CheckpointError` where that cannot be determined: in the format of another version, or
+    where the system refuses a read (too many open files, say). Either may well be whole.
     """
     try:
         entries = read_manifest(filesystem, target).files
@@ -237,7 +237,7 @@ def whole(filesystem: FileSystem, target: Path) -> bool:
 
 
 def put_aside(filesystem: FileSystem, target: Path) -> None:
-    """Give the name of a damaged checkpoint free; what is left of it is kept, and said."""
+    """Rename a damaged checkpoint to free its name, with a warning; what is left of it is kept."""
     aside = _numbered(target.parent, f".damaged-{target.name}")
     filesystem.rename(target, aside)
     sync_directory(filesystem, target.parent)
@@ -249,7 +249,7 @@ def put_aside(filesystem: FileSystem, target: Path) -> None:
 
 
 def _numbered(directory: Path, name: str) -> Path:
-    """A path in a directory that nothing has yet: `name` with a number."""
+    """An unused path in a directory: `name` with a number appended."""
     taken = {path.name for path in directory.iterdir()}
     names = (f"{name}-{number}" for number in itertools.count(1))
     return directory / next(each for each in names if each not in taken)
@@ -258,10 +258,10 @@ def _numbered(directory: Path, name: str) -> Path:
 def check_same(
     target: Path, there: Manifest, files: Mapping[str, File], metrics: Mapping[str, float]
 ) -> None:
-    """Raise `CheckpointError` where a checkpoint that is there does not hold these files.
+    """Raise `CheckpointError` if an existing checkpoint does not hold these files.
 
-    Its manifest stays as it is: to put another in its place would be to write where a reader is.
-    So a warning names the metrics that are not in it.
+    Its manifest stays as it is, since replacing it would write where someone may be reading; if the
+    metrics differ, a `SaveWarning` says so.
     """
     other = {n for n in {*there.files, *files} if there.files.get(n) != files.get(n)}
     if other and all(is_beside(name) for name in other):
@@ -274,7 +274,7 @@ def check_same(
         raise CheckpointError(
             f"{target}: exists and holds another state; save to a fresh directory, or remove it"
         )
-    # As texts: NaN is no other than NaN.
+    # Compared as strings, so that NaN equals NaN.
     if metrics and {n: repr(v) for n, v in metrics.items()} != {
         n: repr(v) for n, v in there.metrics.items()
     }:
@@ -288,10 +288,7 @@ def check_same(
 
 
 def discard(filesystem: FileSystem, temporary: Path) -> None:
-    """Give the space of a save that has not come to its end back now.
-
-    What stays, the next save sweeps away.
-    """
+    """Free the space of an unfinished save; the next save sweeps away what could not be removed."""
     try:
         if temporary.exists():
             remove_directory(filesystem, temporary)
@@ -312,17 +309,17 @@ def locked(filesystem: FileSystem, root: Path) -> Generator[None]:
 
 
 def sweep(filesystem: FileSystem, root: Path) -> None:
-    """Remove what a killed save or prune left behind, as far as it can be; the lock is held."""
+    """Remove what a killed save or prune left behind, as far as possible; the lock is held."""
     names = [n for n in filesystem.list(root) if n.startswith((".tmp-step-", ".trash-step-"))]
     if names:
-        # A rename to .trash-* that is not durable yet could be undone when its files are gone.
+        # A power cut could undo a rename to .trash-* that is not durable, with its files gone.
         sync_directory(filesystem, root)
     for name in names:
         _remove(filesystem, root / name)
 
 
 def _remove(filesystem: FileSystem, path: Path) -> None:
-    """Remove what nobody reads any more; what cannot be is said, and stands in nobody's way."""
+    """Remove what nobody reads any more; a failure is only a warning, since it blocks nothing."""
     try:
         remove_directory(filesystem, path)
     except OSError as error:
@@ -341,13 +338,14 @@ def prune(
     saved: PathLike | None = None,
     filesystem: FileSystem = OPERATING_SYSTEM,
 ) -> None:
-    """Remove the checkpoints that `keep` does not hold on to; a failure is a warning.
+    """Remove the checkpoints that `keep` does not retain; a failure is a `SaveWarning`.
 
     Each is renamed first, so that a reader never finds a checkpoint with files missing.
 
-    `saved` is the checkpoint that the run has saved last. Those of higher steps are of a run that
-    this one has gone back from: they neither count nor go, and a warning names them. Without it
-    they would be the newest, and what is saved would go at once.
+    `saved` is the checkpoint that the run saved last. Checkpoints of higher steps remain from
+    before this run went back to an earlier step: they are neither counted nor removed, and a
+    warning names them. Without `saved` they would count as the newest, and the run's own
+    checkpoints would be removed at once.
     """
     root = as_path("directory", directory)
     newest = None if saved is None else as_path("saved", saved)
@@ -359,11 +357,11 @@ def prune(
             if newest is not None:
                 warn_of_newer(newest)
             if expendable:
-                # The newest may be of a save that was killed before its rename was durable.
+                # The newest may come from a save that was killed before its rename was durable.
                 sync_directory(filesystem, root)
             for old in expendable:
                 trash = root / f".trash-{old.name}"
-                if trash.exists():  # what could not be removed of the same step before
+                if trash.exists():  # left over from the same step, where removal failed
                     trash = _numbered(root, trash.name)
                 filesystem.rename(old, trash)
                 sync_directory(filesystem, root)
@@ -375,7 +373,7 @@ def prune(
 
 
 def warn_of_newer(saved: Path) -> None:
-    """Warn of checkpoints of higher steps than the one saved last: a load would find these."""
+    """Warn of checkpoints of higher steps than the one saved last: a load would take them."""
     root, last = saved.parent, step_of(saved) or 0
     newer = [path.name for path in checkpoints(root) if (step_of(path) or 0) > last]
     if newer:

@@ -1,6 +1,6 @@
-"""The command line, `functrain COMMAND`: what there is, `_COMMANDS` says.
+"""The command line, `functrain COMMAND`; the commands are listed in `_COMMANDS`.
 
-Thin: parse, build, run. Nothing here imports torch before a command needs it.
+It is thin: parse, build, run. Nothing here imports torch before a command needs it.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ functrain COMMAND --help shows what a command takes. A run is resumed with --res
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code.
+    """Run a command line and return the exit code.
 
-    0: done. 1: `diff` has found a difference. 2: something that the user can mend, said in one
-    message. 130 and 143: stopped by SIGINT and SIGTERM, with everything saved. 141: the reader of
-    the output has gone; what a run has made is saved.
+    0: done. 1: `diff` found a difference. 2: an error that the user can fix, told in one message.
+    130 and 143: stopped by SIGINT or SIGTERM, with everything saved. 141: the reader of the output
+    is gone; what a run has produced is saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_streams()
     try:
         return _run(arguments)
     except RelayedError:
-        return 2  # the worker that has refused says why
+        return 2  # the worker that raised the error reports it
     except BrokenPipeError:
         return UNREAD
     except FunctrainError as error:
@@ -79,10 +79,10 @@ def _run(arguments: list[str]) -> int:
     if command not in _COMMANDS:
         say(f"functrain: no command {command!r}; {did_you_mean(command, _COMMANDS)}")
         return 2
-    # Before torch is loaded: how often a waiting thread of libgomp looks before it sleeps. By the
-    # default, 300,000, it takes the core from the thread that it waits for: beside two busy
-    # processes on two cores a step of the demo took 1.4 s, and 0.36 s so. Not 0 (that is what
-    # OMP_WAIT_POLICY=passive says), with which it takes 1.5 times as long on idle cores.
+    # Set before torch is loaded: how often a waiting libgomp thread spins before it sleeps. With
+    # the default, 300,000, it takes the core from the very thread that it waits for: beside two
+    # busy processes on two cores, a step of the demo took 1.4 s, and takes 0.36 s with this. Not 0
+    # (as OMP_WAIT_POLICY=passive sets it), which makes a step 1.5 times as long on idle cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         from functrain.cli import commands
@@ -97,6 +97,6 @@ def _run(arguments: list[str]) -> int:
             "pip install 'functrain[cli]'"
         )
         return 2
-    except SystemExit as error:  # how tyro ends after --help and after a wrong option
+    except SystemExit as error:  # raised by tyro after --help and after a wrong option
         return error.code if isinstance(error.code, int) else 2
     return code

@@ -1,4 +1,4 @@
-"""What each command takes: records, which tyro reads the command line into."""
+"""The arguments of each command, as records into which tyro parses the command line."""
 
 from __future__ import annotations
 

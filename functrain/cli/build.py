@@ -1,4 +1,4 @@
-"""From a config to what is trained: step, first state, source, held-out batches, tokenizer."""
+"""Building a run from its config: step, first state, source, held-out batches, tokenizer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from functrain.trees import Tensors, clone
 
 @attrs.frozen(kw_only=True, eq=False)
 class Built:
-    """A run's parts: `state` is the first one, `tokenizer` None for ids of a foreign tokenizer.
+    """A run's parts; `state` is the first one, `tokenizer` None for ids of a foreign tokenizer.
 
-    `templated`: whether its data are dialogues in a chat template; None where it is the built-in
-    tokenizer's.
+    `templated`: whether the data are dialogues in a chat template; None for a tokenizer without
+    one, as the built-in one is.
     """
 
     step: Step
@@ -48,27 +48,27 @@ class Built:
 
     @property
     def sharded(self) -> bool:
-        """Whether each worker has some rows of the state alone."""
+        """Whether each worker has only some rows of the state."""
         return self.step.value_and_grad.shards is not None
 
     @property
     def data(self) -> Any:
-        """What a step reads: the source, with the reference's log-probs where they are cached."""
+        """What a step reads: the source, with the reference's log-probs if they are cached."""
         if self.cache is None:
             return self.source
-        # As a tree they are read one by one, and each is scored as it is read.
+        # For a tree, micro-batches are read one by one, and each is scored as it is read.
         parts = 1 if self.step.reduction == "canonical" else self.step.microbatches
         attach = functools.partial(self.cache, microbatches=parts)
         return Referenced(self.source, attach)
 
     def close(self) -> None:
-        """Make a cache that was added to durable, and let others have it."""
+        """Make the cache's new entries durable, and release it for other processes."""
         if self.cache is not None:
             self.cache.close()
 
 
 def build(config: Config, world: World = ALONE) -> Built:
-    """The parts of a run; everything is checked that can be before the first step."""
+    """Build the parts of a run, checking everything that can be checked before the first step."""
     if world.size > 1 and isinstance(config, DPO) and config.preference.cache is not None:
         raise ConfigError(
             f"preference.cache: one process writes it, and there are {world.size} workers; leave "
@@ -86,7 +86,7 @@ def build(config: Config, world: World = ALONE) -> Built:
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Read:
-    """What a run reads before there is a model."""
+    """What a run reads before it has a model."""
 
     start: Origin | None
     tokenizer: Tokenizer | None
@@ -112,7 +112,7 @@ def _built(config: Config, read: _Read, world: World) -> Built:
             lambda: model_for(config, read.start, read.tokenizer, alone)
         )
     world.for_all(lambda: _check_positions(config, architecture))
-    # Not in a `for_all`: of shards they are made by all workers together, which refuse the same.
+    # Not in `for_all`: in shards, all workers make the adapters together, and any error is shared.
     made, trained = adapted(config, architecture, params)
 
     def checked() -> tuple[Step, ReferenceCache | None]:
@@ -162,7 +162,7 @@ def _cache(
     layout: Any = config.preference.layout
     attach = attach_reference(
         architecture,
-        clone(params),  # the training donates its own, and an example may be missing in the cache
+        clone(params),  # training donates its own, and this scores examples that the cache lacks
         clone(buffers),
         precision=config.train.precision,
         by_token=config.preference.ld_alpha is not None,
@@ -172,10 +172,10 @@ def _cache(
 
 
 def cached(config: DPO, say: Callable[[str], None]) -> str:
-    """Fill the cache of a run's reference, in the order in which training reads; what was done."""
+    """Fill the cache of a run's reference, in training's reading order; says what was done."""
     built = build(config)
     try:
-        assert built.cache is not None  # the command has refused a config without
+        assert built.cache is not None  # the command refuses a config without a cache
         size = built.source.batch_size
         total = min(len(built.source), config.train.steps * size)
         for position in range(0, total, size):

@@ -1,4 +1,4 @@
-"""Validators of config fields: the message names the key and what was expected."""
+"""Validators of config fields, whose messages name the key and what was expected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def key(record: Any, field: attrs.Attribute[Any]) -> str:
 
 
 def at_least(least: int, most: int = 2**63 - 1) -> Validator:
-    """An integer of at least `least` and at most `most`, by default of 64 bits; or None."""
+    """An integer from `least` to `most`, which by default is the largest of 64 bits; or None."""
 
     def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
         if value is not None and (type(value) is not int or not least <= value <= most):
@@ -60,7 +60,7 @@ def one_of(known: tuple[str, ...]) -> Validator:
 
 
 def a_day(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-    """A day as ISO 8601 has it, or None."""
+    """A day in ISO 8601, or None."""
     try:
         datetime.date.fromisoformat("2000-01-01" if value is None else value)
     except (TypeError, ValueError):
@@ -68,7 +68,7 @@ def a_day(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
 
 
 def not_empty(expected: str) -> Validator:
-    """Not the empty text, and one that a config can hold: UTF-8; or None."""
+    """A text that is not empty and that a config can hold (UTF-8), or None."""
 
     def check(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
         if value == "":
@@ -85,10 +85,10 @@ def not_empty(expected: str) -> Validator:
 
 
 def check_path(name: str, path: str) -> None:
-    """Raise `ConfigError` for a text that the system takes for no path: too long, or with a NUL."""
+    """Raise `ConfigError` for a text that cannot be a path: too long, or with a NUL."""
     try:
         os.lstat(path)
-    except ValueError as error:  # also where its names are not UTF-8
+    except ValueError as error:  # also raised for names that the system's encoding cannot hold
         raise ConfigError(f"{name}: {path!a}: {error}; expected a path") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -98,21 +98,21 @@ def check_path(name: str, path: str) -> None:
 
 
 def given(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-    """A path that the system takes and a config can hold, or None."""
+    """A path that the system accepts and a config can hold, or None."""
     not_empty("a path")(record, field, value)
     if value is not None:
         check_path(key(record, field), value)
 
 
 def at_home(path: str) -> str:
-    """A path with the home directory in the place of its `~`, as a shell has it."""
-    # Path's own has no answer for a `~name` of which there is no user.
+    """A path with a leading `~` expanded to the home directory, as by a shell."""
+    # Path.expanduser raises for a `~name` without such a user.
     return os.path.expanduser(path)  # noqa: PTH111
 
 
 named = not_empty("a name")
 count = at_least(1)
-size = at_least(1, 2**31 - 1)  # of tensors; of more torch can make nothing
+size = at_least(1, 2**31 - 1)  # of tensors; torch cannot make larger ones
 positive = number("a positive finite number", lambda value: 0 < value < math.inf)
 not_negative = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
 fraction = number("a number in [0, 1)", lambda value: 0 <= value < 1)
@@ -121,9 +121,9 @@ fraction_to_one = number("a number in (0, 1]", lambda value: 0 < value <= 1)
 
 
 def mixed(text: str) -> dict[str, float]:
-    """The weights of "sigmoid + 0.2*sft" by name; `ConfigError` for what is no mix of losses."""
+    """The weights of "sigmoid + 0.2*sft" by name; `ConfigError` unless it is a mix of losses."""
     found: dict[str, float] = {}
-    # The sign of an exponent, as in 1e+1, ends no term.
+    # The sign of an exponent, as in 1e+1, does not end a term.
     for term in re.split(r"(?<![\d.][eE])\+", text):
         factor, star, name = (part.strip() for part in term.rpartition("*"))
         try:
@@ -147,7 +147,7 @@ def mixed(text: str) -> dict[str, float]:
 
 
 def a_mix(record: Any, field: attrs.Attribute[Any], value: Any) -> None:
-    """A loss by its name, or a mix of losses over pairs."""
+    """The name of a loss, or a mix of losses over pairs."""
     if value == KTO:
         return
     try:

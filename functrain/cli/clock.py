@@ -1,4 +1,4 @@
-"""The clock of a run: rates, waiting and memory of the steps between two lines of its log."""
+"""The clock of a run: rates, waiting and memory over the steps between two lines of its log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from functrain.state import TrainState, device_of
 
 
 class Clock:
-    """What `functrain.tracking.jsonl.CLOCKS` name, of the steps since they were last asked for."""
+    """Measures the metrics of `functrain.tracking.jsonl.CLOCKS` over the steps since last asked."""
 
     def __init__(
         self, config: Pretrain | SFT | DPO, built: Built, state: TrainState, source: Prefetched
@@ -29,7 +29,7 @@ class Clock:
         self._peak = None if peak is None else peak * world.size
         self._flops = 0
         if self._peak is not None:
-            # Of what each worker has of a batch: the whole may be more than its memory holds.
+            # Summed over each worker's part of a batch: the whole may not fit into its memory.
             own = read(built.step, built.data, state.cursor.samples, built.source.batch_size)
             self._flops = world.total(flops_of(built.step, state, own, recomputed=False))
         self._counted: Tensor | None = None
@@ -39,16 +39,16 @@ class Clock:
         self._since = time.perf_counter()
 
     def saw(self, metrics: Metrics) -> None:
-        """A step has been made; nothing is read."""
+        """Count a step, without reading any of its values."""
         if self._peak is not None:
             made = metrics.metric("padding").weight.double()
-            # The operations of the first batch were counted; others take as many more as are
-            # larger.
+            # Operations were counted for the first batch; those of others are in proportion to
+            # their tokens.
             self._counted = made if self._counted is None else self._counted
             self._made = self._made.to(made.device) + made
 
     def measured(self, state: TrainState) -> dict[str, float]:
-        """Of the steps that have ended since; the last one's metrics have been read."""
+        """The metrics of the steps since the last call; the last step's must have been read."""
         rates = self._rates(state)
         waited, steps = self._source.waited, state.step - self._step
         found = {
@@ -70,8 +70,8 @@ class Clock:
 
     @contextmanager
     def paused(self, metrics: Metrics) -> Generator[None]:
-        """Within it, an evaluation or a save, time is not the steps'; `metrics` are the last's."""
-        float(metrics["loss"])  # waits for an accelerator: until now is the steps' time
+        """Excludes an evaluation or a save from the steps' time; `metrics`: the last step's."""
+        float(metrics["loss"])  # waits for an accelerator: the time until now is the steps'
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""The commands: parse, check, run; the arguments of each are a record."""
+"""The commands: each parses its arguments into a record, checks them, and runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _parsed(cls: type[A], command: str, rest: Sequence[str], default: A | None =
 
 
 def _check_paths(arguments: Any) -> None:
-    """Raise `ConfigError` for what can be no path: a prompt in the place of a run, say."""
+    """Raise `ConfigError` for what cannot be a path: a prompt in place of a run, say."""
     for name, value in attrs.asdict(arguments, recurse=False).items():
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, str) and name != "prompt":
@@ -61,7 +61,7 @@ def _check_paths(arguments: Any) -> None:
 
 
 def check_extras() -> None:
-    """Raise `ConfigError` where what a run's end needs is missing: not after hours of training."""
+    """Raise `ConfigError` if packages that a run needs at its end are missing, before it starts."""
     for name in ("jinja2", "rich"):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"a run needs {name} for its report: pip install 'functrain[cli]'")
@@ -79,7 +79,7 @@ def stage(command: str, rest: Sequence[str]) -> int:
         _check_unset(rest, arguments.config.directory)
     from functrain.cli.directory import check_files
 
-    if not _several():  # else it is said once, when all have met
+    if not _several():  # several workers report it once, after they have met
         check_files(arguments.config)
     check_extras()
     from functrain.cli.run import how_to_go_on, run_stage
@@ -92,7 +92,7 @@ def stage(command: str, rest: Sequence[str]) -> int:
         try:
             outcome = run_stage(arguments.config, resume=resume, stop=stop, say=own, world=workers)
         except DivergedError as error:
-            # --resume takes neither of what the error advises: it would be another run.
+            # --resume permits neither change that the error advises: it would be another run.
             raise DivergedError(
                 f"{error}\nwith --resume this run goes on as it was begun alone: begin another, "
                 "with another --directory and a lower --schedule.peak or other data"
@@ -106,7 +106,7 @@ def stage(command: str, rest: Sequence[str]) -> int:
 
 
 def _check_place(file: Path, directory: str) -> None:
-    """Raise `ConfigError` for the config of a run that was moved: another would begin elsewhere."""
+    """Raise `ConfigError` for the config of a moved run: a new run would begin at the old place."""
     here = file.parent
     if file.name != "config.toml" or not (here / "checkpoints").is_dir():
         return
@@ -118,13 +118,13 @@ def _check_place(file: Path, directory: str) -> None:
 
 
 _FILLED = ("data.enable_thinking", "data.today", "schedule.total", "train.device", "train.threads")
-"""What a run fills in where it begins, so that None is what it has filled in."""
+"""Keys that a run fills in when it begins, so that None stands for the filled-in value."""
 
 
 def _check_unset(rest: Sequence[str], directory: str) -> None:
-    """Raise `ConfigError` for a None that a run which goes on would not obey.
+    """Raise `ConfigError` for an option None that a resumed run would ignore.
 
-    What is left open is as the run has it, and of a config alone None is left open.
+    On resuming, a key left open is taken from the run, and a None in the config counts as open.
     """
     from functrain.cli.directory import free_keys
     from functrain.cli.origins import RunDirectory
@@ -148,7 +148,7 @@ def _check_unset(rest: Sequence[str], directory: str) -> None:
 
 
 def _unset(rest: Sequence[str]) -> Iterator[str]:
-    """The keys whose options are None on a command line: `--train.keep-best None`."""
+    """The keys that the command line sets to None: `--train.keep-best None`."""
     for each, after in zip(rest, [*rest[1:], ""], strict=True):
         option, equals, value = each.partition("=")
         if option.startswith("--") and (value if equals else after) == "None":
@@ -156,17 +156,17 @@ def _unset(rest: Sequence[str]) -> Iterator[str]:
 
 
 def _several() -> bool:
-    """Whether this process is one of several workers, as torchrun starts them."""
+    """Whether this process is one of several workers started by torchrun."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _restarted() -> bool:
-    """Whether torchrun has started the workers again after one of them had failed."""
+    """Whether torchrun has restarted the workers after a failure."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _silent(_line: str) -> None:
-    """What a worker says that is not rank 0."""
+    """`say` for workers other than rank 0."""
 
 
 _STAGES = {"pretrain": PretrainArguments, "sft": SFTArguments, "dpo": DPOArguments}
@@ -189,7 +189,7 @@ def plan(_command: str, rest: Sequence[str]) -> int:
     fields = attrs.asdict(arguments, recurse=False)
     config = fields.pop("config")
     train = config.train
-    # The machine of a plan need not be there.
+    # The machine that is planned for need not be at hand.
     device = train.device if fields["device"] == "here" else "cpu"
     with threads(train.threads or 1), world(device=device, timeout=train.timeout) as workers:
         if fields["workers"] is None:
@@ -208,7 +208,7 @@ def stage_arguments(
 ) -> Any:
     """The arguments of a stage's command: defaults, then the file, then the overrides.
 
-    `prog`: the command, where it is another than the stage's own.
+    `prog`: the command, if it is not the stage's own.
     """
     cls: Any = classes[stage]
     command = prog or stage
@@ -229,7 +229,7 @@ def stage_arguments(
 
 
 def _file_in(given: Sequence[str], stage: str) -> str | None:
-    """A config file among options; the value of an option may have such a name too."""
+    """A config file among options, which must not be mistaken for the value of an option."""
     defaults = toml.flat(STAGES[stage]())
     flags = {"resume", *(key for key, value in defaults.items() if isinstance(value, bool))}
     for option, each in zip(["", *given], given, strict=False):
@@ -241,13 +241,13 @@ def _file_in(given: Sequence[str], stage: str) -> str | None:
 
 
 def _reopened(config: Any) -> Any:
-    """A config without the end of its schedule, where a run has filled that in: with its steps.
+    """A config without its schedule's end, if a run has filled that in from its steps.
 
-    So a new run has its own end, and one that is resumed has that which it was begun with.
+    So a new run gets an end of its own, and a resumed one keeps the end that it was begun with.
     """
     schedule = config.schedule
     filled = schedule.total_filled
-    if filled is None:  # of a run of before that was written down, or of none
+    if filled is None:  # a run from before `total_filled` was recorded, or no run's config
         filled = config.data.sha256 is not None and schedule.total == config.train.steps
     if not filled:
         return config
@@ -255,7 +255,7 @@ def _reopened(config: Any) -> Any:
 
 
 def reference(command: str, rest: Sequence[str]) -> int:
-    """`functrain reference run.toml`: the reference's log-probs, ahead of `functrain dpo`."""
+    """`functrain reference run.toml`: compute the reference's log-probs before `functrain dpo`."""
     config = stage_arguments("dpo", rest, {"dpo": Reference}, prog=command).config
     from functrain.cli.directory import check_files, resolved
 
@@ -362,11 +362,11 @@ def completion(command: str, rest: Sequence[str]) -> int:
     try:
         with printing():
             tyro.extras.subcommand_cli_from_dict(ARGUMENTS, prog="functrain", args=asked)
-    except SystemExit as end:  # how tyro ends after it has printed
+    except SystemExit as end:  # raised by tyro after it has printed
         if end.code:
             raise
     if shell == "bash":
-        # What is no option and no command is a file.
+        # Complete as a file whatever is neither an option nor a command.
         print_result("complete -o default -F _tyro_functrain functrain")
     return 0
 
@@ -433,7 +433,7 @@ def verify(command: str, rest: Sequence[str]) -> int:
 
 
 def diff(command: str, rest: Sequence[str]) -> int:
-    """`functrain diff ONE OTHER`; 0 where they are the same, 1 where not."""
+    """`functrain diff ONE OTHER`; returns 0 if they are the same, 1 if not."""
     arguments = _parsed(Diff, command, rest)
     from functrain.cli.verify import compared
 
@@ -460,4 +460,4 @@ ARGUMENTS: dict[str, Any] = {
     "diff": Diff,
     "completion": Completion,
 }
-"""What each command takes."""
+"""The arguments of each command."""

@@ -1,4 +1,4 @@
-"""What a run is: small nested records, checked when they are made, without importing torch."""
+"""A run's config: small nested records, checked when they are made, without importing torch."""
 
 from __future__ import annotations
 
@@ -526,7 +526,7 @@ class Preference:
                 )
 
     def _check_read(self) -> None:
-        """An option that was chosen and that the loss does not read would do nothing, silently."""
+        """Refuse an option that was chosen but that the loss would silently ignore."""
         kto = ("desirable_weight", "undesirable_weight")
         for field in attrs.fields(Preference):
             unread = field.name in kto
@@ -552,12 +552,12 @@ class Preference:
 
     @property
     def unpaired(self) -> bool:
-        """Whether the data are completions without a pair."""
+        """Whether the data are unpaired completions."""
         return self.loss == KTO
 
     @property
     def mix(self) -> dict[str, float]:
-        """The losses of the mix, with the weight of each."""
+        """The weight of each loss in the mix, by name."""
         return mixed(self.loss)
 
 
@@ -570,7 +570,7 @@ def _stage(record: Any, _field: attrs.Attribute[Any], value: str) -> None:
 
 Stage = Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
 Seal = Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress]
-"""The hash of what of a config may not change while a run goes on; written when it begins."""
+"""The hash of those keys of a config that may not change during a run; written at its beginning."""
 
 
 @attrs.frozen(kw_only=True)

@@ -1,4 +1,4 @@
-"""`functrain data show`: an example as a model sees it, what is trained of it in colour."""
+"""`functrain data show`: an example as a model sees it, with the trained tokens in colour."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BEGIN, _END = "⟦", "⟧"
 
 
 def shown(path: str, *, model: str | None, index: int, color: bool | None) -> str:
-    """An example of a file of records as text: what is trained is green, or between ⟦ and ⟧."""
+    """An example of a file of records as text; trained tokens are green, or between ⟦ and ⟧."""
     records = data.records(path)
     if not 0 <= index < len(records):
         raise ConfigError(f"index: {index}, and {path} has records 0 to {len(records) - 1}")
@@ -44,7 +44,7 @@ def _tokenizer(path: Path) -> Any:
         return pretrained_tokenizer(path)
     try:
         stage_directory(path)
-    except ConfigError:  # no run: a tokenizer may also lie without a model
+    except ConfigError:  # not a run: a directory may hold a tokenizer without a model
         return pretrained_tokenizer(path)
     found = asked_with(origin(str(path), "model"))
     if found is None:
@@ -76,7 +76,7 @@ def _lines(where: str, shape: str, read: Prompted, tokenizer: Any, colored: bool
 def _marked(
     ids: Sequence[int], labels: Sequence[int], tokenizer: Any, colored: bool
 ) -> Iterator[str]:
-    """The text, stretch by stretch; an end that has no text of its own is written ¶."""
+    """The text, in stretches of equal marking; an end token without a text of its own becomes ¶."""
     spell = getattr(tokenizer, "spell", None)
     begin = 0
     for at in range(1, len(ids) + 1):

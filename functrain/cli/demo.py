@@ -1,4 +1,4 @@
-"""`functrain demo`: three runs, one after another, and what came of them."""
+"""`functrain demo`: three runs, one after another, and their results."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from functrain.state import TrainState, fingerprint
 
 
 def run_demo(directory: str, *, seed: int, scale: str, resume: bool, say: Say) -> int:
-    """Pretrain, fine-tune, align, and print what came of it; the exit code.
+    """Pretrain, fine-tune, align, and print the results; returns the exit code.
 
-    Law: stopped anywhere and resumed, it ends with the fingerprint of one left alone. Raises
-    `ConfigError` for a directory that is not empty.
+    Law: stopped anywhere and resumed, it ends with the fingerprint of an uninterrupted demo. Raises
+    `ConfigError` for a directory that is not empty, unless it resumes.
     """
     path = Path(directory)
     if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -76,7 +76,7 @@ def _again(path: Path, seed: int, scale: str) -> str:
 
 
 def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
-    """The table, samples, fingerprint, and what to type next; the report is written."""
+    """Write the report; returns the table, samples, fingerprint, and what to type next."""
     pretrain, sft, dpo = outcomes
     held_out = embedded(pretrain.config.data.limit)
     trigram = trigram_bits_per_byte(held_out.train, held_out.held_out)
@@ -104,7 +104,7 @@ def concluded(path: Path, outcomes: Sequence[Outcome]) -> str:
 
 
 def _rows(pretrain: Outcome, sft: Outcome, dpo: Outcome, trigram: str) -> list[Row]:
-    """Each stage's own measures, and what it did to what the stages before it had learnt."""
+    """Each stage's own measures, and its effect on what earlier stages had learnt."""
     text = (_bits(pretrain), _bits(pretrain, sft.state), _bits(pretrain, dpo.state))
     completion = (_bits(sft), _bits(sft, dpo.state))
     return [
@@ -127,7 +127,7 @@ def _bits(judge: Outcome, state: TrainState | None = None) -> str:
 
 
 def _said(outcomes: Sequence[Outcome]) -> list[Said]:
-    """The held-out questions, as each stage's last state answers them."""
+    """The held-out questions with the answer of each stage's last state."""
     sft = outcomes[1]
     answers = [spoken(sft.built, outcome.state, sft.prompts) for outcome in outcomes]
     stages = [outcome.config.stage for outcome in outcomes]

@@ -1,4 +1,4 @@
-"""Run directories: where things lie, what may go on, and where a run can start from."""
+"""Run directories: checking files, beginning and resuming runs, and what may change between."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ SUFFIXES = {
     "sft": (".jsonl", ".ndjson", ".json", ".parquet"),
     "dpo": (".jsonl", ".ndjson", ".json", ".parquet"),
 }
-# What may change between two sittings of a run, because no bit of the params depends on it.
+# Keys that may change between two sittings of a run, since no bit of the params depends on them.
 FREE = (
     "directory",
-    "sha256",  # of the others
+    "sha256",  # the hash of the other keys
     "data.cache",
     "train.steps",
     "train.save_every",
@@ -64,7 +64,7 @@ FREE_UNLESS_PLATEAU = ("evaluation.every", "evaluation.batch_size", "evaluation.
 
 
 def check_files(config: Config) -> None:
-    """Raise `ConfigError` for data files and runs that are not there; nothing is read."""
+    """Raise `ConfigError` for missing data files and runs; no data are read."""
     for key, given in (("data.train", config.data.train), ("data.held_out", config.data.held_out)):
         if given is None or (given == EMBEDDED and key == "data.train"):
             continue
@@ -73,11 +73,11 @@ def check_files(config: Config) -> None:
         if Path(given).is_dir() or (not there and glob.has_magic(given)):
             if next(iter(_named(given)), None) is None:
                 raise _absent(key, given, begun=begun)
-            continue  # what is in it is looked at where it is read
+            continue  # the files inside are checked when they are read
         if begun and not there:  # a file of any name, or a directory
             raise _absent(key, given, begun=True)
         plain = given[: -len(".gz")] if given.lower().endswith(".gz") else given
-        # Ids are mapped, so they cannot be compressed; as text they would be nonsense.
+        # Ids are memory-mapped, so they cannot be compressed; read as text they would be nonsense.
         if Path(plain).suffix.lower() not in known or (plain != given and is_tokens(plain)):
             raise ConfigError(
                 f"{key}: {given!r}, expected a file that ends in {' or '.join(known)}, or "
@@ -117,29 +117,29 @@ def check_files(config: Config) -> None:
 
 
 def _absent(key: str, given: str, *, begun: bool) -> ConfigError:
-    """`begun`: the config is of a run, which knows it by its hash wherever it lies."""
+    """`begun`: whether the config is a run's, which knows the file by its hash, wherever it is."""
     option = f"--{key.replace('_', '-')}"
     moved = f"; where it was moved, give {option} with its place now" if begun else ""
     return ConfigError(f"{key}: {given} is not there (looked from {Path.cwd()}){moved}")
 
 
 def is_tokens(path: str) -> bool:
-    """Whether a data file, or all that a directory or a pattern names, holds token ids.
+    """Whether a data file, or every file of a directory or a pattern, holds token ids.
 
-    Of a run that has begun `data.vocabulary` says it: its data may lie elsewhere by now.
+    For a run that has begun, `data.vocabulary` tells: its data may be elsewhere by now.
     """
     if path == EMBEDDED:
         return False
     found = iter(_named(path))
-    first = next(found, Path(path))  # a pattern of what is not there yet may tell as well
+    first = next(found, Path(path))  # a pattern without matches yet may still tell by its suffix
     if os.path.isdir(first):  # noqa: PTH112  an empty one
         return False
     return all(each.suffix.lower() in TOKEN_FILES for each in itertools.chain([first], found))
 
 
 def _named(path: str) -> Iterable[Path]:
-    """What a path names: itself, the files of a directory at any depth, or those of a pattern."""
-    # Not by Path, which has no answer for a text that is too long.
+    """The files that a path names: itself, those of a directory at any depth, or of a pattern."""
+    # Not by Path, whose methods raise for a text that is too long.
     found: Iterable[Path] = (Path(path),)
     if os.path.isdir(path):  # noqa: PTH112
         found = Path(path).rglob("*")
@@ -151,7 +151,7 @@ def _named(path: str) -> Iterable[Path]:
 
 
 def resolved(config: C, *, threads: int, device: str) -> C:
-    """The config with everything filled in that the bits depend on."""
+    """The config with every key filled in that the bits depend on."""
     schedule = config.schedule
     if schedule.total is None and "total" in SCHEDULES[schedule.name]:
         schedule = attrs.evolve(schedule, total=config.train.steps, total_filled=True)
@@ -171,7 +171,7 @@ def resolved(config: C, *, threads: int, device: str) -> C:
 
 
 def started_from(config: SFT | DPO) -> Origin:
-    """What a run starts from; `ConfigError` where it was begun from another."""
+    """What a run starts from; `ConfigError` if the run was begun from something else."""
     start = origin(config.model.from_)
     if config.model.sha256 not in (None, start.sha256):
         raise ConfigError(
@@ -182,7 +182,7 @@ def started_from(config: SFT | DPO) -> Origin:
 
 
 def _told(data: Data, start: Origin) -> Data:
-    """With what a chat template is told: as the run that this one starts from told it."""
+    """The data with what its chat template is told, by default as the starting run was told."""
     if start.shape is not None:
         return data  # the built-in tokenizer has none
     before = None if start.config is None else start.config.data
@@ -195,9 +195,9 @@ def _told(data: Data, start: Origin) -> Data:
 
 
 def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
-    """The resolved config of a new run; `ConfigError` where its directory is not empty.
+    """The resolved config of a new run; `ConfigError` if its directory is not empty.
 
-    What a beginning that failed has left there is nothing.
+    What a failed beginning has left there does not count.
     """
     run = RunDirectory(config.directory)
     if run.path.exists() and (not run.path.is_dir() or _holds_something(run)):
@@ -209,14 +209,14 @@ def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
         raise ConfigError(
             f"{run.path}: is there already and not empty; {way}, or give another --directory"
         )
-    # The config of another run can be begun again with another start and other data; what its
-    # chat template was told is of its start, if that had one.
+    # A run's config may be reused for a new run, with another start and other data; what its chat
+    # template was told belonged to its start, if that had a template.
     anothers = config.data.sha256 is not None
     given = attrs.evolve(config.data, sha256=None, held_out_sha256=None, templated=None)
     config = attrs.evolve(config, data=given)
     if not isinstance(config, Pretrain):
         config = attrs.evolve(config, model=Start(from_=config.model.from_))
-    schedule = attrs.evolve(config.schedule, total_filled=False)  # unless it is filled in now
+    schedule = attrs.evolve(config.schedule, total_filled=False)  # unless `resolved` fills it in
     config = attrs.evolve(config, schedule=schedule)
     config = resolved(config, threads=threads, device=device)
     if anothers and _is_built_in(config):
@@ -227,12 +227,12 @@ def begun(config: C, *, threads: int, device: str, resume: bool = False) -> C:
 
 
 def _is_built_in(config: Config) -> bool:
-    """Whether the model is of functrain's own, whose tokenizer has no chat template."""
+    """Whether the model is functrain's own decoder, whose tokenizer has no chat template."""
     return isinstance(config, Pretrain) or config.model.shape is not None
 
 
 def _check_read(config: Config) -> None:
-    """Raise `ConfigError` for what was given and a new run would not read: it would do nothing."""
+    """Raise `ConfigError` for options that a new run would ignore."""
     data, best = config.data, config.train.keep_best
     evaluated = data.held_out is not None or data.train == EMBEDDED
     if not evaluated and config.schedule.name == "reduce_on_plateau":
@@ -258,17 +258,17 @@ def _check_read(config: Config) -> None:
 
 
 LOCK = ".lock"
-"""What a process that trains in a run's directory holds there; see `functrain.cli.lock`."""
+"""The file that a process training in a run's directory holds; see `functrain.cli.lock`."""
 
 
 def _holds_something(run: RunDirectory) -> bool:
-    # A config that was being written when the process was killed is nothing yet.
+    # A config that was still being written when the process was killed does not count.
     nothing = {f".{run.config.name}.tmp", LOCK}
     return any(path.name not in nothing for path in run.path.iterdir()) and not failed(run)
 
 
 def failed(run: RunDirectory) -> bool:
-    """Whether all that lies there is of a beginning that failed: no step is logged or saved."""
+    """Whether a directory holds only a failed beginning: no step has been logged or saved."""
     files = _first(run)
     written = {run.checkpoints.name, LOCK, *(path.name for path in files)}
     written |= {f".{path.name}.tmp" for path in files}
@@ -278,7 +278,7 @@ def failed(run: RunDirectory) -> bool:
     if run.checkpoints.exists() and any(run.checkpoints.iterdir()):
         return False
     try:
-        # A config that somebody has put there has no hashes, which a run writes down.
+        # A config that a user put there has no hashes; a run records them.
         begun = toml.read_any(run.config).data.sha256 is not None
         return begun and not any(record["step"] for record in jsonl.read(run.metrics))
     except (ConfigError, DataError):
@@ -286,7 +286,7 @@ def failed(run: RunDirectory) -> bool:
 
 
 def cleared(run: RunDirectory) -> None:
-    """Remove what a beginning that `failed` has left; `ConfigError` where that cannot be done."""
+    """Remove what a failed beginning has left; `ConfigError` if that cannot be done."""
     try:
         shutil.rmtree(run.tokenizer_files, ignore_errors=True)
         for path in _first(run):
@@ -297,15 +297,15 @@ def cleared(run: RunDirectory) -> None:
 
 
 def _first(run: RunDirectory) -> tuple[Path, ...]:
-    """What a run writes before its first step; its config, by which the rest is known, last."""
+    """What a run writes before its first step; last its config, which identifies the rest."""
     tokenizers = (run.tokenizer, run.tokenizer_files)
     return (*tokenizers, run.metrics, run.notes, run.environment, run.config)
 
 
 def resumed(config: C, *, threads: int, device: str) -> C:
-    """The config to go on with: what the run was begun with, and what may change of it.
+    """The config to resume with: the run's own, with changes to keys that may change.
 
-    `ConfigError`, naming the keys, where the config would change the bits.
+    Raises `ConfigError`, naming the keys, if the config would change the bits.
     """
     run = RunDirectory(config.directory)
     _check_stage(run, config)
@@ -328,13 +328,13 @@ def resumed(config: C, *, threads: int, device: str) -> C:
 
 
 def sealed(config: C) -> C:
-    """With the hash of what may not change in the run, of a config with everything filled in."""
+    """A resolved config with the hash of its keys that may not change during the run."""
     return attrs.evolve(config, sha256=_hash(_fixed(config)))
 
 
 def _fixed(config: Config) -> dict[str, Any]:
-    """What may not change in a run, but what is known by a hash of its own."""
-    # A key that becomes free has to stay here: it is in the hashes of the runs of before.
+    """The keys that may not change in a run, except those covered by a hash of their own."""
+    # A key that becomes free has to stay here: it is part of the hashes of older runs.
     free = {*free_keys(config), "data.sha256", "data.held_out_sha256", "model.sha256"}
     if config.data.sha256 is not None:
         free.add("data.train")
@@ -346,22 +346,22 @@ def _fixed(config: Config) -> dict[str, Any]:
 
 
 def _hash(fixed: Mapping[str, Any]) -> str:
-    # As `toml.dumps` writes them, whatever somebody has made of 0.001; None is not written.
+    # As `toml.dumps` writes them, however a user has spelt 0.001; None is not written.
     lines = [f"{k} = {toml.literal(v)}\n" for k, v in sorted(fixed.items()) if v is not None]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _check_unedited(run: RunDirectory, before: Config) -> None:
-    """Raise `ConfigError` where somebody has changed a run's own config.
+    """Raise `ConfigError` if a run's own config has been edited.
 
-    It would be told of all steps, and only those to come would be made so.
+    It would claim to hold for all steps, but only those to come would follow it.
     """
-    # What the file has, so that a newer version may have more options, and other defaults.
+    # Only the keys in the file, so that a newer version may add options and change defaults.
     there = toml.keys(run.config)
     fixed = {key: value for key, value in _fixed(before).items() if key in there}
     if before.sha256 in (None, _hash(fixed)) or failed(run):
         return
-    # Which it is can be told where it was the default.
+    # The changed key can be found if its old value was the default.
     usual = toml.flat(type(before)())
     was = [key for key in fixed if _hash({**fixed, key: usual.get(key)}) == before.sha256]
     named = "".join(f": {key} is {fixed[key]!r}, and was {usual.get(key)!r}" for key in was)
@@ -373,21 +373,21 @@ def _check_unedited(run: RunDirectory, before: Config) -> None:
 
 
 def free_keys(before: Config) -> set[str]:
-    """What may change in a run that was begun so, for no bit of the params depends on it."""
+    """The keys that may change in this run, since no bit of the params depends on them."""
     plateau = before.schedule.name == "reduce_on_plateau"
     free = {*FREE} if plateau else {*FREE, *FREE_UNLESS_PLATEAU}
     if not before.train.compile:
-        free.add("train.checkpoint")  # what is recomputed has the same bits
+        free.add("train.checkpoint")  # recomputed activations have the same bits
     if before.train.reduction == "canonical":
         free.add("train.sharded")  # the same bits
     return free
 
 
 def _known_by_hash(before: Config, now: Config) -> set[str]:
-    """What may lie in another place: that it is the same, its hash says where it is read."""
+    """Keys of paths that may change: a hash shows, on reading, that the content is the same."""
     found: set[str] = set()
     old, new = before.data, now.data
-    # The embedded data lie in no place, and ids have no tokenizer, which text would bring.
+    # Embedded data have no path, and ids have no tokenizer, which text would bring.
     if (
         old.sha256 is not None
         and EMBEDDED not in (old.train, new.train)
@@ -411,7 +411,7 @@ def _check_stage(run: RunDirectory, config: Config) -> None:
 
 
 def _inherited(config: C, before: C) -> C:
-    """`config`, with what it leaves open as it is in `before`."""
+    """`config`, with keys that it leaves open taken from `before`."""
 
     def filled(given: Any, old: Any) -> Any:
         if given is None:
@@ -430,9 +430,10 @@ def _inherited(config: C, before: C) -> C:
 
 
 def _begun_from(given: str, was: Path) -> str:
-    """The checkpoint that a run began from, of the run or the demo that is given; else `given`.
+    """The checkpoint that a run began from, if it is in the given run or demo; else `given`.
 
-    Wherever these lie now: `runs/pretrain` has become a checkpoint in it, and is not the newest.
+    A start such as `runs/pretrain` was resolved to a checkpoint in it, by now perhaps not the
+    newest; the given directory may also have been moved.
     """
     path = Path(given)
     if path in (was.parent.parent, was.parent.parent.parent):
@@ -445,7 +446,7 @@ def _begun_from(given: str, was: Path) -> str:
 
 @contextmanager
 def placed(path: Path) -> Generator[Path]:
-    """A directory to write into, which at the end takes the place of `path`; that is not there."""
+    """A temporary directory to write into, renamed at the end to `path`, which must not exist."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -457,7 +458,7 @@ def placed(path: Path) -> Generator[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all; `ConfigError` where it cannot be."""
+    """Write a small file, whole or not at all; `ConfigError` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writing.write(path, text.encode(), durable=True)
@@ -466,5 +467,5 @@ def write(path: Path, text: str) -> None:
 
 
 def unwritten(path: Path, error: OSError) -> ConfigError:
-    """What to raise where a file of a run cannot be written."""
+    """The error for a file of a run that cannot be written."""
     return ConfigError(f"{path}: cannot be written ({error.strerror})")

@@ -1,4 +1,4 @@
-"""What is found of a run's last state, by all its workers together."""
+"""The results of a run's last state, computed by all its workers together."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from functrain.trees import Tensors, tensors
 
 @attrs.frozen(kw_only=True)
 class Ending:
-    """The last state's `fingerprint`, and what it says after each prompt, `words`.
+    """The last state's `fingerprint`, and its completion of each prompt, `words`.
 
-    `likelier`: of preference pairs, in what fraction of the held-out ones the chosen completion has
-    the higher log-prob, under the reference and at the end.
+    `likelier`, for preference pairs: the fraction of held-out pairs whose chosen completion has the
+    higher log-prob, under the reference and at the end.
     """
 
     fingerprint: str
@@ -33,7 +33,7 @@ class Ending:
 
 
 def ending(built: Built, state: TrainState, given: Sequence[Prompt], world: World) -> Ending:
-    """The end of a run; each of its workers must ask for it."""
+    """The end of a run; every worker must call this."""
     return Ending(
         fingerprint=fingerprint(state),
         words=spoken(built, state, given),
@@ -51,8 +51,8 @@ def _likelier(built: Built, state: TrainState, world: World) -> tuple[float, flo
 
 
 def _accuracy(built: Built, state: TrainState, params: Tensors) -> float:
-    """The accuracy of DPO's rewards against a reference that knows nothing."""
-    # Plain DPO carries nothing and weighs no token, whatever the run's own loss does.
+    """The accuracy of DPO's rewards against a reference whose every log-prob is 0."""
+    # Plain DPO has no running values and no token weights, whatever the run's own loss has.
     step = attrs.evolve(built.step, objective=PreferenceOptimization())
     state = attrs.evolve(state, params=params, reference=None, running=None)
     found = evaluate(step, state, unreferenced(built.evaluation))
@@ -60,7 +60,7 @@ def _accuracy(built: Built, state: TrainState, params: Tensors) -> float:
 
 
 def unreferenced(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches of pairs with a reference that knows nothing: every log-prob is 0."""
+    """Batches of pairs with a reference whose every log-prob is 0."""
     found: list[Batch] = []
     for batch in batches:
         zeros = {side: torch.zeros(len(batch[side]["labels"])) for side in SIDES}

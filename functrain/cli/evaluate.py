@@ -1,4 +1,4 @@
-"""`functrain evaluate`: a model over files, whatever stage it is of."""
+"""`functrain evaluate`: a model of any stage, measured on files."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from functrain.objectives.preference import PreferenceOptimization
 from functrain.stages import make_step
 
 _FORMS = (("text",), ("chosen", "rejected"), *SHAPES.values())
-TIME = 1024  # tokens at most, for a model that no run has made
+TIME = 1024  # tokens at most, for a model that is not from a run
 
 
 @attrs.frozen(kw_only=True)
 class Measured:
-    """What a model makes of a file; losses in nats for each target token.
+    """A model's results on a file; the loss is in nats per target token.
 
     `likelier`: the fraction of pairs whose chosen completion has the higher log-prob. `malformed`:
-    records that were passed over.
+    how many records were skipped.
     """
 
     file: str
@@ -56,7 +56,7 @@ class Measured:
     malformed: int = 0
 
     def row(self) -> tuple[str, ...]:
-        """As a row of a table."""
+        """The result as a row of a table."""
         figures = (self.bits_per_byte, self.accuracy, self.likelier)
         return (
             self.file,
@@ -83,9 +83,9 @@ HEAD = (
 
 
 def check(given: str, files: Sequence[str]) -> None:
-    """Raise `ConfigError` for files that are not there or that the model cannot read.
+    """Raise `ConfigError` for files that do not exist or that the model cannot read.
 
-    Before anything is computed, so that nothing is thrown away for the last of several names.
+    This comes before anything is computed, so that a mistake in the last name wastes no work.
     """
     tokenizer = asked_with(origin(given, "run"))
     for file in files:
@@ -100,7 +100,7 @@ def check(given: str, files: Sequence[str]) -> None:
                 "which they need not be; give text"
             )
         if tokenizer is None:
-            if file != EMBEDDED:  # where nothing is there, that is what is wrong
+            if file != EMBEDDED:  # if no file exists, that is the error to report
                 files_of(file, (*TEXTS, *RECORDS, *TOKEN_FILES))
             raise ConfigError(
                 f"{file}: text, and the model has no tokenizer beside it; give a .bin or .npy file "
@@ -113,12 +113,13 @@ def check(given: str, files: Sequence[str]) -> None:
 def evaluated(
     model: Trained, files: Sequence[str], *, time: int | None, batch_size: int, limit: int | None
 ) -> list[Measured]:
-    """The model of a run or checkpoint over each file that `check` lets pass, on the CPU.
+    """Measure a model on each file, on the CPU; the files must have passed `check`.
 
-    `time`: tokens of a row or example at most; the run's own unless given, or of a model that no
-    run has made `TIME`, if it has learnt so many positions. `limit`: rows, examples or pairs.
-    All are read before the first is measured, and what is malformed does what it did in the run.
-    Raises `DataError` for files that cannot be read, `ConfigError` for more tokens than positions.
+    `time`: the most tokens of a row or example; by default the run's own or, for a model that is
+    not from a run, `TIME`, or fewer if it has learnt fewer positions. `limit`: the most rows,
+    examples or pairs. All files are read before the first is measured, and malformed records are
+    handled as in the run. Raises `DataError` for files that cannot be read, and `ConfigError` for a
+    `time` of more tokens than positions.
     """
     time = _time(model, time)
     read = [_source(model, file, time=time, batch_size=batch_size) for file in files]
@@ -140,7 +141,7 @@ def _time(model: Trained, given: int | None) -> int:
 
 @attrs.frozen
 class Held:
-    """What is in a file, and how many records were passed over."""
+    """What is in a file, and how many records were skipped."""
 
     file: str
     kind: str
@@ -149,7 +150,7 @@ class Held:
 
 
 def measured(model: Trained, held: Held, *, batch_size: int, limit: int | None) -> Measured:
-    """A model over one file."""
+    """Measure a model on one file."""
     total = len(held.source) if limit is None else min(limit, len(held.source))
     batches = data.all_batches(held.source, batch_size, limit=limit)
     found = dict.fromkeys(("bits_per_byte", "accuracy", "likelier"))
@@ -173,7 +174,7 @@ def measured(model: Trained, held: Held, *, batch_size: int, limit: int | None) 
 
 
 def _likelier(model: Trained, batches: Sequence[Batch]) -> float:
-    """The accuracy of DPO's rewards against a reference that knows nothing."""
+    """The accuracy of DPO's rewards against a reference whose every log-prob is 0."""
     found = _evaluated(model, PreferenceOptimization(), unreferenced(batches))
     return float(found["eval_rewards/accuracies"])
 
@@ -191,12 +192,12 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> Held:
         if is_tokens(file):
             own = None if model.config is None else getattr(model.config.data, "dtype", None)
             return Held(file, "text", data.tokens(file, dtype=own or "uint16", **options))
-        assert model.tokenizer is not None  # `check` has refused text without one
+        assert model.tokenizer is not None  # `check` refuses text without one
         kind, found = _read(model, file)
         make, more = _as_trained(model.config, kind)
         most = models.positions(model.architecture)
         if kind != "text" and most is not None and width([time], MULTIPLE) > most:
-            more["pad_to_multiple_of"] = 1  # padding has no positions beyond the last one
+            more["pad_to_multiple_of"] = 1  # padding must not go beyond the last position
         made = make(found, model.tokenizer, **options, **more)
         malformed = len(getattr(found, "malformed", ()))
         return Held(file, kind, made, malformed if kind == "text" else made.counts.malformed)
@@ -205,9 +206,9 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> Held:
 
 
 def _as_trained(config: Config | None, kind: str) -> tuple[Any, dict[str, Any]]:
-    """What makes rows or examples, with options: as of the run's own held-out data.
+    """The function that makes rows or examples, and its options, as for the run's held-out data.
 
-    Else a model that has learnt from documents apart would be measured on documents that see each
+    Otherwise a model trained on separate documents would be measured on documents that see each
     other.
     """
     if kind == "text":
@@ -236,7 +237,7 @@ def _read(model: Trained, file: str) -> tuple[str, Sequence[Any]]:
     if not suffixes <= {*RECORDS}:
         return "text", data.documents(file, on_bad_record=how)
     records = data.records(file, on_bad_record=how)
-    # The very first may be one that is skipped.
+    # The very first record may be a malformed one that is skipped.
     whole = (each for each in records if any(each.keys() >= set(form) for form in _FORMS))
     first = next(whole, records[0])
     if "text" in first:

@@ -1,4 +1,4 @@
-"""`functrain export`: a run as a directory of Hugging Face's, or its adapters as peft's."""
+"""`functrain export`: a run as a Hugging Face model directory, or its adapters as peft's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from functrain.models import export
 
 
 def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> str:
-    """Write the model of a run or checkpoint; what was done."""
+    """Write the model of a run or checkpoint; says what was done."""
     found = restored(given)
     run = found.origin.run
     adapted = lora.is_adapted(found.architecture)
@@ -36,7 +36,7 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
     without = ""
     try:
         metrics = _measured(run, found.state.step)
-    except DataError as error:  # the model is whole
+    except DataError as error:  # metrics are damaged, but the model is whole
         without = f"; without its metrics, since {error}"
     path = export(
         found.state,
@@ -53,13 +53,13 @@ def exported(given: str, directory: str, *, merge: bool, dtype: str | None) -> s
 
 
 def _tokenizer(origin: Origin) -> PretrainedTokenizer | None:
-    """The tokenizer of transformers that the run was made with; the built-in one is none."""
+    """The transformers tokenizer that the run was made with; None for the built-in one."""
     found = tokenizer_of(origin)
     return found if isinstance(found, PretrainedTokenizer) else None
 
 
 def _measured(run: RunDirectory, step: int) -> dict[str, float]:
-    """What was logged of a step: its loss, and the evaluation if there was one."""
+    """The metrics logged for a step: its loss, and the evaluation if there was one."""
     records = [each for each in logged(run) if each["step"] == step]
     last = records[-1] if records else {}
     kept = ("loss", "perplexity", "mean_token_accuracy")

@@ -1,4 +1,4 @@
-"""What a report says of a run beside its metrics: data, environment, checkpoints."""
+"""What a report says about a run besides its metrics: data, environment, checkpoints."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _PACKAGES = ("numpy", "transformers", "tokenizers")
 
 
 def written(run: RunDirectory, built: Built, world: World) -> None:
-    """Write down what was read and where this sitting computes, for reports of any later time."""
+    """Record what was read and where this sitting computes, for later reports."""
     directories.write(run.notes, "".join(f"{note}\n" for note in built.notes))
     found = {"functrain": __version__, "python": platform.python_version()}
     found |= {"system": platform.platform(), "workers": str(world.size)}
     numerics = checkpoint.numerics(device_of(built.state.params))
     found |= {name: str(value) for name, value in numerics.items()}
-    # Of those that are loaded: to look for others takes time.
+    # Only loaded packages: looking for others takes time.
     loaded = [name for name in _PACKAGES if name in sys.modules]
     found |= {name: importlib.metadata.version(name) for name in loaded}
     text = orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
@@ -42,7 +42,7 @@ def written(run: RunDirectory, built: Built, world: World) -> None:
 
 
 def recorded(run: RunDirectory, name: str) -> StageRecord:
-    """A run as its directory has it."""
+    """A run as recorded in its directory."""
     return StageRecord(
         name=name,
         metrics=logged(run),
@@ -54,7 +54,7 @@ def recorded(run: RunDirectory, name: str) -> StageRecord:
 
 
 def logged(run: RunDirectory) -> list[dict[str, Any]]:
-    """The records of a run's metrics; `DataError`, with a way out, at the first that is none."""
+    """The records of a run's metrics; `DataError`, with a way out, at the first invalid one."""
     way_out = "remove that line, and the others are read"
     try:
         records = jsonl.read(run.metrics)
@@ -91,7 +91,7 @@ def _kept(run: RunDirectory) -> list[CheckpointRow]:
         try:
             manifest = read_manifest(OPERATING_SYSTEM, path)
         except (OSError, CheckpointError):
-            continue  # pruned while this looks, by a run that goes on
+            continue  # pruned meanwhile by a run in progress
         found.append(
             CheckpointRow(
                 step=manifest.step,

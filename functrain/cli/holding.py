@@ -1,7 +1,8 @@
-"""Checkpoints that other runs start from, which the run that made them keeps as it goes on.
+"""Checkpoints that other runs start from, which the run that made them must not prune.
 
-Adapters need theirs as long as they are used, and a run of DPO for its reference. The directory
-`used` of a run has a file for each such step, with the runs that start there, a line each.
+Adapters need theirs for as long as they are used, and a DPO run needs its as the reference. The
+directory `used` of a run has a file for each such step, which lists the runs that start there, one
+per line.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from functrain.cli.origins import RunDirectory
 
 
 def hold(checkpoint: Path, user: Path) -> str | None:
-    """Have its run keep a checkpoint for another run, `user`; why it cannot be told so, if so.
+    """Have a checkpoint's run keep it for the run `user`; returns why it cannot, or None.
 
-    What is no checkpoint of a run, a model of transformers, nobody prunes.
+    What is not a run's checkpoint (a transformers model) is never pruned and needs no record.
     """
     run = RunDirectory(checkpoint.parent.parent)
     if step_of(checkpoint) is None or checkpoint.parent != run.checkpoints:
@@ -26,7 +27,7 @@ def hold(checkpoint: Path, user: Path) -> str | None:
     try:
         if not file.exists() or line not in file.read_bytes().splitlines():
             file.parent.mkdir(exist_ok=True)
-            # Runs that begin at once each add their line.
+            # Appended, so that runs that begin at the same time each add their line.
             with file.open("ab", buffering=0) as opened:
                 writing.append(opened, line + b"\n")
     except OSError as error:

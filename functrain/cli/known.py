@@ -1,4 +1,4 @@
-"""The names that a config may use; a test holds them to those of the library.
+"""The names that a config may use; a test keeps them equal to the library's.
 
 They are repeated here because checking a config must not import torch.
 """
@@ -38,13 +38,13 @@ SMOOTHED = (
     "cpo",
     "simpo",
 )
-"""Those for which label smoothing has a meaning."""
+"""The losses for which label smoothing is defined."""
 LIKELIHOODS = ("sft",)
-"""Those that are a likelihood alone, which no modifier touches beside others."""
+"""The losses that are a likelihood alone: in a mix, modifiers do not apply to them."""
 BARE = ("sft", "cpo", "simpo", "orpo")
-"""Those that read no reference."""
+"""The losses that read no reference."""
 KTO = "kto"
-"""The one over completions without a pair."""
+"""The loss over unpaired completions."""
 CALLED = {
     "dpo": "it is 'sigmoid'",
     "cdpo": "it is 'sigmoid' with label_smoothing",
@@ -54,11 +54,11 @@ CALLED = {
     "tr_dpo": "it is any loss with a reference, with reference_mixup",
     "ld_dpo": "it is 'sigmoid' with ld_alpha",
 }
-"""What methods are here that go by another name elsewhere."""
+"""Names of methods elsewhere, and what they are here."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 LAYOUTS = ("padded", "padding_free", "shared_prompt")
 MULTIPLE = 8
-"""Of so many tokens padded rows are a multiple, unless they are told otherwise."""
+"""The default multiple, in tokens, to which rows are padded."""
 TRUNCATIONS = ("keep_start", "keep_end", "prompt_first")
 OPTIMIZERS = {
     "adamw": ("weight_decay", "betas", "eps"),
@@ -68,7 +68,7 @@ OPTIMIZERS = {
     "adafactor": ("weight_decay",),
     "muon": ("weight_decay", "momentum"),
 }
-"""Each optimizer with the options that it has."""
+"""The options of each optimizer."""
 SCHEDULES = {
     "constant": (),
     "constant_with_warmup": ("warmup",),
@@ -85,7 +85,7 @@ SCHEDULES = {
     "one_cycle": ("total",),
     "reduce_on_plateau": ("factor", "patience", "min_lr"),
 }
-"""Each schedule with the options that it has here."""
+"""The options of each schedule here."""
 REQUIRED = {
     "cosine_with_min_lr": ("min_lr",),
     "warmup_stable_decay": ("decay",),
@@ -93,7 +93,7 @@ REQUIRED = {
     "multistep": ("milestones",),
     "exponential": ("gamma",),
 }
-"""The options without a default; `total` has one here, which is train.steps."""
+"""The options without a default; `total` has one here, train.steps."""
 DEVICES = ("cpu", "cuda")
 TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")

@@ -13,10 +13,10 @@ from functrain.errors import ConfigError
 
 @contextmanager
 def held(run: RunDirectory, *, new: bool) -> Generator[None]:
-    """Hold a run's directory, so that no other process trains in it; a kill lets it go.
+    """Lock a run's directory, so that no other process trains in it; a kill releases the lock.
 
-    `ConfigError` where another process does, or has begun what was to be a `new` run. What a
-    beginning that failed has left is removed for a new one.
+    Raises `ConfigError` if another process holds it, or has begun what was to be a `new` run. For a
+    new run, the remains of a failed beginning are removed.
     """
     with ExitStack() as stack:
         try:
@@ -27,7 +27,7 @@ def held(run: RunDirectory, *, new: bool) -> Generator[None]:
                 f"{run.path}: another process is training here; wait for it or end it, or give "
                 "another --directory"
             ) from error
-        except FileExistsError as error:  # though no directory is there
+        except FileExistsError as error:  # though there is no directory: a dangling link
             raise ConfigError(
                 f"{error.filename}: a link to what is not there; make that, or give another "
                 "--directory"

@@ -15,7 +15,7 @@ from functrain.errors import ConfigError
 
 STAGE_ORDER = ("dpo", "sft", "pretrain")
 _CHECKPOINT = re.compile("step-[0-9]{12}")
-# What of a directory of transformers the model and its tokenizer are read from.
+# The files of a transformers directory from which the model and its tokenizer are read.
 _READ = (
     "config.json",
     "generation_config.json",
@@ -49,27 +49,27 @@ class RunDirectory:
 
     @property
     def tokenizer_files(self) -> Path:
-        """The tokenizer of transformers, a directory, where the run has such a one."""
+        """A directory with the transformers tokenizer, if the run has one."""
         return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:
-        """The checkpoints, a directory for each."""
+        """The directory of checkpoints, each a directory itself."""
         return self.path / "checkpoints"
 
     @property
     def used(self) -> Path:
-        """The steps that other runs start from; see `functrain.cli.holding`."""
+        """A directory of the steps that other runs start from; see `functrain.cli.holding`."""
         return self.path / "used"
 
     @property
     def metrics(self) -> Path:
-        """A line of JSON for each step."""
+        """The metrics, a line of JSON for each logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def notes(self) -> Path:
-        """What was read, dropped and truncated: a line each."""
+        """What was read, dropped and truncated, one line each."""
         return self.path / "data.txt"
 
     @property
@@ -79,12 +79,12 @@ class RunDirectory:
 
     @property
     def report(self) -> Path:
-        """The report, for a browser."""
+        """The report, as HTML."""
         return self.path / "report.html"
 
 
 def located(path: Path) -> Path:
-    """The path of a run's checkpoint with that run in it: absolute for `.` and for a bare name."""
+    """The path, made absolute where a checkpoint's path lacks its run (`.` or a bare name)."""
     whole = path.absolute()
     kept = _CHECKPOINT.fullmatch(whole.name) and _is_run(whole.parent.parent)
     return whole if kept and not _is_run(path.parent.parent) else path
@@ -95,7 +95,7 @@ def _is_run(path: Path) -> bool:
 
 
 def stage_directory(path: Path) -> Path:
-    """The run directory that `path` is, holds (a demo's last stage), or lies in (a checkpoint)."""
+    """The run directory that `path` is, contains (a demo's last stage), or is in (a checkpoint)."""
     path, what = located(path), "not there"
     if path.exists():
         stages = [path / stage for stage in STAGE_ORDER if (path / stage / "checkpoints").is_dir()]
@@ -113,8 +113,8 @@ def stage_directory(path: Path) -> Path:
 class Origin:
     """Where fine-tuning starts: weights, their hash, and the config of the run that made them.
 
-    `checkpoint`: of a run, or a directory or GGUF file that transformers reads; then `config` is
-    None.
+    `checkpoint`: a run's, or a directory or GGUF file that transformers reads; for these `config`
+    is None.
     """
 
     checkpoint: Path
@@ -123,18 +123,18 @@ class Origin:
 
     @property
     def shape(self) -> Model | None:
-        """The shape of the built-in decoder; None for a model of transformers."""
+        """The shape of the built-in decoder; None for a transformers model."""
         model = None if self.config is None else self.config.model
         return model if model is None or isinstance(model, Model) else model.shape
 
     @property
     def run(self) -> RunDirectory:
-        """The directory of its run; for a model of transformers none that is there."""
+        """The directory of its run; for a transformers model, one that does not exist."""
         return RunDirectory(self.checkpoint.parent.parent)
 
 
 def is_model(path: Path) -> bool:
-    """Whether it is a model of transformers that no run keeps: a directory, or a GGUF file."""
+    """Whether it is a transformers model outside any run: a directory, or a GGUF file."""
     if path.is_file():
         return path.suffix == ".gguf"
     if _CHECKPOINT.fullmatch(path.name) or (path / "manifest.json").exists():
@@ -155,7 +155,7 @@ def _stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
 
 @functools.lru_cache(maxsize=8)
 def _hash_of(path: Path, _stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Of all that is read of a model; once for files as they lie there, since they are large."""
+    """The hash of all files that a model is read from, cached by `_stamps` since they are large."""
     hasher = hashlib.sha256()
     for each in _files(path):
         with each.open("rb") as file:
@@ -168,7 +168,7 @@ _ATTEMPTS = 100
 
 
 def origin(given: str, key: str = "model.from") -> Origin:
-    """The checkpoint that `given` means; `ConfigError`, beginning with `key`, where none is."""
+    """The checkpoint that `given` names; `ConfigError`, beginning with `key`, if there is none."""
     path = located(Path(given))
     if not path.exists():
         raise ConfigError(
@@ -185,7 +185,7 @@ def origin(given: str, key: str = "model.from") -> Origin:
         try:
             digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
         except OSError as error:
-            # Of a run that goes on, the newest may be pruned here: then there is a newer one.
+            # A run in progress may have pruned the newest just now: then there is a newer one.
             if checkpoint == path or checkpoint.is_dir():
                 raise ConfigError(
                     f"{key}: {checkpoint} is incomplete: no manifest.json ({error.strerror})"

@@ -1,4 +1,4 @@
-"""What is printed: results on stdout, words for the reader on stderr; no display ends a run."""
+"""Printing: results on stdout, messages on stderr; a failing stream does not end a run."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import TextIO
 from functrain.errors import ConfigError
 
 UNREAD = 141
-"""The exit code where the reader of stdout has gone, as of a program that SIGPIPE ends."""
+"""The exit code if the reader of stdout is gone, like that of a program killed by SIGPIPE."""
 
 
 def open_streams() -> None:
-    """Make stdout and stderr take whatever is printed, however they were handed over."""
+    """Make stdout and stderr accept whatever is printed, however they were passed in."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            # Closed by the caller (`2>&-`). Its descriptor is taken as well: else it would be that
-            # of the next file, into which a library's messages would go.
+            # Closed by the caller (`2>&-`). Its descriptor is occupied as well: otherwise the next
+            # file to be opened would get it, and a library's messages would go there.
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            # A table has characters that an encoding (ASCII) may not have.
+            # A table has characters that the encoding (ASCII, say) may lack.
             stream.reconfigure(errors="replace")
 
 
 def close_streams() -> None:
-    """Nothing more is printed; what a broken stream still holds is dropped."""
+    """Flush the streams at the end; what a broken stream still holds is dropped."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -40,10 +40,9 @@ def close_streams() -> None:
 
 @contextlib.contextmanager
 def printing() -> Generator[None]:
-    """Within it results are printed.
+    """Wraps the printing of results.
 
-    Raises `ConfigError` where stdout cannot be written, `BrokenPipeError` where nobody reads it any
-    more.
+    Raises `ConfigError` if stdout cannot be written to, `BrokenPipeError` if its reader is gone.
     """
     try:
         try:
@@ -60,13 +59,13 @@ def printing() -> Generator[None]:
 
 
 def print_result(text: str) -> None:
-    """Print a result, as `printing` says."""
+    """Print a result; raises as `printing` does."""
     with printing():
         print(text)
 
 
 def say(line: str) -> None:
-    """A line for the reader, beside the results on stdout; unless there is none any more."""
+    """Print a message to stderr, apart from the results on stdout; never raises `OSError`."""
     try:
         print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:
@@ -76,6 +75,6 @@ def say(line: str) -> None:
 
 
 def _drop(stream: TextIO) -> None:
-    """Send what a stream holds and will be given to nowhere: the interpreter flushes it at last."""
+    """Redirect a stream to nowhere, since the interpreter flushes what it holds at exit."""
     with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())

@@ -1,4 +1,4 @@
-"""`functrain plan`: memory of a worker and time of a step, from a config, before it is run."""
+"""`functrain plan`: memory per worker and time per step of a config, before it is run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HERE = "here"
 
 @attrs.frozen(kw_only=True)
 class Machines:
-    """The options of the command, as they were given."""
+    """The machine options of the command, as given."""
 
     workers: int
     per_node: int
@@ -42,7 +42,7 @@ class Machines:
     latency: float | None = attrs.field(validator=positive)
 
     def cluster(self, config: Config, world: World) -> Cluster:
-        """The cluster that they describe; all workers must call this."""
+        """The cluster that the options describe; all workers must call this."""
         precision = policy(config.train.precision)
         if self.utilisation is not None and (self.device == HERE or self.tflops is not None):
             raise ConfigError(
@@ -75,7 +75,7 @@ def _times(value: float | None, unit: float) -> float | None:
 
 
 def planned(config: Config, machines: Machines, world: World) -> str:
-    """What a config comes to on these machines, as a table; every worker must call this."""
+    """What a config takes on these machines, as a table; every worker must call this."""
     if not isinstance(config, Pretrain) and config.lora.options():
         raise ConfigError("lora.rank: a plan is for models that are trained whole; leave it out")
     cluster = machines.cluster(config, world)
@@ -86,7 +86,7 @@ def planned(config: Config, machines: Machines, world: World) -> str:
 
 
 def _check_shares(config: Config, workers: int) -> None:
-    """Raise `ConfigError`, with numbers that would do, where micro-batches cannot be shared out."""
+    """Raise `ConfigError`, suggesting valid numbers, if micro-batches cannot be shared equally."""
     given, rows = config.train.microbatches, config.train.batch_size
     if given % workers == 0:
         return
@@ -126,7 +126,7 @@ def _job(config: Config) -> Job:
 
 
 def _bare(config: Config) -> tuple[nn.Module, dict[str, Tensor], Tensors]:
-    """The model of a config, without weights; its data need not be there yet."""
+    """The model of a config, without weights; its data need not exist yet."""
     if isinstance(config, Pretrain):
         vocabulary = config.data.vocabulary
         if vocabulary is None and is_tokens(config.data.train):
@@ -146,7 +146,7 @@ def _bare(config: Config) -> tuple[nn.Module, dict[str, Tensor], Tensors]:
 
 
 def shown(plan: Plan, config: Config, machines: Machines) -> str:
-    """A plan for the terminal."""
+    """A plan as text for the terminal."""
     work, cluster, job = plan.work, plan.cluster, plan.job
     own = job.microbatches // cluster.workers
     where = "this machine" if machines.device == HERE else machines.device

@@ -20,14 +20,14 @@ from functrain.cli.config import (
 )
 from functrain.errors import ConfigError, did_you_mean
 
-# The bits depend on the number of threads, so the demo fixes it: everybody's is the same run.
+# The bits depend on the number of threads, so the demo fixes it: everyone gets the same run.
 THREADS = 2
 
 
 def recipe(directory: str, *, seed: int, scale: str) -> tuple[Pretrain, SFT, DPO]:
     """Pretraining, fine-tuning and preference optimisation under `directory`.
 
-    `scale` is `full`, or `tiny` for tests: the same three stages in a few seconds each.
+    `scale` is `full`, or `tiny` for tests, with the same three stages in a few seconds each.
     """
     scales = {"full": _full, "tiny": _tiny}
     if scale not in scales:

@@ -1,4 +1,4 @@
-"""`functrain report`: several runs in one page."""
+"""`functrain report`: several runs on one page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from functrain.tracking import report
 
 
 def compared(given: Sequence[str], to: Path) -> str:
-    """Write a page over runs: the same metric of all in one chart, then each by itself.
+    """Write a page over runs: each metric of all runs in one chart, then each run by itself.
 
-    What was written. Raises `ConfigError` for what is no run.
+    Returns what was written. Raises `ConfigError` for anything that is not a run.
     """
     if not given:
         raise ConfigError("report: no run; give run directories")
@@ -31,7 +31,7 @@ def compared(given: Sequence[str], to: Path) -> str:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """As short as tells them apart."""
+    """Names for the runs, as short as distinguishes them."""
     whole = [path.absolute().parts for path in paths]
     for length in range(1, max(len(parts) for parts in whole) + 1):
         names = ["/".join(parts[-length:]) for parts in whole]

@@ -1,4 +1,4 @@
-"""Models as runs begin with them and leave them: of a checkpoint, or of transformers."""
+"""The models that runs begin with and produce: from a checkpoint, or from transformers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from functrain.trees import Tensors
 
 @attrs.frozen(kw_only=True, eq=False)
 class Trained:
-    """A model to ask: the architecture, and the values of a checkpoint.
+    """A model to use: the architecture, and the values of a checkpoint.
 
-    `config`: None for a model of transformers that no run has made.
+    `config`: None for a transformers model that is not from a run.
     """
 
     architecture: nn.Module
@@ -39,7 +39,7 @@ class Trained:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Restored:
-    """A checkpoint as it was trained: where it is, the architecture, and the state."""
+    """A checkpoint as it was trained: its origin, the architecture, and the state."""
 
     origin: Origin
     config: Config
@@ -50,7 +50,7 @@ class Restored:
 def model_for(
     config: Config, start: Origin | None, tokenizer: Tokenizer | None, world: World
 ) -> tuple[nn.Module, Tensors, Tensors]:
-    """The model that training begins with; of several workers each has its rows of the params."""
+    """The model that training begins with; in a world of several, each worker has its rows."""
     if start is not None:
         return started(start, world)
     assert isinstance(config.model, Model)  # the other stages have a start
@@ -62,7 +62,7 @@ def model_for(
 
 
 def started(found: Origin, world: World = ALONE) -> tuple[nn.Module, Tensors, Tensors]:
-    """The model of a checkpoint; adapters are merged into the base that they were trained over."""
+    """The model of a checkpoint, with adapters merged into the base that they were trained over."""
     architecture, params, buffers = _restored(found, world)
     if lora.is_adapted(architecture):
         architecture, params = lora.merged(architecture, params)
@@ -70,7 +70,7 @@ def started(found: Origin, world: World = ALONE) -> tuple[nn.Module, Tensors, Te
 
 
 def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]:
-    """The model of a checkpoint as it was trained: adapters stay adapters."""
+    """The model of a checkpoint as it was trained, with adapters left as adapters."""
     config = found.config
     if config is None:
         return models.from_pretrained(found.checkpoint, device=world.device, world=world)[:3]
@@ -89,7 +89,7 @@ def _restored(found: Origin, world: World) -> tuple[nn.Module, Tensors, Tensors]
 
 
 def _below(found: Origin, config: SFT | DPO) -> Origin:
-    """The checkpoint that the adapters of another one were trained over."""
+    """The checkpoint that the adapters of `found` were trained over."""
     try:
         below = origin(config.model.from_, f"{found.checkpoint}: the base of its adapters")
     except ConfigError as error:
@@ -109,7 +109,7 @@ def _below(found: Origin, config: SFT | DPO) -> Origin:
 
 
 def bare(found: Origin, config: Config) -> tuple[nn.Module, dict[str, Tensor], Tensors]:
-    """The model of a checkpoint without its weights, as what lies beside them describes it."""
+    """The model of a checkpoint without its weights, from its description beside them."""
     shape = found.shape
     if shape is None:
         return models.bare(lambda: models.skeleton(found.checkpoint, torch.float32))
@@ -118,7 +118,7 @@ def bare(found: Origin, config: Config) -> tuple[nn.Module, dict[str, Tensor], T
 
 
 def adapted(config: Config, architecture: nn.Module, params: Tensors) -> tuple[nn.Module, Tensors]:
-    """With the adapters that a config asks for; as it is where it asks for none."""
+    """The model with the adapters that a config asks for; unchanged if it asks for none."""
     if isinstance(config, Pretrain):
         return architecture, params
     options = config.lora.options()
@@ -129,7 +129,7 @@ def adapted(config: Config, architecture: nn.Module, params: Tensors) -> tuple[n
 
 
 def restored(given: str) -> Restored:
-    """The state of a run's newest checkpoint, or of a checkpoint, and what it is a state of."""
+    """The state of a run's newest checkpoint, or of a checkpoint, with its architecture."""
     found = origin(given, "run")
     if found.config is None:
         raise ConfigError(
@@ -140,7 +140,7 @@ def restored(given: str) -> Restored:
     step = step_for(found.config, architecture, params, ALONE)
     like = step.init(params, buffers, seed=found.config.train.seed)
     with warnings.catch_warnings():
-        # Nothing is computed with it, so what its bits would depend on does not matter.
+        # Nothing is trained from this state, so the numerics of its steps do not matter.
         warnings.simplefilter("ignore", NumericsWarning)
         state = checkpoint.load(found.checkpoint, like=like)
     return Restored(origin=found, config=found.config, architecture=architecture, state=state)
@@ -153,7 +153,7 @@ def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:
 
 
 def trained(given: str) -> Trained:
-    """The model of a run (its newest checkpoint), of a checkpoint in one, or of transformers."""
+    """The model of a run (its newest checkpoint), a checkpoint in one, or a transformers model."""
     found = origin(given, "run")
     architecture, params, buffers = started(found, ALONE)
     return Trained(

@@ -1,4 +1,4 @@
-"""One stage from its config to its report: begin or go on, train, log, save, stop when asked."""
+"""One stage, from its config to its outcome: begin or resume, train, log, save, stop if asked."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ Say = Callable[[str], None]
 
 @attrs.frozen(kw_only=True, eq=False)
 class Outcome:
-    """What a stage came to: its last state, every record of metrics.jsonl, and what it said.
+    """The outcome of a stage: its last state, every record of metrics.jsonl, and samples.
 
-    `prompts` are of its held-out data, `first_words` what the first state said after each; `end`
-    where it is finished.
+    `prompts` are from its held-out data, `first_words` the first state's completions of them; `end`
+    is set if the stage is finished.
     """
 
     config: Pretrain | SFT | DPO
@@ -91,17 +91,17 @@ class Outcome:
 def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = ALONE) -> Outcome:
     """Train one stage in its run directory, until it is finished or `stop` is set.
 
-    Of several workers each calls this; rank 0 decides, writes and speaks.
+    Every worker calls this; rank 0 decides, writes and prints.
 
-    Law: whatever stopped a run (a signal, kill -9, a power cut), going on with `resume` ends with
-    the state, to the bit, that it would have had. Raises `FunctrainError` for what cannot be run.
+    Law: whatever stopped a run (a signal, kill -9, a power cut), resuming it ends with the state,
+    to the bit, of an uninterrupted run. Raises `FunctrainError` for a config that cannot be run.
     """
     world.for_all(lambda: directories.check_files(config))
     world.agree({"config": toml.dumps(config)})
     settled = world.from_first(lambda: toml.dumps(_settled(config, resume)), "the config")
     config = toml.loads(settled, type(config))
     run = RunDirectory(config.directory)
-    # Before weights are read and data tokenised, which takes long enough for the other to prune.
+    # Before weights are read and data tokenised: that takes long enough for the other run to prune.
     if note := world.from_first(lambda: _held_start(config), "the start of the run"):
         say(note)
     if config.train.keep_pages and not memory.keep_pages():
@@ -122,7 +122,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
         world.agree(found)
         check_data(config, found)
         config = _with_hashes(config, found, built.templated)
-        # The lock is the first worker's, for as long as this sitting goes.
+        # Worker 0 holds the lock for as long as this sitting lasts.
 
         def locked() -> str:
             stack.enter_context(held(run, new=not resume))
@@ -130,11 +130,11 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
 
         world.from_first(locked, "the run directory")
         given = _prompts(built, say)
-        # Now, because the first step reuses the memory of the first state.
+        # Now, since the first step reuses the memory of the first state.
         first_words = spoken(built, built.state, given)
         newest = world.from_first(lambda: _newest(run), "the newest checkpoint")
         state = world.for_all(lambda: _state(built, run, newest, config.train.steps, world))
-        # Not before: a run that cannot go on stays as it was.
+        # Only now: a run that cannot be resumed stays as it was.
         world.from_first(lambda: _written(run, config, built, world), "the config")
         if state.step < config.train.steps:
             _say_where(config, built, state, say)
@@ -154,7 +154,7 @@ def run_stage(config: C, *, resume: bool, stop: Stop, say: Say, world: World = A
 
 
 def _prompts(built: Built, say: Say) -> list[Prompt]:
-    """What the model is asked before its first step and after its last; nothing if that is slow."""
+    """The prompts for samples before the first step and after the last; none if that is slow."""
     size = bytes_to_gather(built)
     if size <= GATHERED:
         return prompts(built.evaluation, built.tokenizer)
@@ -177,7 +177,7 @@ def _settled(config: C, resume: bool) -> C:
 
 
 def _check_total(run: RunDirectory, steps: int) -> None:
-    """A run that is further on than it is to go has nothing to do, and would look finished."""
+    """Refuse a total below the run's step: it would have nothing to do and look finished."""
     newest = checkpoint.latest(run.checkpoints)
     step = None if newest is None else step_of(newest)
     if step is not None and step > steps:
@@ -196,9 +196,9 @@ def digests(built: Built) -> dict[str, str]:
 
 
 def check_data(config: Pretrain | SFT | DPO, found: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for data, by their hashes, that a run was not begun with.
+    """Raise `ConfigError` if the data's hashes differ from those that a run was begun with.
 
-    For what is held out too: a schedule may follow it, and the best checkpoints are chosen by it.
+    This includes held-out data: a schedule may follow it, and it decides the best checkpoints.
     """
     given = config.data
     for key, path, begun in (
@@ -223,20 +223,20 @@ def _with_hashes(config: C, found: Mapping[str, str], templated: bool | None) ->
 
 
 class _Saying(logging.Handler):
-    """Says what is logged."""
+    """A logging handler that passes messages to `say`."""
 
     def __init__(self, say: Say) -> None:
         super().__init__()
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say a message."""
+        """Pass a message to `say`."""
         self._say(record.getMessage())
 
 
 @contextmanager
 def _logged(say: Say) -> Generator[None]:
-    """Within it, what the library logs is said: whole logits, and what is compiled for what."""
+    """Within, the library's log (use of whole logits, what is compiled) is passed to `say`."""
     log, handler = logging.getLogger("functrain"), _Saying(say)
     before = log.level
     log.addHandler(handler)
@@ -250,7 +250,7 @@ def _logged(say: Say) -> Generator[None]:
 
 @contextmanager
 def threads(count: int) -> Generator[None]:
-    """Within it, torch uses so many threads; after it, as many as before."""
+    """Within, torch uses `count` threads; afterwards as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -289,7 +289,7 @@ def _state(built: Built, run: RunDirectory, newest: str, steps: int, world: Worl
             raise
         raise CheckpointError(f"{error}\n{way_out}") from error
     if state.step < steps and world.speaks:
-        facts.logged(run)  # what is no record is refused with a way out
+        facts.logged(run)  # refuses an invalid record, with a way out
         jsonl.truncate_after(run.metrics, state.step)
     return state
 
@@ -297,13 +297,13 @@ def _state(built: Built, run: RunDirectory, newest: str, steps: int, world: Worl
 def _way_out(newest: Path) -> str | None:
     """What to do about a damaged checkpoint; None for one that is whole.
 
-    One that is refused though it is whole is of another architecture or optimizer, and so are those
-    before it: to remove one would only lead to the next.
+    A whole checkpoint that is refused is of another architecture or optimizer, as are those before
+    it: removing it would only lead to the next.
     """
     try:
         if whole(OPERATING_SYSTEM, newest):
             return None
-    except CheckpointError:  # whether it is cannot be said
+    except CheckpointError:  # it cannot be told whether it is whole
         return None
     if len(checkpoints(newest.parent)) == 1:
         return "it is damaged, and it is the only one of this run; begin another --directory"
@@ -311,7 +311,7 @@ def _way_out(newest: Path) -> str | None:
 
 
 def _held_start(config: Pretrain | SFT | DPO) -> str:
-    """What to say where the run that made this one's start cannot be told to keep it."""
+    """The message if the run that made this run's start cannot be told to keep it; else empty."""
     if isinstance(config, Pretrain):
         return ""
     start = config.model.from_
@@ -350,7 +350,7 @@ def _trained(
     stop: Stop,
     say: Say,
 ) -> TrainState:
-    """The loop. Logged first, saved afterwards: no checkpoint is ahead of its metrics."""
+    """The training loop; metrics are logged before saving, so no checkpoint is ahead of them."""
     plan, world = config.train, world_of(built.step)
     with (
         ExitStack() as stack,
@@ -371,18 +371,18 @@ def _trained(
             state = now
             clock.saw(metrics)
             last = state.step == plan.steps
-            # A stop logs nothing of its own, so that the file is an uninterrupted run's.
+            # A stop adds no line of its own, so that the file equals an uninterrupted run's.
             logged = last or state.step % plan.log_every == 0 or "eval_loss" in metrics
             values: dict[str, float] = {}
-            if logged or bar.due(state.step):  # to read them is to wait for an accelerator
+            if logged or bar.due(state.step):  # reading the metrics waits for an accelerator
                 values = metrics.to_dict() | clock.measured(state)
                 values["epoch"] = state.cursor.samples / len(built.source)
                 bar.update(state.step, values)
             if logged:
                 tracker.log(state.step, values)
-            # Looked at once: between two looks a signal would end the run with this step unsaved.
+            # Read once: a signal between two reads would end the run with this step unsaved.
             stopping = world.any(bool(stop))
-            # Only a state that is evaluated can be the best, and only one that is saved be kept.
+            # With keep_best, every evaluated state is saved: only such a one can be the best.
             due = state.step % plan.save_every == 0 or (plan.keep_best and "eval_loss" in metrics)
             if last or stopping or due:
                 measured = {n: v for n, v in values.items() if n.startswith("eval_")}
@@ -402,7 +402,7 @@ def _steps(
     source: Prefetched,
     clock: Clock,
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    """What `train` yields and evaluates, with the clock stopped while it evaluates."""
+    """The steps of `train`, with evaluations, during which the clock is paused."""
     steps, every = config.train.steps, config.evaluation.every
     made = train(built.step, state, source, steps=steps)
     for now, metrics in made:
@@ -410,32 +410,32 @@ def _steps(
         if built.evaluation and (state.step % every == 0 or state.step == steps):
             with clock.paused(metrics):
                 measured = metrics | evaluate(built.step, state, built.evaluation)
-            # Not the last one of other steps: a longer run does not measure there.
+            # Not an evaluation at the last step alone: a longer run would not evaluate there.
             if state.step % every == 0:
                 state, _ = made.send(built.step.observe(state, float(measured["eval_loss"])))
         yield state, measured
 
 
 class _Forgiving:
-    """A tracker of a run that goes on where its disk is full: what it cannot take is said."""
+    """A tracker for a run that continues on a full disk: it reports lines it cannot write."""
 
     def __init__(self, tracker: Tracker, say: Say) -> None:
         self._tracker, self._say = tracker, say
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell it."""
+        """Log the metrics, or report that they cannot be written."""
         try:
             self._tracker.log(step, metrics)
         except DataError as error:
             self._say(f"{error}\ngoing on without step {step}, as train.on_save_error says")
 
     def close(self) -> None:
-        """Close it."""
+        """Close the tracker."""
         self._tracker.close()
 
 
 def _beside(built: Built) -> dict[str, str]:
-    """What makes each checkpoint a directory that transformers reads, tokenizer and all."""
+    """The texts that make each checkpoint a directory that transformers reads, with tokenizer."""
     found = models.config_files(built.step.architecture)
     if found and isinstance(built.tokenizer, PretrainedTokenizer):
         found |= built.tokenizer.files()
@@ -450,10 +450,7 @@ def _services(
     say: Say,
     world: World,
 ) -> list[Beside]:
-    """The trackers that the config names, open; they are closed with the stack.
-
-    Of several workers the first tells them.
-    """
+    """Open the trackers that the config names, on worker 0 only; the stack closes them."""
     told = TrackedRun(
         directory=run.path,
         project=config.tracking.project,
@@ -476,11 +473,11 @@ def _stream(world: World) -> TextIO:
 
 
 def _ahead(built: Built, stack: ExitStack) -> Prefetched:
-    """The data, made by a thread ahead of the steps; but not where it binds the architecture."""
+    """The data, read ahead by a thread, except where reading binds the architecture."""
     ahead = Prefetched(built.data)
     stack.callback(ahead.close)
     if built.cache is not None:
-        ahead.close()  # from now on each batch is made when it is asked for
+        ahead.close()  # from now on each batch is made on request
     return ahead
 
 
@@ -496,7 +493,7 @@ def _save(
     *,
     ends: bool,
 ) -> None:
-    """`ends`: whether the sitting ends with it, so that nothing would go on without it."""
+    """Save and prune; `ends`: whether the sitting ends here, so that a failure must be raised."""
     given: Any = {"metrics": measured, "conditions": under, "beside": beside}
 
     def saved() -> str:

@@ -1,4 +1,4 @@
-"""What a model says: prompts from the held-out data, and completions of them."""
+"""Samples of a model: prompts from the held-out data, and their completions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from functrain.state import TrainState, device_of
 from functrain.trees import clone, rows_here
 
 GATHERED = 96 << 20
-"""Bytes that may be gathered for each token of a sample: for all tokens of three samples that is
-half a minute at 10 Gbit/s."""
+"""Bytes that may be gathered for each token of a sample; for all the tokens of three samples this
+takes half a minute at 10 Gbit/s."""
 
 TOKENS = 120
-"""Tokens of a sample."""
+"""Tokens in a sample."""
 
 _SAMPLES = 3
 
 Prompt = tuple[int, ...]
-"""The ids of a prompt: not all of them could be made of its text, those of a template, say."""
+"""The ids of a prompt, since some (a template's, say) cannot be recovered from its text."""
 
 
 def prompts(batches: Sequence[Batch], tokenizer: Tokenizer | None) -> list[Prompt]:
@@ -49,7 +49,7 @@ def prompts(batches: Sequence[Batch], tokenizer: Tokenizer | None) -> list[Promp
 
 
 def bytes_to_gather(built: Built) -> int:
-    """What the workers send each other before a model in shards has computed once."""
+    """Bytes that the workers send each other for one forward pass of a model in shards; else 0."""
     if not built.sharded:
         return 0
     items = [*built.state.params.values(), *held_values(built.step.architecture).values()]
@@ -57,9 +57,9 @@ def bytes_to_gather(built: Built) -> int:
 
 
 def spoken(built: Built, state: TrainState, given: Sequence[Prompt]) -> list[str]:
-    """What the model says after each prompt, greedily; nothing without a tokenizer.
+    """Complete each prompt greedily; empty without a tokenizer.
 
-    Of several workers each must ask, and is told what worker 0 says.
+    Every worker must call this, and gets worker 0's completions.
     """
     tokenizer, world = built.tokenizer, world_of(built.step)
     if tokenizer is None:
@@ -71,7 +71,7 @@ def spoken(built: Built, state: TrainState, given: Sequence[Prompt]) -> list[str
         say = functools.partial(models.generate, architecture, state.params, state.buffers)
 
         def said() -> str:
-            # As ids: a text that is no whole character has no form that can be sent.
+            # As ids: a text that ends within a character cannot be sent.
             told = [say(ids, max_new_tokens=TOKENS, end=ends) for ids in asked]
             return orjson.dumps(told).decode()
 

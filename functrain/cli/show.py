@@ -13,13 +13,13 @@ from functrain.errors import ConfigError, DataError, FunctrainError
 
 
 def described(given: str, *, tensors: bool = False) -> str:
-    """A checkpoint, or a run's newest one, as text: what it holds, verified against its hashes."""
+    """What a checkpoint, or a run's newest one, holds, as text; verified against its hashes."""
     from functrain import checkpoint
     from functrain.cli.origins import RunDirectory, located, stage_directory
 
     path = located(Path(given))
     if (RunDirectory(path).config).is_file() or (path / "pretrain").is_dir():
-        # Its config is not read here: the checkpoint is whole where that is damaged.
+        # The config is not read here: the checkpoint may be whole though the config is damaged.
         path = RunDirectory(stage_directory(path)).checkpoints
         if checkpoint.latest(path) is None:
             raise ConfigError(f"{given}: has no checkpoint yet; train it first")
@@ -30,7 +30,7 @@ def described(given: str, *, tensors: bool = False) -> str:
 
 
 def _of_the_run(run: Any, inspected: Mapping[str, Any]) -> dict[str, str]:
-    """What of a run is in no checkpoint: how logits are made, and what its metrics say."""
+    """Facts of a run that no checkpoint holds: how logits are made, and what its metrics say."""
     from functrain import objectives
     from functrain.cli.facts import logged
     from functrain.cli.restoring import trained
@@ -38,11 +38,11 @@ def _of_the_run(run: Any, inspected: Mapping[str, Any]) -> dict[str, str]:
     try:
         model = trained(inspected["path"])
         how = objectives.describe_head(model.architecture, model.params, model.buffers)
-    except FunctrainError as error:  # the base of adapters may be gone, and the rest is here
+    except FunctrainError as error:  # an adapters' base may be gone, though the rest is there
         how = f"not known: {error}"
     try:
         records = logged(run)
-    except DataError as error:  # the checkpoint is whole
+    except DataError as error:  # metrics are damaged, but the checkpoint is whole
         return {"head": how, "metrics": f"not known: {error}"}
     records = [each for each in records if each["step"] <= inspected["leaves"]["step"]]
     rates = [each["tokens_per_second"] for each in records if "tokens_per_second" in each]
@@ -101,11 +101,11 @@ def generated(
     seed: int,
     plain: bool,
 ) -> str:
-    """What the model of a run or checkpoint says after `prompt`; the same for the same arguments.
+    """What the model of a run or checkpoint says after `prompt`; equal for equal arguments.
 
-    Where the tokenizer has a chat template the prompt is what a user says in it, unless it is to be
-    `plain`, or the run was trained on other records than dialogues. Raises `ConfigError` for a run
-    on ids of a foreign tokenizer.
+    If the tokenizer has a chat template, the prompt becomes a user's turn in it, unless `plain` is
+    set or the run was trained on records other than dialogues. Raises `ConfigError` for a run on
+    ids of a foreign tokenizer.
     """
     from functrain import models
     from functrain.cli.restoring import trained
@@ -135,11 +135,11 @@ def _prompt(model: Any, tokenizer: Any, prompt: str, plain: bool) -> list[int]:
     from functrain.data.templates import has_template
 
     config = model.config
-    # A run asks as it was trained; a model of transformers by its template.
+    # A run is prompted as it was trained; a transformers model by its template.
     plain = plain or (config is not None and config.data.templated is False)
     if has_template(tokenizer) and not plain:
         prompt = tokenizer.render([{"role": "user", "content": prompt}], prompt=True)
     elif config is not None and config.stage != "pretrain" and config.data.train == EMBEDDED:
-        # The embedded questions end with a line; typing one into a shell is no fun.
+        # The embedded questions end with a newline, which is awkward to type in a shell.
         prompt = prompt.rstrip("\n") + "\n"
     return list(tokenizer.encode(prompt))

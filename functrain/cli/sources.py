@@ -1,4 +1,4 @@
-"""From a config to what a run reads: its sources, and the held-out batches."""
+"""What a run reads, from its config: its sources, and the held-out batches."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from functrain.objectives.batches import Batch
 
 Source = data.MapSource
 _HASHED = 1 << 20
-"""So many numbers are hashed at a time."""
+"""How many numbers are hashed at a time."""
 
 
 def sources(config: Config, tokenizer: Tokenizer | None) -> tuple[Source, Source | None]:
-    """What is trained on and, where there is some, what is held out.
+    """The sources of training data and, if there are any, held-out data.
 
-    Held-out examples are never packed: they are scored the same, and a limit counts examples.
+    Held-out examples are never packed: their scores are the same, and a limit counts examples.
     """
     train, held_out = _sources(config, tokenizer)
     if config.data.packing and isinstance(train, data.Chats):
@@ -38,7 +38,7 @@ def sources(config: Config, tokenizer: Tokenizer | None) -> tuple[Source, Source
 
 
 def _check_widths(config: Config, widths: Sequence[int]) -> None:
-    """Raise `ConfigError` where a step could be compiled too often, before anything is."""
+    """Raise `ConfigError` if a step might be compiled too often, before anything is compiled."""
     if len(widths) <= LIMIT:
         return
     multiple = config.data.pad_to_multiple_of
@@ -81,12 +81,12 @@ def _file(
         found = data.records(path, on_bad_record=config.data.on_bad_record)
         return _source(config, found.first(limit), tokenizer)
     except DataError as error:
-        # Errors of a file's content do not all name the file.
+        # Not all errors in a file's content name the file.
         raise error if path in str(error) else DataError(f"{path}: {error}") from error
 
 
 def _check_ids(path: str, ids: Ids | JoinedIds, vocabulary: int | None) -> None:
-    """Raise `DataError` for an id that no model of this run has, before a step meets it."""
+    """Raise `DataError` for an id outside the run's vocabulary, before a step meets it."""
     if isinstance(ids, JoinedIds):
         for each, own in zip(ids.paths, ids.arrays, strict=True):
             _check_ids(str(each), own, vocabulary)
@@ -117,12 +117,12 @@ def _cached(
 
 @functools.lru_cache(maxsize=1)
 def embedded(limit: int | None) -> data.embedded.Embedded:
-    """The embedded data, read once for the three stages of a demo: it takes seconds."""
+    """The embedded data, cached for the three stages of a demo: reading it takes seconds."""
     return data.embedded.load(limit=limit)
 
 
 def digest(source: Source) -> str:
-    """A hash of what a source holds: of all of it, a piece at a time."""
+    """A hash of all that a source holds, computed piece by piece."""
     hasher = hashlib.sha256()
     for piece in _pieces(source):
         hasher.update(piece)
@@ -143,7 +143,7 @@ def _pieces(source: Source) -> Iterator[bytes]:
 
 
 def _bytes(array: Ids | JoinedIds) -> Iterator[bytes]:
-    """Of an array that may be mapped from a file larger than the memory."""
+    """The bytes of an array, in pieces: it may be mapped from a file larger than memory."""
     yield str((array.shape, array.dtype)).encode()
     for begin in range(0, len(array), _HASHED):
         yield array[begin : begin + _HASHED].tobytes()
@@ -186,18 +186,18 @@ def _source(config: Config, found: Sequence[Any], tokenizer: Tokenizer | None) -
 
 
 def text_maker(config: Config | None) -> Any:
-    """What makes rows of text: with documents apart where a run packs."""
+    """The function that makes rows of text, keeping documents apart if the run packs."""
     packs = isinstance(config, Pretrain) and config.data.packing
     return data.packed_text if packs else data.text
 
 
 def cut_options(config: SFT | DPO) -> dict[str, Any]:
-    """How a run cuts its examples."""
+    """The options by which a run cuts its examples."""
     return {"truncation": config.data.truncation, "min_prompt": config.data.min_prompt}
 
 
 def held_out_batches(held_out: Source | None, config: Config) -> list[Batch]:
-    """What each evaluation of a run reads."""
+    """The batches that each evaluation of a run reads."""
     if held_out is None:
         return []
     plan = config.evaluation
@@ -205,7 +205,7 @@ def held_out_batches(held_out: Source | None, config: Config) -> list[Batch]:
 
 
 def notes(source: Source, held_out: Source | None) -> list[str]:
-    """What to say of the data before a run begins, a line each."""
+    """What to say about the data before a run begins, one line each."""
     both = (("training", source), ("held-out", held_out))
     notes = [f"{name} text: {x}" for name, each in both for x in getattr(each, "origin", ())]
     if isinstance(source, data.Packed):

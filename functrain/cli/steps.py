@@ -1,4 +1,4 @@
-"""From a config to its step: objective, optimizer and schedule by their names."""
+"""The step of a config: objective, optimizer and schedule by their names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from functrain.trees import Tensors
 
 
 def step_for(config: Config, architecture: nn.Module, params: Tensors, world: World) -> Step:
-    """The step of a config's stage, which donates."""
+    """The step of a config's stage, with `donate=True`."""
     train, deviations = config.train, config.train.spike_deviations
     options: dict[str, Any] = {
         "schedule": schedule(config.schedule),
@@ -66,7 +66,7 @@ def _preference_step(
         return dpo_step(architecture, made, reference=reference, **given, **options)
     except ConfigError as error:
         if str(error).partition(":")[0] not in attrs.asdict(config):
-            raise  # of what is no preference
+            raise  # not about an option of [preference]
         raise ConfigError(f"preference.{error}") from error
 
 
@@ -76,7 +76,7 @@ def optimizer(config: Optimizer, lr: float, architecture: nn.Module) -> optimize
     options = config.options()
     if config.name == "muon":
         decay = {n: v for n, v in options.items() if n == "weight_decay"}
-        if is_adapted(architecture):  # whose names tell neither an embedding nor a head
+        if is_adapted(architecture):  # adapters' names do not reveal embeddings and heads
             options["hidden"] = optimizers.hidden_matrices(architecture)
         return optimizers.muon(lr, others=optimizers.adamw(lr, groups=exempt, **decay), **options)
     make: Any = getattr(optimizers, config.name)
@@ -97,13 +97,13 @@ def schedule(config: Schedule) -> schedules.Schedule | Plateau:
 
 
 def rates_after(config: Schedule, steps: int) -> str | None:
-    """What the learning rate does after the end of a schedule; None where no step comes after it.
+    """What the learning rate does after the end of a schedule; None if no step comes after it.
 
-    Some schedules go on from their end: a cosine climbs to its peak again.
+    Some schedules continue past their end: a cosine climbs to its peak again.
     """
     if config.total is None or config.total >= steps:
         return None
-    rate: Any = schedule(config)  # of a count: one that reduces on a plateau has no total
+    rate: Any = schedule(config)  # a function of the count, since reduce_on_plateau has no total
     every = max(1, (steps - config.total) // 1000)
     rates = [rate(count) for count in range(config.total, steps, every)]
     least, most = min(rates), max(rates)

@@ -1,4 +1,4 @@
-"""What a stage came to, in numbers and samples: for the terminal and for the report."""
+"""The results of a stage, in numbers and samples, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Row = tuple[str, str, str, str]
 
 @attrs.frozen(kw_only=True)
 class Said:
-    """A prompt, and what each of several models says after it: (which, text)."""
+    """A prompt, and how each of several models continues it: (name, text)."""
 
     prompt: str
     answers: tuple[tuple[str, str], ...]
 
 
 def conclude(outcome: Outcome) -> str:
-    """Write a finished run's report; what to print about it, the report or none."""
+    """Write a finished run's report; returns what to print, even if it cannot be written."""
     run = RunDirectory(outcome.config.directory)
     rows = measured(outcome)
     end = outcome.ended()
@@ -69,8 +69,8 @@ def worded(outcome: Outcome, prompt: Prompt) -> str:
 def measured(outcome: Outcome) -> list[Row]:
     """The stage's held-out measures, before its first step and after its last.
 
-    Empty is what was measured of other held-out data than what is after it, as a resume with
-    another `evaluation.limit` has it.
+    A `before` that was measured on other held-out data than its `after` is left empty, as when a
+    run is resumed with another `evaluation.limit`.
     """
     before, after = outcome.before, outcome.after
     if not before or not after:
@@ -89,12 +89,12 @@ def measured(outcome: Outcome) -> list[Row]:
 
 
 def _alike(outcome: Outcome) -> bool:
-    """Whether the first and the last evaluation were of the same data: of as many tokens."""
+    """Whether the first and the last evaluation had the same data, judged by their token counts."""
     return outcome.before.get("eval_num_tokens") == outcome.after.get("eval_num_tokens")
 
 
 def padding(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How much of what was computed was padding, as a line; none where nothing says so."""
+    """A line on how much of what was computed was padding; empty if nothing was logged."""
     seen = [float(each["padding"]) for each in records if "padding" in each]
     if not seen:
         return []
@@ -102,7 +102,7 @@ def padding(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def skipped(outcome: Outcome) -> list[str]:
-    """How many steps have changed nothing and why, as a line; none where each was applied."""
+    """A line on how many steps changed nothing and why; empty if all were applied."""
     state = outcome.state
     count = state.step - int(state.optimizer.count)
     if not count:
@@ -128,7 +128,7 @@ def _preferences(outcome: Outcome) -> list[Row]:
             for name in ("rewards/chosen", "rewards/rejected", "kl")
             if f"eval_{name}" in before
         ]
-    # The policy is its reference before the first step: no reward is above another.
+    # Before the first step the policy is its reference, so all rewards are equal.
     tied = float(before["eval_rewards/margins"]) == 0
     accuracy = "tied" if tied else f"{before['eval_rewards/accuracies']:.3f}"
     opened, closed = (f"{each['eval_rewards/margins']:+.3f}" for each in (before, after))
@@ -148,15 +148,15 @@ def _preferences(outcome: Outcome) -> list[Row]:
 def bits_per_byte(
     record: Mapping[str, Any], batches: Sequence[Batch], tokenizer: Tokenizer
 ) -> float:
-    """An evaluation's loss in bits, over the bytes of the text that was to be predicted.
+    """An evaluation's loss in bits, divided by the bytes of the text to be predicted.
 
-    The ends of documents and other special tokens are predicted too, and only text is divided by.
+    Ends of documents and other special tokens are predicted too, but only text is divided by.
     """
-    counted: Any = tokenizer  # those of the command line all count
+    counted: Any = tokenizer  # all tokenizers of the command line have `count_bytes`
     targets = (row[row >= 0] for batch in batches for row in batch["labels"][:, 1:])
     count: int = sum(counted.count_bytes(row.tolist()) for row in targets)
     if not count:
-        return math.nan  # special tokens alone
+        return math.nan  # only special tokens
     nats = float(record["eval_loss"]) * float(record["eval_num_tokens"])
     return nats / math.log(2) / count
 
@@ -170,7 +170,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     made = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
     last = ""
     for row in rows:
-        # A stage is named once.
+        # Consecutive rows of a stage name it once.
         made.add_row("" if row[0] == last else row[0], *row[1:])
         last = row[0]
     for column in made.columns[2:]:
@@ -190,10 +190,10 @@ def write_report(
     said: Sequence[Said],
     commands: Sequence[str],
 ) -> str:
-    """The report over these stages; the fingerprint is of the last one's state.
+    """Write the report over these stages, with the fingerprint of the last one's state.
 
-    Where it lies. A disk that is full takes nothing away from what a run came to, so that one
-    that cannot be written is said in its place.
+    Returns its path, or says that it cannot be written: a full disk does not undo a finished run,
+    so it is not an error.
     """
     stages = [
         recorded(RunDirectory(outcome.config.directory), outcome.config.stage)

@@ -1,4 +1,4 @@
-"""`functrain evaluate --tasks`: a model over tasks of lm-evaluation-harness."""
+"""`functrain evaluate --tasks`: a model on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from functrain.errors import ConfigError, did_you_mean
 
 @attrs.frozen(kw_only=True)
 class Judged:
-    """A metric of a task of lm-evaluation-harness."""
+    """A model's result on one metric of a task of lm-evaluation-harness."""
 
     task: str
     metric: str
@@ -29,7 +29,7 @@ class Judged:
     examples: int
 
     def row(self) -> tuple[str, ...]:
-        """As a row of a table."""
+        """The result as a row of a table."""
         spread = "" if self.stderr is None else f"{self.stderr:.4f}"
         return self.task, self.metric, f"{self.value:.4f}", spread, f"{self.examples:,}"
 
@@ -39,7 +39,7 @@ JUDGED = ("task", "metric", "value", "stderr", "examples")
 
 @attrs.frozen(kw_only=True)
 class Tasks:
-    """Tasks that are there: what manages them, and their names."""
+    """Tasks that exist: their names, and lm-eval's manager of them."""
 
     manager: Any
     names: tuple[str, ...]
@@ -47,11 +47,11 @@ class Tasks:
 
 
 def found(given: str, tasks: Sequence[str], *, include: str | None, chat: bool) -> Tasks:
-    """The tasks of lm-evaluation-harness by these names; of patterns (`mmlu*`) all that match.
+    """The tasks of lm-evaluation-harness with these names, or that match patterns (`mmlu*`).
 
-    `include`: a directory of YAML files with tasks of one's own. `chat`: what is asked is put into
-    the tokenizer's chat template. Raises `ConfigError` for unknown tasks, with the nearest, and for
-    a model that cannot be asked; before anything is computed.
+    `include`: a directory of YAML files with tasks of your own. `chat`: whether questions are put
+    into the tokenizer's chat template. Before anything is computed, raises `ConfigError` for
+    unknown tasks, suggesting the nearest, and for a model that cannot be asked.
     """
     tokenizer = asked_with(origin(given, "run"))
     if tokenizer is None:
@@ -77,7 +77,7 @@ def found(given: str, tasks: Sequence[str], *, include: str | None, chat: bool) 
 
 
 def _named(make: Any, tasks: Sequence[str], include: str | None) -> tuple[Any, Iterator[str]]:
-    if include is not None:  # lm-eval's own thousands take seconds to be listed
+    if include is not None:  # listing lm-eval's own thousands of tasks takes seconds
         manager = make(include_path=include, include_defaults=False)
         matches = [manager.match_tasks([task]) for task in tasks]
         if all(matches):
@@ -95,8 +95,8 @@ def _named(make: Any, tasks: Sequence[str], include: str | None) -> tuple[Any, I
 def judged(
     model: Trained, tasks: Tasks, *, time: int | None, batch_size: int, limit: int | None
 ) -> list[Judged]:
-    """The model of a run, of a checkpoint or of transformers over tasks."""
-    assert model.tokenizer is not None  # `found` has refused such a one
+    """Measure a model on tasks."""
+    assert model.tokenizer is not None  # `found` refuses a model without one
     lm = models.harness(
         model.architecture,
         model.params,
@@ -114,7 +114,7 @@ def judged(
             apply_chat_template=tasks.chat,
             log_samples=False,
         )
-    except (OSError, ImportError) as error:  # a hub that is out of reach is one
+    except (OSError, ImportError) as error:  # such as a hub that is out of reach
         raise ConfigError(
             f"tasks: {', '.join(tasks.names)}: what they need cannot be had ({error}); data come "
             "from a hub, unless a task of your own (--include) has files"

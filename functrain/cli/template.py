@@ -20,7 +20,7 @@ _BEFORE = {"sft": "functrain pretrain", "dpo": "functrain sft"}
 
 
 def written(stage: str, path: Path) -> str:
-    """Write the config of a stage to `path`; what to type next. A file that is there stays."""
+    """Write the config of a stage to `path`; says what to type next. Never overwrites a file."""
     text = template(stage)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def written(stage: str, path: Path) -> str:
 
 
 def template(stage: str) -> str:
-    """The config of a stage as TOML, commented; `ConfigError` for a stage that is not known."""
+    """The config of a stage as commented TOML; `ConfigError` for an unknown stage."""
     if stage not in STAGES:
         raise ConfigError(f"stage: {stage!r} is unknown; {did_you_mean(stage, STAGES)}")
     config = STAGES[stage]()
@@ -66,7 +66,7 @@ def _section(record: Any, path: tuple[str, ...]) -> Iterator[str]:
             yield from _section(value, (*path, name))
 
 
-# What a run writes down for itself.
+# Keys that a run fills in by itself.
 _RESOLVED: Mapping[tuple[str, ...], tuple[str, ...]] = {
     (): ("sha256",),
     ("model",): ("sha256", "shape"),
@@ -80,7 +80,7 @@ def _comment(text: str) -> list[str]:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What is said of each field of a record and of those it extends, in the text below it."""
+    """The docstring below each field of a record class and of the classes that it extends."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         if attrs.has(each):

@@ -1,4 +1,4 @@
-"""The tokenizer of a run, and what its config tells it."""
+"""The tokenizer of a run, and what the config tells its chat template."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from functrain.errors import ConfigError, DataError
 
 
 def tokenizer_for(config: Config, start: Origin | None) -> Tokenizer | None:
-    """The tokenizer of a run's data; None where they are ids of another's."""
+    """The tokenizer of a run's data; None if they are ids of a foreign tokenizer."""
     if start is not None:
         found = tokenizer_of(start)
         if found is None and start.config is None:
@@ -43,7 +43,7 @@ def tokenizer_for(config: Config, start: Origin | None) -> Tokenizer | None:
 
 
 def _told(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """With what the config tells the chat template."""
+    """The tokenizer with what the config tells its chat template."""
     given, day = config.data.enable_thinking, config.data.today
     if not isinstance(tokenizer, PretrainedTokenizer) or not has_template(tokenizer):
         if given is not None:
@@ -59,7 +59,7 @@ def _told(tokenizer: Tokenizer, config: Config) -> Tokenizer:
 
 
 def tokenizer_of(found: Origin) -> Tokenizer | None:
-    """The tokenizer of a model or of a run; None where a run has had ids of another's."""
+    """The tokenizer of a model or of a run; None if the run had ids of a foreign tokenizer."""
     if found.config is None:
         return models.tokenizer_of(found.checkpoint)
     if found.shape is None:
@@ -84,7 +84,7 @@ def asked_with(found: Origin) -> Tokenizer | None:
 
 
 def vocabulary_for(config: Config, tokenizer: Tokenizer | None) -> int:
-    """How many tokens the model of a run is to know."""
+    """The vocabulary size of a run's model."""
     if tokenizer is not None:
         return tokenizer.vocabulary
     given = config.data.vocabulary if isinstance(config, Pretrain) else None
@@ -97,7 +97,7 @@ def vocabulary_for(config: Config, tokenizer: Tokenizer | None) -> int:
 
 
 def templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
-    """Whether a run's data are dialogues in a chat template; None where there is no template."""
+    """Whether a run's data are dialogues in a chat template; None if there is no template."""
     if tokenizer is None or not has_template(tokenizer):
         return None
     if isinstance(config, Pretrain) or config.data.train == EMBEDDED:
@@ -112,7 +112,7 @@ def templated(config: Config, tokenizer: Tokenizer | None) -> bool | None:
 
 
 def _takes(config: Config, tokenizer: Tokenizer, record: dict[str, Any]) -> bool:
-    """Whether a run trains on a record: one that it skips says nothing of the others."""
+    """Whether a run trains on a record: one that it skips says nothing about the others."""
     read: Any = {"sft": read_chat, "dpo": read_pair}[config.stage]
     if isinstance(config, DPO) and config.preference.unpaired:
         read = read_judged

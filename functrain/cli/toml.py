@@ -1,4 +1,4 @@
-"""Configs as TOML, and TOML as configs; every complaint names the file, the key and the remedy."""
+"""Configs as TOML and back; every error names the file, the key and the remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 }
 
 
-@functools.cache  # its hooks are generated code
+@functools.cache  # generating the code of its hooks takes time
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in _KINDS:
@@ -43,7 +43,7 @@ def _converter() -> cattrs.Converter:
 
 
 def _strict(value: Any, kind: Any) -> Any:
-    """A value of exactly this type: cattrs would take `int(2.7)` and `bool("no")`."""
+    """A value of exactly this type: cattrs would accept 2.7 as an int and "no" as a bool."""
     allowed, expected = _KINDS[kind]
     if type(value) not in allowed:
         raise TypeError(f"expected {expected}, got {_shown(value)}")
@@ -55,17 +55,17 @@ def _shown(value: Any) -> str:
 
 
 def read(path: Path, cls: type[C]) -> C:
-    """The config in a TOML file, every unknown key and wrong value of it in one `ConfigError`."""
+    """The config in a TOML file; one `ConfigError` lists every unknown key and wrong value."""
     return structured(_tables(path), cls, str(path))
 
 
 def loads(text: str, cls: type[C]) -> C:
-    """The config that `dumps` has written."""
+    """The config in a text written by `dumps`."""
     return structured(tomllib.loads(text), cls, "config")
 
 
 def read_any(path: Path) -> Config:
-    """The config that a run has written; its `stage` says which it is."""
+    """The config that a run has written, of the stage that its `stage` names."""
     stage = _tables(path).get("stage")
     return read_as(path, str(stage))
 
@@ -90,13 +90,13 @@ def _tables(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from error
-    # Its own error, and those of integers of thousands of digits and of arrays as deep.
+    # TOML's own error, and those of integers with thousands of digits and arrays nested as deep.
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
 def structured(tables: Mapping[str, Any], cls: type[C], where: str) -> C:
-    """The config that `tables` are; `where` begins each line of the `ConfigError` for others."""
+    """The config in `tables`; `where` begins each line of the `ConfigError` if they are invalid."""
     try:
         return _converter().structure(tables, cls)
     except ClassValidationError as error:
@@ -117,7 +117,7 @@ def _complaints(error: BaseException, path: tuple[str, ...]) -> Iterator[str]:
     elif isinstance(error, ForbiddenExtraKeysError):
         known = [field.name.rstrip("_") for field in attrs.fields(error.cl)]
         for extra in sorted(error.extra_fields):
-            # Not of the config itself: of a section, before whose head it stands.
+            # A key at the top level may belong to a section and stand above its header.
             where = "" if path else " or ".join(_sections(error.cl, extra))
             way = f"it is of {where}" if where else did_you_mean(extra, known)
             yield f"{'.'.join((*path, extra))}: unknown key; {way}"
@@ -130,7 +130,7 @@ def _complaints(error: BaseException, path: tuple[str, ...]) -> Iterator[str]:
 
 
 def _sections(cls: type, key: str) -> list[str]:
-    """The sections of a config that have such a key, as TOML writes their heads."""
+    """The sections of a config that have such a key, as TOML headers."""
     hints = {name: kind for name, kind in get_type_hints(cls).items() if attrs.has(kind)}
     return [
         f"[{name}]"
@@ -140,7 +140,7 @@ def _sections(cls: type, key: str) -> list[str]:
 
 
 def _expected(path: tuple[str, ...]) -> str:
-    """What belongs at a path whose value has not even the form of it."""
+    """What belongs at a path whose value is not even of the right form."""
     for cls in STAGES.values():
         kind: Any = cls
         for part in path:
@@ -155,12 +155,12 @@ def _expected(path: tuple[str, ...]) -> str:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every key of a config by its path, `schedule.peak`; what is not given is None."""
+    """Every key of a config by its path, `schedule.peak`; keys that are not given are None."""
     return _flat(_converter().unstructure(config))
 
 
 def keys(path: Path) -> set[str]:
-    """The keys that a TOML file has, by their paths."""
+    """The paths of all keys in a TOML file."""
     return {*_flat(_tables(path))}
 
 
@@ -179,7 +179,7 @@ def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dumps(config: Config) -> str:
-    """A config as TOML that reads back as the same config; what is not given is left out."""
+    """A config as TOML that reads back as the same config; keys that are None are left out."""
     return "\n".join(_lines(_converter().unstructure(config), ())) + "\n"
 
 
@@ -199,7 +199,7 @@ def literal(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # TOML's escapes are JSON's, but that it wants the delete character escaped too.
+        # TOML's escapes are JSON's, except that the delete character must be escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")

@@ -1,4 +1,4 @@
-"""`functrain verify` and `functrain diff`: is it what it says, and where do two runs part?"""
+"""`functrain verify` and `functrain diff`: are checkpoints intact, and where do two runs differ?"""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _MOST_SHOWN = 20
 
 
 def verified(given: str, replay: str | None) -> Iterator[str]:
-    """A line for each checkpoint that is as it was saved; `CheckpointError` at one that is not.
+    """Yields a line for each intact checkpoint; `CheckpointError` at one that is not intact.
 
-    With `replay`, `A..B`, the steps from checkpoint A to B are made again, and must come to B's
-    very bits; `ConfigError` where the data or the model that the run began with are others now, and
-    for fast sums of several workers, which one process cannot make again.
+    With `replay`, `A..B`, the steps from checkpoint A to B are repeated and must give B's exact
+    bits. Raises `ConfigError` if the data or the starting model of the run have changed, and for
+    fast sums of several workers, which one process cannot repeat.
     """
     for path in _every_run(Path(given)):
         try:
@@ -44,7 +44,7 @@ def verified(given: str, replay: str | None) -> Iterator[str]:
         except CheckpointError:
             if path == Path(given) or path.is_dir():
                 raise
-            continue  # of a run that goes on, which has pruned it
+            continue  # pruned meanwhile by a run in progress
         size = sum(entry.size for entry in manifest.files.values())
         yield f"{path}: whole; {len(stored)} leaves, {size:,} bytes"
     if replay is not None:
@@ -52,13 +52,13 @@ def verified(given: str, replay: str | None) -> Iterator[str]:
 
 
 def _every_run(path: Path) -> list[Path]:
-    """The checkpoints of the runs that lie in a directory, a demo's say, or of what else it is."""
+    """The checkpoints of a run, of all runs in a directory (a demo's, say), or a checkpoint."""
     runs = [path] if RunDirectory(path).config.is_file() else _runs_in(path) or [path]
     return [found for run in runs for found in _checkpoints(run)]
 
 
 def _runs_in(path: Path) -> list[Path]:
-    """The runs directly below it: the stages in their order, then the others by name."""
+    """The runs directly below a directory: the stages in their order, then others by name."""
     stages = tuple(reversed(STAGE_ORDER))
     below = sorted(each.parent for each in path.glob("*/config.toml"))
     found = [each for each in below if (each / "checkpoints").is_dir() or each.name in stages]
@@ -106,11 +106,11 @@ def _replayed(path: Path, replay: str) -> str:
             evaluate_every=config.evaluation.every if plateau else None,
         ):
             state = now
-    assert end is not None  # `_at` has refused a step without a checkpoint, but for 0
+    assert end is not None  # `_at` refuses a step without a checkpoint, other than 0
     _, expected = read_leaves(OPERATING_SYSTEM, end)
     base = expected.get("base")
     if isinstance(base, str) and why_apart(base, state.base) is None:
-        state = attrs.evolve(state, base=base)  # the first checkpoints say less of it
+        state = attrs.evolve(state, base=base)  # the first checkpoints lack the base's scale
     found = list(differences(dict(leaves(state)), expected))
     if found:
         raise CheckpointError(
@@ -120,12 +120,12 @@ def _replayed(path: Path, replay: str) -> str:
 
 
 def _check_alone(run: RunDirectory, begin: int, end: int) -> None:
-    """Refuse steps that several workers have made with sums in an order of their own."""
+    """Refuse steps that several workers made with fast sums: one process has another order."""
     for path in checkpoints(run.checkpoints):
         step = step_of(path)
         if step is None or not begin < step <= end:
-            continue  # whoever made the first one, it is only read
-        # A condition of sums in the fast order alone: see `functrain.loop.conditions`.
+            continue  # the first checkpoint is only read, whoever made it
+        # A condition recorded only for fast sums: see `functrain.loop.conditions`.
         workers = read_manifest(OPERATING_SYSTEM, path).numerics.get("workers")
         if workers is not None:
             raise ConfigError(
@@ -144,10 +144,11 @@ def _at(run: RunDirectory, step: int) -> Path | None:
 
 
 def compared(one: str, other: str) -> tuple[bool, list[str]]:
-    """Whether two checkpoints or runs are the same, and what to say of it.
+    """Whether two checkpoints or runs are the same, and what to say about it.
 
-    Of two runs every step that both have kept is looked at, the lowest first, and all that is said
-    to be the same has been hashed. Raises `CheckpointError` for what is not as it was saved.
+    For two runs, the steps that both have kept are compared, from the lowest to the first that
+    differs, and whatever is reported as the same has been hashed. Raises `CheckpointError` for a
+    damaged checkpoint.
     """
     pairs = _pairs(_checkpoints(Path(one)), _checkpoints(Path(other)))
     runs = _runs(Path(one), Path(other))
@@ -159,7 +160,7 @@ def compared(one: str, other: str) -> tuple[bool, list[str]]:
         except CheckpointError:
             if len(pairs) == 1 or all(path.is_dir() for path in pair):
                 raise
-            continue  # of a run that goes on, which has pruned it
+            continue  # pruned meanwhile by a run in progress
         if found:
             numerics = (read_manifest(OPERATING_SYSTEM, path).numerics for path in pair)
             lines += _apart("numerics", *numerics)
@@ -175,7 +176,7 @@ def compared(one: str, other: str) -> tuple[bool, list[str]]:
 
 
 def _pairs(first: list[Path], second: list[Path]) -> list[tuple[Path, Path]]:
-    """Two single checkpoints, or those of the same step, by their steps."""
+    """The pair of two single checkpoints, or the pairs of equal steps, sorted by step."""
     if len(first) == len(second) == 1:
         return [(first[0], second[0])]
     others = {step_of(path): path for path in second}
@@ -183,11 +184,11 @@ def _pairs(first: list[Path], second: list[Path]) -> list[tuple[Path, Path]]:
 
 
 def _between(one: Path, other: Path) -> list[Difference]:
-    """The leaves in which two checkpoints differ, both verified."""
+    """The leaves in which two checkpoints differ, after both have been verified."""
     manifests = [read_manifest(OPERATING_SYSTEM, path) for path in (one, other)]
     if manifests[0].files != manifests[1].files:
         return list(compare_checkpoints(one, other))
-    for path in {one, other}:  # the same hashes, which have to be those of the files
+    for path in {one, other}:  # equal hashes, which the files must have
         read_leaves(OPERATING_SYSTEM, path)
     return []
 
@@ -201,15 +202,15 @@ def _shown(found: list[Difference]) -> list[str]:
 def _configs(runs: Sequence[RunDirectory]) -> Iterator[str]:
     try:
         read = [toml.read_any(run.config) for run in runs]
-    except ConfigError as error:  # the checkpoints are compared all the same
+    except ConfigError as error:  # the checkpoints are compared nevertheless
         yield f"configs not compared: {error}"
         return
-    # Its own hash is of what is compared.
+    # Without the config's own hash, which covers what is compared.
     yield from _apart("config", *(toml.flat(attrs.evolve(each, sha256=None)) for each in read))
 
 
 def _runs(one: Path, other: Path) -> list[RunDirectory] | None:
-    """Both runs; None where a checkpoint lies outside of one."""
+    """Both runs; None if a checkpoint is not in a run."""
     try:
         return [RunDirectory(stage_directory(path)) for path in (one, other)]
     except ConfigError:
@@ -221,7 +222,7 @@ def _logged(runs: Sequence[RunDirectory]) -> Iterator[str]:
         return
     try:
         records = [{record["step"]: record for record in logged(run)} for run in runs]
-    except DataError as error:  # the checkpoints are compared all the same
+    except DataError as error:  # the checkpoints are compared nevertheless
         yield f"metrics not compared: {error}"
         return
     for step in sorted(records[0].keys() & records[1].keys()):

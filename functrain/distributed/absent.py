@@ -1,4 +1,4 @@
-"""What stands for a parameter while no worker has it whole."""
+"""The placeholder for a parameter while it is not gathered."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _OF_FORM = frozenset(
         *(torch.rand_like, torch.randn_like),
     }
 )
-"""What asks a tensor for its form alone, and for none of its values."""
+"""Functions that read a tensor's form only (shape, dtype, device, …), never its values."""
 _LIKE_ANOTHER = frozenset({_getters.to, _getters.type_as, _getters.expand_as, _getters.view_as})
-"""What asks for the form of the second tensor that it is given."""
+"""Functions that read the values of their first argument, and only the form of the second."""
 
 
 class Absent(Tensor):
-    """A parameter's form without its values: what reads them raises `ArchitectureError`."""
+    """A parameter's form without its values: reading them raises `ArchitectureError`."""
 
     parameter: str
 
     @classmethod
     def like(cls, name: str, tensor: Tensor, shape: torch.Size) -> Absent:
-        """What stands for a parameter of that name and shape, of which `tensor` are some rows."""
-        # NaN: there are ways to a value, those of C++, that ask nobody.
+        """A placeholder for a parameter of this name and shape, of which `tensor` is some rows."""
+        # NaN, since C++ code can read values without passing through `__torch_function__`.
         wrong = torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
         filled = torch.full((), wrong, dtype=tensor.dtype, device=tensor.device)
         found: Absent = filled.expand(shape).as_subclass(cls)
@@ -50,7 +50,7 @@ class Absent(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call what asks for the form, and refuse the rest."""
+        """Run functions that read only the form, and refuse the others."""
         del types
         plain = func in _LIKE_ANOTHER and not isinstance(args[0], cls)
         if not plain and func not in _OF_FORM:

@@ -1,4 +1,4 @@
-"""The exchanges of a block: its params whole, and rows of its gradients' sums; each begun early."""
+"""A block's exchanges, each begun early: gathering its params, reducing its gradients to rows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from functrain.reductions import tree_sum
 from functrain.trees import by_dtype
 
 Receive = Callable[[str, Tensor, bool], None]
-"""Takes a parameter's name, this worker's rows of its gradient's sum, and whether there was a
-gradient here."""
+"""Takes a parameter's name, this worker's rows of the sum of its gradients, and whether this worker
+had a gradient for it."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Blocks:
-    """How the workers of a world exchange rows of tensors whose whole `shapes` these are.
+    """How the workers of a world exchange rows of tensors; `shapes` are those of the whole ones.
 
-    `tree`: the sums are binary trees over the ranks.
+    `tree`: whether sums are binary trees over the ranks.
     """
 
     world: World
@@ -35,7 +35,7 @@ class Blocks:
 
     @_signs.default
     def _found_signs(self) -> Mapping[str, int]:
-        """Small numbers, exact in any dtype, that tell most names from each other."""
+        """A small number for each name, exact in any dtype, that distinguishes most names."""
         return {name: number % _SIGNS for number, name in enumerate(self.shapes)}
 
     def rows(self, name: str) -> Rows:
@@ -43,7 +43,7 @@ class Blocks:
         return rows_of(self.shapes[name][0], self.world.rank, self.world.size)
 
     def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> Gathering:
-        """Begin to make these rows whole, in one exchange for each dtype."""
+        """Begin to gather whole tensors from these rows, in one exchange per dtype."""
         given = dict(zip(names, shards, strict=True))
         groups = by_dtype({name: tensor.dtype for name, tensor in given.items()})
         under_way = []
@@ -59,7 +59,7 @@ class Blocks:
         return Gathering(self, names, under_way)
 
     def scatter(self, grads: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype) -> Scattering:
-        """Begin to sum gradients of one micro-batch of every worker, in one dtype."""
+        """Begin to sum the gradients of one micro-batch per worker, all of one dtype."""
         sizes = [self.most(name) for name, _ in grads]
         sent = torch.empty(self.world.size, sum(sizes), dtype=dtype, device=self.world.device)
         begin = 0
@@ -77,17 +77,17 @@ class Blocks:
         return Scattering(self, reached, sent, received, work)
 
     def most_rows(self, name: str) -> int:
-        """The most rows that a worker has."""
+        """The number of rows of the worker that has the most."""
         return -(-self.shapes[name][0] // self.world.size)
 
     def most(self, name: str) -> int:
-        """Elements of the most rows that a worker has."""
+        """The number of elements in `most_rows` rows."""
         return self.most_rows(name) * self.shapes[name][1:].numel()
 
     def _cut(self, into: Tensor, name: str, grad: Tensor | None) -> None:
-        """A whole gradient as the parts of the workers: [workers, elements]."""
+        """Cut a whole gradient into the workers' parts: [workers, elements]."""
         if grad is None:
-            into.fill_(-0.0)  # what adds nothing, see `exchange.nothing`
+            into.fill_(-0.0)  # adds nothing, see `exchange.nothing`
             return
         flat, size = grad.reshape(-1), into.shape[1]
         if len(flat) == into.numel():
@@ -104,21 +104,21 @@ OTHER_ORDER = (
     "that they exchanged what does not belong together; a model that chooses its blocks at random "
     "or by its input cannot be sharded"
 )
-_SIGNS = 113  # a prime, so that blocks of equally many params have signs of their own
+_SIGNS = 113  # a prime, so that blocks with equally many params get different signs
 _GATHERING = "the gathering of params"
 _REDUCTION = "the reduction of the gradients"
 
 
 @attrs.frozen(eq=False)
 class Gathering:
-    """Tensors that are becoming whole."""
+    """Whole tensors that are being gathered."""
 
     _blocks: Blocks
     _names: Sequence[str]
     _under_way: list[tuple[list[str], Tensor, Any]]
 
     def whole(self) -> list[Tensor]:
-        """Them, when they are there; to be asked for once."""
+        """Wait for the whole tensors and return them; may be called once."""
         found: dict[str, Tensor] = {}
         while self._under_way:
             names, received, work = self._under_way.pop(0)
@@ -133,16 +133,16 @@ class Gathering:
         return [found[name] for name in self._names]
 
     def _refuse_others(self, signs: Tensor) -> None:
-        """Raise where the workers have sent what does not belong together.
+        """Raise `ArchitectureError` if the workers exchanged tensors that do not belong together.
 
-        On an accelerator to look would be a wait: there it is seen at the end of the step, if the
-        exchanges come to one.
+        Only on the CPU: on an accelerator the check would have to wait, and the mistake is found at
+        the end of the step instead, if the exchanges get that far.
         """
         if signs.device.type == "cpu" and bool((signs != signs[0]).any()):
             raise ArchitectureError(OTHER_ORDER)
 
     def _joined(self, name: str, received: Tensor) -> Tensor:
-        # In memory of its own, aligned as a tensor is that was never sharded.
+        # In memory of its own, aligned like a tensor that was never sharded.
         shape = self._blocks.shapes[name]
         whole = torch.empty(shape, dtype=received.dtype, device=received.device)
         flat, (workers, size) = whole.view(-1), received.shape
@@ -157,7 +157,7 @@ class Gathering:
 
 @attrs.frozen(eq=False)
 class Scattering:
-    """Sums that are being made; what was sent is kept until they are."""
+    """Sums under way; keeps what was sent until they are complete."""
 
     _blocks: Blocks
     _reached: Mapping[str, bool]
@@ -166,12 +166,12 @@ class Scattering:
     _work: Any
 
     def rows(self) -> Iterator[tuple[str, Tensor, bool]]:
-        """This worker's rows of them, when they are there: what a `Receive` takes."""
+        """Wait for the sums; yields this worker's rows of each, as the arguments of `Receive`."""
         with self._blocks.world.meeting(_REDUCTION):
             self._work.wait()
         total = self._received
         if self._blocks.tree:
-            # A clone, else these rows would hold all that was received.
+            # Cloned, or these rows would keep all that was received in memory.
             total = tree_sum(list(self._received), torch.Tensor.add_).clone()
         begin = 0
         for name, reached in self._reached.items():
@@ -182,14 +182,14 @@ class Scattering:
 
 
 class Sums:
-    """Sums of gradients over the workers, of one block at a time beside what is computed."""
+    """Sums of gradients over the workers, one block at a time, overlapping with the computation."""
 
     def __init__(self, blocks: Blocks, dtypes: Mapping[str, torch.dtype], receive: Receive) -> None:
         self._blocks, self._dtypes, self._receive = blocks, dtypes, receive
         self._under_way: list[Scattering] = []
 
     def begin(self, names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
-        """Begin those of a block, when those of the last one are there."""
+        """Begin the sums of a block, after waiting for those of the previous one."""
         self.finish()
         given = dict(zip(names, grads, strict=True))
         for some in by_dtype({name: self._dtypes[name] for name in names}):
@@ -197,7 +197,7 @@ class Sums:
             self._under_way.append(self._blocks.scatter([(n, given[n]) for n in some], dtype))
 
     def finish(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the sums that are under way."""
         while self._under_way:
             for name, rows, reached in self._under_way.pop(0).rows():
                 self._receive(name, rows, reached)

@@ -1,4 +1,4 @@
-"""The environment that torchrun sets, as a world."""
+"""Making a world from the environment that torchrun sets."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from functrain.errors import ConfigError, FunctrainWarning
 
 
 def world(*, device: str | None = None, timeout: float = TIMEOUT) -> World:
-    """The world of this process, from the environment that torchrun sets; `ALONE` without it.
+    """The world of this process, from the environment that torchrun sets; without it, a world of 1.
 
-    `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` are read. gloo on the CPU,
-    NCCL on CUDA, where the process takes the device of its local rank. A process group that is
-    there already is used as it is; one that was made here ends with the last world that is open.
-    Raises `ConfigError` for an environment that makes no sense, and `WorkerError` where a worker
-    does not come in `timeout` seconds.
+    Reads `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`. The backend is gloo
+    on the CPU and NCCL on CUDA, where the process takes the device of its local rank. An existing
+    process group is used as it is; one made here ends when the last open world is left. Raises
+    `ConfigError` for an inconsistent environment, and `WorkerError` if a worker does not arrive
+    within `timeout` seconds.
     """
     if not is_number(timeout) or not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout: {timeout!r}, expected a positive number of seconds")
@@ -79,7 +79,7 @@ def _refuse_rank(rank: int, size: int) -> NoReturn:
 
 
 def _check_group(rank: int, size: int, where: torch.device) -> None:
-    """Refuse a process group that this world cannot go on with."""
+    """Refuse an existing process group that does not fit this world."""
     if (dist.get_rank(), dist.get_world_size()) != (rank, size):
         raise ConfigError(
             f"world: the process group is of rank {dist.get_rank()} of {dist.get_world_size()}, "
@@ -95,7 +95,7 @@ def _check_group(rank: int, size: int, where: torch.device) -> None:
 
 
 def _check_address() -> None:
-    """Refuse what the workers cannot find each other by."""
+    """Refuse an address at which the workers cannot find each other."""
     if not os.environ.get("MASTER_ADDR"):
         raise ConfigError(_missing("MASTER_ADDR"))
     port = _number("MASTER_PORT", None)

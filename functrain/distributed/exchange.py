@@ -1,4 +1,4 @@
-"""Sums over workers: of gradients, in buckets, fast or in the order of a tree; and of metrics."""
+"""Sums over workers: of gradients, in buckets, either fast or as a tree; and of metrics."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from functrain.metrics import Metric, Metrics
 from functrain.reductions import tree_sum
 
 BUCKET = 25 << 20
-"""Bytes that are exchanged at once."""
+"""Bytes of one exchange."""
 
 ALONE = 1 << 20
-"""A gradient of so many bytes is sent by itself, where it is: to copy it would take longer than an
-exchange of its own."""
+"""A gradient of at least so many bytes is sent by itself, in place: copying it into a bucket would
+take longer than an exchange of its own."""
 
 IN_FLIGHT = 4
-"""Exchanges that may be under way at once; each may have a bucket's copy of gradients."""
+"""Exchanges that may be under way at once; each may hold a bucket's copy of gradients."""
 
 Meeting = Callable[[str], AbstractContextManager[None]]
 
 
 def nothing(like: Tensor) -> Tensor:
-    """The gradient of a parameter that no micro-batch here has reached: what adds nothing.
+    """The gradient of a parameter that no micro-batch here has reached: one that adds nothing.
 
-    −0.0, the one number whose sum with any other has that other's bits, 0.0 among them.
+    It is −0.0, the only number that added to any other, 0.0 included, leaves its bits unchanged.
     """
     return torch.full_like(like, -0.0, requires_grad=False)
 
 
 class Beside:
-    """Sums over the workers of gradients that become ready one after another.
+    """Sums gradients over the workers as they become ready, one after another.
 
-    In buckets, the same on every worker: large gradients by themselves, and small ones together. A
-    bucket is sent when its gradients and all buckets before it are ready, while others are still
-    computed; the order of the exchanges is the same everywhere, whatever is ready first. As a
-    `tree` the sum is one over the ranks.
+    They are summed in buckets, the same on every worker: large gradients by themselves, small ones
+    together. A bucket is sent once its gradients and all buckets before it are ready, while later
+    ones are still computed, so the order of the exchanges is the same everywhere, whatever is ready
+    first. With `tree`, each sum is a binary tree over the ranks.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Beside:
         self._under_way: deque[_Sending] = deque()
 
     def ready(self, name: str, grad: Tensor, *, own: bool) -> None:
-        """A gradient is what it will be. Where its memory is its `own`, it may be the sum's.
+        """Hand over a gradient that is final; if its memory is its `own`, the sum may reuse it.
 
-        What autograd has just made may be a view of an activation's gradient, which the rest of
-        the backward pass still reads.
+        A gradient that autograd has just made may not own its memory: it can be a view of an
+        activation's gradient, which the rest of the backward pass still reads.
         """
         if name in self._ready or name in self._sums:
             raise ArchitectureError(
@@ -76,7 +76,7 @@ class Beside:
             self._send()
 
     def finish(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All sums; what is neither in `grads` nor was ready is what adds nothing."""
+        """All sums; a gradient neither in `grads` nor `ready` before counts as `nothing`."""
         for name, like in self._like.items():
             if name not in self._ready and name not in self._sums:
                 self._ready[name] = grads[name] if name in grads else nothing(like), True
@@ -84,7 +84,7 @@ class Beside:
             self._send()
         while self._under_way:
             self._receive()
-        # Those without elements are in no bucket.
+        # Gradients without elements are in no bucket.
         return {**{name: grad for name, (grad, _) in self._ready.items()}, **self._sums}
 
     def _complete(self, bucket: Sequence[_Stretch]) -> bool:
@@ -100,7 +100,7 @@ class Beside:
             self._under_way.append(send(self._packed(bucket), self._size))
 
     def _packed(self, bucket: Sequence[_Stretch]) -> Tensor:
-        """The gradients of a bucket as one, in which their sums will be."""
+        """The gradients of a bucket as one tensor, which will hold their sums."""
         if len(bucket) == 1:
             ((name, begin, end),) = bucket
             if name not in self._sums:
@@ -121,17 +121,17 @@ class Beside:
 
 _REDUCTION = "the reduction of the gradients"
 _Stretch = tuple[str, int, int]
-"""Of a gradient, flat: from where to where."""
+"""A range of a flattened gradient: name, begin and end."""
 
 
 class _Sending(Protocol):
     def receive(self) -> None:
-        """The sum is there, where what was sent was."""
+        """Wait for the sum, which replaces what was sent, in the same memory."""
         ...
 
 
 class _Fast:
-    """In the order that the backend takes."""
+    """A sum in whatever order the backend takes."""
 
     def __init__(self, packed: Tensor, size: int) -> None:
         del size
@@ -142,10 +142,10 @@ class _Fast:
 
 
 class _Canonical:
-    """As a binary tree over the ranks.
+    """A sum as a binary tree over the ranks.
 
-    As many bytes as a ring's all-reduce: each worker gets one part of every other's gradients, adds
-    them in order, and sends the sum to all.
+    It moves as many bytes as a ring all-reduce: each worker receives one part of every other
+    worker's gradients, adds them in order, and sends the sum to all.
     """
 
     def __init__(self, packed: Tensor, size: int) -> None:
@@ -165,12 +165,12 @@ class _Canonical:
 
 
 def _begins(bucket: Sequence[_Stretch]) -> list[int]:
-    """Where each of a bucket begins in it."""
+    """The offset of each gradient in its bucket."""
     return list(itertools.accumulate((end - begin for _, begin, end in bucket[:-1]), initial=0))
 
 
 def _together(like: Mapping[str, Tensor]) -> Iterator[list[_Stretch]]:
-    """What is summed in one exchange: of one dtype, about `BUCKET` bytes at most."""
+    """Buckets, each summed in one exchange: of one dtype, and about `BUCKET` bytes at most."""
     for dtype in sorted({tensor.dtype for tensor in like.values()}, key=str):
         bucket: list[_Stretch] = []
         space = most = max(1, BUCKET // dtype.itemsize)
@@ -192,10 +192,10 @@ def _together(like: Mapping[str, Tensor]) -> Iterator[list[_Stretch]]:
 
 
 def _flat(grad: Tensor) -> Tensor:
-    """All of it as one dimension, in its own memory."""
+    """The gradient as one dimension, over its own memory."""
     if grad.is_contiguous():
         return grad.view(-1)
-    # Dense in another order of its dimensions; the same on every worker, as the params are.
+    # Dense, with its dimensions in another order; the same on every worker, like the params.
     return torch.as_strided(grad, (grad.numel(),), (1,))
 
 
@@ -206,7 +206,7 @@ OTHER_METRICS = (
 
 
 def refuse_moved(counts: Tensor, moved: Sequence[str]) -> None:
-    """Raise where the forward writes to a buffer: `counts` of them on each worker."""
+    """Raise `ArchitectureError` if the forward wrote to buffers; `counts`: how many, per worker."""
     if bool(counts.any()):
         raise ArchitectureError(
             f"buffers/{moved[0] if moved else '…'}: the forward writes to it, and each worker "
@@ -216,18 +216,18 @@ def refuse_moved(counts: Tensor, moved: Sequence[str]) -> None:
 
 
 def form_of(metrics: Metrics) -> bytes:
-    """The names, readings and shapes of metrics."""
+    """The names, readings and sizes of metrics, as bytes to compare."""
     parts = [(n, metrics.metric(n).reading, metrics.metric(n).sum.numel()) for n in metrics]
     return orjson.dumps(sorted(parts))
 
 
 def hashed(form: bytes) -> int:
-    """63 bits of a hash."""
+    """A hash of 63 bits, which int64 holds."""
     return int.from_bytes(hashlib.blake2b(form, digest_size=8).digest(), "little") >> 1
 
 
 def values_of(metrics: Metrics) -> Tensor:
-    """Sums and weights, sorted by name: float64, flat."""
+    """The sums and weights of metrics, sorted by name, as one flat float64 tensor."""
     found = [metrics.metric(name) for name in sorted(metrics)]
     if not found:
         return torch.zeros(0, dtype=torch.float64)
@@ -237,7 +237,7 @@ def values_of(metrics: Metrics) -> Tensor:
 
 
 def metrics_of(values: Tensor, like: Metrics) -> Metrics:
-    """What `values_of` made flat, as metrics of the form of `like`."""
+    """The inverse of `values_of`, for metrics of the form of `like`."""
     found: dict[str, Metric] = {}
     begin = 0
     for name in sorted(like):
@@ -261,9 +261,10 @@ class _Speaking(Protocol):
 
 
 def gathered_metrics(world: _Speaking, own: Sequence[Metrics]) -> list[Metrics]:
-    """The metrics of every worker's turns: of turn i from worker i modulo their number.
+    """The metrics of turns that were dealt out to the workers, in the order of the turns.
 
-    They may have other names from turn to turn. On an accelerator this waits for it.
+    Turn i was worker (i mod size)'s, and `own` are this worker's. The names may differ from turn to
+    turn. On an accelerator this synchronizes.
     """
     if world.size == 1:
         return list(own)
@@ -273,7 +274,7 @@ def gathered_metrics(world: _Speaking, own: Sequence[Metrics]) -> list[Metrics]:
 
 
 def _plain(metrics: Metrics) -> dict[str, list[object]]:
-    """As JSON; floats as the integers of their bits, since JSON has neither infinities nor NaN."""
+    """Metrics as JSON values, floats as the integers of their bits: JSON has no inf and no NaN."""
 
     def bits(values: Tensor) -> list[int]:
         found: list[int] = values.double().reshape(-1).view(torch.int64).tolist()

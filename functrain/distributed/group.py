@@ -1,9 +1,9 @@
 """The process group: made for the first world of a process, and ended with the last one.
 
-The worlds of a process may be nested, and may come one after another: each time all have been left
-the next one meets anew, under a name of its own in the store in which the workers find each other.
-That store lives on, under torchrun and where worker 0 is slow to leave, and has the addresses of
-the group before.
+The worlds of a process may be nested, or follow one another. After all have been left, the next one
+makes a new group, under a new name in the store through which the workers find each other: the
+store may outlive the group (under torchrun, or where worker 0 is slow to leave), and still holds
+the addresses of the previous one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 @attrs.define
 class _Made:
-    """What functrain has made in this process; a group of somebody else's is nobody's here."""
+    """What functrain has made in this process; a process group made elsewhere is not recorded."""
 
     group: Any = None
     number: int = 0
@@ -36,36 +36,36 @@ def meet(backend: str, rank: int, size: int, timeout: float) -> None:
     """Make the process group, with all workers."""
     given: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if _made.store is not None:
-        # After one that has ended, whose addresses the store still has.
+        # After a group that has ended, whose addresses the store still holds.
         store = dist.distributed_c10d.PrefixStore(f"functrain/group/{_made.number}", _made.store)
         given |= {"store": store, "rank": rank, "world_size": size}
     dist.init_process_group(backend, **given)
     if _made.store is None:
         _made.store = store_of_group()
-        # Gloo may abort a process that ends with its threads alive.
+        # Gloo may abort a process that exits while its threads are alive.
         atexit.register(end)
     _made.group = dist.group.WORLD
     _made.number += 1
 
 
 def join(timeout: float) -> None:
-    """Go on with the group that is there; who else made it has chosen its timeout."""
+    """Use the existing group; its timeout is changed only if functrain made it."""
     if _is_ours():
-        # Its own name came with torch 2.14, which warns of the other.
+        # torch 2.14 made the function public, and warns of the private name.
         change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         change(timedelta(seconds=timeout))
 
 
 def enter(world: object) -> None:
-    """Note a world that uses the group."""
+    """Register a world that uses the group."""
     _made.worlds.add(world)
 
 
 def leave(world: object) -> None:
-    """Note that a world no longer uses it; with the last one the group ends.
+    """Unregister a world; the group ends with the last one.
 
-    Where that has failed, the others do not wait for this worker then (where DTensor has used the
-    group, it keeps the connections for as long as the process lasts).
+    After a failure here this spares the others from waiting for this worker (unless DTensor has
+    used the group: it keeps the connections for as long as the process lives).
     """
     _made.worlds.discard(world)
     if not _made.worlds:
@@ -73,14 +73,14 @@ def leave(world: object) -> None:
 
 
 def store_of_group() -> Any:
-    """The store in which the workers of the group have found each other."""
+    """The store through which the workers of the group found each other."""
     return dist.distributed_c10d._get_default_store()
 
 
 def end() -> None:
-    """End the group, where it is ours, with what was said written."""
+    """End the group, if functrain made it, after flushing the output."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # its reader has gone, or it is closed
+        with suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
     if _is_ours():
         dist.destroy_process_group()

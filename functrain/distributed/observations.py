@@ -1,4 +1,4 @@
-"""What micro-batches need to know of each other, from every worker."""
+"""Gathering observations, which micro-batches need of each other, from every worker."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ class _Gathering(Protocol):
 def gathered_observations(world: _Gathering, observed: Sequence[Any]) -> list[Any]:
     """The observations of all workers, those of worker 0 first.
 
-    An observation is a tensor, [examples] or 0-d, or a record of them: of attrs, a dataclass, a
-    tuple, a list, or a mapping (which comes back as a dict), within each other or not. Functions,
-    texts and plain numbers beside them are this worker's own. The workers have equally many, which
-    `World.part` has seen to for those of a tree, and of one form: the same names, dtypes, texts and
-    plain numbers. Raises `ConfigError` for others, and for an observation without a tensor.
+    An observation is a tensor, [examples] or 0-d, or a record of such tensors, possibly nested: an
+    attrs record, a dataclass, a tuple, a list, or a mapping (which comes back as a dict).
+    Functions, texts and plain numbers in it are taken from this worker's own.
+
+    Every worker must have the same number of them (for a tree, `World.part` has checked it), of the
+    same form: names, dtypes, texts and plain numbers. Raises `ConfigError` otherwise, and for an
+    observation without any tensor.
     """
     rows = [list(_tensors(each)) for each in observed]
     for each, row in zip(observed, rows, strict=True):
@@ -69,7 +71,7 @@ def gathered_observations(world: _Gathering, observed: Sequence[Any]) -> list[An
 
 
 def _inner(record: Any) -> Mapping[Any, Any] | None:
-    """What a record is made of, by name or place; None for what is no record."""
+    """The members of a record, by name or index; None if it is not a record."""
     kind = type(record)
     if attrs.has(kind):
         return {f.name: getattr(record, f.name) for f in attrs.fields(kind) if f.init}
@@ -107,7 +109,7 @@ def _unknown(given: Any, what: str) -> str:
 
 
 def _form(record: Any) -> str:
-    """What must be the same of an observation on every worker."""
+    """What must be equal in an observation on every worker."""
     if isinstance(record, Tensor):
         return f"{record.dtype} {record.ndim}"
     inner = _inner(record)
@@ -118,7 +120,7 @@ def _form(record: Any) -> str:
 
 
 def _rebuilt(record: Any, parts: Iterator[Tensor]) -> Any:
-    """`record` with the next parts in the places of its tensors."""
+    """`record` with its tensors replaced by the next `parts`."""
     if isinstance(record, Tensor):
         part = next(parts)
         return part if record.ndim else part.reshape(())
@@ -133,6 +135,6 @@ def _rebuilt(record: Any, parts: Iterator[Tensor]) -> Any:
         return dataclasses.replace(record, **made)
     if isinstance(record, Mapping):
         return made
-    if hasattr(record, "_make"):  # a tuple with names
+    if hasattr(record, "_make"):  # a named tuple
         return type(record)._make(made.values())
     return type(record)(list(made.values()))

@@ -1,4 +1,4 @@
-"""A step over sharded values: who gathers what, who sums what, and in which order."""
+"""A step over sharded values: what is gathered, what is summed, and in which order."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ Update = Callable[..., tuple[Tensors, OptimizerState]]
 
 @attrs.frozen(kw_only=True, eq=False)
 class Sharding:
-    """How the workers of a world share the params of an architecture: `Workers`, and a binding.
+    """How the workers of a world share an architecture's params: its `Workers` and its binding.
 
-    `tree`: gradients are summed as one binary tree over the micro-batches. Micro-batch j of worker
-    r is then leaf j·W + r of it, so that the lowest branches are sums over the workers, one for
+    `tree`: whether gradients are summed as one binary tree over the micro-batches. Micro-batch j of
+    worker r is then its leaf j·W + r, so the lowest branches are sums over the W workers, one for
     each of a worker's micro-batches, and each worker keeps only its rows of them.
 
-    `base`: this worker's rows of what the architecture holds itself, frozen, in shards too. `units`
-    and `shapes` are of both.
+    `base`: this worker's rows of the frozen, sharded params that the architecture itself holds.
+    `units` and `shapes` cover these as well as the trained state's params.
     """
 
     world: World
@@ -61,7 +61,7 @@ class Sharding:
     shapes: Mapping[str, torch.Size]
     base: Mapping[str, Tensor]
     tree: bool
-    # What was exchanged since the last binding: it reaches no value.
+    # What was exchanged since the last binding, for comparison; it affects no computed value.
     _exchanged: list[str] = attrs.field(factory=list, init=False)
     _blocks: Blocks = attrs.field(init=False)
 
@@ -79,15 +79,16 @@ class Sharding:
         return local(shard(params, self.world))
 
     def whole_state(self, rows: TrainState) -> TrainState:
-        """The state in shards that these rows are of."""
+        """The sharded state that these rows belong to."""
         return whole_state(rows, self.shapes, self.world)
 
     @contextmanager
     def rows_of_state(self, state: TrainState) -> Generator[TrainState]:
-        """This worker's rows of a state; what becomes of them within becomes of the state.
+        """This worker's rows of a state, whose ownership is carried back to the state at the end.
 
-        A step that has donated them, or failed in the middle of its update, has consumed it; a pure
-        one may have left tensors to its successor, which are nobody's own then.
+        If a step consumed the rows, by donation or by failing in the middle of its update, the
+        state is consumed too. If a pure step shares tensors with its successor, the state no longer
+        owns them.
         """
         rows = local_state(state)
         before = [state.params, *state.optimizer.slots.values()]
@@ -102,10 +103,10 @@ class Sharding:
                     owning(items, now.own)
 
     def placed(self, update: Update) -> Update:
-        """An optimizer's update in which each element has the place that it has in the whole.
+        """An optimizer's update in which each element is vectorized as in the whole tensor.
 
-        See `functrain.distributed.shards.padding`: where the rows of a worker begin or end within
-        a vector of the kernel's, rows of zeros are added for the update.
+        Where a worker's rows begin or end within a vector of the kernel, rows of zeros are added
+        for the update; see `functrain.distributed.shards.padding`.
         """
 
         def placed(
@@ -159,7 +160,7 @@ class Sharding:
         return {name: rows for name, rows in found.items() if any(rows)}
 
     def part(self, prepared: Callable[[], tuple[int, Tensor]], *, tree: bool) -> Part:
-        """See `functrain.reductions.Workers`; the workers have equally many micro-batches."""
+        """See `functrain.reductions.Workers`; every worker must have as many micro-batches."""
         found = self.world.part(prepared, tree=tree, even="sharded=True: its blocks are gathered")
         if not tree:
             return attrs.evolve(found, workers=self)
@@ -184,7 +185,7 @@ class Sharding:
         tree: bool,
         beside: Beside | None,
     ) -> tuple[dict[str, Tensor], Metrics]:
-        """See `functrain.reductions.Workers`; the gradients have been summed by now."""
+        """See `functrain.reductions.Workers`; here the gradients have been summed already."""
         assert beside is None
         names = sorted(like)
         forms = {exchange.form_of(each) for each in measured}
@@ -207,13 +208,13 @@ class Sharding:
         return kept, exchange.metrics_of(values, measured[0])
 
     def beside(self, like: Mapping[str, Tensor], *, tree: bool) -> None:
-        """See `functrain.reductions.Workers`: the gradients of a block are summed when it ends."""
+        """See `functrain.reductions.Workers`; None: a block's gradients are summed when it ends."""
         del like, tree
 
     def global_norm(self, items: Mapping[str, Tensor]) -> Tensor:
-        """`functrain.trees.global_norm` of the whole tensors, of these rows: the same bits.
+        """`functrain.trees.global_norm` of the whole tensors from these rows, with the same bits.
 
-        Each worker tells the norms of its rows, eight bytes for each.
+        Each worker sends the norms of its rows, eight bytes per row.
         """
         names = sorted(items)
         if not names:
@@ -246,8 +247,9 @@ class Sharding:
     ) -> Generator[nn.Module]:
         """`functrain.bound` with this worker's rows of the params, as plain tensors.
 
-        `receive` takes the sums of gradients over the workers, in these `dtypes`: the name, this
-        worker's rows, and whether there was a gradient here.
+        `receive` is called with each sum of gradients over the workers, in its dtype of `dtypes`:
+        the name, this worker's rows, and whether this worker had a gradient. `recomputed`: the
+        modules whose forward is run again in the backward pass.
         """
         self._exchanged.clear()
         sums = None
@@ -276,11 +278,11 @@ class Sharding:
             yield found
 
     def note(self, what: str, names: Sequence[str]) -> None:
-        """What is about to be exchanged, for the comparison of `reduced`."""
+        """Record what is about to be exchanged; `reduced` compares it between the workers."""
         self._exchanged.append(f"{what} {names[0] if names else None}")
 
     def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> Gathering:
-        """Begin to make these rows whole."""
+        """Begin to gather whole tensors from these rows."""
         self.note("gather", names)
         return self._blocks.gather(names, shards)
 
@@ -293,7 +295,7 @@ def sharding(architecture: nn.Module, world: World, *, tree: bool) -> Sharding:
     """How these workers share an architecture's params."""
     places = slots(architecture)
     base = local(held_values(architecture)) if holds_shards(architecture) else Tensors()
-    # A base that is whole stays where it is.
+    # A base that is whole needs no gathering.
     everywhere = slots(architecture, held=True) if base else places
     shapes = {n: t.shape for n, t in architecture.named_parameters() if n in everywhere.params}
     if tree and world.size & (world.size - 1):

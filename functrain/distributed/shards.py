@@ -32,7 +32,7 @@ class Rows:
 
 
 def rows_of(count: int, rank: int, size: int) -> Rows:
-    """A worker's rows, as `torch.chunk` cuts them: the last workers may have fewer, or none."""
+    """A worker's rows, cut as by `torch.chunk`: the last workers may have fewer, or none."""
     each = -(-count // size)
     return Rows(min(count, rank * each), min(count, (rank + 1) * each), count)
 
@@ -44,10 +44,10 @@ def mesh(device: str, size: int) -> DeviceMesh:
 
 
 def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
-    """Whole tensors, the same on every worker, as shards in memory of their own.
+    """Shard tensors that are whole and equal on every worker, into memory of their own.
 
-    What is sharded already stays; in a world of 1 everything does. Raises `StateError` for a tensor
-    without a dimension.
+    Tensors that are sharded already stay as they are; in a world of 1 all do. Raises `StateError`
+    for a 0-d tensor.
     """
     if world.size == 1:
         return items if isinstance(items, Tensors) else Tensors(items)
@@ -55,7 +55,7 @@ def shard(items: Mapping[str, Tensor], world: World) -> Tensors:
     found = {**items, **(rows_made(plain, world) if plain else {})}
     if isinstance(items, Tensors):
         owning(items, items.own & plain.keys())
-    # What was in shards already, the caller may hold too.
+    # Tensors that were sharded already may be held by the caller too.
     return owning(Tensors(found), plain.keys())
 
 
@@ -75,14 +75,14 @@ def rows_made(
     world: World,
     made: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Tensors:
-    """This worker's rows of every tensor, whose values are `made` when it is their turn."""
+    """This worker's rows of every tensor; `made` materializes the whole tensors one at a time."""
     found: dict[str, Tensor] = {}
     seen: dict[str, str] = {}
     for name in sorted(given):
         whole = made(given[name])
         seen[name] = digest(whole)
         found[name] = _cut(name, whole, world)
-    # Rows of different wholes would be a mixture that no later comparison could see.
+    # Rows of different tensors would make a mixture that no later comparison could detect.
     world.agree(seen, "before they are sharded")
     return owning(Tensors(found))
 
@@ -100,7 +100,7 @@ def _cut(name: str, tensor: Tensor, world: World) -> Tensor:
 
 
 def sharded(own: Tensor, shape: torch.Size, world: World) -> Tensor:
-    """This worker's rows of a tensor as the whole of that shape."""
+    """The DTensor of that shape of which `own` are this worker's rows."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         own, mesh(world.device.type, world.size), [Shard(0)], run_check=False, shape=shape,
@@ -115,12 +115,12 @@ def local(items: Mapping[str, Tensor]) -> Tensors:
 
 
 def gathered(items: Mapping[str, Tensor]) -> Tensors:
-    """Every tensor whole, on every worker; all workers must ask for it."""
+    """Every tensor, made whole on every worker; all workers must call this."""
     return map_leaves(whole, items)
 
 
 def _mapped(state: TrainState, function: Callable[[Tensors], Tensors]) -> TrainState:
-    """A state with `function` of every mapping that is of the shape of its params."""
+    """A state with `function` applied to each of its mappings keyed by param names."""
     slots = {slot: function(items) for slot, items in state.optimizer.slots.items()}
     return attrs.evolve(
         state,
@@ -132,17 +132,17 @@ def _mapped(state: TrainState, function: Callable[[Tensors], Tensors]) -> TrainS
 
 
 def local_state(state: TrainState) -> TrainState:
-    """A state of this worker's rows alone, as plain tensors over the same memory."""
+    """The state with only this worker's rows, as plain tensors over the same memory."""
     return _mapped(state, local)
 
 
 def gathered_state(state: TrainState) -> TrainState:
-    """A state whole on every worker; all workers must ask for it."""
+    """The state, made whole on every worker; all workers must call this."""
     return _mapped(state, gathered)
 
 
 def shard_state(state: TrainState, world: World) -> TrainState:
-    """A state that is whole on every worker, in shards; its memory is not kept."""
+    """A state that is whole on every worker, sharded; the shards do not share its memory."""
     shapes = {name: tensor.shape for name, tensor in state.params.items()}
 
     def cut(items: Tensors) -> Tensors:
@@ -155,7 +155,7 @@ def shard_state(state: TrainState, world: World) -> TrainState:
 
 
 def whole_state(state: TrainState, shapes: Mapping[str, torch.Size], world: World) -> TrainState:
-    """A state of rows, as shards of tensors of these shapes; the way back from `local_state`."""
+    """A state of rows, as shards of tensors of these shapes; the inverse of `local_state`."""
     return _mapped(state, lambda items: _whole(items, shapes, state.params, world))
 
 
@@ -174,21 +174,21 @@ def _whole(
     return owning(Tensors(found), items.own)
 
 
-# A kernel that is not one of TensorIterator's (torch's fused Adam) computes the last elements of a
-# tensor, which fill no vector, by other instructions: on the CPU the bits of an element depend on
-# whether it is among them. Rows before and after give each element the place that it has in the
-# whole.
+# A kernel that does not use TensorIterator (torch's fused Adam) computes the last elements of a
+# tensor, which fill no whole vector, with other instructions: on the CPU an element's bits depend
+# on whether it is one of them. Rows added before and after give each element the position in its
+# vector that it has in the whole tensor.
 _VECTORS = {"AVX512": 64, "AVX2": 32, "DEFAULT": 32}
 
 
 def vector(dtype: torch.dtype) -> int:
-    """Elements of a vector register, as torch's kernels use them on this CPU."""
+    """The number of elements in a vector register, as torch's kernels use them on this CPU."""
     size = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), 64)
     return max(1, size // dtype.itemsize)
 
 
 def padding(shape: torch.Size, dtype: torch.dtype, rows: Rows) -> tuple[int, int]:
-    """Rows to be added before and after a worker's rows of a tensor of this shape."""
+    """How many rows to add before and after a worker's rows of a tensor of this shape."""
     lanes = vector(dtype)
     each = shape[1:].numel()
     begin, end, total = rows.begin * each, rows.end * each, rows.count * each
@@ -196,7 +196,7 @@ def padding(shape: torch.Size, dtype: torch.dtype, rows: Rows) -> tuple[int, int
         return 0, 0
     before = rows.begin % lanes if begin % lanes else 0
     if end > total - total % lanes:
-        # Among the last elements those that are several are computed together, and others alone.
+        # Even the last elements are partly computed several at a time, so all must be there.
         return before, rows.count - rows.end
     return before, -rows.end % lanes if end % lanes else 0
 

@@ -1,4 +1,4 @@
-"""How workers speak with each other: small exchanges, what worker 0 decides, shared refusals."""
+"""How workers communicate: small exchanges, decisions of worker 0, and errors shared by all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BUSY = -1
 
 
 class Diary:
-    """What this worker is at, for the errors of the others; it reaches no value."""
+    """What this worker is doing, for the error messages of others; it affects no computed value."""
 
     def __init__(self) -> None:
         self.step: int | None = None
@@ -39,7 +39,7 @@ class Diary:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Speaking:
-    """One of `size` workers that can exchange texts, numbers and errors; see `World`."""
+    """One of `size` workers, which can exchange texts, numbers and errors; see `World`."""
 
     rank: int = 0
     size: int = 1
@@ -49,7 +49,7 @@ class Speaking:
 
     @property
     def speaks(self) -> bool:
-        """Whether this is the worker that writes, saves and speaks: rank 0."""
+        """Whether this is the worker that writes, saves and prints: rank 0."""
         return self.rank == 0
 
     @property
@@ -58,7 +58,7 @@ class Speaking:
         return self._diary.closed
 
     def begin(self, step: int, key: int) -> None:
-        """Note the step that this worker is about to make, and the state's key; once for each."""
+        """Record the step that this worker is about to take, and the state's key; once per step."""
         if (step, key) == self._origin():
             return
         self._diary.step, self._diary.key = step, key
@@ -67,7 +67,7 @@ class Speaking:
                 store_of_group().set(_place(self.rank), str(step))
 
     def _origin(self) -> tuple[int, int]:
-        """The step and the key of the state that this worker goes on from; −1 before any."""
+        """The step and key of the state that this worker continues from; −1 before any."""
         return -1 if self._diary.step is None else self._diary.step, self._diary.key
 
     def _same_origin(self, origins: Tensor) -> None:
@@ -81,14 +81,14 @@ class Speaking:
                 )
 
     def first_time(self, thing: object) -> bool:
-        """Whether this is the first call with `thing`, the same on every worker."""
+        """Whether this is the first call with `thing`; the answer is the same on every worker."""
         new = thing not in self._diary.agreed
         self._diary.agreed.add(thing)
         return new
 
     @contextmanager
     def meeting(self, what: str) -> Generator[None]:
-        """An exchange with the others; one that fails is a `WorkerError` that says who is where."""
+        """Wraps an exchange: if it fails, a `WorkerError` says which worker was at which step."""
         if self.closed or not dist.is_initialized():
             ended = "this world is closed" if self.closed else "the process group has ended"
             raise WorkerError(
@@ -100,7 +100,7 @@ class Speaking:
 
     @contextmanager
     def named(self, what: str) -> Generator[None]:
-        """An exchange, or the first meeting of all, whose failure is a `WorkerError`."""
+        """Wraps an exchange, or the first meeting of all: its failure becomes a `WorkerError`."""
         try:
             yield
         except FunctrainError:
@@ -117,11 +117,11 @@ class Speaking:
         return f"worker {self.rank} of {self.size}{step}"
 
     def _whereabouts(self) -> str:
-        """Where the others were last heard of; nothing before they have met."""
+        """The step at which each worker was last heard of; empty before they have met."""
         if not dist.is_initialized():
             return ""
         found: list[str] = []
-        # In a thread: where the net is cut, a question to the store has no end of its own.
+        # In a thread: if the network is cut, a request to the store may never return.
         asking = threading.Thread(target=_ask, args=(self.size, found), daemon=True)
         asking.start()
         asking.join(_PATIENCE)
@@ -137,11 +137,11 @@ class Speaking:
         return f"Last heard of: {'; '.join(parts)}. "
 
     def numbers(self, given: Sequence[int], what: str = "the exchange of counts") -> Tensor:
-        """At most eight integers of every worker, the same count of each: int64 [size, n].
+        """Gather up to eight integers from each worker, equally many: int64 [size, n], on the CPU.
 
-        On the CPU. Here workers find out that they have parted: all such exchanges have one width,
-        and begin with what they are for. Gloo itself ends the process where one worker sends more
-        than another expects, and mixes up what is of one length.
+        Here workers find out that they have diverged: all such exchanges have one width and begin
+        with a hash of their purpose. Gloo by itself aborts the process where one worker sends more
+        than another expects, and mixes up different exchanges of equal length.
         """
         padding = [0] * (_NUMBERS - len(given))
         rows = self.gathered(torch.tensor([hashed(what.encode()), *given, *padding]), what)
@@ -150,7 +150,7 @@ class Speaking:
         return rows[:, 1 : 1 + len(given)]
 
     def _parted(self, what: str) -> NoReturn:
-        """All have seen that they are at different exchanges; each says which is its own."""
+        """Raise `WorkerError` on all workers, naming the exchange that each of them is in."""
         step = "" if self._diary.step is None else f" (step {self._diary.step + 1})"
         own = f"{what}{step}".encode()[:_NAME].ljust(_NAME)
         rows = self.gathered(torch.frombuffer(bytearray(own), dtype=torch.uint8), what)
@@ -161,7 +161,7 @@ class Speaking:
         )
 
     def gathered(self, tensor: Tensor, what: str) -> Tensor:
-        """A tensor of one shape of every worker: [size, …]."""
+        """Gather a tensor, of the same shape on every worker: [size, …]."""
         if self.size == 1:
             return tensor.unsqueeze(0)
         with self.meeting(what):
@@ -171,7 +171,7 @@ class Speaking:
         return found.view(self.size, *tensor.shape)
 
     def payloads(self, given: bytes, what: str = "an exchange") -> list[bytes]:
-        """Bytes of any length of every worker."""
+        """Gather bytes, of any length, from every worker."""
         sizes = [_BUSY]
         while _BUSY in sizes:
             sizes = self.numbers([len(given)], what)[:, 0].tolist()
@@ -181,11 +181,11 @@ class Speaking:
         return [rows[rank, :size].contiguous().numpy().tobytes() for rank, size in enumerate(sizes)]
 
     def texts(self, given: str, what: str = "an exchange") -> list[str]:
-        """A text of every worker."""
+        """Gather a text from every worker."""
         return [each.decode() for each in self.payloads(given.encode(), what)]
 
     def from_first(self, make: Callable[[], str], what: str) -> str:
-        """What worker 0 makes, however long that takes; where it raises, so does every worker."""
+        """What worker 0 makes, however long it takes; if it raises, every worker does."""
         if self.size == 1:
             return make()
         outcome, failure = "", None
@@ -204,7 +204,7 @@ class Speaking:
 
     @contextmanager
     def _busy(self, what: str) -> Generator[None]:
-        """Within it a thread says now and then that this worker is still at it."""
+        """Meanwhile a thread regularly tells the others that this worker is still busy."""
         done = threading.Event()
         failures: list[WorkerError] = []
 
@@ -226,11 +226,11 @@ class Speaking:
             raise failures[0]
 
     def for_all(self, make: Callable[[], T]) -> T:
-        """What each worker makes; where one raises, so does every worker."""
+        """What this worker makes; if any worker raises, every worker does."""
         return self.counted(lambda: (make(), 0), "what each worker makes")[0]
 
     def counted(self, make: Callable[[], tuple[T, int]], what: str) -> tuple[T, int]:
-        """What each worker makes, and the sum of what they count beside it; raises as `for_all`."""
+        """What this worker makes, and the sum of the workers' counts; raises as `for_all` does."""
         if self.size == 1:
             return make()
         made: list[T] = []
@@ -252,11 +252,11 @@ class Speaking:
         return int(self.numbers([number], "a sum over the workers").sum())
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any worker."""
+        """Whether the flag is set on any worker."""
         return bool(self.total(int(flag)))
 
     def agree(self, facts: Mapping[str, str], what: str = "before the first step") -> None:
-        """Raise `WorkerError`, on every worker, where they do not hold the same facts."""
+        """Raise `WorkerError`, on every worker, unless all of them give the same facts."""
         if self.size == 1:
             return
         own = orjson.dumps(dict(facts))
@@ -282,11 +282,11 @@ class Speaking:
         raise _relayed(told[rank], rank)
 
 
-_PATIENCE = 3.0  # seconds that the store has for all its answers
+_PATIENCE = 3.0  # seconds for all the answers of the store
 
 
 def _ask(size: int, found: list[str]) -> None:
-    """The step that each worker was last heard of in, as far as the store answers."""
+    """Append to `found` the step at which each worker was last heard of, if the store answers."""
     with suppress(RuntimeError):
         store = store_of_group()
         store.set_timeout(timedelta(seconds=2))
@@ -315,7 +315,7 @@ def _told(error: Exception) -> str:
 
 
 def _relayed(text: str, rank: int) -> WorkerError:
-    """Another worker's error, told here; a `RelayedError` where it is one of functrain's."""
+    """Another worker's error, raised here; a `RelayedError` if it is one of functrain's own."""
     how, kind, message = text.split("\0", 2)
     relayed = RelayedError if how == "refused" else WorkerError
     return relayed(f"worker {rank} has {how} ({kind}): {message}")

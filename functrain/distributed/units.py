@@ -1,4 +1,4 @@
-"""Units: blocks of a model whose shards are whole while they compute, or are about to."""
+"""Units: blocks of a model, gathered shortly before they compute and let go after."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from functrain.distributed.absent import Absent
 
 Forward = Callable[..., Any]
 _KEPT = 2
-"""Units that are gathered again in a backward pass at once: the one that computes, and the last."""
+"""Regathered units kept at once in a backward pass: the computing one, and the one before it."""
 
 
 @attrs.frozen(eq=False)
 class Unit:
-    """Parameters that are gathered together: those of a module, or what belongs to none (None)."""
+    """Parameters gathered together: those of a block, or (`module` None) those of no block."""
 
     module: nn.Module | None
     names: tuple[str, ...]
 
 
 def find_units(architecture: nn.Module, places: Slots) -> tuple[Unit, ...]:
-    """What belongs to no block, then the blocks: the members of the outermost lists of modules.
+    """The unit of what belongs to no block, then the blocks: members of the outermost module lists.
 
-    A parameter that has places in two blocks, or whose module is in both, belongs to none. The
-    members of a list that are lists again, and are never called, are looked into.
+    A parameter with slots in two blocks, or whose module is in both, belongs to no block. A member
+    that is never called, such as a list within the list, is searched for blocks itself.
     """
     blocks = list(_blocks(architecture))
     owner: dict[int, int] = {}
@@ -61,42 +61,42 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class Coming(Protocol):
-    """Tensors that are becoming whole."""
+    """Whole tensors that are being gathered."""
 
     def whole(self) -> list[Tensor]:
-        """Them, when they are there."""
+        """Wait for the whole tensors and return them."""
         ...
 
 
 class Exchange(Protocol):
-    """How shards become whole."""
+    """How shards are gathered."""
 
     def gather(self, names: Sequence[str], shards: Sequence[Tensor]) -> Coming:
-        """Begin to make them so."""
+        """Begin to gather them."""
         ...
 
     def note(self, what: str, names: Sequence[str]) -> None:
-        """What is about to be exchanged, for a comparison with the others."""
+        """Record what is about to be exchanged, to compare it with the other workers."""
         ...
 
 
 class Sums(Protocol):
-    """Sums of gradients of whole tensors over the workers."""
+    """Sums, over the workers, of the gradients of whole tensors."""
 
     def begin(self, names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
-        """Begin those of a unit."""
+        """Begin the sums of a unit."""
         ...
 
     def finish(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the sums that are under way."""
         ...
 
 
 class _Gather(torch.autograd.Function):
-    """Shards to whole tensors; backward, the gradients of those to sums of shards.
+    """Forward: from shards to whole tensors. Backward: from gradients of these to rows of sums.
 
-    The sums go to `Sums`, in the dtype of the params, and not to the shards' own `grad`, which may
-    be of a narrower one.
+    The gradients go to `Sums`, in the dtype of the params, rather than to the shards' own `grad`,
+    whose dtype may be narrower.
     """
 
     @staticmethod
@@ -118,15 +118,15 @@ class _Gather(torch.autograd.Function):
 
 
 class Values:
-    """Values of all params in shards, to compute with; `sums` takes the gradients.
+    """The values of all params, in shards, to compute with; `sums` takes the gradients.
 
-    Of `whole` are those that are whole already, and have no history: a reference's, say.
+    `whole`: values that are whole already and have no autograd history, a reference's, say.
 
-    While a unit computes, the tensors of the next one are on their way: forward, as a guess, those
-    of the unit after it in the model; backward, of those that keep something of them for it, those
-    of the one that was called before. And the sums of the unit behind it. A guess that is wrong is
-    the last one: the model has an order of its own. All workers call the same units in the same
-    order, and so they exchange in the same order too.
+    While a unit computes, the next one is being gathered and the gradients of the previous one are
+    being summed. Forward, the next unit is a guess: the one that follows in the model; after one
+    wrong guess there are no more, since the model has its own order. Backward, it is the unit that
+    was called before, among those that will need their tensors again. All workers call the same
+    units in the same order, so their exchanges are in the same order too.
     """
 
     def __init__(
@@ -141,13 +141,13 @@ class Values:
         self._units, self._shards, self._exchange, self._sums = units, shards, exchange, sums
         self._whole = {} if whole is None else whole
         self._again: dict[int, list[Tensor]] = {}
-        self._waiting: list[Unit] = []  # for the backward pass, in the order of their calls
+        self._waiting: list[Unit] = []  # for their backward pass, in the order of the calls
         self._coming: tuple[Unit, Coming] | None = None
         self._guesses = True
         self._will_finish = False
 
     def gather(self, unit: Unit) -> Sequence[Tensor]:
-        """A unit's whole tensors, with a history where they train."""
+        """A unit's whole tensors, with an autograd history if they are trained."""
         shards = self._shards_of(unit)
         if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
             found: Sequence[Tensor] = _Gather.apply(self, unit, *shards)  # type: ignore[no-untyped-call]
@@ -155,7 +155,7 @@ class Values:
         return self.taken(unit)
 
     def taken(self, unit: Unit) -> list[Tensor]:
-        """A unit's whole tensors, with the next one's on their way."""
+        """A unit's whole tensors; also begins to gather the next unit's."""
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] is not unit:
             self._guesses = False
@@ -170,13 +170,13 @@ class Values:
         return [whole[name] for name in unit.names]
 
     def again(self, unit: Unit) -> list[Tensor]:
-        """A unit's whole tensors once more, for a backward pass."""
+        """A unit's whole tensors, gathered again for a backward pass."""
         if id(unit) not in self._again:
             while len(self._again) >= _KEPT:
                 del self._again[next(iter(self._again))]
             with torch.no_grad():
                 whole = self.taken(unit)
-            # Nothing is whole already of what has a history.
+            # The counts match: tensors with a history are never among those given whole.
             self._again[id(unit)] = [
                 tensor.requires_grad_(shard.requires_grad)
                 for tensor, shard in zip(whole, self._shards_of(unit), strict=True)
@@ -184,8 +184,8 @@ class Values:
         return self._again[id(unit)]
 
     def ended(self, unit: Unit, grads: Sequence[Tensor | None]) -> None:
-        """A unit's backward pass is over, and these are the gradients of its whole tensors."""
-        assert self._sums is not None  # without it nothing has a history
+        """End a unit's backward pass and begin to sum `grads`, those of its whole tensors."""
+        assert self._sums is not None  # without sums, nothing has a history
         self._exchange.note("backward", unit.names)
         self._again.pop(id(unit), None)
         if (at := self._last(unit)) is not None:
@@ -198,17 +198,17 @@ class Values:
         self._sums.begin(trained, [given[name] for name in trained])
 
     def will_ask_again(self, unit: Unit) -> None:
-        """A call of a unit keeps something of its whole tensors, to be made again backward."""
+        """Record that a call of a unit needs its whole tensors again in the backward pass."""
         self._waiting.append(unit)
 
     def close(self) -> None:
-        """Nothing is computed any more: wait for what nobody has asked for."""
+        """End: wait for a gather that was begun as a guess and never used."""
         coming, self._coming = self._coming, None
         if coming is not None:
             coming[1].whole()
 
     def _finish(self) -> None:
-        """At the end of a backward pass; what trains nothing has not told that it is over."""
+        """Called at the end of a backward pass; units that train nothing report no end."""
         self._will_finish = False
         self._waiting.clear()
         self._again.clear()
@@ -225,7 +225,7 @@ class Values:
         return self._exchange.gather(self._names(unit), self._shards_of(unit))
 
     def _following(self, unit: Unit) -> Unit | None:
-        """What will be asked for after a unit, and is not there yet, as far as can be told."""
+        """The unit that will probably be needed after this one, if it has yet to be gathered."""
         if not self._guesses:
             return None
         if not _in_backward():
@@ -234,28 +234,28 @@ class Values:
         last = self._last(unit)
         if last is None:
             return None
-        del self._waiting[last + 1 :]  # what was called later is over
+        del self._waiting[last + 1 :]  # the backward passes of later calls are over
         found = self._waiting[last - 1] if last else None
         return None if found is None or id(found) in self._again else found
 
     def _last(self, unit: Unit) -> int | None:
-        """Where the last call of a unit is among those that wait."""
+        """The index of a unit's last call among those waiting."""
         places = [at for at, each in enumerate(self._waiting) if each is unit]
         return places[-1] if places else None
 
 
 def _in_backward() -> bool:
-    """Whether autograd runs a backward pass now, in which a forward may be run again."""
+    """Whether autograd is running a backward pass, in which a forward may be run again."""
     return torch._C._current_graph_task_id() != -1
 
 
 class Binding:
     """While it lasts, the blocks of a bound model gather their shards when they are called.
 
-    Outside of a call the slots of a block hold tensors of the right form without values (`Absent`),
-    so that what reads a weight behind the block's back is refused. What a block keeps of its whole
-    weights for the backward pass is not kept, but gathered once more there; where its activations
-    are recomputed, so is the gather.
+    Outside a call the block's slots hold tensors of the right form but without values (`Absent`),
+    so that code reading a weight behind the block's back is refused. Whole weights that autograd
+    would save for the backward pass are not kept but gathered again there; if a block's activations
+    are recomputed, its gather is repeated too.
     """
 
     def __init__(self, units: Sequence[Unit], places: Slots, values: Values) -> None:
@@ -264,11 +264,11 @@ class Binding:
         self._values = values
         self._own = values
         self._filled: set[int] = set()
-        self._partly: set[int] = set()  # the blocks of which parts are run again backward
+        self._partly: set[int] = set()  # blocks that are run again in part in the backward pass
 
     @contextmanager
     def bound(self, recomputed: Iterable[nn.Module]) -> Generator[None]:
-        """Enter the binding; `recomputed`: the modules whose forward is run again backward."""
+        """Enter the binding; `recomputed`: modules whose forward the backward pass runs again."""
         again = {id(each) for each in recomputed}
         self._partly = {
             id(unit)
@@ -280,9 +280,9 @@ class Binding:
             stack.enter_context(self._filling(self._root, self._own.gather(self._root)))
             for unit in self._blocks:
                 module = unit.module
-                assert module is not None  # all but the root are modules
+                assert module is not None  # only the root has none
                 _install(stack, module, functools.partial(self._called, unit))
-                # A checkpoint within the block's own forward runs them again behind the block.
+                # Recomputation within the block reruns its submodules without calling the block.
                 for each in module.modules():
                     if each is module:
                         continue
@@ -293,7 +293,7 @@ class Binding:
 
     @contextmanager
     def other(self, values: Values) -> Generator[dict[str, Tensor]]:
-        """Within it the model computes with other values; those that belong to no block, whole."""
+        """Within, the model computes with other values; yields those of no block, whole."""
         before, self._values = self._values, values
         root = values.gather(self._root)
         try:
@@ -304,7 +304,7 @@ class Binding:
             self._values = before
 
     def empty(self, shards: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Any:
-        """What is in the slots while nothing is gathered."""
+        """The placeholders in the slots while nothing is gathered."""
         return {name: Absent.like(name, shards[name], shapes[name]) for name in shards}
 
     @contextmanager
@@ -322,12 +322,12 @@ class Binding:
                 entries[key] = held
 
     def _called(self, unit: Unit, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """A block's forward: gathered, computed, and let go."""
+        """A block's forward: gather its params, compute, and let them go."""
         whole = self._values.gather(unit)
         with ExitStack() as stack:
             stack.enter_context(self._filling(unit, whole))
             if torch.is_grad_enabled() and self._values is self._own and not _in_backward():
-                # Within a checkpoint nothing is kept, and hooks of ours would be in its way.
+                # Under activation checkpointing nothing is saved, and our hooks would interfere.
                 within = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
                 certain = within or id(unit) in self._partly
                 if certain:
@@ -337,17 +337,17 @@ class Binding:
             return forward(*args, **kwargs)
 
     def _ensured(self, unit: Unit, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a module inside of a block, which may be run again behind the block."""
+        """The forward of a module inside a block, which may be rerun without calling the block."""
         if id(unit) in self._filled:
             return forward(*args, **kwargs)
-        if not _in_backward():  # the model itself calls a part of a block
+        if not _in_backward():  # the model itself calls a part of the block
             return self._called(unit, forward, *args, **kwargs)
         with self._filling(unit, self._own.again(unit)):
             return forward(*args, **kwargs)
 
     def _let_go(self, unit: Unit, whole: Sequence[Tensor], *, told: bool) -> Any:
         known = {tensor.untyped_storage()._cdata: n for n, tensor in enumerate(whole)}
-        # Not the tensors: autograd keeps the hooks, and with them what they hold.
+        # Not the tensors themselves: autograd keeps the hooks alive, and all that they hold.
         dtypes = [tensor.dtype for tensor in whole]
         own = self._own
 
@@ -355,7 +355,7 @@ class Binding:
             nonlocal told
             number = known.get(tensor.untyped_storage()._cdata)
             if number is None or tensor.dtype != dtypes[number]:
-                # Detached: an output that holds itself would never be freed.
+                # Detached: an output saved by its own node would be a cycle, never freed.
                 return tensor.detach()
             if not told:
                 told = True

@@ -1,4 +1,4 @@
-"""The world: which worker this is, of how many, and its part of a logical batch."""
+"""The world: which of how many workers this is, and its part of a logical batch."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _WEIGHTS = 4
 
 @attrs.frozen(kw_only=True, eq=False)
 class World(Speaking):
-    """`size` workers, of which this is `rank`; their number 1 is no process group at all.
+    """A group of `size` workers, of which this is `rank`; a world of 1 has no process group.
 
-    `device`: where this worker computes. `timeout`: seconds that one waits for another before it
-    raises `WorkerError`. Use it as a context manager: leaving it waits for the others, or tells
-    them by an end of the process group that this worker has failed.
+    `device`: where this worker computes. `timeout`: how many seconds a worker waits for another
+    before it raises `WorkerError`. Use a world as a context manager: leaving it waits for the
+    others or, after an error, ends the process group, which tells them that this worker has failed.
     """
 
     def part(
         self, prepared: Callable[[], tuple[int, Tensor]], *, tree: bool, even: str | None = None
     ) -> Part:
-        """See `functrain.reductions.Workers`; also refuses what cannot be a tree.
+        """See `functrain.reductions.Workers`; also refuses micro-batches that cannot form a tree.
 
-        `even`: why each worker must have as many micro-batches as every other, if so.
+        `even`: why all workers must have the same number of micro-batches, if they must.
         """
         failure: Exception | None = None
         count, weight, row = 0, torch.zeros(0, dtype=torch.int64), list[int]()
@@ -43,7 +43,7 @@ class World(Speaking):
             row = _numbers_of(weight)
         except Exception as error:
             failure = error
-        # The width is fixed, since a worker that has failed knows of no weight.
+        # Of fixed width, since a worker that failed does not know its weight.
         row = [failure is not None, count, *self._origin(), *row, *[0] * (_WEIGHTS - len(row))]
         rows = self.numbers(row, "the sharing out of a batch")
         if bool(rows[:, 0].any()):
@@ -86,7 +86,7 @@ class World(Speaking):
     ) -> tuple[dict[str, Tensor], Metrics]:
         """See `functrain.reductions.Workers`."""
         assert beside is not None
-        # Before anything else is exchanged: how much was sent beside the computation may differ.
+        # First of all: how much was sent during the computation may differ between workers.
         summed = beside.finish(grads)
         metrics = merged(measured, tree=tree)
         names = sorted(like)
@@ -105,7 +105,7 @@ class World(Speaking):
         return exchange.Beside(like, self.meeting, self.size, tree=tree)
 
     def merged(self, metrics: Metrics) -> Metrics:
-        """The metrics of all workers together, which have the same names."""
+        """The metrics of all workers, which must have the same names, merged."""
         rows = self.gathered(exchange.values_of(metrics), "the exchange of metrics")
         return exchange.metrics_of(tree_sum(list(rows), lambda a, b: a + b), metrics)
 
@@ -121,9 +121,10 @@ class World(Speaking):
     ) -> Any:
         """This worker's part of the `n` samples at a position of a source.
 
-        As one batch; for a `tree`, whose bits the padding of a batch would reach, as ready
-        micro-batches, each read by itself, so that they are the same on any number of workers:
-        those one after another, or each `size`-th, `strided`, as a sharded tree takes them.
+        It is one batch or, for a `tree`, a list of micro-batches. These are each read by itself, so
+        that they are the same on any number of workers: the padding of a joint batch would affect
+        their bits. They are consecutive or, if `strided`, every `size`-th, as a sharded tree takes
+        them.
         """
         if n % (microbatches if tree else self.size):
             what = f"{microbatches} micro-batches" if tree else f"{self.size} workers"
@@ -139,7 +140,7 @@ class World(Speaking):
         return [source.at(at, each) for at in range(first, first + own, each)]
 
     def close(self) -> None:
-        """Wait for the others, for the last time; nothing in a world of one or a closed one."""
+        """Wait for the others a last time and leave; nothing to do in a world of 1 or if closed."""
         if self.size > 1 and not self.closed:
             try:
                 self.numbers([], "the end of the world")
@@ -158,7 +159,7 @@ class World(Speaking):
         if error is None:
             self.close()
         elif self.size > 1 and not self.closed:
-            self._leave()  # without a barrier: the others may never come to it
+            self._leave()  # without a barrier, which the others may never reach
 
     def _leave(self) -> None:
         self._diary.closed = True
@@ -166,11 +167,11 @@ class World(Speaking):
 
 
 ALONE = World()
-"""One process that is no worker of others, whatever the environment says."""
+"""A world of one process, whatever the environment says."""
 
 
 def _numbers_of(weight: Tensor) -> list[int]:
-    """A weight as the integers that it is of, whose sums over the workers are exact."""
+    """The integers of a weight: their sums over the workers are exact."""
     if weight.is_floating_point() or weight.is_complex():
         raise ConfigError(
             f"objective: a weight of {weight.dtype}, expected integers (int64) where there are "

@@ -1,4 +1,4 @@
-"""How much memory and time a training run will take on a cluster, before there is one.
+"""Predicts the memory and time that a training run will take on a cluster, without the cluster.
 
     architecture, params, buffers = ft.models.bare(lambda: ft.models.decoder(config))
     job = ft.planning.Job(
@@ -8,8 +8,8 @@
     plan = ft.planning.plan(job, ft.planning.cluster("h100", 1024, job.precision))
     print(plan.sharded.bytes, plan.sharded.step)
 
-The model is stated in `functrain.planning.plan`; `benchmarks/plan.py` holds it against what workers
-take on this machine.
+The model is stated in `functrain.planning.plan`; `benchmarks/plan.py` compares it with measurements
+on this machine.
 """
 
 from functrain.planning.cluster import DEVICES, Cluster, Device, cluster

@@ -1,4 +1,4 @@
-"""The machines of a plan: what a worker has room for, how fast it computes and exchanges."""
+"""The machines of a plan: how much memory a worker has, how fast it computes and exchanges."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from functrain.precision import Precision, policy
 
 @attrs.frozen(kw_only=True)
 class Device:
-    """An accelerator by its maker's figures.
+    """An accelerator, by its maker's figures.
 
-    `memory`: bytes. `half` and `single`: dense operations a second in bf16 and in fp32. `traffic`:
-    bytes a second of its memory. `inside`: bytes a second to the others of its node, in one
-    direction; `between`: to other nodes, by the usual network card for each.
+    `memory`: bytes. `half` and `single`: dense operations per second in bf16 and in fp32.
+    `traffic`: bytes per second of its memory. `inside`: bytes per second to other devices of its
+    node, in one direction; `between`: to other nodes, with the usual network card per device.
     """
 
     memory: float
@@ -50,11 +50,11 @@ DEVICES: Mapping[str, Device] = {
 class Cluster:
     """`workers` of one kind, `per_node` to a node.
 
-    `memory`: bytes of a worker. `flops`: operations a second that it comes to, not its peak.
-    `traffic`: bytes a second of its memory. `inside` and `between`: bytes a second that a worker
-    sends to others of its node and of another. `latency`: seconds of an exchange beside its bytes,
-    for each doubling of the workers, as trees and recursive doubling have it. `beside`: whether
-    sums of gradients run beside the computation, for which somebody else must exchange.
+    `memory`: bytes of a worker. `flops`: operations per second that it achieves, not its peak.
+    `traffic`: bytes per second of its memory. `inside` and `between`: bytes per second that a
+    worker sends within its node and to another. `latency`: seconds that an exchange takes besides
+    its bytes, per doubling of the workers, as in trees and recursive doubling. `beside`: whether
+    sums of gradients overlap with the computation, for which other hardware must do the exchange.
     """
 
     workers: int = attrs.field(validator=at_least_one)
@@ -69,16 +69,17 @@ class Cluster:
 
     @property
     def bandwidth(self) -> float:
-        """Of the slowest link in a ring of all workers."""
+        """Bytes per second of the slowest link in a ring of all workers."""
         return self.inside if self.workers <= self.per_node else min(self.inside, self.between)
 
 
 def cluster(
     name: str, workers: int, precision: str | Precision, *, utilisation: float = 0.4, **more: Any
 ) -> Cluster:
-    """So many workers of a device of `DEVICES`, which come to a part of their peak.
+    """A cluster of workers with a device of `DEVICES`, at a fraction `utilisation` of its peak.
 
-    `more`: what of a `Cluster` is otherwise. Raises `ConfigError` for a device that is not known.
+    `more`: other values for the fields of the `Cluster`. Raises `ConfigError` for an unknown device
+    or a `utilisation` outside (0, 1].
     """
     if name not in DEVICES:
         raise ConfigError(f"device: {name!r} is unknown; {did_you_mean(name, DEVICES)}")

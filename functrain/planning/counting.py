@@ -1,8 +1,8 @@
-"""What a step takes, counted without taking it: bytes that are kept, bytes for a while, operations.
+"""What a step takes, counted without running it: lasting bytes, temporary bytes, operations.
 
-The model is run on tensors that have shapes and no memory (`torch._subclasses.FakeTensorMode`), one
-micro-batch forward and backward, as a step runs it: with its precision and its recomputed modules.
-What lives at each moment is summed as torch would have it. The head, of which a step makes a few
+The model is run on tensors with shapes but no memory (`torch._subclasses.FakeTensorMode`): one
+micro-batch forward and backward, as a step runs it, with its precision and its recomputed modules.
+The bytes that torch would hold at each moment are summed. The head, which a step computes a few
 rows at a time, is counted by its shapes.
 """
 
@@ -40,11 +40,11 @@ class Job:
 
     `architecture`, `params`, `buffers`: as `functrain.models.bare` makes them, the params without
     values. `rows`: sequences of `time` tokens in the whole batch, in `microbatches` equal parts.
-    `sides`: how many forwards a row has, 2 for pairs and KTO. `paired`: whether they are pairs
-    whose gradient of the head is taken with their logits: of DPO, summed fast and not in shards,
-    nor under a loss that couples the pairs of a single micro-batch. `reference`: whether frozen
-    params score each row as well. `average`: whether a moving average is kept. `donate`: whether
-    the state's memory is used again.
+    `sides`: how many forwards a row has, 2 for pairs and KTO. `paired`: whether rows are pairs
+    whose logits are kept for the gradient of the head: those of DPO, with `reduction="fast"` and
+    without shards, unless the loss couples the pairs of a single micro-batch. `reference`: whether
+    frozen params score each row as well. `average`: whether a moving average is kept. `donate`:
+    whether the state's memory is reused.
     """
 
     architecture: nn.Module = attrs.field(repr=False)
@@ -73,27 +73,30 @@ class Job:
 
 @attrs.frozen(kw_only=True)
 class Leaf:
-    """A tensor of the state that is cut by rows: how many, and the bytes of one."""
+    """A tensor of the state, cut by rows: the number of `rows`, and the bytes of one `row`."""
 
     rows: int
     row: int
 
     def bytes_of(self, workers: int) -> int:
-        """What the worker with the most rows has of it."""
+        """The bytes of it on the worker with the most rows."""
         return -(-self.rows // workers) * self.row
 
 
 @attrs.frozen(kw_only=True)
 class Work:
-    """What one micro-batch, and the state between two steps, take; in bytes.
+    """The bytes that one micro-batch takes, and the state between two steps.
 
-    `params`, `gradients`, `moments`, `extra` (average, reference) and `cast` (what is computed with
-    where that is of another dtype): by tensor. `units`: what is gathered together where the state
-    is sharded, that of no block first, as it is computed with and as its gradients are summed.
-    `activations`: the most that lives at once beside all of these, in the `forward` pass at most,
-    and `together` with the gradients that have been made by then. `activations_sharded`: where the
-    params are gathered. `head`: what the head takes beside it, and `head_weight` its weight's
-    gradient. `flops`: of a micro-batch, a multiplication and an addition being two; `tokens` of it.
+    By tensor: `params`, `gradients`, `moments`, `extra` (average, reference) and `cast` (the params
+    in the dtype that is computed with, if it is another). `units`: for each unit that a sharded
+    state gathers together, first that of no block, its bytes as computed with, and as its gradients
+    are summed.
+
+    `activations`: the most that is alive at once besides all of these; `forward`: the same in the
+    forward pass only; `together`: the same with the gradients that have been made by then;
+    `activations_sharded`: `activations` where the params are gathered. `head`: what the head takes
+    besides, `head_weight`: the gradient of its weight. `flops`: operations of a micro-batch, a
+    multiplication and an addition counting as two; `tokens`: its tokens.
     """
 
     params: tuple[Leaf, ...]
@@ -114,9 +117,9 @@ class Work:
     tokens: int
 
     def beside(self, microbatches: int) -> int:
-        """What a worker with so many micro-batches has at most beside all its gradients.
+        """The most that a worker with so many micro-batches holds besides all its gradients.
 
-        Of one, the gradients come as the activations go.
+        With a single micro-batch, gradients appear as activations are freed.
         """
         if microbatches > 1:
             return self.activations + self.head
@@ -126,8 +129,8 @@ class Work:
 def count(job: Job) -> Work:
     """Count what a job takes.
 
-    Raises `ConfigError` where a model asks for values on its way, which are not there, and for an
-    optimizer whose update needs memory.
+    Raises `ConfigError` for a model whose forward or backward reads values, since there are none,
+    and for an optimizer whose update needs real memory.
     """
     from functrain.distributed.units import find_units
 
@@ -137,7 +140,7 @@ def count(job: Job) -> Work:
     cast = {n: p.to(narrow) for n, p in job.params.items()} if narrow is not None else {}
     kept = [job.params] * (job.average + job.reference)
     found = _counted(job, places)
-    # Without autocast there are no casts that it could keep.
+    # Without autocast there are no cached casts, so the two counts are equal.
     apart = found if job.precision.autocast is None else _counted(job, places, gathered=True)
     units = find_units(job.architecture, places)
     computed = {**job.params, **cast}
@@ -170,11 +173,11 @@ def _leaves(items: Mapping[str, Tensor]) -> tuple[Leaf, ...]:
 
 
 def _moments(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> tuple[Leaf, ...]:
-    """What the optimizer keeps after one update: many a class makes its slots at the first."""
+    """What the optimizer keeps after one update: many classes create their slots in the first."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     halves = _Halves()  # type: ignore[no-untyped-call]
-    # Of torchao's classes a compiled update, which tensors without memory would break for good.
+    # Eager, since torchao's classes compile their update, which fake tensors would break for good.
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(), halves:
         params = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in trained.items()}
         grads = {n: torch.empty_like(p) for n, p in params.items()}
@@ -183,7 +186,7 @@ def _moments(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> tuple[Leaf,
             _, state = optimizer.update(grads, begun, params, optimizer.lr, donate=True)
         except FunctrainError:
             raise
-        except Exception as error:  # whatever a kernel raises that looks for memory
+        except Exception as error:  # whatever a kernel raises that needs real memory
             raise ConfigError(
                 f"plan: {optimizer.kind} makes its moments in an update, and its update cannot be "
                 f"made without memory ({_reason(error)}); plan with adamw, which has 8 bytes of "
@@ -193,10 +196,10 @@ def _moments(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> tuple[Leaf,
 
 
 class _Halves(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whoever asks for a value is told a half, or 1 where it is no float.
+    """Answers every read of a value with 0.5, or with 1 where it is not a float.
 
-    What is kept hardly goes by values. Neither 0 nor 1, since something may be divided by it, or by
-    what is left to 1.
+    What an optimizer keeps hardly depends on values. 0.5 is neither 0 nor 1, since an update may
+    divide by the value, or by 1 minus it.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -207,7 +210,7 @@ class _Halves(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Grouped(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Products of a mixture's experts, of which PyTorch knows the shapes in bf16 alone."""
+    """Grouped products of a mixture of experts, whose shapes PyTorch infers only in bf16."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
@@ -231,9 +234,10 @@ class _Run:
 
 
 def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
-    """A micro-batch's forward and backward on tensors without memory.
+    """Count a micro-batch's forward and backward, on tensors without memory.
 
-    `gathered`: with params that are made of others, of which autocast keeps no casts.
+    `gathered`: for params that are gathered from shards and so are not leaves: autocast caches no
+    casts of them.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -274,7 +278,7 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
             flops=flops,
         )
     products = 2 * made * head.numel()
-    # Log-probs make their logits once more for the gradient, but for pairs that may stay.
+    # Log-probs recompute their logits for the gradient, except for pairs whose logits can be kept.
     stays = not chunks.exceeds(job.time * job.sides, len(head), chunks.KEPT * chunks.BUDGET)
     stays = stays and job.paired and job.precision.autocast != torch.float16
     times = 3 + (job.sides > 1 and not stays)
@@ -282,7 +286,7 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
     return _Run(
         activations=living.most,
         forward=before,
-        # The head's own gradient is there first.
+        # The head's own gradient is the first to exist.
         together=living.together + head.numel() * 4,
         head=_head_bytes(made, head, job.time * job.sides if stays else 0, job.sides > 1),
         head_weight=head.numel() * 4,
@@ -292,7 +296,7 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
 
 @contextmanager
 def _casts_kept(kept: bool) -> Generator[None]:
-    """Whether autocast keeps its casts of leaves; of what is no leaf it keeps none."""
+    """Within, autocast caches its casts of leaves, or not; it never caches those of non-leaves."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(kept and before)
     try:
@@ -309,7 +313,7 @@ def _asks_for_values(architecture: nn.Module, error: Exception) -> ConfigError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, of what kind it is."""
+    """An error's type, and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
@@ -321,7 +325,7 @@ def _fake(param: Tensor, precision: Precision, trained: bool) -> Tensor:
 
 
 def _forward(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is differentiated: hidden states, with the head's weight, or a loss of whole logits."""
+    """What to differentiate: hidden states, and the head's weight, or a loss over whole logits."""
     projection = shown(model)
     if projection is None:
         logits = logits_in(model(input_ids=ids))
@@ -329,17 +333,18 @@ def _forward(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
             raise ArchitectureError("the model returns no logits")
         flat, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         return torch.nn.functional.cross_entropy(flat.float(), targets), None
-    # The rows that the head is handed elsewhere are none here, nor what is made of them.
+    # The head itself is not run here: neither its rows nor anything made of them is counted.
     head = Head(projection, "", None, trunk="")
     return head.hidden(model, {"input_ids": ids}), projection.weight
 
 
 def _head_bytes(rows: int, weight: Tensor, pair: int, scored: bool) -> int:
-    """What the head takes while its logits are there, beside the gradient that it is summed into.
+    """The bytes of the head while its logits exist, without the gradient that it is summed into.
 
-    Logits of a chunk, or all of them where they are few; then as ordinary cross entropy has them:
-    logits, their log-softmax and its gradient. Of pairs that stay, of so many rows (else 0), at
-    least those of one. What is `scored` has details, of a quarter of a chunk at a time.
+    Where there are few logits, all exist at once, as in ordinary cross entropy: logits, their
+    log-softmax and its gradient. Otherwise there are the logits of one chunk, or of one pair whose
+    logits are kept, of `pair` rows (else 0), if that is more. `scored`: log-probs have details, a
+    quarter of a chunk at a time.
     """
     vocabulary, width = weight.shape
     hidden = rows * width * weight.dtype.itemsize
@@ -354,7 +359,7 @@ _GROWTH = 1.02
 
 
 class _Living(TorchDispatchMode):
-    """The bytes that live at once, of what is made within it, but for the gradients of leaves."""
+    """Tracks the bytes alive at once of tensors made within, except gradients of leaves."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -380,8 +385,8 @@ class _Living(TorchDispatchMode):
         self._now += storage.nbytes()
         weakref.finalize(storage, self._gone, key)
         if self._now > self.most:
-            # A checkpoint's early end leaves a ring of frames behind, here and not in a real step,
-            # and what they hold lives until the next collection.
+            # Recomputation that stops early leaves a cycle of frames behind (here, not in a real
+            # step), and the tensors that they hold live until the next garbage collection.
             if self._now > _GROWTH * self._collected:
                 gc.collect()
                 self._collected = self._now
@@ -393,9 +398,9 @@ class _Living(TorchDispatchMode):
 
     @contextmanager
     def gradients_of(self, leaves: Any) -> Generator[None]:
-        """What becomes a leaf's gradient counts elsewhere from then on."""
+        """Count a tensor separately (in `together` only) once it is the gradient of a leaf."""
         gc.collect()
-        gc.freeze()  # what is there already need not be looked through again and again
+        gc.freeze()  # so that each collection need not traverse all that exists already
         handles = [
             leaf.register_post_accumulate_grad_hook(self._kept)
             for leaf in leaves
@@ -419,5 +424,5 @@ class _Living(TorchDispatchMode):
 
 
 def total(leaves: Sequence[Leaf], workers: int = 1) -> int:
-    """The bytes of these tensors that one of so many workers has."""
+    """The bytes of these tensors on the worker with the most rows, out of so many workers."""
     return sum(leaf.bytes_of(workers) for leaf in leaves)

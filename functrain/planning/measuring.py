@@ -1,4 +1,4 @@
-"""The machine at hand as a cluster: what its workers come to, measured in a few seconds."""
+"""The machine at hand as a cluster: the speed of its workers, measured in a few seconds."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _NUMBERS, _ROUNDS = 1 << 24, 5
 
 
 def here(world: World, precision: Precision) -> Cluster:
-    """A cluster of workers like those of this world; all of them must call this.
+    """Measure a cluster of workers like those of this world; all of them must call this.
 
-    `flops` of the gradient of a decoder of two layers, all workers computing at once; `traffic` of
-    updates by AdamW; `inside` and `latency` of sums over the workers, large and small, of one
-    worker alone those of its memory. On a CPU exchanges take the time of the cores that compute, so
-    nothing runs beside.
+    `flops` is measured on the gradient of a two-layer decoder, with all workers computing at once;
+    `traffic` on AdamW updates; `inside` and `latency` on large and small sums over the workers. For
+    a single worker `inside` is its memory's traffic, and `latency` 1 µs. On a CPU, exchanges take
+    time from the cores that compute, so `beside` is False.
     """
     device = world.device
     flops = _flops(world, precision)
@@ -84,7 +84,7 @@ def _traffic(world: World) -> float:
         nonlocal params, state
         params, state = optimizer.update(grads, state, params, 1e-9, donate=True)
 
-    # Params and both moments are read and written, the gradient is read.
+    # Params and both moments are read and written; the gradient is only read.
     return 7 * 4 * _NUMBERS / _seconds(update, world)
 
 
@@ -95,7 +95,7 @@ def _memory(device: torch.device, workers: int) -> float:
 
 
 def _seconds(work: Callable[[], object], world: World) -> float:
-    """The median of a few rounds that all workers begin together; of the slowest worker."""
+    """The slowest worker's median over a few rounds, which all workers begin together."""
     found = []
     for _ in range(_ROUNDS + 1):
         world.any(False)

@@ -1,21 +1,22 @@
-"""A plan: memory of a worker and time of a step, replicated and sharded, before anybody has paid.
+"""A plan: memory per worker and time per step, replicated and sharded, before anyone has paid.
 
-The model, for W workers that have K micro-batches each:
+The model, for W workers with K micro-batches each:
 
-- Replicated: a worker has all params, gradients and moments. Once a step the gradients are summed,
-  in 2·(W−1)/W of their bytes. That begins in the last micro-batch's backward pass, two thirds of
-  its computation, and is hidden behind it as far as it goes.
-- Sharded: it has 1/W of each, in rows, and the params of no block whole. The params of a block are
-  gathered in the forward and in the backward pass of each micro-batch, and its gradients summed to
-  rows: (W−1)/W of their bytes each. Beside the computation, but for the first block of each pass,
-  and the gradients of the last block and of what is in none. What is gathered is packed and laid
-  out, what is summed is cut and packed: about 4 and 6 times its bytes through the memory.
-- An exchange takes its bytes over the bandwidth of the slowest link, and a latency for each
-  doubling of the workers. Computing takes the operations over what a worker comes to; the update,
-  the bytes that it reads and writes over the traffic of the memory.
+- Replicated: a worker has all params, gradients and moments. Once per step the gradients are
+  summed, which moves 2·(W−1)/W of their bytes. The sums overlap with the last micro-batch's
+  backward pass, two thirds of its computation, and are hidden behind it as far as it lasts.
+- Sharded: a worker has 1/W of each, in rows, and whole those params that belong to no block. A
+  block's params are gathered in the forward and the backward pass of each micro-batch, and its
+  gradients are summed to rows: each moves (W−1)/W of their bytes. This overlaps with the
+  computation, except for the first block of each pass, and for the gradients of the last block and
+  of the params in no block. Packing and unpacking move about 4 times the bytes gathered, and 6
+  times the bytes summed, through memory.
+- An exchange takes its bytes divided by the bandwidth of the slowest link, plus a latency per
+  doubling of the workers. Computing takes the operations divided by the rate that a worker
+  achieves; the update, the bytes that it reads and writes divided by the memory traffic.
 
-What it leaves out: waiting for the slowest worker, fragmented memory, and what the libraries take
-(a CUDA context and NCCL's buffers are one or two gigabytes).
+The model leaves out waiting for the slowest worker, memory fragmentation, and what the libraries
+take (a CUDA context and NCCL's buffers are one or two gigabytes).
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from functrain.planning.counting import Job, Work, count, total
 
 @attrs.frozen(kw_only=True)
 class Layout:
-    """One way of sharing a job: bytes of a worker by what has them, seconds of a step likewise.
+    """One way of sharing a job: a worker's bytes by their purpose, and a step's seconds likewise.
 
-    `memory`: at the moment when it is most; what is at other moments only is in none of it.
+    `memory` is at its peak; what exists only at other moments is not in it.
     """
 
     memory: Mapping[str, int]
@@ -44,18 +45,18 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """All of a worker's memory."""
+        """The total of a worker's memory."""
         return sum(self.memory.values())
 
     @property
     def step(self) -> float:
-        """Seconds of a step."""
+        """The total seconds of a step."""
         return sum(self.seconds.values())
 
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """What a job comes to on a cluster, replicated and sharded."""
+    """What a job takes on a cluster, replicated and sharded."""
 
     job: Job
     cluster: Cluster
@@ -65,9 +66,9 @@ class Plan:
 
 
 def plan(job: Job, cluster: Cluster, *, canonical: bool = False) -> Plan:
-    """The memory and the time of a job; `canonical`: with `reduction="canonical"`.
+    """Predict the memory and time of a job; `canonical`: with `reduction="canonical"`.
 
-    Raises `ConfigError` where the micro-batches cannot be shared out to the workers.
+    Raises `ConfigError` if the micro-batches cannot be divided equally among the workers.
     """
     if job.microbatches % cluster.workers:
         raise ConfigError(
@@ -79,7 +80,7 @@ def plan(job: Job, cluster: Cluster, *, canonical: bool = False) -> Plan:
 
 
 def planned(job: Job, cluster: Cluster, work: Work, *, canonical: bool = False) -> Plan:
-    """The same of a job that has been counted."""
+    """`plan`, for a job that has been counted already."""
     made = []
     for sharded in (False, True):
         memory = _memory(job, cluster, work, sharded, canonical)
@@ -97,7 +98,7 @@ def _memory(
     size = cluster.workers
     parts = size if sharded else 1
     gradients = total(work.gradients, parts)
-    # As a tree there are as many sums at once as branches wait, and the pair that is added.
+    # As a tree, several sums exist at once: the waiting branches, and the pair being added.
     own = job.microbatches // size
     sets = max(1, math.floor(math.log2(own))) if canonical else 1
     found = {
@@ -111,7 +112,8 @@ def _memory(
     most = max(blocks, default=(0, 0))
     moments: list[dict[str, int]] = []
     if sharded and size > 1:
-        # Backward through a block: it, the one before, and its gradients, which are sent and come.
+        # Backward through a block: its params, those of the block before, and its gradients, whole
+        # and in the buffers that send and receive them.
         moments.append(
             {
                 "activations": work.activations_sharded + work.head,
@@ -119,7 +121,7 @@ def _memory(
                 "exchanged": 2 * most[1],
             }
         )
-        # What is in no block comes last: the embedding's gradient, and the head's.
+        # Params in no block come last: the gradients of the embedding and of the head.
         moments.append({"gathered": root[0] + 2 * root[1], "exchanged": 2 * root[1]})
     else:
         moments.append({"activations": work.beside(own)})

@@ -1,1 +1,1 @@
-"""What a run leaves to look at: metrics.jsonl, a progress line, and report.html."""
+"""What a run shows of itself: metrics.jsonl, a progress line, and report.html."""

@@ -1,8 +1,7 @@
-"""A tracker beside the training: it never stops it, never holds it up, and says its failure once.
+"""A tracker in the background: it never stops or delays training, and reports a failure once.
 
-Services have networks, keys and disks of their own. What they are told goes through a queue to a
-thread, so that no step waits for them; the first thing that goes wrong is said, and nothing more is
-told to that service.
+Services depend on networks, keys and disks of their own. Metrics pass through a queue to a thread,
+so that no step waits for a service; its first failure is reported, and it is sent nothing more.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from functrain.errors import ConfigError
 from functrain.tracking.jsonl import Tracker
 
 PATIENCE = 60.0
-"""Seconds that the end of a run waits for a service to take what it has been told."""
+"""Seconds that the end of a run waits for a service to take what is in its queue."""
 
 
 class Beside:
-    """A tracker that is opened, told and closed in a thread of its own.
+    """A tracker that is opened, fed and closed in a thread of its own.
 
-    `open_`: makes the tracker; what it raises counts as a failure too, but a `ConfigError`, which
-    is the user's to mend, comes from `ready`. `say`: told once, in the caller's thread, what went
-    wrong.
+    `open_` makes the tracker. What it raises counts as a failure too, except that a `ConfigError`,
+    which the user can fix, is raised by `ready`. `say` is called once, in the caller's thread, with
+    what went wrong.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Beside:
             while (told := self._told.get()) is not None:
                 tracker.log(*told)
             tracker.close()
-        except BaseException as error:  # a service's SystemExit is no reason to stop a training
+        except BaseException as error:  # even a service's SystemExit must not stop the training
             self._failure = error
         finally:
             self._opened.set()

@@ -15,14 +15,14 @@ WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
 MOST_POINTS = 400
 COLOURS = 6
-"""Of curves; a seventh has the first's."""
+"""How many colours curves have; a seventh curve reuses the first colour."""
 LOG_FROM = 30.0
 """A range of positive values wider than this factor is drawn on a logarithmic scale."""
 
 
 @attrs.frozen
 class Curve:
-    """A named series; `points` are (step, value), drawn as dots where `dots`."""
+    """A named series of (step, value) `points`; `dots`: whether they are drawn as dots too."""
 
     name: str
     points: tuple[Point, ...]
@@ -33,7 +33,8 @@ class Curve:
 class Chart:
     """Curves over the same steps.
 
-    `logarithmic` draws wide ranges of positive values so; `from_zero` keeps 0 in sight.
+    `logarithmic`: draw a wide range of positive values on a logarithmic scale. `from_zero`: include
+    0 in the range.
     """
 
     title: str
@@ -44,7 +45,7 @@ class Chart:
 
 @attrs.frozen
 class Scale:
-    """Values to pixels, straight or logarithmic."""
+    """Maps values to pixels, linearly or logarithmically."""
 
     low: float
     high: float
@@ -71,18 +72,19 @@ def curve(
 
 
 def _is_drawn(value: float) -> bool:
-    """Whether a value has a place; NaN, infinities and what is near them have none."""
+    """Whether a value can be drawn: not NaN, nor infinite or close to it."""
     return abs(value) <= _FURTHEST
 
 
 _FURTHEST = 1e300
-"""Beyond it a range, its margins or the next power of ten may be no number."""
+"""Beyond this, a range, its margins or the next power of ten may overflow."""
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` points, among them the lowest and the highest of each stretch.
+    """At most `most` points: the lowest and the highest of each stretch.
 
-    What is not drawn is left out, but where there is nothing else in a stretch: there it is a gap.
+    Values that cannot be drawn are dropped, unless a stretch has no others: there one is kept, as a
+    gap.
     """
     if len(points) <= most:
         return list(points)
@@ -90,7 +92,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     kept: list[Point] = []
     for number in range(stretches):
         begin, end = (len(points) * n // stretches for n in (number, number + 1))
-        # NaN is neither below nor above anything, so nothing could be sorted by it.
+        # NaN has no order, so points could not be sorted by it.
         placed = [point for point in points[begin:end] if _is_drawn(point[1])]
         stretch = sorted(placed, key=lambda point: point[1]) or points[begin : begin + 1]
         kept += sorted({stretch[0], stretch[-1]})
@@ -98,7 +100,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def drawn(chart: Chart) -> str:
-    """The chart as an SVG element; nothing where no value is finite."""
+    """The chart as an SVG element; empty if no value can be drawn."""
     values = [v for c in chart.curves for _, v in c.points if _is_drawn(v)]
     steps = [s for c in chart.curves for s, _ in c.points]
     if not values:

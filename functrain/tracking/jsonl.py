@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each logged step, flushed as it is written."""
+"""metrics.jsonl: one line per logged step, flushed as it is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from functrain.errors import DataError
 from functrain.writing import append, write
 
 CLOCKS = ("data_seconds", "mfu", "peak_memory_gib", "tokens_per_second")
-"""What is read off a clock or the system, and so differs between runs that are the same."""
+"""Metrics read off a clock or the system, which therefore differ between identical runs."""
 
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -25,23 +25,23 @@ _BLOCK = 2**16
 
 
 class Tracker(Protocol):
-    """Where metrics go: JSON lines here; other services by an adapter with these two methods."""
+    """Where metrics go: a JSON lines file, or any service through an adapter with these methods."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """No more will come."""
+        """End: no more metrics will come."""
         ...
 
 
 class JSONLTracker:
     """A tracker that appends `{"step": …, name: value, …}` lines to a file.
 
-    JSON has no NaN and no infinities: they are the strings "NaN", "Infinity" and "-Infinity". A
-    last line without an end, which a kill has torn and `read` leaves out, is cut off at the first
-    line that is logged.
+    JSON has no NaN or infinities: they are written as "NaN", "Infinity" and "-Infinity". A last
+    line without a newline, which a kill has torn and `read` ignores, is cut off when the first line
+    is logged.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -54,10 +54,10 @@ class JSONLTracker:
             raise _unwritten(self._path, error) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line, the whole of it or nothing.
+        """Append one line, whole or not at all.
 
-        Raises `DataError` where it cannot be written, for a step that is no integer of 64 bits, a
-        metric that is no number, and one of the name "step".
+        Raises `DataError` if it cannot be written, for a step that is not a 64-bit integer, for a
+        metric that is not a number, and for a metric named "step".
         """
         if self._file.closed:
             raise DataError(f"{self._path}: the tracker is closed; log before close()")
@@ -80,27 +80,27 @@ def _unwritten(path: Path, error: OSError) -> DataError:
 
 
 class Several:
-    """Trackers that are told the same, in their order."""
+    """Passes the same metrics to several trackers, in order."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell each."""
+        """Log to each tracker."""
         for each in self._trackers:
             each.log(step, metrics)
 
     def close(self) -> None:
-        """Close each."""
+        """Close each tracker."""
         for each in self._trackers:
             each.close()
 
 
 def read(path: PathLike) -> list[dict[str, Any]]:
-    """The records of a file, numbers as numbers; none where there is no file.
+    """The records of a file, with NaN and infinities as floats; empty if there is no file.
 
-    A last line without an end was torn by a kill and is left out; any other that is not a record
-    raises `DataError` with its number.
+    A last line without a newline was torn by a kill and is left out; any other line that is not a
+    record raises `DataError` with its number.
     """
     target = as_path("path", path)
     if not target.exists():
@@ -110,9 +110,9 @@ def read(path: PathLike) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: PathLike, step: int) -> None:
-    """Drop the records of later steps, so that a resumed run's file is an uninterrupted one's.
+    """Drop the records of later steps, so that a resumed run's file equals an uninterrupted one's.
 
-    `DataError` where it cannot be written; the records are then as they were.
+    Raises `DataError` if the file cannot be written; its records are then as they were.
     """
     target = as_path("path", path)
     if not target.exists():
@@ -130,7 +130,7 @@ def truncate_after(path: PathLike, step: int) -> None:
 
 
 def _cut_torn(path: Path) -> None:
-    """Cut off a last line without an end: what is appended would be glued to it."""
+    """Cut off a last line without a newline: an appended line would continue it."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         begin = end
@@ -146,7 +146,7 @@ def _cut_torn(path: Path) -> None:
 
 
 def _line(step: object, metrics: Mapping[str, float], path: Path) -> bytes:
-    """A line that `read` reads."""
+    """A line as `read` reads it."""
     number = _integer(step, path)
     if "step" in metrics:
         raise DataError(
@@ -163,7 +163,7 @@ def _line(step: object, metrics: Mapping[str, float], path: Path) -> bytes:
             ) from error
     try:
         return orjson.dumps({"step": number, **values}, option=orjson.OPT_APPEND_NEWLINE)
-    except orjson.JSONEncodeError as error:  # for names that are no text, and beyond 64 bits
+    except orjson.JSONEncodeError as error:  # a name that is not a string, or a step over 64 bits
         raise DataError(f"{path}: step {number} cannot be written as JSON ({error})") from error
 
 

@@ -1,4 +1,4 @@
-"""How training goes: a bar on a terminal, plain lines elsewhere."""
+"""The progress of training: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _HELD_OUT = "eval_loss"
 
 
 class Progress:
-    """`update(step, metrics)` shows stage, step, loss, tokens per second and the time left.
+    """Shows stage, step, loss, tokens per second and the time left, by `update(step, metrics)`.
 
-    Values are read only when something is drawn, so that looking costs training nothing. On a
-    terminal rich draws a bar, five times a second at most; elsewhere, and on a dumb terminal, there
-    is a line every five seconds, and one for each evaluation. A stream that cannot be written (its
-    reader has gone, the disk is full) ends nothing.
+    Metrics are read only when something is drawn, so that showing them costs training nothing. On a
+    terminal rich draws a bar, at most five times a second; elsewhere, and on a dumb terminal, there
+    is a line every five seconds and one for each evaluation. A stream that cannot be written to
+    (its reader is gone, the disk is full) does not end the run.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Progress:
         self.close()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step has been made."""
+        """Show the progress after a step, if it is due."""
         if self.due(step) or _HELD_OUT in metrics:
             self._drawn = now = self._clock()
             parts = self._parts(step, metrics, now)
@@ -63,7 +63,7 @@ class Progress:
                 self._draw(step, parts)
 
     def due(self, step: int) -> bool:
-        """Whether something is to be drawn after this step, and its metrics to be read."""
+        """Whether to draw something after this step, and so to read its metrics."""
         now = self._clock()
         if self._begun is None:
             self._begun = (now, step)
@@ -71,14 +71,14 @@ class Progress:
         return now - self._drawn >= pause or step >= self._total
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar and leave it as it is."""
         if self._bar is not None:
             with self._writing():
                 self._bar.stop()
 
     @contextmanager
     def _writing(self) -> Generator[None]:
-        """Within it the display is written; a bar that cannot be is given up."""
+        """Wraps writing to the display; a bar that cannot be written is given up."""
         try:
             yield
         except OSError:
@@ -125,7 +125,7 @@ class Progress:
 
 
 def _bar(total: int, stream: TextIO) -> Bar | None:
-    """A bar; None for a terminal that cannot go back in a line, where it would show at the end."""
+    """A bar; None for a terminal that cannot move back in a line, where it would show too late."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
@@ -139,7 +139,7 @@ def _bar(total: int, stream: TextIO) -> Bar | None:
         TextColumn("{task.fields[count]}", style="cyan"),
         TextColumn("{task.fields[rest]}"),
         console=console,
-        # Drawn by the steps themselves: no thread beside training.
+        # The steps draw it themselves: no thread runs beside training.
         auto_refresh=False,
     )
     bar.add_task("", total=total, stage="", count="", rest="")

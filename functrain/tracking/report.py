@@ -13,7 +13,7 @@ from functrain.errors import ConfigError
 from functrain.tracking.charts import COLOURS, Chart, Curve, curve, drawn
 from functrain.writing import write
 
-# Title, and for each curve its name, metric, and whether it is drawn as dots.
+# Each chart's title, and for each curve its name, its metric, and whether it is drawn as dots.
 CHARTS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
     ("Loss, nats", (("train", "loss", False), ("held out", "eval_loss", True))),
     (
@@ -60,14 +60,14 @@ FROM_ZERO = (
     "mfu",
     "peak_memory_gib",
 )
-# What says nothing while it stands still.
+# Not shown while constant.
 QUIET = ("loss_scale", "skipped")
-# What says nothing while it is 0, to the digits that are shown.
+# Not shown while 0, to the digits that are displayed.
 NOTHING = ("padding", "eval_padding", "data_seconds")
 
 
 class Sample(Protocol):
-    """A prompt, and what each of several models says after it."""
+    """A prompt, and how each of several models continues it."""
 
     @property
     def prompt(self) -> str:
@@ -76,13 +76,13 @@ class Sample(Protocol):
 
     @property
     def answers(self) -> Sequence[tuple[str, str]]:
-        """(which model, its text)."""
+        """For each model, its name and its text."""
         ...
 
 
 @attrs.frozen(kw_only=True)
 class CheckpointRow:
-    """A checkpoint that is kept: its size in bytes, the sha256 of each file, its held-out loss."""
+    """A kept checkpoint: its size in bytes, the sha256 of each file, its held-out loss."""
 
     step: int
     size: int
@@ -94,7 +94,7 @@ class CheckpointRow:
 class StageRecord:
     """A stage and the records of its metrics.jsonl; `config` is shown as it is.
 
-    `notes`: what was read of its data, a line each. `environment`: by name.
+    `notes`: what was read of its data, one line each. `environment`: values by name.
     """
 
     name: str
@@ -106,7 +106,7 @@ class StageRecord:
 
 
 def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """The charts that these records have anything for."""
+    """The charts for which these records have something to show."""
     found = []
     for title, curves in CHARTS:
         made = [curve(name, metrics, key, dots=dots) for name, key, dots in curves]
@@ -118,7 +118,7 @@ def charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def overlaid(stages: Sequence[StageRecord]) -> list[Chart]:
-    """The charts of several runs in one: of each metric, a curve for each run that has it."""
+    """One chart per metric over several runs, with a curve for each run that has it."""
     found = []
     for title, curves in CHARTS:
         for name, key, dots in curves:
@@ -158,9 +158,9 @@ def render_report(
 ) -> str:
     """The report as HTML: no script, nothing fetched, every text escaped.
 
-    `table`: rows of stage, measure, before, after. `commands`: what to type next.
-    `together`: the stages are runs that are compared, in charts of all of them first. Raises
-    `ConfigError` where jinja2 is not installed.
+    `table`: rows of stage, measure, before, after. `commands`: what to type next. `together`: the
+    stages are runs to be compared, so charts of all of them come first. Raises `ConfigError` if
+    jinja2 is not installed.
     """
     try:
         import jinja2
@@ -192,7 +192,7 @@ def render_report(
 
 
 def _row(kept: CheckpointRow) -> dict[str, str]:
-    """The params and the whole, by the first digits of their hashes: the same where bits are."""
+    """A row of the table; equal hash prefixes, of the params or of all files, mean equal bits."""
     params = kept.sha256.get("model.safetensors", "")
     whole = hashlib.sha256("".join(kept.sha256[name] for name in sorted(kept.sha256)).encode())
     return {
@@ -205,7 +205,7 @@ def _row(kept: CheckpointRow) -> dict[str, str]:
 
 
 def write_report(path: PathLike, **contents: Any) -> None:
-    """`render_report` to a file, which appears whole or not at all; `OSError` where it cannot."""
+    """Write `render_report` to a file, whole or not at all; raises `OSError` if it cannot."""
     write(as_path("path", path), render_report(**contents).encode())
 
 

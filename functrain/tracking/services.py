@@ -1,8 +1,8 @@
-"""Trackers that a team watches already: TensorBoard, Weights & Biases, MLflow, trackio.
+"""Trackers that teams already watch: TensorBoard, Weights & Biases, MLflow, trackio.
 
-Each is the service's own client behind `Tracker`'s two methods, and is imported when it is opened.
-Metrics go by the names that dashboards know: `train/loss`, `eval/loss`. A run that is resumed goes
-on under the identity it had, which lies in its directory.
+Each wraps the service's own client in `Tracker`'s two methods and imports it when it is opened.
+Metrics have the names that dashboards expect: `train/loss`, `eval/loss`. A resumed run continues
+under its old identity, which is kept in its directory.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from functrain.writing import write
 
 @attrs.frozen(kw_only=True)
 class TrackedRun:
-    """What a service is told of a run.
+    """What a service is told about a run.
 
-    `directory`: the run's, where its identity is kept and what is local is written. `config`: flat,
-    by key. `step`: the last one made before, where the run goes on; 0 at its beginning.
+    `directory`: the run's, where its identity is kept and local files are written. `config`: flat,
+    by key. `step`: the step that the run continues from, 0 at its beginning.
     """
 
     directory: Path = attrs.field(converter=Path)
@@ -38,7 +38,7 @@ class TrackedRun:
     step: int = 0
 
     def identity(self, service: str, make: Callable[[], str]) -> str:
-        """The run's id with a service: as it was noted, or made and noted now."""
+        """The run's id with a service: the recorded one, or a new one that is recorded now."""
         path = self.directory / "trackers.json"
         known: dict[str, str] = json.loads(path.read_bytes()) if path.is_file() else {}
         if service not in known:
@@ -56,10 +56,10 @@ def prefixed(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def opened(service: str, run: TrackedRun) -> Tracker:
-    """The tracker of a service, begun or gone on with.
+    """Open the tracker of a service, for a new or a resumed run.
 
-    Raises `ConfigError` for a service that is not known or whose package is not installed, and
-    whatever the service's own client raises, for want of a key or a network, say.
+    Raises `ConfigError` for a service that is unknown or whose package is not installed, and
+    whatever the service's own client raises, for lack of a key or a network, say.
     """
     if service not in SERVICES:
         raise ConfigError(f"tracker: {service!r} is unknown; {did_you_mean(service, SERVICES)}")
@@ -77,12 +77,12 @@ def _package(name: str, service: str) -> Any:
 
 
 class TensorBoard:
-    """Event files in the run's directory, below `tensorboard`."""
+    """TensorBoard event files, in `tensorboard` in the run's directory."""
 
     def __init__(self, run: TrackedRun) -> None:
         _package("tensorboard", "tensorboard")
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        # What was logged after the step that a run goes on from is left out of the curves.
+        # Drops from the curves what was logged after the step that the run continues from.
         purge = run.step + 1 if run.step else None
         self._writer = writer(log_dir=str(run.directory / "tensorboard"), purge_step=purge)
         if not run.step:
@@ -90,18 +90,18 @@ class TensorBoard:
             self._writer.add_text("config", "\n".join(lines), 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A scalar for each."""
+        """Write a scalar for each metric."""
         for name, value in prefixed(metrics).items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 class WandB:
-    """Weights & Biases; `WANDB_MODE=offline` writes into the run's directory alone."""
+    """Weights & Biases; with `WANDB_MODE=offline` it writes only to the run's directory."""
 
     def __init__(self, run: TrackedRun) -> None:
         wandb = _package("wandb", "wandb")
@@ -149,7 +149,7 @@ class MLflow:
         self._client.update_run(self._run, status="RUNNING")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One batch of metrics."""
+        """Log the metrics as one batch."""
         at = int(time.time() * 1000)
         values = [
             self._entities.Metric(name, value, at, step)
