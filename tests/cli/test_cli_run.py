@@ -1096,7 +1096,9 @@ def test_a_run_that_recomputes_is_the_same_run(
     assert main(["pretrain", given, "--train.checkpoint", several, "--train.keep-pages"]) == 0
     assert _fingerprint(run) == whole
     assert asked == [True]
-    assert "train.keep_pages: this system's allocator has no such setting" in capsys.readouterr().err
+    assert (
+        "train.keep_pages: this system's allocator has no such setting" in capsys.readouterr().err
+    )
     monkeypatch.setattr(memory, "return_pages", lambda: bool(asked.append(False)))
     resumed = ["pretrain", given, "--train.checkpoint", several, "--resume"]
     assert main([*resumed, "--train.keep-pages", "--train.return-pages"]) == 2
