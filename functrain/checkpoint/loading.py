@@ -62,7 +62,8 @@ def load(
     newest valid one, with a warning.
 
     If `like` is in shards, every worker of its `world` calls this: worker 0 chooses the checkpoint,
-    and each worker keeps only its rows, whatever number of workers saved it.
+    and each worker keeps only its rows, whatever number of workers saved it. `older` is then a
+    `ConfigError`.
     """
     check_state(like, "like")
     check_boolean("strict", strict)

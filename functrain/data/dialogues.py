@@ -1,4 +1,4 @@
-"""Records as dialogues: the shapes that are common on disk, told apart and brought into one."""
+"""Records as dialogues: the formats that are common on disk, recognised and made into one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "Alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
 }
-"""Each shape with the keys that it is known by."""
+"""The formats, each with the keys by which it is recognised."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPEAKERS = {
     "human": "user",
@@ -38,8 +38,8 @@ _SPEAKERS = {
 class Dialogue:
     """Messages as a chat template takes them, the tools that may be called, and what is learnt.
 
-    `learnt`: for each message whether its tokens are targets; of the assistant's alone they are.
-    `places`: where each message is found, as errors say it.
+    `learnt`: for each message, whether its tokens are targets; only the assistant's can be.
+    `places`: for each message, its place in its record, for error messages.
     """
 
     messages: tuple[Message, ...]
@@ -49,7 +49,7 @@ class Dialogue:
 
 
 def shape_of(record: object, where: str) -> str:
-    """The name of a record's shape; `DataError` for one of none, or of two."""
+    """The format of a record; `DataError` if it has none, or two."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
     found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
@@ -67,10 +67,10 @@ def shape_of(record: object, where: str) -> str:
 
 
 def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
-    """A record of messages, of ShareGPT's or of Alpaca's shape as a dialogue.
+    """A record of messages, in ShareGPT's format or in Alpaca's, as a dialogue.
 
-    A message's `weight` is 0 or 1: what has 0 is not learnt. `tools` may be JSON as text. Raises
-    `DataError` with the field and what was expected there.
+    A message's `weight` is 0 (not learnt) or 1. `tools` may be JSON as text. Raises `DataError` with
+    the field and what was expected there.
     """
     shape = shape_of(record, where)
     called = tools(record.get("tools"), f"{where}.tools")
@@ -92,9 +92,9 @@ def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
 
 
 def message(given: object, where: str, content_key: str = "content") -> Message:
-    """A message with a known role, and with content, or tool calls in its place.
+    """A message, which must have a known role, and content or tool calls.
 
-    `tool_calls` may be JSON as text. `content_key`: under what the record has the content.
+    `tool_calls` may be JSON as text. `content_key`: the key of the content in the record.
     """
     if not isinstance(given, Mapping):
         raise DataError(f"{where}: expected role and content, got {type(given).__name__}")
@@ -127,7 +127,7 @@ def message(given: object, where: str, content_key: str = "content") -> Message:
 def said(
     given: Sequence[object], where: str, read: Callable[[object, str], Message] = message
 ) -> Dialogue:
-    """Messages as a dialogue; what an assistant says is learnt unless the message's weight is 0."""
+    """Messages as a dialogue; the assistant's are learnt unless their weight is 0."""
     places = [f"{where}[{n}]" for n in range(len(given))]
     messages = [read(each, place) for each, place in zip(given, places, strict=True)]
     weights = [_weight(each, place) for each, place in zip(given, places, strict=True)]
@@ -143,7 +143,7 @@ def _weight(given: Any, where: str) -> bool:
 
 
 def check_learnt(given: Dialogue, where: str) -> None:
-    """Raise `DataError` for messages of which nothing is learnt."""
+    """Raise `DataError` if no message is learnt."""
     if any(given.learnt):
         return
     spoken = any(each["role"] == "assistant" for each in given.messages)
@@ -152,7 +152,7 @@ def check_learnt(given: Dialogue, where: str) -> None:
 
 
 def _turn(given: object, where: str) -> Message:
-    """A message of ShareGPT's: who it is from, and its value."""
+    """A message in ShareGPT's format: `from` and `value`."""
     if not isinstance(given, Mapping) or not {"from", "value"} <= given.keys():
         raise DataError(f"{where}: expected an object with 'from' and 'value'")
     speaker = given["from"]
@@ -163,7 +163,7 @@ def _turn(given: object, where: str) -> Message:
 
 
 def _alpaca(record: Mapping[str, Any], where: str) -> Dialogue:
-    """The instruction, with its input two lines below, is asked; the output is said."""
+    """The user asks: instruction, blank line, input; the assistant answers with the output."""
     keys = ("instruction", "input", "output", "system")
     texts = {key: _text(record, key, where) for key in keys}
     for key in ("instruction", "output"):
@@ -179,7 +179,7 @@ def _alpaca(record: Mapping[str, Any], where: str) -> Dialogue:
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-    """A field of text; empty where there is none, or null, as in a column."""
+    """A text field; empty if it is missing or null, as in a table."""
     text = record.get(key)
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}.{key}: expected text, got {type(text).__name__}")
@@ -187,12 +187,12 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def tools(given: object, where: str) -> tuple[Mapping[str, Any], ...]:
-    """Descriptions of functions, or none; JSON as text is read."""
+    """Descriptions of functions, or none; they may be JSON as text."""
     return _objects(given, where, "expected a list of objects that describe functions")
 
 
 def _objects(given: object, where: str, expected: str) -> tuple[Mapping[str, Any], ...]:
-    """A list of objects, or JSON of one as text; none of what is empty."""
+    """A list of objects, or such a list as JSON text; empty for an empty value."""
     if isinstance(given, str) and given.strip():
         try:
             given = orjson.loads(given)

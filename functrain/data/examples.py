@@ -1,4 +1,4 @@
-"""Records as token ids: a prompt, and the completions to learn after it."""
+"""Records as token ids: a prompt, and the completions to learn."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ Example = tuple[TokenIds, TokenIds]
 Read = TypeVar("Read")
 
 ROLES = ("system", "user", "assistant")
-"""Those that lines `role: content` know."""
+"""The roles in the plain format, lines of `role: content`."""
 SIDES = ("chosen", "rejected")
 _MEANT = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING)
 
 
 @attrs.frozen
 class Prompted:
-    """A prompt, and what follows it: one completion, or the chosen and the rejected one."""
+    """A prompt, and one completion, or the chosen and the rejected one."""
 
     prompt: TokenIds
     completions: tuple[Example, ...]
 
 
 def check_given(records: object) -> None:
-    """Raise `DataError` unless these may be records."""
+    """Raise `DataError` unless `records` can be a sequence of records."""
     if isinstance(records, Mapping):
         raise DataError("records: one object, expected a list of them: [record]")
     if isinstance(records, str) or not isinstance(records, Iterable):
@@ -51,11 +51,11 @@ def check_given(records: object) -> None:
 def read_each(
     records: Iterable[Record], read: Callable[[Record, str], Read], on_bad_record: str
 ) -> tuple[list[tuple[str, Read]], tuple[str, ...]]:
-    """What `read` makes of each record, with where it was; and what was wrong with the others.
+    """The result of `read` for each record, with its place; and the errors of malformed ones.
 
-    Those of files are known by their lines, `functrain.data.records.Records`; rows of a
-    `datasets.Dataset` are read as `functrain.data.columns.record` has them. With "stop" the first
-    malformed one raises its `DataError`.
+    Records of files are named by file and line (`functrain.data.records.Records`); rows of a
+    `datasets.Dataset` are converted by `functrain.data.columns.record`. With "stop" the first
+    malformed record raises its `DataError`.
     """
     check_on_bad_record(on_bad_record)
     file = records if isinstance(records, Records) else None
@@ -76,10 +76,10 @@ def read_each(
 
 
 def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
-    """A dialogue of one of `functrain.data.dialogues.SHAPES`, or a prompt with its completion.
+    """Read a dialogue in one of `functrain.data.dialogues.SHAPES`, or a prompt with a completion.
 
-    What comes before the first message that is learnt is the prompt. `where` names the record in
-    errors, as in all of these functions.
+    Everything before the first learnt message is the prompt. `where` names the record in errors,
+    here and in all of these functions.
     """
     if not isinstance(record, Mapping):
         return read_completions(record, ("completion",), tokenizer, where)
@@ -101,7 +101,7 @@ def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
 
 
 def _read_dialogue(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
-    """A dialogue in the tokenizer's template; as lines where it has none."""
+    """A dialogue in the tokenizer's chat template, or as lines of `role: content` without one."""
     given = dialogues.dialogue(record, where)
     if isinstance(tokenizer, Templated) and has_template(tokenizer):
         ids, labels = laid_out(given, tokenizer, where)
@@ -113,7 +113,7 @@ def _read_dialogue(record: Record, tokenizer: Tokenizer, where: str) -> Prompted
 
 
 def _check_plain(given: Dialogue, where: str) -> None:
-    """Raise `DataError` for what lines `role: content` have no place for."""
+    """Raise `DataError` for what the plain format, lines of `role: content`, cannot express."""
     for each, at in zip(given.messages, given.places, strict=True):
         if given.tools or each["role"] == "tool" or each.get("tool_calls"):
             raise DataError(
@@ -132,7 +132,7 @@ def _check_plain(given: Dialogue, where: str) -> None:
 
 
 def _parted(wholes: Mapping[str, Dialogue], end: int, tokenizer: Tokenizer, where: str) -> Prompted:
-    """Dialogues of which the first `end` messages are the prompt, the same for each."""
+    """Dialogues whose first `end` messages are the prompt, the same for each."""
     learnt = {
         side: attrs.evolve(whole, learnt=(*[False] * end, *whole.learnt[end:]))
         for side, whole in wholes.items()
@@ -146,7 +146,7 @@ def _parted(wholes: Mapping[str, Dialogue], end: int, tokenizer: Tokenizer, wher
 
 
 def _templated(wholes: Mapping[str, Dialogue], tokenizer: Templated, where: str) -> Prompted:
-    """Dialogues in the tokenizer's template: the prompt is what comes before all that is learnt."""
+    """Dialogues in the tokenizer's chat template; the prompt is all before what is learnt."""
     found = [laid_out(whole, tokenizer, f"{where}.{side}") for side, whole in wholes.items()]
     firsts = [next(n for n, i in enumerate(labels) if i != IGNORE_INDEX) for _, labels in found]
     begin = min(firsts)
@@ -160,7 +160,7 @@ def _templated(wholes: Mapping[str, Dialogue], tokenizer: Templated, where: str)
 def read_completions(
     record: Record, sides: Sequence[str], tokenizer: Tokenizer, where: str
 ) -> Prompted:
-    """A record's prompt with each of `sides` after it: all of them texts, or all messages."""
+    """Read a record's prompt, and each of `sides` after it: all texts, or all messages."""
     _check_keys(record, ("prompt", *sides), where)
     texts, said = _contents(record, ("prompt", *sides), tokenizer, where)
     if texts:
@@ -187,11 +187,11 @@ def read_completions(
 
 
 def read_pair(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
-    """`{"prompt", "chosen", "rejected"}`; without "prompt", what both begin with is the prompt.
+    """Read `{"prompt", "chosen", "rejected"}`; without "prompt", it is the common beginning.
 
-    An implicit prompt is the longest one that leaves something of both: of messages, whole ones
-    with an assistant's after them; of texts, one whose tokens, when it is tokenised alone, begin
-    the tokens of both, so that it is what a model will be asked with, and no character is split.
+    An implicit prompt is the longest that leaves something of both sides. Of messages it is whole
+    ones, with an assistant's message after them. Of texts it is one whose own tokens begin the
+    tokens of both: what a model will be asked with, with no character split.
     """
     _check_keys(record, SIDES, where)
     if "prompt" in record:
@@ -203,7 +203,7 @@ def read_pair(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
 
 
 def read_unpaired(record: Record, tokenizer: Tokenizer, where: str) -> tuple[Prompted, bool]:
-    """`{"prompt", "completion", "label"}`, and whether the completion is desirable."""
+    """Read `{"prompt", "completion", "label"}`: the example, and whether it is desirable."""
     _check_keys(record, ("prompt", "completion", "label"), where)
     label = record["label"]
     if not isinstance(label, (bool, np.bool_)):
@@ -215,7 +215,7 @@ def read_unpaired(record: Record, tokenizer: Tokenizer, where: str) -> tuple[Pro
 
 
 def _truth(label: object) -> str:
-    """How a label is made true or false, which `bool` gets wrong of "false" and of -1."""
+    """A hint at how to make a label a bool; `bool(...)` would be wrong for "false" and for -1."""
     if isinstance(label, str):
         return "; give label == 'true', say"
     return "; give label > 0, say" if isinstance(label, Real) else ""
@@ -254,9 +254,9 @@ def _no_prompt(where: str) -> DataError:
 def _contents(
     record: Record, names: Sequence[str], tokenizer: Tokenizer, where: str
 ) -> tuple[dict[str, str], dict[str, Dialogue]]:
-    """What is under these names: texts, or dialogues with the record's tools; the other is empty.
+    """The values under `names`: texts, or dialogues with the record's tools; the other is empty.
 
-    Tools beside texts are ignored as other keys are: what a text says of them is in it.
+    Tools beside texts are ignored, as other keys are: a text contains what it says of them.
     """
     given = {name: _content(record[name], f"{where}.{name}") for name in names}
     texts = {name: value for name, value in given.items() if isinstance(value, str)}
@@ -290,7 +290,7 @@ def _of_text(text: str, tokenizer: Tokenizer, where: str) -> Example:
 
 
 def _lines(given: Dialogue, tokenizer: Tokenizer, begin: int, end: int | None = None) -> Example:
-    """Messages `begin` to `end` as lines `role: content`; the labels are what is learnt."""
+    """Messages `begin` to `end` as lines of `role: content`, with labels for what is learnt."""
     ids: list[int] = []
     labels: list[int] = []
     for message, learnt in zip(given.messages[begin:end], given.learnt[begin:end], strict=True):
@@ -308,7 +308,7 @@ def _lines(given: Dialogue, tokenizer: Tokenizer, begin: int, end: int | None = 
 def _shared_text(
     chosen: str, rejected: str, wholes: Sequence[TokenIds], tokenizer: Tokenizer
 ) -> TokenIds:
-    """`wholes`: the tokens of the two, with their ends."""
+    """The tokens of an implicit prompt; `wholes`: the tokens of both texts, with their ends."""
     for length in range(_common(chosen, rejected), 0, -1):
         ids = tuple(tokenizer.encode(chosen[:length]))
         if all(whole[: len(ids)] == ids and len(whole) - 1 > len(ids) for whole in wholes):
@@ -317,19 +317,19 @@ def _shared_text(
 
 
 def _prompted(alike: int, chosen: Dialogue, rejected: Dialogue) -> int:
-    """How many of the messages that both begin with leave something to learn of each."""
+    """How many of the `alike` first messages can be the prompt and leave something to learn."""
     while alike and not (any(chosen.learnt[alike:]) and any(rejected.learnt[alike:])):
         alike -= 1
     return alike
 
 
 def _meant(given: Dialogue) -> list[list[Any]]:
-    """What messages say; two that differ in their ids or dates alone, say, are the same."""
+    """What messages mean: two that differ only in an id or a date, say, are the same."""
     return [[each.get(key) for key in _MEANT] for each in given.messages]
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many of the first elements are the same in both."""
+    """The length of the common beginning."""
     differ = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))
 

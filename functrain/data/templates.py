@@ -1,4 +1,4 @@
-"""Dialogues in a tokenizer's own chat template, and which of their tokens the assistant says."""
+"""Dialogues in a tokenizer's chat template, and which of the tokens are the assistant's."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Templated(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """The token ids of a text."""
         ...
 
     def spell(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens as they are written."""
+        """The text of token ids, with special tokens spelled out."""
         ...
 
     def render(
@@ -39,35 +39,35 @@ class Templated(Protocol):
         tools: Sequence[Mapping[str, Any]] | None = None,
         prompt: bool = False,
     ) -> str:
-        """Messages as text."""
+        """Messages as text; with `prompt`, up to where the assistant speaks next."""
         ...
 
     def generated(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[list[int], list[int]]:
-        """Ids, and for each whether it is within `{% generation %}`."""
+        """Token ids, and for each whether it lies within `{% generation %}`."""
         ...
 
 
 def has_template(tokenizer: object) -> bool:
-    """Whether a tokenizer says how dialogues look."""
+    """Whether a tokenizer has a chat template."""
     return isinstance(tokenizer, Templated) and tokenizer.template is not None
 
 
 def laid_out(
     given: Dialogue, tokenizer: Templated, where: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids of a dialogue in the template, and labels: −100 but on what is learnt.
+    """The token ids of a dialogue in the chat template, and labels: −100 where nothing is learnt.
 
-    By `{% generation %}` where the template marks what the assistant says. Otherwise by prefix
-    difference: what a message adds to the text up to where the assistant would begin is its own,
-    its end among it; that is exact where each beginning of the dialogue is rendered as the
-    beginning of the whole. Where it is not, or where the template takes reasoning out of earlier
-    turns, each turn stands as it is rendered when it is the last (`turn_by_turn`). The pieces are
-    tokenised apart, as a model that is asked with the one goes on with the other.
+    Learnt tokens are found by `{% generation %}`, if the template has it. Otherwise by prefix
+    difference: a turn is what its message adds to the text that ends where the assistant would
+    speak, its end token included; this is exact if each beginning of the dialogue renders as the
+    beginning of the whole. If it does not, or if the template drops reasoning from earlier turns,
+    each turn stands as it is rendered when it is the last (`turn_by_turn`). Pieces are tokenised
+    separately, since a model is prompted with one piece and continues with the next.
 
-    Raises `DataError` where a template leaves out a message or the tools, where it does not show
-    what a turn is, and where nothing is marked.
+    Raises `DataError` if the template leaves out a message or the tools, if the extent of a turn
+    cannot be determined, or if no token is marked.
     """
     tools = list(given.tools) or None
 
@@ -109,9 +109,9 @@ def _speaks_first(given: Dialogue) -> str:
 
 
 def _is_marked(tokenizer: Templated) -> bool:
-    """Whether the template marks what the assistant says, and its tokens can be told by that.
+    """Whether the template marks what the assistant says, and the tokenizer can find its tokens.
 
-    A tokenizer of transformers that is written in Python has no places of its tokens in the text.
+    A slow tokenizer of transformers, written in Python, gives no offsets of its tokens.
     """
     fast = getattr(getattr(tokenizer, "inner", None), "is_fast", True)
     return fast and _GENERATION.search(tokenizer.template or "") is not None
@@ -140,7 +140,7 @@ def _by_generation(
 
 
 def _spans(given: Dialogue, whole: str, rendered: Render) -> Spans | None:
-    """Where in the text what is learnt begins and ends; None where prefixes do not show it."""
+    """The spans of the text that are learnt; None if prefixes do not show them."""
     found: Spans = []
     for number, learnt in enumerate(given.learnt):
         if not learnt:

@@ -1,11 +1,11 @@
 """Dialogues turn by turn, for chat templates that render the past otherwise than the present.
 
-Templates of reasoning models take the reasoning out of earlier turns, others end the last turn by
-another token than those before it. A row of a whole dialogue then holds what no model is ever asked
-to say. Here each turn that is learnt stands as the template renders it when it is the last one,
-which is what the model is to say there; all else is as the template has it before that turn. Where
-several turns are learnt, the later ones follow what was learnt, not what the template makes of it
-in the past: one row cannot hold both, and training templates choose the same.
+Templates of reasoning models drop the reasoning from earlier turns; others end the last turn by
+another token than the turns before it. A row of a whole dialogue would then hold what no model is
+ever asked to say. Here each learnt turn stands as the template renders it when it is the last one,
+which is what the model is to say there; all else is as the template renders it before that turn.
+Where several turns are learnt, later ones follow the learnt form of earlier ones, not the form that
+the template gives the past: one row cannot hold both, and training templates choose the same.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 from functrain.data.dialogues import Dialogue, Message
 from functrain.errors import DataError
 
-_STANDIN = "Qz7kPhnW3xvJ"  # in place of what was said, to see what the template puts after it
+_STANDIN = "Qz7kPhnW3xvJ"  # replaces content, to see what the template puts after it
 _SHOWN = 24
 _TOKEN = re.compile(r"(<[^<>]*>)")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""The keys under which a message may have what was thought before it was said."""
+"""The keys under which a message may have its reasoning."""
 
 Render = Callable[..., str]
-"""`render(messages, prompt=…)`: their text; with `prompt` up to where the assistant would speak."""
+"""`render(messages, prompt=…)`: their text; with `prompt`, up to the assistant's next turn."""
 
 
 class Turn(NamedTuple):
-    """What the assistant says, up to its end, and what follows; `ends`: how far that is its end."""
+    """What the assistant says, and what follows it, of which the first `ends` characters end it."""
 
     said: str
     follows: str
@@ -38,12 +38,12 @@ class Turn(NamedTuple):
 
 
 def turn_by_turn(given: Dialogue, rendered: Render) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a dialogue, and where in it what is learnt begins and ends.
+    """The text of a dialogue, and the spans of it that are learnt.
 
-    Where a turn ends by another token once more follows, its end is not learnt there; that of the
-    last is. Where it ends by none, it does by the token that opens what follows, or would: the
-    user's next turn, or the tool's after a call. Raises `DataError` with the message whose place in
-    the template cannot be told exactly.
+    Where the template ends a turn differently once another follows, its end is learnt for the last
+    turn only. Where it ends turns by no token, the token that opens what follows (or would follow:
+    the user's next turn, or the tool's after a call) is taken as the end. Raises `DataError` naming
+    the message whose place in the rendered text cannot be found exactly.
     """
     messages = given.messages
     learnt = [n for n, each in enumerate(given.learnt) if each]
@@ -61,7 +61,7 @@ def turn_by_turn(given: Dialogue, rendered: Render) -> tuple[str, list[tuple[int
 
 
 def _turn(given: Dialogue, n: int, following: int | None, rendered: Render, *, ended: bool) -> Turn:
-    """`ended`: whether the template ends turns by something."""
+    """One learnt turn; `ended`: whether the template ends turns by a token."""
     messages, place = given.messages, given.places[n]
     before, now = rendered(messages[:n], prompt=True), rendered(messages[: n + 1])
     kept = {key: value for key, value in messages[n].items() if key not in REASONING}
@@ -70,8 +70,8 @@ def _turn(given: Dialogue, n: int, following: int | None, rendered: Render, *, e
     follows, found_later = _after(
         rendered([*past, *messages[n + 1 : following]], prompt=following is not None)
     )
-    # What stands between content and a call may, where a call is all that is said, be how the
-    # prompt ends: it is there already.
+    # In a turn that is only a call, what the template puts between content and call may be the end
+    # of the prompt, and is there already.
     overlap = max(0, len(before) + len(end) - len(now)) if now.startswith(before) else 0
     shown = found and found_later and now.endswith(end) and follows.startswith(end[:overlap])
     if not shown:
@@ -100,19 +100,19 @@ def _turn(given: Dialogue, n: int, following: int | None, rendered: Render, *, e
 
 
 def _after(text: str) -> tuple[str, bool]:
-    """What follows the stand-in, and whether it is there."""
+    """What follows the stand-in, and whether that was found."""
     _, found, rest = text.rpartition(_STANDIN)
     return rest, bool(found)
 
 
 def _opening(text: str) -> int:
-    """How far a text is the token that it opens with."""
+    """The length of the token that a text opens with; 0 if there is none."""
     first = _TOKEN.match(text.lstrip())
     return 0 if first is None else len(text) - len(text.lstrip()) + first.end()
 
 
 def _opened(rendered: Render, past: Sequence[Message]) -> str:
-    """The token by which the user would go on, or the tool that was called."""
+    """The token that would open the user's next turn, or that of the tool that was called."""
     end, _ = _after(rendered(past))
     role = "tool" if past[-1].get("tool_calls") else "user"
     try:
@@ -137,7 +137,7 @@ def _otherwise(place: str, before: str, now: str) -> str:
 
 
 def _common(one: str, other: str) -> int:
-    """How far two texts are the same, in whole tokens of the form <…>."""
+    """The length of the common beginning of two texts; tokens of the form <…> count whole."""
     length = 0
     for a, b in zip(_TOKEN.split(one), _TOKEN.split(other), strict=False):
         if a == b:
@@ -157,9 +157,9 @@ def _check_there(given: Dialogue, which: range, text: str) -> None:
 
 
 def holds(text: str, message: Message, *, past: bool = False) -> bool:
-    """Whether a text has all of a message: content, and what was thought, with other spaces maybe.
+    """Whether a text holds a message's content and reasoning, whitespace around them aside.
 
-    `past`: what the assistant thought may be gone.
+    `past`: the reasoning of the assistant may be missing.
     """
     content = str(message["content"])
     thought = [str(message[key]) for key in REASONING if isinstance(message.get(key), str)]
@@ -178,10 +178,10 @@ def _lost(place: str, message: Message) -> str:
 
 
 def check_said(given: Dialogue, rendered: Render) -> None:
-    """Raise `DataError` for calls of tools and for reasoning that the template has no place for.
+    """Raise `DataError` for tool calls and reasoning that the template drops.
 
-    They stand beside a message's content, so that a template may drop them and nothing is amiss but
-    what is learnt.
+    They stand beside a message's content, so dropping them would change only what is learnt, and
+    nothing else would show it.
     """
     keys = ("tool_calls", *REASONING)
     shown = {key: _shown(given.messages, key, rendered) for key in keys}
@@ -203,11 +203,11 @@ def check_said(given: Dialogue, rendered: Render) -> None:
 
 
 def _shown(messages: Sequence[Message], key: str, rendered: Render) -> set[int]:
-    """The messages of which what is under a key is seen in the text of the whole.
+    """The messages whose value under `key` shows in the text of the whole dialogue.
 
-    All are told by one text, each by a mark of its own: looked at one by one, a dialogue of some
-    hundred calls took most of its time here. One that is not seen may yet have its place where it
-    is the last, as reasoning has.
+    One rendering, with a mark for each message, tells all of them: one by one, a dialogue of a
+    hundred calls spent most of its time here. A value that does not show may still do so when its
+    message is the last one, as reasoning does.
     """
     marks = {n: f"x{n}{_STANDIN}" for n, each in enumerate(messages) if each.get(key)}
     if not marks:
