@@ -69,8 +69,8 @@ def shape_of(record: object, where: str) -> str:
 def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
     """A record of messages, in ShareGPT's format or in Alpaca's, as a dialogue.
 
-    A message's `weight` is 0 (not learnt) or 1. `tools` may be JSON as text. Raises `DataError` with
-    the field and what was expected there.
+    A message's `weight` is 0 (not learnt) or 1. `tools` may be JSON as text. Raises `DataError`
+    with the field and what was expected there.
     """
     shape = shape_of(record, where)
     called = tools(record.get("tools"), f"{where}.tools")
