@@ -1,8 +1,8 @@
 """Data as a function of position: sources made from text, token files, chats, pairs, judgements.
 
 A source has `at(position, n)`, the batch of `n` samples from a position on, shuffled anew each
-epoch, and nothing that moves: to resume is to ask again. A stream has `after(state)` instead, where
-a loader of another library keeps the position.
+epoch, and nothing in it moves: to resume is to ask again. A stream has `after(state)` instead, for
+a loader of another library, which keeps the position.
 """
 
 from functrain.data import embedded

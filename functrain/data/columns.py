@@ -1,4 +1,4 @@
-"""Records that were columns (Parquet, `datasets`): an absent field is a null there."""
+"""Records that were columns (Parquet, `datasets`), where an absent field is a null."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _DIALOGUES = ("messages", "conversations", "prompt", "completion", "chosen", "re
 def rows(path: PathLike) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as records, read a group at a time.
 
-    Raises `DataError` where pyarrow is not installed, or does not read the file, and for a value
-    that Python has none for: text that is not UTF-8, a year after 9999, an unknown time zone.
+    Raises `DataError` where pyarrow is not installed or cannot read the file, and for a value that
+    Python cannot hold: text that is not UTF-8, a year after 9999, an unknown time zone.
     """
     try:
         import pyarrow
@@ -32,7 +32,7 @@ def rows(path: PathLike) -> Iterator[dict[str, Any]]:
                 yield from (record(row) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        if isinstance(error, OSError) and error.errno:  # of a damaged file there is none
+        if isinstance(error, OSError) and error.errno:  # a damaged file has none
             raise UnreadableError(f"{path}: cannot be read ({reason})") from error
         raise DataError(f"{path}: no Parquet file that can be read ({reason})") from error
     except (ValueError, OverflowError, KeyError) as error:
@@ -43,15 +43,15 @@ def rows(path: PathLike) -> Iterator[dict[str, Any]]:
 
 
 def are_columns(records: object) -> bool:
-    """Whether records are a dataset of Hugging Face's, whose rows are those of columns."""
+    """Whether records are a dataset of Hugging Face's, whose rows come from columns."""
     home = type(records).__module__.partition(".")[0]
     return home == "datasets" and hasattr(records, "features")
 
 
 def record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as a record: without nulls at any depth, and messages as a list of objects.
+    """A row as a record: without nulls at any depth, and with messages as a list of objects.
 
-    A column has a field for whatever any row has, so null is how an absent one is written.
+    A column has a field for whatever any row has, so an absent one is written as null.
     """
     found: dict[str, Any] = _present(row)
     for name in _DIALOGUES:
@@ -67,7 +67,7 @@ def _present(value: Any) -> Any:
 
 
 def _listed(columns: dict[str, Any]) -> Any:
-    """Lists of roles and contents as messages; what is no such thing stays as it is."""
+    """Lists of roles and contents as messages; anything else stays as it is."""
     sizes = {len(each) if isinstance(each, list) else -1 for each in columns.values()}
     if len(sizes) != 1 or sizes == {-1}:
         return columns

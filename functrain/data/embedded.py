@@ -1,12 +1,12 @@
-"""The embedded data: the installed Python's own reference text, always there, without a network.
+"""The embedded data: reference text of the installed Python, always there, without a network.
 
 Documents are a page for each public module of the standard library, with the names and docstrings
 of its classes and functions, and the language reference of `pydoc_data.topics`. Files are parsed,
-not imported. One docstring in ten is held out of every stage, by a hash of its name. Removed from
-both sides is what was to be held out and, as a whole or in its first paragraph, shares more than a
-fifth of its five-word phrases with anything trained on; or whose first paragraph has half of its
-three-word phrases in common with another one's, trained on or held out (Broder 1997); or is under
-five words, too short to tell.
+not imported. One docstring in ten, by a hash of its name, is held out of every stage. A held-out
+docstring is dropped from both sides if it, as a whole or in its first paragraph, shares more than a
+fifth of its five-word phrases with anything trained on; if its first paragraph and another one,
+trained on or held out, have half of their three-word phrases in common (Broder 1997); or if it is
+under five words, too short to tell.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Embedded:
     """The data of three stages, each with what is held out of all of them.
 
     `train`, `held_out`: documents. The others: records as `functrain.data.chat` and `preference`
-    read them. `removed`: candidates for the held-out sets that were too near to the training text.
+    read them. `removed`: how many candidates for the held-out sets were too near to other text.
     """
 
     train: tuple[str, ...] = attrs.field(repr=False)
@@ -77,7 +77,7 @@ class Embedded:
 
 
 def load(*, limit: int | None = None) -> Embedded:
-    """The embedded data of the running Python; `limit` takes that many entries only.
+    """The embedded data of the running Python; with `limit`, of that many entries only.
 
     Deterministic for a Python installation. Raises `DataError` where the standard library's
     sources are not installed.
@@ -180,7 +180,7 @@ def _is_new(text: str, known: set[tuple[str, ...]]) -> bool:
 
 
 def _unlike(candidates: Iterable[Entry], trained: Iterable[Entry]) -> Iterator[Entry]:
-    """Candidates whose summary resembles none trained on, and none of those before it."""
+    """Candidates whose summary resembles neither one trained on nor one of those before it."""
     seen: list[set[tuple[str, ...]]] = []
     where: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
 
@@ -204,7 +204,7 @@ def _shuffled(documents: Sequence[str]) -> tuple[str, ...]:
 
 
 def _pages(entries: Sequence[Entry]) -> Iterator[str]:
-    """A page for each module, laid out as `help` does: each thing's name, and its docstring."""
+    """A page for each module, laid out as `help` does: each thing's name, then its docstring."""
     for module, members in itertools.groupby(entries, key=lambda entry: entry.module):
         page = [f"Help on {module}:"]
         for entry in members:
@@ -233,7 +233,7 @@ def _answer(entry: Entry) -> str:
 
 
 def _preferences(entries: Sequence[Entry]) -> Iterator[dict[str, str]]:
-    """The right answer, and one as well-formed about a thing of another module."""
+    """The right answer, and an equally well-formed one about a thing of another module."""
     for entry in entries:
         others = [e for e in entries if e.module != entry.module]
         other = others[keys.derive(0, "wrong", entry.full_name) % len(others)]
@@ -241,11 +241,11 @@ def _preferences(entries: Sequence[Entry]) -> Iterator[dict[str, str]]:
 
 
 def trigram_bits_per_byte(train: Iterable[str], held_out: Iterable[str]) -> float:
-    """Bits per byte of a byte trigram model on the held-out documents: what there is to beat.
+    """Bits per byte of a byte trigram model on the held-out documents: the baseline to beat.
 
-    Interpolated with Witten and Bell's weights (1991): an order's estimate counts for as much as
-    its context has shown that what follows it repeats. Both streams have the end symbol of
-    `ByteTokenizer` after each document; it is predicted too, and only bytes are divided by.
+    Interpolated with Witten and Bell's weights (1991): an order's estimate weighs the more, the
+    more often what follows its context has been seen to repeat. Both streams have the end symbol of
+    `ByteTokenizer` after each document; it is predicted too, but only bytes are divided by.
     """
     documents = list(held_out)
     seen, asked = _stream(train), _stream(documents)
@@ -281,7 +281,7 @@ def _witten_bell(
 
 
 def _grams(stream: npt.NDArray[np.int64], order: int) -> npt.NDArray[np.int64]:
-    """Codes of the last `order` symbols at each position from the third on."""
+    """Codes of the last `order` symbols at each position, from the third on."""
     code = np.zeros(len(stream) - 2, dtype=np.int64)
     for back in range(order - 1, -1, -1):
         code = code * 257 + stream[2 - back : len(stream) - back]

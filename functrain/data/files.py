@@ -26,21 +26,22 @@ _OTHERWISE = {".ndjson": ".jsonl"}
 
 
 class UnreadableError(DataError):
-    """A file that cannot be read now, whatever is in it; another time it may be."""
+    """A file that cannot be read now, whatever it holds; another time it may be."""
 
 
 def suffix_of(path: PathLike) -> str:
-    """How a file's name ends, without `.gz`, in small letters; .ndjson is .jsonl."""
+    """The suffix of a file's name in lower case, without `.gz`; .ndjson is .jsonl."""
     suffix = Path(Path(path).name.lower().removesuffix(".gz")).suffix
     return _OTHERWISE.get(suffix, suffix)
 
 
 def files_of(path: PathLike, known: tuple[str, ...]) -> list[Path]:
-    """The files of a path, in the order of their names: itself, a directory's, or a pattern's.
+    """The files that a path names, sorted by name: the file itself, a directory's or a pattern's.
 
-    Every file in a directory, at any depth, must end in one of `known` (and then `.gz`, perhaps):
-    nothing is passed over. A path with `*`, `?` or `[` is a pattern, `**` being any depth, unless
-    a file has that very name. Raises `DataError` for what is no path, not there, or unknown.
+    Every file in a directory, at any depth, must end in one of `known`, with or without `.gz` after
+    it: nothing is passed over. A path with `*`, `?` or `[` is a pattern, with `**` for any depth,
+    unless a file has that very name. Raises `DataError` for what is not a path, for a directory or
+    a pattern without files, and for a file among theirs that is not of a known kind.
     """
     if not (isinstance(path, str) or hasattr(path, "__fspath__")):
         raise DataError(f"path: expected a path, got {type(path).__name__}")
@@ -68,7 +69,7 @@ def files_of(path: PathLike, known: tuple[str, ...]) -> list[Path]:
 
 
 def _looked_at(path: Path) -> tuple[bool, bool]:
-    """Whether it is a directory, and whether it is there."""
+    """Whether it is a directory, and whether it exists."""
     try:
         return stat.S_ISDIR(path.stat().st_mode), True
     except (FileNotFoundError, NotADirectoryError):
@@ -82,8 +83,8 @@ def _looked_at(path: Path) -> tuple[bool, bool]:
 def _matching(pattern: Path) -> list[Path]:
     """The files that a pattern names, each once.
 
-    `**` twice names a file twice, and a link to a directory names what is in it again. Links to
-    files are files: who makes one means it.
+    A second `**` names a file again, and a link to a directory names what is in it again. A link to
+    a file is a file: whoever made it means it.
     """
     # `Path.glob` takes no absolute patterns.
     found = map(Path, glob.glob(str(pattern), recursive=True))  # noqa: PTH207
@@ -95,7 +96,7 @@ def _matching(pattern: Path) -> list[Path]:
 
 
 def _inside(directory: Path) -> list[Path]:
-    """Every entry below a directory that is none itself; a link to one is not followed."""
+    """Every entry below a directory but directories; a link to one counts, and is not followed."""
     found: list[Path] = []
 
     def failed(error: OSError) -> None:
@@ -108,7 +109,7 @@ def _inside(directory: Path) -> list[Path]:
 
 
 def contents(path: PathLike) -> bytes:
-    """All of a file, uncompressed where its name ends in `.gz`, without a byte order mark."""
+    """A file's bytes, uncompressed where its name ends in `.gz`, without a byte order mark."""
     with _reading(path):
         read = Path(path).read_bytes()
         read = gzip.decompress(read) if is_compressed(path) else read
@@ -116,14 +117,14 @@ def contents(path: PathLike) -> bytes:
 
 
 def lines(path: PathLike) -> Iterator[bytes]:
-    """The lines of a file as `contents(path).splitlines()` has them, one in memory at a time."""
+    """The lines of a file, those of `contents(path).splitlines()`, one in memory at a time."""
     with _reading(path), _opened(path) as file:
         for number, line in enumerate(file):
             yield from (line if number else line.removeprefix(codecs.BOM_UTF8)).splitlines()
 
 
 def is_marked(path: PathLike) -> bool:
-    """Whether a file begins with a byte order mark; one that is no whole gzip file does not."""
+    """Whether a file begins with a byte order mark; False for a gzip file that is not whole."""
     try:
         with _reading(path), _opened(path) as file:
             return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
@@ -134,7 +135,7 @@ def is_marked(path: PathLike) -> bool:
 
 
 def is_compressed(path: PathLike) -> bool:
-    """Whether a file's name says so."""
+    """Whether a file's name ends in `.gz`."""
     return str(path).lower().endswith(".gz")
 
 

@@ -19,13 +19,13 @@ Window = tuple[int, list[int]]
 """A position, and the samples from there on."""
 
 MULTIPLE = 8
-"""Rows are padded to a multiple of so many tokens unless a source is told otherwise."""
+"""Rows are padded to a multiple of this many tokens unless a source says otherwise."""
 
 _BATCHES = 50  # as the length-grouped sampler of transformers has it
 
 
 def width(lengths: Iterable[int], multiple: int) -> int:
-    """The width of rows that hold these: the longest, rounded up to a multiple."""
+    """The width of rows of these lengths: the longest, rounded up to a multiple of `multiple`."""
     return -(-max(lengths) // multiple) * multiple
 
 
@@ -33,15 +33,16 @@ def width(lengths: Iterable[int], multiple: int) -> int:
 class Padded(Counted):
     """A source whose rows are padded to the longest of their batch.
 
-    Its length is rounded up to a multiple of `pad_to_multiple_of`: what is compiled is compiled for
-    each width, so that there should be few.
+    That length is rounded up to a multiple of `pad_to_multiple_of`: a step is compiled once for
+    each width, so there should be few.
 
     With `group_by_length` the shuffled samples are sorted by length within windows of 50 batches,
-    and the batches of a window shuffled: less padding, but what comes together is less random. It
-    is a function of the position still, each sample comes once in an epoch, and the batches of
-    `batch_size` that begin at a multiple of it are those of similar lengths.
+    and the batches of each window are shuffled: there is less padding, but samples that come
+    together are less random. The order is still a function of the position, and each sample comes
+    once in an epoch; the batches of similar lengths are those of `batch_size` samples that begin at
+    a multiple of it.
 
-    Raises `DataError` for `group_by_length` without `shuffle`: the given order stands.
+    Raises `DataError` for `group_by_length` without `shuffle`, which keeps the given order.
     """
 
     group_by_length: bool = attrs.field(default=False, validator=true_or_false)
@@ -55,7 +56,7 @@ class Padded(Counted):
             )
 
     def sequences(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """The lengths of a sample's sequences; those in a tuple are padded to the same width."""
+        """The lengths of a sample's sequences; those in one tuple are padded to the same width."""
         raise NotImplementedError
 
     def index(self, position: int) -> int:
@@ -75,9 +76,9 @@ class Padded(Counted):
         return sorted({width(lengths, self.pad_to_multiple_of) for lengths in every})
 
     def padding(self, batches: int = 256) -> float:
-        """The part of the tokens of the first `batches` (an epoch at most) that is padding.
+        """The fraction of the tokens in the first `batches` (an epoch at most) that is padding.
 
-        Computed of lengths; no batch is made.
+        Computed from lengths; no batch is made.
         """
         at_least_one("batches", batches)
         end = min(len(self), batches * self.batch_size)
@@ -91,10 +92,10 @@ class Padded(Counted):
         return 1 - real / made
 
     def _window(self, position: int) -> Window:
-        """The window that a position is in, kept: its neighbours are asked for next."""
+        """The window that a position is in, cached: its neighbours are asked for next."""
         known = _windows.get(self)
         if known is None or not 0 <= position - known[0] < len(known[1]):
-            # Windows end with the epoch, and at multiples of the batch size whatever the epoch's.
+            # Windows end with the epoch, and at multiples of the batch size counted across epochs.
             epoch, size = position // len(self), _BATCHES * self.batch_size
             begin = max(epoch * len(self), position // size * size)
             end = min((epoch + 1) * len(self), (position // size + 1) * size)
@@ -106,7 +107,7 @@ class Padded(Counted):
         """The samples of a window: whole batches of similar lengths, in a random order."""
         samples = [MapSource.index(self, position) for position in range(begin, end)]
         samples.sort(key=lambda index: max(itertools.chain(*self.sequences(index))))
-        # Of the batches that two epochs share, the parts: the shortest of both.
+        # The parts of batches that two epochs share get the shortest samples.
         head = min(-begin % self.batch_size, len(samples))
         tail = (len(samples) - head) % self.batch_size
         whole = range(head + tail, len(samples), self.batch_size)
@@ -116,5 +117,5 @@ class Padded(Counted):
         return [*samples[:head], *itertools.chain(*mixed), *samples[head : head + tail]]
 
 
-# Of each source the window that was asked for last: a copy of what could be computed again.
+# For each source the window that was asked for last: a cache of what can be computed again.
 _windows: weakref.WeakKeyDictionary[Padded, Window] = weakref.WeakKeyDictionary()

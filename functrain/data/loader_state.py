@@ -1,4 +1,4 @@
-"""The state of a loader as JSON text and back: what JSON has no word for is tagged."""
+"""The state of a loader as JSON text and back; what JSON cannot express is tagged."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _PLAIN = 2**63
 
 
 def dumped(state: Any, where: str = "state") -> str:
-    """The text of a state: mappings, lists, tuples, numbers, text, bytes, arrays and tensors.
+    """A state as text: mappings, lists, tuples, numbers, text, bytes, arrays and tensors.
 
-    Raises `DataError`, naming the place, for anything else, whose meaning another process would
-    have to guess.
+    Raises `DataError`, naming the place, for anything else: another process would have to guess its
+    meaning.
     """
     return orjson.dumps(_plain(state, where)).decode()
 
 
 def loaded(text: str) -> Any:
-    """What `dumped` was given, its types, dtypes and bits; raises `DataError` for another text."""
+    """What `dumped` was given, with types, dtypes and bits; raises `DataError` for another text."""
     try:
         return _meant(orjson.loads(text))
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -57,7 +57,7 @@ def _mapping(value: dict[Any, Any], where: str) -> Any:
 
 
 def _tagged(value: Any, where: str) -> Any:
-    """The numbers first: those that JSON has, and orjson does not round, are themselves."""
+    """A value as JSON: a number that JSON keeps exactly, or its tagged form; None if unknown."""
     kind = type(value)
     if kind is int:
         return value if abs(value) < _PLAIN else {_TAG: "int", "text": str(value)}
@@ -115,6 +115,6 @@ def _untagged(value: dict[str, Any]) -> Any:
 
 
 def _tensor(raw: bytes, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    if not raw:  # of which `frombuffer` makes nothing
+    if not raw:  # `frombuffer` takes no empty buffer
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)

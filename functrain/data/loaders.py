@@ -1,6 +1,6 @@
-"""Loaders of others as streams: torchdata, grain, and iterable datasets of Hugging Face.
+"""Loaders of other libraries as streams: torchdata, grain, and Hugging Face's iterable datasets.
 
-None of them is imported here: a loader is known by the methods that take and give its state.
+None of them is imported here: a loader is known by the methods that give and take its state.
 """
 
 from __future__ import annotations
@@ -97,23 +97,26 @@ class _Iterable(Door):
 
 
 def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStream:
-    """A `StatefulDataLoader` of torchdata: its batches, in the processes that it has.
+    """A `StatefulDataLoader` of torchdata as a stream: its batches, made in its own processes.
 
-    A batch is what its `collate_fn` makes, or what `collate` makes of that. At the end of a dataset
-    with an index the loader begins its next epoch, in the next order, its processes anew. So it
-    does with an iterable one that, opened at its state there, has nothing left, and then begins
-    anew; another (of Hugging Face's, or without a state once the run has been resumed) is to go on
-    for ever, `.repeat(None)`. Exact on resume if what it iterates is: a dataset with an index, or
-    an iterable one with a `state_dict` that is, and if its order is: that of `shuffle=True` is. A
-    sampler of one's own, or of torch's (`WeightedRandomSampler`, `RandomSampler`), without a state
-    is counted on in its epoch, and draws another order than it did in that of a run resumed later,
-    which `NumericsWarning` says at the first batch; torchdata's `RandomSampler` has a state. What a
-    dataset draws from a generator of its own is in no state. With worker processes a resumed run
-    draws the seeds of its later epochs anew: the samples are the same, the text in the cursor, and
-    a fingerprint with it, is not.
+    A batch is what its `collate_fn` makes, or what `collate` makes of that.
 
-    Raises `DataError` for a loader without state, as torch's own `DataLoader` is; and, when they
-    are read, at the end of data that do not begin anew.
+    At the end of a dataset with an index the loader begins its next epoch, in the next order, with
+    new processes. It does so too with an iterable dataset that has nothing left when it is opened
+    at its state there, and then begins anew; any other (Hugging Face's, or one without a state once
+    the run has been resumed) has to go on for ever, `.repeat(None)`.
+
+    Resume is exact if that of the data is, as with an index or with an exact `state_dict`, and if
+    that of their order is, as with `shuffle=True`. A sampler of your own, or of torch's
+    (`WeightedRandomSampler`, `RandomSampler`), that has no state is advanced by counting within its
+    epoch, and later epochs of a resumed run may have another order than they had without the
+    resume, as `NumericsWarning` says at the first batch; torchdata's `RandomSampler` has a state.
+    What a dataset draws from a generator of its own is in no state. With worker processes a resumed
+    run draws the seeds of its later epochs anew: the samples are the same, but the text in the
+    cursor, and a fingerprint with it, is not.
+
+    Raises `DataError` for a loader without state, such as torch's own `DataLoader`; and, when
+    batches are read, at the end of data that do not begin anew.
     """
     _check_methods(
         loader, ("state_dict", "load_state_dict", "__iter__"), "torchdata's StatefulDataLoader"
@@ -123,12 +126,12 @@ def torchdata_stream(loader: Any, collate: Collate | None = None) -> LoaderStrea
 
 
 def grain_stream(dataset: Any, collate: Collate | None = None) -> LoaderStream:
-    """A `DataLoader` or an `IterDataset` of grain, whose elements are batches (`.batch(n)`).
+    """A `DataLoader` or `IterDataset` of grain as a stream; its elements are batches (`.batch(n)`).
 
     A batch is an element with its arrays as tensors, or what `collate` makes of it. The state is
-    grain's own, for the version that wrote it. Exact on resume.
+    grain's own, for the version that wrote it. Resume is exact.
 
-    Raises `DataError` for what is not iterated anew each time.
+    Raises `DataError` for what cannot be iterated anew, such as an iterator.
     """
     if hasattr(dataset, "__next__") or not hasattr(dataset, "__iter__"):
         raise DataError(
@@ -143,11 +146,11 @@ def iterable_stream(
 ) -> LoaderStream:
     """An iterable dataset with `state_dict` and `load_state_dict`: `datasets.IterableDataset`.
 
-    `collate` makes a batch of `batch_size` examples. Exact on resume (the state may be spelt
-    otherwise than that of a run left alone: `datasets` counts from where it began), but for a
-    shuffle buffer (`dataset.shuffle(buffer_size=…)`): it is no part of the dataset's state, so a
-    resumed run never sees what was in it, or sees some of it twice, which `NumericsWarning` says.
-    Shuffled by shards alone (`dataset.shuffle(buffer_size=1)`), or ahead on disk, nothing is lost.
+    `collate` makes a batch of `batch_size` examples. Resume is exact (though the text of the state
+    may differ from that of an uninterrupted run: `datasets` counts from where it began), except for
+    a shuffle buffer (`dataset.shuffle(buffer_size=…)`): it is not part of the dataset's state, so a
+    resumed run never sees what was in it, or sees some of it twice, as `NumericsWarning` says.
+    Shuffling by shards alone (`dataset.shuffle(buffer_size=1)`), or ahead on disk, loses nothing.
 
     Raises `DataError` for a dataset without state.
     """
@@ -169,13 +172,14 @@ def _check_methods(loader: Any, needed: Sequence[str], expected: str) -> None:
 
 
 def _warn_of_samplers(loader: Any) -> None:
-    """Warn where nothing says in which order a resumed run is to go on.
+    """Warn where nothing says in which order a resumed run goes on.
 
-    Of an iterator that the loader has made: to make one may draw from the sampler's generator.
+    An iterator is asked only if the loader has made it: making one may draw from the sampler's
+    generator.
     """
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return
-    batches = getattr(loader, "batch_sampler", None)  # its truth is its length, which few have
+    batches = getattr(loader, "batch_sampler", None)  # its truth is its length; few have one
     sampler = getattr(loader, "sampler", None) if batches is None else batches
     drawing = getattr(getattr(loader, "_iterator", None), "_sampler_iter", None)
     within = getattr(drawing, "sampler_iter", None)
@@ -197,7 +201,7 @@ def _stateful(part: Any) -> bool:
 
 
 def _in_one_order(sampler: Any) -> bool:
-    """Whether each epoch has the order of the first; a `DistributedSampler`'s is by its epoch."""
+    """Whether each epoch has the first one's order; a `DistributedSampler`'s goes by its epoch."""
     if type(sampler) is BatchSampler:
         return _in_one_order(sampler.sampler)
     return type(sampler) in (SequentialSampler, DistributedSampler)
@@ -216,7 +220,7 @@ def _warn_of_buffers(dataset: Any) -> None:
 
 
 def _buffers(examples: Any) -> Iterator[int]:
-    """The sizes of the shuffle buffers that a dataset of Hugging Face's is made with."""
+    """The sizes of the shuffle buffers in a dataset of Hugging Face's."""
     if examples is None:
         return
     size = getattr(examples, "buffer_size", None)

@@ -1,4 +1,4 @@
-"""The order of an epoch: a keyed permutation, computed where it is asked for."""
+"""The order of an epoch: a keyed permutation, computed on demand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _WORD = 2**64 - 1
 def permuted(index: int, length: int, key: int) -> int:
     """Where a shuffle of `range(length)` puts `index`: a bijection for each key, in O(1).
 
-    A Feistel network over the next power of four, walked until it lands in range; so a run
-    resumes at any position without replaying the epoch, and workers agree without talking.
-    Raises `DataError` for an index out of range, from which the walk might never come home.
+    A Feistel network over the next power of four, walked until it lands in range. So a run can
+    resume at any position without replaying the epoch, and workers agree without talking. Raises
+    `DataError` for an index out of range, from which the walk might never end.
     """
     if not 0 <= index < length:
         raise DataError(f"index {index} of {length}: out of range, expected [0, {length})")

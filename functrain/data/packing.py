@@ -1,4 +1,4 @@
-"""Packing: documents beside each other in rows of `time` tokens, so that little is padding."""
+"""Packing: documents side by side in rows of `time` tokens, so that little is padding."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Lengths = npt.NDArray[np.int64]
 
 
 def pack(lengths: Sequence[int] | Ids, time: int) -> list[list[int]]:
-    """Bins of indices, the lengths of each at most `time` together: best-fit decreasing.
+    """Bins of indices whose lengths sum to at most `time`: best-fit decreasing.
 
     The longest first, each into the bin that it leaves the least room in, or into a new one (Ding
-    et al., 2404.10830). A function of its arguments, in O(n log n + n log time); at most 11/9 of
-    the fewest bins that there can be, and 4 (Johnson et al. 1974).
+    et al., 2404.10830). A function of its arguments, in O(n log n + n log time); it takes at most
+    11/9 of the fewest possible bins, plus 4 (Johnson et al. 1974).
 
-    Raises `DataError` for a length that is no integer in [1, `time`].
+    Raises `DataError` for a length that is not an integer in [1, `time`].
     """
     at_least_one("time", time)
     sizes = _checked(lengths, time)
@@ -64,7 +64,7 @@ class _Rooms:
 
     def __init__(self, time: int) -> None:
         self._bins: defaultdict[int, list[int]] = defaultdict(list)
-        # A tree over all rooms, as in a heap: whether there is a bin at or under each node.
+        # A tree over all rooms, in an array like a heap: whether a bin is at or under each node.
         self._leaves = 1 << time.bit_length()
         self._any = bytearray(2 * self._leaves)
 
@@ -73,7 +73,7 @@ class _Rooms:
         self._mark(room)
 
     def take(self, length: int) -> tuple[int, int] | None:
-        """The room and the number of the tightest bin with room for `length`, which is taken."""
+        """Take the tightest bin with room for `length`: its room and number; None if none has."""
         room = self._tightest(length)
         if room is None:
             return None
@@ -103,11 +103,11 @@ class _Rooms:
 
 @attrs.frozen(kw_only=True)
 class Packing:
-    """What became of the documents that were packed, in one line as text.
+    """What became of the documents that were packed; `str()` says it in one line.
 
-    `documents` are in `packs` rows of `time`, `tokens` in all; of them `cut` are longer than a row
-    and in `pieces`, which have the token before them in common with the one before. Those without
-    anything to be predicted, `empty`, are left out.
+    `documents` fill `packs` rows of `time` with `tokens` in all. `cut` of them are longer than a
+    row and come in `pieces`, each beginning with the last token of the one before. `empty` others,
+    without anything to predict, are left out.
     """
 
     documents: int
@@ -120,7 +120,7 @@ class Packing:
 
     @property
     def padding(self) -> float:
-        """The part of the rows that is padding."""
+        """The fraction of the rows that is padding."""
         return 1 - self.tokens / (self.packs * self.time)
 
     def __str__(self) -> str:
@@ -133,15 +133,15 @@ class Packing:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Packed(Counted):
-    """Rows of `time` tokens with several documents in each, which `position_ids` tell apart.
+    """Rows of `time` tokens with several documents in each, told apart by `position_ids`.
 
-    A sample is a row, packed once: the rows are the same in each epoch, their order is not. So
-    there are as many in each, and any position is found without packing what comes before it; and
-    as documents of a row do not see each other, it matters little who is beside whom.
+    A sample is a row. Rows are packed once: every epoch has the same ones, in another order. So the
+    epochs are equally long, and any position is found without packing what comes before it; as the
+    documents of a row do not see each other, it matters little which of them share one.
 
-    `ids`, `labels`: integers [tokens], in which document d is `lengths[d]` tokens from `begins[d]`
-    on. `packs`: the documents of each row. `packing` says how full they are, and `origin` what they
-    were read from, where that is known.
+    `ids`, `labels`: integers [tokens], in which document d is the `lengths[d]` tokens from
+    `begins[d]` on. `packs`: the documents of each row. `packing` says how full the rows are, and
+    `origin` what they were read from, where that is known.
     """
 
     ids: Ids = attrs.field(repr=False)
@@ -159,9 +159,9 @@ class Packed(Counted):
     def collate(self, indices: list[int]) -> Batch:
         """`input_ids`, `labels`, `position_ids`: int64 [n, time], and no mask.
 
-        Positions begin anew with each document, and the first label of each is −100: it would be
+        Positions restart with each document, and the first label of each is −100: it would be
         predicted from another document. The end of a row that is not full is padding, with labels
-        of −100 and position 0 throughout, so that each token of it is a sequence of its own.
+        of −100 and position 0 throughout, so that each of its tokens is a sequence of its own.
         """
         input_ids = torch.zeros(len(indices), self.packing.time, dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
@@ -180,11 +180,11 @@ class Packed(Counted):
 
 
 def packed(source: Chats, *, time: int) -> Packed:
-    """The examples of a source in rows of `time` tokens; `batch_size` is then in rows.
+    """Pack the examples of a source into rows of `time` tokens; `batch_size` then counts rows.
 
     The loss of each example is what it is alone. Order, seed and `counts` are the source's.
 
-    Raises `DataError` for an example of more than `time` tokens: they are cut where they are read.
+    Raises `DataError` for an example of more than `time` tokens: cut them where they are read.
     """
     if not isinstance(source, Chats):
         raise DataError(
@@ -229,7 +229,7 @@ def packed_text(
     seed: int = 0,
     shuffle: bool = True,
 ) -> Packed:
-    """Documents, each closed by the tokenizer's `end`, in rows of `time` tokens.
+    """Pack documents, each closed by the tokenizer's `end`, into rows of `time` tokens.
 
     Unlike in the rows of `text`, no document sees another. One of more than `time` tokens is cut
     into pieces that overlap by one token, so that every token but a document's first is predicted
@@ -245,7 +245,7 @@ def packed_text(
 def packed_ids(
     ids: Ids, ends: Lengths, *, time: int, batch_size: int, seed: int = 0, shuffle: bool = True
 ) -> Packed:
-    """Documents that are encoded: `ids`, integers [tokens], and the place where each one ends."""
+    """Pack documents that are encoded: `ids`, integers [tokens], and where each one ends."""
     check_time(time)
     sizes = np.diff(ends, prepend=0)
     kept = np.flatnonzero(sizes > 1)

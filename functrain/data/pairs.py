@@ -17,7 +17,7 @@ from functrain.errors import DataError
 
 @attrs.frozen(kw_only=True, eq=False)
 class Pairs(Padded):
-    """Two completions of one prompt, the chosen and the rejected; else as `Chats`.
+    """Two completions of one prompt, the chosen and the rejected; otherwise as `Chats`.
 
     Both sides of a pair have the same prompt, cut or not, and each has a target.
     """
@@ -56,19 +56,19 @@ def preference(
     pad_to_multiple_of: int = MULTIPLE,
     on_bad_record: str = "stop",
 ) -> Pairs:
-    """`{"prompt", "chosen", "rejected"}`, texts or lists of messages, as `chat` reads them.
+    """Pairs from `{"prompt", "chosen", "rejected"}`: texts or messages, read as `chat` does.
 
-    Without "prompt" it is what chosen and rejected both begin with: of messages, whole ones; of
-    texts, as far as its tokens are the same when it is tokenised alone.
+    Without "prompt", the prompt is what chosen and rejected both begin with: of messages, whole
+    ones; of texts, as far as it has the same tokens when it is tokenised alone.
 
     `truncation`, `min_prompt`, `group_by_length`, `pad_to_multiple_of` and `on_bad_record` are
     those of `chat`; the prompt is cut alike for both sides, by what the longer completion needs. A
-    pair is dropped, and counted, when one side has no completion token left, or when the sides
-    differ only in what was cut.
+    pair is dropped, and counted, when a side has no completion token left, or when the sides differ
+    only in what was cut.
 
-    Raises `DataError` as `chat` does; for a record without a prompt in which chosen and rejected
-    share none; and for chosen and rejected that are the same, unless `drop_identical` drops and
-    counts them.
+    Raises `DataError` as `chat` does; for a record without a prompt whose chosen and rejected share
+    none; and for chosen and rejected that are the same, unless `drop_identical` drops and counts
+    them.
     """
     check_given(records)
     check_joinable(tokenizer)
@@ -93,7 +93,7 @@ def preference(
 def _read(
     record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool
 ) -> Prompted | None:
-    """A pair, or None where the two are the same and are to be dropped."""
+    """A pair, or None where both sides are the same and are to be dropped."""
     pair = read_pair(record, tokenizer, where)
     return pair if differ(pair, where, drop_identical) else None
 

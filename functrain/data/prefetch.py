@@ -13,22 +13,23 @@ from functrain.data.source import Batch, Source, at_least_one
 from functrain.errors import DataError
 
 Reading = Callable[[Source, int, int], Any]
-"""How samples of a source are read, as a worker reads its part of a batch; a value, like a key."""
+"""How samples of a source are read, as by a worker that reads its part of a batch; hashable."""
 
 
 class Prefetched:
-    """A source that makes the `ahead` batches after the one it gave in a thread of its own.
+    """A source that, in a thread of its own, makes the `ahead` batches after the one it gave.
 
         with ft.data.Prefetched(source) as ahead:
             run = ft.train(step, state, ahead, steps=10_000)
 
-    Same batches: what is at a position is a function of the position, whoever asks. Nothing of it
-    is in a state, whose cursor counts what was trained on; another position than the next (after
-    `run.send`, say) is made at once, or when the batch in the making is: the source, which may have
-    a file or a connection, is never asked by two threads together. What fails in the thread is
-    raised where its batch is asked for, with its samples in a note. `waited`: seconds that callers
-    have waited for batches so far. Of several workers each makes its own part ahead. A source that
-    binds the architecture (`ReferenceCache`) gains nothing, since one binding at a time is allowed.
+    The batches are the same: what is at a position depends on the position alone, whoever asks.
+    Nothing of it is in a state, whose cursor counts what was trained on. A position other than the
+    next (after `run.send`, say) is made at once, or as soon as the batch in the making is done: the
+    source, which may have a file or a connection, is never asked by two threads together. An error
+    in the thread is raised where its batch is asked for, with its samples in a note. `waited`: the
+    seconds that callers have waited for batches so far. With several workers each makes its own
+    part ahead. A source that binds the architecture (`ReferenceCache`) gains nothing, since only
+    one binding at a time is allowed.
     """
 
     def __init__(self, source: Source, ahead: int = 1) -> None:
@@ -59,7 +60,7 @@ class Prefetched:
         return batch
 
     def read(self, reading: Reading, position: int, n: int) -> Any:
-        """`reading(source, position, n)`; what it reads after that is on its way."""
+        """`reading(source, position, n)`; the reads that would come next are on their way."""
         begun = time.perf_counter()
         given = self._pending.pop((reading, position, n), None)
         wanted = [(reading, position + n * later, n) for later in range(1, self._ahead + 1)]

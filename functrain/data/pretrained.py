@@ -1,4 +1,4 @@
-"""A tokenizer of transformers as `functrain.data` asks for one, with its chat template."""
+"""A tokenizer of transformers in the form that `functrain.data` needs, with its chat template."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class PretrainedTokenizer:
     """`inner`, a tokenizer of transformers, without special tokens around every text.
 
     `directory`: where it came from, for messages. `template_options`: what its chat template is
-    given beside the messages, `{"enable_thinking": False}`, say. `today`: the day that it is told
-    where it asks for one (those of Llama 3.2 and gpt-oss do); the very day, unless given, on which
-    the same records are then other data than on the next.
+    given besides the messages, such as `{"enable_thinking": False}`. `today`: the date for
+    templates that ask for it (those of Llama 3.2 and gpt-oss do); without it they get the current
+    date, and the same records are other data on another day.
     """
 
     inner: Any = attrs.field(repr=False)
@@ -37,7 +37,7 @@ class PretrainedTokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """The number of token ids, those that were added among them."""
+        """The number of token ids, added ones included."""
         return len(self.inner)
 
     @property
@@ -52,11 +52,11 @@ class PretrainedTokenizer:
         return int(found)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; a special token that is written in it is that token.
+        """The ids of a text; a special token that is written in it becomes that token.
 
         Raises `DataError` for a text with a lone surrogate.
         """
-        utf8(text)  # of which tokenizers say only that it is no text
+        utf8(text)  # tokenizers say only that it is not a text
         return list(self.inner.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -64,16 +64,16 @@ class PretrainedTokenizer:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
     def count_bytes(self, ids: Iterable[int]) -> int:
-        """How many bytes of UTF-8 the text of ids has, special tokens left out.
+        """How many bytes of UTF-8 the text of ids has, without special tokens.
 
-        Of a tokenizer over bytes also where ids begin or end within a character, which `decode`
-        makes U+FFFD of, three bytes for each piece of it.
+        For a byte-level tokenizer this is exact even where ids begin or end within a character;
+        `decode` would make U+FFFD, three bytes, of each piece of one.
         """
         given = list(ids)
         rust = getattr(self.inner, "backend_tokenizer", None)
         if type(getattr(rust, "decoder", None)).__name__ != "ByteLevel":
             return len(self.decode(given).encode())
-        # A piece has a letter for each of its bytes; what was added is written as it is.
+        # A piece has one letter for each of its bytes; added tokens are written as they are.
         added = self.inner.added_tokens_decoder
         said = [added[i].content for i in given if i in added and not added[i].special]
         pieces = self.inner.convert_ids_to_tokens([i for i in given if i not in added])
@@ -81,7 +81,7 @@ class PretrainedTokenizer:
 
     @property
     def template(self) -> str | None:
-        """Its chat template (Jinja), the default one where it has several."""
+        """Its chat template (Jinja); the default one where it has several."""
         found = self.inner.chat_template
         if isinstance(found, Mapping):
             found = found.get("default")
@@ -89,14 +89,14 @@ class PretrainedTokenizer:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What `apply_chat_template` is given beside the messages, the day among it.
+        """What `apply_chat_template` is given besides the messages, the date included.
 
-        Raises `DataError` for a template that asks for the day in a form of its own making.
+        Raises `DataError` for a template that asks for the date in a format that it computes.
         """
         day, template = self.today, self.template or ""
         if day is None or "strftime_now(" not in template:
             return dict(self.template_options)
-        # transformers hands no function to a template: the day is written into it.
+        # transformers gives a template no functions of ours: the date is written into it.
         dated = _ASKED.sub(lambda asked: repr(day.strftime(asked[2])), template)
         if "strftime_now(" in dated:
             raise DataError(
@@ -112,10 +112,10 @@ class PretrainedTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         prompt: bool = False,
     ) -> str:
-        """The messages in the chat template; with `prompt` up to where the assistant would speak.
+        """The messages in the chat template; with `prompt`, up to where the assistant would speak.
 
-        Raises `DataError` where there is no template, with what a template itself refuses, and for
-        a lone surrogate.
+        Raises `DataError` where there is no template, where the template refuses the messages, and
+        for a lone surrogate.
         """
         from jinja2.exceptions import TemplateError
 
@@ -128,8 +128,8 @@ class PretrainedTokenizer:
         try:
             text = str(self.inner.apply_chat_template(list(messages), tools=tools, **options))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # Beside what it refuses itself: arguments of a tool as an object, say, that it adds to
-            # a text.
+            # Besides what a template refuses itself: an object, such as a tool's arguments, that it
+            # adds to a text.
             raise DataError(f"chat template: refuses the messages: {error}") from error
         utf8(text)
         return text
@@ -137,7 +137,7 @@ class PretrainedTokenizer:
     def generated(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None
     ) -> tuple[list[int], list[int]]:
-        """The ids of messages in the template, and for each whether `{% generation %}` marks it."""
+        """The ids of messages in the template, each with whether `{% generation %}` marks it."""
         found: Any = self.inner.apply_chat_template(
             list(messages),
             tools=tools,
@@ -149,12 +149,12 @@ class PretrainedTokenizer:
         return list(found["input_ids"]), list(found["assistant_masks"])
 
     def spell(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens as they are written."""
+        """The text of ids, with special tokens as they are written."""
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return str(self.inner.decode(list(ids), **options))
 
     def files(self) -> dict[str, str]:
-        """Its files by name, to lie beside a checkpoint; what is no UTF-8 text is left out."""
+        """Its files by name, to store beside a checkpoint; only UTF-8 text is included."""
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory))
             paths = sorted(path for path in Path(directory).iterdir() if path.suffix in _TEXTS)
@@ -162,10 +162,10 @@ class PretrainedTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all its files: another where ids are.
+        """A hash of all its files, which differs where ids do.
 
-        Without the truncation and padding that its files may ask for: `encode` does neither, and
-        the first call of it takes them out.
+        It ignores the truncation and padding that its files may ask for: `encode` does neither, and
+        its first call removes them.
         """
         hasher = hashlib.sha256()
         if getattr(self.inner, "split_special_tokens", False):  # in none of its files
@@ -182,9 +182,9 @@ class PretrainedTokenizer:
         return hasher.hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write its files into a directory, as transformers reads them, with nothing below it."""
+        """Write its files into a directory, as transformers reads them, without subdirectories."""
         several = isinstance(getattr(self.inner, "chat_template", None), Mapping)
-        # In a file each, all chat templates but the default one would be in a directory below.
+        # In a file each, all chat templates but the default one would be in a subdirectory.
         options = {"save_jinja_files": False} if several else {}
         self.inner.save_pretrained(str(directory), **options)
 
@@ -202,8 +202,8 @@ def _uncut(path: Path) -> None:
 def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
     """The tokenizer in a local directory of Hugging Face's, or in a GGUF file.
 
-    Raises `DataError` where there is none that transformers reads, and where that is not installed.
-    Nothing is fetched.
+    Raises `DataError` where there is none that transformers can read, and where transformers is not
+    installed. Nothing is fetched.
     """
     try:
         from transformers import AutoTokenizer
@@ -218,7 +218,7 @@ def pretrained_tokenizer(path: str | Path) -> PretrainedTokenizer:
         options["gguf_file"], given = given.name, given.parent
     try:
         inner: Any = AutoTokenizer.from_pretrained(str(given), **options)
-    except Exception as error:  # of tokenizers' own errors there is no other class
+    except Exception as error:  # tokenizers raises its own errors as plain Exceptions
         reason = str(error).strip().splitlines() or ["no reason given"]
         raise DataError(
             f"{path}: no tokenizer that transformers reads ({reason[0][:200]}); expected "

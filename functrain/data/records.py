@@ -23,15 +23,15 @@ from functrain.data.files import (
 from functrain.errors import DataError
 
 Place = tuple[str, int]
-"""A file, and which of its lines, elements or rows a record is, from 1."""
+"""A file, and the number from 1 of the line, element or row in it that a record is."""
 
 
 class Records(list[dict[str, Any]]):
     """The objects of files; `where(n)` is the place of one, for messages.
 
-    As a list it may be shuffled, cut and added to: a record keeps its place, and one that was put
-    in has none. `malformed`: what was wrong with each line that was passed over. `files`: how many
-    were read.
+    It is a list, which may be shuffled, cut and added to: a record keeps its place, and one that
+    was added has none. `malformed`: what was wrong with each line that was passed over. `files`:
+    how many were read.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Records(list[dict[str, Any]]):
         return f"record {index}" if place is None else _at(*place)
 
     def first(self, count: int | None) -> Records:
-        """So many of them, the first; all where it is None."""
+        """The first `count` of them; all where it is None."""
         found = self[:count]
         return Records(
             found, [self._place(n) for n in range(len(found))], self.malformed, self.files
@@ -62,28 +62,28 @@ class Records(list[dict[str, Any]]):
         if 0 <= index < len(self._placed) and self._placed[index] is record:
             return self.places[index]
         number = self._numbers.get(id(record))
-        # Of a copy the ids are those of another's records.
+        # In a copy the ids may be those of the original's records.
         if number is None or self._placed[number] is not record:
             return None
         return self.places[number]
 
     @functools.cached_property
     def _numbers(self) -> dict[int, int]:
-        """Where each record was, by what it is: one that equals it may be of another line."""
+        """The number of each record by its identity: an equal one may be of another line."""
         return {id(record): number for number, record in enumerate(self._placed)}
 
 
 def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:
-    """The objects of a JSON Lines file, a list in a .json file, or rows of a .parquet file.
+    """The objects of a JSON Lines file, of a list in a .json file, or the rows of a .parquet file.
 
-    Of a directory those of all its files, sorted by name, or of those that a pattern
-    (`data/*.jsonl.gz`) matches; see `functrain.data.files.files_of`. `.gz` is uncompressed. Of
-    Parquet (with pyarrow, `functrain[data]`) nulls are left out: they are what a row does not have.
+    A directory gives those of all its files, sorted by name; a pattern (`data/*.jsonl.gz`) those of
+    the files that match; see `functrain.data.files.files_of`. `.gz` is uncompressed. In Parquet
+    (with pyarrow, `functrain[data]`) nulls are left out: they stand for absent fields.
 
-    Errors name file and line. Empty lines are skipped. With `on_bad_record="skip"` so are lines
-    and elements that are no object, files without any, and the rest of a file that is torn, which
-    are then `malformed`; what the objects hold is checked by who reads them. A file that the disk
-    does not give is an error always: another time there would be other records.
+    Errors name file and line. Empty lines are skipped. With `on_bad_record="skip"` so are lines and
+    elements that are not objects, files without any, and the rest of a torn file; they are listed
+    in `malformed`. What the objects hold is checked by whoever reads them. A file that cannot be
+    read from the disk is always an error: another time there would be other records.
     """
     check_on_bad_record(on_bad_record)
     paths = files_of(path, RECORDS)
@@ -102,23 +102,25 @@ def records(path: PathLike, *, on_bad_record: str = "stop") -> Records:
 
 
 def first_record(path: PathLike) -> dict[str, Any] | None:
-    """The first record that is none of the malformed; of .jsonl no more is read, of .parquet a row
-    group."""
+    """The first record that is not malformed, or None.
+
+    No more of a .jsonl is read than that, and of a .parquet a row group.
+    """
     return next(readable(path), None)
 
 
 def readable(path: PathLike) -> Iterator[dict[str, Any]]:
-    """The records that are none of the malformed, as they are read."""
+    """The records that are not malformed, as they are read."""
     for file in files_of(path, RECORDS):
         try:
             for record, _ in _each(file, []):
                 yield record
-        except DataError:  # of a file that cannot be read, as of a line, the next is looked at
+        except DataError:  # a file that cannot be read is passed over as a line is
             continue
 
 
 def check_on_bad_record(given: object) -> None:
-    """Raise `DataError` for what is no way to treat a malformed record."""
+    """Raise `DataError` for an unknown way to treat malformed records."""
     if given not in ("stop", "skip"):
         raise DataError(f"on_bad_record: {given!r}, expected 'stop' or 'skip'")
 
@@ -131,16 +133,16 @@ class Documents(list[str]):
         self.malformed = tuple(malformed)
 
     def first(self, count: int | None) -> Documents:
-        """So many of them, the first; all where it is None."""
+        """The first `count` of them; all where it is None."""
         return Documents(self[:count], self.malformed)
 
 
 def documents(path: PathLike, *, on_bad_record: str = "stop") -> Documents:
-    """The texts of records (`{"text": …}` in .jsonl, .json, .parquet), or a file as one document.
+    """The texts of records (`{"text": …}` in .jsonl, .json, .parquet), or each file as a document.
 
-    A directory or a pattern is read as by `records`, .txt and .md files among the others; a file of
-    another kind is refused. With `on_bad_record="skip"` records without a text, and files that are
-    none, are `malformed`.
+    A directory or a pattern is read as by `records`, .txt and .md files included; a file of another
+    kind is refused. With `on_bad_record="skip"`, records without a text and files that are not text
+    are `malformed`.
     """
     check_on_bad_record(on_bad_record)
     malformed: list[str] = []
@@ -165,10 +167,10 @@ def document_files(path: PathLike) -> list[Path]:
 
 
 def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
-    """The documents of one file as it is read: .jsonl by the line, .parquet by the row group.
+    """The documents of one file as it is read: .jsonl by line, .parquet by row group.
 
-    .json, .txt and .md files are read whole. What is malformed is an error, or goes to `skipped`:
-    a record, or the rest of a file.
+    .json, .txt and .md files are read whole. A malformed record, or the rest of a torn file, is an
+    error or goes to `skipped`.
     """
     if suffix_of(path) in RECORDS:
         for record, number in _each(path, skipped):
@@ -184,7 +186,7 @@ def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
 
 
 def _at(path: PathLike, number: int) -> str:
-    """The place of a record in words; of a line as editors have it."""
+    """The place of a record in words; of a line, as editors write it."""
     which = {".json": " element ", ".parquet": " row "}.get(suffix_of(path), "")
     return f"{path}:{which}{number}"
 
@@ -198,7 +200,7 @@ def _passed_over(error: DataError, skipped: list[str] | None) -> None:
 def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], int]]:
     """The records of one file, each with its number from 1.
 
-    What is malformed, or the rest of a file that is torn, is an error, or goes to `skipped`.
+    A malformed record, or the rest of a torn file, is an error or goes to `skipped`.
     """
     count, before = 0, len(skipped or ())
     try:
@@ -213,7 +215,7 @@ def _each(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any
 
 
 def _objects(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, Any], int]]:
-    """The same of what is no torn file; one in memory at a time where the file allows."""
+    """As `_each`, but a torn file is an error; one in memory at a time where the file allows."""
     if suffix_of(path) == ".parquet":
         yield from ((record, row) for row, record in enumerate(columns.rows(path), start=1))
         return

@@ -17,10 +17,10 @@ from functrain.data.truncation import Truncation, fitted
 
 @attrs.frozen(kw_only=True, eq=False)
 class Chats(Padded):
-    """Completions to be learnt: labels on what the assistant says, −100 elsewhere.
+    """Completions to learn: labels on what the assistant says, −100 elsewhere.
 
     Rows are padded at the end to the batch's longest (see `Padded`). `counts` says how many
-    examples were cut at `time`, and how many dropped as nothing of a completion was left.
+    examples were cut at `time`, and how many dropped since nothing of a completion was left.
     """
 
     examples: tuple[Example, ...] = attrs.field(repr=False)
@@ -39,7 +39,7 @@ class Chats(Padded):
 
 
 def padded(examples: Sequence[Example], multiple: int) -> dict[str, torch.Tensor]:
-    """Examples as one batch, padded at the end to a multiple of so many tokens."""
+    """Examples as one batch, padded at the end to a multiple of `multiple` tokens."""
     time = width((len(ids) for ids, _ in examples), multiple)
     input_ids = torch.zeros(len(examples), time, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
@@ -65,28 +65,28 @@ def chat(
     pad_to_multiple_of: int = MULTIPLE,
     on_bad_record: str = "stop",
 ) -> Chats:
-    """`{"prompt", "completion"}` or `{"messages": [{"role", "content"}]}` for fine-tuning.
+    """Examples from `{"prompt", "completion"}` or `{"messages": [{"role", "content"}]}` records.
 
-    And `{"conversations": [{"from", "value"}]}` (ShareGPT's), `{"instruction", "input", "output"}`
-    (Alpaca's). A completion follows its prompt as it is, and the tokenizer's `end` closes it.
-    Messages, which prompt and completion may be too, are laid out by the tokenizer's chat
-    template (`functrain.data.templates`), tools too, or as lines `role: content` where it has none;
-    tools and reasoning, which such lines do not show, are refused there. What an assistant says,
-    with its end, is a target unless it is in the prompt or the message's `weight` is 0. Prompt and
-    completion are tokenised apart, so that the boundary is a boundary between tokens. Other keys of
-    a record are ignored.
+    `{"conversations": [{"from", "value"}]}` (ShareGPT) and `{"instruction", "input", "output"}`
+    (Alpaca) are read too. A completion follows its prompt as it is, closed by the tokenizer's
+    `end`. Messages, which prompt and completion may be too, are laid out with their tools by the
+    tokenizer's chat template (`functrain.data.templates`), or as lines `role: content` where it has
+    none; tools and reasoning, which such lines do not show, are refused there. What an assistant
+    says, with its end, is a target unless it is in the prompt or the message's `weight` is 0.
+    Prompt and completion are tokenised separately, so that the boundary falls between tokens. Other
+    keys of a record are ignored.
 
     An example of more than `time` tokens loses its end (`truncation="keep_start"`), its start
-    (`"keep_end"`), or of its prompt the start down to `min_prompt` tokens and only then its end
-    (`"prompt_first"`); the prompt of a dialogue is what comes before the first assistant's message.
+    (`"keep_end"`), or the start of its prompt, down to `min_prompt` tokens, and only then its end
+    (`"prompt_first"`); a dialogue's prompt is what comes before the assistant's first message.
 
-    `on_bad_record`: "skip" passes over malformed records, which `counts` counts.
-    `group_by_length`: batches of similar lengths; `pad_to_multiple_of`: few widths, for a compiled
-    step; see `functrain.data.grouping.Padded`.
+    `on_bad_record="skip"` passes over malformed records, which `counts` counts. `group_by_length`:
+    batches of similar lengths; `pad_to_multiple_of`: few widths, for a compiled step; see
+    `functrain.data.grouping.Padded`.
 
-    Raises `DataError`, naming the record, for missing keys, both forms in one record, unknown
-    roles, content that is not text, an empty completion; for options that cannot be, and where no
-    example fits in `time` tokens; and for a tokenizer that adds special tokens to every text.
+    Raises `DataError`, naming the record, for missing keys, two forms in one record, unknown roles,
+    content that is not text, an empty completion; for impossible options, and where no example fits
+    in `time` tokens; and for a tokenizer that adds special tokens to every text.
     """
     check_given(records)
     check_joinable(tokenizer)

@@ -43,7 +43,7 @@ def positive(_: object, field: attrs.Attribute[int], value: int) -> None:
 
 
 def check_boolean(name: str, value: object) -> None:
-    """Raise `DataError` unless `value` is True or False: "false" is true."""
+    """Raise `DataError` unless `value` is True or False: the text "false" would be true."""
     if not isinstance(value, bool):
         raise DataError(f"{name}: {value!r}, expected True or False")
 
@@ -60,10 +60,10 @@ def _integer(_: object, field: attrs.Attribute[int], value: int) -> None:
 
 @attrs.frozen(kw_only=True, eq=False)
 class MapSource:
-    """A source over samples that have an index: subclasses give `__len__` and `collate`.
+    """A source over samples with an index: subclasses give `__len__` and `collate`.
 
     Each epoch has an order of its own, a function of (`seed`, epoch); `shuffle=False` keeps the
-    given one. The position runs on over the end of an epoch, so no sample is lost there.
+    given one. Positions run on across the end of an epoch, so that no sample is lost there.
     """
 
     batch_size: int = attrs.field(validator=positive)
@@ -96,7 +96,7 @@ class MapSource:
     def at(self, position: int, n: int) -> Batch:
         """The batch of `n` samples from `position` on; see `Source`.
 
-        Raises `DataError` for a position or a count that is none, and for an empty source.
+        Raises `DataError` for an invalid position or count, and for an empty source.
         """
         if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in (position, n)):
             raise DataError(f"at({position!r}, {n!r}): expected integers")
@@ -110,9 +110,9 @@ class MapSource:
 def all_batches(
     source: Source, batch_size: int | None = None, *, limit: int | None = None
 ) -> list[Batch]:
-    """The whole source once, in the given order, or its first samples up to `limit`.
+    """The batches of a whole source once, in the given order, or of its first `limit` samples.
 
-    The last batch may be shorter. For evaluation. A source of your own that is no `MapSource` is
+    For evaluation; the last batch may be shorter. A source of your own that is not a `MapSource` is
     read as it is, from position 0 on.
     """
     size = source.batch_size if batch_size is None else batch_size

@@ -1,4 +1,4 @@
-"""Streams: data that are read on from a state, where a source would be asked for a position."""
+"""Streams: data read on from a state, where a source would be asked for a position."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Taken:
 
 @runtime_checkable
 class Stream(Protocol):
-    """What `functrain.train` reads where a loader of others keeps the position.
+    """What `functrain.train` reads where another library's loader keeps the position.
 
-    The state is a text, kept in the cursor: what is saved is the state after the batch that was
-    trained on, however many have been read ahead.
+    The state is a text in the cursor: what is saved is the state after the batch that was trained
+    on, however many have been read ahead.
     """
 
     def after(self, loader: str | None) -> Taken:
-        """The batch after a state, None being the beginning: the same for the same state."""
+        """The batch after a state, None for the beginning: the same batch for the same state."""
         ...
 
 
 Collate = Callable[[Any], Batch]
-"""What makes a batch of what a loader gave."""
+"""Makes a batch of what a loader gave."""
 
 
 class Door:
@@ -51,7 +51,7 @@ class Door:
         raise NotImplementedError
 
     def opened(self, state: Any) -> Iterator[Any]:
-        """An iterator at a state."""
+        """An iterator that goes on from a state."""
         raise NotImplementedError
 
     def again(self) -> Iterator[Any]:
@@ -63,13 +63,13 @@ class Door:
         raise NotImplementedError
 
     def left_over(self) -> str:
-        """What of the stream's end was no whole batch, in words."""
+        """What filled no batch at the stream's end, in words."""
         return ""
 
 
 @attrs.frozen(kw_only=True)
 class _Place:
-    """What stands in the cursor: whose state it is, and how many samples came before it."""
+    """What is in the cursor: the loader's kind and state, and how many samples came before it."""
 
     kind: str
     samples: int
@@ -82,9 +82,9 @@ class _Place:
 class LoaderStream:
     """A loader as a `Stream`; made by `torchdata_stream`, `grain_stream` and `iterable_stream`.
 
-    While each state asked for is the one given last, the loader simply goes on; for any other
-    (after a resume, or `run.send`) it is opened anew there. From then on it is this stream's
-    alone: one that is iterated elsewhere too has moved on unseen.
+    As long as each state asked for is the one given last, the loader goes on; for any other (after
+    a resume, or `run.send`) it is reopened there. From then on it belongs to this stream alone: one
+    that is iterated elsewhere too moves on unseen.
     """
 
     def __init__(self, door: Door, collate: Collate) -> None:
@@ -98,7 +98,7 @@ class LoaderStream:
     def after(self, loader: str | None) -> Taken:
         """The batch after a state; see `Stream`.
 
-        Raises `DataError` for the state of another kind of loader, one that the loader does not
+        Raises `DataError` for the state of another kind of loader, for one that the loader does not
         take, and where the stream has ended.
         """
         if self._batches is None or loader != self._at:
@@ -144,7 +144,7 @@ class LoaderStream:
 
     def _next(self, place: _Place) -> Any:
         assert self._batches is not None  # opened
-        # Their truth is not asked for: that of torchdata's is their length, and many have none.
+        # Not by truth value: that of torchdata's is their length, and many have none.
         for found in self._batches:
             return found
         if self._door.restarts:
@@ -157,10 +157,10 @@ class LoaderStream:
         )
 
     def _restart(self, place: _Place) -> None:
-        """By way of its state, so that a run resumed at the end of an epoch has the same next."""
+        """By way of the state, so that a run resumed at an epoch's end has the same next epoch."""
         try:
             opened = self._opened(place)
-        except DataError as error:  # of an iterable dataset without a state, say
+        except DataError as error:  # from an iterable dataset without a state, say
             raise DataError(
                 f"loader: ended after {place.samples:,} samples, and is not opened at its end for "
                 f"the next epoch ({type(error.__cause__).__name__}); {self._door.endless}"
@@ -174,7 +174,7 @@ class LoaderStream:
 
 
 def is_stream_state(loader: str | None) -> bool:
-    """Whether what a cursor holds was written by one of these streams."""
+    """Whether the text in a cursor was written by one of these streams."""
     try:
         return loader is not None and _is_place(loaded(loader))
     except DataError:

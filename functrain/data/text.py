@@ -28,8 +28,8 @@ class TextRows(MapSource):
     """One stream of tokens in rows of `time`.
 
     Rows overlap by one token, so that every token but the first is predicted exactly once; the
-    last row is filled up with what is no target. `input_ids`, `labels`: int64 [n, time]. `origin`:
-    what it was read from, a line for each thing to say, where that is known.
+    last row is filled up without targets. `input_ids`, `labels`: int64 [n, time]. `origin`: lines
+    that say what it was read from, where that is known.
     """
 
     ids: Ids | JoinedIds = attrs.field(repr=False)
@@ -46,7 +46,7 @@ class TextRows(MapSource):
         return -(-(len(self.ids) - 1) // (self.time - 1))
 
     def first(self, limit: int | None) -> TextRows:
-        """The same of the first `limit` tokens, or of all."""
+        """The same source over the first `limit` tokens, or over all."""
         if limit is None:
             return self
         ids = self.ids
@@ -55,7 +55,7 @@ class TextRows(MapSource):
         )
 
     def collate(self, indices: list[int]) -> Batch:
-        """The rows of these indices."""
+        """The rows at these indices."""
         ids = torch.zeros(len(indices), self.time, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORE_INDEX)
         for row, index in enumerate(indices):
@@ -89,7 +89,7 @@ def text(
 
 
 def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.NDArray[np.int64]]:
-    """Documents one after the other, each closed by `end`: their ids, and where each one ends."""
+    """Documents one after another, each closed by `end`: their ids, and where each one ends."""
     if isinstance(documents, str):
         raise DataError("documents: one string; expected several: [text]")
     if not isinstance(documents, Iterable):
@@ -112,15 +112,15 @@ def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.ND
 
 
 def ended(document: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a document, and the end; a tokenizer of one's own may give arrays or tensors."""
+    """The ids of a document, and `end`; a custom tokenizer may give arrays or tensors."""
     ids: Any = tokenizer.encode(document)
     return [*(ids.tolist() if hasattr(ids, "tolist") else ids), operator.index(tokenizer.end)]
 
 
 def known_ids(ids: list[int], tokenizer: Tokenizer, where: Callable[[int], str]) -> Ids:
-    """Ids in `id_type`; `DataError` for one outside the vocabulary, with `where(its index)`.
+    """Ids in `id_type`; `DataError` for one outside the vocabulary, placed by `where(its index)`.
 
-    And for one that is no integer, which NumPy would cut to one.
+    And for one that is not an integer, which NumPy would truncate to one.
     """
     vocabulary = tokenizer.vocabulary
     if not all(issubclass(kind, Integral) for kind in set(map(type, ids))):
@@ -128,7 +128,7 @@ def known_ids(ids: list[int], tokenizer: Tokenizer, where: Callable[[int], str])
         raise DataError(
             f"{where(at)}: the tokenizer gives {ids[at]!r:.99}, expected integers, ids of tokens"
         )
-    with contextlib.suppress(OverflowError):  # of what is beyond int64 too
+    with contextlib.suppress(OverflowError):  # for ids beyond int64
         found = np.array(ids, dtype=np.int64)
         if not ids or (found.min() >= 0 and found.max() < vocabulary):
             return found.astype(id_type(tokenizer))
@@ -153,11 +153,11 @@ def tokens(
     shuffle: bool = True,
     dtype: str = "uint16",
 ) -> TextRows:
-    """Token ids, memory-mapped, or an array of them.
+    """Rows from token ids: files, which are memory-mapped, or an array.
 
-    Of a file (raw `dtype`, .npy, or a .bin of llm.c's, which says its dtype), of a directory or a
-    pattern of such, `tokens/*.bin`, which are one stream in the order of their names. Raises
-    `DataError` for what is none, and for raw ids that look like the parts of wider ones.
+    A file is raw `dtype`, .npy, or a .bin of llm.c's, which says its dtype; the files of a
+    directory or of a pattern, `tokens/*.bin`, are one stream in the order of their names. Raises
+    `DataError` for anything else, and for raw ids that look like the parts of wider ones.
     """
     array = ids if isinstance(ids, np.ndarray) else mapped(ids, dtype)
     if len(array.shape) != 1 or array.dtype.kind not in "iu":
@@ -166,7 +166,7 @@ def tokens(
 
 
 def checked_ids(ids: Ids, begin: int) -> npt.NDArray[np.int64]:
-    """Ids as int64, looked at where they are read: a mapped file may be larger than memory."""
+    """Ids as int64, checked where they are read: a mapped file may be larger than memory."""
     signed = ids.astype(np.int64)
     if signed.min() < 0:  # an id beyond int64 has become negative too
         at = int(signed.argmin())

@@ -38,14 +38,14 @@ from functrain.writing import sync
 
 _FORMAT = "functrain tokens 1"
 _SAID = 20
-_NAME = "\0"  # in place of a file's
+_NAME = "\0"  # stands for a file's name
 PART_TOKENS = 1 << 20
-"""Tokens after which a part is made durable: what a kill can lose."""
+"""Tokens after which a part is made durable: the most that a kill can lose."""
 
 
 @attrs.frozen(kw_only=True)
 class TokenizedFile:
-    """How much was read of a file: `size` in bytes as it lies on disk."""
+    """How much was read of a file; `size` is in bytes on disk."""
 
     path: Path
     size: int
@@ -59,11 +59,10 @@ class TokenizedFile:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Tokenized:
-    """Documents as ids, memory-mapped: document d is `ids[ends[d - 1] : ends[d]]`, its end too.
+    """Documents as ids, memory-mapped: document d is `ids[ends[d - 1] : ends[d]]`, with its end.
 
-    `files` says what was read of which; `malformed`, what was wrong with each record that was
-    passed over; `made`, whether it was tokenised just now, in part at least. `str()` is that in
-    words.
+    `files` says what was read of each; `malformed`, what was wrong with each record that was passed
+    over; `made`, whether it was tokenised just now, in part at least. `str()` says that in words.
     """
 
     directory: Path
@@ -94,12 +93,12 @@ class Tokenized:
         return attrs.evolve(made, origin=self.lines())
 
     def first(self, count: int | None) -> Tokenized:
-        """So many documents, the first; all where it is None. `files` are still all."""
+        """The first `count` documents; all where it is None. `files` still lists all."""
         ends = self.ends[:count]
         return attrs.evolve(self, ids=self.ids[: ends[-1] if len(ends) else 0], ends=ends)
 
     def lines(self) -> tuple[str, ...]:
-        """What was read, in words: of all, and of each file where there are several, but few."""
+        """What was read, in words: in all, and of the first few files where there are several."""
         each = () if len(self.files) == 1 else tuple(map(str, self.files[:_SAID]))
         more = len(self.files) - _SAID
         bad = passed_over(self.malformed)
@@ -139,15 +138,15 @@ class _Content:
 
     @property
     def kind(self) -> str:
-        """How it is read; its name is no part of the key.
+        """How the file is read; this is part of the key, its name is not.
 
-        That of a file with a byte order mark is another, since the mark was once read as text.
+        A file with a byte order mark is of another kind, since the mark was once read as text.
         """
         compressed = ".gz" if is_compressed(self.path) else ""
         return suffix_of(self.path) + compressed + (" marked" if self.marked else "")
 
     def check(self) -> None:
-        """Raise `DataError` where the file has changed since: its tokens would be another's."""
+        """Raise `DataError` if the file has changed since: its tokens would be of other content."""
         if _stat(self.path) != self.stat:
             raise DataError(
                 f"{self.path}: changed while it was tokenised; run again when it is done"
@@ -157,19 +156,19 @@ class _Content:
 def tokenized(
     path: PathLike, tokenizer: Tokenizer, directory: PathLike, *, on_bad_record: str = "stop"
 ) -> Tokenized:
-    """The documents of files, tokenised once: the next call for the same content maps the result.
+    """The documents of files, tokenised once: a later call for the same content maps the result.
 
-    `path` and `on_bad_record` are those of `functrain.data.documents`. What is kept lies in
+    `path` and `on_bad_record` are those of `functrain.data.documents`. The result lies in
     `directory` under a key: the hash of the files' contents in their order, and of the tokenizer,
-    which needs a `fingerprint`, a text that is another where its ids are. A call that is killed
-    loses at most the last million tokens; the next one goes on after what is whole. Of several
-    calls at once one works and the others wait for it. Of .jsonl a line is in memory at a time, of
-    .parquet a row group; .txt, .md and .json files are there whole, since the ids of a text are
-    not, for every tokenizer, those of its pieces.
+    which needs a `fingerprint`, a text that differs where its ids do. A call that is killed loses
+    at most the last million tokens; the next one goes on after what is whole. Of several calls at
+    once, one works and the others wait for it. A .jsonl is read a line at a time, a .parquet a row
+    group; .txt, .md and .json files are read whole, since not every tokenizer gives a text the ids
+    of its pieces.
 
-    Raises `DataError` for what cannot be read (a file that the disk does not give is never passed
+    Raises `DataError` for what cannot be read (a file that the disk fails to give is never passed
     over, as a record may be), for a file that changes meanwhile, and for a finished cache that is
-    not as it was written: it is never mended in place, as others may have it mapped.
+    not as it was written: it is never repaired in place, as others may have it mapped.
     """
     check_tokenizer(tokenizer, "vocabulary", "fingerprint")
     check_on_bad_record(on_bad_record)
@@ -205,14 +204,14 @@ def _stat(path: Path) -> tuple[int, ...]:
 def _key(contents: Sequence[_Content], tokenizer: Any, on_bad_record: str) -> str:
     told = [_FORMAT, tokenizer.fingerprint, str(tokenizer.end), str(tokenizer.vocabulary)]
     told += [f"{each.kind} {each.digest}" for each in contents]
-    # The second way of passing over: the first one left out files that a disk did not give once.
+    # 2: the first way of passing over also left out files that a disk had once not given.
     told += [] if on_bad_record == "stop" else [f"{on_bad_record} 2"]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]
 
 
 @contextmanager
 def _locked(home: Path) -> Generator[None]:
-    """Held while the files are made; who comes later waits here."""
+    """Hold the lock while the files are made; whoever comes later waits here."""
     with writing(home):
         home.mkdir(parents=True, exist_ok=True)
         lock = (home / "lock").open("ab")
@@ -227,7 +226,7 @@ def _make(
     home: Path, contents: Sequence[_Content], tokenizer: Tokenizer, on_bad_record: str
 ) -> None:
     with Parts(home, id_type(tokenizer)) as parts:
-        # From the beginning also where some parts are there: so all that is skipped is known.
+        # From the beginning even where some parts are there, so that all that is skipped is known.
         bad = [None if on_bad_record == "stop" else list[str]() for _ in contents]
         documents = (
             (n, text) for n, each in enumerate(contents) for text in texts(each.path, bad[n])
@@ -239,7 +238,7 @@ def _make(
                 pending = pending.into(parts, contents)
         if pending.tokens:
             pending.into(parts, contents)
-        # By the number of the file: its name is no part of the key, and may be another next time.
+        # By the file's number: its name is not part of the key, and may be another next time.
         known = [
             (n, text.replace(str(contents[n].path), _NAME))
             for n, found in enumerate(bad)
@@ -248,7 +247,7 @@ def _make(
         if not parts.documents:
             hint = f" ({_named(known[0], contents)})" if known else ""
             raise DataError(f"{home}: no documents{hint}")
-        # Also those that gave no document, or were read before a part of others: what is sealed
+        # Also those that gave no document, or were read before another file's part: what is sealed
         # here is found for good.
         for each in contents:
             each.check()
@@ -265,7 +264,7 @@ def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
 
 
 class _Pending:
-    """Documents that are to be the next part."""
+    """Documents that will be the next part."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -278,7 +277,7 @@ class _Pending:
         self._files.append(number)
 
     def into(self, parts: Parts, contents: Sequence[_Content]) -> _Pending:
-        """What is to come after they have been appended."""
+        """Append these documents as a part; returns an empty `_Pending` for the next."""
         documents, tokens = Counter(self._files), Counter[int]()
         for number, ids in zip(self._files, self._ids, strict=True):
             tokens[number] += len(ids)

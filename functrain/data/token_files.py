@@ -19,19 +19,19 @@ from functrain.errors import DataError
 
 Ids = npt.NDArray[Any]
 SUFFIXES = (".bin", ".npy")
-# Of llm.c's data files: the header, its first two numbers, and the dtype of what follows it.
+# llm.c's data files: the header, its first two numbers, and the dtype of what follows it.
 _HEADER = np.dtype("<i4"), 256
 _MAGIC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 _LEAST, _MOST = 64, 1 << 12
-"""So many ids tell of how many bytes they are: of those there are at least, and at two places."""
+"""From how many ids on their width can be told, and how many are read at each of two places."""
 
 _SMALL = 4
-"""Few vocabularies have more times 65,536 tokens."""
+"""Few vocabularies have more than this many times 65,536 tokens."""
 
 
 @attrs.frozen(eq=False)
 class JoinedIds:
-    """Arrays of ids, of one dtype, one after the other; a slice is an array of its own.
+    """Arrays of ids of one dtype, one after the other; a slice is an ordinary array.
 
     `paths`: the file that each was read from.
     """
@@ -50,12 +50,12 @@ class JoinedIds:
 
     @property
     def shape(self) -> tuple[int]:
-        """As of an array of them all."""
+        """The shape of an array of them all."""
         return (len(self),)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of each."""
+        """The dtype of each array."""
         return self.arrays[0].dtype
 
     def __getitem__(self, where: slice) -> Ids:
@@ -72,7 +72,7 @@ class JoinedIds:
         return found[0] if len(found) == 1 else np.concatenate(found or [self.arrays[0][:0]])
 
     def first(self, count: int) -> JoinedIds:
-        """The first `count` ids, as they are mapped."""
+        """The first `count` ids, still mapped."""
         kept: list[Ids] = []
         for array, end in zip(self.arrays, self._ends, strict=True):
             before = end - len(array)
@@ -113,10 +113,10 @@ def mapped(path: PathLike, dtype: str) -> Ids | JoinedIds:
 
 
 def _unheld(ids: Ids) -> Ids:
-    """The same ids, mapped without the descriptor that NumPy keeps: of those there are few."""
+    """The same ids, mapped without the descriptor that NumPy keeps: a process has few of those."""
     if not isinstance(ids, np.memmap) or not ids.nbytes:
         return ids
-    # Memory of this process's own: nothing that is written there comes into the file.
+    # A private mapping: nothing that is written to it reaches the file.
     size = ids.offset + ids.nbytes
     pages = torch.from_file(str(ids.filename), shared=False, size=size, dtype=torch.uint8)
     return pages.numpy()[ids.offset :].view(ids.dtype).reshape(ids.shape)
@@ -157,7 +157,7 @@ def _mapped(path: Path, dtype: str) -> Ids:
 
 
 def _wider(ids: Ids) -> str | None:
-    """The type that ids of 2 or 4 bytes seem to have been written as, if that is a wider one."""
+    """The type that ids of 2 or 4 bytes seem to have been written as, if it is a wider one."""
     size, middle = ids.dtype.itemsize, len(ids) // 2 // 4 * 4
     if size not in (2, 4) or len(ids) < _LEAST:
         return None
@@ -171,9 +171,10 @@ def _wider(ids: Ids) -> str | None:
 
 
 def _are_parts(lower: Ids, upper: Ids) -> bool:
-    """Whether they are the lower and the upper parts of other ids.
+    """Whether these are the lower and the upper halves of wider ids.
 
-    These are 0 then or, of a vocabulary of 128,256, 0 and 1, while many of those are neither.
+    The upper halves are then 0 or, with a vocabulary of 128,256, 0 and 1, while many of the lower
+    are neither.
     """
     if not upper.any():
         least = 1
@@ -185,7 +186,7 @@ def _are_parts(lower: Ids, upper: Ids) -> bool:
 
 
 def _llm_c(path: Path) -> Ids | None:
-    """The ids of a file of llm.c's; None for one that does not begin with such a header."""
+    """The ids of an llm.c file; None for one that does not begin with such a header."""
     kind, numbers = _HEADER
     if path.stat().st_size < numbers * kind.itemsize:
         return None
@@ -209,7 +210,7 @@ def _llm_c(path: Path) -> Ids | None:
 
 def _npy(path: Path) -> Ids:
     try:
-        # Not `numpy.load`, which reads other kinds of files too, and advises to unpickle the rest.
+        # Not `numpy.load`, which reads other kinds of files too, and advises unpickling the rest.
         array: Ids = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, SyntaxError, tokenize.TokenError) as error:
         raise DataError(

@@ -1,8 +1,8 @@
 """Token ids appended to files part by part, so that a kill at any moment loses one part at most.
 
-`ids.bin` and `ends.bin` only grow. A part is there once its line is in the journal, which is
-written when its bytes are durable; the manifest, put in place last by a rename, says that the
-files are whole, and from then on none of them is written again.
+`ids.bin` and `ends.bin` only grow. A part exists once its line is in the journal, which is
+written when its bytes are durable; the manifest, renamed into place last, says that the files
+are whole, and from then on none of them is written again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ END_TYPE = np.dtype("<i8")
 
 @attrs.frozen(kw_only=True)
 class Part:
-    """What a line of the journal says: how much was appended, its hashes, and of which files.
+    """A line of the journal: how much was appended, its hashes, and from which files.
 
-    `files`: the number of a file, and the documents and the tokens that the part has of it.
+    `files`: for each, its number, and how many documents and tokens the part has of it.
     """
 
     documents: int
@@ -45,7 +45,7 @@ class Part:
 
 @contextmanager
 def writing(directory: Path) -> Generator[None]:
-    """In which an error of the disk is that the directory cannot be written."""
+    """Within it, an error of the disk becomes a `DataError`: the directory cannot be written."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def writing(directory: Path) -> Generator[None]:
 class Parts:
     """Files in the making, opened where the last whole part ends; what follows it is cut off.
 
-    Only for who holds the lock. Nobody else has the files mapped: there is no manifest yet.
+    Only for the holder of the lock. Nobody else has the files mapped: there is no manifest yet.
     """
 
     def __init__(self, directory: Path, dtype: npt.DTypeLike) -> None:
@@ -78,7 +78,7 @@ class Parts:
     def append(
         self, ids: Ids, lengths: npt.NDArray[np.int64], files: tuple[tuple[int, int, int], ...]
     ) -> None:
-        """A part, durable when this returns: ids, and the length of each document in them."""
+        """Append a part, durable when this returns: ids, and the length of each document."""
         raw = ids.astype(self.dtype).tobytes()
         ends = (self.tokens + lengths.cumsum()).astype(END_TYPE).tobytes()
         part = Part(
@@ -91,7 +91,7 @@ class Parts:
         self.parts.append(part)
 
     def seal(self, record: Mapping[str, Any]) -> None:
-        """Say that the files are whole: `record`, and the parts, under the manifest's name."""
+        """Declare the files whole: `record` and the parts are written under the manifest's name."""
         aside = self.directory / f"{MANIFEST}.part"
         text = line({**record, "parts": [attrs.asdict(part) for part in self.parts]})
         with writing(self.directory):
@@ -131,7 +131,7 @@ class Parts:
         return sizes[name]
 
     def _recovered(self) -> list[Part]:
-        """The parts of the journal up to the first that is torn, or is not what it says."""
+        """The parts of the journal up to the first that is torn or that the files do not match."""
         journal = self.directory / JOURNAL
         lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
         records = itertools.takewhile(lambda record: record is not None, map(read, lines))
@@ -140,7 +140,7 @@ class Parts:
 
 
 def whole(directory: Path, parts: list[Part], dtype: npt.DTypeLike) -> int:
-    """How many parts are in the files as their hashes say, up to the first that is not."""
+    """How many parts match their hashes in the files, up to the first that does not."""
     size = np.dtype(dtype).itemsize
     if not parts or not all((directory / name).is_file() for name in (IDS, ENDS)):
         return 0

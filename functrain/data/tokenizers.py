@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without `end`; of no text, none."""
+        """The ids of a text, without `end`; of an empty text, none."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
 def check_tokenizer(tokenizer: object, *more: str) -> None:
     """Raise `DataError` for what lacks a part of `Tokenizer` that data are made with.
 
-    `more`: what is needed beside `encode`, `decode` and `end`.
+    `more`: what is needed besides `encode`, `decode` and `end`.
     """
     needed = ("encode", "decode", "end", *more)
     found: dict[str, object] = {}
@@ -69,7 +69,7 @@ _EXPECTED: Mapping[str, str] = {
 
 
 def _is_integer(given: Any) -> bool:
-    """Also of NumPy, and a tensor of one."""
+    """Whether this is an integer, also of NumPy's, or a tensor of one."""
     try:
         operator.index(given)
     except TypeError:
@@ -78,9 +78,9 @@ def _is_integer(given: Any) -> bool:
 
 
 def check_joinable(tokenizer: Tokenizer) -> None:
-    """Raise `DataError` unless texts that are encoded apart can be put one after the other.
+    """Raise `DataError` unless texts that are encoded separately can be joined.
 
-    A token that `encode` puts at the start or end of every text would be a target in the middle.
+    A token that `encode` adds at the start or end of every text would be a target in the middle.
     """
     check_tokenizer(tokenizer)
     added = list(tokenizer.encode(""))
@@ -130,7 +130,7 @@ class ByteTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A text that is another where ids are."""
+        """A text that differs where ids do."""
         return self.to_json()
 
     def to_json(self) -> str:

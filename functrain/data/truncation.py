@@ -1,4 +1,4 @@
-"""Truncation: which tokens go where there are more than `time`, and the count of what went."""
+"""Truncation: which tokens are cut where there are more than `time`, and how many were."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from functrain.data.text import IGNORE_INDEX
 from functrain.errors import DataError, did_you_mean
 
 Mode = Callable[[int, int, int, int], tuple[slice, slice]]
-"""The slices of a prompt and of its completions that are kept, of (prompt, longest, time,
-min_prompt): the lengths of a prompt and of its longest completion first, all in tokens."""
+"""From (prompt, longest, time, min_prompt), the slices of a prompt and of its completions to keep.
+
+`prompt` and `longest`: the lengths of the prompt and of its longest completion; all in tokens.
+"""
 
 
 def keep_start(prompt: int, longest: int, time: int, min_prompt: int) -> tuple[slice, slice]:
-    """The end is cut: a completion loses its end, all of it after a prompt of `time` tokens."""
+    """Cut the end: a completion loses its end, all of it after a prompt of `time` tokens."""
     return slice(0, time), slice(0, max(0, time - prompt))
 
 
 def keep_end(prompt: int, longest: int, time: int, min_prompt: int) -> tuple[slice, slice]:
-    """The start is cut: of the prompt, and of a completion longer than `time`."""
+    """Cut the start: of the prompt, and of a completion longer than `time`."""
     kept = min(prompt, max(0, time - longest))
     return slice(prompt - kept, prompt), slice(-time, None)
 
 
 def prompt_first(prompt: int, longest: int, time: int, min_prompt: int) -> tuple[slice, slice]:
-    """The prompt's start is cut down to `min_prompt` tokens, and only then a completion's end."""
+    """Cut the prompt's start down to `min_prompt` tokens, and only then a completion's end."""
     kept = min(prompt, max(min_prompt, time - longest))
     return slice(prompt - kept, prompt), slice(0, time - kept)
 
@@ -44,7 +46,7 @@ MODES: Mapping[str, Mode] = {
 
 @attrs.frozen(kw_only=True)
 class Truncation:
-    """The limit of `time` tokens, and a name of `MODES`; `min_prompt` is for `prompt_first` alone.
+    """The limit of `time` tokens, and a name in `MODES`; `min_prompt` is for `prompt_first` alone.
 
     Raises `DataError` for a limit below 1, an unknown name, and a `min_prompt` that leaves no room
     for a completion or belongs to another mode.
@@ -72,9 +74,9 @@ class Truncation:
             )
 
     def fit(self, given: Prompted) -> tuple[Example, ...]:
-        """The prompt with each completion, in `time` tokens: all with the same rest of the prompt.
+        """The prompt with each completion, in `time` tokens; the prompt is cut alike for all.
 
-        So what the longest completion needs is cut from the prompt of each.
+        What the longest completion needs is cut from the prompt of each.
         """
         longest = max(len(ids) for ids, _ in given.completions)
         head, tail = MODES[self.mode](len(given.prompt), longest, self.time, self.min_prompt)
@@ -87,13 +89,14 @@ class Truncation:
 
 @attrs.frozen(kw_only=True)
 class Counts:
-    """What became of the examples read, in one line as text.
+    """What became of the examples read; `str()` says it in one line.
 
-    `truncated` of those kept lost `tokens_cut` tokens (of a pair, both sides count). Dropped are
-    those with `no_completion_left` after the cut on some side; pairs of which both sides were
-    `identical` (where that is no error); pairs `identical_when_cut`, which differ only in what was
-    cut and would teach nothing; and unpaired examples with `no_other_completion` beside theirs.
-    `malformed` records were passed over, where that was asked for; `complaints` are the first.
+    Of those kept, `truncated` lost `tokens_cut` tokens (of a pair, both sides count). Dropped are
+    those with `no_completion_left` after the cut on some side; pairs whose sides were `identical`
+    (where that is not an error); pairs `identical_when_cut`, which differ only in what was cut and
+    would teach nothing; and unpaired examples with `no_other_completion` to set beside theirs.
+    `malformed` records were passed over, where that was asked for; `complaints` says why for the
+    first ones.
     """
 
     kept: int = 0
@@ -107,7 +110,7 @@ class Counts:
     complaints: tuple[str, ...] = ()
 
     def with_malformed(self, malformed: Sequence[str]) -> Counts:
-        """With what was wrong with the records that could not be read."""
+        """These counts, with what was wrong with the records that could not be read."""
         return attrs.evolve(self, malformed=len(malformed), complaints=tuple(malformed[:3]))
 
     @property
@@ -124,12 +127,12 @@ class Counts:
 
     @property
     def dropped(self) -> int:
-        """Read and not kept."""
+        """Examples that were read and not kept."""
         return sum(self.reasons.values())
 
     @property
     def read(self) -> int:
-        """Kept or dropped."""
+        """Examples that were kept or dropped."""
         return self.kept + self.dropped
 
     def __str__(self) -> str:
@@ -144,7 +147,7 @@ class Counts:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Counted(MapSource):
-    """A source that tells what was read: `counts`."""
+    """A source that says what became of the examples read: `counts`."""
 
     counts: Counts = Counts()
 
@@ -162,9 +165,9 @@ class Counted(MapSource):
 def fitted(
     given: Sequence[Prompted], how: Truncation, *, identical: int = 0
 ) -> tuple[dict[int, tuple[Example, ...]], Counts]:
-    """What is left of each by its index in `given`, without what is dropped; and the counts.
+    """What is left of each by its index in `given`, without those dropped; and the counts.
 
-    `identical` pairs have been dropped before. Raises `DataError` where nothing is left.
+    `identical`: pairs that were dropped before. Raises `DataError` where nothing is left.
     """
     sides = [how.fit(each) for each in given]
     reasons = [_reason(each) for each in sides]
@@ -188,7 +191,7 @@ def has_targets(example: Example) -> bool:
 
 
 def _reason(sides: tuple[Example, ...]) -> str | None:
-    """The field of `Counts` that counts it, unless it is kept."""
+    """The field of `Counts` that counts the example as dropped; None if it is kept."""
     if not all(has_targets(side) for side in sides):
         return "no_completion_left"
     return "identical_when_cut" if len(sides) == 2 and sides[0] == sides[1] else None

@@ -32,7 +32,7 @@ _FEW = 16
 
 @attrs.frozen(kw_only=True, eq=False)
 class Unpaired(Padded):
-    """Completions judged one by one, each with a mismatched one; else as `Chats`.
+    """Completions judged one by one, each with a mismatched one; otherwise as `Chats`.
 
     An example is its sequence, its prompt with another example's completion, and whether its own
     completion is desirable. KTO (2402.01306) estimates its KL term on the mismatched ones.
@@ -74,21 +74,21 @@ def unpaired(
     pad_to_multiple_of: int = MULTIPLE,
     on_bad_record: str = "stop",
 ) -> Unpaired:
-    """`{"prompt", "completion", "label"}`, with a label that is true where this is desirable.
+    """Judged completions from `{"prompt", "completion", "label"}`, true where it is desirable.
 
     Pairs as `preference` reads them are taken too: the chosen completion is a desirable example,
-    the rejected one an undesirable. Examples are cut and counted one by one, as `chat` does; a pair
-    is two.
+    the rejected one an undesirable one. Examples are cut and counted one by one, as by `chat`; a
+    pair is two.
 
-    The mismatched completion is that of the next example kept, around the end, whose prompt and
-    completion are others (or, where no prompt is, whose completion is another): a function of the
-    example and the data set, not of the batch.
+    The mismatched completion is that of the next kept example, wrapping around the end, whose
+    prompt and completion both differ (or, where no prompt does, whose completion does): a function
+    of the example and the data set, not of the batch.
 
-    An example against whose prompt no other completion can be set, since the cut leaves too little,
-    is dropped and counted.
+    An example is dropped and counted if no other completion can be set against its prompt, since
+    the cut leaves too little.
 
-    Raises `DataError` as `chat` and `preference` do, for a label that is none, and where no example
-    has another completion.
+    Raises `DataError` as `chat` and `preference` do, for an invalid label, and where no example has
+    another completion.
     """
     check_given(records)
     check_joinable(tokenizer)
@@ -134,7 +134,7 @@ def unpaired(
 
 @attrs.frozen
 class Judged:
-    """A completion as it was read, whether it is desirable, and where it was."""
+    """A completion as it was read, whether it is desirable, and where it was read."""
 
     prompted: Prompted
     desirable: bool
@@ -162,7 +162,7 @@ def read_judged(
 def _mismatched(
     judged: Sequence[Judged], own: Sequence[Example], how: Truncation
 ) -> list[Example | None]:
-    """For each its prompt with the next other completion that leaves a target and is another.
+    """For each, its prompt with the next other completion that differs and leaves a target.
 
     None where there is no such completion.
     """
@@ -186,16 +186,16 @@ def _mismatched(
     for index, each in enumerate(judged):
         chosen = first(index, itertools.islice(others(index), _FEW))
         if chosen is None:
-            # Where the cut leaves the same of many, they are stepped over as those that are the
-            # same: looked at one by one, 50,000 took hours.
-            # Of prompts that fill the time the cut leaves the same, however long they are.
+            # Where the cut leaves the same of many, they are stepped over like equal ones: looked
+            # at one by one, 50,000 took hours. After all prompts that fill the time it leaves the
+            # same, however long they are.
             chosen = first(index, others(index, left(min(len(each.prompted.prompt), how.time))))
         found.append(chosen)
     return found
 
 
 def _left(each: Judged, prompt: int, how: Truncation) -> Hashable:
-    """What the cut leaves after a prompt of so many tokens: of it how many, and the completion."""
+    """What the cut leaves after a prompt of so many tokens: how many of those, and which ids."""
     ((ids, labels),) = each.prompted.completions
     head, tail = MODES[how.mode](prompt, len(ids), how.time, how.min_prompt)
     return len(range(prompt)[head]), ids[tail], labels[tail]
@@ -203,7 +203,7 @@ def _left(each: Judged, prompt: int, how: Truncation) -> Hashable:
 
 @attrs.frozen
 class _Ring:
-    """Keys around a circle, and from each how far the next different one is."""
+    """Keys around a circle, and how far from each the next different one is."""
 
     keys: Sequence[int]
     run: Sequence[int]
@@ -219,9 +219,9 @@ def _ring(keys: Sequence[Hashable]) -> _Ring:
 
 
 def _next(index: int, *rings: _Ring) -> Iterator[int]:
-    """The indices after this one, around the end, with other keys on every ring.
+    """The indices after this one, wrapping around the end, whose keys differ on every ring.
 
-    Whole runs are stepped over, so that sorted data costs no more than shuffled.
+    Whole runs are stepped over, so that sorted data cost no more than shuffled.
     """
     size = len(rings[0].keys)
     at = index + 1

@@ -6,8 +6,8 @@
     step = functrain.dpo_step(adapted, functrain.optim.adamw(1e-4), reference=reference)
     state = step.init(adapters, buffers)
 
-A state, its checkpoints and its optimizer hold adapters only, and the fingerprint of the base. So
-several adapters train over one base, in turns: each is a state of the same architecture.
+A state, its checkpoints and its optimizer hold only the adapters, and the fingerprint of the base.
+So several adapters can train over one base, in turns: each is a state of the same architecture.
 """
 
 from functrain.lora.attach import Adapter, adapter_of, attach, is_adapted

@@ -32,7 +32,7 @@ _ADAPTER = "functrain_adapter"
 
 @attrs.frozen(eq=False)
 class Adapter:
-    """What an architecture was adapted with: the layers by name, and the architecture before."""
+    """What an architecture was adapted with: the layers by name, and the original architecture."""
 
     lora: LoRA
     layers: tuple[str, ...]
@@ -46,13 +46,13 @@ def attach(
     *,
     seed: int = 0,
 ) -> tuple[nn.Module, Tensors]:
-    """Adapters for an architecture: `(adapted architecture, params of the adapters)`.
+    """Put adapters into an architecture: `(adapted architecture, params of the adapters)`.
 
     The adapted one is a copy that holds `params`, the frozen base, as they are (they are not copied
-    and nobody may write into them); the given one stays as it was. What is trained, checkpointed
-    and moved is the adapters alone, `….lora_A` and `….lora_B`, float32: a state knows its base and
-    their scale by a fingerprint, and is refused over others. At the beginning B is 0, so the model
-    is the base.
+    and nobody may write into them); the given one stays as it was. Only the adapters, `….lora_A`
+    and `….lora_B` in float32, and what `lora.train` names are trained, checkpointed and moved: a
+    state knows its base and their scale by a fingerprint, and is refused over others. B starts at
+    0, so that the model starts as the base.
 
     Where `params` are in shards (`functrain.distributed.shard` or `split`), so is the base, for a
     step that is `sharded`; every worker must call this.
@@ -60,11 +60,11 @@ def attach(
     The base computes in its own dtype, which a step's precision does not change: read it as
     bfloat16 where that is wanted. Several states of one adapted architecture share its base.
 
-    Raises `ConfigError` for a pattern that matches no linear layer, and for a layer whose weight is
-    tied to another parameter, that has an adapter already, that is more than a weight and a bias (a
-    parametrized one), or whose weight another module reads without calling it (the `out_proj` of an
-    `nn.MultiheadAttention`, Mamba's `dt_proj` and, on CUDA, its `out_proj`). A layer's hooks are
-    those of the adapted one: they are around layer and adapter.
+    Raises `ConfigError` for a pattern that matches no linear layer, for an architecture that has
+    adapters already, and for a layer whose weight is tied to another parameter, that is more than a
+    weight and a bias (a parametrized one), or whose weight another module reads without calling it
+    (the `out_proj` of an `nn.MultiheadAttention`, Mamba's `dt_proj`). A layer's hooks become those
+    of the adapted one: they are around layer and adapter.
     """
     lora = LoRA() if lora is None else lora
     if not isinstance(lora, LoRA):
@@ -144,7 +144,7 @@ def matching(architecture: nn.Module, patterns: tuple[str, ...]) -> list[str]:
 
 
 def _refuse_unfit(architecture: nn.Module, pattern: str, found: list[str]) -> None:
-    """Refuse layers that are more than linear where they are named, and not one of many matches."""
+    """Refuse layers that are more than linear where they are named, not as one match of many."""
     if found and any(each in pattern for each in "*?["):
         return
     for name, module in architecture.named_modules():
@@ -165,7 +165,7 @@ def _refuse_passed_by(names: list[str], passed: set[str]) -> None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a shell pattern is that of a name, or of its end after a dot."""
+    """Whether a shell pattern matches a name, or the end of it after a dot."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
@@ -185,7 +185,7 @@ def _missed(architecture: nn.Module, pattern: str, linear: Mapping[str, object])
 
 
 def _adapt(architecture: nn.Module, lora: LoRA) -> dict[str, Adapted]:
-    """Put adapted layers in the place of those that are targets, wherever they are."""
+    """Put adapted layers in place of the targets, wherever they are."""
     names = matching(architecture, lora.targets)
     modules = dict(architecture.named_modules())
     tied = _tied_weights(architecture)
@@ -206,7 +206,7 @@ def _adapt(architecture: nn.Module, lora: LoRA) -> dict[str, Adapted]:
 
 
 def _tied_weights(architecture: nn.Module) -> set[int]:
-    """The parameters that are in several places: of one module on several paths there is one."""
+    """The parameters that are in several places; a module on several paths counts as one."""
     places = slots(architecture).params.values()
     return {id(at[0][0][at[0][1]]) for at in places if len(at) > 1}
 
@@ -231,9 +231,9 @@ def _trained(lora: LoRA, params: Mapping[str, Tensor]) -> set[str]:
 def _initial(
     layers: Mapping[str, Adapted], params: Mapping[str, Tensor], seed: int
 ) -> dict[str, Tensor]:
-    """A uniform as `nn.Linear`'s weight is at its start, B zero; DoRA's magnitudes those of W.
+    """A is uniform as `nn.Linear`'s initial weight is, B zero; DoRA's magnitudes are those of W.
 
-    Each A by a key of its own name, so that it does not depend on which others there are.
+    Each A has a key of its own name, so that it does not depend on which others there are.
     """
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():

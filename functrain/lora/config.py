@@ -26,13 +26,14 @@ def _patterns(given: Any) -> tuple[str, ...]:
 class LoRA:
     """Low-rank adapters: W becomes W + (alpha / rank) · B·A, of which A and B are trained.
 
-    `rank`: rows of A and columns of B. `alpha`: the scale, over the rank, or with `rslora` over its
-    square root (2312.03732). `targets`: shell patterns of the names of linear layers, each also as
-    the end of a name after a dot, `q_proj`; or `all-linear`, all but the head, what is tied, what
-    is never called, what is more than a weight and a bias, and the out_proj of Mamba's mixers, of
-    which peft takes no adapter: on CUDA their kernels read the weight.
-    `dropout`: on what goes into A, in train mode. `dora`: a magnitude for each output is trained as
-    well (2402.09353). `train`: patterns of parameters that are trained beside the adapters.
+    `rank`: rows of A and columns of B. `alpha`: the scale, divided by the rank, or with `rslora` by
+    its square root (2312.03732). `targets`: shell patterns that match the names of linear layers,
+    or their ends after a dot, such as `q_proj`; or `all-linear`, all but the head, what is tied,
+    what is never called, what is more than a weight and a bias, and the out_proj of Mamba's mixers,
+    for which peft takes no adapter: on CUDA their kernels read the weight.
+
+    `dropout`: on the input of A, in train mode. `dora`: a magnitude for each output is trained as
+    well (2402.09353). `train`: patterns of parameters that are trained besides the adapters.
 
     Hu et al., 2106.09685.
     """
@@ -54,5 +55,5 @@ class LoRA:
 
     @property
     def scaling(self) -> float:
-        """What B·A is multiplied with."""
+        """What B·A is multiplied by."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))

@@ -13,10 +13,10 @@ from functrain.lora.config import LoRA
 
 
 class Adapted(nn.Module):
-    """What an adapted layer has beside the weight and bias of the layer that it stands for.
+    """What an adapted layer has besides the weight and bias of the layer that it replaces.
 
     `lora_A` [rank, inputs] and `lora_B` [outputs, rank], and with DoRA `lora_magnitude` [outputs].
-    The arithmetic, and its order, is peft's, so that an adapter has the same outputs in both.
+    The arithmetic and its order are peft's, so that an adapter has the same outputs in both.
     """
 
     lora_A: Tensor  # noqa: N815
@@ -26,7 +26,7 @@ class Adapted(nn.Module):
     bias: nn.Parameter  # or None, as nn.Linear annotates it
 
     def adapt(self, layer: nn.Module, lora: LoRA) -> None:
-        """Take the layer's parameters and hooks, and room for an adapter, on the meta device."""
+        """Take over the layer's parameters and hooks, and add the adapter's on the meta device."""
         nn.Module.__init__(self)
         own = {k: v for k, v in vars(layer).items() if not k.startswith("_") or "hook" in k}
         self.__dict__.update(own)
@@ -47,15 +47,15 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def plain(self, x: Tensor) -> Tensor:
-        """What the layer without an adapter makes of `x`."""
+        """The output of the layer without its adapter."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
-        """What the adapter adds to the weight as [outputs, inputs], DoRA's magnitudes apart."""
+        """What the adapter adds to the weight, [outputs, inputs], without DoRA's magnitudes."""
         return (self.lora_B @ self.lora_A) * self.scaling
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The layer's output with the adapter's; in the dtype of the layer's."""
+        """The layer's output plus the adapter's, in the dtype of the layer's."""
         result = self.plain(input)
         dropping = self.training and self.dropout > 0
         dropped = input.to(self.lora_A.dtype)
@@ -70,7 +70,7 @@ class Adapted(nn.Module):
     def _directed(self, x: Tensor, result: Tensor | None) -> Tensor:
         """DoRA's update: (m / ‖W + sBA‖ − 1) · Wx + (m / ‖W + sBA‖) · sBAx; the norm is a constant.
 
-        `result`: the plain output of this `x`, where it is at hand.
+        `result`: the plain output for this `x`, where it is at hand.
         """
         assert self.lora_magnitude is not None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -85,13 +85,13 @@ class Adapted(nn.Module):
 
 
 def row_norms(weight: Tensor, delta: Tensor) -> Tensor:
-    """The Euclidean norm of each row of the sum, in the dtype of `delta`."""
+    """The Euclidean norm of each row of `weight + delta`, in the dtype of `delta`."""
     norm: Tensor = torch.linalg.norm(weight.to(delta.dtype) + delta, dim=1)
     return norm
 
 
 def magnitude_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / ‖W + sBA‖ of each row; 1 of a row of zeros, so that its B gets a gradient and not NaN."""
+    """m / ‖W + sBA‖ by row; 1 for a row of zeros, so that its B gets a gradient and not NaN."""
     zeros = norm == 0
     return magnitude.masked_fill(zeros, 1.0) / norm.masked_fill(zeros, 1.0)
 
@@ -111,7 +111,7 @@ class LoRALinear(Adapted, nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """As `nn.Linear`'s, and the rank."""
+        """As `nn.Linear`'s, with the rank."""
         return f"{nn.Linear.extra_repr(self)}, rank={self.lora_A.shape[0]}"
 
 
@@ -121,7 +121,7 @@ class LoRAFalconLinear(LoRALinear):
     def plain(self, x: Tensor) -> Tensor:
         """`FalconLinear`'s output."""
         product = x @ self.weight.T
-        # Annotated as nn.Linear's, it may be None.
+        # It may be None, though nn.Linear's annotation says otherwise.
         return product if self.bias is None else product + self.bias
 
 
@@ -167,10 +167,10 @@ def _kind(layer: nn.Module) -> Callable[[Any, LoRA], Adapted] | None:
 
 
 def unfit(layer: nn.Module) -> str | None:
-    """Why a layer cannot be adapted though it computes as a linear one: it is more than that.
+    """Why a layer that computes as a linear one cannot be adapted: it is more than that.
 
-    One that is parametrized (`torch.nn.utils.parametrizations.weight_norm`), say, has no weight to
-    put an adapter beside, and what else a layer holds the adapted one would be without.
+    A parametrized one (`torch.nn.utils.parametrizations.weight_norm`), say, has no weight to put an
+    adapter beside; and what else a layer holds, the adapted one would lack.
     """
     if _kind(layer) is None:
         return None
@@ -181,9 +181,9 @@ def unfit(layer: nn.Module) -> str | None:
 
 
 def never_called(architecture: nn.Module) -> set[str]:
-    """The layers that are never called, by name: another module computes with their weights.
+    """The names of the layers that are never called: another module computes with their weights.
 
-    An adapter in their place would have no effect, in peft neither.
+    An adapter in their place would have no effect, nor has it one in peft.
     """
     found = set()
     for name, module in architecture.named_modules():
@@ -200,10 +200,10 @@ _READ_BY_KERNELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"
 
 
 def read_by_kernels(architecture: nn.Module) -> set[str]:
-    """The layers whose weights CUDA's fast kernels of Mamba read themselves, by name.
+    """The names of the layers whose weights Mamba's fast CUDA kernels read themselves.
 
-    The out_proj of these models' mixers (Gu & Dao, 2312.00752), for which peft takes no adapter.
-    Elsewhere it is called, so that one that is named there has an effect.
+    They are the out_proj of these models' mixers (Gu & Dao, 2312.00752), for which peft takes no
+    adapter. Elsewhere it is called, so that an adapter has an effect where the layer is named.
     """
     if getattr(getattr(architecture, "config", None), "model_type", None) not in _READ_BY_KERNELS:
         return set()

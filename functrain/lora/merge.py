@@ -1,4 +1,4 @@
-"""Adapters in the weights of their base, and without effect."""
+"""Adapters merged into the weights of their base, and adapters without effect."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from functrain.trees import Tensors, laid_out, map_leaves, whole
 
 
 def merged(architecture: nn.Module, params: Mapping[str, Tensor]) -> tuple[nn.Module, Tensors]:
-    """The model with its adapters in its weights: `(architecture before attach, its params)`.
+    """Merge the adapters into the weights: `(architecture before attach, its params)`.
 
-    W + s·B·A, with DoRA in rows of the trained magnitudes, computed in float32 at least and rounded
-    to the base's dtype. Other params are the base's own tensors; nothing is written, so that the
-    unmerged model is where it was. A base in shards stays so: one layer at a time is whole.
+    W + s·B·A, with DoRA scaled to the trained magnitudes by row, is computed in float32 at least
+    and rounded to the base's dtype. Other params are the base's own tensors; nothing is written, so
+    that the unmerged model stays as it was. A base in shards stays so: one layer at a time is
+    whole.
     """
     adapter = adapter_of(architecture)
     check_fit(params, slots(architecture).params, "params")
@@ -44,10 +45,10 @@ def _merged(layer: Adapted, weight: Tensor, name: str, params: Mapping[str, Tens
 
 
 def reference(architecture: nn.Module, params: Mapping[str, Tensor]) -> Tensors:
-    """The params under which the adapted model is its base: what `dpo_step` takes as reference.
+    """The params under which the adapted model is its base: the reference for `dpo_step`.
 
-    B is 0; DoRA's magnitudes are those of the base. What is trained beside the adapters is as it
-    is in `params`, so take it before training.
+    B is 0, and DoRA's magnitudes are those of the base. What is trained besides the adapters is as
+    it is in `params`, so take this before training.
     """
     layers = layers_of(architecture)
     check_fit(params, slots(architecture).params, "params")

@@ -30,7 +30,7 @@ _SUFFIXES = {
     "lora_B": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
 }
-# What of peft's options changes the arithmetic, each with the value that is this arithmetic.
+# Options of peft's that change the arithmetic, each with the values that stand for this one.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -47,7 +47,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "megatron_config": (None,),
 }
-# The beginnings of adapters, in lower case, under which peft leaves the base as it is.
+# Initialisations of adapters, in lower case, that leave the base as it is.
 _STILL = ("gaussian", "mica")
 
 
@@ -58,14 +58,14 @@ def save_adapter(
     *,
     base: PathLike | None = None,
 ) -> Path:
-    """Write the adapters as peft reads them, with `base` as the name or path of their model.
+    """Write the adapters in peft's format, with `base` as the name or path of their model.
 
-    Both files are on the disk before either is put in place. Over an adapter that is there the old
-    config goes first, so that no weights ever lie under another's: who is killed at that moment
-    leaves a directory without a config, which every reader refuses.
+    Both files are on the disk before either is put in place. Where an adapter is there, its config
+    goes first, so that weights never lie under another adapter's config: a process killed at that
+    moment leaves a directory without a config, which every reader refuses.
 
     Raises `CheckpointError` for a directory that holds a model, and where the disk refuses;
-    `ConfigError` for params in shards, and where some are trained beside the adapters, which peft
+    `ConfigError` for params in shards, and where some are trained besides the adapters, which peft
     keeps by whole modules: merge and export those.
     """
     from safetensors.torch import save
@@ -100,7 +100,7 @@ def save_adapter(
     }
     target = as_path("directory", directory)
     if (target / "config.json").exists():
-        # transformers would put them on that model whenever it loads it, merged or not.
+        # transformers would apply them to that model whenever it loads it, merged or not.
         raise CheckpointError(
             f"{target}: holds a model (config.json), to which transformers would then apply the "
             "adapters; give them a directory of their own"
@@ -143,17 +143,17 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
 def load_adapter(
     directory: PathLike, architecture: nn.Module, params: Mapping[str, Tensor]
 ) -> tuple[nn.Module, Tensors]:
-    """`attach` with the adapters that peft, or `save_adapter`, has written into `directory`.
+    """`attach`, with the adapters that peft or `save_adapter` has written into `directory`.
 
-    `architecture` and `params` are those of the base, which a peft adapter does not identify: that
-    names and shapes fit is all that can be seen. Adapters become float32.
+    `architecture` and `params` are those of the base. A peft adapter does not identify it: only
+    names and shapes can be checked. Adapters become float32.
 
-    Raises `CheckpointError` for files that are missing or are none of LoRA's, options that are not
-    this arithmetic (each is named), and adapters that do not fit.
+    Raises `CheckpointError` for files that are missing or not LoRA's, for options that would change
+    the arithmetic (each is named), and for adapters that do not fit.
     """
     where = as_path("directory", directory)
     config = _config(where / CONFIG)
-    # Those of layers that are never called have no effect in peft either.
+    # Adapters of layers that are never called have no effect in peft either.
     passed = never_called(architecture)
     every = _weights(where / WEIGHTS)
     weights = {n: t for n, t in every.items() if n.rpartition(".")[0] not in passed}

@@ -61,7 +61,7 @@ def card(
 
 
 def _use(name: str, tokenizer: bool) -> str:
-    """How transformers reads it; a tokenizer only where one is exported beside the model."""
+    """How to load it with transformers; a tokenizer only where one is exported with the model."""
     loaded = {"model": "AutoModelForCausalLM"} | (
         {"tokenizer": "AutoTokenizer"} if tokenizer else {}
     )

@@ -1,4 +1,4 @@
-"""What transformers needs beside a checkpoint's `model.safetensors` to load it as it is."""
+"""What transformers needs besides a checkpoint's `model.safetensors` to load it as it is."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ _POSITIONS = 131_072
 
 CONFIG = "config.json"
 ARCHITECTURE = "architecture.json"
-"""`config.json` where transformers must not find it; `skeleton` reads either."""
+"""Stands for `config.json` where transformers must not find one; `skeleton` reads either."""
 
 
 def config_files(architecture: nn.Module) -> dict[str, str]:
-    """`config.json` and, where there is one, `generation_config.json`, by their names.
+    """`config.json` and, where there is one, `generation_config.json`: texts by file name.
 
-    For a model of transformers its own; for the built-in decoder a Llama's, which it is; for any
-    other module nothing. Given to `functrain.save(…, beside=…)`, they make each checkpoint a
-    directory that `AutoModelForCausalLM.from_pretrained` reads. For adapters nothing: their
-    checkpoints hold no model, and one that looked like it would be read as random weights. So would
-    what modules share without the config's word: a checkpoint has one name of it, an export all.
+    For a model of transformers they are its own; for the built-in decoder a Llama's, which it is;
+    for any other module there are none. Given to `functrain.save(…, beside=…)`, they make each
+    checkpoint a directory that `AutoModelForCausalLM.from_pretrained` reads. For adapters there are
+    none: their checkpoints hold no model, and one that looked like it would be read as random
+    weights. So would tensors that modules share without the config saying so: a checkpoint has them
+    under one name, an export under all.
 
     For a model with persistent buffers (the `e_score_correction_bias` of DeepSeek-V3) the first is
-    named `architecture.json`, by which functrain's commands alone find it: a checkpoint keeps
-    buffers in a file that transformers passes by, so that it would read them as they are at their
-    start. `functrain.export` writes such a model for it.
+    named `architecture.json`, which only functrain's commands find: a checkpoint keeps buffers in a
+    file that transformers ignores, so that it would read them with their initial values.
+    `functrain.export` writes such a model for transformers.
     """
     known = isinstance(architecture, Decoder) or _is_described(architecture)
     if not known or lora.is_adapted(architecture) or further_names(architecture):

@@ -17,7 +17,7 @@ from functrain.checks import at_least_one, boolean, fraction, positive
 from functrain.errors import ConfigError
 
 Cache = list[tuple[Tensor, Tensor]]
-"""Keys and values [batch, kv_heads, time, head] of each layer, as generation has seen them."""
+"""Keys and values [batch, kv_heads, time, head] of each layer, for the tokens seen so far."""
 
 
 _or_none = attrs.validators.optional(at_least_one)
@@ -27,10 +27,11 @@ _or_none = attrs.validators.optional(at_least_one)
 class DecoderConfig:
     """The shape of a decoder.
 
-    `kv_heads`: fewer key-value than query heads is grouped-query attention (2305.13245), None is as
-    many. `hidden`: width inside the feed-forward, None is 8/3 of `width` rounded up to 32. `theta`:
-    the base of the rotary frequencies. `tied`: the head is the embedding. `checkpointing`: blocks
-    are recomputed in the backward pass, less memory for a third more compute.
+    `kv_heads`: key-value heads; fewer than query heads is grouped-query attention (2305.13245),
+    None is as many. `hidden`: width inside the feed-forward; None is 8/3 of `width`, rounded up to
+    a multiple of 32. `theta`: the base of the rotary frequencies. `tied`: the head is the
+    embedding. `checkpointing`: blocks are recomputed in the backward pass, which takes less memory
+    for a third more compute.
 
     Raises `ConfigError` for numbers that do not fit together.
     """
@@ -85,13 +86,13 @@ class Decoder(nn.Module):
     """Logits for the next token: RMSNorm, rotary attention, SwiGLU.
 
     `forward(input_ids, attention_mask, position_ids)`: int64 [batch, time], the mask 1 where there
-    is a token; logits [batch, time, vocabulary]. Without `position_ids` the tokens under the mask
+    is a token; returns logits [batch, time, vocabulary]. Without `position_ids` the unmasked tokens
     are counted, so that padding on either side changes nothing.
 
-    Packed: without a mask and a cache, `position_ids` that do not go up by one begin another
+    Packed: without a mask and a cache, a position that is not one more than the last begins another
     sequence, and no sequence of a row sees another, as in transformers. A boolean mask of shape
-    [batch, 1, time, time] is taken as it is, True where a query (first) may look at a key; the
-    positions beside it are `position_ids`, or places in the row.
+    [batch, 1, time, time] is used as it is, True where a query (first) may look at a key; positions
+    are then `position_ids`, or indices in the row.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -273,9 +274,9 @@ def _allowed(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tens
 
 
 def _within(position_ids: Tensor) -> Tensor | None:
-    """Causal within each sequence of a row; None where each row is one, as far as it can be told.
+    """The causal mask within each sequence of a row; None where each row is known to be one.
 
-    On an accelerator, and in a compiled region, to ask would be a wait.
+    On an accelerator, and in a compiled region, that is not asked: it would synchronise.
     """
     begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
     free = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -288,7 +289,7 @@ def _within(position_ids: Tensor) -> Tensor | None:
 def _causal(attention_mask: Tensor) -> Tensor:
     """[batch, 1, time, time], True where a query may look.
 
-    Padding may look at itself: a row that may look nowhere is NaN in the math backend.
+    Padding may look at itself: a row that may look nowhere would be NaN in the math backend.
     """
     time = attention_mask.shape[1]
     causal = torch.ones(time, time, dtype=torch.bool, device=attention_mask.device).tril()

@@ -1,4 +1,4 @@
-"""A trained model as a directory of Hugging Face's: weights, config, tokenizer and a model card."""
+"""Export a trained model to a Hugging Face directory: weights, config, tokenizer and card."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ from functrain.trees import is_sharded
 from functrain.writing import sync
 
 MARK = "functrain.json"
-"""Beside the model: what it is of, with the size and hash of each file. Only such is replaced."""
+"""A file beside the model: its step and fingerprint, and the size and hash of each other file.
+
+An existing directory is replaced only if it has one.
+"""
 
 
 def export(
@@ -47,20 +50,22 @@ def export(
     metrics: Mapping[str, float] | None = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Write the model of `state` to `directory`, where `AutoModelForCausalLM` reads it.
+    """Write the model of `state` to `directory`, as `AutoModelForCausalLM` reads it.
 
-    `config.json`, `generation_config.json`, safetensors in the layout of the hub (whatever
-    transformers has put together in memory is taken apart again), the tokenizer's files with its
-    chat template, and a `README.md` with `data`, `config`, `metrics`, step and fingerprint.
-    `tokenizer`: one of `functrain.models.from_pretrained`, or of transformers. `dtype`: what the
-    floating params are written as, their own unless given; those that transformers keeps in float32
-    beside narrower ones (routers, say), and buffers, are as they are. Adapters are merged into the
-    weights. `max_shard_size`: of a file, of a model of transformers; the built-in decoder is one.
+    It writes `config.json`, `generation_config.json`, safetensors in the layout of the hub (tensors
+    that transformers fuses in memory are split again), the tokenizer's files with its chat
+    template, and a `README.md` with `data`, `config`, `metrics`, step and fingerprint. Adapters are
+    merged into the weights.
+
+    `tokenizer`: one of `functrain.models.from_pretrained`, or of transformers. `dtype`: that of the
+    floating params in the files, their own unless given; those that transformers keeps in float32
+    beside narrower ones (routers, say), and buffers, stay as they are. `max_shard_size`: the limit
+    for each file of a model of transformers; the built-in decoder is one file.
 
     The directory appears whole, under its name, after everything is on the disk; an export that is
-    there already is replaced. Returns its path.
+    already there is replaced. Returns its path.
 
-    Raises `CheckpointError` for a directory that holds something else, beside an export too, and
+    Raises `CheckpointError` for a directory that holds something else, even beside an export, and
     where the disk refuses; `ConfigError` for an architecture that is neither of transformers nor
     the built-in decoder, and for a state or a base in shards.
     """
@@ -111,7 +116,7 @@ def export(
 
 
 def _check_whole(state: TrainState, architecture: nn.Module) -> None:
-    """Refuse shards: one worker exports, and to gather them is a thing that all must do."""
+    """Refuse shards: one worker exports, but all must take part in gathering them."""
     if holds_shards(architecture):
         raise ConfigError(
             "export: the adapters' base is in shards, and one worker writes the files; call "
@@ -129,7 +134,7 @@ def _check_whole(state: TrainState, architecture: nn.Module) -> None:
 
 def _check_target(target: Path) -> None:
     if target.name in ("", ".."):
-        # A directory in which a process is would be replaced under it by one of the same name.
+        # A directory that a process is in would be replaced under it by another of the same name.
         raise CheckpointError(
             f"{target}: has no name of its own, under which an export appears whole; export to a "
             "directory below it"
@@ -183,19 +188,19 @@ def _weights(
     buffers: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """What a file holds: params, cast where that is asked, and the buffers that are persistent.
+    """The tensors of the files: params, cast where that is asked, and persistent buffers.
 
-    What modules share has each of its names, but one alone where the config ties them.
+    What modules share is there under each of its names, or under one where the config ties them.
     """
     values = {**buffers, **params}
     held = {name: values[name] for name in architecture.state_dict() if name in values}
     if dtype is not None:
-        # transformers does not round these when it loads, so rounded here they would stay so.
+        # transformers does not round these when it loads: rounded here, they would stay rounded.
         wide = kept_wide(architecture, dtype)
         for name in held.keys() & params.keys():
             if held[name].is_floating_point() and not is_wide(name, wide):
                 held[name] = held[name].to(dtype)
-    # Copies: a file of safetensors has no memory twice.
+    # Copies: a safetensors file has no memory twice.
     again = {n: f for n, f in further_names(architecture).items() if f in held and n not in held}
     return held | {name: held[first].clone() for name, first in again.items()}
 
@@ -238,7 +243,7 @@ def _write_transformers(
             setattr(config, name, value)
     path = directory / "config.json"
     values = orjson.loads(path.read_bytes())
-    # Training turns the cache off; who loads the model generates with it.
+    # Training turns the cache off; whoever loads the model generates with it.
     values.pop("use_cache", None)
     values["dtype"] = str(dtype).removeprefix("torch.") if dtype else sorted(floating)[0]
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
@@ -283,7 +288,7 @@ def _mark(state: TrainState, directory: Path) -> None:
 
 @contextmanager
 def _placed(target: Path) -> Generator[Path]:
-    """A directory to write into, which at the end, durable, takes the place of `target`."""
+    """A directory to write into, which in the end, durable, takes the place of `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _fresh(target, "tmp")
     temporary.mkdir()

@@ -26,9 +26,9 @@ from functrain.trees import clone
 
 
 def ends(architecture: nn.Module, end: int) -> frozenset[int]:
-    """The ids that stop a model: `end`, and those of a chat model's own `generation_config`.
+    """The ids that stop a model: `end`, and those in a chat model's own `generation_config`.
 
-    A turn may end by another token than a document.
+    A turn may end with another token than a document.
     """
     config = getattr(architecture, "generation_config", None)
     more = getattr(config, "eos_token_id", None)
@@ -36,9 +36,9 @@ def ends(architecture: nn.Module, end: int) -> frozenset[int]:
 
 
 def positions(architecture: nn.Module) -> int | None:
-    """How many tokens a model can see, where its positions are learnt; None where they are not.
+    """How many tokens a model can see where its positions are learnt; None where they are not.
 
-    Rotary positions have no last one, though quality may fall beyond those of the training.
+    Rotary positions have no last one, though quality may fall beyond the lengths trained on.
     """
     config = getattr(architecture, "config", None)
     for name, module in architecture.named_modules():
@@ -66,20 +66,21 @@ def generate(
     stop: Callable[[Sequence[int]], bool] | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """The new token ids after `input_ids`; without `end`, the id or ids that stop it (`ends`).
-    `stop` is asked after each token, with those that are new, whether to stop there.
+    """The new token ids that a model gives after `input_ids`.
 
     Greedy at `temperature` 0, else sampled from the `top_k` likeliest tokens, or from the smallest
-    set of probability `top_p` (1904.09751). The same arguments give the same tokens, and no global
-    generator moves. The built-in decoder and models of transformers keep their keys and values;
-    others run the whole sequence for each token.
+    set of probability `top_p` (1904.09751). `end`: the id or ids that stop it (`ends`), which are
+    not returned. `stop`: called with the new ids after each, it says whether to stop there.
+
+    The same arguments give the same tokens, and no global generator moves. The built-in decoder and
+    models of transformers keep their keys and values; others run the whole sequence for each token.
 
     A model whose positions are learnt (`positions`) stops at the last one. Raises `BatchError` for
     a prompt that is empty, out of range, or longer than that, `StateError` where logits are not
     finite, and `ConfigError` for options that make no sense.
     """
     check_tensors("buffers", buffers)
-    # Clones, since rotary frequencies of some models are written into.
+    # Clones, since some models write into their rotary frequencies.
     with bound(architecture, params, clone(buffers), "eval") as model:
         return continued(
             model,
@@ -110,9 +111,9 @@ def continued(
     seed: int = 0,
     agreed: Callable[[int], int] = int,
 ) -> list[int]:
-    """`generate` by a model that is bound already; `agreed` makes of a token the one that is taken.
+    """`generate` by a model that is bound already; `agreed` maps a token to the one to take.
 
-    Workers who compute together must take the same, also where their machines round differently.
+    Workers who compute together must take the same, even where their machines round differently.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
     if stop is not None and not callable(stop):
@@ -141,7 +142,7 @@ def continued(
 
 
 def _ids(end: int | Collection[int] | None) -> set[int]:
-    """The ids of tokens that end a text; the text of one would never be met."""
+    """The ids that end a text; `ConfigError` for a token's text, which would never be met."""
     if end is None:
         return set()
     with suppress(TypeError):
@@ -154,11 +155,11 @@ def _ids(end: int | Collection[int] | None) -> set[int]:
 
 
 class _Past:
-    """What a model keeps of the tokens that it has seen."""
+    """What a model keeps of the tokens that it has seen: its cache."""
 
     def __init__(self) -> None:
         self.own: Cache = []  # the built-in decoder's
-        self.theirs: Any = None  # one of transformers', where the model has such a one
+        self.theirs: Any = None  # transformers' cache, where the model has one
         self.seen = 0
 
 
@@ -175,7 +176,7 @@ def _next_logits(model: nn.Module, ids: Sequence[int], past: _Past, device: torc
     options: dict[str, Any] = {name: past.theirs, "use_cache": True} if name else {}
     given = torch.tensor([ids[past.seen :]], device=device)
     if past.seen and "position_ids" in known:
-        # A model whose first layers keep no keys may take what it has kept for empty.
+        # A model whose first layers keep no keys may take its cache for empty.
         options["position_ids"] = torch.arange(past.seen, len(ids), device=device).unsqueeze(0)
     outputs = model(input_ids=given, **options)
     past.theirs = getattr(outputs, name, None) if name else None
@@ -185,7 +186,7 @@ def _next_logits(model: nn.Module, ids: Sequence[int], past: _Past, device: torc
 
 
 def _cache_name(model: nn.Module, known: Collection[str]) -> str | None:
-    """What a model of transformers calls what it keeps; None where it keeps nothing."""
+    """What a model of transformers calls its cache; None where it has none."""
     if not hasattr(model, "generation_config"):
         return None
     # The second is its name before transformers 5.24.
@@ -193,7 +194,7 @@ def _cache_name(model: nn.Module, known: Collection[str]) -> str | None:
 
 
 def _short(model: nn.Module) -> float:
-    """The length after which all rotary frequencies of a model are others, as Phi-3's are."""
+    """The length beyond which a model has other rotary frequencies throughout, as Phi-3 does."""
     rope = getattr(getattr(model, "config", None), "rope_parameters", None) or {}
     longrope = rope.get("rope_type") == "longrope"
     return float(rope["original_max_position_embeddings"]) if longrope else math.inf
@@ -209,17 +210,17 @@ def _sampled(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     if temperature == 0:
         return int(logits.argmax())
     ordered, tokens = logits.sort(descending=True, stable=True)
-    # From the largest down, or a low temperature would divide to infinity.
+    # Less the largest, or a low temperature would divide to infinity.
     scaled = (ordered[:top_k] - most) / max(temperature, _LOWEST)
     probs = scaled.softmax(-1)
     if top_p is not None:
-        # A token is in while those before it hold less than top_p; the first always is.
+        # A token is kept while those before it hold less than top_p; the first always is.
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill(before >= top_p, 0.0)
     return int(tokens[torch.multinomial(probs, 1)])
 
 
-# The smallest normal float32: no two logits are so near but equal ones.
+# The smallest normal float32: no two logits are that near unless they are equal.
 _LOWEST = torch.finfo(torch.float32).tiny
 
 

@@ -1,7 +1,7 @@
-"""What a GGUF file holds by its header, and what of it transformers passes over in silence.
+"""What a GGUF file holds by its header, and what of it transformers silently ignores.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Read here, since gguf's own
-reader makes an array of every token of a vocabulary, which takes seconds to minutes.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is read here, since gguf's
+own reader makes an array of every token of a vocabulary, which takes seconds to minutes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import attrs
 
 from functrain.errors import ArchitectureError
 
-# The numbers of types, each with its letter of `struct`.
+# The numbers of types, each with its `struct` letter.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-# Names of llama.cpp's for what is multiplied into the frequencies.
+# llama.cpp's names for what is multiplied into the frequencies.
 _SCALED = re.compile(r"(.*\.)?rope_(freqs|factors_\w+)\.weight")
-# Of these transformers makes scaled frequencies by itself, from the metadata or from its defaults.
+# For these transformers scales the frequencies by itself, from the metadata or its defaults.
 _SCALED_BY_ITSELF = ("gpt-oss", "gemma4")
 
 
@@ -37,14 +37,14 @@ class Header:
 
     @property
     def architecture(self) -> str:
-        """`"llama"`, say."""
+        """The architecture's name, such as `llama`."""
         return str(self.values.get("general.architecture"))
 
 
 def header_of(path: Path) -> Header:
     """The header of a GGUF file; no tensor is read.
 
-    Raises `ArchitectureError` for what is none, or ends within it.
+    Raises `ArchitectureError` for another kind of file, or one that ends within its header.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
@@ -67,7 +67,7 @@ def _header(pages: mmap.mmap) -> Header:
 
 @attrs.define
 class _Reading:
-    """Where in a file the next value is."""
+    """A file and the position of the next value in it."""
 
     pages: mmap.mmap
     at: int = 0
@@ -109,7 +109,7 @@ class _Reading:
             raise ValueError(f"holds an array of type {kind}, expected one of numbers or texts")
 
     def tensor(self) -> str:
-        """The name of the next one; its shape, type and place are passed over."""
+        """The name of the next tensor; its shape, type and offset are skipped."""
         name = self.text()
         (dimensions,) = self.take("I")
         self.skip(8 * dimensions + 4 + 8)
@@ -117,10 +117,10 @@ class _Reading:
 
 
 def refuse_scaling(path: Path, header: Header) -> None:
-    """Raise `ArchitectureError` for rotary frequencies that are scaled, as in Llama 3.1 and Phi-3.
+    """Raise `ArchitectureError` for scaled rotary frequencies, as in Llama 3.1 and Phi-3.
 
-    llama.cpp writes the scaling as a tensor or as metadata, transformers reads neither: the model
-    would compute other logits with the same weights.
+    llama.cpp writes the scaling as a tensor or as metadata, and transformers reads neither: with
+    the same weights the model would compute other logits.
     """
     if header.architecture in _SCALED_BY_ITSELF:
         return
@@ -138,9 +138,9 @@ def refuse_scaling(path: Path, header: Header) -> None:
 
 
 def passed_over(header: Header, module: Any) -> list[str]:
-    """The tensors for which transformers has no place in `module`, where it does not tell.
+    """The tensors that have no place in `module`, where transformers does not report them.
 
-    Its reader of more recent architectures tells, by `unexpected_keys`.
+    Its reader of more recent architectures reports them, as `unexpected_keys`.
     """
     try:
         from transformers.integrations.gguf.utils import is_gguf_arch_supported
@@ -148,20 +148,20 @@ def passed_over(header: Header, module: Any) -> list[str]:
         if is_gguf_arch_supported(header.architecture):
             return []
     except ImportError:
-        pass  # a version before there was one
+        pass  # a version before it existed
     from transformers import modeling_gguf_pytorch_utils
 
     reader: Any = modeling_gguf_pytorch_utils
     processor = reader.TENSOR_PROCESSORS.get(header.architecture, reader.TensorProcessor)
     known = reader.get_gguf_hf_weights_map(module, processor(config={}))
-    # Experts are named there without the ending.
+    # Experts are named there without the suffix.
     unknown = [n for n in header.tensors if not {n, n.removesuffix(".weight")} & known.keys()]
     return [name for name in unknown if not _SCALED.fullmatch(name)]
 
 
 @contextmanager
 def no_bar() -> Generator[None]:
-    """Without the bar over a GGUF file's tensors, which heeds no switch of transformers'."""
+    """Hide the progress bar over a GGUF file's tensors, which no switch of transformers' does."""
     from transformers import modeling_gguf_pytorch_utils
 
     module: Any = modeling_gguf_pytorch_utils

@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness over values: no export, and no second model.
+"""Tasks of lm-evaluation-harness on values: no export, and no second model.
 
 model = functrain.models.harness(architecture, state.params, state.buffers, tokenizer)
 lm_eval.simple_evaluate(model=model, tasks=["hellaswag"])
@@ -24,11 +24,11 @@ from functrain.state import device_of
 from functrain.trees import clone
 
 Scored = tuple[float, bool]
-"""A log-prob, and whether every token of it is the likeliest one."""
+"""A log-prob, and whether each of its tokens is the likeliest one."""
 _LONGEST = 2048
 _READ = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
-"""Of the options of a generation what is read, and the values of others that change nothing."""
+"""The options of a generation that are read, and values of others that change nothing."""
 
 
 def _longest(architecture: nn.Module) -> int:
@@ -49,12 +49,13 @@ def harness(
 ) -> Any:
     """A model for `lm_eval.simple_evaluate(model=…)`: an `lm_eval.api.model.LM`.
 
-    `time`: tokens that the model sees at once, at most, those of its config (or 2048) unless given;
+    `time`: the most tokens that the model sees at once, by default those of its config (or 2048);
     longer contexts lose their beginning, and running text is scored in windows of it.
-    `batch_size`: sequences at once, which changes no result but for rounding. As lm-eval's own
-    class has it: a text is encoded with the special tokens that the tokenizer adds, unless it
-    begins with them; what has no context stands after the tokenizer's bos, or its end where it has
-    none; `do_sample` and its options are those of a task, whose repeats differ.
+    `batch_size`: sequences at once, which changes no result but for rounding.
+
+    As in lm-eval's own class, a text is encoded with the special tokens that the tokenizer adds,
+    unless it begins with them; what has no context follows the tokenizer's bos, or its end where it
+    has none; `do_sample` and its options are those of a task, whose repeats differ.
 
     Raises `ConfigError` where lm_eval is not installed.
     """
@@ -74,7 +75,7 @@ def harness(
 
 
 class _Live:
-    """What `lm_eval.api.model.TemplateLM` leaves open."""
+    """The methods that `lm_eval.api.model.TemplateLM` leaves open."""
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class _Live:
         ]
 
     def _generated(self, context: str, options: Mapping[str, Any], number: int) -> str:
-        """`number`: of the request, so that the repeats of a sampled one differ."""
+        """`number`: that of the request, so that the repeats of a sampled one differ."""
         unknown = {n: v for n, v in options.items() if n not in _READ and v != _NEUTRAL.get(n)}
         if unknown:
             raise ConfigError(
@@ -176,7 +177,7 @@ class _Live:
             *self.values,
             self.tok_encode(context)[-(self.time - count) :] or [self.prefix_token_id],
             max_new_tokens=count,
-            # Sampled by transformers' own default where a task says no temperature.
+            # Sampled at 1, transformers' own default, where a task gives no temperature.
             temperature=float(options["temperature"] or 1.0) if options["do_sample"] else 0.0,
             top_k=options.get("top_k"),
             top_p=options.get("top_p"),
@@ -201,7 +202,7 @@ class _Live:
 
     @torch.no_grad()
     def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
-        """Each continuation after its context; the longest first, so that memory shows early."""
+        """Each continuation after its context; the longest first, so that memory runs out early."""
         order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
         found: dict[int, Scored] = {}
         architecture, params, buffers = self.values

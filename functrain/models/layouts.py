@@ -32,7 +32,7 @@ class Files:
 
     @classmethod
     def of(cls, path: Path) -> Files:
-        """Those of a directory, as its index says or as one file has them."""
+        """The files of a directory, as its index lists them, or its only one."""
         from safetensors import safe_open
 
         index = path / "model.safetensors.index.json"
@@ -42,7 +42,7 @@ class Files:
             return cls(path, dict.fromkeys(file.keys(), "model.safetensors"))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, in the pages of its file: what is not looked at is not read."""
+        """A tensor in the pages of its file: what is not looked at is not read."""
         from safetensors import safe_open
 
         with safe_open(str(self.path / self.places[name]), framework="pt") as file:
@@ -82,9 +82,9 @@ class Files:
 
 @attrs.frozen(eq=False)
 class Made:
-    """Tensors that a converter of transformers makes of several: fused experts, say.
+    """Tensors that a converter of transformers makes from several, such as fused experts.
 
-    `sources`: the pattern that each matches, and its name in the files.
+    `sources`: the pattern that each source matches, and its name in the files.
     """
 
     converter: Any
@@ -93,7 +93,7 @@ class Made:
     sources: list[tuple[str, str]] = attrs.field(factory=list)
 
     def of(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Them, by the model's own names; `read` gives a tensor of the files."""
+        """These tensors by the model's own names; `read` gives a tensor of the files."""
         # A copy, in which nothing has been collected yet.
         converter = copy.deepcopy(self.converter)
         for pattern, name in self.sources:
@@ -104,9 +104,9 @@ class Made:
 
 @attrs.frozen(eq=False)
 class Layout:
-    """Where the tensors of a model are: `direct` under a name of the files, or `made` of some.
+    """Where a model's tensors are: `direct` under a name in the files, or `made` from several.
 
-    Floating ones become `dtype`, but what the model keeps `wide`.
+    Floating ones become `dtype`, except those that the model keeps `wide`.
     """
 
     files: Files
@@ -118,9 +118,9 @@ class Layout:
     def rows(self, params: Mapping[str, Tensor], world: World) -> Tensors:
         """This worker's rows of every parameter.
 
-        Of what is made, the tensors of one converter are whole at a time.
+        Where they are made, one converter's tensors are whole at a time.
         """
-        # Here, since DTensor takes a second to import.
+        # Imported here, since DTensor takes a second to import.
         from functrain.distributed.shards import rows_of, sharded
 
         found: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ class Layout:
                 )
             at = rows_of(len(like), world.rank, world.size)
             own = whole[at.begin : at.end]
-            # A copy: what is read lies in the pages of its file, which may change and vanish.
+            # A copy: what was read lies in the pages of its file, which may change and vanish.
             kind = self.kind(name, own)
             laid = torch.empty(own.shape, dtype=kind, device=world.device).copy_(own)
             found[name] = sharded(laid, like.shape, world)
@@ -148,7 +148,7 @@ class Layout:
             raise ArchitectureError(f"{self.files.path}: cannot be read: {error}") from error
 
     def each(self, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one after another; those that are made, in its dtype already."""
+        """Every parameter whole, one after another; those that are made already in their dtype."""
         for name in params.keys() & self.direct.keys():
             yield name, self.files.tensor(self.direct[name])
         for made in self.made:
@@ -166,7 +166,7 @@ class Layout:
         return torch.float32 if is_wide(name, self.wide) else self.dtype
 
     def buffers(self, made: Mapping[str, Tensor]) -> Tensors:
-        """The buffers of a model, those of its files as they are there."""
+        """The buffers of a model; those in its files have the values there."""
         found = dict(made)
         for name in self.direct.keys() & made.keys():
             value = self.files.tensor(self.direct[name])
@@ -182,10 +182,10 @@ class Layout:
 def layout_of(
     files: Files, architecture: nn.Module, params: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Layout | None:
-    """How the files hold a model, where each tensor can be made alone; else None.
+    """How the files hold a model; None unless each tensor can be made alone.
 
-    They must have all of it and nothing else, so that nothing is to be said of them, and not part
-    what the model's config says is tied.
+    They must hold all of the model and nothing else, so that there is nothing to report, and the
+    same values for what the model's config ties.
     """
     found = slots(architecture)
     kept = found.buffers.keys() & architecture.state_dict(keep_vars=True).keys()
@@ -205,7 +205,7 @@ def layout_of(
     try:
         made = {name: t.shape for each in layout.made for name, t in each.of(bare).items()}
     except (RuntimeError, ValueError, TypeError, LookupError):
-        return None  # transformers says better what does not fit
+        return None  # transformers explains better what does not fit
     if any(name not in params or shape != params[name].shape for name, shape in made.items()):
         return None
     needed, names = {*found.params, *kept}, {*layout.direct, *made}
@@ -222,7 +222,7 @@ def layout_of(
 
 
 def kept_wide(architecture: Any, dtype: torch.dtype) -> tuple[str, ...]:
-    """Patterns of what a model of transformers keeps in float32, as transformers tells them."""
+    """Patterns of the names that a model of transformers keeps in float32, as it says itself."""
     plan = getattr(architecture, "_get_dtype_plan", None)
     if not callable(plan):
         return ()
@@ -230,19 +230,19 @@ def kept_wide(architecture: Any, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def is_wide(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a tensor of this name is among what the patterns of `kept_wide` are of."""
+    """Whether a tensor of this name matches one of the patterns of `kept_wide`."""
     return any(re.search(each, name) for each in patterns)
 
 
 def _renamed(
     files: Files, architecture: Any, known: set[str], dtype: torch.dtype, wide: tuple[str, ...]
 ) -> Layout | None:
-    """As transformers names what is in the files; None where the model has no place for one."""
+    """The files laid out by transformers' naming; None if the model has no place for a tensor."""
     same = {name: name for name in files.places if name in known}
     plain = Layout(files, same, (), dtype, wide)
     naming = _naming(architecture, known)
     if naming is None:
-        # Another version of it, which will convert the whole where something is to be converted.
+        # Another version of it, which converts the whole model where anything has to be converted.
         return plain if len(same) == len(files.places) else None
     direct: dict[str, str] = {}
     made: dict[str, Made] = {}
@@ -260,9 +260,11 @@ def _renamed(
 
 @attrs.frozen(eq=False)
 class _Naming:
-    """`of`: the model's name for one of the files, and the pattern of the converter that takes it.
+    """How transformers renames tensors of the files.
 
-    `converters`: by their patterns. `order`: in which they are to be given tensors.
+    `of`: the model's name for one, and the pattern of the converter that takes it.
+
+    `converters`: by their patterns. `order`: that in which they must be given tensors.
     """
 
     of: Callable[[str], tuple[str, str | None]]
@@ -271,7 +273,7 @@ class _Naming:
 
 
 def _naming(architecture: Any, known: set[str]) -> _Naming | None:
-    """As transformers names what is in the files; None where its version does so in another way."""
+    """How transformers names what is in the files; None where its version does it differently."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -296,9 +298,10 @@ def _naming(architecture: Any, known: set[str]) -> _Naming | None:
 
 
 def refuse_codes(files: Files, architecture: nn.Module) -> None:
-    """Raise `ArchitectureError` for floating weights that the files have as another kind of number.
+    """Raise `ArchitectureError` for floating weights that the files hold as integers or the like.
 
-    Those are codes, whose scales are elsewhere or lost; transformers casts them as they are.
+    Those are quantised codes, whose scales are elsewhere or lost; transformers would cast them as
+    they are.
     """
     kinds = files.dtypes().items()
     odd = {name: kind for name, kind in kinds if kind and not kind.is_floating_point}
@@ -323,16 +326,16 @@ def refuse_codes(files: Files, architecture: nn.Module) -> None:
 
 
 def _others(architecture: nn.Module, names: Mapping[str, object]) -> dict[str, str]:
-    """The further names of tied parameters, each with its first."""
+    """The further names of tied parameters, each with its first name."""
     every = dict(architecture.named_parameters(remove_duplicate=False))
     first = {id(tensor): name for name, tensor in every.items() if name in names}
     return {name: first[id(tensor)] for name, tensor in every.items() if name not in names}
 
 
 def further_names(architecture: nn.Module) -> dict[str, str]:
-    """The further names of what modules share, each with its first, but of what the config ties.
+    """The further names of what modules share, each with its first, except what the config ties.
 
-    Whoever makes the model by its config must find a tensor under each.
+    Whoever makes the model from its config must find a tensor under each.
     """
     first: dict[int, str] = {}
     kept = architecture.state_dict(keep_vars=True)
@@ -347,7 +350,7 @@ def further_names(architecture: nn.Module) -> dict[str, str]:
 
 
 def _tied(architecture: Any) -> Mapping[str, str]:
-    """What the config ties, each name with the one that it is tied to."""
+    """The names that the config ties, each with the one that it is tied to."""
     if isinstance(architecture, Decoder):
         tied = {"lm_head.weight": "model.embed_tokens.weight"}
         return tied if architecture.config.tied else {}

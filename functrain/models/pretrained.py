@@ -2,7 +2,7 @@
 
     architecture, params, buffers, tokenizer = functrain.models.from_pretrained("models/smollm2")
 
-transformers makes the skeleton, finds the weights of whatever layout and computes the buffers that
+transformers makes the skeleton, finds the weights in whatever layout and computes the buffers that
 no file holds (rotary frequencies); each tensor then moves into memory of its own, one at a time.
 """
 
@@ -37,7 +37,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 class Pretrained(NamedTuple):
     """A model as values: structure without weights, its weights, and its tokenizer if it has one.
 
-    `params` and `buffers`: by the module's own names, on one device, nobody else's memory.
+    `params` and `buffers`: by the module's own names, on one device, in memory of their own.
     """
 
     architecture: nn.Module
@@ -57,21 +57,21 @@ def from_pretrained(
     """The causal language model in `path`: `(architecture, params, buffers, tokenizer)`.
 
     `path`: a local directory with `config.json` and safetensors (one file, or shards with an
-    index), as transformers writes it and as a checkpoint or an export of functrain's is; or a GGUF
-    file. `dtype`: what floating params become; float32 is what steps train in, narrower ones serve
-    as a frozen base. `attention`: transformers' `attn_implementation`, `"sdpa"` or `"eager"`, say.
+    index), as transformers writes it or as a checkpoint or an export of functrain's is; or a GGUF
+    file. `dtype`: that of the floating params; steps train in float32, narrower ones serve for a
+    frozen base. `attention`: transformers' `attn_implementation`, such as `"sdpa"` or `"eager"`.
     Nothing is fetched, no code of the directory is run, nothing is unpickled.
 
-    In memory there is one copy of the weights, and at most one tensor twice; the pages of the files
-    are the system's to drop. Weights that no part of the model takes give a `WeightsWarning`.
+    In memory there is one copy of the weights, and at most one tensor twice; the system may drop
+    the pages of the files. Weights that no part of the model takes give a `WeightsWarning`.
 
-    `world`: for a step that is `sharded`. Every worker calls this, and reads and keeps its rows of
-    the params alone, on the world's device. Tensors that transformers makes of several (experts
-    that are fused) are made one at a time; of a GGUF file, and of weights that the model has no
-    place for, each worker has the whole for a moment.
+    `world`: for a step that is `sharded`. Every worker calls this, and reads and keeps only its
+    rows of the params, on the world's device. Tensors that transformers makes from several (fused
+    experts) are made one at a time; with a GGUF file, or weights that the model has no place for,
+    each worker holds the whole for a moment.
 
     Raises `ArchitectureError` for a path without such a model, for quantised weights, for a GGUF
-    file whose rotary frequencies are scaled (Llama 3.1, Phi-3 of 128k), which transformers does not
+    file with scaled rotary frequencies (Llama 3.1, Phi-3 of 128k), which transformers does not
     read, and where weights are missing or of other shapes, since those would be random.
     """
     kind = _dtype(dtype)
@@ -85,7 +85,7 @@ def _in_shards(given: Path, kind: torch.dtype, attention: str | None, world: Wor
     where, options = world.for_all(lambda: _located(given))
     found = None if "gguf_file" in options else _row_by_row(where, kind, attention, world)
     if found is None:
-        # Here, since DTensor takes a second to import.
+        # Imported here, since DTensor takes a second to import.
         from functrain.distributed.shards import rows_made
 
         whole = world.for_all(lambda: _whole(given, kind, "cpu", attention))
@@ -123,15 +123,15 @@ def _whole(
     if attention is not None:
         options["attn_implementation"] = attention
     module = _loaded(given, where, kind, options)
-    # The blocks of a GGUF file are taken apart into memory of their own.
+    # The blocks of a GGUF file are unpacked into memory of their own.
     files = None if "gguf_file" in options else Files.of(where)
     if files is not None:
         refuse_codes(files, module)
     configured(module)
     architecture, params, buffers = split(module.to(device))
     if files is not None and kind in files.dtypes().values():
-        # Pages of the files, and no casts. Handed over, not lent: a tensor that is named here as
-        # well would be held twice.
+        # Pages of the files, without casts. Handed over, not lent: a tensor that is also named here
+        # would be held twice.
         handed = dict(params)
         del params
         params = _moved(handed)
@@ -148,7 +148,7 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
 
 
 def _located(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory of a model, and what transformers must be told beside it."""
+    """The directory of a model, and what transformers must be told besides."""
     if path.is_file() and path.suffix == ".gguf":
         _refuse_adapters(path.parent, path.name)
         return path.parent, {"gguf_file": path.name}
@@ -184,7 +184,7 @@ def _located(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _refuse_adapters(directory: Path, beside: str) -> None:
-    """transformers would apply them where peft is there, and give another model elsewhere."""
+    """Refuse adapters beside a model: transformers would apply them only where peft is there."""
     if (directory / ADAPTERS).exists():
         raise ArchitectureError(
             f"{directory}: {ADAPTERS} lies beside {beside}; move the adapters to a directory of "
@@ -255,7 +255,7 @@ def _loaded(given: Path, where: Path, dtype: torch.dtype, options: dict[str, Any
 
 
 def _unquantised(module: Any) -> Any:
-    """A model of a GGUF file counts as quantised still, which its weights are no longer."""
+    """Clear the marks of quantisation on a model of a GGUF file, as its weights have none now."""
     if hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -265,11 +265,11 @@ def _unquantised(module: Any) -> Any:
 
 
 def _moved(given: dict[str, Tensor]) -> Tensors:
-    """Every tensor of `given`, which is emptied, in memory of its own.
+    """Move every tensor of `given`, which is emptied, into memory of its own.
 
-    What was loaded as it is lies in the pages of its file: it would change with the file and vanish
-    with it, and its alignment, on which the bits of a kernel may depend, would be the file's.
-    The old tensor is let go before the next one is made.
+    One that was loaded as it is lies in the pages of its file: it would change and vanish with the
+    file, and its alignment, on which the bits of a kernel may depend, would be the file's. Each old
+    tensor is released before the next one is made.
     """
     moved: dict[str, Tensor] = {}
     for name in sorted(given):
@@ -281,7 +281,7 @@ def _moved(given: dict[str, Tensor]) -> Tensors:
 
 
 def tokenizer_of(path: str | Path) -> PretrainedTokenizer | None:
-    """The tokenizer of a model: in its directory, None where there is none, or in its GGUF file."""
+    """The tokenizer of a model: of its directory, None where there is none, or in its GGUF file."""
     given = as_path("path", path)
     if given.suffix != ".gguf" and not any((given / name).is_file() for name in _TOKENIZERS):
         return None

@@ -2,7 +2,7 @@
 
     architecture, params, buffers = bare(lambda: skeleton("models/llama-70b", torch.float32))
 
-Of such a model each worker reads its rows (`functrain.models.from_pretrained` with a world), and a
+Each worker reads its rows of such a model (`functrain.models.from_pretrained` with a world), and a
 plan reads nothing (`functrain.planning`).
 """
 
@@ -26,14 +26,14 @@ REFUSALS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, ImportError),
 )
-"""What transformers raises for a config of other values than it takes, by where it meets them."""
+"""What transformers raises for values in a config that it does not take, by where it meets them."""
 
 
 def bare(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], Tensors]:
-    """A module whose weights are nowhere: `(architecture, params, buffers)`.
+    """A module without weights: `(architecture, params, buffers)`.
 
     As `functrain.split(make())`, but the params are on the meta device, and `make` takes no memory
-    for them. Buffers are there.
+    for them. Buffers have their values.
     """
     module, recorded = built(make, draws=False)
     params, buffers = emptied(module)
@@ -42,9 +42,9 @@ def bare(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], T
 
 
 def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
-    """The causal model that the `config.json` in `path` describes, with its first, random weights.
+    """The causal model that the `config.json` in `path` describes, with its initial random weights.
 
-    Or the `architecture.json` of a checkpoint that is no directory of transformers'
+    In a checkpoint that is not a directory of transformers' it is `architecture.json` instead
     (`functrain.models.config_files`).
 
     Raises `ArchitectureError` for a description that transformers does not take.
@@ -79,10 +79,10 @@ def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn
 
 
 def configured(module: nn.Module) -> None:
-    """Without what a config of transformers asks for beside the model's values.
+    """Turn off what a config of transformers asks for besides the model's values.
 
-    Keys and values are kept for a next token, for which training does not ask; and RWKV divides
-    its own weights in eval mode and multiplies them back in train mode, for float16's range.
+    Keys and values are kept for a next token, which training does not need; and RWKV divides its
+    own weights in eval mode and multiplies them back in train mode, for float16's range.
     """
     config: Any = module.config
     if getattr(config, "use_cache", False):
@@ -93,7 +93,7 @@ def configured(module: nn.Module) -> None:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Without transformers' progress bars and advice; what matters of it is raised here."""
+    """Silence transformers' progress bars and advice; what matters of it is raised here."""
     from transformers import utils
 
     logging: Any = utils.logging

@@ -42,25 +42,26 @@ class Objective(Protocol):
         ...
 
     def weight(self, batch: Batch) -> Tensor:
-        """What the batch counts for: target tokens, or pairs; int64; known before compute.
+        """The batch's weight, known before the forward: a count of target tokens or pairs; int64.
 
-        0-d; or [k] for a loss of k sums, each of which is divided by a weight of its own.
+        0-d, or [k] for a loss of k sums, each of which is divided by its own weight.
         """
         ...
 
     def check_weight(self, weight: Tensor) -> None:
-        """Raise `BatchError` where a whole logical batch counts for nothing."""
+        """Raise `BatchError` if the weight of a whole logical batch is 0."""
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The summed loss (as `weight` 0-d or [k], with its history) and metrics, in a binding.
+        """The summed loss and the metrics of a bound model.
 
-        Among the metrics is `loss`, the mean of the sum.
+        The sum has the shape of `weight`, 0-d or [k], and carries its autograd history. The metrics
+        include `loss`, the mean of the sum.
         """
         ...
 
     def kept(self) -> Mapping[str, Tensor] | None:
-        """Tensors that the objective reads at every step and nobody may overwrite."""
+        """Tensors that the objective reads at every step and that nobody may overwrite."""
         ...
 
 
@@ -68,7 +69,7 @@ _MEMBERS = ("name", "mode", "batch_coupled", "check", "weight", "check_weight", 
 
 
 def check_objective(given: Any) -> None:
-    """Raise `ConfigError` for what is no `Objective`: a function of a loss, say, or a class."""
+    """Raise `ConfigError` for what is not an `Objective`, such as a loss function or a class."""
     if isinstance(given, type):
         raise ConfigError(f"objective: it has not been made: {given.__name__}()")
     missing = [name for name in _MEMBERS if not hasattr(given, name)]
@@ -83,54 +84,55 @@ def check_objective(given: Any) -> None:
 
 @runtime_checkable
 class Coupled(Protocol):
-    """An objective whose micro-batches need to know of each other: `batch_coupled`.
+    """An objective whose micro-batches depend on each other: `batch_coupled`.
 
-    In a first pass, without gradients, every micro-batch is observed; what `couple` makes of the
-    observations is handed to the call for each. A batch in one piece is its own whole, and its
-    call is handed nothing.
+    A first pass without gradients calls `observe` on every micro-batch. `couple` turns the
+    observations into one coupling for each micro-batch, which is passed to its call. A batch in one
+    piece is called without a coupling.
     """
 
     def observe(self, model: nn.Module, batch: Batch) -> Any:
-        """What the others need to know of a micro-batch.
+        """What the other micro-batches need to know of this one.
 
-        Where there are several workers a tensor, [examples] or 0-d, or a record of tensors: of
-        attrs, a dataclass, a tuple, a list or a mapping.
+        With several workers it is a tensor, [examples] or 0-d, or a record of tensors: an attrs
+        class, a dataclass, a tuple, a list or a mapping.
         """
         ...
 
     def couple(self, observed: Sequence[Any]) -> Sequence[Any]:
-        """What each micro-batch needs to know of the whole, in their order."""
+        """What each micro-batch needs to know of the whole batch, in their order."""
         ...
 
     def __call__(
         self, model: nn.Module, batch: Batch, coupling: Any = None
     ) -> tuple[Tensor, Metrics]:
-        """As `Objective`'s, of one part of a batch."""
+        """As `Objective.__call__`, for one part of a batch."""
         ...
 
 
 @runtime_checkable
 class Direct(Protocol):
-    """An objective whose loss the gradient function differentiates once, and nobody else.
+    """An objective whose loss is differentiated once, and only by the gradient function.
 
-    Where `direct` is true, nobody does anything to the loss that it returns. A summed cross entropy
-    by chunks, if it has one, is that loss as it is; and `slopes` that it gives for log-probs by
-    chunks are the gradient of that loss times the accumulation's factor. Then gradients of large
-    tables are summed where they are made (`functrain.accumulators`): less time, less memory, the
-    same to rounding. Wherever gradients are on, the model is called only with the params that it is
-    bound to, never with copies or functions of them, and no gradient of its activations is taken.
-    It is asked by `is_direct`: a subclass that computes another loss is not direct unless it says
-    so itself.
+    Where `direct` is true, nothing transforms the loss that it returns. A summed cross entropy by
+    chunks, if it has one, is that loss unchanged; `slopes` that it gives for log-probs by chunks
+    are the gradient of that loss times the accumulation's factor. Gradients of large tables are
+    then summed where they are made (`functrain.accumulators`), which takes less time and memory and
+    gives the same to rounding. Wherever gradients are on, the model is called only with the params
+    that it is bound to, never with copies or functions of them, and no gradient of its activations
+    is taken.
+
+    Ask `is_direct`: a subclass that computes another loss is direct only if it says so itself.
     """
 
     @property
     def direct(self) -> bool:
-        """Whether that is so."""
+        """Whether this objective keeps to that."""
         ...
 
 
 def is_direct(objective: object) -> bool:
-    """Whether an objective is `Direct`: whether the class that computes its loss says so."""
+    """Whether an objective is `Direct`, according to the class that computes its loss."""
     if not isinstance(objective, Direct) or not objective.direct:
         return False
     for cls in type(objective).__mro__:
@@ -145,23 +147,23 @@ def is_direct(objective: object) -> bool:
 class Carrying(Protocol):
     """An objective with tensors of its own in the state: running means, a moving reference.
 
-    `reference_mixup` α and `reference_sync` k: every k steps the reference moves by α towards the
-    params; None: it does not.
+    Every `reference_sync` steps the reference moves by the fraction `reference_mixup` (α) towards
+    the params; with None it does not move.
     """
 
     @property
     def reference(self) -> Tensors | None:
-        """The reference at the beginning."""
+        """The initial reference."""
         ...
 
     @property
     def reference_mixup(self) -> float | None:
-        """How far the reference moves."""
+        """α, the fraction by which the reference moves; None: it does not."""
         ...
 
     @property
     def reference_sync(self) -> int:
-        """Steps between its moves."""
+        """The number of steps between its moves."""
         ...
 
     def init_running(self, device: torch.device) -> Tensors | None:
@@ -173,16 +175,16 @@ class Carrying(Protocol):
         ...
 
     def carrying(self, reference: Tensors | None, running: Tensors | None) -> Objective:
-        """The objective with what a state carries for it."""
+        """The same objective, with what a state carries for it."""
         ...
 
 
 def logits_of(model: Callable[..., object], batch: Batch) -> Tensor:
     """The model's logits [batch, time, vocabulary] for a batch of sequences, in float32 or more.
 
-    The model is called with the keywords that the batch has; it may return logits, a mapping with
-    `logits`, or an object with `.logits`. Half precision is widened here, so that the loss is
-    taken in float32 whatever the forward's precision was.
+    The model is called with those `MODEL_INPUTS` that the batch has; it may return logits, a
+    mapping with `logits`, or an object with `.logits`. Half precision is widened here, so that the
+    loss is taken in float32 whatever the precision of the forward.
     """
     outputs = model(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
     logits = logits_in(outputs)
@@ -197,7 +199,7 @@ def logits_of(model: Callable[..., object], batch: Batch) -> Tensor:
 
 
 def logits_in(outputs: Any) -> Any:
-    """The logits in what a model returned; `ArchitectureError` where there are none."""
+    """The logits in a model's output; `ArchitectureError` where there are none."""
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping) and "logits" in outputs:

@@ -21,16 +21,16 @@ SEQUENCE_KEYS = (*MODEL_INPUTS, "labels")
 
 _INTEGERS = (torch.int64, torch.int32)
 
-# Of positions that `to_device` has moved: whether they begin anew within rows.
+# For `position_ids` that `to_device` has moved: whether they restart within rows.
 _packed: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
 
 def check_sequences(batch: Batch, vocabulary: int | None, where: str = "") -> None:
     """Raise `BatchError` unless `batch` is a well-formed batch of token sequences.
 
-    Keys, types, dtypes and shapes always; the range of ids and labels where the tensors are on
-    the CPU (elsewhere it would cost a synchronisation: hand the step CPU batches, it moves them).
-    `where` prefixes the names in messages (`chosen.`).
+    Keys, types, dtypes and shapes are always checked; the range of ids and labels only on the CPU,
+    since elsewhere it would cost a synchronisation: hand the step CPU batches, which it moves
+    itself. `where` prefixes the names in messages (`chosen.`).
     """
     if not isinstance(batch, Mapping):
         raise BatchError(
@@ -113,16 +113,16 @@ def _check_labels(labels: Tensor, name: str, vocabulary: int | None) -> None:
 
 
 def count_targets(batch: Batch) -> Tensor:
-    """How many positions are predicted: labels other than -100 after the shift; int64, 0-d."""
+    """The number of predicted positions: labels other than −100 after the shift; int64, 0-d."""
     labels: Tensor = batch["labels"]
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
 def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
-    """`count_targets` of a batch of any form: what is trained on, chosen and rejected both.
+    """`count_targets` of one batch, of any form, or of several: both sides of a pair count.
 
-    0 where an objective of one's own reads something else: no `labels`, int64 [batch, time]. What
-    is no batch at all has none: a step says what is wrong with it.
+    0 where a custom objective reads something other than `labels`, int64 [batch, time]. What is not
+    a batch at all counts 0 too, and the step says what is wrong with it.
     """
     if not isinstance(batch, Mapping):
         is_several = isinstance(batch, Sequence) and not isinstance(batch, str)
@@ -139,21 +139,21 @@ def targets_in(batch: Batch | Sequence[Batch]) -> Tensor:
 
 
 def beginnings(position_ids: Tensor) -> Tensor:
-    """Where positions do not go up by one, so that a sequence begins: bool [batch, time]."""
+    """Where a sequence begins, i.e. where positions do not go up by one: bool [batch, time]."""
     return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
 
 
 def are_packed(batch: Batch) -> bool:
-    """Whether rows hold several sequences, told apart by positions; no mask is beside them.
+    """Whether rows hold several sequences, told apart by `position_ids` without a mask.
 
-    On an accelerator this waits for it, but for a batch that `to_device` has moved there.
+    On an accelerator this synchronises, except for a batch that `to_device` has moved there.
     """
     found = known_packed(batch)
     return _begin_anew(batch["position_ids"]) if found is None else found
 
 
 def known_packed(batch: Batch) -> bool | None:
-    """`are_packed`; None where that would be a wait for an accelerator."""
+    """`are_packed`, or None where that would synchronise with an accelerator."""
     if "position_ids" not in batch or "attention_mask" in batch:
         return False
     positions = batch["position_ids"]
@@ -165,9 +165,9 @@ def _begin_anew(position_ids: Tensor) -> bool:
 
 
 def check_packed(batch: Batch) -> None:
-    """Raise `BatchError` for a target that would be predicted from another sequence of its row.
+    """Raise `BatchError` for a target predicted from another sequence of its row.
 
-    Checked on the CPU.
+    Checked on the CPU only.
     """
     if batch["labels"].device.type != "cpu" or not are_packed(batch):
         return
@@ -184,10 +184,10 @@ def check_packed(batch: Batch) -> None:
 
 
 def padding_in(batch: Batch) -> Tensor | None:
-    """Which tokens are known for padding: bool [batch, time]; None where nothing tells.
+    """Which tokens are known to be padding: bool [batch, time]; None where nothing tells.
 
-    What `attention_mask` hides. Without one, where there are `position_ids`, what is alone in its
-    sequence.
+    Those that `attention_mask` hides. Without a mask, where there are `position_ids`: those without
+    a label that are alone in their sequence.
     """
     if "attention_mask" in batch:
         hidden: Tensor = batch["attention_mask"] == 0
@@ -203,7 +203,7 @@ def padding_in(batch: Batch) -> Tensor | None:
 def count_padding(batch: Batch) -> tuple[Tensor, int]:
     """How many tokens of [batch, time] are padding (int64, 0-d), and how many there are.
 
-    Padding is what `padding_in` knows for it, or else what no target of its row comes at or after.
+    Padding is what `padding_in` finds or, where nothing tells, what follows a row's last target.
     """
     padding = padding_in(batch)
     if padding is None:
@@ -212,7 +212,7 @@ def count_padding(batch: Batch) -> tuple[Tensor, int]:
 
 
 def check_targets(count: Tensor, where: str) -> None:
-    """Raise `BatchError` for a logical batch without one target token (checked on the CPU)."""
+    """Raise `BatchError` for a logical batch without a target token (checked on the CPU)."""
     if count.device.type == "cpu" and int(count) == 0:
         raise BatchError(
             f"{where}: every position is -100 (the first of each row is never a target), so the "
@@ -222,7 +222,7 @@ def check_targets(count: Tensor, where: str) -> None:
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """`batch` in `parts` equal slices of its examples, views without a copy.
+    """Split `batch` into `parts` equal slices of its examples, which are views, not copies.
 
     Raises `BatchError` unless the number of examples divides by `parts`.
     """
@@ -240,7 +240,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 def _check_rows(batch: Batch, examples: int, where: str) -> None:
-    """Raise `BatchError` for what cannot be sliced, or not into the same examples."""
+    """Raise `BatchError` for values that cannot be sliced, or not into the same examples."""
     for key, value in batch.items():
         if isinstance(value, Mapping):
             _check_rows(value, examples, f"{where}{key}.")
@@ -255,7 +255,7 @@ def _check_rows(batch: Batch, examples: int, where: str) -> None:
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
-    """The examples from one to another, exclusive."""
+    """The examples from `start` to `stop`, exclusive."""
     return {
         key: rows_of(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
         for key, value in batch.items()
@@ -273,12 +273,12 @@ def examples_in(batch: Batch) -> int:
 
 
 def batch_versions(batches: Sequence[Batch]) -> dict[str, int]:
-    """What changes where a tensor of any of the micro-batches is written to, by its name."""
+    """By key, a number that changes when a tensor of any of the micro-batches is written to."""
     found: dict[str, int] = {}
     for batch in batches:
         for name, value in batch.items():
             inner = batch_versions([value]).values() if isinstance(value, Mapping) else ()
-            # Tensors of inference mode do not tell.
+            # Tensors of inference mode have no version.
             silent = isinstance(value, Mapping) or value.is_inference()
             own = 0 if silent else value._version
             found[name] = found.get(name, 0) + own + sum(inner)
@@ -289,11 +289,10 @@ _TAKEN = (Tensor, Mapping)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; its tensors themselves where they are there already.
+    """Move the batch to `device`; tensors already there are kept, but cloned from inference mode.
 
-    Whether it is packed is found on the way, since afterwards it would be a wait.
-
-    Raises `BatchError` for what is no tensor.
+    Whether it is packed is noted before the move, since finding out afterwards would synchronise.
+    Raises `BatchError` for a value that is not a tensor.
     """
     for key, value in batch.items():
         if not isinstance(value, _TAKEN):
@@ -304,13 +303,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {
         key: to_device(value, device)
         if isinstance(value, Mapping)
-        # One that was made in inference mode takes no part in a backward pass; a copy does.
+        # A tensor made in inference mode takes no part in a backward pass; a copy does.
         else (value.clone() if value.is_inference() else value).to(device, non_blocking=True)
         for key, value in batch.items()
     }
     if "position_ids" in batch and "attention_mask" not in batch:
         positions: Any = moved["position_ids"]
-        # An objective of one's own may have positions of another form.
+        # A custom objective may have positions of another shape.
         if positions is not batch["position_ids"] and positions.ndim == 2:
             packed = known_packed(batch)
             if packed is not None:

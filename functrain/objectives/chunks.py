@@ -1,11 +1,11 @@
 """The logits of a head, a few rows at a time.
 
-Logits [rows, vocabulary] are most of the memory of a language model's step, and the kernel's time
-to find fresh memory for them much of its time. Here they exist for as many rows as a byte budget
-has room for, in one buffer that every chunk uses again. What is taken of them (`cross_entropy`,
-`scores`), and its gradient (`head_gradients`), is taken while they are there, as Liger's fused
-kernel does it (2410.10989). A chunk is several hundred rows: fewer, and reading and writing the
-weight's gradient once for each would cost more than is saved.
+Logits [rows, vocabulary] take most of the memory of a language model's step, and the operating
+system's search for fresh memory for them takes much of its time. Here only as many rows exist at
+once as fit into a byte budget, in one buffer that every chunk reuses. What is computed from them
+(`cross_entropy`, `scores`) and its gradient (`head_gradients`) are computed while they are there,
+as in Liger's fused kernel (2410.10989). A chunk is several hundred rows: with fewer, reading and
+writing the weight's gradient once for each would cost more than is saved.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from functrain import memory
 from functrain.objectives.batches import IGNORE_INDEX
 
 BUDGET = 1 << 26
-"""Bytes of logits that may exist at once, float32; what a finish makes of them comes on top, and so
-do details of scores, on the CPU a quarter."""
+"""Bytes of float32 logits that may exist at once; what a finish makes of them comes on top, and so
+do details of scores: on the CPU, a quarter."""
 
 WORTH = 1 << 20
-"""Of so many bytes of logits on one chunk or more is worth it: an ordinary cross entropy goes over
-them about three times more often."""
+"""From this many bytes of logits on, even a single chunk is worth it: an ordinary cross entropy
+goes over them about three times more often."""
 
 KEPT = 2
-"""Of so many budgets logits may be there as a whole, where that spares the product that makes them
+"""Logits of up to this many budgets may be kept whole where that saves the product that makes them
 again: all of a batch's until the backward pass, or one pair's until its gradient has been taken."""
 
 COLUMNS, NARROW = 384, 1024
-"""On the CPU logits are made so many columns at a time where hidden states are narrower than this.
+"""On the CPU, hidden states narrower than `NARROW` are projected to `COLUMNS` logits at a time.
 
-A single product is then little but packing and writing: with a width of 512 and a vocabulary of
-50,257 it did 48 GFLOP/s on a core, and in such blocks 72; from a width of 1,024 on there was no
-difference. The bits are the same.
+A single product is then little but packing and writing: at a width of 512 and a vocabulary of
+50,257 it ran at 48 GFLOP/s on a core, and in such blocks at 72; from a width of 1,024 on there was
+no difference. The bits are the same.
 """
 
 Finish = Callable[[Tensor], Tensor]
 
 
 def are_worth(rows: int, vocabulary: int, budget: int = BUDGET) -> bool:
-    """Whether so many rows of logits are worth chunks: more than `WORTH`, or than the budget."""
+    """Whether this many rows of logits are worth chunks: more bytes than `WORTH`, or the budget."""
     return exceeds(rows, vocabulary, min(budget, WORTH))
 
 
 def exceeds(rows: int, vocabulary: int, budget: int) -> bool:
-    """Whether so many rows of logits are more than so many bytes."""
+    """Whether this many rows of logits take more than `budget` bytes in float32."""
     return rows * vocabulary * 4 > budget
 
 
@@ -56,8 +56,8 @@ def exceeds(rows: int, vocabulary: int, budget: int) -> bool:
 class Projection:
     """The values of a head: weight [vocabulary, width], bias [vocabulary] or None.
 
-    `finish`: what the model makes of the projected rows (a soft cap, a scale), or None. `dtype`: in
-    which they are projected; None: in that of `computed_in`, where the loss is taken.
+    `finish`: what the model makes of the projected rows (a soft cap, a scale), or None. `dtype`:
+    that in which they are projected; None: what `computed_in` says where the loss is taken.
     """
 
     weight: Tensor
@@ -67,35 +67,35 @@ class Projection:
     dtype: torch.dtype | None = None
 
     def computed_in(self, hidden: Tensor) -> torch.dtype:
-        """The dtype in which these hidden states are projected here."""
+        """The dtype in which these hidden states are projected."""
         return computed_in(hidden) if self.dtype is None else self.dtype
 
     def chunks(self, rows: int, share: int = 1) -> Iterator[slice]:
-        """The rows in as few parts as that share of the budget has room for, in multiples of 16.
+        """The rows in as few slices as 1/`share` of the budget has room for, in multiples of 16.
 
-        Alike in size as far as that goes, so that no more is taken than so many parts need.
+        They are as equal in size as that allows, so that no more memory is taken than needed.
         """
         parts = max(1, -(-rows // self._most(share)))
         size = max(16, -(-rows // (16 * parts)) * 16)
         return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
     def _most(self, share: int) -> int:
-        """How many rows a share of the budget has room for."""
+        """How many rows 1/`share` of the budget has room for."""
         return max(16, self.budget // (4 * self.weight.shape[0] * share) // 16 * 16)
 
     def fits(self, rows: int) -> bool:
-        """Whether a chunk has room for so many rows."""
+        """Whether a chunk has room for this many rows."""
         return rows <= self._most(1)
 
     def may_stay(self, rows: int) -> bool:
-        """Whether the log-probs of so many rows may stay until their gradient has been taken."""
+        """Whether the log-probs of this many rows may stay until their gradient has been taken."""
         return not exceeds(rows, len(self.weight), KEPT * self.budget)
 
 
 def grouped(sizes: Sequence[int], projection: Projection) -> list[int]:
-    """How many of the neighbours that have so many rows a group takes: what a chunk has room for.
+    """How many neighbouring `sizes` (in rows) each group takes, so that it fits in a chunk.
 
-    One that has more is a group of its own.
+    A size that no chunk has room for is a group of its own.
     """
     counts: list[int] = []
     rows = 0
@@ -128,7 +128,7 @@ def in_dtype(hidden: Tensor, projection: Projection) -> tuple[Tensor, Tensor, Te
 
 
 class Rows:
-    """The logits of one chunk after another, in one buffer; `kept`: each in a place of its own."""
+    """The logits of one chunk after another, in one buffer; `kept`: all chunks are kept there."""
 
     def __init__(
         self,
@@ -151,9 +151,9 @@ class Rows:
         self._raw: Tensor | None = None
 
     def of(self, hidden: Tensor, at: slice, *, graded: bool) -> Tensor:
-        """The logits of the rows `at`, in float32 or more; unless kept, the next overwrite them.
+        """The logits of the rows `at`, in float32 or more; the next overwrite them unless kept.
 
-        `graded`: `before_finish` will be asked for, so what goes into a finish is kept.
+        `graded`: `before_finish` will be called, so what goes into a finish is kept.
         """
         hidden = hidden[at]
         rows = self._buffer[: len(hidden)] if self.kept is None else self.kept[at]
@@ -171,7 +171,7 @@ class Rows:
         return self._widened[: len(rows)].copy_(rows)
 
     def before_finish(self, grad: Tensor) -> Tensor:
-        """The gradient with respect to what the projection returned, of that of the logits."""
+        """The gradient with respect to the projection's output, given that of the last logits."""
         if self._finish is None:
             return grad
         assert self._raw is not None
@@ -196,7 +196,7 @@ def buffer(
     dtype: torch.dtype,
     make: Callable[[tuple[int, int], torch.dtype], Tensor] = memory.empty,
 ) -> Tensor:
-    """Memory on the device of `like`; `make`: whose on the CPU."""
+    """Memory on the device of `like`; on the CPU `make` provides it."""
     if like.device.type == "cpu":
         return make(shape, dtype)
     return like.new_empty(shape, dtype=dtype)
@@ -207,14 +207,14 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def columns(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets as a column, 0 where there is none, and where there is one."""
+    """The targets as a column, 0 where there is none, and a mask of where there is one."""
     column = targets.unsqueeze(1)
     valid = column != IGNORE_INDEX
     return column.masked_fill(~valid, 0), valid
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """Raise `IndexError` as `F.cross_entropy` does; on an accelerator it would be a wait."""
+    """Raise `IndexError` as `F.cross_entropy` does; skipped on an accelerator, to avoid a sync."""
     if targets.device.type != "cpu" or not len(targets):
         return
     most = int(targets.max())
@@ -223,6 +223,6 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 def applied(function: type[torch.autograd.Function], *arguments: object) -> tuple[Tensor, ...]:
-    """What a function gives that has several results; its `apply` has no types."""
+    """The results of a `Function` that has several; its `apply` has no types."""
     found: tuple[Tensor, ...] = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return found

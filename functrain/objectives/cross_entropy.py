@@ -33,8 +33,8 @@ def summed_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(Σ −log p(target) in nats, how many targets are the mode): 0-d, over rows [n, width].
 
-    Rows whose target is −100 count for nothing. The gradient is taken in the forward pass, while
-    the logits are there: no row of them is computed twice.
+    Rows whose target is −100 count for nothing. The gradient is computed in the forward pass, while
+    the logits are there, so that no logits are computed twice.
     """
     if projection.computed_in(hidden) == torch.float16:
         # At unit scale small probabilities are zeros in fp16: the gradient waits for its scale.
@@ -42,7 +42,7 @@ def summed_cross_entropy(
         return -scores.logps.sum(), scores.correct.sum()
     hidden, weight, bias = in_dtype(hidden, projection)
     check_targets(targets, len(weight))
-    # Inside the function no history is kept, and what needs a gradient is said under no_grad too.
+    # Inside the Function grad mode is off, and `needs_input_grad` is set even under no_grad.
     graded = torch.is_grad_enabled()
     direct = weight_sum(projection, hidden)
     total, correct = applied(_Summed, hidden, weight, bias, targets, projection, graded, direct)
@@ -100,9 +100,9 @@ class _Summed(torch.autograd.Function):
 
 
 def _check_factor(factor: Tensor | None, given: Tensor) -> None:
-    """Raise `ConfigError` where a sum is not the loss that its objective said it would be.
+    """Raise `ConfigError` where the sum is not the loss, though its objective said it would be.
 
-    On an accelerator it would be a wait.
+    Skipped on an accelerator, where it would synchronise.
     """
     if factor is None or factor.device.type != "cpu":
         return

@@ -1,7 +1,7 @@
-"""Where an architecture shows its head: the last projection, from hidden states to logits.
+"""Find the head of an architecture: the last projection, from hidden states to logits.
 
-Where it does, the logits of a whole batch, [batch, time, vocabulary], need never exist: the hidden
-states are taken at the projection's door, and logits are made of a few rows at a time
+With it, the logits of a whole batch, [batch, time, vocabulary], need never exist: the hidden states
+are taken where they enter the projection, and logits are made a few rows at a time
 (`functrain.objectives.chunks`).
 """
 
@@ -31,8 +31,8 @@ Call = Callable[..., Any]
 class Head:
     """The projection of an architecture, by its module and the names of its parameters.
 
-    `trunk`: the name of the submodule whose output the projection takes, where the model does more
-    with the logits after it (a soft cap, a scale); None where it hands them out as they are.
+    `trunk`: the name of the submodule whose output the projection takes, where the model changes
+    the logits afterwards (a soft cap, a scale); None where it returns them as they are.
     """
 
     projection: nn.Linear
@@ -43,12 +43,13 @@ class Head:
     def hidden(self, call: Call, batch: Batch) -> Tensor:
         """The hidden states [batch, time, width] that the projection would have taken.
 
-        The model is called as ever, but the projection is handed no rows, so it makes none. In the
-        dtype in which it would have been computed: a model may turn autocast off for its head.
+        The model is called as usual, but the projection is handed no rows, so it makes no logits.
+        The dtype is the one it would have been computed in: a model may turn autocast off for its
+        head.
 
-        Raises `ArchitectureError` where there was no such call of the projection, or where without
-        a trunk the model made something of what it returned: by an attribute that was set since the
-        search, for a mask, or for longer sequences.
+        Raises `ArchitectureError` where the projection was not called once with such states, or
+        where a model without a trunk changed what it returned: because of an attribute that was set
+        since the search, for a mask, or for longer sequences.
         """
         taken: list[Tensor] = []
         made: list[_Made] = []
@@ -74,7 +75,7 @@ class Head:
         return None if self.trunk is None else lambda rows: _finished(self, model, rows)
 
 
-# One search for each architecture that has its weights; where it has no head, the reason.
+# One search per architecture with weights: its head, or the reason why it has none.
 _found: Verdicts[Head | str] = Verdicts()
 _KEY = "head"
 
@@ -82,15 +83,15 @@ _KEY = "head"
 def find_head(architecture: nn.Module) -> Head | str:
     """The head that an architecture shows, or why it shows none.
 
-    Shown by `get_output_embeddings()`, an `nn.Linear`, as the causal models of transformers and the
-    built-in decoder have it. The model is called on a few tokens, in eval mode and in that of
-    training, to see that its logits are what the projection returns, and that it can do without
-    them, also for its buffers; where it changes them, it must have a trunk (`base_model_prefix`)
-    that can be left out, so that the rest of its forward can be called alone, and that rest must
-    treat each row alike and have no parameters. Hooks of the user's own on the logits hide the
-    head, and so does compilation, which sees no hooks of ours.
+    It is the `nn.Linear` that `get_output_embeddings()` returns, as the causal models of
+    transformers and the built-in decoder have it. The model is called on a few tokens, in eval and
+    in training mode, to see that its logits are what the projection returns and that nothing else,
+    its buffers included, depends on them. A model that changes the logits must have a trunk
+    (`base_model_prefix`) that can be left out, so that the rest of its forward can be called alone;
+    that rest must treat every row alike and have no parameters. Hooks of the user's own on the
+    logits hide the head, and so does compilation, which sees no hooks of ours.
 
-    What cannot be told on the meta device is asked again where the weights are there: in a step.
+    What cannot be told on the meta device is asked again in a step, where the weights are there.
     """
     projection = shown(architecture)
     if projection is None:
@@ -109,7 +110,7 @@ def find_head(architecture: nn.Module) -> Head | str:
 def described(
     architecture: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> str:
-    """How the logits of an architecture are made: by chunks of which head, or whole and why.
+    """How an architecture's logits are made: by chunks of which head, or whole and why.
 
     The params are bound for it, and the model is called on a few tokens; nothing is changed.
     """
@@ -123,7 +124,7 @@ def described(
 
 
 def has_weights(architecture: nn.Module) -> bool:
-    """Whether every parameter is there: unbound, an architecture may hold some of them."""
+    """Whether every parameter has values: unbound, an architecture may hold only some of them."""
     return all(parameter.device.type != "meta" for parameter in architecture.parameters())
 
 
@@ -135,7 +136,7 @@ def shown(architecture: nn.Module) -> nn.Linear | None:
 
 
 def _hindrance(architecture: nn.Module, projection: nn.Linear) -> str | None:
-    """Why a head cannot be used as things are now."""
+    """Why a head cannot be used at present; None where it can."""
     if type(projection).forward is not nn.Linear.forward or "forward" in vars(projection):
         return "its projection has a forward of its own"
     if projection._parameters.get("weight") is None:
@@ -178,27 +179,27 @@ def _search(architecture: nn.Module, projection: nn.Linear) -> Head | str:
             if of_logits:
                 return f"it makes its buffer {of_logits[0]} of its logits{_MODES[mode]}"
         return head
-    except Exception as error:  # whatever a foreign forward raises, it is no head that can be used
+    except Exception as error:  # whatever a foreign forward raises, its head cannot be used
         raised = f"{type(error).__name__}: {str(error)[:200]}"
         return f"its forward cannot be called for it{_MODES[mode]} ({raised})"
 
 
 def _trunk(architecture: nn.Module) -> str | None:
-    """The submodule that it names as what comes before the projection."""
+    """The name of the submodule before the projection, where the architecture says it."""
     name = getattr(architecture, "base_model_prefix", "")
     named = isinstance(name, str) and isinstance(architecture._modules.get(name), nn.Module)
     return name if named else None
 
 
-# Dropout and temperatures may be of training alone.
+# Dropout and temperatures may exist in training alone.
 _MODES: Mapping[Mode, str] = {"eval": "", "train": " in training mode"}
 
 
 def _fault(architecture: nn.Module, head: Head, mode: Mode) -> str | None:
-    """What is wrong with the rest of a forward in this mode.
+    """What is wrong with the rest of a forward in this mode, or None.
 
-    Its parameters are NaN, and so is one of the rows: the others, which are the same, must not see
-    it. Nor what the model was called with, of which the rest is told nothing.
+    Its parameters are NaN, and so is one of the rows: the others, which are all the same, must not
+    see it. Nor may they see the model's inputs, which the rest is not given.
     """
     nothing = {
         name: torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
@@ -225,12 +226,12 @@ def _fault(architecture: nn.Module, head: Head, mode: Mode) -> str | None:
 
 
 def _tokens(projection: nn.Linear) -> Tensor:
-    """Ids that every model knows; several: the first token may be treated another way."""
+    """Ids that every model knows; several, as the first token may be treated differently."""
     return torch.zeros(2, 3, dtype=torch.int64, device=projection.weight.device)
 
 
 def _do_without(architecture: nn.Module, head: Head, mode: Mode) -> Mapping[str, Tensor]:
-    """Call the model for its hidden states, which raises what it does of logits of no rows.
+    """Call the model for its hidden states; raises what its forward raises for logits of no rows.
 
     Returns the buffers that it leaves, as `_called` does.
     """
@@ -245,7 +246,7 @@ def _called(
 ) -> tuple[bool, Mapping[str, Tensor]]:
     """Whether the model's logits are the very tensor that its projection returns in this mode.
 
-    And the buffers that it leaves.
+    And the buffers that the call leaves.
     """
     made: list[_Made] = []
     with calm(architecture, {}, mode=mode) as places:
@@ -257,9 +258,9 @@ def _called(
 
 
 def _comparable(left: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The buffers that were left, but for those on the meta device, which have no values.
+    """The buffers that a call left, but for those on the meta device, which have no values.
 
-    Raises `ArchitectureError` where one of these was written to: of what is not known there.
+    Raises `ArchitectureError` where one of these was written to, as its new value is unknown.
     """
     for name, each in left.items():
         if each.is_meta and (each is not begun[name] or _version(each)):
@@ -277,7 +278,7 @@ def _alike(one: Tensor, other: Tensor | None) -> bool:
 
 @attrs.frozen(eq=False)
 class _Made:
-    """What the projection has returned, and its version then, where it has one."""
+    """What the projection returned, and its version at that time, where it has one."""
 
     output: Tensor
     version: int | None
@@ -293,9 +294,9 @@ def _version(tensor: Tensor) -> int | None:
 
 @contextmanager
 def _left(projection: nn.Linear, made: list[_Made]) -> Generator[None]:
-    """Within it, what the projection returns is noted.
+    """Record what the projection returns within this context.
 
-    Half precision is widened first, so that a model which widens it changes nothing.
+    Half precision is widened first, so that a model which widens its logits changes nothing.
     """
 
     def leave(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
@@ -318,16 +319,16 @@ def calm(
     *,
     mode: Mode = "eval",
 ) -> Generator[Slots]:
-    """In this mode, no history, not compiled; neither buffers nor random generators are moved.
+    """Bind an architecture in this mode, with neither history nor compilation, and restore it.
 
-    Attributes that the forward sets, and buffers that it makes, are as before at the end. Yields
+    Buffers, random generators and attributes that the forward sets are as before at the end. Yields
     the slots that are bound.
 
-    `params`, `buffers`: what is bound in the place of the architecture's own.
+    `params`, `buffers`: what is bound in place of the architecture's own.
     """
     params = {**dict(architecture.named_parameters()), **params}
     given = {**dict(architecture.named_buffers()), **buffers}
-    with torch.inference_mode(False):  # what is made in it cannot be written to out of it
+    with torch.inference_mode(False):  # tensors made in it cannot be written to outside
         buffers = {name: buffer.clone() for name, buffer in given.items()}
     device = next(iter(params.values())).device
     places = slots(architecture, held=True)
@@ -381,7 +382,7 @@ class _Outputs(dict[str, Any]):
 
 
 class _Trunk(nn.Module):
-    """In the trunk's place: hidden states of no rows, and what of the trunk is not called."""
+    """The trunk's stand-in: it returns hidden states of no rows, and has none of its methods."""
 
     def __init__(self, trunk: nn.Module | None, hidden: Tensor) -> None:
         super().__init__()
@@ -399,7 +400,7 @@ class _Trunk(nn.Module):
 
 
 def _finished(head: Head, model: nn.Module, rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """The rest of the model's forward, from the projection's output on; `ids`: one 0 by default."""
+    """The rest of the model's forward, from the projection's output on; `ids`: by default one 0."""
     assert head.trunk is not None
     trunk = model._modules[head.trunk]
 
@@ -421,7 +422,7 @@ def _finished(head: Head, model: nn.Module, rows: Tensor, ids: Tensor | None = N
 
 
 def _logits(outputs: Any) -> Any:
-    """The logits among what a model returns; None where there are none."""
+    """The logits in a model's output; None where there are none."""
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):

@@ -1,4 +1,4 @@
-"""The gradient of what was taken of a head's logits, summed over chunks."""
+"""The gradient of what was computed from a head's logits, summed over chunks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from functrain.objectives.chunks import Projection, buffer, widened
 class Gradients:
     """The gradients with respect to hidden states, weight and bias, summed over chunks.
 
-    Sums in float32 or more: in bf16, 1,000 chunks would leave a weight's gradient 0.2 off. The
-    weight's is summed in `into` where that is given, and then nothing is left to return of it.
+    The sums are in float32 or more: in bf16, 1,000 chunks would leave a weight's gradient 0.2 off.
+    Where `into` is given, the weight's gradient is summed there, and `found` returns none of it.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Gradients:
         scale: Tensor | None,
         factor: Tensor | None = None,
     ) -> None:
-        """Of a chunk: `rows` is d(−log p)/d logits; `scale` [rows, 1], what it is multiplied by.
+        """Add a chunk: `rows` is d(−log p)/d logits, and `scale` [rows, 1] multiplies it.
 
-        The scale goes to the small factor of each product. `factor`, 0-d: another, of the weight's
+        The scale goes to the small factor of each product. `factor`, 0-d, multiplies the weight's
         gradient alone.
         """
         rows = rows.to(self._dtype)
@@ -70,13 +70,13 @@ class Gradients:
             self.bias.add_(found.squeeze(1))
 
     def hold(self, factor: Tensor | None) -> None:
-        """Multiply what all other gradients come of, or else what there is."""
+        """Scale the hidden states' gradient, from which all others follow, or else another one."""
         every = [each for each in (self.hidden, self.weight, self.bias) if each is not None]
         if factor is not None and every:
             every[0].mul_(factor)
 
     def found(self) -> tuple[Tensor | None, ...]:
-        """Of hidden states, weight and bias, in their dtype."""
+        """The gradients of hidden states, weight and bias, in the dtype of the hidden states."""
         self._product = None
         every = (self.hidden, self.weight if self._into is None else None, self.bias)
         return tuple(None if grad is None else grad.to(self._dtype) for grad in every)
@@ -92,16 +92,16 @@ def less_targets(probabilities: Tensor, targets: Tensor, valid: Tensor) -> Tenso
 
 @attrs.frozen(eq=False)
 class WeightSum:
-    """Where the weight's gradient is summed, and what a summed loss is to be multiplied by."""
+    """Where the weight's gradient is summed, and what a summed loss will be multiplied by."""
 
     into: Tensor
     factor: Tensor
 
 
 def weight_sum(projection: Projection, hidden: Tensor) -> WeightSum | None:
-    """Where an accumulation is under way and the weight is a leaf of it.
+    """Where to sum the weight's gradient; None unless it is a leaf of an accumulation under way.
 
-    Not in fp16: a gradient that overflows there is to be seen by the loss scale.
+    None in fp16 too: the loss scale has to see a gradient that overflows there.
     """
     given = accumulators.current() if torch.is_grad_enabled() else None
     if given is None or hidden.dtype == torch.float16:
@@ -113,7 +113,7 @@ def weight_sum(projection: Projection, hidden: Tensor) -> WeightSum | None:
 
 
 def given_once(given: list[Any]) -> Any:
-    """What the forward pass has left for the backward pass."""
+    """What the forward pass has left for the backward pass; `RuntimeError` the second time."""
     if not given:
         raise RuntimeError("the chunked loss has given its gradient away: one backward pass")
     return given.pop()

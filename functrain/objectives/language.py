@@ -33,12 +33,12 @@ class LanguageModeling:
     """The sum over target tokens of −log p(token | tokens before it), in nats.
 
     `labels` are aligned with `input_ids`; the shift is inside: position t predicts the label at
-    t + 1, and −100 is no target; nothing else says so: padding and its `attention_mask` of 0 leave
-    a label what it is. The weight is the number of target tokens. Pretraining and SFT
-    differ only in which labels the data leaves. `head`: `auto` makes the logits a few rows at a
-    time where they are large, `full` never; the same to rounding.
+    t + 1. A label of −100 is no target, and nothing else says so: an `attention_mask` of 0 leaves a
+    label what it is. The weight is the number of target tokens. Pretraining and SFT differ only in
+    which labels the data leaves. `head`: `auto` makes large logits a few rows at a time, `full`
+    never does; the results are the same to rounding.
 
-    A batch without `attention_mask` in which `position_ids` begin anew within rows is packed: each
+    A batch without `attention_mask` whose `position_ids` restart within rows is packed: each
     document is predicted as if it were alone. A model whose documents see each other is refused.
     """
 
@@ -49,13 +49,13 @@ class LanguageModeling:
 
     @property
     def direct(self) -> bool:
-        """Not with `head="full"`, which has the bits of an ordinary loop."""
+        """False with `head="full"`, which gives the bits of an ordinary loop."""
         return self.head == "auto"
 
     def check(self, batch: Batch, vocabulary: int | None) -> None:
         """Raise `BatchError` unless the batch has well-formed input_ids and labels.
 
-        In a packed one the first label of each document is −100.
+        In a packed batch the first label of each document must be −100.
         """
         check_sequences(batch, vocabulary)
         check_packed(batch)
@@ -71,7 +71,7 @@ class LanguageModeling:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The summed cross entropy, with loss, perplexity, accuracy and the number of targets.
 
-        `padding` is the part of the tokens that is padding. Raises `ArchitectureError` where
+        `padding` is the fraction of tokens that is padding. Raises `ArchitectureError` where
         documents of a packed batch would see each other.
         """
         return self.summed(model, batch, model)
@@ -79,7 +79,7 @@ class LanguageModeling:
     def summed(
         self, model: nn.Module, batch: Batch, call: Callable[..., object]
     ) -> tuple[Tensor, Metrics]:
-        """The same by another call of the model than its own."""
+        """As `__call__`, with `call` in place of the model's own forward."""
         check_causal(model)
         check_separated(model, batch)
         total, correct = _summed(model, batch, self.head, call)
@@ -95,7 +95,7 @@ class LanguageModeling:
         )
 
     def kept(self) -> Mapping[str, Tensor] | None:
-        """Nothing: the loss needs the batch and the params alone."""
+        """None: the loss needs only the batch and the params."""
         return None
 
 

@@ -1,7 +1,7 @@
-"""How the sequences of a batch are laid out for the model: padded, or with less that is computed.
+"""How the sequences of a batch are laid out for the model: padded, or so that less is computed.
 
-A layout is what the model is called with, and an index from the batch to what it returns, so that
-whoever scores the batch sees no difference.
+A layout holds the model's inputs, and an index from the batch into its outputs, so that whoever
+scores the batch sees no difference.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from functrain.objectives.support import check_weights, fault
 from functrain.objectives.verdicts import Verdicts
 
 LayoutName = Literal["padded", "padding_free", "shared_prompt"]
-"""`padded`: a row for each sequence. `padding_free`: all in one row, and `position_ids` tell them
-apart. `shared_prompt`: a row for each pair, in which what both sides begin with is once."""
+"""`padded`: a row for each sequence. `padding_free`: all in one row, told apart by `position_ids`.
+`shared_prompt`: a row for each pair, which holds once what both sides begin with."""
 
 
 def layout_name(_record: object, _field: object, given: object) -> None:
-    """Raise `ConfigError` for what is no `LayoutName`."""
+    """Raise `ConfigError` for what is not a `LayoutName`."""
     if given not in ("padded", *_MAKERS):
         raise ConfigError(
             f"layout: {given!r}, expected 'padded', 'padding_free' or 'shared_prompt'"
@@ -36,9 +36,9 @@ def layout_name(_record: object, _field: object, given: object) -> None:
 class Layout:
     """A batch [batch, time] as the model is called with it.
 
-    `inputs`: the model's keywords; `input_ids` are [rows, width]. `index`: int64 [batch, time],
-    where in the flattened [rows · width] each token is; of no meaning for those that are left out.
-    `padding`: int64, 0-d, how many of the tokens in `inputs` are.
+    `inputs`: the model's keywords, with `input_ids` [rows, width]. `index`: int64 [batch, time],
+    where each token is in the flattened [rows · width]; meaningless for those that are left out.
+    `padding`: int64, 0-d, how many tokens of `inputs` are padding.
     """
 
     inputs: Batch
@@ -46,23 +46,23 @@ class Layout:
     padding: Tensor
 
     def gathered(self, outputs: Tensor, places: Tensor) -> Tensor:
-        """Of what the model returned, [rows, width, …], the rows for these predictions.
+        """The rows of the model's output, [rows, width, …], that make these predictions.
 
-        `places`: int64 [n], which of the flattened [batch, time − 1].
+        `places`: int64 [n], indices into the flattened [batch, time − 1].
         """
         predicting = self.index[:, :-1].flatten()[places]
         return outputs.flatten(0, 1).index_select(0, predicting)
 
     def count_padding(self) -> tuple[Tensor, int]:
-        """How many of the tokens in `inputs` are padding, and how many there are."""
+        """How many tokens of `inputs` are padding, and how many there are."""
         return self.padding, self.inputs["input_ids"].numel()
 
 
 def laid_out(layout: LayoutName, model: nn.Module, batch: Batch) -> Layout | None:
-    """Pairs, chosen above rejected, as the bound `model` is called with them; None: as they are.
+    """How the bound `model` is called on pairs, chosen above rejected; None: as they are.
 
-    Tokens under no mask, and those that nothing scored comes after, are left out. How many there
-    are depends on the batch, so that on an accelerator this waits for it.
+    Tokens that the mask hides, and those with no target after them, are left out. How many there
+    are depends on the batch, so on an accelerator this synchronises.
 
     Raises `ArchitectureError` for a model that does not support the layout, which is found by
     trying it on a few tokens.
@@ -77,10 +77,10 @@ def laid_out(layout: LayoutName, model: nn.Module, batch: Batch) -> Layout | Non
 
 
 def check_layout(layout: LayoutName, batch: Batch) -> None:
-    """Raise `BatchError` for pairs that a layout has no place for (checked on the CPU).
+    """Raise `BatchError` for pairs that a layout cannot hold (checked on the CPU).
 
-    A target after a token that the mask hides; and `position_ids` that do not go up by one over
-    the tokens of each sequence, or from another number in one sequence than in another.
+    These have a target after a token that the mask hides, or `position_ids` that do not go up by
+    one over the tokens of each sequence, starting from the same number in all.
     """
     if layout == "padded" or batch["chosen"]["labels"].device.type != "cpu":
         return
@@ -108,14 +108,14 @@ def check_layout(layout: LayoutName, batch: Batch) -> None:
 
 
 def _first(where: Tensor) -> tuple[str, int, int]:
-    """The side, row and place of the first True, of chosen above rejected."""
+    """The side, row and position of the first True in a mask of chosen above rejected."""
     row, place = where.nonzero()[0].tolist()
     pairs = len(where) // 2
     return SIDES[row // pairs], row % pairs, place
 
 
 def _real(batch: Batch) -> Tensor:
-    """Which tokens something scored is predicted from: bool [batch, time]."""
+    """Which tokens are kept: unmasked ones with a target after them; bool [batch, time]."""
     labels = batch["labels"]
     places = torch.arange(labels.shape[1], device=labels.device)
     real = places < last_target(labels).unsqueeze(1)
@@ -123,12 +123,12 @@ def _real(batch: Batch) -> Tensor:
 
 
 def _ranks(real: Tensor) -> Tensor:
-    """How many tokens of its sequence are before each one: int64 [batch, time]."""
+    """How many kept tokens of its sequence precede each one: int64 [batch, time]."""
     return (real.cumsum(1) - 1).clamp(min=0)
 
 
 def padding_free(batch: Batch) -> Layout:
-    """One row of all tokens; no mask, as positions that begin anew separate the sequences.
+    """One row of all tokens, without a mask: positions that restart separate the sequences.
 
     Where attention has no kernel for rows of several sequences, it is computed over the whole row.
     """
@@ -147,7 +147,7 @@ def padding_free(batch: Batch) -> Layout:
 def _shared_prompt(batch: Batch) -> Layout:
     """A row for each pair: the common prefix, the rest of chosen, the rest of rejected.
 
-    A row's rejected tokens see the prefix and themselves alone.
+    A row's rejected tokens see only the prefix and themselves.
     """
     real = _real(batch)
     positions = batch.get("position_ids", _ranks(real))
@@ -161,7 +161,7 @@ def _shared_prompt(batch: Batch) -> Layout:
     index = torch.where(real, rows * width + columns, 0)
 
     def placed(values: Tensor) -> Tensor:
-        # Both sides put the same tokens where the prefix is.
+        # Both sides write the same tokens where the prefix is.
         whole = values.new_zeros(len(chosen) * width)
         return whole.index_copy(0, index[real], values[real]).view(-1, width)
 
@@ -177,8 +177,8 @@ def _shared_prompt(batch: Batch) -> Layout:
 
 
 def _common(ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
-    """How many tokens both sequences of a pair begin with, positions too: int64 [pairs]."""
-    order = real.logical_not().to(torch.int8).argsort(dim=1, stable=True)  # tokens to the front
+    """The length of each pair's common prefix, of tokens and positions both: int64 [pairs]."""
+    order = real.logical_not().to(torch.int8).argsort(dim=1, stable=True)  # kept first
     same = real.gather(1, order).chunk(2)
     equal = same[0] & same[1]
     for values in (ids, positions):
@@ -188,9 +188,9 @@ def _common(ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
 
 
 def _branching(shared: Tensor, chosen: Tensor, width: int) -> Tensor:
-    """Causal, but what comes after the chosen's tokens does not see those of its own.
+    """The causal mask in which rejected tokens do not see those of chosen alone.
 
-    bool [pairs, 1, width, width].
+    bool [pairs, 1, width, width], True where a token is seen.
     """
     places = torch.arange(width, device=shared.device)
     after = places >= chosen.unsqueeze(1)
@@ -206,7 +206,7 @@ _MAKERS: dict[str, Callable[[Batch], Layout]] = {
 
 
 def _added(layout: Layout, model: nn.Module) -> Layout:
-    """The mask as what is added to attention scores, in the dtype of the model."""
+    """The mask as a term added to attention scores, in the dtype of the model."""
     seen = layout.inputs["attention_mask"]
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     scores = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
@@ -214,7 +214,7 @@ def _added(layout: Layout, model: nn.Module) -> Layout:
 
 
 def _check_window(model: nn.Module, width: int) -> None:
-    """A mask of ours stands in the place of the model's own, with its window if it has one."""
+    """Raise `ArchitectureError` where our mask would replace one of the model's with a window."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -228,12 +228,12 @@ def _check_window(model: nn.Module, width: int) -> None:
             )
 
 
-# By layout: whether the mask is to be added.
+# By layout: whether the mask has to be additive.
 _found: Verdicts[bool] = Verdicts()
 
 
 def _supported(layout: str, model: nn.Module) -> bool:
-    """Whether the mask is to be added to the scores; `ArchitectureError` without support."""
+    """Whether the mask has to be additive; `ArchitectureError` if the layout is unsupported."""
     known = _found.of(model)
     if layout not in known:
         known[layout] = _tried(layout, model)

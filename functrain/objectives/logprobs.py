@@ -1,8 +1,8 @@
-"""Log-probabilities of target tokens, and what else their distributions say.
+"""Log-probs of target tokens, and other statistics of their distributions.
 
 Where the logits of a batch would be large, and the architecture shows its head, they are made a few
-rows at a time (`functrain.objectives.chunks`), and rows without a target not at all; the results
-are the same to rounding. The choice is a function of the batch's shape alone.
+rows at a time (`functrain.objectives.chunks`). Rows without a target are skipped unless finding
+them would synchronise. The results are the same to rounding; the choice depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ from functrain.objectives.scores import Scores, scored
 from functrain.objectives.support import check_causal
 
 HeadMode = Literal["auto", "full"]
-"""`auto`: by chunks where they are large. `full`: the model's logits as they are, always."""
+"""`auto`: by chunks where the logits are large. `full`: always the model's logits as they are."""
 
 
 _log = logging.getLogger("functrain")
-# Of whom it has been logged that their logits are made whole.
+# Models of which it has been logged that their logits are made whole.
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def head_mode(_record: object, _field: object, given: object) -> None:
-    """Raise `ConfigError` for what is no `HeadMode`."""
+    """Raise `ConfigError` for what is not a `HeadMode`."""
     if given not in ("auto", "full"):
         raise ConfigError(f"head: {given!r}, expected 'auto' or 'full'")
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class TokenScores:
-    """Of each position that predicts, [batch, time − 1]; 0 where `mask` says there is no target.
+    """Scores of each predicting position, [batch, time − 1]; 0 where `mask` has no target.
 
-    `logps`: log p(target), nats, with its history. Without: `entropy` of the distribution, nats;
-    `correct`, whether the target is its mode; `level`, the mean logit; `collision`, log Σ_v p(v)².
+    `logps`: log p(target), nats, with its history. Without history: `entropy` of the distribution,
+    nats; `correct`, whether the target is its mode; `level`, the mean logit; `collision`,
+    log Σ_v p(v)².
     """
 
     logps: Tensor
@@ -72,7 +73,7 @@ class TokenScores:
         return self.mask.sum(-1)
 
     def masked(self, mask: Tensor) -> TokenScores:
-        """The scores of fewer positions."""
+        """The scores with only the positions in `mask` left."""
         return TokenScores(
             logps=torch.where(mask, self.logps, 0.0),
             mask=mask,
@@ -84,15 +85,15 @@ class TokenScores:
 
 
 PairSlopes = Callable[[slice, TokenScores], Tensor]
-"""Of some pairs, and the scores of both their sides: d loss / d log-prob, [2 · pairs, time − 1]."""
+"""d loss / d log-prob [2 · pairs, time − 1] of some pairs, given the scores of both their sides."""
 
 
 @attrs.frozen(eq=False)
 class HiddenRows:
     """The hidden states of the rows that predict something, their targets, and the projection.
 
-    `places`: which of the flattened [batch, time − 1] they are; None: all. `pairs`: of a paired
-    batch how many rows each pair has, in their order; else None.
+    `places`: their indices in the flattened [batch, time − 1]; None: all. `pairs`: of a paired
+    batch, how many rows each pair has, in their order; else None.
     """
 
     hidden: Tensor
@@ -114,9 +115,9 @@ def hidden_rows(
 ) -> HiddenRows | None:
     """The rows to be scored by chunks; None where the logits are to be taken whole.
 
-    `call` and `values`: another forward than the model's own, with these params. `layout`: the
-    batch as the model is called with it, where that is not as it is. `paired`: the second half of
-    the batch are the other sides of the first; the rows come pair by pair.
+    `call` and `values`: a forward other than the model's own, and its params. `layout`: how the
+    model is called with the batch, if not with the batch as it is. `paired`: the second half of the
+    batch holds the other sides of the first; the rows come pair by pair.
     """
     if head == "full":
         return None
@@ -130,7 +131,7 @@ def hidden_rows(
         return None
     call = model if call is None else call
     places: Tensor | None = None
-    if layout is not None or targets.device.type == "cpu":  # on an accelerator it would be a wait
+    if layout is not None or targets.device.type == "cpu":  # on an accelerator it would synchronise
         places = _places(targets)
     sizes: list[int] | None = None
     if paired:
@@ -144,7 +145,7 @@ def hidden_rows(
             places = None
         if places is None:
             hidden = hidden[:, :-1].flatten(0, 1)
-        else:  # a last token of each sequence predicts nothing
+        else:  # the last token of each sequence predicts nothing
             time = batch["labels"].shape[1] - 1
             hidden = hidden.flatten(0, 1).index_select(0, places + places // time)
     if places is not None:
@@ -154,7 +155,7 @@ def hidden_rows(
 
 
 def _by_pairs(places: Tensor | None, labels: Tensor) -> tuple[Tensor, list[int]]:
-    """The places of the first pair, chosen before rejected, then of the next; how many each has."""
+    """The places pair by pair, chosen before rejected, and how many each pair has."""
     count, time = len(labels) // 2, labels.shape[1] - 1
     if places is None:
         every = torch.arange(2 * count * time, device=labels.device).view(2, count, time)
@@ -165,14 +166,14 @@ def _by_pairs(places: Tensor | None, labels: Tensor) -> tuple[Tensor, list[int]]
 
 
 def _tell_whole(model: nn.Module, reason: str) -> None:
-    """Log it once: a run may need far more memory than its user expects."""
+    """Log once why logits are whole: a run may need far more memory than its user expects."""
     if model not in _told:
         _told.add(model)
         _log.info("whole logits: %s; their memory is batch x time x vocabulary", reason)
 
 
 def _places(targets: Tensor) -> Tensor:
-    """Which of the flattened [batch, time − 1] have a target: int64 [n]."""
+    """The indices into the flattened [batch, time − 1] that have a target: int64 [n]."""
     return (targets != IGNORE_INDEX).nonzero().squeeze(1)
 
 
@@ -185,7 +186,7 @@ def _projection(
     weight: Tensor = head.projection.weight
     bias: Tensor | None = head.projection.bias
     if values is not None:
-        # What an architecture holds itself has no other value.
+        # Params that the architecture holds itself are not among the values.
         weight = values.get(head.weight, weight)
         bias = None if head.bias is None else values.get(head.bias, bias)
     return Projection(
@@ -205,11 +206,11 @@ def token_scores(
     paired: bool = False,
     slopes: PairSlopes | None = None,
 ) -> TokenScores:
-    """The scores of a batch of sequences; arguments as for `hidden_rows`.
+    """Score the target tokens of a batch of sequences; arguments as for `hidden_rows`.
 
-    Without `detailed` only `logps` and `correct` are computed, the others are 0. `slopes`, of a
-    `paired` batch: what the backward pass will give the log-probs of some pairs, which by chunks
-    spares time and memory (`functrain.objectives.scores`).
+    Without `detailed` only `logps` and `correct` are computed, and the others are 0. `slopes`, for
+    a `paired` batch: the gradient that the backward pass will give the log-probs of some pairs;
+    by chunks, knowing it saves time and memory (`functrain.objectives.scores`).
     """
     check_causal(model)
     rows = hidden_rows(
@@ -250,7 +251,7 @@ def _scored_by_chunks(
         assert slopes is not None
         group = pairs[index]
         here = places[begins[index] : begins[index + 1]]
-        # Where they are in a batch of these pairs alone.
+        # Their indices in a batch of these pairs alone.
         spared = torch.where(here < count * time, group.start, count + group.start - counts[index])
         here = here - spared * time
         slope = slopes(group, _placed(scores, here, sides_of(labels, group)))
@@ -268,12 +269,12 @@ def _scored_by_chunks(
 
 
 def sides_of(values: Tensor, pairs: slice) -> Tensor:
-    """Of values [2 · pairs, …], chosen above rejected, those of some pairs, in the same order."""
+    """Of values [2 · pairs, …], chosen above rejected, those of some pairs in the same order."""
     return torch.cat([half[pairs] for half in values.chunk(2)])
 
 
 def _placed(found: Scores | TokenScores, places: Tensor | None, labels: Tensor) -> TokenScores:
-    """Scores of rows, where they are in [batch, time − 1]; `places` as in `HiddenRows`."""
+    """The scores of rows, put where they are in [batch, time − 1]; `places` as in `HiddenRows`."""
     mask = labels[:, 1:] != IGNORE_INDEX
 
     def placed(values: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class PairLogps:
 
     `chosen`, `rejected`: the policy's log-probs, summed over completion tokens; `reference_…`: the
     reference's, None for a loss without one. `…_length`: completion tokens, int64 [pairs].
-    `divergence`: what takes the place of Δ, a function of it. `normalized`: Δ by token. `offset`:
-    δ of `bco_pair`, 0-d.
+    `divergence`: the function of Δ that replaces it, if any. `normalized`: whether Δ is divided by
+    the completion's length. `offset`: δ of `bco_pair`, 0-d.
     """
 
     chosen: Tensor
@@ -42,7 +42,7 @@ class PairLogps:
 
     @property
     def ratio_chosen(self) -> Tensor:
-        """log π(y_w) − log ref(y_w): what a reward is β times of."""
+        """log π(y_w) − log ref(y_w); the reward is β times this."""
         return self.chosen if self.reference_chosen is None else self.chosen - self.reference_chosen
 
     @property
@@ -74,7 +74,7 @@ class PairLogps:
 
 @attrs.frozen(kw_only=True)
 class Options:
-    """The losses' numbers; each loss reads those that its formula has."""
+    """The losses' hyperparameters; each loss reads those in its formula."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -202,7 +202,7 @@ def simpo(p: PairLogps, o: Options) -> Tensor:
 def log_odds(p: PairLogps) -> tuple[Tensor, Tensor]:
     """o = ℓ̄ − log(1 − e^{ℓ̄}) of chosen and rejected: ORPO's log odds of a token.
 
-    What rounding made certain, a mean of 0, has the largest odds that are no infinity.
+    A mean that rounding made 0, a certainty, gets the largest finite odds.
     """
 
     def odds(total: Tensor, length: Tensor) -> Tensor:
@@ -229,15 +229,15 @@ Likelihood = Literal["completion", "sequence"]
 
 @attrs.frozen(kw_only=True)
 class PairLoss:
-    """A loss of the registry, and what can be done with it.
+    """A loss of the registry, and what it can be combined with.
 
-    `value`: by pair, or None for likelihood alone. `reference`: whether it reads one. `smoothing`:
-    whether ε has a meaning; `needs_smoothing`: whether it must be above 0. `coupled`: whether a
-    pair's value depends on the others of its batch. `on_delta`: whether it is a function of Δ and
-    of nothing else, so that length normalisation may take Δ by token; `divergence`: whether an
-    f-divergence may take its place. `by_length`: whether it divides by completions' lengths itself.
-    `likelihood`: the −log-likelihood that is added, of chosen completions or of whole chosen
-    sequences, by token. `number`: the option that it alone reads.
+    `value`: the loss of each pair, or None for a likelihood alone. `reference`: whether it reads a
+    reference. `smoothing`: whether it uses ε; `needs_smoothing`: whether ε must be above 0.
+    `coupled`: whether a pair's value depends on the others of its batch. `on_delta`: whether it is
+    a function of Δ alone, so that length normalisation may divide Δ by the length; `divergence`:
+    whether an f-divergence may replace Δ. `by_length`: whether it divides by completion lengths
+    itself. `likelihood`: the −log-likelihood per token that is added, of chosen completions or of
+    whole chosen sequences. `number`: the option that this loss alone reads.
     """
 
     value: Value | None
@@ -303,9 +303,9 @@ LOSSES: Mapping[str, PairLoss] = {
 
 
 def _expm1(exponent: Tensor) -> Tensor:
-    """e^x − 1; near the largest number its tangent, which keeps the order and a slope.
+    """e^x − 1; near the largest number it goes on as its tangent, which keeps order and slope.
 
-    Held there, both sides of a pair could be the same number: no margin, and no gradient.
+    Clamped there, both sides of a pair could be the same number: no margin, and no gradient.
     """
     most = math.log(torch.finfo(exponent.dtype).max) - 12
     return torch.expm1(exponent.clamp(max=most)) + math.exp(most) * F.relu(exponent - most)
@@ -322,7 +322,7 @@ def jensen_shannon(delta: Tensor) -> Tensor:
 
 
 def alpha_divergence(alpha: float) -> Divergence:
-    """(e^{(α−1)Δ} − 1) / (α − 1), for α in (0, 1): towards 1 reverse KL, towards 0 forward KL.
+    """(e^{(α−1)Δ} − 1) / (α − 1), α in (0, 1): reverse KL as α → 1, forward KL as α → 0.
 
     As in TRL; the α of 2309.16240 is 1 minus this one.
     """
@@ -334,11 +334,11 @@ def alpha_divergence(alpha: float) -> Divergence:
 
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
-"""f-divergences (2309.16240) that take Δ's place; `reverse_kl` is Δ itself."""
+"""f-divergences (2309.16240) that may replace Δ; `reverse_kl` is Δ itself."""
 
 
 def divergence_of(name: str, alpha: float) -> Divergence | None:
-    """The function of Δ of this name; None for Δ itself."""
+    """The function of Δ with this name; None for Δ itself."""
     functions: Mapping[str, Divergence | None] = {
         "reverse_kl": None,
         "forward_kl": forward_kl,

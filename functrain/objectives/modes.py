@@ -1,8 +1,8 @@
-"""Whether targets are the modes of their distributions: what `argmax` says, told faster.
+"""Whether targets are the modes of their distributions: what `argmax` says, found faster.
 
-On the CPU `argmax` reads a number at a time, and took as long as a twentieth of a step at a
-vocabulary of 50,257; the largest number is found by vectors, four times as fast. Elsewhere, where
-to ask which rows tie would be a wait, it is `argmax` itself.
+On the CPU `argmax` reads one number at a time, and took up to a twentieth of a step at a vocabulary
+of 50,257; the maximum is vectorised, and four times as fast. Elsewhere, where asking which rows tie
+would synchronise, it is `argmax` itself.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 _MANY = 1 << 15
-"""Of so many logits on, calling several kernels takes less time than `argmax` does."""
+"""From this many logits on, several kernel calls take less time than one `argmax`."""
 
 
 def are_modes(logits: Tensor, column: Tensor) -> Tensor:
     """Whether each target of `column` [rows, 1] is the `argmax` of its logits [rows, vocabulary].
 
-    Bool [rows, 1]. Of several that are the largest, the first is.
+    Bool [rows, 1]. Of several equal maxima, the first is the mode.
     """
     if logits.device.type != "cpu":
         return logits.argmax(-1, keepdim=True) == column
@@ -28,7 +28,7 @@ def are_modes(logits: Tensor, column: Tensor) -> Tensor:
 
 
 def are_modes_of(scratch: Tensor, column: Tensor) -> Tensor:
-    """The same of logits that are the caller's own: they are written to, and then as before."""
+    """`are_modes` of logits that the caller owns: they are written to, and then restored."""
     if scratch.device.type != "cpu" or scratch.numel() < _MANY:
         return are_modes(scratch, column)
     own = scratch.gather(1, column)
@@ -39,7 +39,7 @@ def are_modes_of(scratch: Tensor, column: Tensor) -> Tensor:
 
 
 def _first(tied: Tensor, logits: Tensor, column: Tensor) -> Tensor:
-    """`tied` where no other of the largest comes before."""
+    """`tied`, less the rows in which an equal maximum comes first."""
     rows = tied.squeeze(1).nonzero().squeeze(1)
     if len(rows):
         tied[rows] = logits[rows].argmax(-1, keepdim=True) == column[rows]

@@ -1,4 +1,4 @@
-"""What a preference objective may be given: losses and their weights, numbers, and combinations."""
+"""The options of a preference objective: losses and their weights, numbers, and combinations."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ CALLED: Mapping[str, str] = {
     "ld_dpo": "it is 'sigmoid' with ld_alpha",
     "kto": "it is for completions without a pair, and a step of its own: functrain.kto_step",
 }
-"""What methods are here that go by another name elsewhere."""
+"""Methods known elsewhere by another name, and what they are here."""
 
 
 def nearest_loss(name: str) -> str:
-    """The end of an error message about a loss that is unknown."""
+    """The end of an error message about an unknown loss."""
     return CALLED.get(name.casefold().replace("-", "_")) or did_you_mean(name, LOSSES)
 
 
 def own_tensors(value: Mapping[str, Tensor], what: str = "reference") -> Tensors:
-    """A plain mapping is copied: a step may donate the memory that it was made of.
+    """Copy a plain mapping, since a step may donate the memory that it was made of.
 
-    Raises `ConfigError`, naming `what`, for what is no mapping of tensors.
+    Raises `ConfigError`, naming `what`, for what is not a mapping of tensors.
     """
     if isinstance(value, Tensors):
         return value
@@ -54,7 +54,7 @@ def own_tensors(value: Mapping[str, Tensor], what: str = "reference") -> Tensors
 
 
 def mixed(given: Mix) -> Mapping[str, float]:
-    """The weights of a loss, or of a mix of losses, by name; `ConfigError` for what is none."""
+    """The weights by name of a loss, or of a mix of losses; `ConfigError` for anything else."""
     if isinstance(given, str):
         given = {given: 1.0}
     if not isinstance(given, Mapping) or not given:
@@ -71,7 +71,7 @@ def mixed(given: Mix) -> Mapping[str, float]:
 
 
 def within(high: float, what: str, *, above: bool = False) -> Any:
-    """A validator of a number in [0, high), with `above` in (0, high)."""
+    """A validator of a number in [0, high); with `above`, in (0, high)."""
 
     def check(_record: object, field: attrs.Attribute[Any], value: object) -> None:
         if not is_number(value) or not 0 <= value < high or (above and value == 0):
@@ -81,12 +81,12 @@ def within(high: float, what: str, *, above: bool = False) -> Any:
 
 
 def check_combination(given: PreferenceOptimization) -> None:
-    """Raise `ConfigError` for what a loss of the mix has no place for, or nothing would read."""
+    """Raise `ConfigError` for an option that a loss of the mix cannot use, or that none reads."""
     if given.divergence not in DIVERGENCES:
         near = did_you_mean(str(given.divergence), DIVERGENCES)
         raise ConfigError(f"divergence: {given.divergence!r} is unknown; {near}")
     names = list(given.loss)
-    # A likelihood term beside a loss over pairs is not modified; alone it would be read by nothing.
+    # A likelihood term beside a loss over pairs is not modified; alone it would not read an option.
     over_pairs = [name for name in names if LOSSES[name].value is not None]
     for name in over_pairs or names:
         for option, why in _unread(given, name, LOSSES[name]):
@@ -113,7 +113,7 @@ def check_combination(given: PreferenceOptimization) -> None:
 
 
 def _unread(given: PreferenceOptimization, name: str, each: PairLoss) -> Iterator[tuple[str, str]]:
-    """The modifiers that were chosen and that a loss does not read, each with the reason."""
+    """The modifiers that were chosen but that a loss does not read, each with the reason."""
     if given.label_smoothing and not each.smoothing:
         have = ", ".join(known for known, other in LOSSES.items() if other.smoothing)
         yield "label_smoothing", f"has none; it has a meaning for {have}"
@@ -140,7 +140,7 @@ def _not_normalized(name: str, each: PairLoss) -> str:
 
 
 def _check_read(given: PreferenceOptimization) -> None:
-    """Raise `ConfigError` for a number that was chosen and that nothing would read."""
+    """Raise `ConfigError` for a number that was chosen though nothing would read it."""
     alone = [(each.number, name) for name, each in LOSSES.items() if each.number is not None]
     readers = [(option, f"the {name!r} loss", name in given.loss) for option, name in alone]
     readers += [

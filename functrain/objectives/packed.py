@@ -12,14 +12,14 @@ from functrain.objectives.layouts import Layout, padding_free
 from functrain.objectives.support import check_weights, fault
 from functrain.objectives.verdicts import Verdicts
 
-# By whether there are several rows: what is wrong.
+# By whether there are several rows: what is wrong, or None.
 _found: Verdicts[str | None] = Verdicts()
 
 
 def check_separated(model: nn.Module, batch: Batch) -> None:
     """Raise `ArchitectureError` where documents of a packed batch would see each other.
 
-    Found by trying it, once for each architecture and config: of one row, and of several
+    Found by trying it, once for each architecture and config: on one row, and on several
     (flash attention in transformers separates the documents of a single row only).
     """
     if "position_ids" not in batch or "attention_mask" in batch:
@@ -35,7 +35,7 @@ def check_separated(model: nn.Module, batch: Batch) -> None:
         check_weights(model, "position_ids: several documents in a row")
         known[several] = fault(model, two_rows if several else padding_free)
     found = known[several]
-    # Asked last: of a batch that was handed over on an accelerator it is a wait, in every step.
+    # Asked last: for a batch handed over on an accelerator it synchronises, in every step.
     if found is not None and (packed or are_packed(batch)):
         hint = ""
         if several and fault(model, padding_free) is None:
@@ -47,7 +47,7 @@ def check_separated(model: nn.Module, batch: Batch) -> None:
 
 
 def two_rows(batch: Batch) -> Layout:
-    """Four sequences as packing has them: two in each of two rows, with padding at their ends."""
+    """Four sequences packed two to a row into two rows, with padding at their ends."""
     halves = [padding_free({k: v[at : at + 2] for k, v in batch.items()}) for at in (0, 2)]
     width = 2 + max(half.inputs["input_ids"].shape[1] for half in halves)
 

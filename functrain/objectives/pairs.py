@@ -1,4 +1,4 @@
-"""Batches of pairs: their schema, checked before any compute, and chosen beside rejected as one."""
+"""Batches of pairs: their schema, checked before any compute, and both sides joined into one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_pairs(batch: Batch, vocabulary: int | None) -> None:
 
 
 def check_keys(batch: Batch, sides: tuple[str, ...], *more: str) -> None:
-    """Raise `BatchError` for what is no mapping, and for a key that is unknown."""
+    """Raise `BatchError` for what is not a mapping, and for an unknown key."""
     known = (*sides, *more, "reference_logps")
     if not isinstance(batch, Mapping):
         raise BatchError(f"batch: expected a mapping, got {type(batch).__name__}")
@@ -72,7 +72,7 @@ def check_completions(side: Any, vocabulary: int | None, name: str) -> None:
 
 
 def _check_different(chosen: Batch, rejected: Batch) -> None:
-    """A pair of the same completions prefers nothing: its gradient would be 0, silently."""
+    """Raise `BatchError` for a pair of equal completions: its gradient would be 0, silently."""
     if chosen["labels"].device.type != "cpu":
         return
     one, other = (_bare(side) for side in (chosen, rejected))
@@ -87,27 +87,27 @@ def _check_different(chosen: Batch, rejected: Batch) -> None:
 
 
 def _bare(side: Batch) -> Tensor:
-    """The tokens up to the last target of each row, without its padding; −1 after them."""
+    """Each row's tokens up to its last target, without padding and moved to the front, then −1."""
     ids, labels = side["input_ids"], side["labels"]
     last = last_target(labels).unsqueeze(1)
     outside = torch.arange(ids.shape[1], device=ids.device) > last
     if "attention_mask" in side:
-        # What is a target counts, whatever its mask.
+        # A target counts, whatever its mask.
         outside = outside | ((side["attention_mask"] == 0) & (labels == IGNORE_INDEX))
-    # Stable, so that the tokens keep their order, wherever the padding was.
+    # A stable sort keeps the tokens in their order, wherever the padding was.
     outside, order = outside.sort(dim=1, stable=True)
     bare: Tensor = ids.gather(1, order).masked_fill(outside, -1)
     return bare
 
 
 def last_target(labels: Tensor) -> Tensor:
-    """Where the last target of each row is: int64 [batch]."""
+    """The index of each row's last target: int64 [batch]."""
     time = labels.shape[1]
     return time - 1 - (labels != IGNORE_INDEX).flip(1).int().argmax(1)
 
 
 def check_reference_logps(batch: Batch, sides: tuple[str, ...]) -> None:
-    """Raise `BatchError` unless `reference_logps` has, of each side, a sum or a row an example."""
+    """Raise `BatchError` unless `reference_logps` has, by side, a sum or a row for each example."""
     given = batch["reference_logps"]
     for key in given if isinstance(given, Mapping) else ():
         if key not in sides:
@@ -136,9 +136,9 @@ def check_reference_logps(batch: Batch, sides: tuple[str, ...]) -> None:
 
 
 def concatenated(chosen: Batch, rejected: Batch) -> Batch:
-    """Chosen then rejected as one batch, the shorter padded at the end to the longer's time.
+    """Chosen, then rejected, as one batch; the shorter side is padded at the end to the longer.
 
-    What pads has no target, and under causal attention nothing before it sees it.
+    The padding has no target, and under causal attention nothing before it sees it.
     """
     time = max(chosen["input_ids"].shape[1], rejected["input_ids"].shape[1])
     fill = {"labels": IGNORE_INDEX}
@@ -157,9 +157,10 @@ def reference_tokens(attached: Mapping[str, Tensor], time: int) -> Tensor:
 
 
 def sequence_labels(side: Batch) -> Tensor:
-    """Labels of prompt and completion: every token up to the last target, under the mask if any.
+    """Labels of prompt and completion: every unmasked token up to its row's last target.
 
-    Not the first one under it: nothing but padding would predict it. Targets stay what they are.
+    Under a mask the first token after padding has none: only padding would predict it. Targets stay
+    what they are.
     """
     ids, labels = side["input_ids"].to(torch.int64), side["labels"]
     places = torch.arange(ids.shape[1], device=ids.device)

@@ -61,7 +61,7 @@ from functrain.trees import Tensors
 
 @attrs.frozen(kw_only=True, eq=False)
 class Coupling:
-    """What a micro-batch needs to know of the whole batch: the loss's share of it, and its slope.
+    """What a micro-batch needs to know of the whole batch: its share of the loss, and the slope.
 
     `chosen`, `rejected`: d loss / d log-prob, float [pairs]; `value`: 0-d.
     """
@@ -71,7 +71,7 @@ class Coupling:
     rejected: Tensor
 
     def applied(self, logps: PairLogps) -> Tensor:
-        """A value and a gradient as the loss's own: the log-probs enter linearly."""
+        """A tensor with the loss's own value and gradient: the log-probs enter linearly."""
         linear = (self.chosen * logps.chosen).sum() + (self.rejected * logps.rejected).sum()
         return self.value + (linear - linear.detach())
 
@@ -82,7 +82,7 @@ class Coupling:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Observed:
-    """Pairs without history, and the weight of each: what coupled losses are computed of."""
+    """Pairs without history, and the weight of each: what coupled losses are computed from."""
 
     logps: PairLogps
     weights: Tensor | None
@@ -90,10 +90,10 @@ class Observed:
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Known:
-    """What a loss reads of pairs beside the policy's log-probs, chosen above rejected.
+    """What a loss reads of pairs besides the policy's log-probs, chosen above rejected.
 
     `mask` [2 · pairs, time − 1]: where completions have a target. `reference`: its log-probs in
-    nats, by token as the mask or summed [2 · pairs]; None where there is none.
+    nats, by token like the mask or summed [2 · pairs]; None where there is none.
     """
 
     mask: Tensor
@@ -101,7 +101,7 @@ class _Known:
     coupling: Coupling | None
 
     def of(self, pairs: slice) -> _Known:
-        """The same of some of the pairs."""
+        """The same for some of the pairs."""
         return _Known(
             mask=sides_of(self.mask, pairs),
             reference=None if self.reference is None else sides_of(self.reference, pairs),
@@ -111,9 +111,9 @@ class _Known:
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Taken:
-    """The summed loss of pairs (as `weight`), and what it was taken of.
+    """The summed loss of pairs, in the shape of `weight`, and what it was computed from.
 
-    Of some pairs of a micro-batch under a coupling only the gradient of `total` is theirs.
+    For some pairs of a micro-batch under a coupling, only the gradient of `total` is theirs.
     """
 
     total: Tensor
@@ -126,36 +126,36 @@ class _Taken:
 class PreferenceOptimization:
     """The sum over pairs of a preference loss; the weight is the number of pairs.
 
-    `loss`: a name of `functrain.objectives.LOSSES`, or a weighted mix of several by name. One with
-    a likelihood term (`sft`, `cpo`, `orpo`) has a second sum, over tokens, and a second weight,
-    their number: each is divided by its own, over the whole logical batch.
+    `loss`: a name in `functrain.objectives.LOSSES`, or a mix of several as weights by name. One
+    with a likelihood term (`sft`, `cpo`, `orpo`) has a second sum, over tokens, and a second
+    weight, their number: each sum is divided by its own weight, over the whole logical batch.
 
     `reference`: params of the same architecture, fixed; None where every batch carries
     `reference_logps`, or no loss reads one. With `dropout=False` (the default, as in TRL) the
-    policy is in eval mode while it trains, so that it equals the reference at step 0: margin 0,
-    `sigmoid` log 2. A reference in another floating dtype is cast to the params'; what was rounded
-    to get there, as in half precision, makes that margin nearly 0.
+    policy trains in eval mode, so that it equals the reference at step 0: margin 0, `sigmoid`
+    log 2. A reference in another floating dtype is cast to the params'; where that rounds, as to
+    half precision, the margin is only nearly 0.
 
-    Modifiers: `divergence` puts an f-divergence (2309.16240) in the place of Δ, `divergence_alpha`
-    is its α; `length_normalized` takes Δ by token; `ld_alpha` (LD-DPO, 2409.06411) weighs what a
-    completion has beyond the shorter one's length; `wpo` (2406.11827) weighs a pair by how likely
-    the policy finds it; `reference_mixup` α and `reference_sync` k (TR-DPO, 2404.09656) move the
-    reference to α·π + (1−α)·ref every k steps: it is then `state.reference`.
+    Modifiers: `divergence` replaces Δ by an f-divergence (2309.16240), and `divergence_alpha` is
+    its α; `length_normalized` divides Δ by the completion's length; `ld_alpha` (LD-DPO, 2409.06411)
+    weighs the tokens of a completion beyond the shorter one's length; `wpo` (2406.11827) weighs a
+    pair by how likely the policy finds it; `reference_mixup` α and `reference_sync` k (TR-DPO,
+    2404.09656) move the reference, then `state.reference`, to α·π + (1−α)·ref every k steps.
 
-    Of a mix every loss over pairs must read each modifier that is chosen, and `label_smoothing`;
-    otherwise it is refused, naming the loss. The likelihood terms, `sft` and those of `cpo` and
-    `orpo`, read none of them: they are plain −log-likelihoods beside what is modified. `ld_alpha`
-    is refused for losses that divide by lengths (`sigmoid_norm`, `ipo`, `simpo`, `orpo`).
+    Every loss over pairs in a mix must read each modifier that is chosen, and `label_smoothing`;
+    otherwise it is refused by name. The likelihood terms, `sft` and those of `cpo` and `orpo`, read
+    none of them: they are plain −log-likelihoods beside what is modified. `ld_alpha` is refused for
+    losses that divide by lengths (`sigmoid_norm`, `ipo`, `simpo`, `orpo`).
 
-    Batch-coupled losses (`aot`, `aot_unpaired`, `bco_pair`) are computed in two passes where there
-    are several micro-batches: all log-probs first, then each micro-batch's gradient through the
-    known d loss / d log-prob. `bco_pair`'s δ is the mean of all rewards so far, this batch's too.
+    Batch-coupled losses (`aot`, `aot_unpaired`, `bco_pair`) take two passes where there are several
+    micro-batches: all log-probs first, then each micro-batch's gradient through the known
+    d loss / d log-prob. `bco_pair`'s δ is the mean of all rewards so far, this batch's included.
 
     `layout`: `padded`; `padding_free`, all sequences of a micro-batch in one row, for models whose
-    attention tells them apart by `position_ids`; or `shared_prompt`, what the sides of a pair begin
-    with once for both, for models that take a mask [batch, 1, time, time]. Each sequence is scored
-    as if it stood alone, its positions counted from 0 unless it has its own: the same as padded to
-    rounding (with dropout other random bits). A model that does not support it is refused.
+    attention tells them apart by `position_ids`; or `shared_prompt`, the common prefix of a pair
+    once for both sides, for models that take a mask [batch, 1, time, time]. Each sequence is scored
+    as if it stood alone, with positions from 0 unless it has its own: the same as `padded` to
+    rounding (with dropout other random bits). A model that does not support the layout is refused.
 
     Raises `ConfigError` for a loss, number, boolean or combination that makes no sense.
     """
@@ -195,7 +195,7 @@ class PreferenceOptimization:
     head: HeadMode = attrs.field(default="auto", validator=head_mode)
     layout: LayoutName = attrs.field(default="padded", validator=layout_name)
     name: str = "dpo"
-    # What a state carries for it, and no option: `carrying` puts it here.
+    # What a state carries for it, not an option: `carrying` puts it here.
     _running: Tensors | None = attrs.field(default=None, alias="_running", repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -203,7 +203,7 @@ class PreferenceOptimization:
 
     @property
     def direct(self) -> bool:
-        """Not with `head="full"`, which has the bits of an ordinary loop."""
+        """False with `head="full"`, which gives the bits of an ordinary loop."""
         return self.head == "auto"
 
     @property
@@ -225,7 +225,7 @@ class PreferenceOptimization:
         return ((weight, LOSSES[name]) for name, weight in self.loss.items())
 
     def likelihoods(self) -> dict[Likelihood, float]:
-        """The −log-likelihoods that the mix holds, and the weight of each."""
+        """The −log-likelihood terms of the mix, and the weight of each."""
         found: dict[Likelihood, float] = {}
         for name, weight in self.loss.items():
             kind = LOSSES[name].likelihood
@@ -258,7 +258,7 @@ class PreferenceOptimization:
             )
 
     def weight(self, batch: Batch) -> Tensor:
-        """The number of pairs, int64, 0-d; with likelihoods [1 + of them], their tokens too."""
+        """The number of pairs, int64, 0-d; with likelihood terms [1 + terms], their tokens too."""
         device = batch["chosen"]["input_ids"].device
         # A fill, where `torch.tensor` would copy from the host and wait.
         pairs = torch.full((), examples_in(batch), dtype=torch.int64, device=device)
@@ -280,11 +280,11 @@ class PreferenceOptimization:
     def __call__(
         self, model: nn.Module, batch: Batch, coupling: Coupling | None = None
     ) -> tuple[Tensor, Metrics]:
-        """The summed loss with the metrics that preference dashboards know.
+        """The summed loss, with the metrics that preference dashboards expect.
 
-        `perplexity` is the policy's, by token of the chosen completions. `nll_loss` is the mean of
-        a mix's likelihood term; of one with both kinds, `nll_loss/completion` and
-        `nll_loss/sequence`. `padding` is the part of the tokens that is padding, in the layout.
+        `perplexity` is the policy's, per token of the chosen completions. `nll_loss` is the mean of
+        a mix's likelihood term; a mix with both kinds has `nll_loss/completion` and
+        `nll_loss/sequence`. `padding` is the fraction of the layout's tokens that is padding.
 
         Policy and reference take one forward each, over chosen and rejected together.
         """
@@ -316,7 +316,7 @@ class PreferenceOptimization:
         return taken.total, Metrics(measured) | pair_metrics | token_metrics(scores)
 
     def _labels(self, batch: Batch, joined: Batch) -> Tensor:
-        """What is scored: the completions; of chosen sequences all, where a likelihood is of it."""
+        """What is scored: completions, and whole chosen sequences where a likelihood reads them."""
         labels: Tensor = joined["labels"]
         if "sequence" not in self.likelihoods():
             return labels
@@ -333,9 +333,9 @@ class PreferenceOptimization:
         layout: Layout | None,
         coupling: Coupling | None = None,
     ) -> _Known:
-        """What is known of the pairs before the policy has scored them: the reference goes first.
+        """What is known of the pairs before the policy scores them; the reference goes first.
 
-        So its forward does not find the policy's activations in memory.
+        Its forward then does not find the policy's activations in memory.
         """
         mask = joined["labels"][:, 1:] != IGNORE_INDEX
         reference: Tensor | None = None
@@ -353,10 +353,10 @@ class PreferenceOptimization:
         return _Known(mask=mask, reference=reference, coupling=coupling)
 
     def _slopes(self, known: _Known) -> PairSlopes | None:
-        """What the gradient of the step gives the log-probs of pairs, where that can be told.
+        """The step's gradient with respect to log-probs of pairs, where it can be known early.
 
-        Within an accumulation, which says what the sum will be multiplied by, and of losses that
-        need no other pairs.
+        That is within an accumulation, which says what the sum will be multiplied by, and for
+        losses that need no other pairs, or have a coupling that tells of them.
         """
         under = accumulators.current()
         if under is None or (self.batch_coupled and known.coupling is None):
@@ -372,7 +372,7 @@ class PreferenceOptimization:
         return slopes
 
     def _taken(self, whole: TokenScores, known: _Known) -> _Taken:
-        """The summed loss of pairs whose log-probs are there, with what it is made of."""
+        """The summed loss of pairs whose log-probs are known, with what it is made of."""
         kinds = self.likelihoods()
         scores = whole.masked(known.mask) if "sequence" in kinds else whole
         logps = self._logps(scores, known)
@@ -412,7 +412,7 @@ class PreferenceOptimization:
         )
 
     def _sums(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ over completion tokens, chosen and rejected; what `ld_alpha` weighs, weighed."""
+        """Σ over completion tokens, of chosen and of rejected, with the weights of `ld_alpha`."""
         if self.ld_alpha is not None:
             lengths = mask.sum(-1)
             shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
@@ -436,7 +436,7 @@ class PreferenceOptimization:
         return self._of_whole_batch(observed).sum()
 
     def _of_whole_batch(self, observed: Observed) -> Tensor:
-        """The mix's value of each pair, of pairs that are all of their batch."""
+        """The mix's value of each pair, where these pairs are their whole batch."""
         logps = observed.logps
         if "bco_pair" in self.loss:
             logps = attrs.evolve(logps, offset=self._offset(logps).to(logps.chosen.dtype))
@@ -471,7 +471,7 @@ class PreferenceOptimization:
 
     def couple(self, observed: Sequence[Observed]) -> list[Coupling]:
         """For each micro-batch, the whole batch's loss as a function of its own log-probs."""
-        # An evaluation may be in inference mode; what is joined outside of it can have slopes.
+        # An evaluation may be in inference mode; only what is joined outside it can have gradients.
         with torch.inference_mode(False), torch.enable_grad():
             joined = _joined(observed)
             chosen = joined.logps.chosen.detach().requires_grad_()
@@ -487,7 +487,7 @@ class PreferenceOptimization:
 
     @torch.no_grad()
     def _offset(self, logps: PairLogps) -> Tensor:
-        """δ of `bco_pair`: the mean reward of all pairs so far, and of this batch; float64."""
+        """δ of `bco_pair`: the mean reward of all pairs so far, this batch's included; float64."""
         rewards = self.beta * (logps.ratio_chosen.double() + logps.ratio_rejected.double())
         total = rewards.sum()
         count = torch.full_like(total, 2 * len(rewards))
@@ -504,7 +504,7 @@ class PreferenceOptimization:
         return Tensors({"reward_sum": zero, "reward_count": zero.clone()})
 
     def advance(self, running: Tensors, metrics: Metrics) -> Tensors:
-        """What is carried after a step with these metrics."""
+        """The running values after a step with these metrics."""
         total, count = running["reward_sum"], running["reward_count"]
         for name in ("rewards/chosen", "rewards/rejected"):
             seen = metrics.metric(name)
@@ -514,13 +514,13 @@ class PreferenceOptimization:
     def carrying(
         self, reference: Tensors | None, running: Tensors | None
     ) -> PreferenceOptimization:
-        """This objective with what a state carries for it."""
+        """This objective with the reference and running values that a state carries for it."""
         if self.reference_mixup is not None and reference is not None:
             return attrs.evolve(self, reference=reference, _running=running)
         return self if running is None else attrs.evolve(self, _running=running)
 
     def _pair_metrics(self, logps: PairLogps, scores: TokenScores) -> Metrics:
-        """Rewards of what the loss sees; `logps/…` are plain sums, whatever `ld_alpha` weighs."""
+        """Rewards as the loss sees them; `logps/…` are plain sums, unweighted by `ld_alpha`."""
         plain = scores.sums.detach().chunk(2)
         chosen = self.beta * logps.ratio_chosen.detach()
         rejected = self.beta * logps.ratio_rejected.detach()
@@ -546,7 +546,7 @@ class PreferenceOptimization:
 
 
 def _joined(observed: Sequence[Observed]) -> Observed:
-    """The observations of all micro-batches as of one batch."""
+    """The observations of all micro-batches, as of one batch."""
     first = observed[0]
 
     def cat(name: str) -> Any:

@@ -24,11 +24,11 @@ def reference_scores(
     layout: Layout | None = None,
     paired: bool = False,
 ) -> TokenScores:
-    """`token_scores` of the bound `model` with `reference` in place of its params; logps alone.
+    """`token_scores` of the bound `model`, not detailed, under `reference` in place of its params.
 
-    `torch.func.functional_call` under no_grad and in eval mode, with the buffers that are bound:
-    no second module, no switch on the model, and never a gradient. The same code path and dtypes
-    as the policy's, so that equal params give equal bits.
+    It is `torch.func.functional_call` under no_grad and in eval mode, with the bound buffers: no
+    second module, no switch on the model, and never a gradient. Code path and dtypes are the
+    policy's, so that equal params give equal bits.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -53,7 +53,7 @@ def reference_scores(
 def _with(
     model: nn.Module, reference: Mapping[str, Tensor]
 ) -> Generator[tuple[Callable[..., object], Mapping[str, Tensor]]]:
-    """A forward of the model with these params, and those that a head may be among."""
+    """A forward of the model with these params, and the values that a head may be among."""
     bound = dict(model.named_parameters())
     values = {name: tensor.to(bound[name].dtype) for name, tensor in reference.items()}
     substitute = current_substitution()

@@ -24,7 +24,7 @@ from functrain.objectives.head import Head, find_head
 from functrain.objectives.language import LanguageModeling
 
 _TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k")
-# Of the families for which transformers has no aux_loss, those that choose the likeliest.
+# The families without an aux_loss in transformers whose routers still choose the likeliest.
 _LIKELIEST = ("aria_text", "hunyuan_v1_moe")
 
 
@@ -38,7 +38,7 @@ def _coefficient(_record: object, _field: object, value: Any) -> None:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Routed:
-    """How often each expert was chosen, float64 [experts], and of how many rows, 0-d."""
+    """How often each expert was chosen, float64 [experts], and in how many rows, 0-d."""
 
     counts: Tensor
     rows: Tensor
@@ -48,14 +48,14 @@ class Routed:
 class RoutedLanguageModeling(LanguageModeling):
     """`LanguageModeling` plus `router` times E · Σ_e f_e · p_e, over all layers (2101.03961).
 
-    Of the tokens that are no padding, f_e is the part that chose expert e (of a top k, k parts in
-    all), which has no gradient, and p_e its mean probability: what transformers returns as
-    `aux_loss`. Both are means over the whole batch, so it couples its examples: with micro-batches
-    f_e is counted in a first pass, and the gradient is that of the batch in one piece, where
-    trainers that add each micro-batch's own loss have another one.
+    Over the tokens that are not padding, f_e is the fraction that chose expert e (of a top k, the
+    fractions sum to k), without a gradient, and p_e its mean probability: what transformers returns
+    as `aux_loss`. Both are means over the whole batch, which couples its examples: with
+    micro-batches f_e is counted in a first pass, and the gradient is that of the batch in one
+    piece; trainers that add each micro-batch's own loss have another one.
 
-    `loss` among the metrics is the cross entropy alone, `aux_loss` the balance, which is 1 · k
-    where every expert is chosen alike.
+    Among the metrics, `loss` is the cross entropy alone and `aux_loss` the balance, which is k
+    where all experts are chosen equally often.
     """
 
     router: float = attrs.field(validator=_coefficient)
@@ -63,19 +63,19 @@ class RoutedLanguageModeling(LanguageModeling):
 
     @property
     def direct(self) -> bool:
-        """Its sum is not a cross entropy alone."""
+        """False: its sum is not a cross entropy alone."""
         return False
 
     def weight(self, batch: Batch) -> Tensor:
-        """The target tokens, and the tokens that are routed; int64 [2]."""
+        """The number of target tokens, and of tokens that are routed; int64 [2]."""
         return torch.stack([count_targets(batch), _tokens(batch)])
 
     def check_weight(self, weight: Tensor) -> None:
-        """As `LanguageModeling`'s, of the targets."""
+        """As `LanguageModeling.check_weight`, for the targets."""
         check_targets(weight[0], "labels")
 
     def observe(self, model: nn.Module, batch: Batch) -> Routed:
-        """The choices of a micro-batch: the first of two passes."""
+        """The experts that a micro-batch chooses: the first of two passes."""
         recorded, call = _recording(model)
         head = find_head(model)
         if isinstance(head, Head):
@@ -86,7 +86,7 @@ class RoutedLanguageModeling(LanguageModeling):
         return Routed(counts=counts, rows=rows)
 
     def couple(self, observed: Sequence[Routed]) -> list[Tensor]:
-        """The part of all rows that chose each expert, for every micro-batch."""
+        """The fraction of all rows that chose each expert, for every micro-batch."""
         counts = torch.stack([each.counts for each in observed]).sum(0)
         rows = torch.stack([each.rows for each in observed]).sum()
         return [counts / rows] * len(observed)
@@ -97,7 +97,7 @@ class RoutedLanguageModeling(LanguageModeling):
         """The summed cross entropy and the summed balance, [2]; `coupling`: f of the whole batch.
 
         Raises `ArchitectureError` for a model without routers, and for one whose routers choose
-        other experts than the likeliest.
+        experts other than the likeliest.
         """
         recorded, call = _recording(model)
         total, measured = self.summed(model, batch, call)
@@ -113,12 +113,12 @@ def _tokens(batch: Batch) -> Tensor:
     padding = padding_in(batch)
     if padding is None:
         ids = batch["input_ids"]
-        return torch.full((), ids.numel(), device=ids.device)  # which waits for no device
+        return torch.full((), ids.numel(), device=ids.device)  # a fill, which waits for no device
     return (~padding).sum()
 
 
 def _recording(model: nn.Module) -> tuple[list[Sequence[Tensor]], Callable[..., Any]]:
-    """A call of the model that keeps what its routers returned."""
+    """A record of what the model's routers return, and the call of the model that fills it."""
     recorded: list[Sequence[Tensor]] = []
 
     def call(**inputs: Any) -> Any:
@@ -144,10 +144,10 @@ def _no_routers(model: nn.Module) -> ArchitectureError:
 
 
 def _check_likeliest(model: nn.Module, outputs: Any) -> None:
-    """Raise `ArchitectureError` where others than the likeliest experts may have been chosen.
+    """Raise `ArchitectureError` where experts other than the likeliest may have been chosen.
 
-    Scores of a sigmoid, a choice of groups first, biases that balance by themselves: where the
-    models of transformers have one of those it returns no `aux_loss`.
+    That is with sigmoid scores, with groups that are chosen first, or with biases that balance by
+    themselves: for its models with one of those, transformers returns no `aux_loss`.
     """
     if getattr(outputs, "aux_loss", None) is not None:
         return

@@ -1,8 +1,8 @@
-"""Log-probabilities of targets over a head, by chunks.
+"""Log-probs of targets over a head, by chunks.
 
-What a loss makes of them is not known here. Where it says what their slopes will be, as a loss of
-pairs does once a pair is scored, their gradient is taken while the logits are there; else the
-backward pass takes it, of logits that stayed or are made again.
+What a loss makes of them is not known here. Where it says what their slopes will be, as a loss over
+pairs can once a pair is scored, their gradient is computed while the logits are there; otherwise
+the backward pass computes it, from logits that were kept or are made again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from functrain.objectives.modes import are_modes_of
 
 @attrs.frozen(eq=False)
 class Scores:
-    """Of each target: its log-prob (with its history), and of its distribution, without:
+    """The log-prob of each target (with its history) and, without, of its distribution:
 
     entropy in nats, whether the target is its mode, the mean logit, and log Σ_v p(v)².
     """
@@ -45,7 +45,7 @@ class Scores:
 
 
 Slopes = Callable[[int, Scores], Tensor]
-"""Of a group by its place, and its scores: d loss / d log-prob, float [rows of the group]."""
+"""Given a group's index and its scores: d loss / d log-prob, float [rows of the group]."""
 
 
 def scored(
@@ -57,26 +57,28 @@ def scored(
     groups: Sequence[int] | None = None,
     slopes: Slopes | None = None,
 ) -> Scores:
-    """The log-prob of each target [n], float32 or more, and what `Scores` holds beside.
+    """The log-prob of each target [n], float32 or more, and the other fields of `Scores`.
 
-    0 where the target is −100. The backward pass makes each chunk's logits again; where those of
-    all rows are no more than `KEPT` budgets it finds them there (a second one makes them again, the
-    same to rounding). `detailed=False` leaves entropy, level and collision at 0: they cost about as
-    much as the log-probs.
+    0 where the target is −100. `detailed=False` leaves entropy, level and collision at 0: they cost
+    about as much as the log-probs. The backward pass makes each chunk's logits again, unless they
+    are in float32 or more, have no finish and take no more than `KEPT` budgets in all: then it
+    finds them kept (a second one makes them again, the same to rounding).
 
-    `groups`: how many rows belong together, one after another: the logits of a group are made at
-    once where they are no more than `KEPT` budgets. `slopes`: what the backward pass will be given
-    for them, where that is known of the scores of a group alone, as of a pair of DPO. Then its
-    gradient is taken while its logits are there: those of larger groups alone are made again, and
-    none stays. There is one backward pass then. Other slopes than those that were said are a
-    `ConfigError`; on an accelerator, where to ask would be a wait, gradients of NaN. They are not
-    asked where no gradient is wanted, nor in fp16, whose gradients wait for their loss scale.
+    `groups`: how many consecutive rows belong together. The logits of a group are made at once
+    where they take no more than `KEPT` budgets.
+
+    `slopes`: what the backward pass will be given for a group, where its scores alone tell, as
+    those of a pair do in DPO. Its gradient is then computed while its logits are there: only those
+    of larger groups are made again, and none are kept. Only one backward pass is possible. Slopes
+    other than those promised are a `ConfigError`; on an accelerator, where checking would
+    synchronise, they make the gradients NaN. `slopes` is not called where no gradient is wanted,
+    nor in fp16, whose gradients wait for their loss scale.
     """
     hidden, weight, bias = in_dtype(hidden, projection)
     check_targets(targets, len(weight))
     few = projection.may_stay(len(hidden))
     few = few and projection.finish is None and hidden.dtype.itemsize >= 4
-    # Of the shape alone: a product of other rows may have other bits, and a reference no history.
+    # By shape alone: a reference has no history, and a product of other rows may have other bits.
     parts = _parts(len(hidden), projection, groups)
     graded = torch.is_grad_enabled()
     # At unit scale small probabilities are zeros in fp16: the gradient waits for its scale.
@@ -93,7 +95,7 @@ def scored(
 
 
 def _parts(rows: int, projection: Projection, groups: Sequence[int] | None) -> list[list[slice]]:
-    """The chunks of each group, in their order; without groups, those of all rows."""
+    """The chunks of each group, in order; without groups, those of all rows."""
     if groups is None:
         return [list(projection.chunks(rows))]
     parts: list[list[slice]] = []
@@ -108,7 +110,7 @@ def _parts(rows: int, projection: Projection, groups: Sequence[int] | None) -> l
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Options:
-    """How scores are taken: what of `scored` is not a tensor with a gradient.
+    """How scores are computed: the arguments of `scored` that are not tensors with a gradient.
 
     `parts`: the chunks of each group. `kept`: whether all logits stay for the backward pass.
     `into`: where the weight's gradient is summed.
@@ -122,10 +124,11 @@ class _Options:
 
 
 class _Measures:
-    """What `Scores` holds, of a chunk's logits, which become its log-probs.
+    """Computes the fields of `Scores` from a chunk's logits, which become its log-probs.
 
-    Details of a part of the budget at a time, since what is made beside the logits is as large. On
-    the CPU of a quarter; on an accelerator the calls would take longer than what they compute.
+    Details take scratch as large as the logits, so they are computed for a part of the budget at a
+    time: on the CPU for a quarter; on an accelerator, where the calls would take longer than what
+    they compute, for all of it.
     """
 
     def __init__(self, projection: Projection, *, detailed: bool) -> None:
@@ -133,7 +136,7 @@ class _Measures:
         self._second: Tensor | None = None
 
     def of(self, logits: Tensor, targets: Tensor) -> list[tuple[Tensor, ...]]:
-        """As the fields of `Scores`, each [rows, 1]; the logits are overwritten."""
+        """The fields of `Scores` by slices, each [rows, 1]; the logits are overwritten."""
         if not self._detailed:
             return [self._taken(logits, targets)]
         slices = self._projection.chunks(len(logits), 4 if logits.device.type == "cpu" else 1)
@@ -163,7 +166,7 @@ class _Measures:
 
 
 def _joined(found: list[tuple[Tensor, ...]], hidden: Tensor) -> tuple[Tensor, ...]:
-    """The fields of `Scores`, each [rows]."""
+    """The slices joined into the fields of `Scores`, each [rows]."""
     if not found:
         none = hidden.new_zeros(0, 1, dtype=widened(hidden.dtype))
         found = [(none, none, none.bool(), none, none)]
@@ -173,8 +176,8 @@ def _joined(found: list[tuple[Tensor, ...]], hidden: Tensor) -> tuple[Tensor, ..
 class _Scored(torch.autograd.Function):
     """The log-prob of each target.
 
-    Its gradient is taken in the forward pass where the slopes are known, and else in the backward
-    pass, of the logits that stayed or are made again.
+    Its gradient is computed in the forward pass where the slopes are known, and otherwise in the
+    backward pass, from logits that were kept or are made again.
     """
 
     @staticmethod
@@ -243,7 +246,7 @@ class _Scored(torch.autograd.Function):
         grads = Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.into)
         kept: list[Tensor] = ctx.kept
         if kept:
-            # What is found there is overwritten, and can be found once.
+            # The kept log-probs are overwritten, so they can be used once.
             slope = less_targets(kept.pop().exp_(), *columns(targets))
             grads.add(slice(0, len(hidden)), hidden, slope, -grad_outputs[0].unsqueeze(1))
             return (*grads.found(), None, None, None)
@@ -255,7 +258,7 @@ class _Scored(torch.autograd.Function):
                 slope = less_targets(torch.softmax(logits, -1, out=logits), column, valid)
                 scale = -grad_outputs[0][at].unsqueeze(1)
                 if hidden.dtype == torch.float16:
-                    # Before it is narrowed, as a loss scale means it.
+                    # Scaled before it is narrowed, as a loss scale intends.
                     grads.add(at, hidden[at], rows.before_finish(slope.mul_(scale)), None)
                 else:
                     grads.add(at, hidden[at], rows.before_finish(slope), scale)
@@ -270,9 +273,9 @@ def _autocast(kind: str) -> torch.autocast:
 
 
 def _check_slopes(known: Tensor, given: Tensor) -> Tensor | None:
-    """Raise `ConfigError` where a loss is not the one whose slopes its objective has said.
+    """Raise `ConfigError` unless a loss has the slopes that its objective promised.
 
-    On an accelerator, where that would be a wait: a factor of its gradients, 1 or NaN.
+    On an accelerator, where that would synchronise, return a factor for the gradients: 1 or NaN.
     """
     if not len(known):
         return None

@@ -1,6 +1,6 @@
 """What a model does with sequences, found by trying it on a few tokens.
 
-Whether it supports a way to lay them out, and whether it predicts tokens from those before them.
+That is, whether it supports a layout of them, and whether it predicts tokens from earlier ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _under_trial: ContextVar[bool] = ContextVar("under_trial", default=False)
 
 
 def under_trial() -> bool:
-    """Whether a model is being tried, which it is in its first step alone."""
+    """Whether a model is being tried, which happens in its first step only."""
     return _under_trial.get()
 
 
@@ -44,14 +44,14 @@ def check_weights(model: nn.Module, what: str) -> None:
         )
 
 
-# Of which it has been tried whether they are causal.
+# Models that have been tried for whether they are causal.
 _tried: Verdicts[bool] = Verdicts()
 
 
 def check_causal(model: nn.Module) -> None:
-    """Warn of a model whose logits depend on tokens that come after them: an encoder, say.
+    """Warn of a model whose logits depend on tokens that come after them, such as an encoder.
 
-    It sees what it is to predict, and its loss tends to nothing. Found by trying it, once for each
+    It sees what it is to predict, so its loss tends to nothing. Found by trying it, once for each
     architecture and config. Raises `ArchitectureError` for an encoder-decoder of transformers.
     """
     known = _tried.of(model)
@@ -75,10 +75,10 @@ def check_causal(model: nn.Module) -> None:
 
 
 def _sees_ahead(model: nn.Module) -> bool:
-    """Whether the last of a few tokens changes the logits before it; False where nobody can tell.
+    """Whether the last of a few tokens change the logits before them; False if that is unclear.
 
-    Of three sequences that begin alike the last two tokens are others in the second. Where the
-    first and the third differ as well, something else is the reason.
+    Of three equal sequences the second is given two other tokens at its end. Where the first and
+    the third differ as well, something else is the reason.
     """
     try:
         return _trying(model, _differs_ahead)
@@ -97,9 +97,9 @@ def _differs_ahead(model: nn.Module) -> bool:
 def fault(model: nn.Module, make: Callable[[Batch], Layout]) -> str | None:
     """What is wrong with a model's logits in the layout that `make` gives; None: nothing.
 
-    Tried on two pairs. Each sequence must have the logits that it has alone, as other positions
-    would make others, and the same ones whatever the tokens of the others are. It must also be able
-    to go wrong: with the same tokens in plain rows it has to.
+    Tried on two pairs. Each sequence must have the logits that it has alone (with other positions
+    they would be others), whatever the tokens of the other sequences. The trial must also be able
+    to fail: the same tokens in plain rows have to give other logits.
     """
     try:
         found = _trying(model, lambda trying: _fault(trying, make))
@@ -128,8 +128,8 @@ def _fault(model: nn.Module, make: Callable[[Batch], Layout]) -> str | None:
             f"its logits were {apart:.2g} of the largest away from those of each sequence alone, "
             f"expected at most {limit:.1g}"
         )
-    # Of the same shapes every kernel sums in the same order; but experts are handed other numbers
-    # of tokens, which was 9 ε in models of 8 layers.
+    # With equal shapes every kernel sums in the same order; but experts are handed other numbers
+    # of tokens, which made 9 ε in models of 8 layers.
     told, rounding = _told(model, made, real, logits), min(64 * epsilon, limit)
     if not told <= rounding:
         return (
@@ -143,7 +143,7 @@ def _fault(model: nn.Module, make: Callable[[Batch], Layout]) -> str | None:
 
 
 def _told(model: nn.Module, made: Layout, real: Tensor, logits: Tensor) -> float:
-    """How far the logits of a sequence are moved by other tokens in all the others."""
+    """How far the logits of any sequence move when all the other sequences have other tokens."""
     ids = made.inputs["input_ids"]
     logits = logits.flatten(0, 1)
     found: list[float] = []
@@ -159,8 +159,8 @@ def _told(model: nn.Module, made: Layout, real: Tensor, logits: Tensor) -> float
 def _trying(model: nn.Module, find: Callable[[nn.Module], Found]) -> Found:
     """What `find` finds of the model with stirred values, in float32 whatever the step's precision.
 
-    In half precision rounding would hide what is small. Where it cannot be called in float32, as
-    flash attention cannot be, it is tried as it is.
+    In half precision rounding would hide small differences. A model that cannot be called in
+    float32, as with flash attention, is tried as it is.
     """
     token = _under_trial.set(True)
     try:
@@ -179,7 +179,7 @@ def _in_float32(model: nn.Module, find: Callable[[nn.Module], Found]) -> Found:
             _unrounded(),
         ):
             return find(model)
-    except Exception:  # of a foreign forward; a second time it is the caller's
+    except Exception:  # from a foreign forward; a second one is the caller's
         with calm(model, _stirred(model)):
             return find(model)
 
@@ -190,7 +190,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def _unrounded() -> Generator[None]:
-    """Within it, no kernel computes float32 in TF32 or bfloat16."""
+    """Within this context no kernel computes float32 in TF32 or bfloat16."""
     backends: Any = torch.backends  # some of which are not typed
     places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
     before = [place.fp32_precision for place in places]
@@ -206,12 +206,12 @@ def _unrounded() -> Generator[None]:
 def _stirred(
     model: nn.Module, cast: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
 ) -> dict[str, Tensor]:
-    """Values under which tokens have to do with each other, whatever the weights are now.
+    """Values under which tokens affect each other, whatever the weights are now.
 
-    A matrix is one line of random numbers, shifted from row to row, so that it takes no memory. Of
-    more dimensions all slices are the same, and so are all parameters with such slices, as a kernel
-    for experts takes no shifted ones. Scales and biases are near 1: a gate that begins at 0 is not
-    to hide what it will let through.
+    A matrix is one line of random numbers, shifted from row to row, so that it takes no memory.
+    With more dimensions all slices are the same, and shared by all parameters with such slices, as
+    a kernel for experts takes no shifted ones. Scales and biases are near 1, so that a gate that
+    begins at 0 does not hide what it will let through.
     """
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
@@ -238,9 +238,9 @@ def _stirred(
 
 
 def _trial(model: nn.Module) -> tuple[dict[str, Any], Tensor]:
-    """Two pairs of different lengths, the sides of one with three tokens in common.
+    """Two pairs of different lengths, in one of which the sides begin with the same three tokens.
 
-    And which tokens something is predicted from: bool [4, 6].
+    And which tokens have something to predict: bool [4, 6].
     """
     device = next(model.parameters()).device
     with torch.device("cpu"):  # whatever the default is
@@ -254,7 +254,7 @@ def _trial(model: nn.Module) -> tuple[dict[str, Any], Tensor]:
 
 
 def _alone(model: nn.Module, batch: Batch, real: Tensor) -> Tensor:
-    """The logits of each sequence by itself, one after the other."""
+    """The logits of each sequence by itself, concatenated."""
     sequences = zip(batch["input_ids"], real, strict=True)
     found = [logits_of(model, {"input_ids": ids[own].unsqueeze(0)}) for ids, own in sequences]
     return torch.cat([logits.squeeze(0) for logits in found])
@@ -266,7 +266,7 @@ def _apart(logits: Tensor, alone: Tensor) -> float:
 
 
 def _epsilon(model: nn.Module) -> float:
-    """ε of the coarsest dtype that is computed in; norms and rotary angles are float32 at best."""
+    """ε of the coarsest dtype computed in; norms and rotary angles are float32 at best."""
     dtypes = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     device = next(model.parameters()).device.type
     if torch.is_autocast_enabled(device):

@@ -24,7 +24,7 @@ UNPAIRED = ("completion", "mismatched")
 
 
 def check_completed(batch: Batch, vocabulary: int | None) -> None:
-    """Raise `BatchError` unless both sides are well formed, each example with its completion."""
+    """Raise `BatchError` unless both sides are well formed and each example has its completion."""
     check_keys(batch, UNPAIRED, "desirable")
     check_sides(batch, UNPAIRED, vocabulary, "an unpaired batch")
 
@@ -33,15 +33,15 @@ def check_completed(batch: Batch, vocabulary: int | None) -> None:
 class UnpairedOptimization:
     """KTO (2402.01306): the sum over examples; the weight is their number.
 
-    Of an example with Δ = log π(y|x) − log ref(y|x): λ_D·(1 − σ(β(Δ − z₀))) where it is desirable,
-    λ_U·(1 − σ(β(z₀ − Δ))) where it is not. z₀ = max(0, mean Δ of prompts with completions of other
+    An example with Δ = log π(y|x) − log ref(y|x) costs λ_D·(1 − σ(β(Δ − z₀))) if it is desirable,
+    and λ_U·(1 − σ(β(z₀ − Δ))) if not. z₀ = max(0, mean Δ of prompts with completions of other
     examples) estimates how far the policy is from the reference; no gradient flows through it. It
-    is of the whole logical batch, so the loss is batch-coupled, and with several micro-batches the
-    mismatched ones are scored first.
+    is a mean over the whole logical batch, so the loss is batch-coupled, and with several
+    micro-batches the mismatched completions are scored first.
 
     A batch is `{"completion": …, "mismatched": …, "desirable": bool [examples]}`, the sides as
     sequences with labels (`functrain.data.unpaired` makes them), and optionally `reference_logps`
-    of both sides. Raises `ConfigError` for numbers that are not positive, and the like.
+    of both sides. Raises `ConfigError` for options of a wrong type or range.
     """
 
     reference: Tensors | None = attrs.field(
@@ -57,7 +57,7 @@ class UnpairedOptimization:
 
     @property
     def direct(self) -> bool:
-        """Not with `head="full"`, which has the bits of an ordinary loop."""
+        """False with `head="full"`, which gives the bits of an ordinary loop."""
         return self.head == "auto"
 
     @property

@@ -1,4 +1,4 @@
-"""What was found by trying a model, for as long as its config stays as it was then."""
+"""What was found by trying a model, valid for as long as its config stays the same."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Value = TypeVar("Value")
 
 
 class Verdicts(Generic[Value]):
-    """What is known of each architecture, by its config: a change of that is another model.
+    """What is known of each architecture, by its config: with another config it is another model.
 
     `use_cache`, the kind of attention and a soft cap may be set at any time. Steps and evaluations
-    may take turns with two configs, so those before are kept too.
+    may alternate between two configs, so earlier ones are kept too.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Verdicts(Generic[Value]):
         )
 
     def of(self, architecture: nn.Module) -> dict[Any, Value]:
-        """What is known of it as it is now, to look up and to add to; 5 µs."""
+        """What is known of the architecture as it is now, to read and to add to; 5 µs."""
         config = getattr(architecture, "config", None)
         now = config if isinstance(config, Mapping) else _attributes(config) or {"": config}
         kept = self._known.setdefault(architecture, [])
@@ -44,7 +44,7 @@ _KEPT = 7
 
 @attrs.frozen(eq=False)
 class _Then:
-    """An object by its attributes as they were, equal to one that has the same."""
+    """The attributes of an object at one time; equal to an object that has the same ones."""
 
     kind: type
     attributes: Mapping[str, Any]
@@ -57,18 +57,18 @@ class _Then:
 
 
 def _same(then: object, now: object) -> bool:
-    """Python asks whether two values are one object before it asks whether they are equal."""
+    """Whether two configs are equal; within them Python compares identity before equality."""
     try:
         return bool(then == now)
-    except Exception:  # arrays say so of each of their numbers; and they are not the same object
+    except Exception:  # arrays compare by element, and are not the same object
         return False
 
 
 def _copied(value: Any) -> Any:
-    """A value of a config, which later ones are compared with."""
+    """A value of a config, copied to compare later ones with."""
     try:
         return _parts(value)
-    except Exception:  # it holds itself, or a property raises: it is told by its identity
+    except Exception:  # it holds itself, or a property raises: it is compared by identity
         return value
 
 
@@ -88,7 +88,7 @@ def _parts(value: Any) -> Any:
 
 
 def _is_whole(value: object) -> bool:
-    """Whether a value is told by its identity, or by what it says itself: it has a hash, say."""
+    """Whether a value is compared by identity or by its own equality, as one with a hash is."""
     if isinstance(value, Tensor | nn.Module) or callable(value):
         return True
     kind = type(value)
@@ -97,7 +97,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _attributes(value: object) -> Mapping[str, Any]:
-    """What may change within an object: its attributes, those in slots too."""
+    """What may change within an object: its attributes, including those in slots."""
     own = getattr(value, "__dict__", {})
     kind: Any = type(value)
     names = _slots(kind)

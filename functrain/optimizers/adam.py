@@ -97,7 +97,7 @@ class Adam:
     groups: tuple[Group, ...] = attrs.field(default=(), converter=as_groups)
 
     def __attrs_post_init__(self) -> None:
-        # Not by an optimizer of torch's, the first of which takes a second to import the compiler.
+        # Not by an optimizer of torch's: making the first takes a second, to import the compiler.
         check_rate(self.kind, self.lr)
         for options in (self._options(), *(self._options(each.options) for each in self.groups)):
             for name in ("eps", "weight_decay"):
@@ -184,7 +184,7 @@ class Adam:
                 raise StateError(f"state/{slot}: no {min(missing)}; {_FRESH}")
         if not are_like(grads, params):
             _refuse_sparse(grads)
-        # Lists are compared, not tensors in turn: a model has hundreds.
+        # Lists are compared, not tensors one by one: a model has hundreds.
         own = [params[name] for name in grads]
         shapes, strides = [p.shape for p in own], [p.stride() for p in own]
         dtypes = [p.dtype for p in own]
@@ -266,10 +266,10 @@ class Adam:
     def _fused_kernel(
         self, lists: _Lists, found_inf: Tensor | None, options: dict[str, Any]
     ) -> None:
-        """torch's fused kernel, called as `torch.optim` calls it, and counts with the same values.
+        """Call torch's fused kernel as `torch.optim` does, with counts of the same values.
 
-        That adds a Python number to each count, of which a tensor is made for each: on the CPU it
-        takes longer than the kernel does for a small parameter.
+        `torch.optim` adds a Python number to each count, and a tensor is made of it each time: on
+        the CPU that takes longer than the kernel does for a small parameter.
         """
         counts = lists[-1]
         if counts[0].device.type == "cpu":
@@ -307,7 +307,7 @@ _FRESH = "the state was made for other params; begin anew with init(params)"
 
 
 def _found_inf(applied: Tensor | None) -> Tensor | None:
-    """What tells a fused kernel to hold back; on the CPU that has been decided before."""
+    """The flag that tells a fused kernel to hold back; None on the CPU, where `update` decided."""
     if applied is None or applied.device.type == "cpu":
         return None
     return (~applied).float()

@@ -57,10 +57,10 @@ def adafactor(lr: float = 1e-2, *, groups: Iterable[Group] = (), **options: Any)
 
 
 def adamw_8bit(lr: float = 1e-3, *, groups: Iterable[Group] = (), **options: Any) -> Adapter:
-    """AdamW with moments in 8 bits by blocks (Dettmers et al., 2110.02861), by bitsandbytes.
+    """AdamW with block-wise 8-bit moments (Dettmers et al., 2110.02861), from bitsandbytes.
 
-    A quarter of the moments' memory, on the CPU and on CUDA; tensors of fewer than 4,096 values
-    keep theirs in float32. Raises `ConfigError` where bitsandbytes is not installed.
+    The moments take a quarter of the memory, on the CPU and on CUDA; tensors of fewer than 4,096
+    values keep theirs in float32. Raises `ConfigError` where bitsandbytes is not installed.
     """
     try:
         found = importlib.import_module("bitsandbytes.optim")
@@ -80,10 +80,10 @@ def from_torch(
 ) -> Adapter:
     """Any `torch.optim.Optimizer` class as a pure pair: `from_torch(torch.optim.RAdam, eps=1e-6)`.
 
-    The class must keep its state per parameter (tensors and numbers), as the interface says; one
-    that writes into its parameter groups, counts in an attribute of its own (a number or a tensor),
-    or needs a closure, is refused with `ConfigError`. What it writes is seen in an update of
-    nothing, before the first one that is donated. Lists and dicts there are taken for caches, which
+    The class must keep its state per parameter, in tensors and numbers, as the interface says. One
+    that writes into its parameter groups, counts in an attribute of its own (a number or a tensor)
+    or needs a closure is refused with `ConfigError`; what it writes is found by an update of zeros
+    before the first donated one. Lists and dicts among its attributes are taken for caches, which
     begin anew in each update.
     """
     return Adapter(cls=cls, lr=lr, options=options, groups=groups)
@@ -94,21 +94,20 @@ class Adapter:
     """Any torch optimizer class as a pure pair; see `from_torch`.
 
     The class creates its per-parameter state at its first update, so `slots` is empty before. A
-    Python number in that state is kept as a 0-d tensor under `slot.number`, which is how it is
-    known again: a tensor may be 0-d as well; a None as an empty one under `slot.none`. A tensor of
-    the class's that wraps others (8-bit moments) is kept as its parts; see
-    `functrain.optimizers.composite`.
+    Python number in that state is kept as a 0-d tensor under `slot.number`, which tells it from a
+    tensor that is 0-d itself; a None as an empty tensor under `slot.none`. A tensor of the class's
+    that wraps others (8-bit moments) is kept as its parts; see `functrain.optimizers.composite`.
     """
 
     cls: Callable[..., torch.optim.Optimizer]
     lr: float
     options: Mapping[str, Any]
     groups: tuple[Group, ...] = attrs.field(default=(), converter=as_groups)
-    # Of the class's own tensors; a function of this record and of what a parameter is.
+    # The forms of the class's own tensors; a function of this record and of a parameter's kind.
     _forms: dict[Any, Mapping[str, Form | None]] = attrs.field(
         factory=dict, init=False, eq=False, repr=False
     )
-    # The kinds of params of which an update is known to keep what can be carried.
+    # The kinds of params for which the state is known to hold only what can be carried.
     _tried: set[Any] = attrs.field(factory=set, init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -128,7 +127,7 @@ class Adapter:
 
     @property
     def is_torchs(self) -> bool:
-        """Whether the class is one of torch's own, of which more is known."""
+        """Whether the class is one of torch's own, about which more is known."""
         return getattr(self.cls, "__module__", "").startswith("torch.optim.")
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
@@ -200,10 +199,10 @@ class Adapter:
     def _try(
         self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
     ) -> None:
-        """Refuse a class whose state cannot be carried, or a state not the class's, by a trial.
+        """Run a trial that refuses a class whose state cannot be carried, or another class's state.
 
-        An update of zeros, with what the state has of them: of the smallest parameter of each kind,
-        and once; after a real update it would be too late.
+        The trial is an update by zeros, with the state that is there, of the smallest parameter of
+        each kind, once per kind; after a real update it would be too late.
         """
         slots = list(state.slots.items())
         smallest: dict[Any, str] = {}
@@ -225,7 +224,7 @@ class Adapter:
             dense = grads[name].layout is torch.strided
             leaf.grad = torch.zeros_like(leaf if dense else grads[name])
         try:
-            with keys.kept(next(iter(leaves.values())).device):  # what it draws is not drawn
+            with keys.kept(next(iter(leaves.values())).device):  # its draws are undone
                 optimizer = self._optimizer(leaves, self.lr)
                 for name, leaf in leaves.items():
                     copied = {s: {name: t[name].clone()} for s, t in slots if name in t}
@@ -233,7 +232,7 @@ class Adapter:
                 self._stepped(optimizer, leaves, {})
         except FunctrainError:
             raise
-        except Exception:  # of a class that does not take zeros nothing is known
+        except Exception:  # a class that does not take zeros says nothing of its state
             pass
         self._tried.update(smallest)
 
@@ -244,7 +243,7 @@ class Adapter:
         leaf: Tensor,
         slots: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Give the class what the slots have of a parameter."""
+        """Give the class what the slots hold for a parameter."""
         own = dict(_entry(slot, t[name]) for slot, t in slots.items() if name in t)
         if has_parts(own):
             own = self._put_together(name, own, leaf)
@@ -257,7 +256,7 @@ class Adapter:
         leaves: Mapping[str, Tensor],
         slots: Mapping[str, Tensors],
     ) -> dict[str, Tensors]:
-        """The slots after a step of the class; `ConfigError` for what is not to be carried."""
+        """The slots after a step of the class; `ConfigError` for state that cannot be carried."""
         own, groups = _seen(vars(optimizer)), [_seen(g) for g in optimizer.param_groups]
         found = {slot for entries in optimizer.state.values() for slot in entries}
         try:
@@ -276,10 +275,10 @@ class Adapter:
         return _slots({n: _plain(optimizer.state[p], p) for n, p in leaves.items()}, slots)
 
     def _put_together(self, name: str, own: Mapping[str, Any], leaf: Tensor) -> dict[str, Any]:
-        """A parameter's state in the class's own tensors."""
+        """A parameter's state, reassembled into the class's own tensors."""
         kind = (name, leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
         if kind not in self._forms:
-            # An update of nothing, after which the class shows what it keeps.
+            # An update of zeros, after which the class shows what it keeps.
             like = torch.zeros_like(leaf)
             like.grad = torch.zeros_like(leaf)
             optimizer = self._optimizer({name: like}, self.lr)
@@ -298,7 +297,10 @@ class Adapter:
     def _spared(
         self, optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor]
     ) -> frozenset[str]:
-        """Whose gradients the class is known not to write into: of torch's own, all but SGD's."""
+        """The params whose gradients the class is known not to write into.
+
+        With torch's own classes that is all of them, except for SGD's.
+        """
         if not self.is_torchs:
             return frozenset()
         if self.cls is not torch.optim.SGD:
@@ -314,7 +316,7 @@ class Adapter:
     def _optimizer(
         self, leaves: Mapping[str, Tensor], learning_rate: Tensor | float
     ) -> torch.optim.Optimizer:
-        # Made with the optimizer's own rate, and set as schedulers set it: many a class refuses a
+        # Made with the optimizer's own rate, then set as schedulers set it: many classes refuse a
         # rate of 0, with which a warmup begins.
         groups = list(grouped(self.groups, leaves, leaves))
         optimizer = self.cls(
@@ -338,9 +340,9 @@ class Adapter:
 
 
 def _adds_into_gradients(group: Mapping[str, Any]) -> bool:
-    """Whether SGD adds Nesterov's momentum to all gradients of a group at once, in their memory.
+    """Whether SGD adds Nesterov's momentum to all gradients of a group at once, in place.
 
-    `foreach=None` is that on accelerators; with a decay or `maximize` it is done on copies.
+    On accelerators `foreach=None` does so too; with a decay or `maximize` it is done on copies.
     """
     if not group["nesterov"] or group["fused"] or group["foreach"] is False:
         return False
@@ -355,8 +357,9 @@ _NUMBER, _NONE = ".number", ".none"
 def _plain(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A parameter's state in plain tensors and numbers.
 
-    Laid out as the parameter is, where a fused kernel goes by that; else as a checkpoint reads it:
-    `torch.linalg.qr`, say, which SOAP calls, gives a matrix by its columns.
+    A tensor with the parameter's strides keeps them, since a fused kernel goes by them; any other
+    is laid out as a checkpoint reads it: `torch.linalg.qr`, which SOAP calls, gives a matrix by its
+    columns.
     """
     found: dict[str, Any] = {}
     for slot, value in state.items():
@@ -381,8 +384,8 @@ def _entry(slot: str, value: Tensor) -> tuple[str, Tensor | float | None]:
 def _slots(
     states: Mapping[str, Mapping[str, Any]], before: Mapping[str, Tensors]
 ) -> dict[str, Tensors]:
-    # Nothing of these parameters from before: what the class has taken out would be back in the
-    # next update, and so would a number in the place of which there is a tensor now.
+    # Nothing of these parameters is kept from before: what the class has removed would be back in
+    # the next update, and so would a number that has become a tensor.
     slots = {s: {n: t for n, t in own.items() if n not in states} for s, own in before.items()}
     for name, state in states.items():
         for entry, value in state.items():
@@ -443,7 +446,7 @@ _Seen = Mapping[str, tuple[Any, int]]
 
 
 def _seen(entries: Mapping[str, Any]) -> _Seen:
-    """What is there, with the version of a tensor, which a write into it moves."""
+    """The entries, each with its version: of a tensor, a number that changes with each write."""
     held = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     found = dict(zip(held, versions(held), strict=True))
     return {key: (value, found.get(key, 0)) for key, value in entries.items()}

@@ -19,7 +19,7 @@ Predicate = Callable[[str, Tensor], bool]
 
 
 def _as_tensors(slots: Any) -> Any:
-    """Slots with their mappings as `Tensors`; what is none of these, its user is told of later."""
+    """Slots with mappings as `Tensors`; anything else is left for a later check to report."""
     if not isinstance(slots, Mapping) or all(isinstance(each, Tensors) for each in slots.values()):
         return slots
     return {s: tensors(each) if isinstance(each, Mapping) else each for s, each in slots.items()}
@@ -27,7 +27,7 @@ def _as_tensors(slots: Any) -> Any:
 
 @attrs.frozen(eq=False, kw_only=True)
 class OptimizerState:
-    """What an optimizer carries: per-parameter tensors by slot, and the applied updates.
+    """What an optimizer carries: per-parameter tensors by slot, and a count of applied updates.
 
     `count`: int64, 0-d; a skipped step does not advance it. `slots`: for each of torch's state
     names (`exp_avg`, `step`, …) a mapping from parameter name to tensor. `kind` says which
@@ -36,7 +36,7 @@ class OptimizerState:
 
     kind: str
     count: Tensor
-    # Plain mappings, of a state that is evolved by hand, are taken too.
+    # Plain mappings, as in a state that is evolved by hand, are taken too.
     slots: Mapping[str, Tensors] = attrs.field(converter=_as_tensors)
 
 
@@ -50,7 +50,7 @@ class Optimizer(Protocol):
 
     @property
     def kind(self) -> str:
-        """What its states carry as `kind`."""
+        """The `kind` that its states carry."""
         ...
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
@@ -70,10 +70,10 @@ class Optimizer(Protocol):
         """New params and state; a parameter without a gradient stays as it is.
 
         `applied` (bool, 0-d): where False, nothing changes. `donate=True` writes into the memory
-        of `params` and `state`, and may write into that of `grads`; none must be used afterwards.
+        of `params` and `state`, and may write into that of `grads`; use none of them afterwards.
 
-        Raises `StateError`, before anything is written, for a gradient that no parameter has the
-        name, shape, dtype and device of, and for a state that another optimizer made.
+        Raises `StateError`, before anything is written, for a gradient whose name, shape, dtype or
+        device is not a parameter's, and for a state that another optimizer made.
         """
         ...
 
@@ -82,8 +82,8 @@ class Optimizer(Protocol):
 class Checking(Protocol):
     """An optimizer that can say beforehand what its donated update would refuse.
 
-    One that cannot may be a part of a `partition` too; what it refuses comes when the parts before
-    it have been updated.
+    One that cannot may be a part of a `partition` too, but refuses only once the parts before it
+    have been updated.
     """
 
     def check(
@@ -116,7 +116,7 @@ def check_predicate(what: str, where: object) -> None:
 
 
 def as_groups(groups: Iterable[Group]) -> tuple[Group, ...]:
-    """The groups as a tuple; `ConfigError` for what is none."""
+    """The groups as a tuple; `ConfigError` for anything else."""
     if isinstance(groups, Group):
         raise ConfigError("groups: one Group, expected a sequence of them: groups=[group]")
     if isinstance(groups, str) or not isinstance(groups, Iterable):
@@ -153,7 +153,7 @@ def no_decay(architecture: nn.Module) -> Group:
 
 @attrs.frozen
 class _Among:
-    """A predicate by name; a record, which can be pickled as a function made here could not."""
+    """A predicate by name: a record, since a function made here could not be pickled."""
 
     names: frozenset[str]
 
@@ -162,7 +162,7 @@ class _Among:
 
 
 def _is_real(given: object) -> bool:
-    """Whether it is torch's or NumPy's form of one real number."""
+    """Whether this is one real number in a form of torch's or NumPy's."""
     if isinstance(given, Tensor):
         return given.ndim == 0 and not (given.is_meta or given.is_complex())
     if isinstance(given, np.generic | np.ndarray):
@@ -171,7 +171,7 @@ def _is_real(given: object) -> bool:
 
 
 def check_rate(name: str, lr: Any) -> None:
-    """Raise `ConfigError` unless it is a learning rate; params in its place are answered."""
+    """Raise `ConfigError` unless `lr` is a learning rate; with a hint where params are given."""
     _check_number(name, lr)
     check_not_negative(f"{name} lr", lr)
 
@@ -185,7 +185,7 @@ def _check_number(name: str, lr: Any) -> None:
 
 
 def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-    """The class over one matrix, with its own complaints as `ConfigError`."""
+    """Make the class over one matrix, with its own complaints as `ConfigError`."""
     name = getattr(cls, "__name__", repr(cls))
     if "lr" in options:
         _check_number(name, options["lr"])
@@ -204,8 +204,8 @@ def check_update(
 ) -> None:
     """Raise `StateError` unless each gradient fits its parameter and `kind` made the state.
 
-    A fused kernel takes the sizes on trust, and reads past the end of a gradient that is smaller.
-    Nothing here looks at a value, so that nothing waits for an accelerator.
+    A fused kernel trusts the sizes, and reads past the end of a gradient that is smaller. No values
+    are read here, so nothing waits for an accelerator.
     """
     if not isinstance(state, OptimizerState):
         raise StateError(
@@ -259,13 +259,13 @@ def _refuse_integers(grads: Mapping[str, Tensor]) -> NoReturn:
 
 
 def described(tensor: Tensor) -> str:
-    """A tensor in a message: dtype, shape and device."""
+    """A tensor's dtype, shape and device, for a message."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype}{list(tensor.shape)} on {tensor.device}"
 
 
 def laid_out(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient in the parameter's memory layout, which fused kernels take on trust as well."""
+    """The gradient in the parameter's memory layout, which fused kernels trust as well."""
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
@@ -279,9 +279,9 @@ def advanced(count: Tensor, applied: Tensor | None) -> Tensor:
 
 
 def held_back(applied: Tensor | None, *, waits: bool = False) -> bool:
-    """Whether nothing is applied, where reading that costs nothing; fused kernels decide elsewhere.
+    """Whether nothing is applied, if reading that costs nothing; fused kernels decide themselves.
 
-    `waits`: on an accelerator too, for what has no kernel that could decide.
+    `waits`: read it on an accelerator too, where no kernel can decide.
     """
     told = applied is not None and (waits or applied.device.type == "cpu")
     return told and not bool(applied)
@@ -303,7 +303,7 @@ def owned(
     grads: Mapping[str, Tensor],
     donate: bool,
 ) -> tuple[Tensors, dict[str, Tensors]]:
-    """Memory that the kernel may write: the same when donated, else copies of what will change."""
+    """Memory that the kernel may write: the given one if donated, else copies of what changes."""
     if donate:
         return Tensors(params), {slot: Tensors(t) for slot, t in slots.items()}
 

@@ -1,4 +1,4 @@
-"""Optimizer state that is made of several tensors: codes and scales of 8-bit moments, say.
+"""Optimizer state made of several tensors, such as the codes and scales of 8-bit moments.
 
 Such a tensor is a wrapper around others (torch's `__tensor_flatten__` protocol). A state holds
 plain tensors only, so that it can be compared, copied, saved and read anywhere: each inner tensor
@@ -39,7 +39,7 @@ def has_parts(slots: Iterable[str]) -> bool:
 
 @attrs.frozen
 class Form:
-    """What a composite is beside its inner tensors: its class, context, size and stride."""
+    """What a composite has besides its inner tensors: its class, context, size and stride."""
 
     kind: Any
     context: Any
@@ -49,7 +49,7 @@ class Form:
 
 
 def form(value: Any) -> Form | None:
-    """The form of a composite; None of anything else. It holds no tensor."""
+    """The form of a composite; None for anything else. It holds no tensor."""
     if not is_traceable_wrapper_subclass(value):
         return None
     names, context = value.__tensor_flatten__()
@@ -58,9 +58,9 @@ def form(value: Any) -> Form | None:
 
 
 def put_together(found: Mapping[str, Any], forms: Mapping[str, Form | None]) -> dict[str, Any]:
-    """One parameter's state with its composites, of these forms, made of their parts again.
+    """One parameter's state, with its composites of these forms reassembled from their parts.
 
-    `KeyError` for a part that no form has, or of which there is none.
+    `KeyError` for a part that no form has, and for one that is missing.
     """
     plain = {slot: value for slot, value in found.items() if _PART not in slot}
     names = dict.fromkeys(slot.partition(_PART)[0] for slot in found if _PART in slot)

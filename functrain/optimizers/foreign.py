@@ -1,4 +1,4 @@
-"""What an optimizer returns of which nothing is known: taken, or refused by name."""
+"""What an optimizer about which nothing is known returns: taken, or refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from functrain.trees import Tensors, ordered
 def begun(kind: str, state: object) -> OptimizerState:
     """The state that `init` returned, its slots in mappings that nobody else has.
 
-    Raises `ConfigError` for what is no state.
+    Raises `ConfigError` for what is not a state.
     """
     if not isinstance(state, OptimizerState):
         raise ConfigError(
@@ -31,8 +31,8 @@ def updated(
 ) -> tuple[Tensors, OptimizerState]:
     """The params and the state that `update` returned, in order, in mappings that nobody else has.
 
-    Raises `ConfigError` for what is no update of the params `before`: of other names, shapes or
-    dtypes.
+    Raises `ConfigError` for what is not an update of the params `before`: other names, shapes or
+    dtypes, or something else altogether.
     """
     match returned:
         case (Mapping() as params, OptimizerState() as state):
@@ -80,7 +80,7 @@ def _refuse_names(kind: str, params: Mapping[str, Any], before: Mapping[str, Ten
 
 def _in_own_mappings(kind: str, state: OptimizerState) -> OptimizerState:
     for slot, items in state.slots.items():
-        if "/" in slot:  # which in a checkpoint ends it
+        if "/" in slot:  # in a checkpoint a slash ends it
             raise ConfigError(f"optimizer {kind!r}: slot {slot!r}, expected a name without a slash")
         if not isinstance(items, Mapping):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Several optimizers at once, each for its own parameters; Muon with AdamW is one such."""
+"""Several optimizers at once, each for its own parameters, such as Muon with AdamW."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def muon(
     """Muon (Jordan et al. 2024) for hidden matrices, as `torch.optim.Muon`; AdamW for the rest.
 
     `hidden` selects Muon's parameters: `hidden_matrices(architecture)`, or by default
-    `is_hidden_matrix`, which goes by the names; where these tell neither an embedding nor a head,
-    `init` raises `ConfigError`. `others` trains the rest. One learning rate serves both, because
+    `is_hidden_matrix`, which goes by names; where no name gives away an embedding or a head, `init`
+    raises `ConfigError`. `others` trains the rest. One learning rate serves both, because
     `match_rms_adamw` (2502.16982) gives Muon's updates AdamW's size.
 
     torch computes Muon's products in bfloat16. On a CPU without instructions for it (AVX2 alone)
@@ -77,7 +77,7 @@ _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
-    """A matrix that is neither an embedding nor the head, judged by its name."""
+    """Whether a tensor is a matrix, and by its name neither an embedding nor the head."""
     return tensor.ndim == 2 and _EMBEDDING.search(name) is None and not _is_head(name)
 
 
@@ -88,16 +88,17 @@ def _is_head(name: str) -> bool:
 
 
 def hidden_matrices(architecture: nn.Module) -> Predicate:
-    """The matrices of this architecture's linear layers, but for embeddings and the head.
+    """A predicate for the matrices of an architecture's linear layers, not embeddings or head.
 
-    Linear: `nn.Linear` and what has `in_features` and `out_features` as well, transformers'
-    `Conv1D`, the projections of `nn.MultiheadAttention`. The head: a weight tied to an embedding,
-    or a layer with an output for each entry of one. Where that number is a width of other layers
-    too, its name tells the head; and where no name does, every layer of that many outputs is taken
-    for one, since AdamW trains a hidden matrix well and Muon a head badly. The adapters of a hidden
-    matrix (`functrain.lora`) are hidden too: `architecture` is the adapted one then.
+    Linear layers are `nn.Linear`, others with `in_features` and `out_features`, transformers'
+    `Conv1D`, and the projections of `nn.MultiheadAttention`. The head is a weight tied to an
+    embedding, or a layer with one output for each entry of an embedding. Where that number is also
+    a width of other layers, the head is told by its name; where no name tells it, every layer with
+    that many outputs is taken for one, since AdamW trains a hidden matrix well and Muon a head
+    badly. The adapters of a hidden matrix (`functrain.lora`) are hidden too: `architecture` is the
+    adapted one then.
 
-    The predicate raises `ConfigError` for a name that the architecture has not.
+    The predicate raises `ConfigError` for a name that the architecture does not have.
     """
     check_module(architecture)
     embeddings = [m for m in architecture.modules() if _entries(m) is not None]
@@ -144,7 +145,7 @@ def _entries(module: nn.Module) -> int | None:
 
 
 def _linear_weights(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """The matrices of a linear layer, each with its inputs and outputs."""
+    """The matrices of a linear layer, each with its numbers of inputs and outputs."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.MultiheadAttention):
         for own in module.parameters(recurse=False):
@@ -237,7 +238,7 @@ class Partition:
             )
 
     def _members(self, params: Mapping[str, Tensor]) -> list[tuple[str, Optimizer, Tensors]]:
-        """Each part that has parameters, with them."""
+        """The parts that have parameters, each with its own."""
         check_tensors("params", params)
         members: dict[str, dict[str, Tensor]] = {label: {} for label, _, _ in self.parts}
         for name, tensor in params.items():
@@ -256,7 +257,7 @@ _Given = tuple[str, Optimizer, Mapping[str, Tensor], OptimizerState, Tensors]
 
 
 def _check(given: Iterable[_Given]) -> None:
-    """Before any part is written: what the second refuses would come when the first has been."""
+    """Check every part before any is written, as a later one would refuse too late."""
     for _, optimizer, grads, state, params in given:
         if isinstance(optimizer, Checking):
             optimizer.check(grads, state, params)
@@ -264,7 +265,7 @@ def _check(given: Iterable[_Given]) -> None:
 
 @attrs.frozen(kw_only=True)
 class _ByName(Partition):
-    """Muon's partition by names, which refuses names that tell it nothing."""
+    """Muon's partition by names; it refuses names that tell it nothing."""
 
     def init(self, params: Mapping[str, Tensor]) -> OptimizerState:
         check_tensors("params", params)
@@ -325,10 +326,10 @@ _ELEMENTWISE = (
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether an update is known to treat each element of a parameter by itself.
+    """Whether an update is known to treat each element of a parameter on its own.
 
-    So that it can be made of some rows alone. Muon and Adafactor do not; of a class that is not
-    torch's own nothing is known.
+    It can then be computed for some rows alone. Muon and Adafactor do not; about a class that is
+    not torch's own nothing is known.
     """
     if isinstance(optimizer, Partition):
         return all(is_elementwise(part) for _, _, part in optimizer.parts)
@@ -347,14 +348,14 @@ def may_write(optimizer: Optimizer) -> bool:
 
 
 def may_draw(optimizer: Optimizer) -> bool:
-    """Whether an update may draw random numbers: of classes, all but torch's own."""
+    """Whether an update may draw random numbers, as any but torch's own may."""
     return not is_torchs(optimizer)
 
 
 def is_torchs(optimizer: Optimizer) -> bool:
-    """Whether all of an update is torch's own, of which more is known.
+    """Whether all of an update is torch's own, about which more is known.
 
-    What draws nothing, and whose state shares no memory with the params or within itself.
+    It draws nothing, and its state shares no memory with the params or within itself.
     """
     if isinstance(optimizer, Partition):
         return all(is_torchs(part) for _, _, part in optimizer.parts)
