@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,26 @@ def loaded(directory: Path) -> int:
     return state.step
 
 
+_INTACT: set[object] = set()
+
+
+def intact(run: Path) -> None:
+    """Every checkpoint of a run loads; the same bytes under the same name are loaded once."""
+    for path in run.glob("step-*"):
+        content = (path.name, frozenset((p.name, p.read_bytes()) for p in path.iterdir()))
+        if content not in _INTACT:
+            loaded(path)
+            _INTACT.add(content)
+
+
+def telling(names: Sequence[str], changes: Sequence[bool]) -> list[int]:
+    """Before which calls a kill tells something: the first, each that comes after one that changes
+    files, and the first of each name. Before the others it leaves the files as these do."""
+    return [
+        at for at, name in enumerate(names) if at == 0 or changes[at - 1] or name not in names[:at]
+    ]
+
+
 def leftovers(directory: Path) -> list[str]:
     """What a killed or failed save or prune has left in a directory of checkpoints."""
     return sorted(p.name for p in directory.iterdir() if p.name.startswith(LEFTOVERS))
@@ -322,5 +342,5 @@ def copy_of(run: Path) -> Path:
     if copy.exists():
         shutil.rmtree(copy)
     if run.exists():
-        shutil.copytree(run, copy)
+        shutil.copytree(run, copy, copy_function=shutil.copyfile)
     return copy

@@ -245,23 +245,31 @@ FILES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """Of a run the first state, the last, and its checkpoint."""
+    _, first, state = _trained()
+    return first, state, ft.save(tmp_path_factory.mktemp("run"), state)
+
+
 @pytest.mark.parametrize("file", FILES)
 @given(data=st.data())
 def test_an_altered_file_is_refused(
-    file: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    file: str, data: st.DataObject, run: tuple[Any, Any, Path]
 ) -> None:
-    _, first, state = _trained()
-    path = ft.save(tmp_path_factory.mktemp("run"), state)
+    first, state, path = run
     original = (path / file).read_bytes()
     bit = data.draw(st.integers(0, 8 * len(original) - 1))
     flipped = bytearray(original)
     flipped[bit // 8] ^= 1 << bit % 8
     cut = original[: data.draw(st.integers(0, len(original) - 1))]
-    for altered in (bytes(flipped), cut):
-        (path / file).write_bytes(altered)
-        with pytest.raises(ft.CheckpointError, match=str(path)):
-            ft.load(path, like=first)
-    (path / file).write_bytes(original)
+    try:
+        for altered in (bytes(flipped), cut):
+            (path / file).write_bytes(altered)
+            with pytest.raises(ft.CheckpointError, match=str(path)):
+                ft.load(path, like=first)
+    finally:
+        (path / file).write_bytes(original)
     assert ft.fingerprint(ft.load(path, like=first)) == ft.fingerprint(state)
 
 

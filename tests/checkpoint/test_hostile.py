@@ -203,12 +203,17 @@ def test_a_forgery_without_a_change_is_the_checkpoint(
 # Corruption.
 
 
-def _corrupted(original: bytes, bits: range, stride: int) -> Iterator[bytes]:
-    """Every truncation, a longer file, and flipped bits: of each byte one, or all of `bits`."""
-    yield from (original[:length] for length in range(0, len(original), stride))
+def _corrupted(original: bytes, bits: range) -> Iterator[bytes]:
+    """A longer file, and at each byte a truncation and all of `bits` flipped.
+
+    Without `bits` one of the two, in turn, but for both at the first bytes and the last.
+    """
     yield from (original + b"\0", original + b" ", original + original)
-    for place in range(0, len(original), stride):
-        for bit in bits or [place * 5 % 8]:
+    for place in range(len(original)):
+        edge = place < 32 or place >= len(original) - 32
+        if bits or edge or place % 2:
+            yield original[:place]
+        for bit in bits or ([place * 5 % 8] if edge or not place % 2 else []):
             flipped = bytearray(original)
             flipped[place] ^= 1 << bit
             yield bytes(flipped)
@@ -217,7 +222,7 @@ def _corrupted(original: bytes, bits: range, stride: int) -> Iterator[bytes]:
 def _refuses_all(originals: dict[str, bytes], file: str, bits: range, root: Path) -> int:
     path = Forgery(originals).write(root)
     count = 0
-    for count, altered in enumerate(_corrupted(originals[file], bits, 1), 1):  # noqa: B007
+    for count, altered in enumerate(_corrupted(originals[file], bits), 1):  # noqa: B007
         (path / file).write_bytes(altered)
         with pytest.raises(ft.CheckpointError):
             load(path)
@@ -227,11 +232,11 @@ def _refuses_all(originals: dict[str, bytes], file: str, bits: range, root: Path
 
 
 @pytest.mark.parametrize("file", [*FILES, "manifest.json"])
-def test_every_truncation_and_a_flipped_bit_in_every_byte_is_refused(
+def test_a_truncation_or_a_flipped_bit_at_every_byte_is_refused(
     file: str, originals: dict[str, bytes], tmp_path: Path
 ) -> None:
     count = _refuses_all(originals, file, range(0), tmp_path / "x")
-    assert count == 2 * len(originals[file]) + 3
+    assert count == len(originals[file]) + 64 + 3
     tally.add("bits flipped and files cut", count)
 
 
@@ -953,14 +958,14 @@ def _read(data: bytes, files: dict[str, bytes]) -> Any:
     }
 
 
-def test_a_thousand_forgeries_are_refused_or_valid(
+def test_hundreds_of_forgeries_are_refused_or_valid(
     originals: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Only CheckpointError, within a moment; or a state that is written back the same."""
-    refused, valid, longest = _survive(originals, tmp_path / "x", range(1_000))
-    assert refused + valid == 1_000
-    assert refused > 600
-    assert valid > 30
+    refused, valid, longest = _survive(originals, tmp_path / "x", range(500))
+    assert refused + valid == 500
+    assert refused > 300
+    assert valid > 15
     assert longest < 1.0
     tally.add("mutated checkpoints", refused + valid)
 
@@ -971,7 +976,7 @@ def test_a_thousand_forgeries_are_refused_or_valid(
 def test_a_hundred_thousand_forgeries_are_refused_or_valid(
     part: int, originals: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The same, 10,000 in each of ten parts, none of them among the 3,000."""
+    """The same, 10,000 in each of ten parts, none of them among the 500."""
     seeds = range(1_000_000 + part * 10_000, 1_000_000 + (part + 1) * 10_000)
     refused, valid, longest = _survive(originals, tmp_path / "x", seeds)
     assert refused + valid == 10_000
@@ -987,7 +992,7 @@ def test_what_reads_beside_load_refuses_alike(originals: dict[str, bytes], tmp_p
         lambda path: checkpoint.load_tensors(path, "*"),
         lambda path: checkpoint.load_tensors(path, "*", mapped=True),
     )
-    for seed in range(600):
+    for seed in range(400):
         forgery = Forgery(originals)
         Dice(seed).alter(forgery)
         path = forgery.write(tmp_path / "x")

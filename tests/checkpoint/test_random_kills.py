@@ -31,8 +31,8 @@ EVERY = 3
 """Steps from save to save; the last state, of step 60, is one that is saved."""
 KEEP = 2
 REACH = 12
-"""Steps and beginnings of saves that a process comes to at most, but for those of the while."""
-KILLS, MANY_KILLS = 50, 125
+"""Steps and beginnings of saves before the place to which a process comes, at most."""
+KILLS, MANY_KILLS = 25, 125
 """Of each kind of run; there are four."""
 
 
@@ -183,9 +183,11 @@ class Killed:
         return status != 0
 
     def wait(self, said: IO[str]) -> None:
-        """Let a process come to a random place, and go on for a random while."""
+        """Let a process come to a random place, in a save half of the time, and go on for a
+        random while."""
         left, about = self.dice.randrange(REACH), ""
-        while left and (line := said.readline()):
+        place = self.dice.choice(("step", "saving"))
+        while (left > 0 or about not in ("", place)) and (line := said.readline()):
             about = self.heard(line)
             left -= about in ("step", "saving")
         longest = self.kind.writing if about == "saving" else alone().step

@@ -3,7 +3,9 @@ of a mapping does not, and an interrupted step has changed nothing."""
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import json
 import os
 import random
@@ -32,6 +34,7 @@ from functrain.precision import Precision
 STEPS = 60
 ROWS = 37  # no multiple of the batch: epochs end within one
 BATCH = 4
+AHEAD = 10  # an epoch ends within so many
 CLIP = 0.2
 SEEDS = (11, 2**62 + 3)
 FP16 = Precision(
@@ -85,29 +88,41 @@ def _last(run: Iterator[tuple[ft.TrainState, Any]], state: ft.TrainState) -> ft.
     return state
 
 
-def _saved_run(seed: int, directory: Path) -> tuple[str, list[Any]]:
-    """A run that saves every state: the fingerprint at its end, and the metrics of each step."""
+@attrs.frozen
+class Saved:
+    """A run that has saved every state: the fingerprint of each, and the metrics of each step."""
+
+    directory: Path
+    prints: list[str]
+    seen: list[Any]
+
+
+def _saved_run(seed: int, directory: Path) -> Saved:
     step, begin = _step()
     state = begin(seed)
     ft.save(directory, state)
-    seen = []
+    prints, seen = [ft.fingerprint(state)], []
     for now, metrics in ft.train(
         step, state, _source(), steps=STEPS, directory=directory, save_every=1
     ):
-        state = now
+        prints.append(ft.fingerprint(now))
         seen.append(metrics.to_dict())
-    return ft.fingerprint(state), seen
+    return Saved(directory, prints, seen)
 
 
-def _resumed(directory: Path, splits: list[int], *, donate: bool) -> dict[str, str]:
-    """The fingerprint at the end of the run, resumed at each of the split points."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Saved]:
+    """The run of a seed, which is made once."""
+    return functools.cache(lambda seed: _saved_run(seed, tmp_path_factory.mktemp("saved")))
+
+
+def _resumed(directory: Path, parts: list[tuple[int, int]], *, donate: bool) -> list[str]:
+    """The fingerprint at the end of each part of the run, from one step to another."""
     step, begin = _step(donate=donate)
-    like, ends = begin(0), {}
-    for split in splits:
+    like, ends = begin(0), []
+    for split, end in parts:
         state = ft.load(directory / f"step-{split:012d}", like=like, strict=True)
-        ends[str(split)] = ft.fingerprint(
-            _last(ft.train(step, state, _source(), steps=STEPS), state)
-        )
+        ends.append(ft.fingerprint(_last(ft.train(step, state, _source(), steps=end), state)))
     return ends
 
 
@@ -134,6 +149,10 @@ def _in_a_child(function: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize(
+    "ahead",
+    [pytest.param(AHEAD, id="an epoch"), pytest.param(STEPS, id="the end", marks=pytest.mark.long)],
+)
+@pytest.mark.parametrize(
     ("seed", "donate"),
     [
         pytest.param(SEEDS[0], False, id="one pure"),
@@ -142,36 +161,43 @@ def _in_a_child(function: Callable[[], Any]) -> Any:
         pytest.param(SEEDS[1], False, id="other pure", marks=pytest.mark.long),
     ],
 )
-def test_from_every_split_point_a_new_process_ends_with_the_same_bits(
-    seed: int, donate: bool, tmp_path: Path
+def test_from_every_split_point_a_new_process_goes_on_with_the_same_bits(
+    seed: int, donate: bool, ahead: int, saved: Callable[[int], Saved]
 ) -> None:
-    """60 steps with dropout, clipping, accumulation, an average, overflows and six epochs."""
-    end, seen = _saved_run(seed, tmp_path)
+    """60 steps with dropout, clipping, accumulation, an average, overflows and six epochs; from
+    some of the points to the end of the run."""
+    run = saved(seed)
+    seen = run.seen
     applied = [each for each in seen if not each["skipped"]]
     assert 2 <= len(seen) - len(applied) <= 20, "overflows are skipped, but not always"
     assert seen[0]["skipped"] == 0
     assert sum(each["grad_norm"] > CLIP for each in applied) > len(applied) / 2, "clipping acts"
     assert STEPS * BATCH > 6 * ROWS, "epochs end"
     # The two variants share the split points: each is resumed once, even ones with donation.
-    splits = list(range(int(donate), STEPS, 2))
-    ends: dict[str, str] = {}
-    for begin in range(0, len(splits), 5):
-        part = splits[begin : begin + 5]
-        ends |= _in_a_child(lambda part=part: _resumed(tmp_path, part, donate=donate))
-    assert ends == {str(split): end for split in splits}
+    parts = [
+        (split, STEPS if split % 20 == int(donate) else min(split + ahead, STEPS))
+        for split in range(int(donate), STEPS, 2)
+    ]
+    ends: list[str] = []
+    for begin in range(0, len(parts), 5):
+        some = parts[begin : begin + 5]
+        ends += _in_a_child(lambda some=some: _resumed(run.directory, some, donate=donate))
+    assert ends == [run.prints[end] for _, end in parts]
     tally.add("split points resumed in a new process", len(ends))
 
 
-def test_a_process_started_afresh_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_process_started_afresh_ends_with_the_same_bits(
+    saved: Callable[[int], Saved],
+) -> None:
     """Nothing that a forked child inherits is needed: another interpreter, another hash seed."""
-    end, _ = _saved_run(SEEDS[0], tmp_path)
-    command = [sys.executable, "-W", "error", __file__, str(tmp_path), "17", "41"]
+    run, parts = saved(SEEDS[0]), [(17, 17 + AHEAD), (41, STEPS)]
+    command = [sys.executable, "-W", "error", __file__, str(run.directory), json.dumps(parts)]
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"17": end, "41": end}
+    assert json.loads(done.stdout) == [run.prints[end] for _, end in parts]
     tally.add("in a fresh interpreter", 2)
 
 
@@ -276,13 +302,18 @@ class Ablation:
         """Every state of the run."""
         return list(self.run(self.first, self.tokens))
 
+    def after(self, state: ft.TrainState) -> Iterator[ft.TrainState]:
+        """`state` and the states of a run from it on, until the guard's end if need be."""
+        yield state
+        try:
+            yield from self.run(state, self.tokens)
+        except DivergedError:
+            return
+
     def ended(self, state: ft.TrainState) -> ft.TrainState:
         """The last state of a run from `state` on."""
-        try:
-            for now in self.run(state, self.tokens):
-                state = now
-        except DivergedError:
-            pass  # the guard's end
+        for now in self.after(state):
+            state = now
         return state
 
     def overflowing(self, state: ft.TrainState) -> ft.TrainState:
@@ -339,20 +370,32 @@ def test_every_field_of_the_state_matters(tmp_path: Path) -> None:
         for number, late in enumerate(saves):
             path = ft.save(tmp_path / f"{run is plateau}{number}", late)
             saved = ft.load(path, like=run.first, strict=True)
-            end = _end(run.ended(late))
+            alone = states[states.index(late) :] if late in states else list(run.after(late))
+            end = _end(alone[-1])
             assert _end(run.ended(saved)) == end, f"resumed at {late.step}, without a reset"
-            if late in states:
-                assert end == _end(states[-1])
             for field in fields:
                 if field in felt or field not in _fields(saved):
                     continue
                 other = run.reset(saved, field)
                 if _prints(other, field) == _prints(saved, field):
                     continue  # at its initial value here
-                if _end(run.ended(other), field) != {p: h for p, h in end.items() if p != field}:
+                if _parts(run.after(other), alone, field):
                     felt.add(field)
     assert felt == set(fields) - EXEMPT.keys(), sorted(set(fields) - EXEMPT.keys() ^ felt)
     tally.add("state fields ablated", len(felt))
+
+
+def _parts(run: Iterator[ft.TrainState], alone: list[ft.TrainState], field: str) -> bool:
+    """Whether a run parts from the one left alone, which shows at once or at another end."""
+    for number, (now, then) in enumerate(itertools.zip_longest(run, alone)):
+        ended = now is None or then is None
+        if ended or (number and _end(now, field) != _but(_end(then), field)):
+            return True
+    return False
+
+
+def _but(prints: dict[str, str], field: str) -> dict[str, str]:
+    return {path: leaf for path, leaf in prints.items() if path != field}
 
 
 def _prints(state: ft.TrainState, field: str) -> dict[str, str]:
@@ -423,9 +466,10 @@ def _permuted(state: ft.TrainState, dice: random.Random) -> ft.TrainState:
     )
 
 
+@pytest.mark.parametrize("orders", [40, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_no_order_of_a_mapping_reaches_the_bits(optimizer: str) -> None:
-    """200 orders of the params, buffers, slots and average: one state, and one checkpoint."""
+def test_no_order_of_a_mapping_reaches_the_bits(optimizer: str, orders: int) -> None:
+    """Orders of the params, buffers, slots and average: one state, and one checkpoint."""
     made = {"adamw": ft.optim.adamw(), "sgd": ft.optim.sgd(momentum=0.9, weight_decay=0.1)}
     architecture, params, buffers = ft.split(_deep())
     step = ft.pretrain_step(
@@ -439,14 +483,14 @@ def test_no_order_of_a_mapping_reaches_the_bits(optimizer: str) -> None:
     assert float(metrics["grad_norm"]) > CLIP
     files = {name: b"".join(parts) for name, parts in encode(state).items()}
     dice = random.Random(0)
-    for _ in range(100):
+    for _ in range(orders):
         other = _permuted(state, dice)
         assert ft.fingerprint(step(other, _source().at(4, BATCH))[0]) == expected
         assert {name: b"".join(parts) for name, parts in encode(other).items()} == files
         shuffled = _shuffled(params, dice), _shuffled(buffers, dice)
         again = step.init(*shuffled, seed=1)
         assert list(again.params) == sorted(params)
-    tally.add("orders of every mapping", 100)
+    tally.add("orders of every mapping", orders)
 
 
 class Deep(nn.Module):
@@ -469,20 +513,24 @@ def _deep() -> nn.Module:
 
 # A step is a transaction.
 
+Line = tuple[str, int]
+"""A file and a number in it."""
 
-def _interrupted(at: int, call: Callable[[], Any]) -> tuple[int, str | None]:
+
+def _interrupted(at: int, call: Callable[[], Any]) -> tuple[list[Line], str | None]:
     """Run `call`, with a KeyboardInterrupt at line event `at`: events seen, and in which function.
 
     Every line event counts, those within torch's own Python too; a collection's callbacks do not,
     since what is raised in them is lost.
     """
-    seen, place = 0, None
+    seen: list[Line] = []
+    place = None
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal seen, place
+        nonlocal place
         if event == "line":
-            seen += 1
-            if seen - 1 == at:
+            seen.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(seen) - 1 == at:
                 place = frame.f_code.co_name
                 raise KeyboardInterrupt
         return trace
@@ -514,58 +562,40 @@ class Transaction:
         following, metrics = self.step(state, self.batch)
         assert not float(metrics["skipped"])
         self.after = ft.fingerprint(following)
-        self.events, _ = _interrupted(-1, lambda: self.step(state, self.batch))
+        self.lines, _ = _interrupted(-1, lambda: self.step(state, self.batch))
+        self.events = len(self.lines)
         assert self.events > 1500
         self.generators = testing._generators()
-        self.saved = torch.get_rng_state(), random.getstate(), np.random.get_state()
 
-    def restore_generators(self) -> bool:
-        """Whether they had been moved."""
-        if testing._generators() == self.generators:
-            return False
-        torch.set_rng_state(self.saved[0])
-        random.setstate(self.saved[1])
-        np.random.set_state(self.saved[2])
-        return True
+    def telling(self) -> list[int]:
+        """The events where a line of functrain's is run first, and some of all others."""
+        package = str(Path(ft.__file__).parent)
+        firsts = {line: at for at, line in reversed(list(enumerate(self.lines)))}
+        own = [at for (file, _), at in firsts.items() if file.startswith(package)]
+        assert len(own) > 500
+        return sorted({*own, *range(0, self.events, 23)})
 
-
-RESTORING = {"_kept", "setstate", "_restore", "_restored", "kept"}
-"""The functions that put the generators back: an interrupt within them is the narrowest window."""
+    def moved_generators(self) -> bool:
+        """Whether a global generator is not as it was."""
+        return testing._generators() != self.generators
 
 
-LINES = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
-"""Every third line event; in the long form every one."""
-
-
-@LINES
+@pytest.mark.parametrize("part", [0, 1, pytest.param(None, id="all", marks=pytest.mark.long)])
 @pytest.mark.timeout(900)  # thousands of steps under a tracer
-def test_a_pure_step_interrupted_at_any_line_has_changed_nothing(stride: int) -> None:
-    """KeyboardInterrupt at every line event: the input's bits are as they were, the same call
-    gives the expected bits, and the global generators are untouched wherever the interrupt did
-    not fall into the very lines that put them back."""
+def test_a_pure_step_interrupted_at_any_line_has_changed_nothing(part: int | None) -> None:
+    """KeyboardInterrupt at every line: the input's bits are as they were, the global generators
+    are untouched (also in the lines that put them back), and the same call gives the expected
+    bits, which is seen at every fourth event. The long form takes every event for both."""
     case = Transaction()
-    moved = []
-    for at in range(0, case.events, stride):
+    events = list(range(case.events)) if part is None else case.telling()[part::2]
+    for number, at in enumerate(events):
         _, place = _interrupted(at, lambda: case.step(case.state, case.batch))
         assert ft.fingerprint(case.state) == case.before, f"event {at} in {place}"
-        if case.restore_generators():
-            moved.append(place)
-        assert ft.fingerprint(case.step(case.state, case.batch)[0]) == case.after, f"event {at}"
-    assert set(moved) <= RESTORING
-    assert len(moved) <= 8
-    tally.add("interrupts of a step", case.events // stride)
-
-
-@LINES
-def test_a_pure_step_interrupted_at_any_line_leaves_the_generators(stride: int) -> None:
-    """Also where the interrupt falls into the lines that put the generators back."""
-    case = Transaction()
-    moved = 0
-    for at in range(0, case.events, stride):
-        _, place = _interrupted(at, lambda: case.step(case.state, case.batch))
-        moved += case.restore_generators()
-        assert not moved, f"event {at} in {place}"
-    tally.add("interrupts of a step", case.events // stride)
+        assert not case.moved_generators(), f"event {at} in {place}"
+        if part is None or number % 4 == 0:
+            following, _ = case.step(case.state, case.batch)
+            assert ft.fingerprint(following) == case.after, f"event {at} in {place}"
+    tally.add("interrupts of a step", len(events))
 
 
 def _left_of(case: Transaction, at: int) -> tuple[str, str | None]:
@@ -578,7 +608,7 @@ def _left_of(case: Transaction, at: int) -> tuple[str, str | None]:
         return "consumed", place
 
 
-@LINES
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_a_donated_step_interrupted_at_any_line_leaves_an_intact_state_or_a_tombstone(
     stride: int,
 ) -> None:
@@ -592,5 +622,5 @@ def test_a_donated_step_interrupted_at_any_line_leaves_an_intact_state_or_a_tomb
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    where, *points = sys.argv[1:]
-    print(json.dumps(_resumed(Path(where), [int(point) for point in points], donate=False)))
+    where, parts = sys.argv[1:]
+    print(json.dumps(_resumed(Path(where), json.loads(parts), donate=False)))

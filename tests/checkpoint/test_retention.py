@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from functrain.checkpoint.manifest import step_of
 from functrain.errors import SaveWarning
 
 LOSSES = [5.0, 3.0, math.nan, 1.0, 2.0, 1.0, 4.0, math.inf]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has saved with each of the losses, to be copied."""
+    root = tmp_path_factory.mktemp("saved")
+    _saved(root)
+    return root
 
 
 def _saved(root: Path) -> None:
@@ -45,10 +54,11 @@ def test_what_is_kept_is_what_one_of_the_four_holds_on_to(
     best: int | None,
     lower: bool,
     named: list[int],
+    saved: Path,
     tmp_path_factory: Any,
 ) -> None:
     root = tmp_path_factory.mktemp("kept")
-    _saved(root)
+    shutil.copytree(saved, root, dirs_exist_ok=True)
     prune(root, Keep(last=last, every=every, best=best, lower=lower, steps=named))
     steps = range(len(LOSSES))
     expected = {step for step in steps if step in named}
