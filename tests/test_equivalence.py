@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from halves import half
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 from transformers.optimization import get_cosine_schedule_with_warmup
@@ -25,9 +26,12 @@ from functrain.precision import POLICIES, Precision
 from functrain.trees import global_norm
 
 STEPS, PEAK, WARMUP, SEED = 100, 1e-2, 5, 17
+FEW = 15
+"""Steps where nothing has to build up over them: the warmup, and twice as many at the full rate."""
 MAX_NORM = {"decoder": 1.0, "normed": 0.77, "tied": 2.8}
 """Near the median of each model's gradient norms, so that clipping acts in half of the steps."""
-EVERY = pytest.mark.parametrize("name", sorted(zoo.MODELS))
+MODELS = sorted(zoo.MODELS)
+EVERY = pytest.mark.parametrize("name", MODELS)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP16 = Precision(
     name="fp16",
@@ -37,6 +41,13 @@ FP16 = Precision(
     growth_interval=4,
 )
 """Begins far too high and grows soon, so that steps are skipped at first and again and again."""
+
+
+def _model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh model of the zoo; its decoder with one layer, of which there are a hundred steps."""
+    if name != "decoder":
+        return zoo.model(name, dtype)
+    return zoo.decoder(layers=1).to(dtype)
 
 
 def _batches(steps: int = STEPS) -> list[dict[str, Any]]:
@@ -154,27 +165,26 @@ def _assert_same_bits(ours: Run, theirs: Run) -> None:
     assert not apart, f"other bits in {apart}"
 
 
-@EVERY
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("microbatches", [1, 4])
+@half("name, precision, microbatches", MODELS, ["fp32", "bf16"], [1, 4])
 def test_a_hundred_steps_are_those_of_an_ordinary_loop(
     name: str, precision: str, microbatches: int
 ) -> None:
     """Params and buffers bit for bit, clipping now acting and now not."""
-    hand = zoo.model(name)
+    hand = _model(name)
     options: Any = {"precision": precision, "microbatches": microbatches}
     limit = MAX_NORM[name]
     theirs = _by_hand(hand, _adamw(hand), max_norm=limit, **options)
-    _, ours = _by_step(zoo.model(name), max_grad_norm=limit, **options)
+    _, ours = _by_step(_model(name), max_grad_norm=limit, **options)
     assert ours.norms == theirs.norms
     assert 20 < sum(norm > limit for norm in ours.norms) < 80
     _assert_same_bits(ours, theirs)
 
 
 def test_donated_steps_are_those_of_an_ordinary_loop() -> None:
-    hand = zoo.model("decoder")
-    theirs = _by_hand(hand, _adamw(hand), microbatches=2, max_norm=1.0)
-    _, ours = _by_step(zoo.model("decoder"), microbatches=2, max_grad_norm=1.0, donate=True)
+    hand = _model("decoder")
+    options: Any = {"microbatches": 2, "steps": FEW}
+    theirs = _by_hand(hand, _adamw(hand), max_norm=1.0, **options)
+    _, ours = _by_step(_model("decoder"), max_grad_norm=1.0, donate=True, **options)
     _assert_same_bits(ours, theirs)
 
 
@@ -216,27 +226,28 @@ def test_large_logits_and_tables_too_where_the_head_is_full(tied: bool, microbat
 
 
 def test_without_clipping() -> None:
-    hand = zoo.model("tied")
-    theirs = _by_hand(hand, _adamw(hand))
-    _, ours = _by_step(zoo.model("tied"))
+    hand = _model("tied")
+    theirs = _by_hand(hand, _adamw(hand), steps=FEW)
+    _, ours = _by_step(_model("tied"), steps=FEW)
     _assert_same_bits(ours, theirs)
 
 
 def test_the_kernel_that_is_not_fused() -> None:
     """`fused=False` is the for-loop of `torch.optim.AdamW(foreach=False)`: other bits, but its."""
-    hand, fused = zoo.model("decoder"), zoo.model("decoder")
-    theirs = _by_hand(hand, _adamw(hand, fused=False, foreach=False), microbatches=4)
+    hand, fused = _model("decoder"), _model("decoder")
+    options: Any = {"microbatches": 2, "steps": FEW}
+    theirs = _by_hand(hand, _adamw(hand, fused=False, foreach=False), **options)
     optimizer = ft.optim.adamw(PEAK, weight_decay=0.1, fused=False)
-    _, ours = _by_step(zoo.model("decoder"), optimizer, microbatches=4)
+    _, ours = _by_step(_model("decoder"), optimizer, **options)
     _assert_same_bits(ours, theirs)
-    other = _by_hand(fused, _adamw(fused), microbatches=4)
+    other = _by_hand(fused, _adamw(fused), **options)
     assert any(not torch.equal(v, other.values[n]) for n, v in ours.values.items())
 
 
 @EVERY
 def test_parameter_groups(name: str) -> None:
     """No decay on norms, biases and embeddings is two groups of the ordinary optimizer."""
-    hand = zoo.model(name)
+    hand = _model(name)
     exempt = ft.optim.no_decay(hand)
     named = dict(hand.named_parameters())
     without = [p for n, p in named.items() if exempt.where(n, p)]
@@ -245,10 +256,11 @@ def test_parameter_groups(name: str) -> None:
     groups = [{"params": without, "weight_decay": 0.0}]
     if decayed:
         groups.append({"params": decayed})
-    theirs = _by_hand(hand, torch.optim.AdamW(groups, lr=PEAK, weight_decay=0.1, fused=True))
-    module = zoo.model(name)
+    ordinary = torch.optim.AdamW(groups, lr=PEAK, weight_decay=0.1, fused=True)
+    theirs = _by_hand(hand, ordinary, steps=FEW)
+    module = _model(name)
     optimizer = ft.optim.adamw(PEAK, weight_decay=0.1, groups=[ft.optim.no_decay(module)])
-    _, ours = _by_step(module, optimizer)
+    _, ours = _by_step(module, optimizer, steps=FEW)
     _assert_same_bits(ours, theirs)
 
 
@@ -261,15 +273,15 @@ def test_parameter_groups(name: str) -> None:
     ],
 )
 def test_any_optimizer_class_in_a_step(cls: Any, options: dict[str, Any]) -> None:
-    hand = zoo.model("decoder")
-    theirs = _by_hand(hand, cls(hand.parameters(), lr=PEAK, **options), microbatches=2)
+    hand = _model("decoder")
+    shape: Any = {"microbatches": 2, "steps": FEW}
+    theirs = _by_hand(hand, cls(hand.parameters(), lr=PEAK, **options), **shape)
     optimizer = ft.optim.from_torch(cls, lr=PEAK, **options)
-    _, ours = _by_step(zoo.model("decoder"), optimizer, microbatches=2)
+    _, ours = _by_step(_model("decoder"), optimizer, **shape)
     _assert_same_bits(ours, theirs)
 
 
-@EVERY
-@pytest.mark.parametrize("microbatches", [1, 4])
+@half("name, microbatches", MODELS, [1, 4])
 def test_against_torchs_own_clipping_the_params_agree_to_a_millionth(
     name: str, microbatches: int
 ) -> None:
@@ -278,18 +290,17 @@ def test_against_torchs_own_clipping_the_params_agree_to_a_millionth(
     At a learning rate of 1e-3. At 1e-2 Adam's division by nearly nothing lets the decoder's runs
     drift 7e-5 apart in a hundred steps, as it would two runs that begin a rounding apart.
     """
-    hand, limit = zoo.model(name), {"decoder": 1.19, "normed": 0.97, "tied": 4.2}[name]
+    hand, limit = _model(name), {"decoder": 1.19, "normed": 0.97, "tied": 4.2}[name]
     options: Any = {"microbatches": microbatches}
     ordinary = _adamw(hand, lr=1e-3)
     theirs = _by_hand(hand, ordinary, max_norm=limit, clip=_clip_by_torch, **options)
-    state, ours = _by_step(zoo.model(name), peak=1e-3, max_grad_norm=limit, **options)
+    state, ours = _by_step(_model(name), peak=1e-3, max_grad_norm=limit, **options)
     assert 20 < sum(norm > limit for norm in ours.norms) < 80
     for parameter, value in state.params.items():
         torch.testing.assert_close(value, theirs.values[parameter], rtol=1e-6, atol=1e-6)
 
 
-@EVERY
-@pytest.mark.parametrize("microbatches", [1, 4])
+@half("name, microbatches", MODELS, [1, 4], other=True)
 def test_the_loss_scale_is_that_of_a_grad_scaler(name: str, microbatches: int) -> None:
     """The same scale at every step, the same steps skipped, and the same bits in the params.
 
@@ -297,16 +308,17 @@ def test_the_loss_scale_is_that_of_a_grad_scaler(name: str, microbatches: int) -
     multiplication with the reciprocal. Where gradients overflowed the loop's clipping spreads NaN,
     which `scaler.step` then skips; its schedule stands still by hand, as a step's does by itself.
     """
-    hand = zoo.model(name)
+    hand = _model(name)
     scaler = torch.amp.GradScaler(
         "cpu", init_scale=FP16.initial_scale, growth_interval=FP16.growth_interval
     )
     limit = MAX_NORM[name]
-    options: Any = {"microbatches": microbatches}
+    steps = 60
+    options: Any = {"microbatches": microbatches, "steps": steps}
     theirs = _by_hand(
         hand, _adamw(hand), precision="fp16", scaler=scaler, max_norm=limit, **options
     )
-    state, ours = _by_step(zoo.model(name), precision=FP16, max_grad_norm=limit, **options)
+    state, ours = _by_step(_model(name), precision=FP16, max_grad_norm=limit, **options)
     assert ours.scales == theirs.scales
     assert ours.skipped == theirs.skipped
     assert float(state.scaler.scale) == scaler.get_scale()
@@ -317,8 +329,8 @@ def test_the_loss_scale_is_that_of_a_grad_scaler(name: str, microbatches: int) -
     assert late >= 5, f"{late} late steps were skipped only; the test shows too little"
     for parameter, value in state.params.items():
         assert torch.equal(value, theirs.values[parameter]), parameter
-    applied = STEPS - sum(ours.skipped)
-    assert state.step == STEPS
+    applied = steps - sum(ours.skipped)
+    assert state.step == steps
     assert int(state.optimizer.count) == int(state.scheduler.count) == applied
     assert all(int(count) == applied for count in state.optimizer.slots["step"].values())
 
@@ -356,9 +368,9 @@ def test_preference_steps_are_those_of_an_ordinary_loop(name: str, microbatches:
 
     In float64 and to rounding: the loop passes chosen and rejected one after the other.
     """
-    policy, reference = zoo.model(name, torch.float64), zoo.model(name, torch.float64)
+    policy, reference = _model(name, torch.float64), _model(name, torch.float64)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=PEAK, weight_decay=0.1, fused=True)
-    architecture, params, buffers = zoo.split(name, torch.float64)
+    architecture, params, buffers = ft.split(_model(name, torch.float64))
     step = ft.dpo_step(
         architecture,
         ft.optim.adamw(weight_decay=0.1),
@@ -369,7 +381,7 @@ def test_preference_steps_are_those_of_an_ordinary_loop(name: str, microbatches:
         microbatches=microbatches,
     )
     state = step.init(params, buffers)
-    for seed in range(30):
+    for seed in range(10):
         batch = zoo.pairs(seed)
         optimizer.zero_grad()
         with torch.no_grad():

@@ -8,7 +8,6 @@ that every law of the family is applied to, and the batches for them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -189,18 +188,21 @@ def slopes(
 ) -> list[tuple[float, float]]:
     """d total / d (chosen, rejected) of each pair, by differences in twice the digits."""
     sorts = any(name in mix for name in ("aot", "aot_unpaired"))
+    nearby = EXACT.mpf(10) ** -EXACT.dps
 
-    def with_side(index: int, side: str, x: Number) -> Number:
-        changed = dataclasses.replace(pairs[index], **{side: x})
+    def of(index: int, pair: Pair) -> Number:
         if not sorts:  # the other terms do not change
-            return total(mix, [changed], n, None if weights is None else [weights[index]])
-        return total(mix, [*pairs[:index], changed, *pairs[index + 1 :]], n, weights)
+            return total(mix, [pair], n, None if weights is None else [weights[index]])
+        return total(mix, [*pairs[:index], pair, *pairs[index + 1 :]], n, weights)
 
-    def slope(index: int, side: str) -> float:
-        function = functools.partial(with_side, index, side)
-        return float(EXACT.diff(function, EXACT.mpf(getattr(pairs[index], side))))
+    def slope(index: int, side: str, here: Number) -> float:
+        moved = EXACT.mpf(getattr(pairs[index], side)) + nearby
+        there = of(index, dataclasses.replace(pairs[index], **{side: moved}))
+        return float((there - here) / nearby)
 
-    return [(slope(i, "chosen"), slope(i, "rejected")) for i in range(len(pairs))]
+    with EXACT.workdps(2 * EXACT.dps):
+        here = [of(index, pair) for index, pair in enumerate(pairs)]
+        return [(slope(i, "chosen", h), slope(i, "rejected", h)) for i, h in enumerate(here)]
 
 
 def running_mean(pairs: Sequence[Pair], beta: float, seen: tuple[Number, int] = (0, 0)) -> Number:

@@ -392,7 +392,7 @@ def test_slopes_are_asked_where_a_gradient_is_wanted_and_not_in_half_precision()
 @pytest.mark.parametrize("finish", sorted(FINISHES))
 @pytest.mark.parametrize("biased", [False, True])
 def test_gradients_are_those_of_finite_differences(finish: str, biased: bool) -> None:
-    case = Case(rows=21, width=3, vocabulary=5, rows_at_once=16, biased=biased, finish=finish)
+    case = Case(rows=18, width=2, vocabulary=5, rows_at_once=16, biased=biased, finish=finish)
 
     def logps(*leaves: Tensor) -> Tensor:
         return scored(leaves[0], case.targets(), case.projection(list(leaves))).logps
@@ -799,18 +799,18 @@ def _peak(function: Callable[[], object]) -> int:
 def test_memory_stays_within_a_few_budgets_beside_the_gradients(
     finish: str, dtype: torch.dtype
 ) -> None:
-    """Of 20 MB of logits only a chunk exists at a time.
+    """Of 15 MB of logits only a chunk exists at a time.
 
     In float32 one budget of logits; the details of scores are made beside them in a second, and a
     finish makes copies: what it was given, and what it and its gradient make of it.
     """
-    case = Case(rows=640, width=8, vocabulary=8_000, rows_at_once=64, finish=finish, dtype=dtype)
+    case = Case(rows=480, width=8, vocabulary=8_000, rows_at_once=64, finish=finish, dtype=dtype)
     budget = 64 * 8_000 * 4
     leaves = case.leaves()
     # The logits in half precision, widened, and narrowed again: (2 + 4 + 2) / 4 budgets.
     copies = {"none": 1, "cap": 6}[finish] + (1 if dtype == torch.bfloat16 else 0)
     values = sum(leaf.numel() for leaf in leaves)
-    small = 640 * 200 + (1 << 17)  # a few numbers for each row
+    small = 480 * 200 + (1 << 17)  # a few numbers for each row
     # Half precision is summed in float32, beside one product, and narrowed at the end. Where the
     # CPU multiplies it itself (AMX), oneDNN lays the weight out anew for each product.
     gradients = values * (4 if dtype == torch.float32 else 10) + small

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import functrain as ft
 from functrain import keys
-from functrain.objectives import chunks, head
+from functrain.objectives import chunks, head, language
 from functrain.objectives.head import Head, find_head
 from functrain.objectives.language import LanguageModeling
 from functrain.objectives.logprobs import TokenScores, _by_pairs, hidden_rows, token_scores
@@ -221,7 +221,11 @@ def _decoder(**options: Any) -> Any:
     return ft.models.decoder(config, seed=3).double().eval()
 
 
-_shared = cache(_model)
+@cache
+def _shared(name: str) -> tuple[Any, float]:
+    """A model for several tests, each of which leaves it as it was, and its tolerance."""
+    model = _model(name)
+    return model, _tolerance(model)
 
 
 def _batch(seed: int = 0) -> dict[str, Tensor]:
@@ -249,6 +253,20 @@ def _chunked() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "BUDGET", 16 * VOCABULARY * 4)
         yield
+
+
+@contextmanager
+def _rows() -> Generator[list[Any]]:
+    """Within it, what a loss finds of hidden states whose logits are made by chunks."""
+    found: list[Any] = []
+
+    def spying(*given: Any, **options: Any) -> Any:
+        found.append(hidden_rows(*given, **options))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "hidden_rows", spying)
+        yield found
 
 
 def _tolerance(model: Any) -> float:
@@ -299,10 +317,9 @@ def _assert_same(model: nn.Module, batch: dict[str, Tensor], tolerance: float) -
     """Loss, metrics and gradients by chunks are those of whole logits."""
     with keys.seeded(5):
         whole = _measured(model, batch, "full")
-    with _chunked(), keys.seeded(5):
-        assert hidden_rows(model, batch) is not None
-    with _chunked(), keys.seeded(5):
+    with _chunked(), _rows() as rows, keys.seeded(5):
         ours = _measured(model, batch, "auto")
+    assert [each is not None for each in rows] == [True]
     _assert_near(ours[0], whole[0], tolerance, "loss")
     assert ours[1] == pytest.approx(whole[1], rel=10 * tolerance)
     assert ours[2].keys() == whole[2].keys()
@@ -322,7 +339,7 @@ def _assert_same_scores(ours: TokenScores, whole: TokenScores, tolerance: float)
 @FOUND
 def test_the_head_is_found(name: str) -> None:
     """By the module of the projection, the names of its values, and the trunk where one is due."""
-    model = _shared(name)
+    model, tolerance = _shared(name)
     with _left_alone(model):
         found = find_head(model)
     assert isinstance(found, Head), found
@@ -330,7 +347,7 @@ def test_the_head_is_found(name: str) -> None:
     assert found.projection is model.get_output_embeddings()
     assert named[found.weight] is found.projection.weight
     assert (None if found.bias is None else named[found.bias]) is found.projection.bias
-    narrowed = _tolerance(model) > 1e-9 and next(model.parameters()).dtype == torch.float64
+    narrowed = tolerance > 1e-9 and next(model.parameters()).dtype == torch.float64
     # To narrow float64 is to change them.
     assert found.trunk == FINISHED.get(name, model.base_model_prefix if narrowed else None)
 
@@ -370,8 +387,7 @@ def test_the_built_in_decoder_shows_its_head(tied: bool) -> None:
 @FOUND
 def test_by_chunks_the_loss_is_the_same(name: str) -> None:
     """With its metrics and the gradients of all parameters; also with a mask and positions."""
-    model = _shared(name)
-    tolerance = _tolerance(model)
+    model, tolerance = _shared(name)
     with _left_alone(model):
         _assert_same(model, _batch(), tolerance)
         _assert_same(model, _padded(model), tolerance)
@@ -380,8 +396,8 @@ def test_by_chunks_the_loss_is_the_same(name: str) -> None:
 @FOUND
 def test_by_chunks_the_scores_are_the_same(name: str) -> None:
     """Those of the params that are bound, and those of others: what a reference is."""
-    model = _shared(name)
-    tolerance, batch = _tolerance(model), _padded(model)
+    model, tolerance = _shared(name)
+    batch = _padded(model)
     other = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
     with torch.no_grad(), _left_alone(model):
         whole = token_scores(model, batch, head="full")
@@ -397,15 +413,26 @@ def test_by_chunks_the_scores_are_the_same(name: str) -> None:
 @FOUND
 def test_under_checkpointing_it_is_the_same(name: str) -> None:
     """In train mode, with the same dropout, the trunk computed again in the backward pass."""
-    model = _model(name)
+    model, tolerance = _shared(name)
     if not model.supports_gradient_checkpointing:
         pytest.skip(f"{name} has no checkpointing")
-    tolerance = _tolerance(model)
-    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-    model.train()
-    with _left_alone(model):
+    with _checkpointing(model), _left_alone(model):
         _assert_same(model, _batch(), tolerance)
+
+
+@contextmanager
+def _checkpointing(model: Any) -> Generator[None]:
+    """Within it, in train mode with checkpointing, and its head not found yet."""
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    kind = new if hasattr(model, f"{new}_enable") else old
+    getattr(model, f"{kind}_enable")({"use_reentrant": False})
+    head._found.of(model).clear()
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        getattr(model, f"{kind}_disable")()
 
 
 def test_where_every_position_has_a_target_none_is_left_out() -> None:

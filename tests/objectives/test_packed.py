@@ -5,6 +5,7 @@ Tolerances are those of tests/objectives/test_layouts.py, for the reasons given 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,17 @@ def _step(name: str, **options: Any) -> tuple[ft.Step, ft.TrainState]:
     return step, step.init(params, buffers)
 
 
+_kept = functools.cache(_step)  # a state is a value: every example begins at the same one
+
+
 def _all(source: Any) -> Any:
     (batch,) = data.all_batches(source, len(source))
     return batch
 
 
-def _assert_same(name: str, source: data.Chats, **options: Any) -> None:
+def _assert_same(name: str, source: data.Chats) -> None:
     tolerance = NARROWED if "-" in name else ROUNDING
-    step, state = _step(name, **options)
+    step, state = _kept(name)
     padded, ours = _all(source), _all(data.packed(source, time=TIME))
     step.objective.check(ours, zoo.VOCABULARY)
     one, other = (
@@ -152,7 +156,7 @@ def test_the_public_law_finds_documents_that_see_each_other() -> None:
 
 @given(source=documents(), parts=st.data())
 def test_packed_rows_accumulate_and_evaluate_as_one(source: data.Chats, parts: Any) -> None:
-    step, state = _step("tied")
+    step, state = _kept("tied")
     batch = _all(data.packed(source, time=TIME))
     cut = parts.draw(testing.partitions(len(batch["input_ids"])))
     targets = [int((each["labels"][:, 1:] != -100).sum()) for each in testing._cut(batch, cut)]

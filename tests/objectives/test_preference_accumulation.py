@@ -19,10 +19,10 @@ from functrain import testing
 from functrain.objectives.preference import Observed, PreferenceOptimization
 from functrain.objectives.unpaired import UnpairedOptimization
 
-STEPS, PAIRS = 20, 8
+STEPS, PAIRS = 5, 8  # each cut once, and the first again
 EVERY = pytest.mark.parametrize("case", list(CASES))
 COUPLED = pytest.mark.parametrize("case", list(filter(formulas.coupled, CASES)))
-MOVING = {"reference_mixup": 0.3, "reference_sync": 3}
+MOVING: dict[str, Any] = {"reference_mixup": 0.3, "reference_sync": 2}
 
 
 def _started(case: str, **options: Any) -> tuple[ft.Step, ft.TrainState]:
@@ -44,11 +44,11 @@ CUTS: Sequence[int | list[int]] = (2, 4, 8, [3, 1, 4])
 
 
 def _trained(
-    step: ft.Step, state: ft.TrainState, case: str, *cuts: int | list[int]
+    step: ft.Step, state: ft.TrainState, case: str, *cuts: int | list[int], steps: int = STEPS
 ) -> tuple[ft.TrainState, list[dict[str, float]]]:
-    """20 steps, their batches cut in one of these ways after the other."""
+    """Steps, their batches cut in one of these ways after the other."""
     seen = []
-    for seed, cut in zip(range(STEPS), itertools.cycle(cuts)):
+    for seed, cut in zip(range(steps), itertools.cycle(cuts)):
         batch: Any = formulas.batch_of(case, seed, PAIRS)
         if isinstance(cut, int):
             state, metrics = _several(step, cut)(state, batch)
@@ -80,7 +80,7 @@ def _assert_close(one: Any, other: Any, what: str) -> None:
 
 
 @EVERY
-def test_twenty_steps_are_the_same_whatever_the_micro_batches(case: str) -> None:
+def test_steps_are_the_same_whatever_the_micro_batches(case: str) -> None:
     """1 against 2, 4 and 8 equal slices and micro-batches of 3, 1 and 4 pairs, taking turns; of
     some losses each of these for all steps."""
     step, state = _started(case)
@@ -98,7 +98,7 @@ def test_twenty_steps_are_the_same_whatever_the_micro_batches(case: str) -> None
 @functools.cache
 def _whole(case: str) -> tuple[ft.Step, ft.TrainState, Any]:
     step, state = _started(case)
-    return step, state, _trained(step, state, case, 1)
+    return step, state, _trained(step, state, case, 1, steps=20)
 
 
 @pytest.mark.long
@@ -109,14 +109,15 @@ def test_twenty_steps_of_every_loss_are_the_same_in_every_cut(
 ) -> None:
     """The whole grid: each loss and modifier with each partition for all of the steps."""
     step, state, whole = _whole(case)
-    _assert_close(whole, _trained(step, state, case, cut), f"cut in {cut}")
+    _assert_close(whole, _trained(step, state, case, cut, steps=20), f"cut in {cut}")
 
 
 @pytest.mark.parametrize("case", ["sigmoid", "bco_pair", "mpo"])
-def test_twenty_steps_against_a_moving_reference_are_too(case: str) -> None:
+def test_steps_against_a_moving_reference_are_too(case: str) -> None:
     step, state = _started(case, **MOVING)
-    whole = _trained(step, state, case, 1)
-    cut = _trained(step, state, case, *CUTS)
+    steps = 2 * MOVING["reference_sync"] + 1
+    whole = _trained(step, state, case, 1, steps=steps)
+    cut = _trained(step, state, case, *CUTS, steps=steps)
     _assert_close(whole, cut, "cut in turns")
     for name, tensor in whole[0].reference.items():
         torch.testing.assert_close(cut[0].reference[name], tensor, rtol=1e-9, atol=1e-9)
@@ -159,8 +160,8 @@ def test_an_evaluation_is_independent_of_the_batch_size(case: str) -> None:
     """Of the order too, and it disturbs nothing; a coupled loss is that of all batches together."""
     step, state = _started(case)
     state, _ = step(state, formulas.batch_of(case, 0, PAIRS))
-    for parts in ([4, 4], [1, 1, 1, 1, 1, 1, 1, 1], [5, 1, 2]):
-        testing.assert_evaluation_invariant(step, state, formulas.batch_of(case, 9, PAIRS), parts)
+    for parts in ([1, 1, 1, 1], [3, 1]):
+        testing.assert_evaluation_invariant(step, state, formulas.batch_of(case, 9), parts)
 
 
 class Dropped(zoo.Tied):

@@ -11,6 +11,7 @@ import attrs
 import pytest
 import torch
 import zoo
+from halves import half
 from objectives import formulas
 from objectives.formulas import CASES
 from torch import Tensor
@@ -42,7 +43,7 @@ def _llama(dtype: torch.dtype) -> Any:
 
 
 MODELS: dict[str, Callable[[torch.dtype], Any]] = {
-    "decoder": lambda dtype: zoo.split("decoder", dtype),
+    "decoder": lambda dtype: ft.split(zoo.decoder(layers=1).to(dtype)),
     "llama": _llama,
 }
 
@@ -52,12 +53,15 @@ def _split(architecture: str, dtype: torch.dtype) -> Any:
     return MODELS[architecture](dtype)
 
 
+ARCHITECTURES, HEADS = list(MODELS), ["whole", "chunks"]
+WITH_REFERENCE = list(filter(formulas.referred, CASES))
 EVERY = pytest.mark.parametrize("case", list(CASES))
-REFERRED = pytest.mark.parametrize("case", list(filter(formulas.referred, CASES)))
-ARCHITECTURES = pytest.mark.parametrize("architecture", list(MODELS))
+REFERRED = pytest.mark.parametrize("case", WITH_REFERENCE)
+EVERYWHERE = half("case, architecture", list(CASES), ARCHITECTURES)
+EVERY_WAY = half("case, architecture, head", list(CASES), ARCHITECTURES, HEADS, indirect=["head"])
 
 
-@pytest.fixture(params=["whole", "chunks"])
+@pytest.fixture(params=HEADS)
 def head(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Logits as the model makes them, or 16 rows of them at a time."""
     if request.param == "chunks":
@@ -127,8 +131,7 @@ def test_logits_are_made_by_chunks_where_the_budget_is_small(
     assert all(each > 1 for each in seen)
 
 
-@EVERY
-@ARCHITECTURES
+@EVERYWHERE
 def test_chunks_change_no_loss_and_no_gradient(
     case: str, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,13 +154,13 @@ class _Indirect(PreferenceOptimization):
         return False
 
 
-PAIRED = pytest.mark.parametrize("case", [case for case in CASES if case != "kto"])
-
-
-@PAIRED
-@ARCHITECTURES
-@pytest.mark.parametrize("budget", [64, 1 << 12])
-@pytest.mark.parametrize("microbatches", [1, 2])
+@half(
+    "case, architecture, budget, microbatches",
+    formulas.PAIRED,
+    ARCHITECTURES,
+    [64, 1 << 12],
+    [1, 2],
+)
 def test_gradients_taken_with_the_logits_are_those_of_a_backward_pass(
     case: str,
     architecture: str,
@@ -210,9 +213,14 @@ def test_gradients_taken_with_the_logits_are_those_of_a_backward_pass(
 AT_LOG_TWO = ("sigmoid", "sigmoid_norm", "forward_kl", "alpha", "ld", "aot", "aot_unpaired")
 
 
-@REFERRED
-@ARCHITECTURES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@half(
+    "case, architecture, dtype, head",
+    WITH_REFERENCE,
+    ARCHITECTURES,
+    [torch.float32, torch.float64],
+    HEADS,
+    indirect=["head"],
+)
 def test_where_the_policy_is_the_reference_the_margin_is_exactly_zero(
     case: str, architecture: str, dtype: torch.dtype, head: str
 ) -> None:
@@ -233,8 +241,7 @@ def test_where_the_policy_is_the_reference_the_margin_is_exactly_zero(
         assert loss == pytest.approx(float(formulas.of_pair(name, formulas.Pair(0, 0), n)))
 
 
-@EVERY
-@ARCHITECTURES
+@EVERY_WAY
 def test_padding_changes_no_loss(case: str, architecture: str, head: str) -> None:
     batch = _wider(formulas.batch_of(case), 5)
     _assert_equal(_evaluated(case, architecture, batch), _whole(case, architecture, head), ROUNDING)
@@ -270,15 +277,13 @@ def test_a_likelihood_of_whole_sequences_leaves_the_completions_what_they_are() 
         assert one[f"eval_{name}"] == pytest.approx(other[f"eval_{name}"], rel=ROUNDING), name
 
 
-@EVERY
-@ARCHITECTURES
+@EVERY_WAY
 def test_reordering_changes_no_loss(case: str, architecture: str, head: str) -> None:
     batch = _permuted(formulas.batch_of(case), [1, 3, 0, 2])
     _assert_equal(_evaluated(case, architecture, batch), _whole(case, architecture, head), ROUNDING)
 
 
-@EVERY
-@ARCHITECTURES
+@EVERY_WAY
 def test_splitting_changes_no_loss(case: str, architecture: str, head: str) -> None:
     """An evaluation over any pieces is that of the whole, coupled losses too; and of a loss that
     is not coupled each pair's own knows nothing of the others."""
@@ -294,8 +299,7 @@ def test_splitting_changes_no_loss(case: str, architecture: str, head: str) -> N
     assert sum(losses) / 4 == pytest.approx(whole["eval_loss"], rel=ROUNDING)
 
 
-@EVERY
-@ARCHITECTURES
+@EVERY_WAY
 def test_swapping_the_sides_flips_the_margin(case: str, architecture: str, head: str) -> None:
     """What was said of the chosen is said of the rejected; of KTO, where the labels are flipped."""
     batch = formulas.batch_of(case)
@@ -349,8 +353,7 @@ def test_what_is_attached_outside_of_the_completions_is_not_read(case: str) -> N
     assert other == _evaluated(case, "decoder", given)
 
 
-@REFERRED
-@ARCHITECTURES
+@half("case, architecture", WITH_REFERENCE, ARCHITECTURES)
 def test_the_reference_receives_no_gradient_and_no_step_changes_it(
     case: str, architecture: str
 ) -> None:

@@ -17,8 +17,8 @@ from objectives import formulas
 import functrain as ft
 from functrain import testing
 
-STEPS = 7  # the reference moves twice, and once more is all but due
-MIXUP, SYNC = 0.3, 3
+STEPS = 5  # the reference moves twice, and once more is all but due
+MIXUP, SYNC = 0.3, 2
 OPTIONS: dict[str, dict[str, Any]] = {
     "tr_dpo": {"loss": "sigmoid", "reference_mixup": MIXUP, "reference_sync": SYNC},
     "bco": {"loss": "bco_pair"},
@@ -79,7 +79,7 @@ def test_a_run_resumed_from_every_step_ends_with_the_same_bits(
 def test_donated_and_pure_are_equal_and_neither_changes_what_it_was_given(method: str) -> None:
     """At a step that moves the reference and at one that does not."""
     step, begin = _made(method)
-    for state in [begin(), *_run(step, begin(), 4)]:
+    for state in [begin(), *_run(step, begin(), SYNC)]:
         testing.assert_pure(step, state, _batch(state.step))
         testing.assert_donation_equal(step, state, _batch(state.step))
 
