@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from functrain.trees import is_sharded, rows_here
 EXAMPLES, TIME = 16, 6
 SAMPLED = 12  # tokens of a sample that a run asks for
 OVERFLOWING = Precision(
-    name="fp16", autocast=torch.float16, loss_scale=True, initial_scale=2.0**24, growth_interval=3
+    name="fp16", autocast=torch.float16, loss_scale=True, initial_scale=2.0**20, growth_interval=2
 )
 
 
@@ -260,8 +261,9 @@ def model(options: Any) -> nn.Module:
 
 def decoder(options: Any) -> dict[str, Any]:
     """The shape of the model; `odd` shapes leave some workers with fewer rows or none."""
-    odd = {"width": 18, "heads": 3, "kv_heads": 1, "hidden": 29, "layers": 3}
-    return {"dropout": 0.1, **(odd if options.get("odd") else {})}
+    odd = {"width": 18, "heads": 3, "kv_heads": 1, "hidden": 29}
+    layers = options.get("layers", 2)
+    return {"dropout": 0.1, "layers": layers, **(odd if options.get("odd") else {})}
 
 
 @attrs.frozen(eq=False)
@@ -374,11 +376,11 @@ def made(options: Any, world: Any) -> tuple[Any, Any]:
 
 
 def steps(options: Any) -> dict[str, Any]:
-    """A few steps on parts of batches; the state's fingerprint and the metrics of each step."""
+    """Steps on parts of batches; the state's fingerprint and the metrics of each step."""
     with ft.distributed.world(timeout=60) as world:
         step, state = made(options, world)
         seen = []
-        for number in range(options.get("steps", 3)):
+        for number in range(options.get("steps", 2)):
             batch = batches(options.get("stage", "pretrain"), number, options.get("examples", 16))
             state, metrics = step(state, own_part(step, batch, world))
             seen.append({name: value.hex() for name, value in metrics.to_dict().items()})
@@ -470,10 +472,15 @@ def parts(options: Any) -> str:
             state = ft.state.map_tensors(state, lambda _, t: t + own["shift"])
         if own.get("dies"):
             os._exit(7)
-        if own.get("sleeps"):
-            time.sleep(own["sleeps"])
-        for _ in range(options.get("steps", 1)):
-            state, _ = step(state, batch)
+        if own.get("hangs"):
+            while not Path(options["ended"]).exists():
+                time.sleep(0.02)
+        try:
+            for _ in range(options.get("steps", 1)):
+                state, _ = step(state, batch)
+        finally:
+            if options.get("ended"):
+                Path(options["ended"]).touch()
         return ft.fingerprint(state)
 
 
@@ -665,7 +672,7 @@ def training(options: Any) -> dict[str, Any]:
         source = Ragged(options.get("data", 0) if world.rank else 0)
         if options.get("unreadable", [None])[0] == world.rank:
             source = Unreadable(options["unreadable"][1])
-        directory = options.get("directory")
+        directory, every = options.get("directory"), options.get("every", 2)
         newest = ft.latest(directory) if directory is not None else None
         if newest is not None:
             under = conditions(step, source.batch_size)
@@ -677,9 +684,9 @@ def training(options: Any) -> dict[str, Any]:
             source,
             steps=options.get("steps", 4),
             evaluation=[zoo.batch(n, 3 + n % 2) for n in range(90, 95)],
-            evaluate_every=2,
+            evaluate_every=every,
             directory=directory,
-            save_every=2 if directory is not None else None,
+            save_every=every if directory is not None else None,
             background=options.get("background", False),
         )
         for state, metrics in run:
@@ -708,9 +715,15 @@ class Broken(FileSystem):
 
 
 def saving(options: Any) -> dict[str, Any]:
-    """Two saves of a state in shards, the second with a disk that breaks on one worker."""
+    """Two saves of a state in shards, the second with a disk that breaks on one worker.
+
+    `loads`: what is there is loaded before.
+    """
     with ft.distributed.world(timeout=20) as world:
-        step, state = made({**options, "step": {"sharded": True}}, world)
+        step, state = made({**options, "layers": 1, "step": {"sharded": True}}, world)
+        loaded = ""
+        if options.get("loads"):
+            loaded = ft.fingerprint(ft.load(options["directory"], like=state, world=world))
         first = ft.save(options["directory"], state, world=world)
         batch = part(batches("pretrain", 0), world.rank, world.size, step.microbatches)
         later, _ = step(state, batch)
@@ -722,13 +735,14 @@ def saving(options: Any) -> dict[str, Any]:
         except ft.FunctrainError as failure:
             error = f"{type(failure).__name__}: {failure}"
         back = ft.load(first, like=later, world=world)
-        return {"error": error, "same": ft.fingerprint(back) == ft.fingerprint(state)}
+        same = ft.fingerprint(back) == ft.fingerprint(state)
+        return {"error": error, "same": same, "loaded": loaded}
 
 
 def loading(options: Any) -> str:
     """Load into a state in shards; the fingerprint."""
     with ft.distributed.world(timeout=20) as world:
-        _, state = made({**options, "step": {"sharded": True}}, world)
+        _, state = made({**options, "layers": 1, "step": {"sharded": True}}, world)
         known = {} if options.get("no world") else {"world": world}
         return ft.fingerprint(ft.load(options["directory"], like=state, **known))
 
@@ -736,7 +750,8 @@ def loading(options: Any) -> str:
 def reusing(options: Any) -> list[str]:
     """What a donated step makes of shards that another state holds as well: nothing."""
     with ft.distributed.world(timeout=20) as world:
-        step, state = made({**options, "step": {"sharded": True, "donate": True}}, world)
+        options = {**options, "layers": 1, "step": {"sharded": True, "donate": True}}
+        step, state = made(options, world)
         batch = part(batches("pretrain", 0), world.rank, world.size, step.microbatches)
         shards = dict(state.params)
         before = ft.fingerprint(state)
@@ -852,8 +867,10 @@ def command(options: Any) -> dict[str, Any]:
     run.GATHERED = options.get("gathered", run.GATHERED)
     generate = models.generate
 
+    waits = [options.get("speaks_in", 0)]
+
     def slowly(*given: Any, **more: Any) -> list[int]:
-        time.sleep(options.get("speaks_in", 0))
+        time.sleep(waits.pop() if waits else 0)  # once is enough
         return generate(*given, **more)
 
     models.generate = slowly
@@ -861,3 +878,16 @@ def command(options: Any) -> dict[str, Any]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(options["arguments"])
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def torchrun(options: Any) -> None:
+    """torchrun, whose workers are forked from it and run a script; what they say goes to files."""
+    from torch.distributed.run import main
+
+    from functrain.cli import samples
+
+    samples.TOKENS = SAMPLED
+    for stream, path in ((1, options["out"]), (2, options["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.update(options["environment"])
+    main(["--run-path", "--start-method=fork", *options["arguments"]])

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from workers import Group
+from workers import Group, shared
 
 import functrain as ft
 from functrain.cli import main
 from functrain.cli.restoring import restored
 
 COMMON = [
-    *("--train.steps", "4", "--train.batch-size", "8", "--train.save-every", "2"),
-    *("--train.threads", "1", "--train.device", "cpu", "--evaluation.every", "2"),
+    *("--train.steps", "2", "--train.batch-size", "8", "--train.save-every", "1"),
+    *("--train.threads", "1", "--train.device", "cpu", "--evaluation.every", "1"),
     *("--data.time", "32", "--train.microbatches", "4", "--train.reduction", "canonical"),
     *("--train.timeout", "60"),
 ]
@@ -30,10 +29,11 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.close()
+def group() -> Group:
+    group = shared()
+    group.imports("functrain.cli.commands", "functrain.cli.run", "functrain.cli.summary")
+    group.imports("functrain.tracking.report")
+    return group
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps(record) + "\n" for record in records]
         (path / f"{name}.jsonl").write_text("".join(lines))
         (path / f"{name}_held_out.jsonl").write_text(lines[0])  # a sample takes seconds
-    shape = ["--model.width", "16", "--model.layers", "2", "--model.heads", "2"]
+    shape = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2"]
     text = ["--data.train", str(path / "text.txt")]
     assert main(["pretrain", "--directory", str(path / "a"), *shape, *text, *COMMON]) == 0
     assert main(["sft", *_options(path, path / "b", "a", "chats"), *LORA]) == 0
@@ -106,7 +106,7 @@ def test_samples_may_take_longer_than_workers_wait(
 ) -> None:
     arguments = ["sft", *_options(runs, tmp_path, "a", "chats")]
     arguments[arguments.index("--train.timeout") + 1] = "4"
-    for each in group.values("command", 2, {"arguments": arguments, "speaks_in": 6}):
+    for each in group.values("command", 2, {"arguments": arguments, "speaks_in": 5}):
         assert each["code"] == 0, each["err"]
     assert HEADING in (tmp_path / "report.html").read_text()
 

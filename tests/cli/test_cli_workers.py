@@ -7,18 +7,27 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import tally
 import torch
+from workers import shared
 
 from functrain import checkpoint
 from functrain.cli import main
 from functrain.tracking import jsonl
 
+IMPORTED = (
+    "torch.distributed.run",
+    "functrain.cli.commands",
+    "functrain.cli.run",
+    "functrain.cli.summary",
+    "functrain.tracking.report",
+)
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 TEXT = " ".join(WORDS[(i * i + i // 3) % 8] for i in range(900))
 TOML = """
@@ -62,19 +71,24 @@ def _config(tmp_path: Path, name: str, steps: int) -> tuple[Path, Path]:
     return path, directory
 
 
+# Restarted workers would take the addresses of those before them.
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def _arguments(size: int, restarts: int) -> list[str]:
+    return [
+        *("--standalone", f"--nproc-per-node={size}"),
+        *(f"--max-restarts={restarts}", "--monitor-interval=0.1"),
+    ]
+
+
 def _torchrun(config: Path, size: int, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
-    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    environment = {
-        **os.environ,
-        # Restarted workers would take the addresses of those before them.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+    command = ["torch.distributed.run", *_arguments(size, restarts), "-m", "functrain"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}
     # To files: many restarts say more than a pipe holds.
     with config.with_suffix(".out").open("w") as out, config.with_suffix(".err").open("w") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", *command, "-m", "functrain", "pretrain", str(config), *options],
+            [sys.executable, "-m", *command, "pretrain", str(config), *options],
             stdout=out,
             stderr=err,
             env=environment,
@@ -82,7 +96,60 @@ def _torchrun(config: Path, size: int, *options: str, restarts: int = 0) -> subp
         )
 
 
-def _done(process: subprocess.Popen[str], config: Path) -> str:
+SCRIPT = """
+import sys
+from functrain.cli import main
+if code := main():
+    sys.exit(code)
+"""
+
+
+class Forked:
+    """The same, as torchrun's --run-path and --start-method=fork do it: nobody has to import."""
+
+    def __init__(self, config: Path, size: int, *options: str, restarts: int = 0) -> None:
+        script = config.with_suffix(".py")
+        script.write_text(SCRIPT)
+        group = shared()
+        group.imports(*IMPORTED)
+        asked = {
+            "arguments": [*_arguments(size, restarts), str(script), "pretrain", str(config)],
+            "environment": ENVIRONMENT,
+            "out": str(config.with_suffix(".out")),
+            "err": str(config.with_suffix(".err")),
+        }
+        asked["arguments"] += options
+        self._found: list[Any] = []
+        self._thread = threading.Thread(
+            target=lambda: self._found.extend(group.run("torchrun", 1, asked))
+        )
+        self._thread.start()
+        while self.poll() is None and not _children(group.pid):
+            time.sleep(0.01)
+        (self.pid,) = _children(group.pid)
+
+    def poll(self) -> int | None:
+        """Its exit code, once there is one."""
+        return int("value" not in self._found[0]) if self._found else None
+
+    def wait(self, timeout: float) -> int | None:
+        self._thread.join(timeout)
+        return self.poll()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it, if the test has failed: other tests ask the same group."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        self._thread.join()
+
+
+Process = subprocess.Popen[str] | Forked
+
+
+def _done(process: Process, config: Path) -> str:
     code = process.wait(120)
     assert code == 0, config.with_suffix(".err").read_text()
     return config.with_suffix(".out").read_text()
@@ -99,12 +166,12 @@ def _last(directory: Path) -> tuple[str, bytes, list[Any]]:
     return newest.name, (newest / "optimizer.safetensors").read_bytes(), records
 
 
-def _workers(process: subprocess.Popen[str]) -> list[int]:
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(pid) for pid in path.read_text().split()]
 
 
-def _reached(process: subprocess.Popen[str], directory: Path, step: int) -> None:
+def _reached(process: Process, directory: Path, step: int) -> None:
     """Wait until the run has a checkpoint of that step or a later one."""
     for _ in range(2000):
         newest = checkpoint.latest(directory / "checkpoints")
@@ -114,10 +181,10 @@ def _reached(process: subprocess.Popen[str], directory: Path, step: int) -> None
         time.sleep(0.02)
 
 
-def _killed(process: subprocess.Popen[str], directory: Path, step: int, rank: int) -> None:
+def _killed(process: Process, directory: Path, step: int, rank: int) -> None:
     """Kill a worker when the run has come to that step."""
     _reached(process, directory, step)
-    os.kill(_workers(process)[rank], signal.SIGKILL)
+    os.kill(_children(process.pid)[rank], signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +197,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes, list[An
     return _last(directory)
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param((), marks=pytest.mark.long), ("--train.sharded",)], ids=" ".join
-)
+def test_a_killed_worker_of_forked_ones_restarts_the_group_and_the_end_is_the_same(
+    tmp_path: Path,
+) -> None:
+    alone, expected = _config(tmp_path, "alone", 12)
+    assert main(["pretrain", str(alone)]) == 0
+    config, directory = _config(tmp_path, "run", 12)
+    with Forked(config, 2, "--train.sharded", restarts=1) as process:
+        _killed(process, directory, 4, rank=1)
+        out = _done(process, config)
+    assert out.count("finished, 12 of 12 steps") == 1, "rank 0 alone speaks"
+    assert _last(directory) == _last(expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [(), ("--train.sharded",)], ids=" ".join)
 def test_a_killed_worker_restarts_the_group_and_the_end_is_the_same(
     tmp_path: Path, alone: Any, options: tuple[str, ...]
 ) -> None:
@@ -185,7 +264,7 @@ def test_a_hundred_kills_of_any_worker_at_any_moment(tmp_path: Path, alone: Any)
             if moment == "while training":
                 _grown(process, directory)
             time.sleep(chosen.uniform(0, 0.3 if moment == "while training" else 4))
-            if process.poll() is None and (workers := _workers(process)):
+            if process.poll() is None and (workers := _children(process.pid)):
                 os.kill(chosen.choice(workers), signal.SIGKILL)
                 counts[moment] += 1
         _done(process, config)

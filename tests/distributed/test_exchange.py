@@ -135,8 +135,8 @@ def test_gradients_that_are_views_of_others_are_summed_as_any(
     """Autograd hands out an activation's gradient, and the same one to two parameters."""
     step = {"reduction": reduction, "microbatches": microbatches, "max_grad_norm": 0.01}
     options = {"partial": "twins", "step": step, "alone": 1, "bucket": 64, "examples": 4}
-    (alone,) = group.values("steps", 1, {**options, "step": {**step, "microbatches": 4}})
-    (plain,) = group.values("steps", 1, {**options, "partial": "no twins"})
+    alone = group.alone({**options, "step": {**step, "microbatches": 4}})
+    plain = group.alone({**options, "partial": "no twins", "step": {**step, "microbatches": 4}})
     assert alone["norm"] == pytest.approx(plain["norm"], rel=1e-5)
     for each in group.values("steps", 2, options):
         assert each["norm"] == pytest.approx(alone["norm"], rel=1e-5)

@@ -22,7 +22,7 @@ def _leaves(directory: Path) -> dict[str, bytes]:
 def test_state_metrics_and_checkpoint_are_those_of_one_worker(
     group: Group, tmp_path: Path, background: bool
 ) -> None:
-    options = {"background": background}
+    options = {"background": background, "layers": 1}
     (alone,) = group.values("training", 1, {**options, "directory": str(tmp_path / "1")})
     assert any("eval_loss" in record for record in alone["records"])
     for each in group.values("training", 2, {**options, "directory": str(tmp_path / "2")}):
@@ -33,27 +33,27 @@ def test_state_metrics_and_checkpoint_are_those_of_one_worker(
 
 def test_the_operations_of_a_step_are_counted_of_each_workers_own_part(group: Group) -> None:
     """No worker has the micro-batches of all for it, and the sum is what one worker counts."""
-    (alone,) = group.values("clocked", 1)
-    assert group.values("clocked", 2) == [alone, alone]
+    (alone,) = group.values("clocked", 1, {"layers": 1})
+    assert group.values("clocked", 2, {"layers": 1}) == [alone, alone]
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_checkpoint_of_shards_is_that_of_one_worker_to_the_byte(
     group: Group, tmp_path: Path, size: int
 ) -> None:
-    options = {"odd": True, "directory": str(tmp_path / "1")}
-    (alone,) = group.values("training", 1, options)
-    options = {**options, "step": {"sharded": True}, "directory": str(tmp_path / "2")}
-    for each in group.values("training", size, options):
+    options = {"odd": True, "layers": 1, "steps": 2, "step": {"microbatches": 4}}
+    (alone,) = group.values("training", 1, {**options, "directory": str(tmp_path / "1")})
+    options = {**options, "step": {"microbatches": 4, "sharded": True}}
+    for each in group.values("training", size, {**options, "directory": str(tmp_path / "2")}):
         assert each == alone
     assert _leaves(tmp_path / "1") == _leaves(tmp_path / "2")
 
 
 def test_shards_go_on_as_other_shards_and_whole(group: Group, tmp_path: Path) -> None:
-    (whole,) = group.values("training", 1, {"steps": 8})
-    for steps, size, sharded in ((2, 1, False), (4, 4, True), (6, 2, True), (8, 1, False)):
-        step = {"sharded": sharded}
-        options = {"steps": steps, "directory": str(tmp_path), "step": step}
+    options: dict[str, Any] = {"layers": 1, "every": 1}
+    (whole,) = group.values("training", 1, {**options, "steps": 4})
+    for steps, size, sharded in ((1, 1, False), (2, 4, True), (3, 2, True), (4, 1, False)):
+        options |= {"steps": steps, "directory": str(tmp_path), "step": {"sharded": sharded}}
         last = group.values("training", size, options)[0]
     assert last["fingerprint"] == whole["fingerprint"]
 
@@ -71,18 +71,19 @@ def test_a_save_of_shards_that_fails_on_one_worker_fails_on_all(
 
 
 @pytest.mark.parametrize(
-    ("rank", "operation"), [(0, "rename"), (0, "mkdir"), (1, "write_at"), (1, "sync")]
+    ("rank", "operation", "then"),
+    [(0, "rename", 2), (0, "mkdir", 2), (1, "write_at", 4), (1, "sync", 2)],
 )
 def test_a_worker_killed_in_a_save_of_shards_loses_nothing(
-    group: Group, tmp_path: Path, rank: int, operation: str
+    group: Group, tmp_path: Path, rank: int, operation: str, then: int
 ) -> None:
     options = {"directory": str(tmp_path), "breaks": [rank, operation, 0, "kill"]}
     found = group.run("saving", 2, options)
     assert found[rank] == {"exit": 9}
     assert ft.latest(tmp_path) == tmp_path / "step-000000000000"
     # Every worker loads what is there, and the next save sweeps away what is left.
-    assert len(set(group.values("loading", 4, {"directory": str(tmp_path)}))) == 1
-    group.values("saving", 4, {"directory": str(tmp_path), "breaks": [9, "sync", 9, "fail"]})
+    options |= {"loads": True, "breaks": [9, "sync", 9, "fail"]}
+    assert len({each["loaded"] for each in group.values("saving", then, options)}) == 1
     names = [path.name for path in sorted(tmp_path.glob("*step*"))]
     assert names == ["step-000000000000", "step-000000000001"]
 
@@ -108,9 +109,10 @@ def test_shards_are_not_loaded_from_what_is_damaged_or_of_another_shape(
 
 
 def test_the_number_of_workers_may_change_between_sittings(group: Group, tmp_path: Path) -> None:
-    (whole,) = group.values("training", 1, {"steps": 6})
-    for steps, size in ((2, 4), (4, 2), (6, 1)):
-        options = {"steps": steps, "directory": str(tmp_path)}
+    options: dict[str, Any] = {"layers": 1, "every": 1}
+    (whole,) = group.values("training", 1, {**options, "steps": 3})
+    for steps, size in ((1, 4), (2, 2), (3, 1)):
+        options |= {"steps": steps, "directory": str(tmp_path)}
         last = group.values("training", size, options)[0]
     assert last["fingerprint"] == whole["fingerprint"]
 
@@ -126,8 +128,9 @@ def test_with_fast_another_number_of_workers_is_named_on_resuming(
 
 
 def test_a_worker_killed_in_a_run_loses_nothing(group: Group, tmp_path: Path) -> None:
-    (whole,) = group.values("training", 1, {"steps": 6})
-    options = {"steps": 6, "directory": str(tmp_path)}
+    options: dict[str, Any] = {"layers": 1, "steps": 4}
+    (whole,) = group.values("training", 1, options)
+    options |= {"directory": str(tmp_path)}
     first, second = group.run("training", 2, {**options, "dies": [1, 3]})
     assert first["error"][0] == "WorkerError"
     assert second == {"exit": 9}

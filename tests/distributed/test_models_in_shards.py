@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,29 +168,46 @@ def test_no_more_than_two_tensors_are_whole_at_once() -> None:
 
 
 def test_transformers_own_models_are_made_from_their_description_alone() -> None:
-    config = transformers.LlamaConfig(hidden_size=8192, num_hidden_layers=80)
+    config = transformers.LlamaConfig(hidden_size=32768, num_hidden_layers=8)
     with recording(draws=False) as recorded:
         model = transformers.LlamaForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) > 40e9
     assert all(recorded.defers(p) or p.ndim == 1 for p in model.parameters())
 
 
-@pytest.mark.parametrize("how", ["params", "adapters", "base"])
+EXPORTED: dict[str, Any] = {
+    "params": {"layers": 1},
+    "adapters": {"layers": 1, "lora": {"rank": 2}},
+}
+EXPORTED["base"] = {**EXPORTED["adapters"], "base": "sharded"}
+
+
+@pytest.fixture(scope="module")
+def exported(group: Group, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where one process has exported params or adapters."""
+
+    @functools.cache
+    def one(what: str) -> Path:
+        folder = tmp_path_factory.mktemp(what)
+        group.values("exporting", 1, {**EXPORTED[what], "folder": str(folder)})
+        return folder
+
+    return one
+
+
+@pytest.mark.parametrize("how", EXPORTED)
 def test_shards_are_exported_whole_by_one_worker_as_the_refusals_say(
-    group: Group, tmp_path: Path, how: str
+    group: Group, tmp_path: Path, exported: Callable[[str], Path], how: str
 ) -> None:
-    options: dict[str, Any] = {} if how == "params" else {"lora": {"rank": 2}}
-    group.values("exporting", 1, {**options, "folder": str(tmp_path / "one")})
-    options |= {"folder": str(tmp_path / "several"), "step": {"sharded": True}}
-    if how == "base":
-        options["base"] = "sharded"
+    one = exported("params" if how == "params" else "adapters")
+    options = {**EXPORTED[how], "folder": str(tmp_path), "step": {"sharded": True}}
     for each in group.values("exporting", 2, options):
         kinds, texts = zip(*each["refused"], strict=True)
         assert set(kinds) == {"ConfigError"}
         assert len(texts) == (1 if how == "params" else 2)
         assert all("functrain.distributed.gathered(" in text for text in texts)
         assert (how == "base") == ("functrain.lora.merged(" in texts[0])
-    files = sorted(path.relative_to(tmp_path / "one") for path in tmp_path.rglob("one/**/*.safe*"))
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safe*"))
     assert len(files) == (1 if how == "params" else 2)
     for file in files:
-        assert (tmp_path / "several" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+        assert (tmp_path / file).read_bytes() == (one / file).read_bytes()

@@ -11,8 +11,9 @@ from workers import Group
 def test_a_coupled_objective_of_ones_own_is_that_of_the_whole_batch(
     group: Group, kind: str
 ) -> None:
-    (alone,) = group.values("steps", 1, {"observes": kind, "steps": 2})
-    options = {"observes": kind, "steps": 2, "step": {"sharded": kind == "dict"}}
+    options = {"observes": kind, "layers": 1, "step": {"microbatches": 4}}
+    (alone,) = group.values("steps", 1, options)
+    options |= {"step": {"microbatches": 4, "sharded": kind == "dict"}}
     assert all(each == alone for each in group.values("steps", 2, options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,61 +18,92 @@ from functrain.reductions import Tree, tree_sum
 
 # Their weight is large, so that it would be seen if each worker balanced its own part alone.
 ROUTED = {"partial": "experts", "step": {"router": 1.0}}
+ONE = {"layers": 1}  # for what does not depend on how blocks follow one another
 STAGES: dict[str, Any] = {
-    "pretrain": {},
-    "overflow": {"overflow": True, "steps": 8},
-    "dpo": {"stage": "dpo"},
-    "coupled": {"stage": "dpo", "step": {"loss": "aot"}},
-    "running": {"stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
-    "kto": {"stage": "kto"},
+    "pretrain": {"step": {"microbatches": 8}},
+    "overflow": {**ONE, "overflow": True, "steps": 4},
+    "dpo": {**ONE, "stage": "dpo"},
+    "coupled": {**ONE, "stage": "dpo", "step": {"loss": "aot"}},
+    "running": {**ONE, "stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
+    "kto": {**ONE, "stage": "kto"},
     "routers in balance": ROUTED,
-    "small buckets": {"bucket": 100},
+    "small buckets": {**ONE, "bucket": 100},
     "a parameter that some parts do not reach": {"partial": True},
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_canonical_bits_do_not_depend_on_the_number_of_workers(group: Group, name: str) -> None:
-    (alone,) = group.values("steps", 1, STAGES[name])
-    for size in (2, 4) if name == "pretrain" else (4,):
-        for each in group.values("steps", size, STAGES[name]):
-            assert each == alone, f"{size} workers"
+def _with(options: Any, **step: Any) -> dict[str, Any]:
+    """These options, and of the step these too, if it has no others."""
+    return {**options, "step": {**step, **options.get("step", {})}}
+
+
+ON_TWO = {"pretrain", "overflow", "dpo", "coupled"}
+ON_FOUR = STAGES.keys() - ON_TWO | {"pretrain"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=() if name in ordinary else pytest.mark.long)
+        for size, ordinary in ((2, ON_TWO), (4, ON_FOUR))
+        for name in STAGES
+    ],
+)
+def test_canonical_bits_do_not_depend_on_the_number_of_workers(
+    group: Group, name: str, size: int
+) -> None:
+    options = _with(STAGES[name], microbatches=2 * size)
+    alone = group.alone(options)
+    assert all(each == alone for each in group.values("steps", size, options))
 
 
 SHARDED: dict[str, Any] = {
-    "pretrain": {},
-    "overflow": {"overflow": True, "steps": 6},
+    "pretrain": {"step": {"microbatches": 8}},
+    "overflow": {**ONE, "overflow": True, "steps": 4},
     "shapes that leave workers without rows": {"odd": True},
-    "bf16 params": {"step": {"precision": "bf16_params"}},
-    "donated": {"step": {"donate": True}, "odd": True},
-    "made in shards": {"apart": True, "odd": True},
+    "bf16 params": {**ONE, "step": {"precision": "bf16_params"}},
+    "donated": {**ONE, "odd": True, "step": {"donate": True}},
+    "made in shards": {"odd": True, "apart": True},
     "made in shards, and the reference": {"apart": True, "stage": "dpo", "step": {"donate": True}},
-    "made in shards, with own parameters": {"apart": True, "partial": True},
+    "made in shards, with own parameters": {
+        "apart": True,
+        "partial": True,
+        "step": {"microbatches": 8},
+    },
     "recomputed blocks": {"step": {"checkpoint": "model.layers.*"}},
     "recomputed inside of blocks": {"step": {"checkpoint": "model.layers.*.mlp"}},
     "a reference in shards": {"stage": "dpo", "reference": "sharded"},
-    "a whole reference": {"stage": "dpo", "odd": True},
-    "a reference that moves": {"stage": "dpo", "step": {"reference_mixup": 0.5}},
-    "coupled": {"stage": "dpo", "step": {"loss": "aot"}},
-    "running": {"stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
-    "kto": {"stage": "kto"},
+    "a whole reference": {**ONE, "odd": True, "stage": "dpo"},
+    "a reference that moves": {**ONE, "stage": "dpo", "step": {"reference_mixup": 0.5}},
+    "coupled": {**ONE, "stage": "dpo", "step": {"loss": "aot"}},
+    "running": {**ONE, "stage": "dpo", "step": {"loss": {"bco_pair": 1.0, "sft": 0.3}}},
+    "kto": {**ONE, "stage": "kto"},
     "routers in balance": ROUTED,
     "a parameter that some parts do not reach": {"partial": True},
     "a parameter that nothing reaches": {"partial": "never"},
     "a module that all blocks share": {"partial": "shared"},
     "blocks with a forward of their own and a checkpoint inside": {"partial": "own"},
-    "logits by chunks": {"chunks": True},
-    "logits by chunks, bf16 params": {"chunks": True, "step": {"precision": "bf16_params"}},
+    "logits by chunks": {**ONE, "chunks": True},
+    "logits by chunks, bf16 params": {**ONE, "chunks": True, "step": {"precision": "bf16_params"}},
 }
+EMPTY = "shapes that leave workers without rows"  # two workers have rows of each
 
 
-@pytest.mark.parametrize("name", SHARDED)
-def test_sharded_is_canonical_to_the_bit(group: Group, name: str) -> None:
-    options = SHARDED[name]
-    (alone,) = group.values("steps", 1, {**options, "apart": False})
-    step = {**options.get("step", {}), "sharded": True}
-    size = 4 if options.get("odd") else 2
-    assert all(each == alone for each in group.values("steps", size, {**options, "step": step}))
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, 4 if name == EMPTY else 2) for name in SHARDED),
+        *(
+            pytest.param(name, 4, marks=pytest.mark.long)
+            for name in ("donated", "made in shards", "a whole reference")
+        ),
+    ],
+)
+def test_sharded_is_canonical_to_the_bit(group: Group, name: str, size: int) -> None:
+    options = _with(SHARDED[name], microbatches=2 * size)
+    alone = group.alone({n: value for n, value in options.items() if n != "apart"})
+    for each in group.values("steps", size, _with(options, sharded=True)):
+        assert each == alone
 
 
 def test_shards_that_another_state_holds_are_not_overwritten(group: Group) -> None:
@@ -104,8 +136,9 @@ def test_a_part_of_a_block_that_is_called_by_itself_has_its_gradient(
 ) -> None:
     """It is summed twice, so it is the same to rounding; a reference has its own values there."""
     options = {"partial": "outside", "stage": stage, "reference": "sharded"}
-    (alone,) = group.values("steps", 1, options)
-    for each in group.values("steps", 2, {**options, "step": {"sharded": True}}):
+    options = _with(options, microbatches=4)
+    alone = group.alone(options)
+    for each in group.values("steps", 2, _with(options, sharded=True)):
         for ours, theirs in zip(each["metrics"], alone["metrics"], strict=True):
             for name, value in ours.items():
                 expected = float.fromhex(theirs[name])
@@ -128,10 +161,9 @@ def test_operations_are_counted_on_a_whole_model(group: Group) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_and_fast_agrees_with_one_to_rounding(group: Group, size: int) -> None:
-    options = {"step": {"reduction": "fast", "microbatches": 4 * size}, "odd": True, "examples": 24}
-    (alone,) = group.values("steps", 1, options)
-    step = {**options["step"], "sharded": True}
-    first, *others = group.values("steps", size, {**options, "step": step})
+    options = {"step": {"reduction": "fast", "microbatches": 2 * size}, "odd": True, "examples": 12}
+    alone = group.alone(options)
+    first, *others = group.values("steps", size, _with(options, sharded=True))
     assert all(each == first for each in others)
     assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
     for ours, theirs in zip(first["metrics"], alone["metrics"], strict=True):
@@ -166,7 +198,7 @@ def test_twenty_steps_have_one_fingerprint_on_1_2_4_and_8_workers(group: Group, 
 
 
 def test_the_steps_of_that_test_clip_skip_and_apply(group: Group) -> None:
-    (alone,) = group.values("steps", 1, STAGES["overflow"])
+    alone = group.alone(STAGES["overflow"])
     values = [{n: float.fromhex(v) for n, v in step.items()} for step in alone["metrics"]]
     assert {step["skipped"] for step in values} == {0.0, 1.0}
     assert any(step["grad_norm"] > 0.05 for step in values if not step["skipped"])
@@ -174,23 +206,28 @@ def test_the_steps_of_that_test_clip_skip_and_apply(group: Group) -> None:
 
 FAST: dict[str, Any] = {
     "as it is": {},
-    "small buckets": {"bucket": 100},
+    "small buckets": {**ONE, "bucket": 100},
     # The embedding's rows are added to its sum where they are made, and the tied head's are not.
-    "a tied table": {"tables": True},
-    "a tied table in one micro-batch": {"tables": True, "step": {"microbatches": 2}},
-    "logits by chunks": {"chunks": True},
+    "a tied table": {**ONE, "tables": True},
+    "a tied table in one micro-batch": {**ONE, "tables": True, "step": {"microbatches": 2}},
+    "logits by chunks": {**ONE, "chunks": True},
     "routers in balance": ROUTED,
 }
 
 
 @pytest.mark.parametrize(
-    ("size", "name"), [(2, name) for name in FAST] + [(4, "small buckets"), (4, "a tied table")]
+    ("size", "name"),
+    [
+        *((2, name) for name in FAST),
+        (4, "small buckets"),
+        pytest.param(4, "a tied table", marks=pytest.mark.long),
+    ],
 )
 def test_fast_agrees_on_every_worker_and_with_one_to_rounding(
     group: Group, size: int, name: str
 ) -> None:
-    options = {**FAST[name], "step": {"reduction": "fast", **FAST[name].get("step", {})}}
-    (alone,) = group.values("steps", 1, options)
+    options = _with(FAST[name], reduction="fast", microbatches=2 * size)
+    alone = group.alone(options)
     first, *others = group.values("steps", size, options)
     assert all(each == first for each in others)
     assert first["norm"] == pytest.approx(alone["norm"], rel=1e-5)
@@ -303,9 +340,10 @@ def test_workers_that_disagree_are_refused_before_the_first_step(
         assert len(text.splitlines()) == 3
 
 
-def test_a_worker_that_hangs_is_named_with_its_step(group: Group) -> None:
-    ranks = {"1": {"sleeps": 6}}
-    first, _ = group.run("parts", 2, {"ranks": ranks, "timeout": 2})
+def test_a_worker_that_hangs_is_named_with_its_step(group: Group, tmp_path: Path) -> None:
+    """Worker 1 hangs until worker 0 has ended."""
+    options = {"ranks": {"1": {"hangs": True}}, "ended": str(tmp_path / "ended"), "timeout": 2}
+    first, _ = group.run("parts", 2, options)
     assert first["error"][0] == "WorkerError"
     assert "worker 0 of 2, step 1: " in first["error"][1]
     assert "after at most 2 s" in first["error"][1]
@@ -348,12 +386,11 @@ def test_a_block_whose_parameter_is_read_outside_of_it_is_refused_in_shards(
     group: Group, read: str
 ) -> None:
     """Its form is anybody's; its values are nowhere then, whatever their dtype."""
-    options = {"read": read, "step": {"ema_decay": None}}
-    alone = group.values("steps", 1, options)
-    options["step"]["sharded"] = True
-    for each in group.run("steps", 2, options):
+    options = {"read": read, "steps": 1, "step": {"ema_decay": None, "microbatches": 2}}
+    alone = group.alone(options)
+    for each in group.run("steps", 2, _with(options, sharded=True)):
         if read == "form":
-            assert each == {"value": alone[0]}
+            assert each == {"value": alone}
         else:
             assert each["error"][0] == "ArchitectureError"
             assert each["error"][1].startswith(f"layers.1.{read}: is read outside of its block")
