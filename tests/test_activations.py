@@ -46,6 +46,7 @@ def _theirs(config: str) -> nn.Module:
 
 MODELS: dict[str, tuple[Any, str]] = {
     "decoder": (lambda: zoo.decoder(dropout=0.2), BLOCKS),
+    "block": (lambda: zoo.decoder(dropout=0.2, layers=1), BLOCKS),
     "llama": (lambda: _theirs("LlamaConfig"), BLOCKS),
     "gpt2": (lambda: _theirs("GPT2Config"), "transformer.h.*"),
     "tied": (lambda: zoo.model("tied"), "mix"),
@@ -65,21 +66,34 @@ def _begun(name: str = "decoder", stage: str = "pretrain", **options: Any) -> tu
     return step, step.init(params, buffers, seed=5)
 
 
-def _batch(step: Any, seed: int) -> Any:
-    return zoo.batch(seed) if step.objective.name == "pretrain" else zoo.pairs(seed)
+def _batch(step: Any, seed: int, time: int = 8) -> Any:
+    make = zoo.batch if step.objective.name == "pretrain" else zoo.pairs
+    return make(seed, time=time)
 
 
-def _trained(step: Any, state: Any) -> Any:
+def _trained(step: Any, state: Any, time: int = 8) -> Any:
     for seed in range(2):
-        state, _ = step(state, _batch(step, seed))
+        state, _ = step(state, _batch(step, seed, time))
     return state
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"),
-    [(name, "pretrain") for name in MODELS] + [("decoder", "sigmoid"), ("llama", "bco_pair")],
+    ("name", "stage", "precision"),
+    [
+        ("decoder", "pretrain", "fp32"),
+        ("decoder", "pretrain", "bf16"),
+        ("llama", "pretrain", "fp32"),
+        ("gpt2", "pretrain", "bf16"),
+        ("tied", "pretrain", "fp32"),
+        ("decoder", "sigmoid", "fp32"),
+        ("llama", "bco_pair", "bf16"),
+        pytest.param("llama", "pretrain", "bf16", marks=pytest.mark.long),
+        pytest.param("gpt2", "pretrain", "fp32", marks=pytest.mark.long),
+        pytest.param("tied", "pretrain", "bf16", marks=pytest.mark.long),
+        pytest.param("decoder", "sigmoid", "bf16", marks=pytest.mark.long),
+        pytest.param("llama", "bco_pair", "fp32", marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_have_the_bits_of_those_that_keep_everything(
     name: str, stage: str, precision: str
 ) -> None:
@@ -95,6 +109,9 @@ def test_steps_have_the_bits_of_those_that_keep_everything(
     assert ft.fingerprint(_trained(ours, state)) == ft.fingerprint(_trained(theirs, state))
 
 
+LONG = 24  # tokens, of which more is saved than of what is about them
+
+
 def _saved(step: Any, state: Any) -> int:
     """Elements that autograd keeps from the forward pass to the backward."""
     counts: list[int] = []
@@ -104,7 +121,7 @@ def _saved(step: Any, state: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(state, zoo.batch(time=24))
+        step(state, zoo.batch(time=LONG))
     return sum(counts)
 
 
@@ -123,7 +140,15 @@ def test_a_part_of_the_blocks_and_several_patterns() -> None:
     assert _saved(*_begun()) < _saved(ours, state) < _saved(theirs, state)
 
 
-@pytest.mark.parametrize("name", ["decoder", pytest.param("llama", marks=pytest.mark.long), "tied"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block",
+        "tied",
+        pytest.param("decoder", marks=pytest.mark.long),
+        pytest.param("llama", marks=pytest.mark.long),
+    ],
+)
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compiled once, and saves less there too."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
@@ -132,15 +157,14 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, state = _begun(name, compile=True)
     plain, _ = _begun(name, checkpoint=None)
     before = counters["stats"]["unique_graphs"]
-    trained = _trained(ours, state)
+    trained = _trained(ours, state, LONG)
     assert counters["stats"]["unique_graphs"] == before + 1
-    expected = _trained(plain, state)
+    expected = _trained(plain, state, LONG)
     for parameter, value in trained.params.items():
         torch.testing.assert_close(value, expected.params[parameter], rtol=1e-3, atol=1e-5)
     if name != "tied":  # one matrix is little
         keeping, _ = _begun(name, compile=True, checkpoint=None)
-        for each in (ours, keeping):
-            each(state, zoo.batch(time=24))
+        keeping(state, zoo.batch(time=LONG))
         assert _saved(ours, state) < 0.8 * _saved(keeping, state)
     assert conditions(ours, 4)["checkpoint"] == [MODELS[name][1]]
     assert conditions(attrs.evolve(ours, compile=False), 4)["checkpoint"] == []

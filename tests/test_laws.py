@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,17 @@ def _started(name: str, stage: str, **options: Any) -> tuple[Any, Any]:
     return step, state
 
 
-@EVERY
-@STAGES
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16_params"])
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16_params")
+# Every two of a model, a stage and a precision meet in the ordinary run; all three in the long one.
+MET = [
+    pytest.param(name, stage, precision, marks=pytest.mark.long if (i - j - k) % 3 else [])
+    for i, name in enumerate(sorted(zoo.MODELS))
+    for j, stage in enumerate(("pretrain", "sft", "dpo"))
+    for k, precision in enumerate(PRECISIONS)
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "precision"), MET)
 def test_a_step_is_pure(name: str, stage: str, precision: str) -> None:
     step, state = _started(name, stage, precision=precision, microbatches=2)
     testing.assert_pure(step, state, _batch(stage))
@@ -82,7 +91,8 @@ def test_every_optimizer_obeys(optimizer: Any, tmp_path: Path) -> None:
     testing.assert_resumable(step, state, zoo.Batches(), state.step + 3, tmp_path)
 
 
-def _in_eval_mode(name: str, seed_batch: Any, stage: str = "pretrain") -> tuple[Any, Any]:
+@functools.cache
+def _in_eval_mode(name: str, stage: str = "pretrain") -> tuple[Any, Any]:
     """Float64, and eval mode: BatchNorm couples the examples of a batch, dropout draws."""
     architecture, params, buffers = zoo.split(name, torch.float64)
     if stage == "dpo":
@@ -92,7 +102,7 @@ def _in_eval_mode(name: str, seed_batch: Any, stage: str = "pretrain") -> tuple[
             LanguageModeling(mode="eval"), ft.optim.adamw(), architecture=architecture
         )
     state = step.init(params, buffers)
-    state, _ = step(state, seed_batch, donate=False)
+    state, _ = step(state, _batch(stage), donate=False)
     return step, state
 
 
@@ -101,7 +111,7 @@ def _in_eval_mode(name: str, seed_batch: Any, stage: str = "pretrain") -> tuple[
 def test_any_partition_gives_the_same_gradient(name: str, data: st.DataObject) -> None:
     batch = data.draw(testing.batches(zoo.VOCABULARY))
     parts = data.draw(testing.partitions(len(batch["input_ids"])))
-    step, state = _in_eval_mode(name, zoo.batch())
+    step, state = _in_eval_mode(name)
     testing.assert_accumulation_invariant(step, state, batch, parts)
 
 
@@ -110,7 +120,7 @@ def test_any_partition_gives_the_same_gradient(name: str, data: st.DataObject) -
 def test_any_partition_of_pairs_gives_the_same_gradient(name: str, data: st.DataObject) -> None:
     batch = data.draw(testing.pairs(zoo.VOCABULARY))
     parts = data.draw(testing.partitions(len(batch["chosen"]["input_ids"])))
-    step, state = _in_eval_mode(name, zoo.pairs(), "dpo")
+    step, state = _in_eval_mode(name, "dpo")
     testing.assert_accumulation_invariant(step, state, batch, parts)
 
 
@@ -119,7 +129,7 @@ def test_any_partition_of_pairs_gives_the_same_gradient(name: str, data: st.Data
 def test_an_evaluation_is_the_same_over_any_partition(name: str, data: st.DataObject) -> None:
     batch = data.draw(testing.batches(zoo.VOCABULARY))
     parts = data.draw(testing.partitions(len(batch["input_ids"])))
-    step, state = _in_eval_mode(name, zoo.batch())
+    step, state = _in_eval_mode(name)
     testing.assert_evaluation_invariant(step, state, batch, parts)
 
 
@@ -127,14 +137,14 @@ def test_an_evaluation_is_the_same_over_any_partition(name: str, data: st.DataOb
 @given(data=st.data())
 def test_padding_changes_nothing(name: str, data: st.DataObject) -> None:
     batch = data.draw(testing.batches(zoo.VOCABULARY))
-    step, state = _in_eval_mode(name, zoo.batch())
+    step, state = _in_eval_mode(name)
     testing.assert_padding_invariant(step, state, batch, data.draw(st.integers(1, 5)))
 
 
 @pytest.mark.parametrize("name", ["decoder", "tied"])
 @given(batch=testing.pairs(zoo.VOCABULARY), columns=st.integers(1, 5))
 def test_padding_pairs_changes_nothing(name: str, batch: Any, columns: int) -> None:
-    step, state = _in_eval_mode(name, zoo.pairs(), "dpo")
+    step, state = _in_eval_mode(name, "dpo")
     testing.assert_padding_invariant(step, state, batch, columns)
 
 
@@ -210,7 +220,7 @@ def test_only_pairs_that_are_all_but_tied_may_be_turned_by_rounding() -> None:
 @EVERY
 def test_a_token_weighs_the_same_wherever_it_stands(name: str) -> None:
     """Micro-batches of 1 and of 13 targets: the mean over all 14, not the mean of two means."""
-    step, state = _in_eval_mode(name, zoo.batch())
+    step, state = _in_eval_mode(name)
     short, long = zoo.batch(1, 1, 2, ignored=0), zoo.batch(2, 1, 14, ignored=0)
     losses = [float(ft.evaluate(step, state, [each])["eval_loss"]) for each in (short, long)]
     _, metrics = step(state, [short, long])
@@ -224,7 +234,7 @@ def test_a_token_weighs_the_same_wherever_it_stands(name: str) -> None:
 
 
 def test_micro_batches_of_different_lengths_equal_one_padded_batch() -> None:
-    step, state = _in_eval_mode("tied", zoo.batch())
+    step, state = _in_eval_mode("tied")
     ready = [zoo.batch(1, 2, 5), zoo.batch(2, 3, 9)]
     padded = [testing._padded(ready[0], 4), testing._padded(ready[1], 0)]
     batch = zoo.concatenated(padded)
@@ -350,14 +360,20 @@ def test_what_an_optimizer_draws_is_of_the_states_key(tmp_path: Path) -> None:
         assert not torch.equal(one, two)
 
 
-@EVERY
-@given(batch=testing.pairs(zoo.VOCABULARY))
-def test_preference_laws(name: str, batch: Any) -> None:
+@functools.cache
+def _preferring(name: str) -> tuple[Any, Any]:
+    """A step of pairs, and its state at the start."""
     architecture, params, buffers = zoo.split(name)
     step = ft.dpo_step(
         architecture, ft.optim.adamw(1e-2), reference=ft.trees.clone(params), beta=0.3
     )
-    testing.assert_preference_laws(step, step.init(params, buffers), batch)
+    return step, step.init(params, buffers)
+
+
+@EVERY
+@given(batch=testing.pairs(zoo.VOCABULARY))
+def test_preference_laws(name: str, batch: Any) -> None:
+    testing.assert_preference_laws(*_preferring(name), batch)
 
 
 @EVERY

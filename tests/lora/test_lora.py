@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +146,20 @@ def test_each_layer_begins_with_an_adapter_of_its_own() -> None:
         assert 0.9 * limit < float(tensor.abs().max()) <= limit
 
 
-@EVERY
-@FORM
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def _lawful() -> list[Any]:
+    """Every form on both models and in both stages; all together in the long run."""
+    ordinary = {
+        (name, form, ("sft", "dpo")[(place + index) % 2])
+        for place, name in enumerate(("decoder", "tied"))
+        for index, form in enumerate(FORMS)
+    }
+    every = itertools.product(("decoder", "tied"), FORMS, ("sft", "dpo"))
+    return [
+        pytest.param(*case, marks=[] if case in ordinary else pytest.mark.long) for case in every
+    ]
+
+
+@pytest.mark.parametrize(("name", "form", "stage"), _lawful())
 def test_its_steps_obey_the_laws(name: str, form: str, stage: str, tmp_path: Path) -> None:
     step, state = started(name, form, stage, microbatches=2, max_grad_norm=0.5, ema_decay=0.9)
     batch = zoo.pairs() if stage == "dpo" else zoo.batch()
@@ -159,12 +172,15 @@ def test_its_steps_obey_the_laws(name: str, form: str, stage: str, tmp_path: Pat
     assert all(torch.equal(t, base[n]) for n, t in held_values(step.architecture).items())
 
 
+_started = functools.cache(started)
+
+
 @EVERY
 @given(data=st.data())
 def test_any_partition_gives_the_same_gradient(name: str, data: st.DataObject) -> None:
     batch = data.draw(testing.batches(zoo.VOCABULARY))
     parts = data.draw(testing.partitions(len(batch["input_ids"])))
-    step, state = started(name, "plain")
+    step, state = _started(name, "plain")
     testing.assert_accumulation_invariant(step, state, batch, parts)
     testing.assert_padding_invariant(step, state, batch)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +158,11 @@ def longrope() -> Any:
 
 def made(name: str, seed: int = 0) -> Any:
     """A fresh model of a family, with the same weights each time, in float32."""
+    return copy.deepcopy(_made(name, seed))
+
+
+@functools.cache
+def _made(name: str, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).float()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import processors
+from torch.utils import collect_env
 
 import functrain as ft
 from functrain.cli import main
@@ -55,12 +58,17 @@ metric_list: [{metric: exact_match}]
 """
 
 
-@pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory with three tasks over a file, and a cache of data sets that is nobody else's."""
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tmp_path = tmp_path_factory.mktemp("tasks")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    # Of every evaluation lm_eval notes what is installed, by pip: a second each time.
+    listed = functools.cache(collect_env.get_pretty_env_info)
+    patch.setattr(collect_env, "get_pretty_env_info", listed)
     given = [
         {
             "question": f"What is {n} and {n}? " * (1 + 3 * (n == 2)),
@@ -76,7 +84,8 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found.mkdir()
     for name, text in (("choices", CHOICES), ("running", TEXT), ("spoken", SPOKEN)):
         (found / f"{name}.yaml").write_text(TASK.format(name=name, path=data) + text)
-    return found
+    yield found
+    patch.undo()
 
 
 def decoder() -> tuple[Any, Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from models import families
@@ -19,7 +20,9 @@ from functrain.planning import Job, count
 from functrain.planning.counting import total
 
 ROWS, TIME = 4, 64
-SHAPE = DecoderConfig(vocabulary=300, width=128, layers=3, heads=4, tied=False)
+SHAPE = DecoderConfig(vocabulary=300, width=128, layers=2, heads=4, tied=False)
+LOW = attrs.evolve(SHAPE, layers=1)
+SGD = ft.optim.sgd(1e-3)  # where moments are not what is counted: they take as long as a layer
 OPTIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision": "bf16"},
@@ -54,46 +57,77 @@ def _taken(step: ft.Step, state: ft.TrainState, given: Any) -> int:
     return most
 
 
-@pytest.mark.parametrize("budget", [chunks.BUDGET, 1 << 14], ids=["whole", "chunks"])
-@pytest.mark.parametrize("name", OPTIONS)
+WHOLE, CHUNKED = chunks.BUDGET, 1 << 16
+ORDINARY = {
+    ("fp32", WHOLE),
+    ("fp32", CHUNKED),
+    ("bf16", CHUNKED),
+    ("bf16 params", WHOLE),
+    ("recomputed", WHOLE),
+    ("recomputed in part", CHUNKED),
+    ("micro-batches", CHUNKED),
+}
+CASES = [
+    pytest.param(
+        name,
+        budget,
+        marks=[] if (name, budget) in ORDINARY else pytest.mark.long,
+        id=f"{name}-{'whole' if budget == WHOLE else 'chunks'}",
+    )
+    for name in OPTIONS
+    for budget in (WHOLE, CHUNKED)
+]
+
+
+@pytest.mark.parametrize(("name", "budget"), CASES)
 def test_bytes_and_operations_are_those_of_a_gradient(
     name: str, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = OPTIONS[name]
     monkeypatch.setattr(chunks, "BUDGET", budget)
     architecture, params, buffers = ft.split(decoder(SHAPE))
-    step = ft.pretrain_step(architecture, ft.optim.adamw(), **options)
+    step = ft.pretrain_step(architecture, SGD, **options)
     state = step.init(params, buffers)
-    work = count(job(lambda: decoder(SHAPE), **options))
+    work = count(job(lambda: decoder(SHAPE), optimizer=SGD, **options))
     parts = options.get("microbatches", 1)
     counted = parts * work.flops
     # The last token of a row predicts nothing, so a head by chunks makes no logits of it.
-    last = 6 * ROWS * 128 * 300 if budget == 1 << 14 else 0
+    last = 6 * ROWS * 128 * 300 if budget == CHUNKED else 0
     assert counted - last == ft.flops_of(step, state, batch(300))
     planned = total(work.gradients) + work.beside(parts) + total(work.cast) + work.buffers
     taken = _taken(step, state, batch(300))
     assert 0.9 * taken < planned < 1.25 * taken
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "gemma2", "qwen2", "mistral", "mixtral", "deepseek_v3", "mamba"]
-)
+SHORT = 8  # mamba goes token by token
+TRANSFORMERS = [
+    "llama",
+    "gpt2",
+    "gemma2",
+    "qwen2",
+    pytest.param("mistral", marks=pytest.mark.long),  # as small as this, a llama
+    "mixtral",
+    "deepseek_v3",
+    "mamba",
+]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_models_of_transformers_are_counted(name: str) -> None:
     module = families.made(name)
     count_of = sum(p.numel() for p in module.parameters())
     architecture, params, buffers = ft.split(module)
-    step = ft.pretrain_step(architecture, ft.optim.adamw())
-    given = batch(31)
-    given = {key: value[:, :32] for key, value in given.items()}
+    step = ft.pretrain_step(architecture, SGD)
+    given = {key: value[:, :SHORT] for key, value in batch(31).items()}
     found = ft.flops_of(step, step.init(params, buffers), given)
     work = count(
         Job(
             architecture=architecture,
             params={n: p.to("meta") for n, p in params.items()},
             buffers=buffers,
-            optimizer=ft.optim.adamw(),
+            optimizer=SGD,
             rows=ROWS,
-            time=32,
+            time=SHORT,
         )
     )
     assert work.numbers == count_of
@@ -121,9 +155,9 @@ def test_moments_are_those_that_a_state_has_after_a_step(name: str) -> None:
     """Of every optimizer that a config may name, as a config makes it."""
     if name == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    architecture, params, buffers = ft.split(decoder(SHAPE))
+    architecture, params, buffers = ft.split(decoder(LOW))
     optimizer = steps.optimizer(Optimizer(**NAMED[name]), 1e-3, architecture)
-    work = count(job(lambda: decoder(SHAPE), optimizer=optimizer))
+    work = count(job(lambda: decoder(LOW), optimizer=optimizer))
     step = ft.pretrain_step(architecture, optimizer)
     state, _ = step(step.init(params, buffers), batch(300))
     assert total(work.moments) == _bytes(state.optimizer)
@@ -146,8 +180,8 @@ OTHERS = [
 def test_so_it_is_for_other_classes(name: str) -> None:
     module, _, cls = name.rpartition(".")
     optimizer = ft.optim.from_torch(getattr(pytest.importorskip(module), cls))
-    work = count(job(lambda: decoder(SHAPE), optimizer=optimizer))
-    values = {n: torch.ones(p.shape) for n, p in bare(lambda: decoder(SHAPE))[1].items()}
+    work = count(job(lambda: decoder(LOW), optimizer=optimizer))
+    values = {n: torch.ones(p.shape) for n, p in bare(lambda: decoder(LOW))[1].items()}
     _, state = optimizer.update(values, optimizer.init(values), values, 1e-3)
     assert total(work.moments) == _bytes(state)
 
@@ -174,11 +208,18 @@ def test_an_optimizer_that_needs_memory_is_named(inside: bool) -> None:
     with pytest.raises(
         ConfigError, match=r"plan: .*_Foreign makes its moments in an update.*adamw"
     ):
-        count(job(lambda: decoder(SHAPE), optimizer=optimizer))
+        count(job(lambda: decoder(LOW), optimizer=optimizer))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("stays", [True, False], ids=["a pair stays", "no pair stays"])
+@pytest.mark.parametrize(
+    ("stays", "microbatches"),
+    [
+        (True, 1),
+        (False, 2),
+        pytest.param(True, 2, marks=pytest.mark.long),
+        pytest.param(False, 1, marks=pytest.mark.long),
+    ],
+)
 def test_operations_and_bytes_of_pairs_are_those_of_a_gradient(
     stays: bool, microbatches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +229,11 @@ def test_operations_and_bytes_of_pairs_are_those_of_a_gradient(
     monkeypatch.setattr(chunks, "WORTH", 0)
     architecture, params, buffers = ft.split(decoder(SHAPE))
     options: dict[str, Any] = {"microbatches": microbatches}
-    step = ft.dpo_step(architecture, ft.optim.adamw(), reference=ft.trees.clone(params), **options)
+    step = ft.dpo_step(architecture, SGD, reference=ft.trees.clone(params), **options)
     sides = batch(300)
     given = {"chosen": sides, "rejected": {k: t.flip(0) for k, t in sides.items()}}
-    work = count(job(lambda: decoder(SHAPE), sides=2, paired=True, reference=True, **options))
+    options |= {"sides": 2, "paired": True, "reference": True}
+    work = count(job(lambda: decoder(SHAPE), optimizer=SGD, **options))
     state = step.init(params, buffers)
     logits = 2 * TIME * 300 * 4 if stays else chunks.BUDGET
     hidden = 2 * ROWS * TIME // microbatches * 128 * 4
@@ -212,7 +254,7 @@ def test_log_probs_whose_gradient_waits_make_their_logits_again(
     """As a step does, of pairs that could stay."""
     monkeypatch.setattr(chunks, "BUDGET", 2 * TIME * 300 * 4 // chunks.KEPT)
     monkeypatch.setattr(chunks, "WORTH", 0)
-    architecture, params, buffers = ft.split(decoder(SHAPE))
+    architecture, params, buffers = ft.split(decoder(LOW))
     options: dict[str, Any] = {"reference": ft.trees.clone(params)}
     sides = batch(300)
     given: dict[str, Any] = {"chosen": sides, "rejected": {k: t.flip(0) for k, t in sides.items()}}
@@ -225,12 +267,13 @@ def test_log_probs_whose_gradient_waits_make_their_logits_again(
         options["loss"] = "aot"
     else:
         options |= {"precision": "fp16"} if why == "fp16" else {"reduction": "canonical"}
-    step = make(architecture, ft.optim.adamw(), **options)
+    step = make(architecture, SGD, **options)
     precision = options.get("precision", "fp32")
     paired = why == "fp16"
     work = count(
         job(
-            lambda: decoder(SHAPE),
+            lambda: decoder(LOW),
+            optimizer=SGD,
             sides=2,
             paired=paired,
             reference=True,
@@ -248,18 +291,17 @@ def test_log_probs_whose_gradient_waits_make_their_logits_again(
 
 def test_a_reference_is_a_third_more() -> None:
     alone, beside = (
-        count(job(lambda: decoder(SHAPE), reference=r, sides=2)).flops for r in (False, True)
+        count(job(lambda: decoder(LOW), reference=r, sides=2)).flops for r in (False, True)
     )
     # The head's products are made four times, and attention's scores again in the backward pass.
     assert 1.25 < beside / alone < 1.34
 
 
 def test_rows_are_cut_as_shards_are() -> None:
-    work = count(job(lambda: decoder(SHAPE)))
+    work = count(job(lambda: decoder(LOW)))
     for workers in (1, 2, 3, 4, 300, 1000):
         own = sum(
-            -(-p.shape[0] // workers) * p[0].nbytes
-            for p in bare(lambda: decoder(SHAPE))[1].values()
+            -(-p.shape[0] // workers) * p[0].nbytes for p in bare(lambda: decoder(LOW))[1].values()
         )
         assert total(work.params, workers) == own
 
