@@ -16,7 +16,7 @@ import functrain as ft
 transformers = pytest.importorskip("transformers")
 tiny = test_example_smollm2.tiny
 
-PAIRS = [(f"What is {n} plus one?", f"It is {n + 1}.") for n in range(110)]
+PAIRS = [(f"What is {n} plus one?", f"It is {n + 1}.") for n in range(80)]
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     module: ModuleType = smollm2_lora
     monkeypatch.setattr(module, "dialogues", lambda _cache: PAIRS)
+    monkeypatch.setattr(module, "HELD_OUT", 38)
     return module
 
 
@@ -90,3 +91,4 @@ def _finish_the_first(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     monkeypatch.setattr(example, "dialogues", lambda _cache: PAIRS)
+    monkeypatch.setattr(example, "HELD_OUT", 38)

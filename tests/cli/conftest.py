@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from programs import SAMPLED
 
 from functrain.cli import samples
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _short_samples() -> Iterator[None]:
-    usual, samples.TOKENS = samples.TOKENS, SAMPLED
+    usual, samples.TOKENS = samples.TOKENS, 3
     yield
     samples.TOKENS = usual

@@ -2,64 +2,98 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from checkpoint import faults
 
-from functrain.cli import main
-from functrain.tracking import jsonl
-
-# Each kill is at another point: before a save, in the middle of one, and where a step that is to be
-# saved has been made but not yet been logged.
-KILLED = """
-import os, signal, sys
 from functrain import checkpoint
 from functrain.checkpoint import files
-from functrain.tracking import jsonl
 from functrain.cli import main
+from functrain.tracking import jsonl
 
-stage = sys.argv[1]
+SPAWNED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from cli.test_cli_demo import killed_in
+sys.exit(killed_in(sys.argv[2], sys.argv[3:]))
+"""
 
-def killed(*_):
+
+def killed_in(stage: str, arguments: Sequence[str]) -> int:
+    """The command in a process that is killed in a stage: in each at another point.
+
+    Before a save, in the middle of one, and where a step that is to be saved has been made but not
+    yet been logged.
+    """
+    if stage == "pretrain":
+        checkpoint.save = _before(6, stage, checkpoint.save)
+    if stage == "sft":
+        files.write_file = _during(stage, files.write_file)
+    if stage == "dpo":
+        jsonl.JSONLTracker.log = _unlogged(stage, jsonl.JSONLTracker.log)  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def _killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
-def before(wanted, real):
-    def save(directory, state, **options):
+
+def _before(wanted: int, stage: str, real: Any) -> Any:
+    def save(directory: Any, state: Any, **options: Any) -> Any:
         if stage in str(directory) and state.step == wanted:
-            killed()
+            _killed()
         return real(directory, state, **options)
+
     return save
 
-def during(real):
-    def write(filesystem, path, contents):
-        if path.name == "optimizer.safetensors" and "step-000000000006" in str(path):
-            if f"/{stage}/" in str(path):
-                data = b"".join(contents)
-                path.write_bytes(data[: len(data) // 2])
-                killed()
+
+def _during(stage: str, real: Any) -> Any:
+    def write(filesystem: Any, path: Path, contents: Any) -> Any:
+        inside = f"/{stage}/" in str(path) and "step-000000000006" in str(path)
+        if inside and path.name == "optimizer.safetensors":
+            data = b"".join(contents)
+            path.write_bytes(data[: len(data) // 2])
+            _killed()
         return real(filesystem, path, contents)
+
     return write
 
-def unlogged(real):
-    def log(self, step, metrics):
+
+def _unlogged(stage: str, real: Any) -> Any:
+    def log(self: Any, step: int, metrics: Any) -> None:
         if step == 9 and f"/{stage}/" in self._file.name:
-            killed()
+            _killed()
         real(self, step, metrics)
+
     return log
 
-if stage == "pretrain":
-    checkpoint.save = before(6, checkpoint.save)
-if stage == "sft":
-    files.write_file = during(files.write_file)
-if stage == "dpo":
-    jsonl.JSONLTracker.log = unlogged(jsonl.JSONLTracker.log)
-sys.exit(main(sys.argv[2:]))
-"""
+
+def _forked(stage: str, arguments: Sequence[str]) -> int:
+    """The exit code of the command in a fork of this process, which has imported all it needs."""
+
+    def work() -> None:
+        with contextlib.redirect_stderr(os.fdopen(os.dup(2), "w", buffering=1)):
+            os._exit(killed_in(stage, arguments))
+
+    return os.waitstatus_to_exitcode(os.waitpid(faults.forked(work), 0)[1])
+
+
+def _spawned(stage: str, arguments: Sequence[str]) -> int:
+    """The exit code of the command in a process that is begun afresh."""
+    tests = str(Path(__file__).parents[1])
+    program = [sys.executable, "-c", SPAWNED, tests, stage, *arguments]
+    return subprocess.run(program, timeout=120, check=False).returncode
 
 
 def _fingerprint(out: str) -> str:
@@ -73,8 +107,9 @@ def _metrics(path: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in r.items() if k not in jsonl.CLOCKS} for r in records]
 
 
+@pytest.mark.parametrize("launched", [_forked, pytest.param(_spawned, marks=pytest.mark.long)])
 def test_demo_killed_in_each_stage_and_resumed_equals_one_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    launched: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone, killed = tmp_path / "left alone", tmp_path / "killed"
     assert main(["demo", "--scale", "tiny", "--directory", str(alone)]) == 0
@@ -88,9 +123,7 @@ def test_demo_killed_in_each_stage_and_resumed_equals_one_left_alone(
 
     arguments = ["demo", "--scale", "tiny", "--directory", str(killed)]
     for stage, latest in (("pretrain", 3), ("sft", 3), ("dpo", 6)):
-        program = [sys.executable, "-c", KILLED, stage, *arguments]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == -9, done.stderr
+        assert launched(stage, arguments) == -9
         saved = sorted((killed / stage / "checkpoints").glob("step-*"))
         assert saved[-1].name == f"step-{latest:012d}"
         if stage == "pretrain":

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
+import attrs
 import pytest
 from models import families
 
 from functrain.cli import main
+from functrain.models import decoder
+from functrain.planning import measuring
 
 SIZES = {
     "data.vocabulary": 32_000,
     "data.time": 2_048,
     "model.width": 2_048,
-    "model.layers": 12,
+    "model.layers": 2,
     "model.heads": 16,
     "train.batch-size": 64,
     "train.microbatches": 64,
@@ -64,7 +68,11 @@ def test_pairs_over_a_model_of_transformers_without_its_weights(
     assert float(pairs["computing, s"][0]) > 2 * float(rows["computing, s"][0])
 
 
-def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured with less than a plan takes, whose numbers the tests of planning look at."""
+    monkeypatch.setattr(measuring, "_NUMBERS", 1 << 16)
+    small = functools.partial(attrs.evolve, vocabulary=256, width=48)
+    monkeypatch.setattr(measuring, "decoder", lambda shape: decoder(small(shape)))
     assert main(["plan", "pretrain", "--device", "here", "--train.threads", "1"]) == 0
     out = capsys.readouterr().out
     assert "1 workers (this machine" in out

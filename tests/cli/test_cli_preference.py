@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import math
 from pathlib import Path
@@ -60,31 +63,35 @@ def _newest(run: Path) -> dict[str, Any]:
 OPTIONS = {"exo_pair": ["--preference.label-smoothing", "0.001"]}
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, KTO, "sigmoid + 0.2*sft"])
-def test_every_loss_trains_in_micro_batches(
-    loss: str, start: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@functools.cache
+def _two_steps(loss: str, start: Path) -> tuple[Path, str]:
+    """A run of two steps in micro-batches, and what it says."""
     options = ["--preference.loss", loss, "--train.microbatches", "2", *OPTIONS.get(loss, [])]
-    code, run = _dpo(start, loss.replace(" ", ""), *options)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code, run = _dpo(start, loss.replace(" ", ""), *options, "--train.steps", "2")
     assert code == 0
-    shown = capsys.readouterr().out
+    return run, said.getvalue()
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, KTO, "sigmoid + 0.2*sft"])
+def test_every_loss_trains_in_micro_batches(loss: str, start: Path) -> None:
+    run, shown = _two_steps(loss, start)
     assert ("kl" if loss == KTO else "margin of the rewards") in shown
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert [record["step"] for record in records] == [0, 1, 2]
     assert all(math.isfinite(record.get("loss", 0.0)) for record in records)
 
 
 @pytest.mark.parametrize("loss", ["bco_pair", "aot", KTO, "sigmoid + 0.2*sft"])
 def test_a_run_is_resumed_to_the_bit(loss: str, start: Path) -> None:
-    """Two steps, then two more by --resume, end where four at once do."""
+    """A step, then one more by --resume, end where two at once do."""
+    run, _ = _two_steps(loss, start)
     name = f"resumed-{loss.replace(' ', '')}"
     options = ["--preference.loss", loss, "--train.microbatches", "2"]
-    code, run = _dpo(start, name, *options)
-    assert code == 0
-    code, other = _dpo(start, f"{name}-2", *options, "--train.steps", "2", "--schedule.total", "4")
+    code, other = _dpo(start, name, *options, "--train.steps", "1", "--schedule.total", "2")
     assert code == 0
     assert _newest(other) != _newest(run)
-    assert main(["dpo", str(other / "config.toml"), "--train.steps", "4", "--resume"]) == 0
+    assert main(["dpo", str(other / "config.toml"), "--train.steps", "2", "--resume"]) == 0
     assert _newest(other) == _newest(run)
 
 
@@ -280,23 +287,26 @@ def test_a_moving_reference_is_in_the_checkpoint(start: Path) -> None:
     assert toml.read_any(run / "config.toml").preference.reference_sync == 2
 
 
+@functools.cache
+def _losses_of(layout: str, start: Path) -> list[float]:
+    """Of a run in a layout, which is one from the cache to the bit."""
+    options = ["--preference.layout", layout, "--train.microbatches", "2"]
+    code, online = _dpo(start, f"online-{layout}", *options)
+    assert code == 0
+    cache = ["--preference.cache", str(start / f"cache-{layout}.jsonl")]
+    assert main(["reference", str(start / "dpo.toml"), *options, *cache]) == 0
+    code, ahead = _dpo(start, f"ahead-{layout}", *options, *cache)
+    assert code == 0
+    assert _newest(ahead) == _newest(online)
+    assert toml.read_any(online / "config.toml").preference.layout == layout
+    lines = (online / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line).get("loss", 0.0) for line in lines]
+
+
 @pytest.mark.parametrize("layout", ["padding_free", "shared_prompt"])
 def test_a_layout_trains_from_the_cache_to_the_same_bits(layout: str, start: Path) -> None:
     """And to rounding it is the run that is padded."""
-    reached = {}
-    for name in (layout, "padded"):
-        options = ["--preference.layout", name, "--train.microbatches", "2"]
-        code, online = _dpo(start, f"online-{layout}-{name}", *options)
-        assert code == 0
-        cache = ["--preference.cache", str(start / f"cache-{layout}-{name}.jsonl")]
-        assert main(["reference", str(start / "dpo.toml"), *options, *cache]) == 0
-        code, ahead = _dpo(start, f"ahead-{layout}-{name}", *options, *cache)
-        assert code == 0
-        assert _newest(ahead) == _newest(online)
-        assert toml.read_any(online / "config.toml").preference.layout == name
-        lines = (online / "metrics.jsonl").read_text().splitlines()
-        reached[name] = [json.loads(line).get("loss", 0.0) for line in lines]
-    assert reached[layout] == pytest.approx(reached["padded"], rel=1e-4)
+    assert _losses_of(layout, start) == pytest.approx(_losses_of("padded", start), rel=1e-4)
 
 
 def test_a_long_prompt_is_cut_before_its_completion(

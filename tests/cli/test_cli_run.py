@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from checkpoint import faults
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -726,35 +727,53 @@ def test_a_checkpoint_that_is_whole_is_not_to_be_removed(
     assert "it is the only one of this run; begin another --directory" in error
 
 
-def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "functrain", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _spawned(arguments: Sequence[str], said: Path) -> int:
+    """The command in a process that is begun afresh; what it says is in a file."""
+    command = [sys.executable, "-m", "functrain", *arguments]
+    opened = (os.POSIX_SPAWN_OPEN, 2, said, os.O_WRONLY | os.O_CREAT, 0o600)
+    actions = [opened, (os.POSIX_SPAWN_DUP2, 2, 1)]
+    return os.posix_spawn(command[0], command, os.environ, file_actions=actions)
 
 
-def _wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
+def _forked(arguments: Sequence[str], said: Path) -> int:
+    """The same in a fork of this process, with the answers to signals of a new one."""
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.stdout = sys.stderr = said.open("w", buffering=1)
+        os._exit(main(arguments))
+
+    return faults.forked(work)
+
+
+def _wait_for_steps(run: Path, process: int) -> None:
     deadline = time.monotonic() + 60
     metrics = run / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 6:
-        assert process.poll() is None, process.communicate()
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "launched"),
+    [
+        (signal.SIGINT, _forked),
+        (signal.SIGTERM, _spawned),
+        pytest.param(signal.SIGINT, _spawned, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_saves_and_resuming_ends_as_the_uninterrupted_run(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, launched: Callable[[Sequence[str], Path], int]
 ) -> None:
     given, run = _config(tmp_path, steps=1_000_000)
     slow = ["--train.save-every", "1000000", "--evaluation.every", "1000000"]
-    process = _start(["pretrain", given, *slow])
+    process = launched(["pretrain", given, *slow], tmp_path / "said")
     _wait_for_steps(run, process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    os.kill(process, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + number
+    err = (tmp_path / "said").read_text()
     assert f"go on with: functrain pretrain {run}/config.toml --resume" in err
     assert "Traceback" not in err
     newest = checkpoint.latest(run / "checkpoints")
@@ -1019,17 +1038,24 @@ def test_steps_that_are_not_logged_are_in_the_clock_of_those_that_are(
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)  # of a token
 
 
+def _slowed(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A call that takes a minute more, by the clock alone."""
+    clock, passed = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        passed[0] += 60
+        return call(*args, **kwargs)
+
+    return slow
+
+
 @pytest.mark.parametrize(("pause", "every"), [(0.0, 1), (0.0, 4), (1e9, 4)])
 def test_an_evaluation_takes_no_rate_away(
     pause: float, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor its time from the steps', though each of them, or each that is logged, ends in one."""
-    evaluate = run_module.evaluate
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.5)
-        return evaluate(*args)
-
+    slow = _slowed(run_module.evaluate, monkeypatch)
     for module in (run_module, loop):
         monkeypatch.setattr(module, "evaluate", slow)
     monkeypatch.setattr(progress, "_PLAIN_SECONDS", pause)
@@ -1041,7 +1067,7 @@ def test_an_evaluation_takes_no_rate_away(
         [0, 1, 2, 3, 4, 5, 6] if every == 1 else [0, 4, 8, 10]
     )
     assert all("eval_loss" in line for line in lines)
-    assert all(line["tokens_per_second"] > 4 * 31 / 0.5 for line in lines[1:])
+    assert all(line["tokens_per_second"] > 4 * 31 / 15 for line in lines[1:])
     of_a_token = [line["mfu"] / line["tokens_per_second"] for line in lines[1:]]
     assert of_a_token == pytest.approx([of_a_token[0]] * len(of_a_token), rel=1e-9)
 
@@ -1049,18 +1075,12 @@ def test_an_evaluation_takes_no_rate_away(
 def test_what_a_save_takes_is_not_the_next_steps_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = checkpoint.save
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.5)
-        return save(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(checkpoint, "save", _slowed(checkpoint.save, monkeypatch))
     given, run = _config(tmp_path, steps=2)
     options = ["--train.save-every", "1", "--evaluation.every", "100"]
     assert main(["pretrain", given, *options, "--train.steps", "3"]) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[2]["tokens_per_second"] > 4 * 31 / 0.5
+    assert lines[2]["tokens_per_second"] > 4 * 31 / 60
 
 
 def test_a_compiled_run_is_resumed_and_made_again(
