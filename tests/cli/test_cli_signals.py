@@ -441,13 +441,20 @@ def test_random_signals_lose_no_completed_step(
 ) -> None:
     """Stopped wherever they are, and aborted in between, all runs end as the one left alone."""
     chance = Chance(random.Random(seed), seconds / 4, stops)
-    while len(chance.stopped) < stops:
+
+    def enough() -> bool:
+        """Some have been aborted, and the stops are spread over the run."""
+        quarters = Counter(step * 4 // STEPS for step in chance.stopped)
+        spread = min(quarters[each] for each in range(4)) >= stops // 22
+        return len(chance.stopped) >= stops and spread and chance.aborted >= stops // 9
+
+    while not enough() and len(chance.stopped) < 5 * stops:
+        chance.stops = max(stops, len(chance.stopped) + stops // 4)
         with faults.scratch() as base:
             chance.play(begun(base), alone)
-    quarters = Counter(step * 4 // STEPS for step in chance.stopped)
-    assert min(quarters[each] for each in range(4)) >= stops // 22, "the stops are spread"
-    assert sum(step % SAVE_EVERY > 0 for step in chance.stopped) >= stops / 2, "no save was due"
-    assert chance.aborted >= stops // 9
+    assert enough()
+    off = sum(step % SAVE_EVERY > 0 for step in chance.stopped)
+    assert off >= len(chance.stopped) / 2, "no save was due"
     tally.add("launches stopped by a signal", len(chance.stopped))
     tally.add("launches aborted by a second signal", chance.aborted)
 

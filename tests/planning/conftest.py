@@ -1,15 +1,11 @@
-"""One warm process for the groups of workers that a module's tests start."""
+"""The warm process for the groups of workers that tests start."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from workers import Group
+from workers import Group, shared
 
 
 @pytest.fixture(scope="module")
-def group() -> Iterator[Group]:
-    made = Group()
-    yield made
-    made.close()
+def group() -> Group:
+    return shared()
