@@ -33,7 +33,7 @@ from functrain.precision import POLICIES, Precision
 from functrain.trees import is_sharded, rows_here
 
 EXAMPLES, TIME = 16, 6
-SAMPLED = 12  # tokens of a sample that a run asks for
+SAMPLED = 3  # tokens of a sample that a run asks for
 OVERFLOWING = Precision(
     name="fp16", autocast=torch.float16, loss_scale=True, initial_scale=2.0**20, growth_interval=2
 )
