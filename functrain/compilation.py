@@ -256,11 +256,11 @@ def check_uncompiled(architecture: nn.Module) -> None:
 
 
 def refuse_tracing(what: str) -> None:
-    """Raise `ConfigError` within `torch.compile`: it ends in an assertion of its own."""
+    """Raise `ConfigError` inside `torch.compile`, which would fail with an assertion of its own."""
     if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None:
         raise ConfigError(
-            f"{what}: called within torch.compile, which would take its checks apart as well; give "
-            "compile=True where it is made, which compiles the model's body, and call it plainly"
+            f"{what}: called inside torch.compile, which cannot trace it; call it outside, and "
+            "make it with compile=True, which compiles the model's body"
         )
 
 

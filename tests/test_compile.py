@@ -358,7 +358,7 @@ def test_within_torch_compile_a_step_is_refused() -> None:
         lambda: torch.compile(step.value_and_grad, backend="eager")(params, buffers, batch),
         lambda: torch.compile(step.gradient, backend="eager")(params, buffers, batch),
     ):
-        with pytest.raises(ft.ConfigError, match=r"called within torch\.compile.*compile=True"):
+        with pytest.raises(ft.ConfigError, match=r"called inside torch\.compile.*compile=True"):
             called()
     assert ft.fingerprint(step(state, batch)[0]) == ft.fingerprint(expected)
 
