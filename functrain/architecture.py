@@ -345,9 +345,10 @@ def check_fit(
 
 
 def check_reference(values: Mapping[str, Tensor], places: Mapping[str, tuple[Place, ...]]) -> None:
-    """Raise unless `values` can be the params of a reference: as `check_fit`, and floating.
+    """Raise unless `values` can be the params of a reference: as `check_fit`, by dtype too.
 
-    Another floating dtype is cast; integers would be codes of a quantised model.
+    Where a parameter is floating another floating dtype is cast; integers would be codes of a
+    quantised model.
     """
     check_fit(values, places, "reference")
     for name, ((entries, key), *_) in places.items():

@@ -256,8 +256,12 @@ def check_uncompiled(architecture: nn.Module) -> None:
 
 
 def refuse_tracing(what: str) -> None:
-    """Raise `ConfigError` inside `torch.compile`, which would fail with an assertion of its own."""
-    if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None:
+    """Raise `ConfigError` inside `torch.compile`, which would fail with an assertion of its own.
+
+    With `fullgraph=True` torch makes an error of its own of it, which has this one's text.
+    """
+    # False where what has been compiled is run, and nothing else is compiled.
+    if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() not in (None, False):
         raise ConfigError(
             f"{what}: called inside torch.compile, which cannot trace it; call it outside, and "
             "make it with compile=True, which compiles the model's body"

@@ -306,8 +306,8 @@ class Step:
         `functrain.trees.clone`.
 
         Raises `BatchError` before any compute, `StateError` for a state of another step,
-        `ConsumedStateError` for a donated one, and `AliasError` if donating would overwrite the
-        reference or the average.
+        `ConsumedStateError` for a donated one, `AliasError` if donating would overwrite the
+        reference or the average, and `ConfigError` inside `torch.compile`.
         """
         compilation.refuse_tracing("step")
         self.check(state)

@@ -143,9 +143,9 @@ def test_a_part_of_the_blocks_and_several_patterns() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "block",
+        "decoder",
         "tied",
-        pytest.param("decoder", marks=pytest.mark.long),
+        pytest.param("block", marks=pytest.mark.long),
         pytest.param("llama", marks=pytest.mark.long),
     ],
 )

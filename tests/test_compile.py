@@ -450,7 +450,7 @@ def test_the_directory_of_the_cache_is_set_and_put_back(tmp_path: Path) -> None:
 
 
 @GENERATES
-@pytest.mark.parametrize("name", ["small", pytest.param("decoder", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("small", marks=pytest.mark.long)])
 def test_generated_code(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With dropout, in float32, and an embedding that is large enough for a sum of its own.
 

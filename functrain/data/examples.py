@@ -104,7 +104,7 @@ def _read_dialogue(record: Record, tokenizer: Tokenizer, where: str) -> Prompted
     """A dialogue in the tokenizer's chat template, or as lines of `role: content` without one."""
     given = dialogues.dialogue(record, where)
     if isinstance(tokenizer, Templated) and has_template(tokenizer):
-        ids, labels = laid_out(given, tokenizer, where)
+        ids, labels = laid_out(given, tokenizer, where, where)
         first = next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
         return Prompted(ids[:first], ((ids[first:], labels[first:]),))
     _check_plain(given, where)
@@ -147,7 +147,7 @@ def _parted(wholes: Mapping[str, Dialogue], end: int, tokenizer: Tokenizer, wher
 
 def _templated(wholes: Mapping[str, Dialogue], tokenizer: Templated, where: str) -> Prompted:
     """Dialogues in the tokenizer's chat template; the prompt is all before what is learnt."""
-    found = [laid_out(whole, tokenizer, f"{where}.{side}") for side, whole in wholes.items()]
+    found = [laid_out(whole, tokenizer, f"{where}.{side}", where) for side, whole in wholes.items()]
     firsts = [next(n for n, i in enumerate(labels) if i != IGNORE_INDEX) for _, labels in found]
     begin = min(firsts)
     if any(ids[:begin] != found[0][0][:begin] for ids, _ in found):

@@ -55,7 +55,7 @@ def has_template(tokenizer: object) -> bool:
 
 
 def laid_out(
-    given: Dialogue, tokenizer: Templated, where: str
+    given: Dialogue, tokenizer: Templated, where: str, record: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The token ids of a dialogue in the chat template, and labels: −100 where nothing is learnt.
 
@@ -64,7 +64,8 @@ def laid_out(
     speak, its end token included; this is exact if each beginning of the dialogue renders as the
     beginning of the whole. If it does not, or if the template drops reasoning from earlier turns,
     each turn stands as it is rendered when it is the last (`turn_by_turn`). Pieces are tokenised
-    separately, since a model is prompted with one piece and continues with the next.
+    separately, since a model is prompted with one piece and continues with the next. `where` names
+    the dialogue in errors, and `record` its record, which has the tools.
 
     Raises `DataError` if the template leaves out a message or the tools, if the extent of a turn
     cannot be determined, or if no token is marked.
@@ -80,8 +81,8 @@ def laid_out(
             raise DataError(f"{where}: {error}") from error
 
     whole = rendered(given.messages)
-    if given.tools and whole == tokenizer.render(given.messages):
-        raise DataError(f"{where}.tools: the chat template has no place for them")
+    if tools and not _shows_tools(given, tokenizer, whole):
+        raise DataError(f"{record}.tools: the chat template has no place for them")
     check_said(given, rendered)
     complete = all(holds(whole, each) for each in given.messages)
     if complete and _is_marked(tokenizer):
@@ -98,6 +99,14 @@ def laid_out(
             "learn; check where it has {% generation %}"
         )
     return tuple(ids), tuple(labels)
+
+
+def _shows_tools(given: Dialogue, tokenizer: Templated, whole: str) -> bool:
+    """Whether the text of a dialogue is another without its tools."""
+    try:
+        return whole != tokenizer.render(given.messages)
+    except DataError:  # a template that cannot do without them
+        return True
 
 
 def _speaks_first(given: Dialogue) -> str:

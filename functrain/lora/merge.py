@@ -36,7 +36,8 @@ def _merged(layer: Adapted, weight: Tensor, name: str, params: Mapping[str, Tens
     own = layer.oriented(whole(weight))
     a, b = whole(params[f"{name}.lora_A"]), whole(params[f"{name}.lora_B"])
     delta = (b @ a) * layer.scaling
-    summed = own.to(delta.dtype) + delta
+    wide = max(own.dtype, delta.dtype, key=lambda dtype: dtype.itemsize)
+    summed = own.to(wide) + delta
     if layer.lora_magnitude is not None:
         magnitude = whole(params[f"{name}.lora_magnitude"])
         ratio = magnitude_ratio(magnitude, row_norms(own, delta))

@@ -514,6 +514,11 @@ def _changed(number: int, **changes: Any) -> dict[str, Any]:
             r"^record 0\.completion\[0\]\.reasoning_content: the chat template has no place",
         ),
         (
+            {"prompt": said("a")["messages"], "completion": [SPOKEN], "tools": [{"name": "clock"}]},
+            CHATML,
+            r"^record 0\.tools: the chat template has no place for them",
+        ),
+        (
             said("a", "b"),
             MARKED.replace("generation %}{{", "generation %}{# {{").replace(
                 "<|im_end|>{% end", "#}{% end"

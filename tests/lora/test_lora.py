@@ -223,6 +223,14 @@ def test_merged_it_computes_the_same(
     assert all(torch.equal(params[n], before[n]) for n in before)  # and so it can be unmerged
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merged_untrained_the_base_keeps_its_bits(dtype: torch.dtype) -> None:
+    """B is 0 at first; nothing of a base is narrowed on the way."""
+    architecture, params, _ = zoo.split("decoder", dtype)
+    _, merged = ft.lora.merged(*ft.lora.attach(architecture, params, LoRA(rank=2)))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in params.items())
+
+
 def test_a_state_and_its_checkpoint_hold_adapters_only(tmp_path: Path) -> None:
     adapted, adapters, buffers = attached(lora=LoRA(rank=1, targets=("q_proj",)))
     step = ft.sft_step(adapted, ft.optim.adamw(1e-2))

@@ -64,11 +64,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     import datasets
 
     tmp_path = tmp_path_factory.mktemp("tasks")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    # Of every evaluation lm_eval notes what is installed, by pip: a second each time.
-    listed = functools.cache(collect_env.get_pretty_env_info)
-    patch.setattr(collect_env, "get_pretty_env_info", listed)
     given = [
         {
             "question": f"What is {n} and {n}? " * (1 + 3 * (n == 2)),
@@ -84,8 +79,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     found.mkdir()
     for name, text in (("choices", CHOICES), ("running", TEXT), ("spoken", SPOKEN)):
         (found / f"{name}.yaml").write_text(TASK.format(name=name, path=data) + text)
-    yield found
-    patch.undo()
+    # Of every evaluation lm_eval notes what is installed, by pip: a second each time.
+    listed = functools.cache(collect_env.get_pretty_env_info)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        patch.setattr(collect_env, "get_pretty_env_info", listed)
+        yield found
 
 
 def decoder() -> tuple[Any, Any, Any]:

@@ -340,6 +340,7 @@ def _assert_same_scores(ours: TokenScores, whole: TokenScores, tolerance: float)
 def test_the_head_is_found(name: str) -> None:
     """By the module of the projection, the names of its values, and the trunk where one is due."""
     model, tolerance = _shared(name)
+    head._found.of(model).clear()
     with _left_alone(model):
         found = find_head(model)
     assert isinstance(found, Head), found
@@ -416,7 +417,7 @@ def test_under_checkpointing_it_is_the_same(name: str) -> None:
     model, tolerance = _shared(name)
     if not model.supports_gradient_checkpointing:
         pytest.skip(f"{name} has no checkpointing")
-    with _checkpointing(model), _left_alone(model):
+    with _left_alone(model), _checkpointing(model):
         _assert_same(model, _batch(), tolerance)
 
 
@@ -433,6 +434,7 @@ def _checkpointing(model: Any) -> Generator[None]:
     finally:
         model.eval()
         getattr(model, f"{kind}_disable")()
+        head._found.of(model).clear()
 
 
 def test_where_every_position_has_a_target_none_is_left_out() -> None:

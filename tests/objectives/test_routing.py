@@ -90,7 +90,7 @@ def test_packed_documents_are_balanced_as_padded_ones(first: int, padding: int) 
         "labels": ids.masked_fill(places == 0, -100)[None],
         "position_ids": places[None],
     }
-    step, state = kept("qwen3_moe")
+    step, state = started("qwen3_moe")
     step.architecture.config.use_cache = False
     one, two = (step.value_and_grad(state.params, state.buffers, each) for each in (padded, packed))
     for name in ("loss", "aux_loss"):
