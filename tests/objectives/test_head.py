@@ -417,7 +417,7 @@ def test_under_checkpointing_it_is_the_same(name: str) -> None:
     model, tolerance = _shared(name)
     if not model.supports_gradient_checkpointing:
         pytest.skip(f"{name} has no checkpointing")
-    with _left_alone(model), _checkpointing(model):
+    with _checkpointing(model), _left_alone(model):
         _assert_same(model, _batch(), tolerance)
 
 
