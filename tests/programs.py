@@ -8,6 +8,7 @@ import errno
 import functools
 import io
 import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -890,4 +891,6 @@ def torchrun(options: Any) -> None:
     for stream, path in ((1, options["out"]), (2, options["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(options["environment"])
+    # At the alarm it ends its workers too, by what it does at that signal.
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     main(["--run-path", "--start-method=fork", *options["arguments"]])

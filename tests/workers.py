@@ -7,6 +7,7 @@ returns what each made of it: `{"value": …}`, or `{"error": [type, text]}`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -24,24 +25,34 @@ HERE = Path(__file__).parent
 
 
 class Group:
-    """The warm process; each run forks workers of it."""
+    """The warm process; each run forks workers of it.
+
+    Once a request is interrupted, or the process has died, the next request starts another one.
+    """
 
     def __init__(self) -> None:
-        path = os.pathsep.join([str(HERE.parent), str(HERE)])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(HERE / "workers.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
+        self._process: subprocess.Popen[str] | None = None
+        self._imported: dict[str, None] = {}
         self._alone: dict[str, Any] = {}
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            path = os.pathsep.join([str(HERE.parent), str(HERE)])
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "error", str(HERE / "workers.py"), *self._imported],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                cwd=HERE,
+                start_new_session=True,  # so that it can be killed with its workers
+                text=True,
+            )
+        return self._process
 
     @property
     def pid(self) -> int:
         """Of the warm process, whose children the workers are."""
-        return self._process.pid
+        return self._running().pid
 
     def run(self, function: str, size: int, options: Any = None, **more: Any) -> list[Any]:
         """What every worker came to, by rank."""
@@ -62,22 +73,51 @@ class Group:
 
     def imports(self, *modules: str) -> None:
         """Let the warm process import them, so that not each worker does."""
+        self._imported.update(dict.fromkeys(modules))
         self._asked({"imports": modules})
 
     def _asked(self, request: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                raise ChildProcessError("the warm process of the workers has ended")
+            return json.loads(answer)
+        except BaseException:  # a test's timeout too: nobody else is to read its answer
+            self.kill()
+            self._ended(process)
+            raise
+
+    def kill(self) -> None:
+        """Kill the warm process and the workers; who waits for an answer has an error then."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the warm process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        process = self._process
+        if process is None:
+            return
+        assert process.stdin is not None
+        try:
+            process.stdin.close()
+            process.wait(30)
+        except (OSError, subprocess.TimeoutExpired):
+            self.kill()
+        self._ended(process)
+
+    def _ended(self, process: subprocess.Popen[str]) -> None:
+        self._process = None
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what it has not read is lost
+                pipe.close()
 
 
 @functools.cache
@@ -103,7 +143,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     programs.steps({"steps": 1})  # what torch imports when it is first used
     # And what shards bring, DTensor and with it the compiler: each worker would take seconds.
-    _import("torch.distributed.tensor", "torch._dynamo")
+    _import("torch.distributed.tensor", "torch._dynamo", *sys.argv[1:])
     for line in sys.stdin:
         request = json.loads(line)
         if "imports" in request:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from checkpoint import faults
+from cli.processes import exit_code, reaped
 
 from functrain import checkpoint
 from functrain.checkpoint import files
@@ -79,14 +80,15 @@ def _unlogged(stage: str, real: Any) -> Any:
     return log
 
 
-def _forked(stage: str, arguments: Sequence[str]) -> int:
+def _forked(stage: str, arguments: Sequence[str]) -> int | None:
     """The exit code of the command in a fork of this process, which has imported all it needs."""
 
     def work() -> None:
         with contextlib.redirect_stderr(os.fdopen(os.dup(2), "w", buffering=1)):
             os._exit(killed_in(stage, arguments))
 
-    return os.waitstatus_to_exitcode(os.waitpid(faults.forked(work), 0)[1])
+    with reaped(faults.forked(work)) as process:
+        return exit_code(process, limit=120)
 
 
 def _spawned(stage: str, arguments: Sequence[str]) -> int:

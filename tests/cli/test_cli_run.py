@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint import faults
+from cli.processes import exit_code, reaped
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -751,7 +752,7 @@ def _wait_for_steps(run: Path, process: int) -> None:
     deadline = time.monotonic() + 60
     metrics = run / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 6:
-        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        assert exit_code(process) is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -769,10 +770,10 @@ def test_a_signal_saves_and_resuming_ends_as_the_uninterrupted_run(
 ) -> None:
     given, run = _config(tmp_path, steps=1_000_000)
     slow = ["--train.save-every", "1000000", "--evaluation.every", "1000000"]
-    process = launched(["pretrain", given, *slow], tmp_path / "said")
-    _wait_for_steps(run, process)
-    os.kill(process, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + number
+    with reaped(launched(["pretrain", given, *slow], tmp_path / "said")) as process:
+        _wait_for_steps(run, process)
+        os.kill(process, number)
+        assert exit_code(process, limit=60) == 128 + number
     err = (tmp_path / "said").read_text()
     assert f"go on with: functrain pretrain {run}/config.toml --resume" in err
     assert "Traceback" not in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -119,17 +120,31 @@ class Forked:
             "err": str(config.with_suffix(".err")),
         }
         asked["arguments"] += options
+        self._group = group
         self._found: list[Any] = []
-        self._thread = threading.Thread(
-            target=lambda: self._found.extend(group.run("torchrun", 1, asked))
-        )
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(asked,))
+        warm = group.pid
         self._thread.start()
-        while self.poll() is None and not _children(group.pid):
-            time.sleep(0.01)
-        (self.pid,) = _children(group.pid)
+        try:
+            while self.poll() is None and not _children(warm):
+                time.sleep(0.01)
+            (self.pid,) = _children(warm)
+        except BaseException:
+            group.kill()
+            self._thread.join()
+            raise
+
+    def _run(self, asked: Any) -> None:
+        try:
+            self._found.extend(self._group.run("torchrun", 1, asked))
+        except BaseException as error:
+            self._error = error
 
     def poll(self) -> int | None:
         """Its exit code, once there is one."""
+        if self._error is not None:
+            raise self._error
         return int("value" not in self._found[0]) if self._found else None
 
     def wait(self, timeout: float) -> int | None:
@@ -140,9 +155,13 @@ class Forked:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it, if the test has failed: other tests ask the same group."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+        """End it and its workers, if the test has failed: other tests ask the same group."""
+        if self._thread.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+            self._thread.join(10)
+        if self._thread.is_alive():
+            self._group.kill()
         self._thread.join()
 
 
@@ -167,8 +186,11 @@ def _last(directory: Path) -> tuple[str, bytes, list[Any]]:
 
 
 def _children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(pid) for pid in path.read_text().split()]
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return []
+    return [int(pid) for pid in found.split()]
 
 
 def _reached(process: Process, directory: Path, step: int) -> None:
@@ -208,6 +230,31 @@ def test_a_killed_worker_of_forked_ones_restarts_the_group_and_the_end_is_the_sa
         out = _done(process, config)
     assert out.count("finished, 12 of 12 steps") == 1, "rank 0 alone speaks"
     assert _last(directory) == _last(expected)
+
+
+def test_two_spawned_workers_end_as_one_alone(tmp_path: Path) -> None:
+    """The launch that is documented, with interpreters of their own."""
+    alone, expected = _config(tmp_path, "alone", 6)
+    config, directory = _config(tmp_path, "run", 6)
+    process = _torchrun(config, 2)
+    try:
+        assert main(["pretrain", str(alone)]) == 0
+        out = _done(process, config)
+    finally:
+        _ended(process)
+    assert out.count("finished, 6 of 6 steps") == 1, "rank 0 alone speaks"
+    assert _last(directory) == _last(expected)
+
+
+def _ended(process: subprocess.Popen[str]) -> None:
+    """End torchrun, if it still runs; it takes its workers along, at the latest after 30 s."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(40)
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.long
