@@ -4,8 +4,9 @@
 
 Runs the tests of the promises, the long forms too with `--long` (about an hour on two cores), and
 prints a table: each promise, what was done for it, how often, and how often was promised. A count
-is what the tests themselves have counted (`tests/tally.py`) after they had checked it. A line holds
-where no test of its promise has failed and nothing fell short; the exit status is 0 where all hold.
+is what the tests themselves have counted (`tests/tally.py`) after they had checked it; what a long
+form does again after the ordinary one counts once. A line holds where no test of its promise has
+failed and nothing fell short; the exit status is 0 where all hold.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def test_an_operation_of_a_save_that_fails_is_loud_and_loses_nothing(
         assert (copy / "step-000000000001").is_dir()
         faults.intact(copy)
         goes_on(copy)
-    tally.add("faults injected", len(failed))
+    tally.add("faults injected", len(failed), part=not every)
 
 
 @EXTENT
@@ -176,7 +176,7 @@ def test_an_operation_that_fails_beside_other_files_is_loud(
             load(copy, failing)
         goes_on(copy)
     assert failures >= 40 // stride
-    tally.add("faults injected", failures)
+    tally.add("faults injected", failures, part=not every)
 
 
 @EXTENT
@@ -202,7 +202,7 @@ def test_an_operation_of_a_first_save_that_fails_is_loud(
                 assert {o.name for o in failing.failed} <= {"open_directory", "sync", "close"}
                 assert faults.loaded(run) == 2
         goes_on(run)
-    tally.add("faults injected", len(failed))
+    tally.add("faults injected", len(failed), part=not every)
 
 
 @EXTENT
@@ -222,7 +222,7 @@ def test_an_operation_of_a_prune_that_fails_is_a_warning(
         assert faults.loaded(copy) == 3
         faults.intact(copy)
         goes_on(copy)
-    tally.add("faults injected", len(failed))
+    tally.add("faults injected", len(failed), part=not every)
 
 
 @pytest.mark.parametrize(("code", "mode"), FAULTS)

@@ -237,7 +237,7 @@ def test_a_truncation_or_a_flipped_bit_at_every_byte_is_refused(
 ) -> None:
     count = _refuses_all(originals, file, range(0), tmp_path / "x")
     assert count == len(originals[file]) + 64 + 3
-    tally.add("bits flipped and files cut", count)
+    tally.add("bits flipped and files cut", count, part=True, of="corruptions")
 
 
 @pytest.mark.long
@@ -247,7 +247,7 @@ def test_every_truncation_and_every_flipped_bit_is_refused(
 ) -> None:
     count = _refuses_all(originals, file, range(8), tmp_path / "x")
     assert count == 9 * len(originals[file]) + 3
-    tally.add("bits flipped and files cut", count)
+    tally.add("bits flipped and files cut", count, of="corruptions")
 
 
 # Named forgeries.

@@ -183,7 +183,7 @@ def test_from_every_split_point_a_new_process_goes_on_with_the_same_bits(
         some = parts[begin : begin + 5]
         ends += _in_a_child(lambda some=some: _resumed(run.directory, some, donate=donate))
     assert ends == [run.prints[end] for _, end in parts]
-    tally.add("split points resumed in a new process", len(ends))
+    tally.add("split points resumed in a new process", len(ends), part=ahead < STEPS)
 
 
 def test_a_process_started_afresh_ends_with_the_same_bits(
@@ -490,7 +490,7 @@ def test_no_order_of_a_mapping_reaches_the_bits(optimizer: str, orders: int) -> 
         shuffled = _shuffled(params, dice), _shuffled(buffers, dice)
         again = step.init(*shuffled, seed=1)
         assert list(again.params) == sorted(params)
-    tally.add("orders of every mapping", orders)
+    tally.add("orders of every mapping", orders, part=orders < 100)
 
 
 class Deep(nn.Module):
@@ -595,7 +595,7 @@ def test_a_pure_step_interrupted_at_any_line_has_changed_nothing(part: int | Non
         if part is None or number % 4 == 0:
             following, _ = case.step(case.state, case.batch)
             assert ft.fingerprint(following) == case.after, f"event {at} in {place}"
-    tally.add("interrupts of a step", len(events))
+    tally.add("interrupts of a step", len(events), part=part is not None)
 
 
 def _left_of(case: Transaction, at: int) -> tuple[str, str | None]:
@@ -617,7 +617,7 @@ def test_a_donated_step_interrupted_at_any_line_leaves_an_intact_state_or_a_tomb
     for at in range(case.events - 1, -1, -stride):
         left, place = _left_of(case, at)
         assert left != "torn", f"event {at} of {case.events}, in {place}"
-    tally.add("interrupts of a step", case.events // stride)
+    tally.add("interrupts of a step", case.events // stride, part=stride > 1)
 
 
 if __name__ == "__main__":
