@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from workers import Group, shared
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -52,6 +53,17 @@ def _modes() -> dict[str, tuple[Any, Any, Callable[[Any], object]]]:
             torch.use_deterministic_algorithms,
         ),
     }
+
+
+@pytest.fixture(scope="module")
+def group(request: pytest.FixtureRequest) -> Group:
+    """The one warm process for the groups of workers that tests start.
+
+    A module's `IMPORTED` are what it imports before, so that not each worker does.
+    """
+    group = shared()
+    group.imports(*getattr(request.module, "IMPORTED", ()))
+    return group
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

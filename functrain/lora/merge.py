@@ -36,6 +36,7 @@ def _merged(layer: Adapted, weight: Tensor, name: str, params: Mapping[str, Tens
     own = layer.oriented(whole(weight))
     a, b = whole(params[f"{name}.lora_A"]), whole(params[f"{name}.lora_B"])
     delta = (b @ a) * layer.scaling
+    # Not by `torch.promote_types`, which refuses floats of 8 bits.
     wide = max(own.dtype, delta.dtype, key=lambda dtype: dtype.itemsize)
     summed = own.to(wide) + delta
     if layer.lora_magnitude is not None:

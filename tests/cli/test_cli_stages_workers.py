@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workers import Group, shared
+from workers import Group
 
 import functrain as ft
 from functrain.cli import main
 from functrain.cli.restoring import restored
 
+IMPORTED = (
+    "functrain.cli.commands",
+    "functrain.cli.run",
+    "functrain.cli.summary",
+    "functrain.tracking.report",
+)
 COMMON = [
     *("--train.steps", "2", "--train.batch-size", "8", "--train.save-every", "1"),
     *("--train.threads", "1", "--train.device", "cpu", "--evaluation.every", "1"),
@@ -26,14 +32,6 @@ CHATS = [{"prompt": said, "completion": f" {i + 1}"} for i, said in enumerate(SA
 PAIRS = [
     {"prompt": said, "chosen": f" {i + 1}", "rejected": f" {i + 2}"} for i, said in enumerate(SAID)
 ]
-
-
-@pytest.fixture(scope="module")
-def group() -> Group:
-    group = shared()
-    group.imports("functrain.cli.commands", "functrain.cli.run", "functrain.cli.summary")
-    group.imports("functrain.tracking.report")
-    return group
 
 
 @pytest.fixture(scope="module")
