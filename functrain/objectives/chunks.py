@@ -196,8 +196,10 @@ def buffer(
     dtype: torch.dtype,
     make: Callable[[tuple[int, int], torch.dtype], Tensor] = memory.empty,
 ) -> Tensor:
-    """Memory on the device of `like`; on the CPU `make` provides it."""
+    """Memory on the device of `like`; on the CPU `make` provides it, where it is free already."""
     if like.device.type == "cpu":
+        if exceeds(*shape, memory.LARGE):
+            memory.trim()
         return make(shape, dtype)
     return like.new_empty(shape, dtype=dtype)
 
