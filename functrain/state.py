@@ -39,7 +39,8 @@ class Cursor:
 class SchedulerState:
     """The schedule's position.
 
-    `count`: applied updates, int64, 0-d. `plateau`: the record of `reduce_on_plateau`.
+    `count`: applied updates, int64, 0-d. `plateau`: the record of `reduce_on_plateau`; a step with
+    another schedule leaves it as it is, so that the two can take turns.
     """
 
     count: Tensor
