@@ -39,6 +39,7 @@ from functrain.state import (
     check_state,
     consume,
     device_of,
+    disown_repeated,
     refuse_aliases,
     writable_state,
 )
@@ -318,6 +319,8 @@ class Step:
             raise ConfigError(
                 f"donate: {donate!r}, expected True, False, or None for the step's own"
             )
+        if donate:
+            disown_repeated(state)
         # The bits must not depend on the contexts that the caller is in. This also restores what
         # an inner context leaves on when its exit is interrupted.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
