@@ -263,8 +263,8 @@ def refuse_tracing(what: str) -> None:
     # False where what has been compiled is run, and nothing else is compiled.
     if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() not in (None, False):
         raise ConfigError(
-            f"{what}: called inside torch.compile, which cannot trace it; call it outside, and "
-            "make it with compile=True, which compiles the model's body"
+            f"{what}: called inside torch.compile, which cannot trace it; call it outside: a step "
+            "(or gradient) made with compile=True compiles the model's body itself"
         )
 
 

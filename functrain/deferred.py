@@ -113,7 +113,11 @@ class Recording:
             )
         if not self._can_wait(function, arguments, options, given):
             return self._done_now(function, arguments, options)
-        return self._noted(function, arguments, options)
+        try:
+            return self._noted(function, arguments, options)
+        except NotImplementedError:  # the meta device has no such kernel
+            # Not left to the constructor: it could catch the error, and make other values.
+            return self._done_now(function, arguments, options)
 
     def _can_wait(
         self,
@@ -156,8 +160,6 @@ class Recording:
         drawn = None
         if torch.Tag.nondeterministic_seeded in function.tags:
             drawn = (options.get("generator") or torch.default_generator).get_state()
-            if self.draws:
-                _draw(function, arguments, options)
         bare_arguments, bare_options = tree_map_only(Tensor, _bare, (arguments, dict(options)))
         if function in _EMPTY or bare_options.get("device") is not None:
             bare_options["device"] = "meta"
@@ -165,6 +167,8 @@ class Recording:
         written = [_Place.of(each) for each in _written(function, arguments, options)]
         kept = tree_map_only(Tensor, self._kept, (arguments, options))
         found = function(*bare_arguments, **bare_options)
+        if drawn is not None and self.draws:
+            _draw(function, arguments, options)
         outputs = [_Place.of(each) for each in tree_leaves(found) if isinstance(each, Tensor)]
         for place in [*outputs, *written]:
             self._writers.setdefault(place.key, []).append(len(self._done))

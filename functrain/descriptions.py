@@ -83,5 +83,16 @@ def _lasting(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_positions(name: str) -> bool:
-    last = name.rsplit(".", 1)[-1]
-    return "pos" in last or last in ("wpe", "wtt", "token_type_embeddings")
+    """Whether an embedding is, by its name, one of positions, distances or token types.
+
+    Where tokens are embedded otherwise (by a parameter, or one-hot), it may be the only one, and
+    good token ids would be out of its range.
+    """
+    *parents, last = name.lower().split(".")
+    if "pos" in last or last in ("wtt", "token_type_embeddings", "distance_embedding"):
+        return True
+    return any(_POSITIONS.search(part) for part in (*parents, last))
+
+
+# Also of a module that has them: `positions.table`.
+_POSITIONS = re.compile(r"(^|_)(pos|rel)(ition|ative|_|$)|^w?pe$")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from functrain import keys
+from functrain import compilation, keys
 from functrain.distributed import ALONE, gathered_metrics
 from functrain.errors import BatchError, ConfigError
 from functrain.gradients import refuse_written
@@ -52,8 +52,9 @@ def evaluate(step: Step, state: TrainState, batches: Iterable[Batch]) -> Metrics
     state is sharded, all workers must call this at the same point; `WorkerError` names one that
     does not.
 
-    Raises `BatchError` if there is nothing to evaluate.
+    Raises `BatchError` if there is nothing to evaluate, and `ConfigError` inside `torch.compile`.
     """
+    compilation.refuse_tracing("evaluate")
     if not isinstance(step, Step):
         raise ConfigError(
             f"step: {type(step).__name__}; expected evaluate(step, state, batches), in this order"

@@ -17,7 +17,16 @@ from functrain.keys import MAX_KEY
 from functrain.optimizers import OptimizerState
 from functrain.precision import LossScale
 from functrain.schedules import PlateauState
-from functrain.trees import Tensors, clone, digest, ordered, storages, tensors, writable
+from functrain.trees import (
+    Tensors,
+    clone,
+    digest,
+    disown_shared,
+    ordered,
+    storages,
+    tensors,
+    writable,
+)
 
 Leaf = Tensor | int | float | str | None
 
@@ -39,7 +48,8 @@ class Cursor:
 class SchedulerState:
     """The schedule's position.
 
-    `count`: applied updates, int64, 0-d. `plateau`: the record of `reduce_on_plateau`.
+    `count`: applied updates, int64, 0-d. `plateau`: the record of `reduce_on_plateau`; a step with
+    another schedule leaves it as it is, so that the two can take turns.
     """
 
     count: Tensor
@@ -177,6 +187,17 @@ def writable_state(state: TrainState, trainable: Collection[str]) -> TrainState:
         return state
     optimizer = attrs.evolve(state.optimizer, slots=slots)
     return attrs.evolve(state, params=params, optimizer=optimizer)
+
+
+def disown_repeated(state: TrainState) -> None:
+    """Mark the tensors of a mapping that is given in two places of the state as owned by neither.
+
+    A state evolved by hand may have one mapping of zeros for two slots. Each would claim its memory
+    as its own, and a donated step would write both slots into it; now it copies them.
+    """
+    several = [items for _, items in _donated(state)]
+    if len(set(map(id, several))) < len(several):
+        disown_shared(*several)
 
 
 def refuse_aliases(

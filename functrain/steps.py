@@ -28,7 +28,7 @@ from functrain.gradients import (
 )
 from functrain.guards import SpikeGuard
 from functrain.metrics import Metrics
-from functrain.objectives.base import Carrying, Coupled, Objective
+from functrain.objectives.base import Carrying, Coupled, Objective, advanced
 from functrain.optimizers import Optimizer, OptimizerState, foreign
 from functrain.precision import POLICIES, LossScale, Precision, policy, unscale, update_loss_scale
 from functrain.reductions import Reduction, reduction_name
@@ -39,6 +39,7 @@ from functrain.state import (
     check_state,
     consume,
     device_of,
+    disown_repeated,
     refuse_aliases,
     writable_state,
 )
@@ -318,6 +319,8 @@ class Step:
             raise ConfigError(
                 f"donate: {donate!r}, expected True, False, or None for the step's own"
             )
+        if donate:
+            disown_repeated(state)
         # The bits must not depend on the contexts that the caller is in. This also restores what
         # an inner context leaves on when its exit is interrupted.
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
@@ -460,7 +463,7 @@ class Step:
     ) -> Tensors | None:
         if self._carrying is None or running is None:
             return running
-        return _where(applied, self._carrying.advance(running, metrics), running)
+        return _where(applied, advanced(self._carrying, running, metrics), running)
 
     def learning_rate(self, state: TrainState) -> Tensor:
         """The learning rate of the next update: float64, 0-d."""

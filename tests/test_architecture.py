@@ -625,6 +625,32 @@ def test_the_vocabulary_is_known_where_it_can_be_told() -> None:
     for positions in ("wpe", "position_embedding", "pos_emb"):
         assert vocabulary_of(Named(other=positions)) == 19
     assert vocabulary_of(nn.Linear(2, 2)) is None
+    assert vocabulary_of(nn.Embedding(19, 2)) == 19
+
+
+class OwnTable(nn.Module):
+    """Tokens by a parameter of its own; the only embedding is one of positions."""
+
+    def __init__(self, name: str, positions: nn.Module) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(zoo.VOCABULARY, 8))
+        self.add_module(name, positions)
+
+    def forward(self, input_ids: Tensor, **_: object) -> Tensor:
+        hidden = nn.functional.embedding(input_ids, self.table)
+        return hidden @ self.table.T
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("name", ["positions", "pos_emb", "pe", "relative_bias", "rel_bias"])
+def test_an_embedding_of_positions_is_not_the_vocabulary(name: str, within: bool) -> None:
+    """Nor is one within a module of theirs: a batch's token ids would be out of its range."""
+    table = nn.Embedding(5, 8)
+    module = OwnTable(name, nn.Sequential(table) if within else table)
+    assert vocabulary_of(module) is None
+    architecture, params, buffers = ft.split(module)
+    step = ft.pretrain_step(architecture, ft.optim.adamw())
+    assert step(step.init(params, buffers), zoo.batch())[0].step == 1
 
 
 def test_another_mode_is_refused() -> None:

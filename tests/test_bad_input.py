@@ -908,3 +908,66 @@ def test_a_reference_that_is_not_there_is_not_moved() -> None:
     step = ft.make_step(Own(), ft.optim.adamw(), architecture=architecture)
     with pytest.raises(ft.ConfigError, match=r"reference_mixup: 0\.5, and the objective has no"):
         step.init(params, buffers)
+
+
+class Carries(ft.objectives.LanguageModeling):
+    """Carries the sum of its losses and a number of steps; a test replaces `after`."""
+
+    reference = None
+    reference_mixup = None
+    reference_sync = 1
+
+    def __init__(self, after: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "after", after)
+
+    def carrying(self, reference: Any, running: Any) -> Any:
+        return self
+
+    def init_running(self, device: Any) -> Any:
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return ft.trees.Tensors(total=zero, steps=zero.long())
+
+    def advance(self, running: Any, metrics: Any) -> Any:
+        return self.after(dict(running), metrics.metric("loss").sum.double())  # type: ignore[attr-defined]
+
+
+def _carried(running: Any, loss: Any) -> Any:
+    return {"total": running["total"] + loss, "steps": running["steps"] + 1}
+
+
+CARRIED_OTHERWISE: Any = {
+    "dtype": (
+        lambda r, _: r | {"steps": r["steps"] + 0.5},
+        r"running/steps as float32\[\] on cpu, expected int64\[\] on cpu as it was given",
+    ),
+    "shape": (
+        lambda r, loss: r | {"total": (r["total"] + loss).reshape(1)},
+        r"running/total as float64\[1\] on cpu, expected float64\[\] on cpu",
+    ),
+    "number": (lambda r, _: r | {"steps": 1}, "running/steps as int, expected int64"),
+    "more": (
+        lambda r, loss: r | {"last": loss},
+        "returned last, steps, total, expected steps, total, as init_running made",
+    ),
+    "fewer": (lambda r, _: {"steps": r["steps"]}, "returned steps, expected steps, total"),
+    "none": (lambda r, _: None, "returned a NoneType, expected functrain.trees.Tensors"),
+    "in place": (
+        lambda r, loss: r | {"total": r["total"].add_(loss)},
+        "has written into the tensors that it was given",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CARRIED_OTHERWISE)
+def test_what_an_objective_carries_keeps_its_form(case: str) -> None:
+    """By an objective of one's own; else a resume would fail, or the step after."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Carries(_carried), ft.optim.adamw(), architecture=architecture)
+    state, metrics = step(step.init(params, buffers), zoo.batch())
+    assert type(state.running) is ft.trees.Tensors
+    assert float(state.running["total"]) == float(metrics.metric("loss").sum)
+    after, message = CARRIED_OTHERWISE[case]
+    changed = attrs.evolve(step, objective=Carries(after))
+    with pytest.raises(ft.ConfigError, match=f"^objective Carries: its advance .*{message}"):
+        changed(state, zoo.batch())

@@ -357,6 +357,7 @@ def test_within_torch_compile_a_step_is_refused() -> None:
         lambda: torch.compile(lambda: step(state, batch), backend="eager")(),
         lambda: torch.compile(step.value_and_grad, backend="eager")(params, buffers, batch),
         lambda: torch.compile(step.gradient, backend="eager")(params, buffers, batch),
+        lambda: torch.compile(ft.evaluate, backend="eager")(step, state, [batch]),
     ):
         with pytest.raises(ft.ConfigError, match=r"called inside torch\.compile.*compile=True"):
             called()

@@ -51,8 +51,14 @@ ACTS: dict[str, Act] = {
     "beside a real one": lambda t, i, _: torch._foreach_mul_([t[i], torch.ones(3)], 2.0),
     "other data": lambda t, i, _: setattr(t[i], "data", torch.full((3, 3), 4.0)),
     "data of another": lambda t, i, j: setattr(t[i], "data", t[j] * 2),
+    "without a kernel of the meta device": lambda t, i, _: t[i].copy_(_rounded(t[i])),
     "decomposed": lambda t, i, _: t[i].copy_(torch.linalg.qr(t[i].clamp(-2, 2).nan_to_num())[0]),
 }
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    known = tensor.nan_to_num().clamp(-2, 2)
+    return torch.fake_quantize_per_tensor_affine(known, 0.1, 0, -128, 127)
 
 
 def _lent(tensor: Tensor) -> None:
@@ -152,6 +158,25 @@ def test_what_cannot_wait_is_said() -> None:
         built(written_by_numpy)
     with pytest.raises(ArchitectureError, match="cannot be made without its memory"):
         built(failing)
+
+
+def test_a_constructor_that_has_another_way_does_not_take_it() -> None:
+    """Where the meta device has no kernel; with the memory there would be no error to catch."""
+
+    def make() -> nn.Module:
+        layer = nn.Linear(3, 3)
+        try:
+            layer.weight.data.copy_(torch.geqrf(layer.weight.data)[0])
+        except NotImplementedError:
+            layer.weight.data.fill_(1)
+        return layer
+
+    with keys.seeded(2):
+        expected = make()
+    with keys.seeded(2):
+        module, recorded = built(make)
+    assert torch.equal(recorded.made(module.weight), expected.weight)  # type: ignore[arg-type]
+    assert recorded.defers(module.bias)  # type: ignore[arg-type]
 
 
 def test_a_tensor_of_the_meta_device_has_no_values_to_take() -> None:

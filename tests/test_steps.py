@@ -1038,6 +1038,24 @@ def test_donating_what_the_state_keeps_beside_the_params_is_refused(field: str) 
     assert step(shared, zoo.pairs())[0].step == 1
 
 
+@pytest.mark.parametrize("of_params", [True, False])
+def test_one_mapping_in_two_places_of_a_state_is_not_overwritten_twice(of_params: bool) -> None:
+    """A state evolved by hand: a slot that is the params, or two slots that are one of zeros."""
+    step, state = _made()
+    ended = []
+    for donate in (False, True):
+        own = ft.trees.clone(state.params)
+        begun = own if of_params else ft.trees.clone(ft.trees.zero(own, "*"))
+        slots = {**state.optimizer.slots, "exp_avg": begun}
+        if not of_params:
+            slots["exp_avg_sq"] = begun
+        now = attrs.evolve(state, params=own, optimizer=attrs.evolve(state.optimizer, slots=slots))
+        for _ in range(2):
+            now, _ = step(now, zoo.batch(), donate=donate)
+        ended.append(ft.fingerprint(now))
+    assert ended[0] == ended[1]
+
+
 def test_a_donated_step_writes_into_the_old_states_memory_and_names_it_consumed() -> None:
     step, state = _made()
     state, _ = step(state, zoo.batch())

@@ -30,6 +30,7 @@ from functrain.checkpoint.manifest import (
 from functrain.errors import CheckpointError, StateError, did_you_mean
 from functrain.keys import MAX_KEY
 from functrain.optimizers import OptimizerState
+from functrain.schedules import PlateauState
 from functrain.state import Cursor, Leaf, SchedulerState, TrainState, leaves, why_apart
 from functrain.trees import Tensors, owning
 
@@ -129,7 +130,8 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
     """The state whose leaves are `stored`, with the structure, dtypes and devices of `like`.
 
     Optimizer slots that `like` does not have yet (some classes create them at the first update)
-    are accepted as they are, for known params only.
+    are accepted as they are, for known params only. So is the record of `reduce_on_plateau`, which
+    a step evolved to another schedule leaves in its states.
     """
     kind = stored.get("optimizer/kind")
     if kind != like.optimizer.kind:
@@ -140,7 +142,9 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
     if "base" in stored:
         check_base(stored["base"], like.base, where)
     template = attrs.evolve(
-        like, optimizer=attrs.evolve(like.optimizer, slots=_slots(stored, like, where))
+        like,
+        optimizer=attrs.evolve(like.optimizer, slots=_slots(stored, like, where)),
+        scheduler=_scheduler(stored, like.scheduler),
     )
     _check_paths(stored, dict(leaves(template)), where)
     rebuilt = _rebuild(template, stored, "", where)
@@ -253,6 +257,12 @@ def _slots(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> dict[st
         slot: _expected_slot(items, like.optimizer.slots.get(slot), fresh)
         for slot, items in sorted(found.items())
     }
+
+
+def _scheduler(stored: Mapping[str, Leaf], like: SchedulerState) -> SchedulerState:
+    if like.plateau is not None or "scheduler/plateau/best" not in stored:
+        return like
+    return attrs.evolve(like, plateau=PlateauState(best=0.0, learning_rate=0.0))
 
 
 def _expected_slot(stored: Mapping[str, Tensor], like: Tensors | None, fresh: bool) -> Tensors:

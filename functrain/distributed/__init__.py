@@ -44,7 +44,9 @@ def split(make: Callable[[], nn.Module], world: World) -> tuple[nn.Module, Tenso
     that they drew, and cut to this worker's rows: the params are `shard` of those of
     `functrain.split(make())`, to the bit, and at most one of them is whole at a time. Buffers stay
     whole. Only tensors made by `torch.empty` can be deferred, as the params of torch's own modules
-    and of transformers' are; one made by `torch.randn`, say, is whole until its turn.
+    and of transformers' are; one made by `torch.randn`, say, is whole until its turn. What cannot
+    be deferred (`weight.numpy()`, `weight.tolist()`) is an error, unless `make` catches it: then
+    the params are what it makes of that.
 
     In a world of 1 the params are whole, plain tensors. Every worker must call this and make the
     same model: if their random generators were seeded differently, all of them refuse.

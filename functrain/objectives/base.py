@@ -12,7 +12,7 @@ from functrain.architecture import Mode, check_mode
 from functrain.errors import ArchitectureError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import MODEL_INPUTS, Batch
-from functrain.trees import Tensors
+from functrain.trees import Tensors, tensors, versions
 
 
 class Objective(Protocol):
@@ -171,12 +171,61 @@ class Carrying(Protocol):
         ...
 
     def advance(self, running: Tensors, metrics: Metrics) -> Tensors:
-        """`state.running` after an applied step with these metrics."""
+        """`state.running` after an applied step with these metrics.
+
+        New tensors, of the names, shapes, dtypes and devices of `running`.
+        """
         ...
 
     def carrying(self, reference: Tensors | None, running: Tensors | None) -> Objective:
         """The same objective, with what a state carries for it."""
         ...
+
+
+def advanced(objective: Carrying, running: Tensors, metrics: Metrics) -> Tensors:
+    """What the objective's `advance` returns.
+
+    Raises `ConfigError` if that is not of the form of `running`, by which a checkpoint is read, or
+    if `running` itself, which is the old state's, was written into.
+    """
+    begun = versions(running)
+    found: Any = objective.advance(running, metrics)
+    what = f"objective {type(objective).__name__}: its advance"
+    if versions(running) != begun:
+        raise ConfigError(
+            f"{what} has written into the tensors that it was given, which are the old state's; "
+            "make new ones"
+        )
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"{what} returned a {type(found).__name__}, expected functrain.trees.Tensors by name"
+        )
+    if found.keys() != running.keys():
+        raise ConfigError(
+            f"{what} returned {_names(found)}, expected {_names(running)}, as init_running made"
+        )
+    for name, old in running.items():
+        new = found[name]
+        if not isinstance(new, Tensor) or _form(new) != _form(old):
+            raise ConfigError(
+                f"{what} returned running/{name} as {_described(new)}, expected {_described(old)} "
+                "as it was given"
+            )
+    return tensors(found)
+
+
+def _names(items: Mapping[str, object]) -> str:
+    return ", ".join(sorted(map(str, items))) or "no tensors"
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.device
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
 
 
 def logits_of(model: Callable[..., object], batch: Batch) -> Tensor:

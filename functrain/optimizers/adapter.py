@@ -21,6 +21,7 @@ from functrain.optimizers.base import (
     as_groups,
     check_update,
     checked,
+    first_defaults,
     grouped,
     held_back,
     laid_out,
@@ -260,7 +261,8 @@ class Adapter:
         own, groups = _seen(vars(optimizer)), [_seen(g) for g in optimizer.param_groups]
         found = {slot for entries in optimizer.state.values() for slot in entries}
         try:
-            optimizer.step()
+            with first_defaults():
+                optimizer.step()
         except KeyError as error:
             if not found or (error.args and error.args[0] in found):
                 raise
@@ -282,7 +284,7 @@ class Adapter:
             like = torch.zeros_like(leaf)
             like.grad = torch.zeros_like(leaf)
             optimizer = self._optimizer({name: like}, self.lr)
-            with keys.kept(leaf.device):
+            with keys.kept(leaf.device), first_defaults():
                 optimizer.step()
             self._forms[kind] = {slot: form(v) for slot, v in optimizer.state[like].items()}
         try:
@@ -319,17 +321,15 @@ class Adapter:
         # Made with the optimizer's own rate, then set as schedulers set it: many classes refuse a
         # rate of 0, with which a warmup begins.
         groups = list(grouped(self.groups, leaves, leaves))
-        optimizer = self.cls(
-            [
-                {
-                    "params": [leaves[n] for n in names],
-                    **{k: v for k, v in options.items() if k != "lr_scale"},
-                }
-                for options, names in groups
-            ],
-            lr=self.lr,
-            **self.options,
-        )
+        of = [
+            {
+                "params": [leaves[n] for n in names],
+                **{k: v for k, v in options.items() if k != "lr_scale"},
+            }
+            for options, names in groups
+        ]
+        with first_defaults():
+            optimizer = self.cls(of, lr=self.lr, **self.options)
         for param_group, (options, _) in zip(optimizer.param_groups, groups, strict=True):
             rate = float(rate_of(learning_rate, options))
             if isinstance(param_group["lr"], Tensor):  # the class's own choice, and it insists

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import attrs
@@ -190,13 +191,34 @@ def checked(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.
     if "lr" in options:
         _check_number(name, options["lr"])
     try:
-        return cls([torch.zeros(2, 2)], **options)
+        with first_defaults():
+            return cls([torch.zeros(2, 2)], **options)
     except AssertionError as error:
         raise ConfigError(
             f"{name}: its constructor failed an assertion ({error}) with {options}"
         ) from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+@contextmanager
+def first_defaults() -> Generator[None]:
+    """A context with torch's own default device and dtype, the CPU and float32.
+
+    A class makes its counts by the defaults: with others a state would have other dtypes (and of
+    ASGD in half precision other bits), or would lie on a device that its update does not take.
+    """
+    made = torch.empty(0)  # what is asked here takes 1 µs, torch.get_default_device 10
+    if made.device.type == "cpu" and made.dtype is torch.float32:
+        yield
+        return
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_update(

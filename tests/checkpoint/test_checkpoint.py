@@ -319,6 +319,23 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path: Path) -> None:
             ft.load(tmp_path, like=like)
 
 
+def test_a_step_evolved_from_a_plateau_to_another_schedule_loads_what_it_saved(
+    tmp_path: Path,
+) -> None:
+    """What the plateau has seen stays in the state: the old step may go on from there."""
+    plateau, first, state = _trained(schedule=ft.schedules.reduce_on_plateau(1e-2))
+    state = plateau.observe(state, 2.5)
+    step = attrs.evolve(plateau, schedule=ft.schedules.cosine(1e-2, total=9))
+    state, _ = step(state, zoo.batch())
+    params, buffers = first.params, first.buffers
+    for number, like in enumerate((step.init(params, buffers), plateau.init(params, buffers))):
+        loaded = ft.load(ft.save(tmp_path / str(number), state), like=like)
+        assert ft.fingerprint(loaded) == ft.fingerprint(state)
+        for each in (step, plateau):
+            after = [each(one, zoo.batch())[0] for one in (loaded, state)]
+            assert ft.fingerprint(after[0]) == ft.fingerprint(after[1])
+
+
 def test_another_shape_is_named(tmp_path: Path) -> None:
     _, _, state = _trained()
     ft.save(tmp_path, state)

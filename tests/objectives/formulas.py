@@ -303,9 +303,9 @@ def side(seed: int, examples: int, time: int) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "labels": labels, "attention_mask": mask}
 
 
-def batch_of(case: str, seed: int = 0, examples: int = 4) -> dict[str, Any]:
+def batch_of(case: str, seed: int = 0, examples: int = 4, time: int = 8) -> dict[str, Any]:
     """A batch for a case, of sides of different time."""
-    one, other = side(2 * seed, examples, 8), side(2 * seed + 1, examples, 10)
+    one, other = side(2 * seed, examples, time), side(2 * seed + 1, examples, time + 2)
     if case != "kto":
         return {"chosen": one, "rejected": other}
     desirable = torch.arange(examples) % 3 != 1

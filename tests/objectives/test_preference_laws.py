@@ -18,7 +18,7 @@ from torch import Tensor
 
 import functrain as ft
 from functrain import testing
-from functrain.objectives import chunks, logprobs
+from functrain.objectives import chunks, logprobs, scores
 from functrain.objectives.losses import LOSSES, Options
 from functrain.objectives.pairs import sequence_labels
 from functrain.objectives.preference import PreferenceOptimization
@@ -168,18 +168,23 @@ def test_gradients_taken_with_the_logits_are_those_of_a_backward_pass(
     microbatches: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whether the logits of a pair may stay or not; and every pair of the batch is asked once."""
+    """Whether a pair's logits may stay or are made again; every pair of the batch is asked once."""
     monkeypatch.setattr(chunks, "BUDGET", budget)
     monkeypatch.setattr(chunks, "WORTH", 0)
     step, state = _started(case, architecture)
     step = attrs.evolve(step, microbatches=microbatches)
     asked: list[int] = []
+    cut: list[int] = []
     original = logprobs.scored
 
     def spying(*given: Any, slopes: Any = None, **options: Any) -> Any:
-        def counted(index: int, scores: Any) -> Tensor:
-            asked.append(len(scores.logps))
-            return slopes(index, scores)
+        hidden, _, projection = given
+        parts = scores._parts(len(hidden), projection, options["groups"])
+        cut.append(max(map(len, parts)))
+
+        def counted(index: int, found: Any) -> Tensor:
+            asked.append(len(found.logps))
+            return slopes(index, found)
 
         return original(*given, slopes=counted if slopes else None, **options)
 
@@ -190,8 +195,9 @@ def test_gradients_taken_with_the_logits_are_those_of_a_backward_pass(
         for field in attrs.fields(PreferenceOptimization)
         if not field.name.startswith("_")
     }
-    batch = formulas.batch_of(case)
+    batch = formulas.batch_of(case, time=16)  # a pair has more rows than the least chunk
     ahead = step.gradient(state.params, state.buffers, batch)
+    assert (max(cut) > 1) is (budget == 64)
     scored = sum(asked)
     asked.clear()
     other = attrs.evolve(step, objective=_Indirect(**fields))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -423,3 +424,46 @@ def test_options_that_a_pure_update_has_no_use_for_are_refused(option: str) -> N
 def test_params_that_the_class_does_not_take_are_refused_at_init() -> None:
     with pytest.raises(ConfigError, match="Muon: Muon only supports 2D parameters"):
         optim.from_torch(torch.optim.Muon).init(PARAMS)
+
+
+UNFUSED = [
+    *(torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adamax, torch.optim.ASGD),
+    *(torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop),
+]
+FUSED = [torch.optim.Adagrad, torch.optim.Adam, torch.optim.SGD]
+
+
+def _ended(cls: Any, options: Mapping[str, Any]) -> dict[str, str]:
+    """The digests after a pure and a donated update by an optimizer made here."""
+    optimizer = optim.from_torch(cls, **options)
+    params, state = clone(PARAMS), optimizer.init(PARAMS)
+    for donate in (False, True, False):
+        params, state = optimizer.update(clone(GRADS), state, params, 0.1, donate=donate)
+    every = {"params": params, **state.slots}
+    return {
+        f"{of}/{n}": digest(tensor) for of, items in every.items() for n, tensor in items.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        *((cls, {"foreach": several}) for cls in (*UNFUSED, *FUSED) for several in (False, True)),
+        *((cls, {"fused": True}) for cls in FUSED),
+    ],
+)
+def test_the_default_device_and_dtype_change_nothing(cls: Any, options: Any) -> None:
+    """Neither the params' bits nor the slots, which the class makes by torch's defaults."""
+    expected = _ended(cls, options)
+    with torch.device("meta"):
+        found = _ended(cls, options)
+        assert torch.empty(0).device.type == "meta"
+    assert found == expected
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = _ended(cls, options)
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found == expected
