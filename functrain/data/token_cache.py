@@ -260,7 +260,7 @@ def _named(bad: tuple[int, str], contents: Sequence[_Content]) -> str:
 
 
 def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
-    return known_ids(ended(text, tokenizer), tokenizer, lambda _: str(path))
+    return known_ids(ended(text, tokenizer, str(path)), tokenizer, lambda _: str(path))
 
 
 class _Pending:
