@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint import faults
-from cli.processes import exit_code, reaped
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import exit_code, reaped
 
 from functrain import checkpoint, compilation, loop, memory
 from functrain.cli import main, sources, toml
