@@ -274,6 +274,23 @@ def test_kills_one_after_another_come_to_an_end(source: Path, tmp_path: Path) ->
     _check(found, TEXTS)
 
 
+@pytest.mark.parametrize("place", ["", "cache", "deep/cache", "../texts/cache"])
+def test_a_cache_in_the_directory_of_its_texts_is_refused_at_once(
+    place: str, tmp_path: Path
+) -> None:
+    """The second call refused the files of the first; a pattern may leave them out."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some text")
+    (tmp_path / "link").symlink_to(texts)
+    for path in (texts, tmp_path / "link"):
+        with pytest.raises(ft.DataError, match=r"^directory: .* lies in .*outside of it"):
+            data.tokenized(path, BYTES, texts / place)
+    assert [each.name for each in texts.iterdir()] == ["a.txt"]
+    made, found = (data.tokenized(texts / "*.txt", BYTES, texts / place) for _ in "12")
+    assert (made.made, found.made) == (True, False)
+
+
 def test_of_several_at_once_one_works_and_the_others_wait(source: Path, tmp_path: Path) -> None:
     class Slow(_Counting):
         def encode(self, text: str) -> list[int]:
@@ -620,10 +637,12 @@ def test_what_was_passed_over_is_known_after_a_kill(
 
 
 def test_nothing_but_malformed_records_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("{\n")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text("{\n")
     for read in (
-        lambda: data.documents(tmp_path, on_bad_record="skip"),
-        lambda: data.tokenized(tmp_path, BYTES, tmp_path / "c", on_bad_record="skip"),
+        lambda: data.documents(texts, on_bad_record="skip"),
+        lambda: data.tokenized(texts, BYTES, tmp_path / "c", on_bad_record="skip"),
     ):
         with pytest.raises(ft.DataError, match=r"no documents \(.*a\.jsonl:1: not JSON"):
             read()
