@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
-import os
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -192,7 +191,7 @@ def _check_apart(path: PathLike, cache: Path) -> None:
 
     A pattern may leave it out.
     """
-    if path == "" or not isinstance(path, str | os.PathLike):
+    if not path or not (isinstance(path, str) or hasattr(path, "__fspath__")):
         return  # `document_files` refuses these
     texts = Path(path)
     if texts.is_dir() and cache.resolve().is_relative_to(texts.resolve()):
