@@ -21,7 +21,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' 
 
 # Large and small blocks in turn, as a forward pass asks for them.
 FREED = """
-import os, torch
+import os, signal, torch
 from pathlib import Path
 from functrain import keep_pages, return_pages
 
@@ -41,6 +41,7 @@ def measured(asked):
 for asked in CASES:
     child = os.fork()
     if not child:
+        signal.alarm(60)  # the end of one that hangs
         print(measured(asked.split()), flush=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0

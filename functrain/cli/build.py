@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,20 @@ def build(config: Config, world: World = ALONE) -> Built:
     return _built(config, world.for_all(lambda: _read(config)), world)
 
 
+def _check_batch(config: Config) -> None:
+    """Raise `ConfigError` for a batch whose token ids alone are more than this machine's memory."""
+    rows, time = config.train.batch_size, config.data.time
+    least = time if isinstance(config, Pretrain) else 1  # rows of examples are of any length
+    size = 16 * rows * least  # ids and labels
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        of = f" and data.time: {rows} rows of {time} tokens" if least > 1 else f": {rows} rows"
+        raise ConfigError(
+            f"train.batch_size{of}; the token ids of one batch alone take {size / 2**30:,.0f} GiB, "
+            f"and this machine has {memory / 2**30:,.0f}; expected a batch that fits; give less"
+        )
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class _Read:
     """What a run reads before it has a model."""
@@ -95,6 +110,7 @@ class _Read:
 
 
 def _read(config: Config) -> _Read:
+    _check_batch(config)
     start = None if isinstance(config, Pretrain) else origin(config.model.from_)
     tokenizer = tokenizer_for(config, start)
     source, held_out = sources(config, tokenizer)

@@ -324,7 +324,22 @@ def resumed(config: C, *, threads: int, device: str) -> C:
             + f"\n{anew if failed(run) else ''}resume with `functrain {config.stage} "
             f"{shlex.quote(str(run.config))} --resume`, or begin another --directory"
         )
+    _check_cache(run, merged)
     return merged
+
+
+def _check_cache(run: RunDirectory, config: Config) -> None:
+    """Raise `ConfigError` if the cache of the reference that a run has filled is not there.
+
+    It would be made anew, from other batches: what they score may differ in its last bits.
+    """
+    cache = config.preference.cache if isinstance(config, DPO) else None
+    if cache is not None and not Path(cache).exists():
+        raise ConfigError(
+            f"{_absent('preference.cache', cache, begun=True)}; where it is lost, "
+            f"`functrain reference {shlex.quote(str(run.config))}` makes another, of the same "
+            "log-probs but for rounding"
+        )
 
 
 def sealed(config: C) -> C:
@@ -384,7 +399,7 @@ def free_keys(before: Config) -> set[str]:
 
 
 def _known_by_hash(before: Config, now: Config) -> set[str]:
-    """Keys of paths that may change: a hash shows, on reading, that the content is the same."""
+    """Keys of paths that may change: a hash shows, on reading, whether the content is the same."""
     found: set[str] = set()
     old, new = before.data, now.data
     # Embedded data have no path, and ids have no tokenizer, which text would bring.
@@ -398,6 +413,10 @@ def _known_by_hash(before: Config, now: Config) -> set[str]:
         found.add("data.held_out")
     if isinstance(before, SFT | DPO) and before.model.sha256 is not None:
         found.add("model.from")
+    if isinstance(before, DPO) and isinstance(now, DPO):
+        caches = before.preference.cache, now.preference.cache
+        if None not in caches:  # the file begins with the hash of the reference
+            found.add("preference.cache")
     return found
 
 

@@ -12,6 +12,7 @@ under five words, too short to tell.
 from __future__ import annotations
 
 import ast
+import bisect
 import hashlib
 import itertools
 import re
@@ -234,9 +235,14 @@ def _answer(entry: Entry) -> str:
 
 def _preferences(entries: Sequence[Entry]) -> Iterator[dict[str, str]]:
     """The right answer, and an equally well-formed one about a thing of another module."""
+    # For each module, how many entries of others come before each of its own.
+    before: defaultdict[str, list[int]] = defaultdict(list)
+    for n, entry in enumerate(entries):
+        before[entry.module].append(n - len(before[entry.module]))
     for entry in entries:
-        others = [e for e in entries if e.module != entry.module]
-        other = others[keys.derive(0, "wrong", entry.full_name) % len(others)]
+        own = before[entry.module]
+        at = keys.derive(0, "wrong", entry.full_name) % (len(entries) - len(own))
+        other = entries[at + bisect.bisect_right(own, at)]  # the at-th of the others
         yield {"prompt": _prompt(entry), "chosen": _answer(entry), "rejected": _answer(other)}
 
 

@@ -14,8 +14,8 @@ from functrain.data import columns, dialogues
 from functrain.data.dialogues import Dialogue
 from functrain.data.records import Records, check_on_bad_record
 from functrain.data.templates import Templated, has_template, laid_out
-from functrain.data.text import IGNORE_INDEX
-from functrain.data.tokenizers import Tokenizer
+from functrain.data.text import IGNORE_INDEX, ended
+from functrain.data.tokenizers import Tokenizer, ids_of
 from functrain.data.turns import REASONING
 from functrain.errors import DataError, did_you_mean
 
@@ -164,7 +164,7 @@ def read_completions(
     _check_keys(record, ("prompt", *sides), where)
     texts, said = _contents(record, ("prompt", *sides), tokenizer, where)
     if texts:
-        asked = tuple(tokenizer.encode(texts["prompt"]))
+        asked = tuple(ids_of(texts["prompt"], tokenizer, f"{where}.prompt"))
         return Prompted(asked, tuple(_of_text(texts[s], tokenizer, f"{where}.{s}") for s in sides))
     prompt = said["prompt"]
     end, meant = len(prompt.messages), _meant(prompt)
@@ -237,7 +237,7 @@ def _read_implicit(record: Record, tokenizer: Tokenizer, where: str) -> Prompted
     wholes = tuple(_of_text(texts[side], tokenizer, f"{where}.{side}") for side in SIDES)
     if texts["chosen"] == texts["rejected"]:
         return Prompted((), wholes)
-    prompt = _shared_text(texts["chosen"], texts["rejected"], [ids for ids, _ in wholes], tokenizer)
+    prompt = _shared_text(texts, [ids for ids, _ in wholes], tokenizer, where)
     if not prompt:
         raise _no_prompt(where)
     begin = len(prompt)
@@ -285,7 +285,7 @@ def _content(value: object, where: str) -> str | Dialogue:
 def _of_text(text: str, tokenizer: Tokenizer, where: str) -> Example:
     if not text:
         raise DataError(f"{where}: empty; a completion needs text to learn from")
-    ids = (*tokenizer.encode(text), tokenizer.end)
+    ids = tuple(ended(text, tokenizer, where))
     return ids, ids
 
 
@@ -293,12 +293,13 @@ def _lines(given: Dialogue, tokenizer: Tokenizer, begin: int, end: int | None = 
     """Messages `begin` to `end` as lines of `role: content`, with labels for what is learnt."""
     ids: list[int] = []
     labels: list[int] = []
-    for message, learnt in zip(given.messages[begin:end], given.learnt[begin:end], strict=True):
+    some = slice(begin, end)
+    parts = zip(given.messages[some], given.learnt[some], given.places[some], strict=True)
+    for message, learnt, where in parts:
         role, content = str(message["role"]), str(message["content"])
-        head, said = tokenizer.encode(f"{role}: "), tokenizer.encode(content)
-        if role == "assistant":
-            said = [*said, tokenizer.end]
-        tail = tokenizer.encode("\n")
+        head, tail = ids_of(f"{role}: ", tokenizer, where), ids_of("\n", tokenizer, where)
+        read = ended if role == "assistant" else ids_of
+        said = read(content, tokenizer, where)
         ids += [*head, *said, *tail]
         spoken = said if learnt else [IGNORE_INDEX] * len(said)
         labels += [*([IGNORE_INDEX] * len(head)), *spoken, *([IGNORE_INDEX] * len(tail))]
@@ -306,11 +307,11 @@ def _lines(given: Dialogue, tokenizer: Tokenizer, begin: int, end: int | None = 
 
 
 def _shared_text(
-    chosen: str, rejected: str, wholes: Sequence[TokenIds], tokenizer: Tokenizer
+    texts: Mapping[str, str], wholes: Sequence[TokenIds], tokenizer: Tokenizer, where: str
 ) -> TokenIds:
     """The tokens of an implicit prompt; `wholes`: the tokens of both texts, with their ends."""
-    for length in range(_common(chosen, rejected), 0, -1):
-        ids = tuple(tokenizer.encode(chosen[:length]))
+    for length in range(_common(texts["chosen"], texts["rejected"]), 0, -1):
+        ids = tuple(ids_of(texts["chosen"][:length], tokenizer, where))
         if all(whole[: len(ids)] == ids and len(whole) - 1 > len(ids) for whole in wholes):
             return ids
     return ()

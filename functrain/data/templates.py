@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from functrain.data.dialogues import Dialogue, Message
 from functrain.data.text import IGNORE_INDEX
+from functrain.data.tokenizers import ids_of
 from functrain.data.turns import Render, check_said, has_end, holds, turn_by_turn
 from functrain.errors import DataError
 
@@ -170,11 +171,12 @@ def _by_spans(
     labels: list[int] = []
     at = 0
     for begin, end in [*spans, (len(whole), len(whole))]:
-        between, said = tokenizer.encode(whole[at:begin]), tokenizer.encode(whole[begin:end])
+        between = ids_of(whole[at:begin], tokenizer, where)
+        said = ids_of(whole[begin:end], tokenizer, where)
         ids += [*between, *said]
         labels += [*([IGNORE_INDEX] * len(between)), *said]
         at = end
-    if ids != tokenizer.encode(whole) and tokenizer.spell(ids) != whole:
+    if ids != ids_of(whole, tokenizer, where) and tokenizer.spell(ids) != whole:
         raise DataError(
             f"{where}: the tokenizer gives pieces of a text other tokens than the text (it adds "
             "spaces, say), so the assistant's cannot be told; give a template with "

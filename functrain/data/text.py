@@ -6,7 +6,6 @@ import bisect
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from typing import Any
 
 import attrs
@@ -17,7 +16,7 @@ import torch
 from functrain.checks import PathLike
 from functrain.data.source import Batch, MapSource
 from functrain.data.token_files import Ids, JoinedIds, mapped
-from functrain.data.tokenizers import Tokenizer, check_tokenizer
+from functrain.data.tokenizers import Tokenizer, check_tokenizer, ids_of
 from functrain.errors import DataError
 
 IGNORE_INDEX = -100
@@ -105,29 +104,20 @@ def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> tuple[Ids, npt.ND
                 f"document {number}: expected text, got {type(document).__name__}; give the "
                 "records' text"
             )
-        stream.extend(ended(document, tokenizer))
+        stream.extend(ended(document, tokenizer, f"document {number}"))
         ends.append(len(stream))
     ids = known_ids(stream, tokenizer, lambda at: f"document {bisect.bisect_right(ends, at)}")
     return ids, np.array(ends, dtype=np.int64)
 
 
-def ended(document: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a document, and `end`; a custom tokenizer may give arrays or tensors."""
-    ids: Any = tokenizer.encode(document)
-    return [*(ids.tolist() if hasattr(ids, "tolist") else ids), operator.index(tokenizer.end)]
+def ended(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
+    """The ids of a text, and `end`; `DataError`, naming `where`, if they are no integers."""
+    return [*ids_of(text, tokenizer, where), operator.index(tokenizer.end)]
 
 
 def known_ids(ids: list[int], tokenizer: Tokenizer, where: Callable[[int], str]) -> Ids:
-    """Ids in `id_type`; `DataError` for one outside the vocabulary, placed by `where(its index)`.
-
-    And for one that is not an integer, which NumPy would truncate to one.
-    """
+    """Ids in `id_type`; `DataError` for one beyond the vocabulary, placed by `where(its index)`."""
     vocabulary = tokenizer.vocabulary
-    if not all(issubclass(kind, Integral) for kind in set(map(type, ids))):
-        at = next(n for n, each in enumerate(ids) if not isinstance(each, Integral))
-        raise DataError(
-            f"{where(at)}: the tokenizer gives {ids[at]!r:.99}, expected integers, ids of tokens"
-        )
     with contextlib.suppress(OverflowError):  # for ids beyond int64
         found = np.array(ids, dtype=np.int64)
         if not ids or (found.min() >= 0 and found.max() < vocabulary):

@@ -166,14 +166,17 @@ def tokenized(
     group; .txt, .md and .json files are read whole, since not every tokenizer gives a text the ids
     of its pieces.
 
-    Raises `DataError` for what cannot be read (a file that the disk fails to give is never passed
-    over, as a record may be), for a file that changes meanwhile, and for a finished cache that is
-    not as it was written: it is never repaired in place, as others may have it mapped.
+    Raises `DataError` for a `directory` within that of the texts; for what cannot be read (a file
+    that the disk fails to give is never passed over, as a record may be); for a file that changes
+    meanwhile; and for a finished cache that is not as it was written: it is never repaired in
+    place, as others may have it mapped.
     """
     check_tokenizer(tokenizer, "vocabulary", "fingerprint")
     check_on_bad_record(on_bad_record)
+    cache = as_path("directory", directory)
+    _check_apart(path, cache)
     contents = [_content(file) for file in document_files(path)]
-    home = as_path("directory", directory) / _key(contents, tokenizer, on_bad_record)
+    home = cache / _key(contents, tokenizer, on_bad_record)
     made = False
     if not (home / MANIFEST).exists():
         with _locked(home):
@@ -181,6 +184,21 @@ def tokenized(
                 _make(home, contents, tokenizer, on_bad_record)
                 made = True
     return _opened(home, contents, made)
+
+
+def _check_apart(path: PathLike, cache: Path) -> None:
+    """Raise `DataError` for a cache within a directory of texts: the next call would find it there.
+
+    A pattern may leave it out.
+    """
+    if not path or not (isinstance(path, str) or hasattr(path, "__fspath__")):
+        return  # `document_files` refuses these
+    texts = Path(path)
+    if texts.is_dir() and cache.resolve().is_relative_to(texts.resolve()):
+        raise DataError(
+            f"directory: {cache} lies in {path}, where each file is a text to tokenise, so that "
+            "the next call would find the cache's own files; give a directory outside of it"
+        )
 
 
 def _content(path: Path) -> _Content:
@@ -260,7 +278,7 @@ def _named(bad: tuple[int, str], contents: Sequence[_Content]) -> str:
 
 
 def _ids(text: str, tokenizer: Tokenizer, path: Path) -> Ids:
-    return known_ids(ended(text, tokenizer), tokenizer, lambda _: str(path))
+    return known_ids(ended(text, tokenizer, str(path)), tokenizer, lambda _: str(path))
 
 
 class _Pending:

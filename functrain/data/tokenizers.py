@@ -83,13 +83,41 @@ def check_joinable(tokenizer: Tokenizer) -> None:
     A token that `encode` adds at the start or end of every text would be a target in the middle.
     """
     check_tokenizer(tokenizer)
-    added = list(tokenizer.encode(""))
+    added = ids_of("", tokenizer, "encode('')")
     if added:
         raise DataError(
             f"tokenizer: encode('') is {added}, expected []: it adds special tokens, which would "
             "be in the middle of an example and learnt there; let your encode call "
             "inner.encode(text, add_special_tokens=False)"
         )
+
+
+def ids_of(text: str, tokenizer: Any, where: str) -> list[int]:
+    """The ids of a text as Python integers; `DataError`, naming `where`, if they are no integers.
+
+    A tokenizer of a user's may give an array or a tensor, or a list of the integers of either.
+    """
+    given = tokenizer.encode(text)
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(given, Iterable):
+        raise _no_ids(where, given)
+    ids = list(given)
+    if set(map(type, ids)) <= {int}:  # of nearly every tokenizer
+        return ids
+    return [_plain(each, where) for each in ids]
+
+
+def _plain(given: Any, where: str) -> int:
+    value = given.tolist() if hasattr(given, "tolist") else given
+    if not _is_integer(value):  # a float, which NumPy and torch would truncate, or a truth
+        raise _no_ids(where, given)
+    return operator.index(value)
+
+
+def _no_ids(where: str, given: object) -> DataError:
+    return DataError(
+        f"{where}: the tokenizer gives {given!r:.99}, expected integers, ids of tokens"
+    )
 
 
 def utf8(text: str) -> bytes:

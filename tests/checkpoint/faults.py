@@ -20,6 +20,7 @@ from typing import Any
 
 import attrs
 import torch
+from processes import ended
 from torch import Tensor, nn
 
 import functrain as ft
@@ -326,14 +327,14 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """How a forked process that does some work ends: its wait status."""
+    """How a forked process that does some work ends: its exit code, as of `processes.ended`."""
     states(), ft.checkpoint.numerics()  # computed once, in the parent
-    return os.waitpid(forked(work), 0)[1]
+    return ended(forked(work))
 
 
-def was_killed(status: int) -> bool:
-    """Whether a wait status is that of a process killed by SIGKILL."""
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+def was_killed(code: int) -> bool:
+    """Whether an exit code is that of a process killed by SIGKILL."""
+    return code == -signal.SIGKILL
 
 
 def copy_of(run: Path) -> Path:

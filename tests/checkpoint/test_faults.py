@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import tally
 from checkpoint import faults
+from processes import ended
 
 import functrain as ft
 from functrain import checkpoint, keys
@@ -300,7 +301,7 @@ def test_a_child_forked_during_a_save_does_not_keep_its_lock(base: Path) -> None
         goes_on(base / "run")
     finally:
         os.kill(forking.child, signal.SIGKILL)
-        os.waitpid(forking.child, 0)
+        ended(forking.child)
 
 
 def test_a_file_size_limit_is_loud_and_loses_nothing(base: Path) -> None:

@@ -131,8 +131,8 @@ def test_a_kill_at_every_operation_loses_nothing(name: str, every: bool, base: P
         for half in [*whole, True] if operation.name == "write" else whole:
             copy = faults.copy_of(run)
             killing = faults.Killing(at, half=half)
-            status = faults.in_child(lambda k=killing, c=copy: work.do(c, k))
-            assert faults.was_killed(status), f"operation {at}, {operation}: not killed"
+            code = faults.in_child(lambda k=killing, c=copy: work.do(c, k))
+            assert faults.was_killed(code), f"operation {at}, {operation}: not killed"
             kills += 1
             check(copy, work.acknowledged)
     writes = names.count("write")

@@ -22,6 +22,7 @@ import pytest
 import tally
 from checkpoint import faults
 from checkpoint.test_resume import BATCH, CLIP, ROWS, SEEDS, STEPS, _source, _step
+from processes import exit_code, reaped
 
 import functrain as ft
 from functrain import checkpoint
@@ -172,15 +173,16 @@ class Killed:
         child = faults.forked(lambda: self.kind.train(self.directory, writing))
         os.close(writing)
         self.step = self.acknowledged
-        with os.fdopen(reading) as said:
+        with reaped(child), os.fdopen(reading) as said:
             if kill:
                 self.wait(said)
                 os.kill(child, signal.SIGKILL)
             for line in said:
                 self.heard(line)
-        status = os.waitpid(child, 0)[1]
-        assert (kill and faults.was_killed(status)) or (status == 0 and self.ended), status
-        return status != 0
+            code = exit_code(child, limit=60)
+        assert code is not None
+        assert (kill and faults.was_killed(code)) or (code == 0 and self.ended), code
+        return code != 0
 
     def wait(self, said: IO[str]) -> None:
         """Let a process come to a random place, in a save half of the time, and go on for a

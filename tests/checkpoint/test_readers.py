@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
+import processes
 import pytest
 import tally
 import torch
@@ -128,10 +128,10 @@ def race(base: Path, keep: int | checkpoint.Keep, loads: int) -> None:
     writer = faults.forked(write)
     readers = {name: faults.forked(lambda r=reader: follow(r)) for name, reader in READERS.items()}
     try:
-        ends = {name: os.waitpid(process, 0)[1] for name, process in readers.items()}
+        ends = {name: processes.ended(child, limit=60 + loads) for name, child in readers.items()}
     finally:
         read.touch()
-        written = os.waitpid(writer, 0)[1]
+        written = processes.ended(writer)
     assert written == 0
     assert not any(ends.values()), f"failed: {[name for name, end in ends.items() if end]}"
 

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import tally
 import torch
+from processes import reaped
 from torch import Tensor, nn
 
 import functrain as ft
@@ -141,9 +142,8 @@ def _in_a_child(function: Callable[[], Any]) -> Any:
             json.dump(found, pipe)
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as pipe:
+    with reaped(child), os.fdopen(reading) as pipe:
         answer = json.load(pipe)
-    os.waitpid(child, 0)
     assert "error" not in answer, answer["error"]
     return answer["found"]
 

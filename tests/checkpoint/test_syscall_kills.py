@@ -23,6 +23,7 @@ import pytest
 import tally
 from checkpoint import faults
 from checkpoint import test_kills as kills
+from processes import ended
 
 from functrain.checkpoint.filesystem import OPERATING_SYSTEM
 
@@ -87,11 +88,11 @@ def traced(work: Callable[[], object], trace: Path, *options: str) -> int:
                 here.send(b"g")
             else:
                 os.kill(process, signal.SIGKILL)
-            status = os.waitpid(process, 0)[1]
+            code = ended(process)
             said += strace.stderr.read()
     if "attached" not in said:
         raise PermissionError(said.strip())
-    return status
+    return code
 
 
 @pytest.fixture
@@ -139,8 +140,8 @@ def test_a_kill_at_every_system_call_loses_nothing(name: str, every: bool, base:
         if at not in places:
             continue
         inject = f"inject={call.name}:signal=KILL:when={call.number}"
-        status = do("-e", f"trace={call.name}", "-e", inject)
-        assert faults.was_killed(status), f"{call}: not killed"
+        code = do("-e", f"trace={call.name}", "-e", inject)
+        assert faults.was_killed(code), f"{call}: not killed"
         struck = calls(trace)[-1]
         assert (struck.name, struck.number) == (call.name, call.number)
         assert call.text.startswith(struck.text), f"{call}: killed at {struck}"

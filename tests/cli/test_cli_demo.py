@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from checkpoint import faults
-from cli.processes import exit_code, reaped
+from processes import exit_code, reaped
 
 from functrain import checkpoint
 from functrain.checkpoint import files

@@ -129,6 +129,38 @@ def test_a_cache_that_nobody_has_filled_is_filled_while_it_trains(start: Path) -
     assert _newest(filling) == _newest(online)
 
 
+def test_a_cache_that_was_moved_is_asked_for(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On resuming it was made anew, silently, and what is scored anew may differ in its last bits;
+    and its place now was refused as another config."""
+    cache, moved = tmp_path / "cache.jsonl", tmp_path / "moved.jsonl"
+    options = ["--preference.cache", str(cache)]
+    code, run = _dpo(start, "moved", *options, "--train.steps", "2", "--schedule.total", "4")
+    assert code == 0
+    written = cache.rename(moved).read_bytes()
+    again = ["dpo", str(run / "config.toml"), "--train.steps", "4", "--resume"]
+    capsys.readouterr()
+    assert main(again) == 2
+    told = capsys.readouterr().err
+    assert f"preference.cache: {cache} is not there" in told
+    assert "where it was moved, give --preference.cache with its place now" in told
+    assert f"functrain reference {run}/config.toml" in told
+    assert not cache.exists()
+    assert main([*again, "--preference.cache", str(moved)]) == 0
+    assert moved.read_bytes().startswith(written)
+    code, alone = _dpo(start, "unmoved", *options)
+    assert code == 0  # a new run makes its own
+    assert _newest(run) == _newest(alone)
+    other = ["--preference.cache", str(tmp_path / "another.jsonl")]
+    assert main([*again, *other, "--train.steps", "5"]) == 2
+    assert "another.jsonl is not there" in capsys.readouterr().err
+    moved.unlink()
+    assert main([*again, "--train.steps", "5"]) == 2
+    assert main(["reference", str(run / "config.toml")]) == 0  # what that error advises
+    assert main([*again, "--train.steps", "5"]) == 0
+
+
 def test_a_cache_for_ld_alpha_is_by_token_and_changes_no_bit(
     start: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint import faults
-from cli.processes import exit_code, reaped
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import exit_code, reaped
 
 from functrain import checkpoint, compilation, loop, memory
 from functrain.cli import main, sources, toml
@@ -786,6 +786,21 @@ def test_a_signal_saves_and_resuming_ends_as_the_uninterrupted_run(
     assert main(["pretrain", alone, *slow, "--train.steps", steps]) == 0
     assert _fingerprint(run) == _fingerprint(other)
     assert _records(run) == _records(other)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("train.batch-size", 2**31 - 1), ("data.time", 2**31 - 1)]
+)
+def test_a_batch_larger_than_the_memory_is_refused_before_the_data_are_read(
+    key: str, value: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    rows = [] if key == "train.batch-size" else ["--train.batch-size", "4096"]
+    assert main(["pretrain", given, f"--{key}", str(value), *rows]) == 2
+    said = capsys.readouterr().err
+    assert "train.batch_size and data.time: " in said
+    assert "GiB, and this machine has" in said
+    assert not run.exists()
 
 
 TWICE = """

@@ -27,6 +27,7 @@ import pytest
 import tally
 from checkpoint import faults
 from cli.test_cli_run import _fingerprint, _records
+from processes import exit_code, reaped
 
 from functrain import checkpoint
 from functrain.checkpoint.filesystem import FileSystem
@@ -168,9 +169,12 @@ class Launch:
 
     def ended(self) -> int:
         """The exit code, once there is one; negative where a signal has killed it."""
-        self.lines += self.said.readlines()
-        self.said.close(), os.close(self.word)
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        with reaped(self.process):
+            self.lines += self.said.readlines()
+            self.said.close(), os.close(self.word)
+            code = exit_code(self.process, limit=60)
+        assert code is not None, "it has said all and still ran a minute later"
+        return code
 
     @property
     def saved(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from functrain import keys
 from functrain.data import ByteTokenizer, embedded
 
 
@@ -67,6 +68,20 @@ def test_a_wrong_answer_is_the_right_one_of_another_question(data: embedded.Embe
         for record in records:
             assert record["chosen"] != record["rejected"]
             assert {record["chosen"], record["rejected"]} <= answers
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=2, max_size=20).filter(lambda m: len({*m}) > 1))
+def test_a_wrong_answer_is_drawn_from_all_entries_of_other_modules(modules: list[str]) -> None:
+    """In whatever order entries of the modules come: the definition, which is quadratic."""
+    entries = [
+        embedded.Entry(module=module, name=str(n), kind="class", signature="", doc="A doc.")
+        for n, module in enumerate(modules)
+    ]
+    for entry, record in zip(entries, embedded._preferences(entries), strict=True):
+        others = [each for each in entries if each.module != entry.module]
+        drawn = keys.derive(0, "wrong", entry.full_name) % len(others)
+        assert record["chosen"] == embedded._answer(entry)
+        assert record["rejected"] == embedded._answer(others[drawn])
 
 
 def test_it_is_the_same_each_time() -> None:

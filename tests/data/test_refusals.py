@@ -202,8 +202,24 @@ class _Tensors(_Arrays):
         return torch.tensor(BYTES.encode(text), dtype=torch.int64)
 
 
-@pytest.mark.parametrize("tokenizer", [_Arrays(), _Tensors()])
+class _List(_Tensors):
+    """As a list of integers of some kind."""
+
+    def __init__(self, kind: Callable[[int], Any]) -> None:
+        self.kind = kind
+
+    def encode(self, text: str) -> Any:
+        return list(map(self.kind, BYTES.encode(text)))
+
+
+_LISTS = [_List(kind) for kind in (torch.tensor, np.array, np.uint16, np.int64)]
+
+
+@pytest.mark.parametrize("tokenizer", [_Arrays(), _Tensors(), *_LISTS])
 def test_a_tokenizer_may_give_arrays(tokenizer: Any, tmp_path: Path) -> None:
+    """And lists of tensors, or of NumPy's integers, for each kind of data."""
+    for name, make in MAKERS.items():
+        assert repr(make(tokenizer).at(0, 1)) == repr(make(BYTES).at(0, 1)), name
     texts = ["ab", "", "a"]
     made = data.text(texts, tokenizer, **SIZES)
     assert made.ids.tolist() == data.text(texts, BYTES, **SIZES).ids.tolist()
@@ -238,7 +254,10 @@ def test_the_parts_of_a_tokenizer_are_of_their_kinds(
             make()
 
 
-@pytest.mark.parametrize("given", [1.0, "a", None, [1]])
+_NO_IDS = [1.0, "a", None, [1], True, np.float32(1), np.True_, torch.tensor(1.0), torch.ones(1)]
+
+
+@pytest.mark.parametrize("given", _NO_IDS, ids=repr)
 def test_ids_that_are_no_integers_are_named_by_their_document(given: Any, tmp_path: Path) -> None:
     """A float was cut to an integer."""
 
@@ -254,6 +273,15 @@ def test_ids_that_are_no_integers_are_named_by_their_document(given: Any, tmp_pa
     (tmp_path / "a.txt").write_text("b!")
     with pytest.raises(ft.DataError, match=r"a\.txt: the tokenizer gives .*, expected integers"):
         data.tokenized(tmp_path / "a.txt", Wrong(), tmp_path / "cache")
+    message = rf"the tokenizer gives {re.escape(repr(given))}, expected integers"
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b!"}]
+    for record, where in (
+        ({"prompt": "a!", "completion": "b"}, "prompt"),
+        ({"prompt": "a", "completion": "b!"}, "completion"),
+        ({"messages": said}, "messages[1]"),
+    ):
+        with pytest.raises(ft.DataError, match=rf"^record 0\.{re.escape(where)}: {message}"):
+            data.chat([record], Wrong(), **SIZES)
 
 
 @pytest.mark.parametrize("name", ["preference", "unpaired"])

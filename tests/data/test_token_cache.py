@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import ended
 
 import functrain as ft
 from functrain import data
@@ -147,8 +148,8 @@ def _started(act: Callable[[], object]) -> int:
 
 
 def _forked(act: Callable[[], object]) -> int:
-    """The wait status of a child that has acted."""
-    return os.waitpid(_started(act), 0)[1]
+    """The exit code of a child that has acted, as of `processes.ended`."""
+    return ended(_started(act))
 
 
 def _killed_at(operation: int, torn: bool) -> None:
@@ -188,11 +189,11 @@ def test_a_kill_at_any_operation_loses_one_part_at_most(
             _killed_at(operation, torn)
             data.tokenized(source, _Counting(tmp_path / "first"), cache)
 
-        status = _forked(act)
+        code = _forked(act)
         found = data.tokenized(source, _Counting(notes), cache)
         _check(found, TEXTS)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
+        if code != -signal.SIGKILL:
+            assert code == 0
             break
         whole = operation // 3  # parts: each is three appends, to ids, ends and journal
         assert _Counting(notes).count() == max(0, len(TEXTS) - 3 * whole)
@@ -266,11 +267,28 @@ def test_kills_one_after_another_come_to_an_end(source: Path, tmp_path: Path) ->
         _killed_at(4, True)
         data.tokenized(source, BYTES, cache)
 
-    statuses = [_forked(act) for _ in range(5)]
-    assert [os.WIFSIGNALED(each) for each in statuses] == [True, True, True, True, False]
+    codes = [_forked(act) for _ in range(5)]
+    assert codes == [-signal.SIGKILL] * 4 + [0]
     found = data.tokenized(source, BYTES, cache)
     assert not found.made
     _check(found, TEXTS)
+
+
+@pytest.mark.parametrize("place", ["", "cache", "deep/cache", "../texts/cache"])
+def test_a_cache_in_the_directory_of_its_texts_is_refused_at_once(
+    place: str, tmp_path: Path
+) -> None:
+    """The second call refused the files of the first; a pattern may leave them out."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some text")
+    (tmp_path / "link").symlink_to(texts)
+    for path in (texts, tmp_path / "link"):
+        with pytest.raises(ft.DataError, match=r"^directory: .* lies in .*outside of it"):
+            data.tokenized(path, BYTES, texts / place)
+    assert [each.name for each in texts.iterdir()] == ["a.txt"]
+    made, found = (data.tokenized(texts / "*.txt", BYTES, texts / place) for _ in "12")
+    assert (made.made, found.made) == (True, False)
 
 
 def test_of_several_at_once_one_works_and_the_others_wait(source: Path, tmp_path: Path) -> None:
@@ -287,7 +305,7 @@ def test_of_several_at_once_one_works_and_the_others_wait(source: Path, tmp_path
         (tmp_path / f"{'made' if found.made else 'found'}-{os.getpid()}").touch()
 
     children = [_started(act) for _ in range(3)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert [ended(child) for child in children] == [0, 0, 0]
     assert tokenizer.count() == len(TEXTS)
     assert len(list(tmp_path.glob("made-*"))) == 1
 
@@ -619,10 +637,12 @@ def test_what_was_passed_over_is_known_after_a_kill(
 
 
 def test_nothing_but_malformed_records_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("{\n")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text("{\n")
     for read in (
-        lambda: data.documents(tmp_path, on_bad_record="skip"),
-        lambda: data.tokenized(tmp_path, BYTES, tmp_path / "c", on_bad_record="skip"),
+        lambda: data.documents(texts, on_bad_record="skip"),
+        lambda: data.tokenized(texts, BYTES, tmp_path / "c", on_bad_record="skip"),
     ):
         with pytest.raises(ft.DataError, match=r"no documents \(.*a\.jsonl:1: not JSON"):
             read()
