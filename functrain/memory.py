@@ -107,7 +107,8 @@ def trim() -> None:
     import resource
 
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    if (faults - _faults) * resource.getpagesize() >= _TOUCHED:
+    before = _faults if _faults <= faults else 0  # a forked child counts anew
+    if (faults - before) * resource.getpagesize() >= _TOUCHED:
         _trim()
         _faults = faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import functrain as ft
 from functrain import memory, norms, trees
+from functrain.objectives import chunks
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' glibc")
 
@@ -23,19 +26,22 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux' 
 FREED = """
 import os, signal, torch
 from pathlib import Path
-from functrain import keep_pages, return_pages
+from functrain import keep_pages, memory, return_pages
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 def measured(asked):
     for each in asked:
-        assert {"keep": keep_pages, "return": return_pages}[each]()
+        if each != "trim":
+            assert {"keep": keep_pages, "return": return_pages}[each]()
     torch.ones((8 << 20) - 64)  # freed at once: glibc lays what is up to so large into its heap
     before = resident()
     blocks = [(torch.ones(1 << 20), torch.ones(1 << 14)) for _ in range(50)]
     between = [small for _, small in blocks]
     del blocks
+    if "trim" in asked:
+        memory.trim()
     return (resident() - before) >> 20
 
 for asked in CASES:
@@ -53,6 +59,10 @@ FREED_CASES = {
     "return": (-20, 20),
     "keep return": (-20, 20),
     "return keep": (150, 260),
+    "trim": (-20, 20),
+    "return trim": (-20, 20),
+    "keep trim": (150, 260),
+    "keep return trim": (-20, 20),
 }
 
 
@@ -67,6 +77,56 @@ def test_what_is_freed_stays_or_goes_as_asked_for() -> None:
         for asked, left in found.items()
         if not FREED_CASES[asked][0] <= left <= FREED_CASES[asked][1]
     } == {}
+
+
+def _trims(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An entry for each time that the heap is trimmed from here on."""
+    made: list[None] = []
+    monkeypatch.setattr(memory, "_trim", lambda: made.append(None))
+    monkeypatch.setattr(memory, "_faults", 0)
+    return made
+
+
+@LINUX
+def test_the_heap_is_trimmed_once_enough_has_been_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _trims(monkeypatch)
+    memory.trim()  # this process has touched more than 16 MiB by now
+    assert len(made) == 1
+    memory.trim()
+    assert len(made) == 1
+    touched = mmap.mmap(-1, memory._TOUCHED + (1 << 20))
+    for page in range(0, len(touched), mmap.PAGESIZE):
+        touched[page] = 1
+    memory.trim()
+    assert len(made) == 2
+
+
+@LINUX
+def test_a_forked_process_counts_what_it_touches_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _trims(monkeypatch)
+    monkeypatch.setattr(memory, "_faults", 1 << 60)
+    memory.trim()
+    assert len(made) == 1
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("microbatches", "large", "expected"),
+    [(2, True, 3), (1, True, 2), (2, False, 0)],  # one for each head, and after the first
+)
+def test_a_step_trims_before_large_logits_and_after_its_first_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, microbatches: int, large: bool, expected: int
+) -> None:
+    monkeypatch.setattr(chunks, "WORTH", 0)
+    monkeypatch.setattr(memory, "LARGE", 0 if large else memory.LARGE)
+    called: list[None] = []
+    monkeypatch.setattr(memory, "trim", lambda: called.append(None))
+    config = ft.models.DecoderConfig(vocabulary=64, width=8, layers=1, heads=2)
+    architecture, params, buffers = ft.split(ft.models.decoder(config))
+    step = ft.pretrain_step(architecture, ft.optim.adamw(), microbatches=microbatches)
+    ids = torch.arange(16).view(2, 8)
+    step(step.init(params, buffers), {"input_ids": ids, "labels": ids})
+    assert len(called) == expected
 
 
 # One that answers 1 to every option, as tcmalloc's mallopt does, which is an error there.
