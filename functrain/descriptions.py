@@ -94,5 +94,5 @@ def _of_positions(name: str) -> bool:
     return any(_POSITIONS.search(part) for part in (*parents, last))
 
 
-# Also of a module that has them: `positions.table`.
+# As words of a name, and of the names of the modules that it is in: `positions.table`.
 _POSITIONS = re.compile(r"(^|_)(pos|rel)(ition|ative|_|$)|^w?pe$")

@@ -53,8 +53,8 @@ def keep_pages() -> bool:
     On Linux, glibc returns large freed blocks to the kernel, which zeroes them page by page when
     they are requested again; a training step pays for that at every tensor of its forward. With
     this the peak stays reserved and steps save the time (threads other than the main one still
-    return blocks of 64 MiB and more); `trim` does nothing from then on. It changes no value. Under
-    another allocator than glibc's nothing happens.
+    return blocks of 64 MiB and more); nor is anything trimmed before large logits. No value
+    changes. Under another allocator than glibc's nothing happens.
     """
     global _trims
     kept = _set({_MMAP_MAX: 0, _TRIM: -1})
@@ -69,7 +69,7 @@ def return_pages() -> bool:
     heap. A block freed between others still in use stays with the process, and often does not fit
     the next tensor. With this each block from 256 KiB on has pages of its own, which return to the
     kernel at once, and which it must zero when it provides them again. A step of
-    `benchmarks/steps.py` peaked at 635 MB instead of 740, in 1.05 times the time.
+    `benchmarks/steps.py` peaked at 635 MB instead of 658, in 1.01 times the time.
 
     Call it before the model is made: heap memory that is already free then is reused and never
     returned. It changes no value; `keep_pages` does the opposite. Under another allocator than
@@ -97,7 +97,7 @@ def trim() -> None:
     chunked head calls this before it makes large buffers, and a step of a model with a large table
     after its first micro-batch. Returned pages must be zeroed again: called after every micro-batch
     it cost models without a large head 3 to 6 % of their time. What has been touched is known from
-    the page faults, within 1 µs.
+    the page faults, within 2 µs.
 
     Nothing happens after `keep_pages`, or under another allocator than glibc's.
     """

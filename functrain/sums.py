@@ -150,7 +150,8 @@ class GradientSum:
         if self._tree is None:
             for name in taken:
                 del self._new[name]
-            if taken and sum(grad.nbytes for grad in self._direct.values()) >= memory.LARGE:
+            direct = sum(each.nbytes for each in self._direct.values() if each.device.type == "cpu")
+            if taken and direct >= memory.LARGE:
                 memory.trim()  # new gradients lie among the activations that they were made of
         elif not self._ending:
             self._tree.push(dict(self._summed()), self._added)

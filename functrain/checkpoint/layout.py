@@ -131,7 +131,8 @@ def decode(stored: Mapping[str, Leaf], like: TrainState, where: Path) -> TrainSt
 
     Optimizer slots that `like` does not have yet (some classes create them at the first update)
     are accepted as they are, for known params only. So is the record of `reduce_on_plateau`, which
-    a step evolved to another schedule leaves in its states.
+    a step evolved to another schedule leaves in its states; a checkpoint of a step with that
+    schedule thus loads into one with another, as with all other schedules.
     """
     kind = stored.get("optimizer/kind")
     if kind != like.optimizer.kind:

@@ -324,7 +324,8 @@ def resumed(config: C, *, threads: int, device: str) -> C:
             + f"\n{anew if failed(run) else ''}resume with `functrain {config.stage} "
             f"{shlex.quote(str(run.config))} --resume`, or begin another --directory"
         )
-    _check_cache(run, merged)
+    if not failed(run):
+        _check_cache(run, merged)
     return merged
 
 
@@ -334,7 +335,7 @@ def _check_cache(run: RunDirectory, config: Config) -> None:
     It would be made anew, from other batches: what they score may differ in its last bits.
     """
     cache = config.preference.cache if isinstance(config, DPO) else None
-    if cache is not None and not Path(cache).exists():
+    if cache is not None and not (Path(cache).is_file() and Path(cache).stat().st_size):
         raise ConfigError(
             f"{_absent('preference.cache', cache, begun=True)}; where it is lost, "
             f"`functrain reference {shlex.quote(str(run.config))}` makes another, of the same "
@@ -399,7 +400,10 @@ def free_keys(before: Config) -> set[str]:
 
 
 def _known_by_hash(before: Config, now: Config) -> set[str]:
-    """Keys of paths that may change: a hash shows, on reading, whether the content is the same."""
+    """Keys of paths that may change: a hash shows, on reading, whether the content is the same.
+
+    Of a cache it shows the reference only: another cache of it may differ in the last bits.
+    """
     found: set[str] = set()
     old, new = before.data, now.data
     # Embedded data have no path, and ids have no tokenizer, which text would bring.

@@ -45,8 +45,8 @@ def split(make: Callable[[], nn.Module], world: World) -> tuple[nn.Module, Tenso
     `functrain.split(make())`, to the bit, and at most one of them is whole at a time. Buffers stay
     whole. Only tensors made by `torch.empty` can be deferred, as the params of torch's own modules
     and of transformers' are; one made by `torch.randn`, say, is whole until its turn. What cannot
-    be deferred (`weight.numpy()`, `weight.tolist()`) is an error, unless `make` catches it: then
-    the params are what it makes of that.
+    be deferred (`weight.numpy()`, `weight.tolist()`) is an error. If `make` catches that, the
+    params are those that it makes then.
 
     In a world of 1 the params are whole, plain tensors. Every worker must call this and make the
     same model: if their random generators were seeded differently, all of them refuse.

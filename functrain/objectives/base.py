@@ -198,7 +198,8 @@ def advanced(objective: Carrying, running: Tensors, metrics: Metrics) -> Tensors
         )
     if not isinstance(found, Mapping):
         raise ConfigError(
-            f"{what} returned a {type(found).__name__}, expected functrain.trees.Tensors by name"
+            f"{what} returned a {type(found).__name__}, expected tensors by name, as "
+            "functrain.trees.Tensors are"
         )
     if found.keys() != running.keys():
         raise ConfigError(

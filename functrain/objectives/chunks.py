@@ -10,6 +10,7 @@ writing the weight's gradient once for each would cost more than is saved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import attrs
@@ -196,9 +197,9 @@ def buffer(
     dtype: torch.dtype,
     make: Callable[[tuple[int, int], torch.dtype], Tensor] = memory.empty,
 ) -> Tensor:
-    """Memory on the device of `like`; on the CPU `make` provides it, where it is free already."""
+    """Memory on the device of `like`; on the CPU `make` provides it, once the heap is trimmed."""
     if like.device.type == "cpu":
-        if exceeds(*shape, memory.LARGE):
+        if math.prod(shape) * dtype.itemsize >= memory.LARGE:
             memory.trim()
         return make(shape, dtype)
     return like.new_empty(shape, dtype=dtype)

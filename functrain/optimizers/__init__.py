@@ -1,9 +1,9 @@
 """Optimizers as pure pairs `init`, `update` over PyTorch's own arithmetic.
 
 `update(grads, state, params, learning_rate)` returns new params and a new state. The arithmetic
-is torch.optim's, so that an update equals the class's own bit for bit. `adamw` and `adam` call the
-functional kernels directly (fused where there is one); every other class of the
-`torch.optim.Optimizer` interface goes through one adapter, `from_torch`.
+is torch.optim's, so that an update equals the class's own bit for bit (under float32, torch's own
+default dtype). `adamw` and `adam` call the functional kernels directly (fused where there is one);
+every other class of the `torch.optim.Optimizer` interface goes through one adapter, `from_torch`.
 """
 
 from functrain.optimizers.adam import Adam, adam, adamw

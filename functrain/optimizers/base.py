@@ -206,7 +206,8 @@ def first_defaults() -> Generator[None]:
     """A context with torch's own default device and dtype, the CPU and float32.
 
     A class makes its counts by the defaults: with others a state would have other dtypes (and of
-    ASGD in half precision other bits), or would lie on a device that its update does not take.
+    ASGD in half precision other bits), or would lie on a device that its update does not take. So
+    under a float64 default NAdam and ASGD count in float32 here, and in float64 in a loop of torch.
     """
     made = torch.empty(0)  # what is asked here takes 1 µs, torch.get_default_device 10
     if made.device.type == "cpu" and made.dtype is torch.float32:
