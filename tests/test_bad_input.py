@@ -951,7 +951,7 @@ CARRIED_OTHERWISE: Any = {
         "returned last, steps, total, expected steps, total, as init_running made",
     ),
     "fewer": (lambda r, _: {"steps": r["steps"]}, "returned steps, expected steps, total"),
-    "none": (lambda r, _: None, "returned a NoneType, expected functrain.trees.Tensors"),
+    "none": (lambda r, _: None, "returned a NoneType, expected tensors by name"),
     "in place": (
         lambda r, loss: r | {"total": r["total"].add_(loss)},
         "has written into the tensors that it was given",
