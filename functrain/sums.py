@@ -150,14 +150,18 @@ class GradientSum:
         if self._tree is None:
             for name in taken:
                 del self._new[name]
-            direct = sum(each.nbytes for each in self._direct.values() if each.device.type == "cpu")
-            if taken and direct >= memory.LARGE:
+            if taken and self._has_large():
                 memory.trim()  # new gradients lie among the activations that they were made of
         elif not self._ending:
             self._tree.push(dict(self._summed()), self._added)
             self._wide.clear()
             for leaf in self._leaves.values():
                 leaf.grad = None
+
+    def _has_large(self) -> bool:
+        """Whether sums on the CPU that are made directly are worth trimming the heap."""
+        on_cpu = (each.nbytes for each in self._direct.values() if each.device.type == "cpu")
+        return sum(on_cpu) >= memory.LARGE
 
     def _taken(self, name: str, leaf: Tensor, grad: Tensor) -> bool:
         """Whether a leaf keeps its gradient; a narrower one is added to the wide sum instead."""

@@ -136,7 +136,7 @@ class Tensors(dict[str, Tensor]):
     def __repr__(self) -> str:
         if self._consumed_by is not None:
             return f"Tensors(consumed by {self._consumed_by})"
-        leaves = (f"{n}: {_kind(t)}" for n, t in self.items())
+        leaves = (f"{n}: {dtype_and_shape(t)}" for n, t in self.items())
         return f"Tensors({', '.join(leaves)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -158,8 +158,14 @@ class Tensors(dict[str, Tensor]):
     update = _immutable
 
 
-def _kind(tensor: Tensor) -> str:
+def dtype_and_shape(tensor: Tensor) -> str:
+    """A tensor's dtype and shape: `float32[2, 3]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def described(tensor: Tensor) -> str:
+    """A tensor's dtype, shape and device, for a message."""
+    return f"{dtype_and_shape(tensor)} on {tensor.device}"
 
 
 def tensors(items: Mapping[str, Tensor]) -> Tensors:
@@ -354,7 +360,7 @@ def ordered(items: Mapping[str, Tensor]) -> Tensors:
 def digest(tensor: Tensor) -> str:
     """The sha256 over dtype, shape and bytes, hexadecimal; of a sharded tensor, over the whole."""
     tensor = whole(tensor)
-    hasher = hashlib.sha256(_kind(tensor).encode())
+    hasher = hashlib.sha256(dtype_and_shape(tensor).encode())
     hasher.update(data_of(tensor))
     return hasher.hexdigest()
 

@@ -32,7 +32,7 @@ from functrain.keys import MAX_KEY
 from functrain.optimizers import OptimizerState
 from functrain.schedules import PlateauState
 from functrain.state import Cursor, Leaf, SchedulerState, TrainState, leaves, why_apart
-from functrain.trees import Tensors, owning
+from functrain.trees import Tensors, dtype_and_shape, owning
 
 _PREFIXES = {"params/": "model", "buffers/": "buffers", "optimizer/slots/": "optimizer"}
 _COUNTS = ("optimizer/count", "scheduler/count", "guard/count", "scaler/growth_count")
@@ -326,14 +326,9 @@ def _fitted(leaf: Leaf, template: Tensor, path: str, where: Path) -> Tensor:
         raise CheckpointError(f"{where}: {path} is {leaf!r}, expected a tensor")
     if leaf.shape != template.shape or leaf.dtype != template.dtype:
         hint = _HINTS.get(path.split("/", 1)[0], "the checkpoint does not fit")
-        raise CheckpointError(
-            f"{where}: {path} is {_kind(leaf)}, expected {_kind(template)}; {hint}"
-        )
+        found, wanted = dtype_and_shape(leaf), dtype_and_shape(template)
+        raise CheckpointError(f"{where}: {path} is {found}, expected {wanted}; {hint}")
     return leaf.to(template.device)
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def _number(leaf: Leaf, template: Leaf, path: str, where: Path) -> Leaf:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import attrs
 import torch
 from torch import nn
 
-from functrain import models
+from functrain import memory, models
 from functrain.cli.config import DPO, Config, Pretrain
 from functrain.cli.origins import Origin, origin
 from functrain.cli.restoring import adapted, model_for
@@ -90,12 +89,12 @@ def _check_batch(config: Config) -> None:
     rows, time = config.train.batch_size, config.data.time
     least = time if isinstance(config, Pretrain) else 1  # rows of examples are of any length
     size = 16 * rows * least  # ids and labels
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
+    here = memory.installed()
+    if size > here:
         of = f" and data.time: {rows} rows of {time} tokens" if least > 1 else f": {rows} rows"
         raise ConfigError(
             f"train.batch_size{of}; the token ids of one batch alone take {size / 2**30:,.0f} GiB, "
-            f"and this machine has {memory / 2**30:,.0f}; expected a batch that fits; give less"
+            f"and this machine has {here / 2**30:,.0f}; expected a batch that fits; give less"
         )
 
 

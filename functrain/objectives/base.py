@@ -12,7 +12,7 @@ from functrain.architecture import Mode, check_mode
 from functrain.errors import ArchitectureError, ConfigError
 from functrain.metrics import Metrics
 from functrain.objectives.batches import MODEL_INPUTS, Batch
-from functrain.trees import Tensors, tensors, versions
+from functrain.trees import Tensors, described, tensors, versions
 
 
 class Objective(Protocol):
@@ -208,9 +208,10 @@ def advanced(objective: Carrying, running: Tensors, metrics: Metrics) -> Tensors
     for name, old in running.items():
         new = found[name]
         if not isinstance(new, Tensor) or _form(new) != _form(old):
+            given = described(new) if isinstance(new, Tensor) else type(new).__name__
             raise ConfigError(
-                f"{what} returned running/{name} as {_described(new)}, expected {_described(old)} "
-                "as it was given"
+                f"{what} returned running/{name} as {given}, expected {described(old)} as it was "
+                "given"
             )
     return tensors(found)
 
@@ -221,12 +222,6 @@ def _names(items: Mapping[str, object]) -> str:
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.shape, tensor.device
-
-
-def _described(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
 
 
 def logits_of(model: Callable[..., object], batch: Batch) -> Tensor:

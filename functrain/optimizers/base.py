@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from functrain.architecture import check_module
 from functrain.checks import check_not_negative, check_tensors, is_number
 from functrain.errors import ConfigError, StateError, did_you_mean
-from functrain.trees import Tensors, are_like, tensors
+from functrain.trees import Tensors, are_like, described, tensors
 
 Predicate = Callable[[str, Tensor], bool]
 
@@ -279,12 +279,6 @@ def _refuse_integers(grads: Mapping[str, Tensor]) -> NoReturn:
     raise StateError(
         f"params/{name}: {described(grads[name])}, expected a floating dtype; leave it out of grads"
     )
-
-
-def described(tensor: Tensor) -> str:
-    """A tensor's dtype, shape and device, for a message."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{dtype}{list(tensor.shape)} on {tensor.device}"
 
 
 def laid_out(grad: Tensor, param: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import attrs
 from torch import Tensor
 
 from functrain.errors import ConfigError
-from functrain.optimizers.base import OptimizerState, described
-from functrain.trees import Tensors, ordered
+from functrain.optimizers.base import OptimizerState
+from functrain.trees import Tensors, described, ordered
 
 
 def begun(kind: str, state: object) -> OptimizerState:

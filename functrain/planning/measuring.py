@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from functrain import memory
 from functrain.architecture import split
 from functrain.distributed import World
 from functrain.distributed.exchange import BUCKET
@@ -91,7 +91,7 @@ def _traffic(world: World) -> float:
 def _memory(device: torch.device, workers: int) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers
+    return memory.installed() / workers
 
 
 def _seconds(work: Callable[[], object], world: World) -> float:
