@@ -4,6 +4,11 @@ Within `checkpointed` the activations inside the chosen modules are not kept for
 which recomputes them: less memory, up to a third more compute, and the same bits, since dropout and
 whatever draws from Python's `random` or NumPy draws the same numbers the second time. A module that
 writes to its buffers would compute something else the second time, and is refused.
+
+Selectively (Korthikanti et al., 2205.05198), the results of matrix products and of fused attention
+are kept, which take most of the time to make, and only what lies between them is recomputed. A
+product much wider than what it sums over is recomputed too, since it takes much memory for little
+arithmetic: the scores of a long sequence, the update of an adapter.
 """
 
 from __future__ import annotations
@@ -16,14 +21,28 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
+import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from functrain import keys
 from functrain.errors import ArchitectureError, ConfigError, did_you_mean
+
+Recompute = Literal["full", "selective"]
+"""What of a module is recomputed: everything, or all but matrix products and attention."""
+
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+
+_WIDE = 8
+"""A product of more columns than this many times what it sums over is not worth its memory."""
 
 _again: ContextVar[bool] = ContextVar("again", default=False)
 
@@ -47,6 +66,22 @@ def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
             "or several"
         )
     return tuple(found)
+
+
+def recompute_name(_record: object, _field: object, value: object) -> None:
+    """An attrs validator: raise `ConfigError` for what is none of `RECOMPUTES`."""
+    if value not in RECOMPUTES:
+        raise ConfigError(f"recompute: {value!r}, unknown; {did_you_mean(str(value), RECOMPUTES)}")
+
+
+def check_recompute(recompute: Recompute, names: Sequence[str]) -> None:
+    """Raise `ConfigError` for "selective" without names of modules to recompute."""
+    recompute_name(None, None, recompute)
+    if recompute == "selective" and not names:
+        raise ConfigError(
+            "recompute: 'selective', and checkpoint names no modules; name blocks, such as "
+            "checkpoint='model.layers.*', or leave recompute out"
+        )
 
 
 def matching(architecture: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -133,16 +168,20 @@ def _check(name: str, module: nn.Module, architecture: nn.Module) -> None:
 
 
 @contextmanager
-def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> Generator[None]:
+def checkpointed(
+    architecture: nn.Module, modules: Mapping[str, nn.Module], recompute: Recompute = "full"
+) -> Generator[None]:
     """A context in which the activations of `modules`, found by `matching`, are recomputed.
 
-    Enter it inside `functrain.bound`, and take the gradient inside. A model's cache of keys and
-    values is off (`config.use_cache`), since the second forward would add to it again.
+    Enter it inside `functrain.bound`, and take the gradient inside, once. A model's cache of keys
+    and values is off (`config.use_cache`), since the second forward would add to it again.
 
     The backward pass raises `ArchitectureError` if a module's buffers have been written to since
-    its forward. Other changes by a forward go unnoticed: non-tensor attributes, and writes that
-    leave the version as it is, such as those of `F.batch_norm`.
+    its forward, and selectively, if a forward writes into a product in place. Other changes by a
+    forward go unnoticed: non-tensor attributes, and writes that leave the version as it is, such as
+    those of `F.batch_norm`.
     """
+    recomputed = _selectively if recompute == "selective" else _fully
     caching = _caching(architecture) if modules else []
     before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
@@ -153,9 +192,9 @@ def checkpointed(architecture: nn.Module, modules: Mapping[str, nn.Module]) -> G
             _tables[module] = [each._buffers for each in module.modules() if each._buffers]
             # A module's own setattr would look for parameters first.
             vars(module)["forward"] = (
-                types.MethodType(_recomputed, module)
+                types.MethodType(recomputed, module)
                 if own is None
-                else functools.partial(_checkpointed, module, own)
+                else functools.partial(_checkpointed, module, own, recompute == "selective")
             )
         yield
     finally:
@@ -173,15 +212,24 @@ def _caching(architecture: nn.Module) -> list[Any]:
     return list(by_id.values())
 
 
-def _recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A function, since dynamo does not take a bound method.
+# Functions, since dynamo does not take bound methods.
+def _fully(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
 
-    return _checkpointed(module, forward, *args, **kwargs)
+    return _checkpointed(module, forward, False, *args, **kwargs)
 
 
-def _checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _selectively(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs)
+
+    return _checkpointed(module, forward, True, *args, **kwargs)
+
+
+def _checkpointed(
+    module: nn.Module, forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     count, names = len(args), tuple(kwargs)
@@ -208,7 +256,144 @@ def _checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **
 
     # All arguments are positional: torch (2.13) restores the generators of the devices that it
     # finds among those, so with keywords only, dropout would differ the second time.
-    return checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
+    given = (*args, *kwargs.values())
+    if selective:
+        return checkpoint(run, *given, use_reentrant=False, context_fn=_contexts(module))
+    return checkpoint(run, *given, use_reentrant=False)
+
+
+def _contexts(module: nn.Module) -> Callable[[], tuple[Any, Any]]:
+    """A function that makes the contexts of a selective forward and of its recomputation."""
+    # A compiler takes torch's own alone. Those refuse an operator that was not called the first
+    # time, such as the cast of a weight that autocast had in its cache.
+    if torch.compiler.is_compiling():
+        return functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    def made() -> tuple[Any, Any]:
+        results: list[_Result] = []
+        return _Keeping(results), _Giving(results, module)
+
+    return made
+
+
+def _policy(_context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if _is_kept(operator, args, kwargs):
+        return CheckpointPolicy.PREFER_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_kept(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator's result is kept for the second forward."""
+    if operator in _PRODUCTS:
+        summed, columns = args[_PRODUCTS[operator]].shape[-2:]
+        return bool(columns <= _WIDE * summed)
+    if operator not in _ATTENTION:
+        return False
+    # An attention that draws is recomputed, or whatever draws next would draw other numbers.
+    place = _ATTENTION[operator]
+    return bool((args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)) == 0.0)
+
+
+def _products() -> dict[Any, int]:
+    """The operators of products, and the place of the right factor among their arguments."""
+    aten = torch.ops.aten
+    plain, added = (aten.mm, aten.bmm, aten._grouped_mm), (aten.addmm, aten.baddbmm)
+    return {each.default: 1 for each in plain} | {each.default: 2 for each in added}
+
+
+def _attention() -> dict[Any, int]:
+    """The operators of fused attention, and the place of `dropout_p` among their arguments."""
+    aten = torch.ops.aten
+    found = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_fused_attention_overrideable,
+        aten._flash_attention_forward,
+        aten._efficient_attention_forward,
+        aten._cudnn_attention_forward,
+    )
+    names = {op.default: [each.name for each in op.default._schema.arguments] for op in found}
+    return {operator: each.index("dropout_p") for operator, each in names.items()}
+
+
+_PRODUCTS, _ATTENTION = _products(), _attention()
+
+
+@attrs.frozen(eq=False)
+class _Result:
+    """What a kept operator returned, without autograd's graph, and the versions of its tensors."""
+
+    operator: Any
+    returned: Any
+    versions: list[int]
+
+    @classmethod
+    def of(cls, operator: Any, returned: Any) -> _Result:
+        apart = tuple(map(_apart, returned)) if isinstance(returned, tuple) else _apart(returned)
+        return cls(operator, apart, _versions(apart))
+
+
+def _apart(value: Any) -> Any:
+    """A tensor without the graph, which would refer to itself; it shares the version."""
+    if not isinstance(value, Tensor):
+        return value
+    # Below autograd a detached tensor counts writes by itself, unless this key takes part.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return value.detach()
+
+
+def _versions(returned: Any) -> list[int]:
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    return [each._version for each in parts if isinstance(each, Tensor)]
+
+
+class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps results of a first forward in `results`."""
+
+    def __init__(self, results: list[_Result]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.results = results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        returned = func(*args, **(kwargs or {}))
+        if _is_kept(func, args, kwargs or {}):
+            self.results.append(_Result.of(func, returned))
+        return returned
+
+
+class _Giving(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives `results` to a second forward in the place of computing them."""
+
+    def __init__(self, results: list[_Result], module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.results, self.module = results, module
+
+    def __enter__(self) -> _Giving:
+        self.given = iter(self.results)  # anew for each backward pass
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if not _is_kept(func, args, kwargs or {}):
+            return func(*args, **(kwargs or {}))
+        result, name = next(self.given, None), type(self.module).__name__
+        if result is None or result.operator is not func:
+            raise ArchitectureError(
+                f"recompute: the second forward of a {name} calls other operators than its first "
+                f"({func}); name modules whose forward depends on their inputs alone, or leave "
+                "checkpoint out"
+            )
+        if _versions(result.returned) != result.versions:
+            raise ArchitectureError(
+                f"recompute: the result of a {name}'s {func} has been written to in place, so that "
+                "'selective' cannot use it again; take 'full', or write out of place (y = y + x "
+                "for y += x)"
+            )
+        return result.returned
 
 
 _Buffer = tuple[_Table, str, Tensor | None, int]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from functrain import accumulators, activations, compilation, keys, memory
 from functrain.accumulators import Accumulating
+from functrain.activations import Recompute
 from functrain.architecture import (
     Mode,
     Slots,
@@ -122,6 +123,7 @@ class ValueAndGrad:
     vocabulary: int | None
     compile: bool = False
     checkpointed: Mapping[str, nn.Module] = attrs.field(factory=dict)
+    recompute: Recompute = "full"
     shards: Shards | None = None
     direct: bool = attrs.field(init=False)
     # A user's objective may report a parameter as a metric, or a buffer that changes later.
@@ -229,7 +231,7 @@ class ValueAndGrad:
             torch.inference_mode(False),
             torch.enable_grad(),
             self._bound(leaves, own.values, total) as model,
-            activations.checkpointed(model, self.checkpointed),
+            activations.checkpointed(model, self.checkpointed, self.recompute),
             _casts_of_its_own(),
             self._compiled(model),
             self._accumulating(total, weight, scaler)
@@ -553,6 +555,7 @@ def value_and_grad(
     precision: str | Precision = "fp32",
     compile: bool = False,  # noqa: A002
     checkpoint: str | Sequence[str] | None = None,
+    recompute: Recompute = "full",
     shards: Shards | None = None,
 ) -> ValueAndGrad:
     """The gradient function of `objective` on `architecture`.
@@ -562,14 +565,17 @@ def value_and_grad(
     binding.
 
     `compile`: compile the model's body (`functrain.compilation`); the result differs from the
-    uncompiled one by rounding. `checkpoint`: patterns of modules whose activations are recomputed
-    (`functrain.activations`). `shards`: how the model computes with sharded params.
+    uncompiled one by rounding. `checkpoint`: patterns of modules whose activations are recomputed;
+    `recompute`: which of them (`functrain.activations`). `shards`: how the model computes with
+    sharded params.
     """
     check_objective(objective)
     if not isinstance(compile, bool):
         raise ConfigError(f"compile: {compile!r}, expected True or False")
     if compile:
         compilation.check_uncompiled(architecture)
+    names = activations.patterns(checkpoint)
+    activations.check_recompute(recompute, names)
     places = slots(architecture)
     kept = objective.kept()
     # What a user's objective keeps beside the reference may be anything.
@@ -583,7 +589,8 @@ def value_and_grad(
         places=places,
         vocabulary=vocabulary_of(architecture),
         compile=compile,
-        checkpointed=activations.matching(architecture, activations.patterns(checkpoint)),
+        checkpointed=activations.matching(architecture, names),
+        recompute=recompute,
         shards=shards,
     )
 

@@ -579,6 +579,8 @@ def conditions(step: Step, batch_size: int | None) -> dict[str, Any]:
         "compile": step.compile,
         # Uncompiled, recomputing gives the same bits.
         "checkpoint": list(step.checkpoint) if step.compile else [],
+        # None is also what older checkpoints say.
+        "recompute": step.recompute if step.compile and step.recompute != "full" else None,
         # For an objective that has these options; None for the usual value.
         "head": _unusual(step, "head", "auto"),
         "layout": _unusual(step, "layout", "padded"),

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 import attrs
 from torch import Tensor, nn
 
+from functrain.activations import Recompute
 from functrain.distributed import World
 from functrain.errors import ConfigError, did_you_mean
 from functrain.guards import SpikeGuard
@@ -41,6 +42,7 @@ class StepOptions(TypedDict, total=False):
     donate: bool
     compile: bool
     checkpoint: str | Sequence[str] | None
+    recompute: Recompute
     reduction: Reduction
     world: World | None
     sharded: bool

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from functrain import activations, compilation, keys, optimizers, schedules
 from functrain import metrics as m
+from functrain.activations import Recompute
 from functrain.agreement import agree
 from functrain.architecture import Slots, held_values, holds_shards
 from functrain.checks import boolean, is_number
@@ -96,6 +97,8 @@ class Step:
     (`functrain.compilation`); the result differs from the uncompiled one by rounding. `checkpoint`:
     one or several patterns of module names, such as `"model.layers.*"`, whose activations are
     recomputed in the backward pass: less memory, the same bits (`functrain.activations`).
+    `recompute`: `"full"`, or `"selective"`, which keeps the results of matrix products and
+    attention, so that a step saves less memory and takes little longer.
 
     `world`: the workers that share each batch (`functrain.distributed.world()`); each calls the
     step with its own part, and `microbatches` counts those of the whole batch. `reduction`:
@@ -120,6 +123,7 @@ class Step:
     donate: bool = attrs.field(default=False, validator=boolean)
     compile: bool = False
     checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
+    recompute: Recompute = attrs.field(default="full", validator=activations.recompute_name)
     reduction: Reduction = attrs.field(default="fast", validator=reduction_name)
     world: World | None = None
     sharded: bool = attrs.field(default=False, validator=boolean)
@@ -173,6 +177,7 @@ class Step:
             precision=self.precision,
             compile=self.compile,
             checkpoint=self.checkpoint,
+            recompute=self.recompute,
             shards=self._sharding,
         )
 

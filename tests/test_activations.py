@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import functrain as ft
@@ -77,29 +80,36 @@ def _trained(step: Any, state: Any, time: int = 8) -> Any:
     return state
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "precision"),
-    [
-        ("decoder", "pretrain", "fp32"),
-        ("decoder", "pretrain", "bf16"),
-        ("llama", "pretrain", "fp32"),
-        ("gpt2", "pretrain", "bf16"),
-        ("tied", "pretrain", "fp32"),
-        ("decoder", "sigmoid", "fp32"),
-        ("llama", "bco_pair", "bf16"),
-        pytest.param("llama", "pretrain", "bf16", marks=pytest.mark.long),
-        pytest.param("gpt2", "pretrain", "fp32", marks=pytest.mark.long),
-        pytest.param("tied", "pretrain", "bf16", marks=pytest.mark.long),
-        pytest.param("decoder", "sigmoid", "bf16", marks=pytest.mark.long),
-        pytest.param("llama", "bco_pair", "fp32", marks=pytest.mark.long),
-    ],
-)
+ORDINARY = {
+    ("decoder", "pretrain", "fp32", "full"),
+    ("decoder", "pretrain", "bf16", "full"),
+    ("llama", "pretrain", "fp32", "full"),
+    ("gpt2", "pretrain", "bf16", "full"),
+    ("tied", "pretrain", "fp32", "full"),
+    ("decoder", "sigmoid", "fp32", "full"),
+    ("llama", "bco_pair", "bf16", "full"),
+    ("decoder", "pretrain", "bf16", "selective"),  # autocast has some casts in its cache
+    ("llama", "pretrain", "fp32", "selective"),
+    ("gpt2", "pretrain", "fp32", "selective"),
+    ("decoder", "sigmoid", "bf16", "selective"),
+}
+STEPS = [
+    pytest.param(*case, marks=() if case in ORDINARY else pytest.mark.long)
+    for case in itertools.product(
+        MODELS, ("pretrain", "sigmoid", "bco_pair"), ("fp32", "bf16"), activations.RECOMPUTES
+    )
+    if case[:2] not in {("tied", "sigmoid"), ("tied", "bco_pair")}  # it takes no pairs
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "precision", "recompute"), STEPS)
 def test_steps_have_the_bits_of_those_that_keep_everything(
-    name: str, stage: str, precision: str
+    name: str, stage: str, precision: str, recompute: str
 ) -> None:
     """Gradients, and whole steps of two micro-batches, dropout among them."""
-    ours, state = _begun(name, stage, microbatches=2, precision=precision)
-    theirs, _ = _begun(name, stage, microbatches=2, precision=precision, checkpoint=None)
+    given: Any = {"microbatches": 2, "precision": precision}
+    ours, state = _begun(name, stage, recompute=recompute, **given)
+    theirs, _ = _begun(name, stage, checkpoint=None, **given)
     batch = _batch(ours, 0)
     grads, expected = (
         step.gradient(state.params, state.buffers, batch, key=3).grads for step in (ours, theirs)
@@ -126,10 +136,76 @@ def _saved(step: Any, state: Any) -> int:
 
 
 @pytest.mark.parametrize("name", ["decoder", "llama", "gpt2"])
-def test_less_is_saved(name: str) -> None:
+def test_less_is_saved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selectively, what is between the products, of which each is made once."""
     ours, state = _begun(name)
     theirs, _ = _begun(name, checkpoint=None)
     assert _saved(ours, state) < 0.35 * _saved(theirs, state)
+    selective, _ = _begun(name, recompute="selective")
+    kept: list[activations._Result] = []
+    of = activations._Result.of
+
+    def watched(operator: Any, returned: Any) -> Any:
+        kept.append(of(operator, returned))
+        return kept[-1]
+
+    monkeypatch.setattr(activations._Result, "of", watched)
+    saved = _saved(selective, state)
+    assert saved == _saved(ours, state)
+    parts = [torch.utils._pytree.tree_leaves(each.returned) for each in kept]
+    saved += sum(each.numel() for part in parts for each in part)
+    assert saved < 0.75 * _saved(theirs, state)
+    assert ft.flops_of(selective, state, zoo.batch()) <= ft.flops_of(theirs, state, zoo.batch())
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.aten, name).default
+
+
+@given(
+    rows=st.integers(1, 64),
+    summed=st.integers(1, 64),
+    columns=st.integers(1, 600),
+    add=st.booleans(),
+)
+def test_a_product_is_kept_unless_it_is_wide_for_what_it_sums(
+    rows: int, summed: int, columns: int, add: bool
+) -> None:
+    """An adapter's update, and the scores of a long sequence, take memory for little arithmetic."""
+    one = torch.empty(rows, summed, device="meta")
+    for right in (
+        torch.empty(summed, columns, device="meta"),
+        torch.empty(columns, summed, device="meta").T,
+    ):
+        args = (torch.empty(columns, device="meta"), one, right) if add else (one, right)
+        kept = activations._is_kept(_operator("addmm" if add else "mm"), args, {})
+        assert kept == (columns <= 8 * summed)
+        batched = [each.unsqueeze(0) for each in args]
+        kept = activations._is_kept(_operator("baddbmm" if add else "bmm"), batched, {})
+        assert kept == (columns <= 8 * summed)
+
+
+ATTENTION = [
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_kept_unless_it_draws(name: str) -> None:
+    """Kept, one that draws would leave the generator where it was for what draws after it."""
+    operator = _operator(name)
+    arguments = [each.name for each in operator._schema.arguments]
+    for probability in (0.0, 0.1):
+        given = [probability if each == "dropout_p" else None for each in arguments]
+        assert activations._is_kept(operator, given, {}) == (probability == 0)
+    assert activations._is_kept(operator, [None] * 3, {})
+    assert not activations._is_kept(operator, [None] * 3, {"dropout_p": 0.1})
+    assert not activations._is_kept(_operator("silu"), [None], {})
 
 
 def test_a_part_of_the_blocks_and_several_patterns() -> None:
@@ -149,12 +225,13 @@ def test_a_part_of_the_blocks_and_several_patterns() -> None:
         pytest.param("llama", marks=pytest.mark.long),
     ],
 )
-def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recompute", activations.RECOMPUTES)
+def test_compiled(name: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compiled once, and saves less there too."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     from torch._dynamo.utils import counters
 
-    ours, state = _begun(name, compile=True)
+    ours, state = _begun(name, compile=True, recompute=recompute)
     plain, _ = _begun(name, checkpoint=None)
     before = counters["stats"]["unique_graphs"]
     trained = _trained(ours, state, LONG)
@@ -165,9 +242,14 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name != "tied":  # one matrix is little
         keeping, _ = _begun(name, compile=True, checkpoint=None)
         keeping(state, zoo.batch(time=LONG))
-        assert _saved(ours, state) < 0.8 * _saved(keeping, state)
-    assert conditions(ours, 4)["checkpoint"] == [MODELS[name][1]]
-    assert conditions(attrs.evolve(ours, compile=False), 4)["checkpoint"] == []
+        # The compiler recomputes by itself what is cheap in a decoder.
+        share = 0.8 if recompute == "full" else 1.0
+        assert _saved(ours, state) < share * _saved(keeping, state)
+    found = conditions(ours, 4)
+    assert found["checkpoint"] == [MODELS[name][1]]
+    assert found["recompute"] == (None if recompute == "full" else recompute)
+    found = conditions(attrs.evolve(ours, compile=False), 4)
+    assert (found["checkpoint"], found["recompute"]) == ([], None)
 
 
 def test_nothing_is_left_behind() -> None:
@@ -216,6 +298,14 @@ class Twice(zoo.Tied):
 def test_patterns_that_cannot_be_are_refused(pattern: Any, message: str) -> None:
     with pytest.raises(ft.ConfigError, match=message):
         _begun(checkpoint=pattern)
+
+
+def test_what_to_recompute_is_one_of_two_and_of_modules() -> None:
+    with pytest.raises(ft.ConfigError, match=r"recompute: 'selectiv', unknown; did you mean"):
+        _begun(recompute="selectiv")
+    for checkpoint in (None, ()):
+        with pytest.raises(ft.ConfigError, match=r"'selective', and checkpoint names no modules"):
+            _begun(recompute="selective", checkpoint=checkpoint)
 
 
 def test_an_embedding_among_others_is_left_alone() -> None:
@@ -278,10 +368,11 @@ DRAWS: dict[str, Callable[[], float]] = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("pattern", ["mix.*", "mix.1"])
-def test_what_is_recomputed_draws_the_same(name: str, pattern: str) -> None:
+@pytest.mark.parametrize(("pattern", "recompute"), [("mix.*", "full"), ("mix.1", "selective")])
+def test_what_is_recomputed_draws_the_same(name: str, pattern: str, recompute: str) -> None:
     """From whichever generator; the blocks that are not recomputed draw from it too."""
-    ours, theirs = (_gradients(lambda: Drawing(DRAWS[name]), each) for each in (pattern, None))
+    ours = _gradients(lambda: Drawing(DRAWS[name]), pattern, recompute=recompute)
+    theirs = _gradients(lambda: Drawing(DRAWS[name]), None)
     assert ours.metrics.to_dict() == theirs.metrics.to_dict()
     assert all(torch.equal(ours.grads[name], grad) for name, grad in theirs.grads.items())
 
@@ -323,6 +414,79 @@ def test_a_buffer_that_a_second_forward_would_find_changed_is_refused(how: str, 
     # The linear layers in them write nowhere.
     ours, theirs = (_gradients(lambda: Counting(how), each) for each in ("mix.*.linear", None))
     assert all(torch.equal(ours.grads[name], grad) for name, grad in theirs.grads.items())
+
+
+class Writing(nn.Module):
+    """A block that writes into the result of its product."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.linear, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        if self.where == "whole":
+            x += 1
+        elif self.where == "part":
+            x.view(-1)[1:].mul_(2)
+        # Its last product is kept too, though no gradient asks for it.
+        return self.other(x.sin())
+
+
+@pytest.mark.parametrize("where", ["whole", "part"])
+def test_a_product_that_is_written_into_is_not_used_again(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a compiler, which writes nowhere, may keep it."""
+    message = (
+        r"recompute: the result of a Writing's aten\.addmm\.default has been written to in place"
+    )
+    with pytest.raises(ft.ArchitectureError, match=message):
+        _gradients(lambda: Writing(where), "mix.*", recompute="selective")
+    expected = _gradients(lambda: Writing(where), None).grads
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    for options in ({}, {"recompute": "selective", "compile": True}):
+        found = _gradients(lambda: Writing(where), "mix.*", **options).grads
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+
+
+class Changing(nn.Module):
+    """A block that has one more product in its first forward, or in its second."""
+
+    def __init__(self, more: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.more, self.calls = more, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls % 2 == self.more:
+            x = x @ self.linear.weight
+        return self.linear(x).sin()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_second_forward_of_other_operators_is_refused(more: int) -> None:
+    message = r"recompute: the second forward of a Changing calls other operators than its first"
+    with pytest.raises(ft.ArchitectureError, match=message):
+        _gradients(lambda: Changing(more), "mix.1", recompute="selective")
+
+
+@pytest.mark.parametrize("recompute", activations.RECOMPUTES)
+def test_a_gradient_may_be_taken_again(recompute: Any) -> None:
+    """As by a loss that penalises its own gradient."""
+    model = zoo.model("tied")
+    found = activations.matching(model, ["mix"])
+    grads = []
+    for modules in (found, {}):
+        with activations.checkpointed(model, modules, recompute):
+            out = model(input_ids=zoo.batch()["input_ids"]).square().mean()
+            (once,) = torch.autograd.grad(out, model.mix.weight, create_graph=True)
+            (twice,) = torch.autograd.grad(once.square().sum() + out, model.mix.weight)
+            grads.append((once, twice))
+    assert all(map(torch.equal, *grads))
 
 
 class Outside(Blocks):

@@ -64,6 +64,8 @@ def test_what_is_recomputed_counts_where_it_is_asked_for() -> None:
     weights, attention = 4 * 16 * 16 + 2 * 16 * 32, 2 * 2 * ROWS * TIME * TIME * 16
     again = 2 * (2 * ROWS * TIME * weights + attention)
     assert ft.flops_of(recomputing, state, _batch()) == alone + again
+    keeping, _ = _step(2, checkpoint="model.layers.*", recompute="selective")
+    assert ft.flops_of(keeping, state, _batch()) == alone
 
 
 @pytest.mark.parametrize("kind", ["padding_free", "shared_prompt", "packed"])

@@ -338,6 +338,9 @@ class Train:
     checkpoint: str | None = attrs.field(default=None, validator=named)
     """Modules to recompute in the backward pass, for less memory: a pattern of names,
     `model.layers.*`, or several with commas between them."""
+    recompute: str = attrs.field(default="full", validator=one_of(("full", "selective")))
+    """What of these modules is recomputed: full (everything), or selective (all but products and
+    attention: less is saved, at a few per cent of the time)."""
     head: str = attrs.field(default="auto", validator=one_of(("auto", "full")))
     """How logits are made: auto (a few rows at a time where they are large), or full (for the
     whole batch at once)."""
@@ -395,6 +398,11 @@ class Train:
             raise ConfigError(
                 f"train.checkpoint: {self.checkpoint!r}, expected names with commas between them: "
                 '"model.layers.*.mlp, model.layers.0"'
+            )
+        if self.recompute != "full" and self.checkpoint is None:
+            raise ConfigError(
+                f"train.recompute: {self.recompute!r}, and train.checkpoint names no modules; name "
+                'blocks, such as "model.layers.*", or leave it out'
             )
         if self.keep_pages and self.return_pages:
             raise ConfigError(

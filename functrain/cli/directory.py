@@ -393,7 +393,7 @@ def free_keys(before: Config) -> set[str]:
     plateau = before.schedule.name == "reduce_on_plateau"
     free = {*FREE} if plateau else {*FREE, *FREE_UNLESS_PLATEAU}
     if not before.train.compile:
-        free.add("train.checkpoint")  # recomputed activations have the same bits
+        free |= {"train.checkpoint", "train.recompute"}  # the same bits
     if before.train.reduction == "canonical":
         free.add("train.sharded")  # the same bits
     return free

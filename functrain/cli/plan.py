@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from functrain import models, objectives, planning
+from functrain.activations import Recompute
 from functrain.cli.checks import one_of, positive
 from functrain.cli.config import DPO, Config, Pretrain
 from functrain.cli.directory import is_tokens
@@ -114,6 +115,7 @@ def _job(config: Config) -> Job:
         microbatches=config.train.microbatches,
         precision=policy(config.train.precision),
         checkpoint=config.train.checkpointed,
+        recompute=cast(Recompute, config.train.recompute),
         sides=1 if preference is None else 2,
         paired=pairs is not None
         and config.train.reduction == "fast"

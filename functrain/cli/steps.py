@@ -32,6 +32,7 @@ def step_for(config: Config, architecture: nn.Module, params: Tensors, world: Wo
         "donate": True,
         "compile": train.compile,
         "checkpoint": train.checkpointed,
+        "recompute": train.recompute,
         "head": train.head,
         "reduction": train.reduction,
         "sharded": train.sharded,

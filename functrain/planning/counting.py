@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from functrain import activations
+from functrain.activations import Recompute
 from functrain.architecture import Slots, bound, slots
 from functrain.checks import check_integer
 from functrain.errors import ArchitectureError, ConfigError, FunctrainError
@@ -56,6 +57,7 @@ class Job:
     microbatches: int = 1
     precision: Precision = attrs.field(default=POLICIES["fp32"], converter=policy)
     checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
+    recompute: Recompute = attrs.field(default="full", validator=activations.recompute_name)
     sides: int = 1
     paired: bool = False
     reference: bool = False
@@ -65,6 +67,7 @@ class Job:
     def __attrs_post_init__(self) -> None:
         for name in ("rows", "time", "microbatches", "sides"):
             check_integer(name, getattr(self, name))
+        activations.check_recompute(self.recompute, self.checkpoint)
         if self.rows % self.microbatches:
             raise ConfigError(
                 f"rows: {self.rows} cannot be cut into {self.microbatches} equal micro-batches"
@@ -252,7 +255,9 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
         with (
             torch.enable_grad(),
             bound(job.architecture, leaves, buffers, "train", places=places) as model,
-            activations.checkpointed(model, activations.matching(model, job.checkpoint)),
+            activations.checkpointed(
+                model, activations.matching(model, job.checkpoint), job.recompute
+            ),
             _Grouped(),  # type: ignore[no-untyped-call]
             counted,
             living.gradients_of(leaves.values()),

@@ -71,6 +71,9 @@ SHARDED: dict[str, Any] = {
         "step": {"microbatches": 8},
     },
     "recomputed blocks": {"step": {"checkpoint": "model.layers.*"}},
+    "recomputed selectively": {
+        "step": {"checkpoint": "model.layers.*", "recompute": "selective", "precision": "bf16"}
+    },
     "recomputed inside of blocks": {"step": {"checkpoint": "model.layers.*.mlp"}},
     "a reference in shards": {"stage": "dpo", "reference": "sharded"},
     "a whole reference": {**ONE, "odd": True, "stage": "dpo"},

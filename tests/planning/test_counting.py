@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16 params": {"precision": "bf16_params"},
     "recomputed": {"checkpoint": "model.layers.*"},
     "recomputed in part": {"checkpoint": "model.layers.*.mlp", "precision": "bf16"},
+    "recomputed selectively": {"checkpoint": "model.layers.*", "recompute": "selective"},
     "micro-batches": {"microbatches": 2},
 }
 
@@ -65,6 +66,7 @@ ORDINARY = {
     ("bf16 params", WHOLE),
     ("recomputed", WHOLE),
     ("recomputed in part", CHUNKED),
+    ("recomputed selectively", WHOLE),
     ("micro-batches", CHUNKED),
 }
 CASES = [
