@@ -107,9 +107,9 @@ def test_steps_have_the_bits_of_those_that_keep_everything(
     name: str, stage: str, precision: str, recompute: str
 ) -> None:
     """Gradients, and whole steps of two micro-batches, dropout among them."""
-    given: Any = {"microbatches": 2, "precision": precision}
-    ours, state = _begun(name, stage, recompute=recompute, **given)
-    theirs, _ = _begun(name, stage, checkpoint=None, **given)
+    options: Any = {"microbatches": 2, "precision": precision}
+    ours, state = _begun(name, stage, recompute=recompute, **options)
+    theirs, _ = _begun(name, stage, checkpoint=None, **options)
     batch = _batch(ours, 0)
     grads, expected = (
         step.gradient(state.params, state.buffers, batch, key=3).grads for step in (ours, theirs)
@@ -482,7 +482,7 @@ def test_a_gradient_may_be_taken_again(recompute: Any) -> None:
     grads = []
     for modules in (found, {}):
         with activations.checkpointed(model, modules, recompute):
-            out = model(input_ids=zoo.batch()["input_ids"]).square().mean()
+            out = model(input_ids=zoo.batch()["input_ids"])["logits"].square().mean()
             (once,) = torch.autograd.grad(out, model.mix.weight, create_graph=True)
             (twice,) = torch.autograd.grad(once.square().sum() + out, model.mix.weight)
             grads.append((once, twice))

@@ -658,10 +658,12 @@ def test_the_head_is_found_over_a_frozen_base(monkeypatch: Any) -> None:
 def test_recomputed_activations_drop_the_same() -> None:
     """The dropout of adapters is drawn from the step's key, also where it is drawn again."""
     prints = []
-    for pattern in (None, "model.layers.*"):
-        step, state = started("decoder", "dora", checkpoint=pattern)
+    options: list[dict[str, Any]] = [{}, {"checkpoint": "model.layers.*"}]
+    options.append({**options[1], "recompute": "selective"})
+    for each in options:
+        step, state = started("decoder", "dora", **each)
         prints.append(ft.fingerprint(step(state, zoo.batch())[0]))
-    assert prints[0] == prints[1]
+    assert prints[0] == prints[1] == prints[2]
     _, other = started("decoder", "beside")
     assert ft.fingerprint(other) != prints[0]
 
