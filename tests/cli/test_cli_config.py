@@ -159,7 +159,10 @@ BAD = [
     ('[data]\ntrain = ""', "data.train: empty; expected a path"),
     ('[tracking]\nname = ""', "tracking.name: empty; expected a name"),
     ('[train]\ncheckpoint = ""', "train.checkpoint: empty; expected a name"),
-    ('[train]\nrecompute = "half"', "train.recompute: 'half', is unknown; known: 'full', 'selective'"),
+    (
+        '[train]\nrecompute = "half"',
+        "train.recompute: 'half', is unknown; known: 'full', 'selective'",
+    ),
     ('[train]\nrecompute = "selective"', "'selective', and train.checkpoint names no modules"),
     ("peak == 3", "run.toml: not TOML: "),
     ('stage = "sftt"', "stage: 'sftt', expected 'dpo'; did you mean 'sft'"),
