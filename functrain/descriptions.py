@@ -16,7 +16,7 @@ def vocabulary_of(architecture: nn.Module) -> int | None:
     """The number of token ids of the architecture's input embedding, or None if it is unknown.
 
     The input embedding is the one that `get_input_embeddings` returns; else the only one besides
-    those of positions; else the one that is as large as the output projection.
+    those of positions and of token types; else the one that is as large as the output projection.
     """
     embedding = getattr(architecture, "get_input_embeddings", None)
     if callable(embedding):
@@ -26,7 +26,7 @@ def vocabulary_of(architecture: nn.Module) -> int | None:
     sizes = {
         module.num_embeddings
         for name, module in architecture.named_modules()
-        if isinstance(module, nn.Embedding) and not _of_positions(name)
+        if isinstance(module, nn.Embedding) and not _of_others(name)
     }
     heads = {m.out_features for m in architecture.modules() if isinstance(m, nn.Linear)}
     if len(sizes) > 1:
@@ -82,17 +82,19 @@ def _lasting(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_positions(name: str) -> bool:
+def _of_others(name: str) -> bool:
     """Whether an embedding is, by its name, one of positions, distances or token types.
 
     Where tokens are embedded otherwise (by a parameter, or one-hot), it may be the only one, and
     good token ids would be out of its range.
     """
     *parents, last = name.lower().split(".")
-    if "pos" in last or last in ("wtt", "token_type_embeddings", "distance_embedding"):
+    if "pos" in last or last in ("wtt", "distance_embedding"):
         return True
-    return any(_POSITIONS.search(part) for part in (*parents, last))
+    return any(_OTHERS.search(part) for part in (*parents, last))
 
 
 # As words of a name, and of the names of the modules that it is in: `positions.table`.
-_POSITIONS = re.compile(r"(^|_)(pos|rel)(ition|ative|_|$)|^w?pe$")
+_OTHERS = re.compile(
+    r"(^|_)(pos|rel)(ition|ative|_|$)|^w?pe$|(^|_)(token_?types?|seg(ment)?s?)(_|$)"
+)

@@ -367,11 +367,15 @@ class Step:
             finite = finite & torch.isfinite(transformed)
         applied = self._unless_spike(state, result.metrics, norm, finite)
         metrics = result.metrics | self._metrics(norm, rate, applied, state.scaler)
+        # Before anything is written: a user's objective may raise, or return what is refused.
+        running = self._advanced_running(state.running, metrics, applied)
         update = None
         begun = self._versions(state) if donate else []
         try:
             update = self._updated(grads, state, rate, applied, donate)
-            successor = self._successor(state, update, result.buffers, metrics, finite, applied)
+            successor = self._successor(
+                state, update, result.buffers, running, metrics, finite, applied
+            )
             if donate:
                 consume(state, successor)
         except BaseException as error:
@@ -388,6 +392,7 @@ class Step:
         state: TrainState,
         update: tuple[Tensors, OptimizerState],
         buffers: Tensors,
+        running: Tensors | None,
         metrics: Metrics,
         finite: Tensor,
         applied: Tensor,
@@ -411,7 +416,7 @@ class Step:
             guard=guard,
             average=self._averaged(state.average, params, applied),
             reference=self._moved_reference(state, params, applied),
-            running=self._advanced_running(state.running, metrics, applied),
+            running=running,
         )
 
     def _unless_spike(

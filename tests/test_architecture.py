@@ -606,7 +606,7 @@ def test_which_parameters_are_trained_and_which_go_with_statistics() -> None:
 class Named(nn.Module):
     """Several embeddings, of which the model says which is the input's, or its head shows it."""
 
-    def __init__(self, says: bool = False, head: bool = False, other: str = "segments") -> None:
+    def __init__(self, says: bool = False, head: bool = False, other: str = "experts") -> None:
         super().__init__()
         self.add_module(other, nn.Embedding(7, 2))
         self.tokens = nn.Embedding(19, 2)
@@ -622,19 +622,19 @@ def test_the_vocabulary_is_known_where_it_can_be_told() -> None:
     assert vocabulary_of(Named(says=True)) == 19
     assert vocabulary_of(Named()) is None
     assert vocabulary_of(Named(head=True)) == 19
-    for positions in ("wpe", "position_embedding", "pos_emb"):
-        assert vocabulary_of(Named(other=positions)) == 19
+    for other in ("wpe", "position_embedding", "pos_emb", "segments", "token_type_emb"):
+        assert vocabulary_of(Named(other=other)) == 19
     assert vocabulary_of(nn.Linear(2, 2)) is None
     assert vocabulary_of(nn.Embedding(19, 2)) == 19
 
 
 class OwnTable(nn.Module):
-    """Tokens by a parameter of its own; the only embedding is one of positions."""
+    """Tokens by a parameter of its own; the only embedding is of something else."""
 
-    def __init__(self, name: str, positions: nn.Module) -> None:
+    def __init__(self, name: str, other: nn.Module) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(zoo.VOCABULARY, 8))
-        self.add_module(name, positions)
+        self.add_module(name, other)
 
     def forward(self, input_ids: Tensor, **_: object) -> Tensor:
         hidden = nn.functional.embedding(input_ids, self.table)
@@ -642,8 +642,14 @@ class OwnTable(nn.Module):
 
 
 @pytest.mark.parametrize("within", [False, True])
-@pytest.mark.parametrize("name", ["positions", "pos_emb", "pe", "relative_bias", "rel_bias"])
-def test_an_embedding_of_positions_is_not_the_vocabulary(name: str, within: bool) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("positions", "pos_emb", "pe", "relative_bias", "rel_bias"),
+        *("segment", "seg_embed", "segment_embeddings", "token_type_embeddings", "tokentype_emb"),
+    ],
+)
+def test_an_embedding_of_positions_or_types_is_not_the_vocabulary(name: str, within: bool) -> None:
     """Nor is one within a module of theirs: a batch's token ids would be out of its range."""
     table = nn.Embedding(5, 8)
     module = OwnTable(name, nn.Sequential(table) if within else table)

@@ -971,3 +971,23 @@ def test_what_an_objective_carries_keeps_its_form(case: str) -> None:
     changed = attrs.evolve(step, objective=Carries(after))
     with pytest.raises(ft.ConfigError, match=f"^objective Carries: its advance .*{message}"):
         changed(state, zoo.batch())
+
+
+def _fails(running: Any, loss: Any) -> Any:
+    raise KeyError("an error of one's own")
+
+
+@pytest.mark.parametrize(
+    "case", [*(each for each in CARRIED_OTHERWISE if each != "in place"), "an error"]
+)
+def test_nothing_is_lost_where_an_objective_cannot_carry_on(case: str) -> None:
+    """A donated state is whole, and goes on as if that step had not been tried."""
+    architecture, params, buffers = zoo.split("tied")
+    step = ft.make_step(Carries(_carried), ft.optim.adamw(), architecture=architecture)
+    state, _ = step(step.init(params, buffers), zoo.batch())
+    expected, _ = step(state, zoo.batch())
+    after, _ = CARRIED_OTHERWISE.get(case, (_fails, ""))
+    with pytest.raises((ft.ConfigError, KeyError)):
+        attrs.evolve(step, objective=Carries(after))(state, zoo.batch(), donate=True)
+    found, _ = step(state, zoo.batch(), donate=True)
+    assert ft.fingerprint(found) == ft.fingerprint(expected)

@@ -13,10 +13,10 @@ from torch import nn
 from functrain import memory, models
 from functrain.cli.config import DPO, Config, Pretrain
 from functrain.cli.origins import Origin, origin
-from functrain.cli.restoring import adapted, model_for
+from functrain.cli.restoring import adapted, check_size, model_for
 from functrain.cli.sources import Source, held_out_batches, notes, sources
 from functrain.cli.steps import step_for
-from functrain.cli.tokenizers import templated, tokenizer_for
+from functrain.cli.tokenizers import templated, tokenizer_for, vocabulary_for
 from functrain.data import Tokenizer
 from functrain.data.grouping import width
 from functrain.distributed import ALONE, World
@@ -81,7 +81,7 @@ def build(config: Config, world: World = ALONE) -> Built:
         )
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: 'cuda', and this machine has none; use 'cpu'")
-    return _built(config, world.for_all(lambda: _read(config)), world)
+    return _built(config, world.for_all(lambda: _read(config, world.size)), world)
 
 
 def _check_batch(config: Config) -> None:
@@ -98,6 +98,15 @@ def _check_batch(config: Config) -> None:
         )
 
 
+def _check_model(config: Pretrain, tokenizer: Tokenizer | None, workers: int) -> None:
+    """Raise `ConfigError` for a model whose params alone are more than the memory."""
+    # Of a sharded model each worker makes its rows, at best on a machine of its own.
+    machines = workers if config.train.sharded else 1
+    limit = "this machine has" if machines == 1 else f"{machines} such machines have"
+    vocabulary = vocabulary_for(config, tokenizer)
+    check_size(config.model, vocabulary, machines * memory.installed(), limit)
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class _Read:
     """What a run reads before it has a model."""
@@ -108,10 +117,12 @@ class _Read:
     held_out: Source | None
 
 
-def _read(config: Config) -> _Read:
+def _read(config: Config, workers: int) -> _Read:
     _check_batch(config)
     start = None if isinstance(config, Pretrain) else origin(config.model.from_)
     tokenizer = tokenizer_for(config, start)
+    if isinstance(config, Pretrain):
+        _check_model(config, tokenizer, workers)
     source, held_out = sources(config, tokenizer)
     return _Read(start=start, tokenizer=tokenizer, source=source, held_out=held_out)
 

@@ -57,7 +57,8 @@ class Model:
 
     width: int = attrs.field(default=256, validator=size)
     """Width of the residual stream."""
-    layers: int = attrs.field(default=4, validator=size)
+    # Each layer takes a tenth of a second to plan and milliseconds to make, however small it is.
+    layers: int = attrs.field(default=4, validator=at_least(1, 4096))
     """The number of blocks of attention and feed-forward."""
     heads: int = attrs.field(default=4, validator=size)
     """The number of query heads."""

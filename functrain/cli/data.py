@@ -58,6 +58,8 @@ def _read(record: Any, tokenizer: Any, where: str) -> tuple[str, Prompted]:
     if {"prompt", "completion", "label"} <= record.keys():
         return "unpaired", read_unpaired(record, tokenizer, where)[0]
     found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
+    if not found and {"chosen", "rejected"} & record.keys():
+        return "preference", read_pair(record, tokenizer, where)  # which says what is missing
     return next(iter(found), "unknown"), read_chat(record, tokenizer, where)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from functrain import data, models, optimizers
+from functrain import data, memory, models, optimizers
 from functrain.cli.config import Config, Pretrain
 from functrain.cli.directory import is_tokens
 from functrain.cli.ending import unreferenced
@@ -190,10 +190,13 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> Held:
     options: dict[str, Any] = {"time": time, "batch_size": batch_size, "seed": derive(0, "data")}
     try:
         if is_tokens(file):
+            _check_row(time)
             own = None if model.config is None else getattr(model.config.data, "dtype", None)
             return Held(file, "text", data.tokens(file, dtype=own or "uint16", **options))
         assert model.tokenizer is not None  # `check` refuses text without one
         kind, found = _read(model, file)
+        if kind == "text":
+            _check_row(time)
         make, more = _as_trained(model.config, kind)
         most = models.positions(model.architecture)
         if kind != "text" and most is not None and width([time], MULTIPLE) > most:
@@ -203,6 +206,16 @@ def _source(model: Trained, file: str, *, time: int, batch_size: int) -> Held:
         return Held(file, kind, made, malformed if kind == "text" else made.counts.malformed)
     except DataError as error:
         raise error if file in str(error) else DataError(f"{file}: {error}") from error
+
+
+def _check_row(time: int) -> None:
+    """Raise `ConfigError` for a row of text whose token ids alone are more than the memory."""
+    size, here = 16 * time, memory.installed()  # ids and labels; a short text is padded
+    if size > here:
+        raise ConfigError(
+            f"time: {time}; the token ids of one row alone take {size / 2**30:,.0f} GiB, and this "
+            f"machine has {here / 2**30:,.0f}; give less"
+        )
 
 
 def _as_trained(config: Config | None, kind: str) -> tuple[Any, dict[str, Any]]:

@@ -147,9 +147,29 @@ def restored(given: str) -> Restored:
 
 
 def decoder(shape: Model, vocabulary: int, *, seed: int = 0) -> models.Decoder:
-    """The built-in decoder of this shape."""
-    options = attrs.asdict(shape)
-    return models.decoder(models.DecoderConfig(vocabulary=vocabulary, **options), seed=seed)
+    """The built-in decoder of this shape; `ConfigError` if its bytes cannot be counted."""
+    check_size(shape, vocabulary, 2**63 - 1, "torch counts up to")
+    return models.decoder(_described(shape, vocabulary), seed=seed)
+
+
+def check_size(shape: Model, vocabulary: int, most: int, limit: str) -> None:
+    """Raise `ConfigError` if the params of the built-in decoder take more than `most` bytes.
+
+    `limit`: what `most` is, in words that its number can follow.
+    """
+    config = _described(shape, vocabulary)
+    size = 4 * config.parameters  # they are made in float32, whatever is computed in
+    if size > most:
+        raise ConfigError(
+            f"model.width: {config.width}, with model.layers {config.layers}, model.hidden "
+            f"{config.feed_forward} and a vocabulary of {vocabulary}: {config.parameters:,} "
+            f"parameters, which alone take {size / 2**30:,.0f} GiB, and {limit} "
+            f"{most / 2**30:,.0f}; expected a model that fits; give less of what is large"
+        )
+
+
+def _described(shape: Model, vocabulary: int) -> models.DecoderConfig:
+    return models.DecoderConfig(vocabulary=vocabulary, **attrs.asdict(shape))
 
 
 def trained(given: str) -> Trained:

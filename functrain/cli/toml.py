@@ -8,7 +8,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import attrs
 import cattrs
@@ -66,8 +66,10 @@ def loads(text: str, cls: type[C]) -> C:
 
 def read_any(path: Path) -> Config:
     """The config that a run has written, of the stage that its `stage` names."""
-    stage = _tables(path).get("stage")
-    return read_as(path, str(stage))
+    tables = _tables(path)
+    if "stage" not in tables:
+        raise ConfigError(f"{path}: stage: missing; expected one of {', '.join(STAGES)}")
+    return read_as(path, str(tables["stage"]))
 
 
 def read_as(path: Path, stage: str) -> Config:
@@ -150,8 +152,15 @@ def _expected(path: tuple[str, ...]) -> str:
             keys = ", ".join(field.name.rstrip("_") for field in attrs.fields(kind))
             return f"expected a section with {keys}"
         if kind is not None and any("tuple" in str(arg) for arg in (kind, *get_args(kind))):
-            return "expected a list of numbers, with as many as it needs"
+            return f"expected {_listed(kind)}"
     return ""
+
+
+def _listed(kind: Any) -> str:
+    """The kind of list that a field holds: `tuple[float, float]`, `tuple[int, ...]` or None."""
+    (items,) = (get_args(each) for each in (kind, *get_args(kind)) if get_origin(each) is tuple)
+    what = "texts" if str in items else "numbers"
+    return f"a list of {what}" if Ellipsis in items else f"a list of {len(items)} {what}"
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from functrain.checkpoint.loading import read_leaves
 from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.cli import toml
 from functrain.cli.build import build
-from functrain.cli.config import Pretrain
+from functrain.cli.config import DPO, SFT, Pretrain
 from functrain.cli.directory import started_from
 from functrain.cli.facts import logged
 from functrain.cli.origins import STAGE_ORDER, RunDirectory, stage_directory
@@ -35,8 +35,9 @@ def verified(given: str, replay: str | None) -> Iterator[str]:
     """Yields a line for each intact checkpoint; `CheckpointError` at one that is not intact.
 
     With `replay`, `A..B`, the steps from checkpoint A to B are repeated and must give B's exact
-    bits. Raises `ConfigError` if the data or the starting model of the run have changed, and for
-    fast sums of several workers, which one process cannot repeat.
+    bits. Raises `ConfigError` if the data or the starting model of the run have changed, or its
+    cache of the reference is gone, and for fast sums of several workers, which one process cannot
+    repeat.
     """
     for path in _every_run(Path(given)):
         try:
@@ -85,6 +86,7 @@ def _replayed(path: Path, replay: str) -> str:
     config: Any = toml.read_any(run.config)
     if not isinstance(config, Pretrain):
         started_from(config)
+        _check_cache(config)
     with (
         threads(config.train.threads or 1),
         cache_directory(config.train.compile_cache),
@@ -117,6 +119,19 @@ def _replayed(path: Path, replay: str) -> str:
             f"{end}: made again from step {match[1]}, it differs:\n" + "\n".join(_shown(found))
         )
     return f"steps {match[1]} to {match[2]}, made again: the same bits"
+
+
+def _check_cache(config: SFT | DPO) -> None:
+    """Refuse to replay without the reference's log-probs that the run has read.
+
+    They would be made anew, from other batches, which may change their last bits.
+    """
+    cache = config.preference.cache if isinstance(config, DPO) else None
+    if cache is not None and not (Path(cache).is_file() and Path(cache).stat().st_size):
+        raise ConfigError(
+            f"preference.cache: {cache} is not there (looked from {Path.cwd()}), from which the "
+            "run has the reference's log-probs; put it back, or a link to where it is now"
+        )
 
 
 def _check_alone(run: RunDirectory, begin: int, end: int) -> None:

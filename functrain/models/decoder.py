@@ -71,6 +71,14 @@ class DecoderConfig:
         """The width inside the feed-forward."""
         return -(-8 * self.width // 96) * 32 if self.hidden is None else self.hidden
 
+    @property
+    def parameters(self) -> int:
+        """The number of parameters; those of a tied head count once."""
+        attention = 2 * self.width * (self.heads + self.groups) * self.head_width
+        block = attention + 3 * self.width * self.feed_forward + 2 * self.width
+        tables = self.vocabulary * self.width * (1 if self.tied else 2)
+        return tables + self.layers * block + self.width
+
 
 def decoder(config: DecoderConfig, *, seed: int = 0) -> Decoder:
     """A decoder whose weights are a function of `seed`; the global generators are left alone."""

@@ -128,7 +128,10 @@ BAD = [
     ('[train]\nprecision = "fp17"', "train.precision: 'fp17' is unknown; did you mean 'fp16'"),
     ('[optimizer]\nname = "adamv"', "optimizer.name: 'adamv' is unknown; did you mean 'adam'"),
     ('[optimizer]\nname = "sgd"\neps = 1e-8', "optimizer.eps: sgd has none; it has weight_decay"),
-    ("[optimizer]\nbetas = 3", "optimizer.betas: expected a list of numbers"),
+    ("[optimizer]\nbetas = 3", "optimizer.betas: expected a list of 2 numbers"),
+    ("[optimizer]\nbetas = [0.9]", "optimizer.betas: expected a list of 2 numbers"),
+    ("[schedule]\nmilestones = 3", "schedule.milestones: expected a list of numbers"),
+    ("[tracking]\nservices = 3", "tracking.services: expected a list of texts"),
     ('[optimizer]\nbetas = ["x", 1]', "optimizer.betas: expected a number, got 'x'"),
     ("[optimizer]\nbetas = [0.9, 1]", r"optimizer.betas: 1.0, expected numbers in \[0, 1\)"),
     ('[schedule]\nname = "cosin"', "schedule.name: 'cosin' is unknown; did you mean 'cosine'"),
@@ -203,6 +206,13 @@ def test_a_path_that_no_config_can_hold_is_refused(capsys: pytest.CaptureFixture
         assert main(["pretrain", option, f"{named}.txt"]) == 2
         said = " ".join(capsys.readouterr().err.split())
         assert f"{key}: '\\udcff.txt' is not UTF-8, as a config is" in said
+
+
+def test_a_run_without_a_stage_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[model]\nwidth = 64\n")
+    with pytest.raises(ConfigError, match="stage: missing; expected one of pretrain, sft, dpo"):
+        toml.read_any(path)
 
 
 def test_all_complaints_come_at_once(tmp_path: Path) -> None:

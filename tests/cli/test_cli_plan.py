@@ -103,6 +103,8 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             "is given by tflops; leave",
         ),
         (["plan", "pretrain", "--utilisation", "7", "--device", "here"], "is measured; leave it"),
+        (["plan", "pretrain", "--model.layers", "5000"], "model.layers: 5000, expected an integer"),
+        (["plan", "pretrain", "--model.width", "2147483640"], "torch counts up to 8,589,934,592"),
     ],
 )
 def test_bad_input_is_answered(

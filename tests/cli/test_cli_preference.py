@@ -152,6 +152,14 @@ def test_a_cache_that_was_moved_is_asked_for(
     code, alone = _dpo(start, "unmoved", *options)
     assert code == 0  # a new run makes its own
     assert _newest(run) == _newest(alone)
+    away = moved.rename(cache)  # the run knows it as moved.jsonl now
+    assert main(["verify", str(run), "--replay", "2..4"]) == 2
+    assert f"preference.cache: {moved} is not there" in capsys.readouterr().err
+    assert not moved.exists()
+    moved.symlink_to(away)  # what that error advises
+    assert main(["verify", str(run), "--replay", "2..4"]) == 0
+    moved.unlink()
+    away.rename(moved)
     other = ["--preference.cache", str(tmp_path / "another.jsonl")]
     assert main([*again, *other, "--train.steps", "5"]) == 2
     assert "another.jsonl is not there" in capsys.readouterr().err

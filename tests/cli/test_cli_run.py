@@ -803,6 +803,19 @@ def test_a_batch_larger_than_the_memory_is_refused_before_the_data_are_read(
     assert not run.exists()
 
 
+@pytest.mark.parametrize(("key", "value"), [("width", 2**31 - 8), ("hidden", 2**31 - 1)])
+def test_a_model_larger_than_the_memory_is_refused_before_the_data_are_read(
+    key: str, value: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    assert main(["pretrain", given, f"--model.{key}", str(value)]) == 2
+    said = capsys.readouterr().err
+    assert f"model.{key}" in said
+    assert str(value) in said
+    assert "GiB, and this machine has" in said
+    assert not run.exists()
+
+
 TWICE = """
 import os, signal, sys, time
 from functrain.cli.signals import stopping

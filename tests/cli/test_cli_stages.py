@@ -455,6 +455,7 @@ def test_a_run_that_skips_is_measured_on_what_it_was_trained_on(
         (["no.txt"], "no.txt: is not there"),
         (["{runs}/judged.jsonl"], "judged.jsonl: completions with a label"),
         (["{runs}/bad.jsonl"], "bad.jsonl:2: not JSON"),
+        (["{runs}/text.txt", "--time", str(10**12)], "time: 1000000000000; the token ids of one"),
         (["{runs}/text.txt", "--limit", "0"], "limit: 0, expected an integer of at least 1"),
         ([], "no file"),
         (["{runs}/text.txt", "{runs}/ids.npy"], "ids.npy: token ids, and the model reads text"),

@@ -723,8 +723,9 @@ def test_data_show_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:
     pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     path.write_text(json.dumps(said("a", "b", "c", "d")) + "\n" + json.dumps(pair) + "\n")
     tokenizer().inner.save_pretrained(tmp_path / "model")
-    notes = tmp_path / "notes.txt"
+    notes, half = tmp_path / "notes.txt", tmp_path / "half.jsonl"
     notes.write_text("It was a dark night.")
+    half.write_text(json.dumps({"prompt": "p", "chosen": "good"}))
     assert main(["data", "show", str(path), "--model", str(tmp_path / "model")]) == 0
     out = capsys.readouterr().out
     assert f"{path}:1: messages" in out
@@ -737,6 +738,7 @@ def test_data_show_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:
         (["data", "show", str(path), "--index", "2"], "index: 2, and"),
         (["data", "sow", str(path)], "'sow' is unknown"),
         (["data", "show", str(path), "--color", "red"], "color: 'red'"),
+        (["data", "show", str(half)], f"{half}:1: no 'rejected'"),
         (["data", "show", str(notes)], "expected records, in a file that ends in .jsonl or .json"),
         (["data", "show", str(path), "--model", str(tmp_path)], "no tokenizer that transformers"),
     ):

@@ -69,6 +69,35 @@ def test_grouped_queries_are_repeated_keys() -> None:
     torch.testing.assert_close(grouped(ids), full(ids), rtol=1e-12, atol=1e-12)
 
 
+@given(
+    vocabulary=st.integers(1, 9),
+    layers=st.integers(1, 3),
+    pairs=st.integers(1, 3),
+    heads=st.sampled_from([(1, None), (4, 2), (3, 1), (6, 3), (2, None)]),
+    hidden=st.none() | st.integers(1, 9),
+    tied=st.booleans(),
+)
+def test_parameters_are_counted_from_the_config(
+    vocabulary: int,
+    layers: int,
+    pairs: int,
+    heads: tuple[int, int | None],
+    hidden: int | None,
+    tied: bool,
+) -> None:
+    config = ft.models.DecoderConfig(
+        vocabulary=vocabulary,
+        width=2 * pairs * heads[0],
+        layers=layers,
+        heads=heads[0],
+        kv_heads=heads[1],
+        hidden=hidden,
+        tied=tied,
+    )
+    made = ft.models.decoder(config)
+    assert config.parameters == sum(each.numel() for each in made.parameters())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_it_is_the_llama_of_transformers(tied: bool) -> None:
     transformers = pytest.importorskip("transformers")
