@@ -31,11 +31,17 @@ def are_modes_of(scratch: Tensor, column: Tensor) -> Tensor:
     """`are_modes` of logits that the caller owns: they are written to, and then restored."""
     if scratch.device.type != "cpu" or scratch.numel() < _MANY:
         return are_modes(scratch, column)
+    modes, _, _ = compared(scratch, column)
+    return modes
+
+
+def compared(scratch: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `are_modes_of`; with it each target's logit, and the largest of the others, [rows, 1]."""
     own = scratch.gather(1, column)
     scratch.scatter_(1, column, -torch.inf)
     others = scratch.amax(-1, keepdim=True)
     scratch.scatter_(1, column, own)
-    return (own > others) | _first(own == others, scratch, column)
+    return (own > others) | _first(own == others, scratch, column), own, others
 
 
 def _first(tied: Tensor, logits: Tensor, column: Tensor) -> Tensor:

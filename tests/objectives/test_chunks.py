@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrain.accumulators import Accumulating, accumulating
 from functrain.errors import ConfigError
-from functrain.objectives import chunks, scores
+from functrain.objectives import chunks, cross_entropy, scores
 from functrain.objectives.chunks import Projection
 from functrain.objectives.cross_entropy import summed_cross_entropy
 from functrain.objectives.head_gradients import Gradients
@@ -171,19 +171,31 @@ def _taking(
         yield taken
 
 
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16), scale=-3.7, direct=True)
+@example(
+    case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16), scale=-3.7, direct=True, cached=1
+)
 @example(
     case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16, finish="cap"),
     scale=-3.7,
     direct=False,
+    cached=1 << 20,
 )
-@given(case=CASES, scale=st.sampled_from([1.0, -3.7]), direct=st.booleans())
+@given(
+    case=CASES,
+    scale=st.sampled_from([1.0, -3.7]),
+    direct=st.booleans(),
+    cached=st.sampled_from([1, 400, 1 << 20]),
+)
 def test_the_summed_loss_and_its_gradients_are_cross_entropys(
-    case: Case, scale: float, direct: bool
+    case: Case, scale: float, direct: bool, cached: int
 ) -> None:
-    """For every shape, budget, finish and upstream gradient, to rounding."""
+    """For every shape, budget, finish, cache and upstream gradient, to rounding."""
     ours, theirs = case.leaves(), case.leaves()
-    with _taking(ours, direct=direct, factor=scale) as taken:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        _taking(ours, direct=direct, factor=scale) as taken,
+    ):
+        patch.setattr(cross_entropy, "CACHED", cached)
         total, correct = summed_cross_entropy(ours[0], case.targets(), case.projection(ours))
         gradients = taken(total, torch.full_like(total, scale))
     expected = _ordinary_loss(case, theirs)
@@ -192,6 +204,48 @@ def test_the_summed_loss_and_its_gradients_are_cross_entropys(
     assert int(correct) == int((case.logits(theirs).argmax(-1) == case.targets()).sum())
     for mine, plain in zip(gradients, torch.autograd.grad(scale * expected, theirs), strict=True):
         _assert_near(mine, plain, tolerance, "gradient")
+
+
+def test_a_few_rows_at_a_time_are_nearer_to_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than `log_softmax`; how many they are is of no matter, nor whether a gradient follows."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 20_000, generator=generator)
+    logits[1, ::2] = -torch.inf
+    column = logits[:, :9_999].argmax(-1, keepdim=True)
+    column[:3] = torch.tensor([[0], [3], [19_999]])
+    exact = logits.double().log_softmax(-1)
+    found = []
+    for cached, graded in ((1 << 20, True), (1 << 20, False), (1, True), (logits.nbytes, True)):
+        monkeypatch.setattr(cross_entropy, "CACHED", cached)
+        given = logits.clone()
+        logps, modes = cross_entropy._measured(given, column, graded=graded)
+        assert torch.equal(modes, logits.argmax(-1, keepdim=True) == column)
+        if graded:
+            torch.testing.assert_close(given, exact.exp().float(), rtol=1e-4, atol=1e-9)
+        found.append(logps)
+    ours, ungraded, by_one, whole = found
+    assert torch.equal(ours, ungraded)
+    assert torch.equal(ours, by_one)
+    right = exact.gather(1, column)
+    assert float((ours - right).abs().max()) < 3e-6
+    assert _error(ours, right) < _error(whole, right)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_give_none(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for `log_softmax`: a step whose loss is not finite is skipped."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[1] = value
+    logits[2, 7] = value
+    column = torch.tensor([[4], [4], [9]])
+    expected = logits.log_softmax(-1)
+    monkeypatch.setattr(cross_entropy, "CACHED", 1)
+    probabilities = logits.clone()
+    logps, _ = cross_entropy._measured(probabilities, column, graded=True)
+    torch.testing.assert_close(logps, expected.gather(1, column), equal_nan=True)
+    torch.testing.assert_close(probabilities, expected.exp(), equal_nan=True)
 
 
 @example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=1000), detailed=True, direct=True)
