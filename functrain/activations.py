@@ -177,9 +177,9 @@ def checkpointed(
     and values is off (`config.use_cache`), since the second forward would add to it again.
 
     The backward pass raises `ArchitectureError` if a module's buffers have been written to since
-    its forward, and selectively, if a forward writes into a product in place. Other changes by a
-    forward go unnoticed: non-tensor attributes, and writes that leave the version as it is, such as
-    those of `F.batch_norm`.
+    its forward; selectively, also if a result that is kept has been. Other changes by a forward go
+    unnoticed: non-tensor attributes, and writes that leave the version as it is, such as those of
+    `F.batch_norm`.
     """
     recomputed = _selectively if recompute == "selective" else _fully
     caching = _caching(architecture) if modules else []
@@ -323,7 +323,10 @@ _PRODUCTS, _ATTENTION = _products(), _attention()
 
 @attrs.frozen(eq=False)
 class _Result:
-    """What a kept operator returned, without autograd's graph, and the versions of its tensors."""
+    """What a kept operator returned, without autograd's graph, and the versions of its tensors.
+
+    None where the forward has written into it, so that it is computed again.
+    """
 
     operator: Any
     returned: Any
@@ -333,6 +336,9 @@ class _Result:
     def of(cls, operator: Any, returned: Any) -> _Result:
         apart = tuple(map(_apart, returned)) if isinstance(returned, tuple) else _apart(returned)
         return cls(operator, apart, _versions(apart))
+
+    def is_intact(self) -> bool:
+        return _versions(self.returned) == self.versions
 
 
 def _apart(value: Any) -> Any:
@@ -363,6 +369,11 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.results.append(_Result.of(func, returned))
         return returned
 
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
+        results = self.results
+        results[:] = [e if e.is_intact() else attrs.evolve(e, returned=None) for e in results]
+
 
 class _Giving(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives `results` to a second forward in the place of computing them."""
@@ -387,11 +398,13 @@ class _Giving(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"({func}); name modules whose forward depends on their inputs alone, or leave "
                 "checkpoint out"
             )
-        if _versions(result.returned) != result.versions:
+        if result.returned is None:
+            return func(*args, **(kwargs or {}))
+        if not result.is_intact():
             raise ArchitectureError(
-                f"recompute: the result of a {name}'s {func} has been written to in place, so that "
-                "'selective' cannot use it again; take 'full', or write out of place (y = y + x "
-                "for y += x)"
+                f"recompute: the result of a {name}'s {func} has been written to in place since "
+                "its forward, so that 'selective' cannot use it again; take 'full', or write out "
+                "of place (y = y + x for y += x)"
             )
         return result.returned
 

@@ -417,7 +417,7 @@ def test_a_buffer_that_a_second_forward_would_find_changed_is_refused(how: str, 
 
 
 class Writing(nn.Module):
-    """A block that writes into the result of its product."""
+    """A block that writes into the result of its product, or has it written into by its caller."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -430,26 +430,47 @@ class Writing(nn.Module):
             x += 1
         elif self.where == "part":
             x.view(-1)[1:].mul_(2)
+        elif self.where == "outside":
+            self.written = x
         # Its last product is kept too, though no gradient asks for it.
         return self.other(x.sin())
 
 
+class Written(Blocks):
+    """Writes into the first product of a block after the block's forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        returned = super().forward(*args, **kwargs)
+        with torch.no_grad():
+            self.mix[1].written.zero_()  # type: ignore[index, union-attr, operator]
+        return returned
+
+
 @pytest.mark.parametrize("where", ["whole", "part"])
-def test_a_product_that_is_written_into_is_not_used_again(
-    where: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_product_that_its_block_writes_into_is_made_again(
+    where: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a compiler, which writes nowhere, may keep it."""
-    message = (
-        r"recompute: the result of a Writing's aten\.addmm\.default has been written to in place"
-    )
-    with pytest.raises(ft.ArchitectureError, match=message):
-        _gradients(lambda: Writing(where), "mix.*", recompute="selective")
-    expected = _gradients(lambda: Writing(where), None).grads
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    for options in ({}, {"recompute": "selective", "compile": True}):
-        found = _gradients(lambda: Writing(where), "mix.*", **options).grads
-        for name, grad in expected.items():
-            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+    options = {"recompute": "selective", "compile": compiling}
+    ours = _gradients(lambda: Writing(where), "mix.*", **options).grads
+    theirs = _gradients(lambda: Writing(where), None).grads
+    for name, grad in theirs.items():
+        if compiling:
+            torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(ours[name], grad)
+
+
+def test_a_product_that_others_write_into_is_not_used_again() -> None:
+    with keys.seeded(3):
+        architecture, params, buffers = ft.split(Written(lambda: Writing("outside")))
+    step = ft.pretrain_step(
+        architecture, ft.optim.adamw(), checkpoint="mix.*", recompute="selective"
+    )
+    message = r"the result of a Writing's aten\.addmm\.default has been written to in place since"
+    with pytest.raises(ft.ArchitectureError, match=message):
+        step.gradient(params, buffers, zoo.batch())
 
 
 class Changing(nn.Module):
