@@ -69,7 +69,7 @@ def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def recompute_name(_record: object, _field: object, value: object) -> None:
-    """An attrs validator: raise `ConfigError` for what is none of `RECOMPUTES`."""
+    """An attrs validator: raise `ConfigError` unless the value is one of `RECOMPUTES`."""
     if value not in RECOMPUTES:
         raise ConfigError(f"recompute: {value!r}, unknown; {did_you_mean(str(value), RECOMPUTES)}")
 
@@ -173,13 +173,13 @@ def checkpointed(
 ) -> Generator[None]:
     """A context in which the activations of `modules`, found by `matching`, are recomputed.
 
-    Enter it inside `functrain.bound`, and take the gradient inside, once. A model's cache of keys
-    and values is off (`config.use_cache`), since the second forward would add to it again.
+    Enter it inside `functrain.bound`, and take the gradient inside. A model's cache of keys and
+    values is off (`config.use_cache`), since the second forward would add to it again; with it on,
+    eager attention of some models of transformers (GPT-2, OPT) has other last bits.
 
     The backward pass raises `ArchitectureError` if a module's buffers have been written to since
-    its forward; selectively, also if a result that is kept has been. Other changes by a forward go
-    unnoticed: non-tensor attributes, and writes that leave the version as it is, such as those of
-    `F.batch_norm`.
+    its forward. Other changes by a forward go unnoticed: non-tensor attributes, and writes that
+    leave the version as it is, such as those of `F.batch_norm` and of `tensor.data`.
     """
     recomputed = _selectively if recompute == "selective" else _fully
     caching = _caching(architecture) if modules else []
@@ -323,22 +323,39 @@ _PRODUCTS, _ATTENTION = _products(), _attention()
 
 @attrs.frozen(eq=False)
 class _Result:
-    """What a kept operator returned, without autograd's graph, and the versions of its tensors.
+    """What a kept operator returned, without autograd's graph.
 
-    None where the forward has written into it, so that it is computed again.
+    `watched`: tensors in its memory, and their versions when they were made. Some have versions of
+    their own: autograd takes what `aten._unsafe_view` returns, as `x @ w` does, for no view.
     """
 
     operator: Any
     returned: Any
-    versions: list[int]
+    watched: list[tuple[Tensor, int]] = attrs.field(factory=list)
 
     @classmethod
     def of(cls, operator: Any, returned: Any) -> _Result:
-        apart = tuple(map(_apart, returned)) if isinstance(returned, tuple) else _apart(returned)
-        return cls(operator, apart, _versions(apart))
+        apart = [_apart(each) for each in _parts(returned)]
+        made = cls(operator, tuple(apart) if isinstance(returned, tuple) else apart[0])
+        for each in _tensors(apart):
+            made.watch(each)
+        return made
+
+    def watch(self, tensor: Tensor) -> None:
+        self.watched.append((tensor, tensor._version))
 
     def is_intact(self) -> bool:
-        return _versions(self.returned) == self.versions
+        """Whether nobody has written into it."""
+        return all(tensor._version == version for tensor, version in self.watched)
+
+
+def _parts(returned: Any) -> Sequence[Any]:
+    several = isinstance(returned, Sequence) and not isinstance(returned, str)
+    return returned if several else (returned,)
+
+
+def _tensors(parts: Sequence[Any]) -> list[Tensor]:
+    return [each for each in parts if isinstance(each, Tensor)]
 
 
 def _apart(value: Any) -> Any:
@@ -350,37 +367,51 @@ def _apart(value: Any) -> Any:
         return value.detach()
 
 
-def _versions(returned: Any) -> list[int]:
-    parts = returned if isinstance(returned, tuple) else (returned,)
-    return [each._version for each in parts if isinstance(each, Tensor)]
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode in which functions that are compiled stay so, as in torch's own two."""
 
+    supports_higher_order_operators = True
 
-class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps results of a first forward in `results`."""
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
     def __init__(self, results: list[_Result]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.results = results
 
+
+class _Keeping(_Mode):  # type: ignore[no-untyped-call]
+    """Keeps results of a first forward in `results`."""
+
+    def __init__(self, results: list[_Result]) -> None:
+        super().__init__(results)
+        self.owners: dict[int, _Result] = {}
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         returned = func(*args, **(kwargs or {}))
+        for each in _tensors(_parts(returned)):
+            owner = self.owners.get(each.untyped_storage()._cdata)
+            if owner is not None:
+                owner.watch(_apart(each))
         if _is_kept(func, args, kwargs or {}):
-            self.results.append(_Result.of(func, returned))
+            result = _Result.of(func, returned)
+            self.results.append(result)
+            owned = [each.untyped_storage()._cdata for each, _ in result.watched]
+            self.owners.update(dict.fromkeys(owned, result))
         return returned
 
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
-        results = self.results
-        results[:] = [e if e.is_intact() else attrs.evolve(e, returned=None) for e in results]
 
+class _Giving(_Mode):  # type: ignore[no-untyped-call]
+    """Gives `results` to a second forward in the place of computing them.
 
-class _Giving(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives `results` to a second forward in the place of computing them."""
+    What has been written into is computed again, as the second forward will write into it again.
+    """
 
     def __init__(self, results: list[_Result], module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.results, self.module = results, module
+        super().__init__(results)
+        self.module = module
 
     def __enter__(self) -> _Giving:
         self.given = iter(self.results)  # anew for each backward pass
@@ -391,22 +422,14 @@ class _Giving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del types
         if not _is_kept(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
-        result, name = next(self.given, None), type(self.module).__name__
+        result = next(self.given, None)
         if result is None or result.operator is not func:
             raise ArchitectureError(
-                f"recompute: the second forward of a {name} calls other operators than its first "
-                f"({func}); name modules whose forward depends on their inputs alone, or leave "
-                "checkpoint out"
+                f"recompute: the second forward of a {type(self.module).__name__} calls other "
+                f"products than its first ({func}); name modules whose forward depends on their "
+                "inputs alone, or leave checkpoint out"
             )
-        if result.returned is None:
-            return func(*args, **(kwargs or {}))
-        if not result.is_intact():
-            raise ArchitectureError(
-                f"recompute: the result of a {name}'s {func} has been written to in place since "
-                "its forward, so that 'selective' cannot use it again; take 'full', or write out "
-                "of place (y = y + x for y += x)"
-            )
-        return result.returned
+        return result.returned if result.is_intact() else func(*args, **(kwargs or {}))
 
 
 _Buffer = tuple[_Table, str, Tensor | None, int]

@@ -341,7 +341,7 @@ class Train:
     `model.layers.*`, or several with commas between them."""
     recompute: str = attrs.field(default="full", validator=one_of(("full", "selective")))
     """What of these modules is recomputed: full (everything), or selective (all but products and
-    attention: less is saved, at a few per cent of the time)."""
+    attention: more memory than full, in less time)."""
     head: str = attrs.field(default="auto", validator=one_of(("auto", "full")))
     """How logits are made: auto (a few rows at a time where they are large), or full (for the
     whole batch at once)."""
@@ -403,7 +403,7 @@ class Train:
         if self.recompute != "full" and self.checkpoint is None:
             raise ConfigError(
                 f"train.recompute: {self.recompute!r}, and train.checkpoint names no modules; name "
-                'blocks, such as "model.layers.*", or leave it out'
+                'blocks, such as "model.layers.*", or give "full"'
             )
         if self.keep_pages and self.return_pages:
             raise ConfigError(

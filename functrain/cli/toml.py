@@ -158,7 +158,7 @@ def _expected(path: tuple[str, ...]) -> str:
 
 def _listed(kind: Any) -> str:
     """The kind of list that a field holds: `tuple[float, float]`, `tuple[int, ...]` or None."""
-    (items,) = (get_args(each) for each in (kind, *get_args(kind)) if get_origin(each) is tuple)
+    items = next(get_args(each) for each in (kind, *get_args(kind)) if get_origin(each) is tuple)
     what = "texts" if str in items else "numbers"
     return f"a list of {what}" if Ellipsis in items else f"a list of {len(items)} {what}"
 

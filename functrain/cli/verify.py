@@ -129,8 +129,8 @@ def _check_cache(config: SFT | DPO) -> None:
     cache = config.preference.cache if isinstance(config, DPO) else None
     if cache is not None and not (Path(cache).is_file() and Path(cache).stat().st_size):
         raise ConfigError(
-            f"preference.cache: {cache} is not there (looked from {Path.cwd()}), from which the "
-            "run has the reference's log-probs; put it back, or a link to where it is now"
+            f"preference.cache: {cache} is not there, or is empty (looked from {Path.cwd()}); the "
+            "run has the reference's log-probs from it; put it back, or a link to where it is now"
         )
 
 

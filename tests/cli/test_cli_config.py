@@ -164,7 +164,7 @@ BAD = [
     ('[train]\ncheckpoint = ""', "train.checkpoint: empty; expected a name"),
     (
         '[train]\nrecompute = "half"',
-        "train.recompute: 'half', is unknown; known: 'full', 'selective'",
+        "train.recompute: 'half' is unknown; known: 'full', 'selective'",
     ),
     ('[train]\nrecompute = "selective"', "'selective', and train.checkpoint names no modules"),
     ("peak == 3", "run.toml: not TOML: "),
