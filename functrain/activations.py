@@ -5,10 +5,8 @@ which recomputes them: less memory, up to a third more compute, and the same bit
 whatever draws from Python's `random` or NumPy draws the same numbers the second time. A module that
 writes to its buffers would compute something else the second time, and is refused.
 
-Selectively (Korthikanti et al., 2205.05198), the results of matrix products and of fused attention
-are kept, which take most of the time to make, and only what lies between them is recomputed. A
-product much wider than what it sums over is recomputed too, since it takes much memory for little
-arithmetic: the scores of a long sequence, the update of an adapter.
+Selectively, only what lies between matrix products and attention is recomputed
+(`functrain.selective`).
 """
 
 from __future__ import annotations
@@ -23,26 +21,18 @@ from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from functrain import keys
 from functrain.errors import ArchitectureError, ConfigError, did_you_mean
+from functrain.selective import contexts
 
 Recompute = Literal["full", "selective"]
 """What of a module is recomputed: everything, or all but matrix products and attention."""
 
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
-
-_WIDE = 8
-"""A product of more columns than this many times what it sums over is not worth its memory."""
 
 _again: ContextVar[bool] = ContextVar("again", default=False)
 
@@ -258,178 +248,8 @@ def _checkpointed(
     # finds among those, so with keywords only, dropout would differ the second time.
     given = (*args, *kwargs.values())
     if selective:
-        return checkpoint(run, *given, use_reentrant=False, context_fn=_contexts(module))
+        return checkpoint(run, *given, use_reentrant=False, context_fn=contexts(module))
     return checkpoint(run, *given, use_reentrant=False)
-
-
-def _contexts(module: nn.Module) -> Callable[[], tuple[Any, Any]]:
-    """A function that makes the contexts of a selective forward and of its recomputation."""
-    # A compiler takes torch's own alone. Those refuse an operator that was not called the first
-    # time, such as the cast of a weight that autocast had in its cache.
-    if torch.compiler.is_compiling():
-        return functools.partial(create_selective_checkpoint_contexts, _policy)
-
-    def made() -> tuple[Any, Any]:
-        results: list[_Result] = []
-        return _Keeping(results), _Giving(results, module)
-
-    return made
-
-
-def _policy(_context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if _is_kept(operator, args, kwargs):
-        return CheckpointPolicy.PREFER_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _is_kept(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operator's result is kept for the second forward."""
-    if operator in _PRODUCTS:
-        summed, columns = args[_PRODUCTS[operator]].shape[-2:]
-        return bool(columns <= _WIDE * summed)
-    if operator not in _ATTENTION:
-        return False
-    # An attention that draws is recomputed, or whatever draws next would draw other numbers.
-    place = _ATTENTION[operator]
-    return bool((args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)) == 0.0)
-
-
-def _products() -> dict[Any, int]:
-    """The operators of products, and the place of the right factor among their arguments."""
-    aten = torch.ops.aten
-    plain, added = (aten.mm, aten.bmm, aten._grouped_mm), (aten.addmm, aten.baddbmm)
-    return {each.default: 1 for each in plain} | {each.default: 2 for each in added}
-
-
-def _attention() -> dict[Any, int]:
-    """The operators of fused attention, and the place of `dropout_p` among their arguments."""
-    aten = torch.ops.aten
-    found = (
-        aten._scaled_dot_product_flash_attention_for_cpu,
-        aten._scaled_dot_product_flash_attention,
-        aten._scaled_dot_product_efficient_attention,
-        aten._scaled_dot_product_cudnn_attention,
-        aten._scaled_dot_product_fused_attention_overrideable,
-        aten._flash_attention_forward,
-        aten._efficient_attention_forward,
-        aten._cudnn_attention_forward,
-    )
-    names = {op.default: [each.name for each in op.default._schema.arguments] for op in found}
-    return {operator: each.index("dropout_p") for operator, each in names.items()}
-
-
-_PRODUCTS, _ATTENTION = _products(), _attention()
-
-
-@attrs.frozen(eq=False)
-class _Result:
-    """What a kept operator returned, without autograd's graph.
-
-    `watched`: tensors in its memory, and their versions when they were made. Some have versions of
-    their own: autograd takes what `aten._unsafe_view` returns, as `x @ w` does, for no view.
-    """
-
-    operator: Any
-    returned: Any
-    watched: list[tuple[Tensor, int]] = attrs.field(factory=list)
-
-    @classmethod
-    def of(cls, operator: Any, returned: Any) -> _Result:
-        apart = [_apart(each) for each in _parts(returned)]
-        made = cls(operator, tuple(apart) if isinstance(returned, tuple) else apart[0])
-        for each in _tensors(apart):
-            made.watch(each)
-        return made
-
-    def watch(self, tensor: Tensor) -> None:
-        self.watched.append((tensor, tensor._version))
-
-    def is_intact(self) -> bool:
-        """Whether nobody has written into it."""
-        return all(tensor._version == version for tensor, version in self.watched)
-
-
-def _parts(returned: Any) -> Sequence[Any]:
-    several = isinstance(returned, Sequence) and not isinstance(returned, str)
-    return returned if several else (returned,)
-
-
-def _tensors(parts: Sequence[Any]) -> list[Tensor]:
-    return [each for each in parts if isinstance(each, Tensor)]
-
-
-def _apart(value: Any) -> Any:
-    """A tensor without the graph, which would refer to itself; it shares the version."""
-    if not isinstance(value, Tensor):
-        return value
-    # Below autograd a detached tensor counts writes by itself, unless this key takes part.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return value.detach()
-
-
-class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode in which functions that are compiled stay so, as in torch's own two."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def __init__(self, results: list[_Result]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.results = results
-
-
-class _Keeping(_Mode):  # type: ignore[no-untyped-call]
-    """Keeps results of a first forward in `results`."""
-
-    def __init__(self, results: list[_Result]) -> None:
-        super().__init__(results)
-        self.owners: dict[int, _Result] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        returned = func(*args, **(kwargs or {}))
-        for each in _tensors(_parts(returned)):
-            owner = self.owners.get(each.untyped_storage()._cdata)
-            if owner is not None:
-                owner.watch(_apart(each))
-        if _is_kept(func, args, kwargs or {}):
-            result = _Result.of(func, returned)
-            self.results.append(result)
-            owned = [each.untyped_storage()._cdata for each, _ in result.watched]
-            self.owners.update(dict.fromkeys(owned, result))
-        return returned
-
-
-class _Giving(_Mode):  # type: ignore[no-untyped-call]
-    """Gives `results` to a second forward in the place of computing them.
-
-    What has been written into is computed again, as the second forward will write into it again.
-    """
-
-    def __init__(self, results: list[_Result], module: nn.Module) -> None:
-        super().__init__(results)
-        self.module = module
-
-    def __enter__(self) -> _Giving:
-        self.given = iter(self.results)  # anew for each backward pass
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        if not _is_kept(func, args, kwargs or {}):
-            return func(*args, **(kwargs or {}))
-        result = next(self.given, None)
-        if result is None or result.operator is not func:
-            raise ArchitectureError(
-                f"recompute: the second forward of a {type(self.module).__name__} calls other "
-                f"products than its first ({func}); name modules whose forward depends on their "
-                "inputs alone, or leave checkpoint out"
-            )
-        return result.returned if result.is_intact() else func(*args, **(kwargs or {}))
 
 
 _Buffer = tuple[_Table, str, Tensor | None, int]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import functrain as ft
-from functrain import activations, compilation, keys
+from functrain import activations, compilation, keys, selective
 from functrain.loop import conditions
 
 # Of torch's own, when its code generator is imported.
@@ -142,20 +142,20 @@ def test_less_is_saved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, state = _begun(name)
     theirs, _ = _begun(name, checkpoint=None)
     assert _saved(ours, state) < 0.35 * _saved(theirs, state)
-    selective, _ = _begun(name, recompute="selective")
-    kept: list[activations._Result] = []
-    of = activations._Result.of
+    keeping, _ = _begun(name, recompute="selective")
+    kept: list[selective.Result] = []
+    of = selective.Result.of
 
     def watched(operator: Any, returned: Any) -> Any:
         kept.append(of(operator, returned))
         return kept[-1]
 
-    monkeypatch.setattr(activations._Result, "of", watched)
-    saved = _saved(selective, state)
+    monkeypatch.setattr(selective.Result, "of", watched)
+    saved = _saved(keeping, state)
     assert saved == _saved(ours, state)
     saved += sum(tensor.numel() for each in kept for tensor, _ in each.watched[:1])
     assert saved < 0.75 * _saved(theirs, state)
-    assert ft.flops_of(selective, state, zoo.batch()) <= ft.flops_of(theirs, state, zoo.batch())
+    assert ft.flops_of(keeping, state, zoo.batch()) <= ft.flops_of(theirs, state, zoo.batch())
 
 
 def _operator(name: str) -> Any:
@@ -178,10 +178,10 @@ def test_a_product_is_kept_unless_it_is_wide_for_what_it_sums(
         torch.empty(columns, summed, device="meta").T,
     ):
         args = (torch.empty(columns, device="meta"), one, right) if add else (one, right)
-        kept = activations._is_kept(_operator("addmm" if add else "mm"), args, {})
+        kept = selective.is_kept(_operator("addmm" if add else "mm"), args, {})
         assert kept == (columns <= 8 * summed)
         batched = [each.unsqueeze(0) for each in args]
-        kept = activations._is_kept(_operator("baddbmm" if add else "bmm"), batched, {})
+        kept = selective.is_kept(_operator("baddbmm" if add else "bmm"), batched, {})
         assert kept == (columns <= 8 * summed)
 
 
@@ -202,10 +202,10 @@ def test_attention_is_kept_unless_it_draws(name: str) -> None:
     arguments = [each.name for each in operator._schema.arguments]
     for probability in (0.0, 0.1):
         given = [probability if each == "dropout_p" else None for each in arguments]
-        assert activations._is_kept(operator, given, {}) == (probability == 0)
-    assert activations._is_kept(operator, [None] * 3, {})
-    assert not activations._is_kept(operator, [None] * 3, {"dropout_p": 0.1})
-    assert not activations._is_kept(_operator("silu"), [None], {})
+        assert selective.is_kept(operator, given, {}) == (probability == 0)
+    assert selective.is_kept(operator, [None] * 3, {})
+    assert not selective.is_kept(operator, [None] * 3, {"dropout_p": 0.1})
+    assert not selective.is_kept(_operator("silu"), [None], {})
 
 
 def test_a_part_of_the_blocks_and_several_patterns() -> None:
@@ -507,8 +507,8 @@ def test_a_product_that_others_write_into_is_made_again() -> None:
             architecture, ft.optim.adamw(), checkpoint="mix.*", recompute=recompute
         )
         found.append(step.gradient(params, buffers, zoo.batch()).grads)
-    full, selective = found
-    assert all(torch.equal(selective[name], grad) for name, grad in full.items())
+    full, some = found
+    assert all(torch.equal(some[name], grad) for name, grad in full.items())
 
 
 class Compiled(nn.Module):
