@@ -27,6 +27,7 @@ LAYERS = [
     "architecture",
     "descriptions",
     "deferred",
+    "selective",
     "activations",
     "compilation",
     "lora",
