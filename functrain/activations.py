@@ -58,15 +58,11 @@ def patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def recompute_name(_record: object, _field: object, value: object) -> None:
-    """An attrs validator: raise `ConfigError` unless the value is one of `RECOMPUTES`."""
-    if value not in RECOMPUTES:
-        raise ConfigError(f"recompute: {value!r}, unknown; {did_you_mean(str(value), RECOMPUTES)}")
-
-
 def check_recompute(recompute: Recompute, names: Sequence[str]) -> None:
-    """Raise `ConfigError` for "selective" without names of modules to recompute."""
-    recompute_name(None, None, recompute)
+    """Raise `ConfigError` for none of `RECOMPUTES`, and for "selective" without names."""
+    if recompute not in RECOMPUTES:
+        hint = did_you_mean(str(recompute), RECOMPUTES)
+        raise ConfigError(f"recompute: {recompute!r}, unknown; {hint}")
     if recompute == "selective" and not names:
         raise ConfigError(
             "recompute: 'selective', and checkpoint names no modules; name blocks, such as "
@@ -204,16 +200,12 @@ def _caching(architecture: nn.Module) -> list[Any]:
 
 # Functions, since dynamo does not take bound methods.
 def _fully(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return type(module).forward(module, *args, **kwargs)
-
+    forward = functools.partial(type(module).forward, module)
     return _checkpointed(module, forward, False, *args, **kwargs)
 
 
 def _selectively(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return type(module).forward(module, *args, **kwargs)
-
+    forward = functools.partial(type(module).forward, module)
     return _checkpointed(module, forward, True, *args, **kwargs)
 
 

@@ -123,7 +123,7 @@ class Step:
     donate: bool = attrs.field(default=False, validator=boolean)
     compile: bool = False
     checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
-    recompute: Recompute = attrs.field(default="full", validator=activations.recompute_name)
+    recompute: Recompute = "full"
     reduction: Reduction = attrs.field(default="fast", validator=reduction_name)
     world: World | None = None
     sharded: bool = attrs.field(default=False, validator=boolean)

@@ -57,7 +57,7 @@ class Job:
     microbatches: int = 1
     precision: Precision = attrs.field(default=POLICIES["fp32"], converter=policy)
     checkpoint: tuple[str, ...] = attrs.field(default=(), converter=activations.patterns)
-    recompute: Recompute = attrs.field(default="full", validator=activations.recompute_name)
+    recompute: Recompute = "full"
     sides: int = 1
     paired: bool = False
     reference: bool = False
