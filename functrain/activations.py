@@ -155,24 +155,19 @@ def _check(name: str, module: nn.Module, architecture: nn.Module) -> None:
 
 @contextmanager
 def checkpointed(
-    architecture: nn.Module, modules: Mapping[str, nn.Module], recompute: Recompute = "full"
+    modules: Mapping[str, nn.Module], recompute: Recompute = "full"
 ) -> Generator[None]:
     """A context in which the activations of `modules`, found by `matching`, are recomputed.
 
-    Enter it inside `functrain.bound`, and take the gradient inside. A model's cache of keys and
-    values is off (`config.use_cache`), since the second forward would add to it again; with it on,
-    eager attention of some models of transformers (GPT-2, OPT) has other last bits.
+    Enter it inside `functrain.bound`, and take the gradient inside.
 
     The backward pass raises `ArchitectureError` if a module's buffers have been written to since
     its forward. Other changes by a forward go unnoticed: non-tensor attributes, and writes that
     leave the version as it is, such as those of `F.batch_norm` and of `tensor.data`.
     """
     recomputed = _selectively if recompute == "selective" else _fully
-    caching = _caching(architecture) if modules else []
     before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
-        for config in caching:
-            config.use_cache = False
         for name, module in modules.items():
             own = before[name]
             _tables[module] = [each._buffers for each in module.modules() if each._buffers]
@@ -188,14 +183,6 @@ def checkpointed(
             vars(module).pop("forward", None)
             if before[name] is not None:
                 vars(module)["forward"] = before[name]
-        for config in caching:
-            config.use_cache = True
-
-
-def _caching(architecture: nn.Module) -> list[Any]:
-    configs = [getattr(module, "config", None) for module in architecture.modules()]
-    by_id = {id(each): each for each in configs if getattr(each, "use_cache", None) is True}
-    return list(by_id.values())
 
 
 # Functions, since dynamo does not take bound methods.

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
@@ -24,10 +24,12 @@ from torch.nn.parameter import is_lazy
 from functrain.checks import check_tensors
 from functrain.errors import ArchitectureError, ConfigError, StateError, did_you_mean
 from functrain.quirks import (
+    caching,
     called_afresh,
     dynamic_rotary,
     refuse_scaling,
     submodules_called,
+    uncached,
     write_error,
     written,
 )
@@ -46,8 +48,9 @@ class Slots:
     keep running statistics (BatchNorm), which must keep the statistics' dtype. `uncast`: the
     buffers that keep their dtype where params are cast: those statistics, and non-persistent ones.
     `base`: what the architecture holds itself, see `Held.base`. `rotary`: modules that would
-    remember the longest batch (`functrain.quirks`). `vacant`: slots of buffers that are None, and
-    whether each is persistent. `shapes`: the shapes of `params`.
+    remember the longest batch, and `caching`: configs that may ask for a cache of keys and values
+    (`functrain.quirks`). `vacant`: slots of buffers that are None, and whether each is persistent.
+    `shapes`: the shapes of `params`.
     """
 
     params: Mapping[str, tuple[Place, ...]]
@@ -58,6 +61,7 @@ class Slots:
     uncast: frozenset[str]
     base: str | None = None
     rotary: tuple[nn.Module, ...] = ()
+    caching: tuple[Any, ...] = ()
     vacant: tuple[tuple[Place, bool], ...] = ()
     shapes: Mapping[str, torch.Size] = attrs.field(init=False)
 
@@ -255,14 +259,16 @@ def slots(architecture: nn.Module, *, held: bool = False) -> Slots:
         name for name, at in buffers.items() if any((id(e), key) in passing for e, key in at)
     )
     base = None if own is None else own.base
-    rotary = dynamic_rotary(modules)
+    rotary, configs = dynamic_rotary(modules), caching(modules)
     vacant = tuple(
         ((module._buffers, key), key not in module._non_persistent_buffers_set)
         for module in modules
         for key, buffer in module._buffers.items()
         if buffer is None
     )
-    return Slots(params, buffers, modules, trainable, statistical, uncast, base, rotary, vacant)
+    return Slots(
+        params, buffers, modules, trainable, statistical, uncast, base, rotary, configs, vacant
+    )
 
 
 def _places(architecture: nn.Module, table: str) -> dict[str, tuple[Place, ...]]:
@@ -403,8 +409,9 @@ def bound(
 
     Buffers are bound as they are: a module that updates them in place (BatchNorm in train mode)
     updates what was passed, so pass clones where that matters. Buffers that are None are None again
-    at the end. `places`: `slots(architecture)`, if known, which saves the search. `gathers`: the
-    caller gathers what the architecture holds in shards.
+    at the end. A model of transformers keeps no keys and values, whatever `config.use_cache` says,
+    unless it is called with `use_cache=True`. `places`: `slots(architecture)`, if known, which
+    saves the search. `gathers`: the caller gathers what the architecture holds in shards.
 
     Raises `ArchitectureError` if the names are not the architecture's or `params` are sharded, and
     on exit if the model has written into `params` or has made a persistent buffer that was None;
@@ -432,6 +439,7 @@ def bound(
         _locks.setdefault(architecture, threading.RLock()),
         submodules_called(),
         called_afresh(places.rotary),
+        uncached(places.caching),
     ):
         begun = versions(params)
         before = [(entries, key, entries[key]) for entries, key in _all_places(places)]

@@ -231,7 +231,7 @@ class ValueAndGrad:
             torch.inference_mode(False),
             torch.enable_grad(),
             self._bound(leaves, own.values, total) as model,
-            activations.checkpointed(model, self.checkpointed, self.recompute),
+            activations.checkpointed(self.checkpointed, self.recompute),
             _casts_of_its_own(),
             self._compiled(model),
             self._accumulating(total, weight, scaler)

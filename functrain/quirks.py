@@ -1,8 +1,8 @@
 """What some modules do besides computing with their values, and what a binding does about it.
 
 A bound model is a function of its params, its buffers and its arguments. Some modules of torch and
-transformers are not so by themselves: they bypass their submodules, remember the longest batch, or
-write into their own weights.
+transformers are not so by themselves: they bypass their submodules, remember the longest batch,
+keep keys and values that nobody asked for, or write into their own weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functrain.trees import versions
 
 
 class _Holder:
-    """A token that keeps the fast path off; weakly held, in case an interrupt leaves it behind."""
+    """A token that keeps something off; weakly held, in case an interrupt leaves it behind."""
 
 
 _holders: weakref.WeakSet[_Holder] = weakref.WeakSet()
@@ -48,6 +48,43 @@ def submodules_called() -> Generator[None]:
         _holders.discard(own)
         if not _holders:
             torch.backends.mha.set_fastpath_enabled(_before)
+
+
+def caching(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """The configs of these modules that may ask for a cache of keys and values (`use_cache`)."""
+    configs = [getattr(module, "config", None) for module in modules]
+    found = {id(each): each for each in configs if type(getattr(each, "use_cache", None)) is bool}
+    return tuple(found.values())
+
+
+# By the id of a config, which several architectures may share.
+_uncached: dict[int, weakref.WeakSet[_Holder]] = {}
+
+
+@contextmanager
+def uncached(configs: Iterable[Any]) -> Generator[None]:
+    """A context in which models with these `caching` configs keep no keys and values unasked.
+
+    A forward with a cache takes the tokens of a row for one sequence, whatever `position_ids` say;
+    its keys are other memory, with which some attention has other last bits (GPT-2's, eager); and
+    the second forward of a recomputed block would add to it again. `use_cache=True`, as an
+    argument, still gives one.
+    """
+    own, held = _Holder(), []
+    try:
+        for config in configs:
+            holders = _uncached.setdefault(id(config), weakref.WeakSet())
+            if config.use_cache or holders:
+                holders.add(own)
+                held.append(config)
+                config.use_cache = False
+        yield
+    finally:
+        for config in held:
+            holders = _uncached[id(config)]
+            holders.discard(own)
+            if not holders:
+                config.use_cache = True
 
 
 def dynamic_rotary(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:

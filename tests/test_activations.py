@@ -27,7 +27,7 @@ BLOCKS = "model.layers.*"
 
 
 def _theirs(config: str) -> nn.Module:
-    """With the cache of keys and values on, as it is unless it is turned off."""
+    """Whose config asks for a cache of keys and values, as it does unless it is told not to."""
     transformers = pytest.importorskip("transformers")
     made = getattr(transformers, config)(
         vocab_size=zoo.VOCABULARY,
@@ -253,20 +253,16 @@ def test_compiled(name: str, recompute: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nothing_is_left_behind() -> None:
-    """After a step and after an error; the cache is as it was, and evaluation is plain."""
+    """After a step and after an error; evaluation is plain."""
     step, state = _begun("llama")
     before = ft.evaluate(step, state, [zoo.batch()]).to_dict()
     step(state, zoo.batch())
-    with activations.checkpointed(step.architecture, step.value_and_grad.checkpointed):
-        # A second forward would find its own keys and values in it.
-        assert not step.architecture.config.use_cache
     block = type(step.architecture.model.layers[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block, "forward", lambda *_args, **_kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             step(state, zoo.batch())
     assert not any("forward" in vars(module) for module in step.architecture.modules())
-    assert step.architecture.config.use_cache
     assert ft.evaluate(step, state, [zoo.batch()]).to_dict() == before
 
 
@@ -538,7 +534,7 @@ def test_what_is_compiled_in_a_block_stays_so() -> None:
     for recompute in activations.RECOMPUTES:
         blocks = Blocks(Compiled)
         modules = activations.matching(blocks, ["mix.*"])
-        with activations.checkpointed(blocks, modules, recompute):
+        with activations.checkpointed(modules, recompute):
             out = blocks(input_ids=zoo.batch()["input_ids"])["logits"].square().mean()
             torch.autograd.grad(out, list(blocks.parameters()))
         runs.append([block.runs for block in blocks.mix])  # type: ignore[union-attr]
@@ -576,7 +572,7 @@ def test_a_gradient_may_be_taken_again(recompute: Any) -> None:
     weight = model.mix[1].plain.weight  # type: ignore[union-attr, index]
     grads = []
     for modules in (activations.matching(model, ["mix.*"]), {}):
-        with activations.checkpointed(model, modules, recompute):
+        with activations.checkpointed(modules, recompute):
             out = model(input_ids=zoo.batch()["input_ids"])["logits"].square().mean()
             (once,) = torch.autograd.grad(out, weight, create_graph=True)
             (twice,) = torch.autograd.grad(once.square().sum() + out, weight)

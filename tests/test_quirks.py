@@ -160,6 +160,74 @@ def test_the_switch_of_the_fast_path_is_put_back_when_the_last_binding_ends() ->
     assert enabled()
 
 
+def _caching(name: str, caching: bool) -> tuple[Any, Any, Any]:
+    config = families.CONFIGS[name]()
+    config.use_cache = caching
+    return families.stirred(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("name", ["codegen", "gpt2", "gpt_j", "gpt_neo", "llama", "mamba", "opt"])
+def test_a_cache_that_a_config_asks_for_changes_no_bit(name: str) -> None:
+    """Neither of a gradient, with recomputed blocks or without, nor of an evaluation."""
+    found = []
+    for caching in (False, True):
+        architecture, params, buffers = _caching(name, caching)
+        families.without_dropout(architecture)
+        blocks = next(n for n, m in architecture.named_modules() if isinstance(m, nn.ModuleList))
+        for checkpoint in (None, f"{blocks}.*"):
+            step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2), checkpoint=checkpoint)
+            state, metrics = step(step.init(params, buffers), zoo.batch())
+            measured = ft.evaluate(step, state, [zoo.batch()])
+            found.append((ft.fingerprint(state), metrics.to_dict(), measured.to_dict()))
+        assert architecture.config.use_cache is caching
+    assert all(each == found[0] for each in found)
+
+
+def test_documents_are_separated_by_a_model_whose_config_asks_for_a_cache() -> None:
+    architecture, params, buffers = _caching("llama", True)
+    step = ft.pretrain_step(architecture, ft.optim.sgd(1e-2))
+    position = torch.tensor([[*range(5), *range(3)]])
+    ids = zoo.batch(examples=1, time=8)["input_ids"]
+    batch = {
+        "input_ids": ids,
+        "labels": ids.masked_fill(position == 0, -100),
+        "position_ids": position,
+    }
+    ft.testing.assert_packing_isolated(step, step.init(params, buffers), batch)
+
+
+def test_a_cache_is_given_to_who_asks_for_it_in_the_call() -> None:
+    architecture, params, buffers = _caching("llama", True)
+    ids = zoo.batch()["input_ids"]
+    with ft.bound(architecture, params, buffers, "eval") as model:
+        assert model(ids).past_key_values is None
+        assert model(ids, use_cache=True).past_key_values is not None
+    with pytest.raises(ZeroDivisionError), ft.bound(architecture, params, buffers):
+        raise ZeroDivisionError
+    assert architecture.config.use_cache
+
+
+def test_a_config_that_two_models_share_asks_again_when_the_last_binding_ends() -> None:
+    config = families.CONFIGS["llama"]()
+    first, second = families.stirred(config), families.stirred(config)
+    assert first[0].config is second[0].config
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with ft.bound(*second):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with ft.bound(*first):
+        thread.start()
+        assert inside.wait(10)
+    assert not config.use_cache
+    leave.set()
+    thread.join()
+    assert config.use_cache
+
+
 @pytest.fixture(params=["dynamic", "longrope"])
 def dynamic(request: Any) -> tuple[nn.Module, Any, Any]:
     if request.param == "longrope":

@@ -81,12 +81,10 @@ def skeleton(path: Path, dtype: torch.dtype, attention: str | None = None) -> nn
 def configured(module: nn.Module) -> None:
     """Turn off what a config of transformers asks for besides the model's values.
 
-    Keys and values are kept for a next token, which training does not need; and RWKV divides its
-    own weights in eval mode and multiplies them back in train mode, for float16's range.
+    RWKV divides its own weights in eval mode and multiplies them back in train mode, for float16's
+    range.
     """
     config: Any = module.config
-    if getattr(config, "use_cache", False):
-        config.use_cache = False
     if getattr(config, "rescale_every", 0):
         config.rescale_every = 0
 

@@ -105,12 +105,7 @@ def fault(model: nn.Module, make: Callable[[Batch], Layout]) -> str | None:
         found = _trying(model, lambda trying: _fault(trying, make))
     except Exception as error:  # whatever a foreign forward raises, it cannot be called so
         found = f"its forward raised {type(error).__name__}: {str(error)[:200]}"
-    if found is None:
-        return None
-    hint = ""
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        hint = " (under config.use_cache models of transformers do not separate sequences)"
-    return f"on a few tokens {found}{hint}"
+    return None if found is None else f"on a few tokens {found}"
 
 
 def _fault(model: nn.Module, make: Callable[[Batch], Layout]) -> str | None:

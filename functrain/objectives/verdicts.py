@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 class Verdicts(Generic[Value]):
     """What is known of each architecture, by its config: with another config it is another model.
 
-    `use_cache`, the kind of attention and a soft cap may be set at any time. Steps and evaluations
+    The kind of attention and a soft cap may be set at any time. Steps and evaluations
     may alternate between two configs, so earlier ones are kept too.
     """
 

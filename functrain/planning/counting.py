@@ -255,9 +255,7 @@ def _counted(job: Job, places: Slots, *, gathered: bool = False) -> _Run:
         with (
             torch.enable_grad(),
             bound(job.architecture, leaves, buffers, "train", places=places) as model,
-            activations.checkpointed(
-                model, activations.matching(model, job.checkpoint), job.recompute
-            ),
+            activations.checkpointed(activations.matching(model, job.checkpoint), job.recompute),
             _Grouped(),  # type: ignore[no-untyped-call]
             counted,
             living.gradients_of(leaves.values()),

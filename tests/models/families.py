@@ -187,11 +187,11 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
-def stirred(config: Any) -> tuple[Any, Any, Any]:
+def stirred(config: Any, **options: Any) -> tuple[Any, Any, Any]:
     """A model of a config, split, whose tokens differ by more than a fresh one's."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = tf.AutoModelForCausalLM.from_config(config).float()
+        model = tf.AutoModelForCausalLM.from_config(config, **options).float()
         for parameter in model.parameters():
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     return ft.split(model)

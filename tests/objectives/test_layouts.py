@@ -42,7 +42,6 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
-    "use_cache": False,
 }
 GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -55,7 +54,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_layer": 2,
         "n_head": 4,
         "n_positions": 64,
-        "use_cache": False,
     },
 }
 DECODERS: dict[str, dict[str, Any]] = {
@@ -542,11 +540,6 @@ def test_zeros_hide_no_fault(layout: str) -> None:
 @EVERY_LAYOUT
 def test_where_no_token_sees_another_it_cannot_be_told(layout: str) -> None:
     assert "cannot be told" in _refused(zoo.model("normed"), layout)
-
-
-def test_a_cache_of_the_models_own_is_named() -> None:
-    message = _refused(_huggingface("llama", "sdpa", use_cache=True), "padding_free")
-    assert "under config.use_cache models of transformers do not separate" in message
 
 
 def test_a_window_of_attention_is_not_done_away_with() -> None:

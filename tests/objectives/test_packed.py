@@ -291,7 +291,6 @@ def test_mixtures_of_attention_and_states_are_refused_in_any_precision(
 
     config = transformers.FalconH1Config(**STATEFUL) if name == "falcon_h1" else None
     config = families.CONFIGS[name]() if config is None else config
-    config.use_cache = False
     with ft.keys.seeded(2):
         model = transformers.AutoModelForCausalLM.from_config(config)
     _refused(model, _texts().at(0, 4), precision=precision)
@@ -323,7 +322,6 @@ def test_experts_and_windows_are_not_in_the_way(name: str, precision: str) -> No
     from models import families
 
     config = families.CONFIGS[name]()
-    config.use_cache = False
     with ft.keys.seeded(2):
         model = transformers.AutoModelForCausalLM.from_config(config)
     if precision == "bf16_params":
@@ -351,11 +349,6 @@ def test_a_model_that_knows_no_float32_is_tried_as_it_is() -> None:
         assert (found is None) == separates
     assert "raised RuntimeError: only half" in _refused(Half(lambda inputs: inputs), batch)
     assert [place.fp32_precision for place in places] == before
-
-
-def test_a_cache_of_the_models_own_is_named() -> None:
-    message = _refused(_huggingface("llama", "sdpa", use_cache=True), _texts().at(0, 4))
-    assert "under config.use_cache models of transformers do not separate" in message
 
 
 def test_one_that_separates_the_documents_of_one_row_only_is_told_how() -> None:

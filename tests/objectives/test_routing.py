@@ -91,7 +91,6 @@ def test_packed_documents_are_balanced_as_padded_ones(first: int, padding: int) 
         "position_ids": places[None],
     }
     step, state = started("qwen3_moe")
-    step.architecture.config.use_cache = False
     one, two = (step.value_and_grad(state.params, state.buffers, each) for each in (padded, packed))
     for name in ("loss", "aux_loss"):
         assert float(two.metrics[name]) == pytest.approx(float(one.metrics[name]), rel=1e-5)

@@ -23,19 +23,31 @@ from functrain.objectives.language import LanguageModeling
 from functrain.objectives.verdicts import _KEPT, Verdicts
 
 
-def test_a_cache_that_is_switched_on_later_mixes_documents_and_is_refused() -> None:
-    architecture, params, buffers = families.stirred(families.CONFIGS["llama"]())
+class Switched(torch.nn.Module):
+    """A decoder whose config says whether it separates documents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.config = zoo.decoder(), types.SimpleNamespace(separates=True)
+
+    def forward(self, position_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
+        return self.decoder(position_ids=position_ids if self.config.separates else None, **inputs)
+
+
+def test_a_model_that_is_switched_later_to_mix_documents_is_refused() -> None:
+    architecture, params, buffers = ft.split(Switched())
     position = torch.tensor([[*range(7), *range(5)]])
     ids = zoo.batch(examples=1, time=12)["input_ids"]
     labels = ids.masked_fill(position == 0, -100)
     batch = {"input_ids": ids, "labels": labels, "position_ids": position}
-    for caching in (False, True, False):
-        architecture.config.use_cache = caching
+    for separates in (True, False, True):
+        config: Any = architecture.config
+        config.separates = separates
         gradient = ft.value_and_grad(LanguageModeling(), architecture)
-        if not caching:
+        if separates:
             gradient(params, buffers, batch)
             continue
-        with pytest.raises(ft.ArchitectureError, match=r"under config\.use_cache"):
+        with pytest.raises(ft.ArchitectureError, match=r"does not keep such documents apart"):
             gradient(params, buffers, batch)
 
 
