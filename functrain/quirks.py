@@ -70,7 +70,8 @@ def uncached(configs: Iterable[Any]) -> Generator[None]:
     the second forward of a recomputed block would add to it again. `use_cache=True`, as an
     argument, still gives one.
     """
-    own, held = _Holder(), []
+    own = _Holder()
+    held: list[Any] = []
     try:
         for config in configs:
             holders = _uncached.setdefault(id(config), weakref.WeakSet())
