@@ -37,6 +37,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 4,
     "max_position_embeddings": 32,
+    "use_cache": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,

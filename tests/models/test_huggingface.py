@@ -22,6 +22,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
+    "use_cache": False,
 }
 GPT2: dict[str, Any] = {
     "vocab_size": zoo.VOCABULARY,
@@ -29,6 +30,7 @@ GPT2: dict[str, Any] = {
     "n_layer": 2,
     "n_head": 4,
     "n_positions": 32,
+    "use_cache": False,
     "bos_token_id": 0,
     "eos_token_id": 0,
 }

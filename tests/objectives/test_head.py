@@ -35,6 +35,7 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "use_cache": False,
     "is_decoder": True,
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "embedding_size", "lru_width"], 16),
     **dict.fromkeys(["moe_intermediate_size", "word_embed_proj_dim"], 16),

@@ -36,6 +36,7 @@ def _llama(dtype: torch.dtype) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
+        use_cache=False,
     )
     with ft.keys.seeded(2):
         return ft.split(transformers.AutoModelForCausalLM.from_config(config).to(dtype))
