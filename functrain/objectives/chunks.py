@@ -22,7 +22,7 @@ from functrain.objectives.batches import IGNORE_INDEX
 
 BUDGET = 1 << 26
 """Bytes of float32 logits that may exist at once; what a finish makes of them comes on top, and so
-do details of scores: on the CPU, a quarter."""
+do, on an accelerator, details of scores."""
 
 WORTH = 1 << 20
 """From this many bytes of logits on, even a single chunk is worth it: an ordinary cross entropy
@@ -71,22 +71,23 @@ class Projection:
         """The dtype in which these hidden states are projected."""
         return computed_in(hidden) if self.dtype is None else self.dtype
 
-    def chunks(self, rows: int, share: int = 1) -> Iterator[slice]:
-        """The rows in as few slices as 1/`share` of the budget has room for, in multiples of 16.
+    def chunks(self, rows: int) -> Iterator[slice]:
+        """The rows in as few slices as the budget has room for, in multiples of 16.
 
         They are as equal in size as that allows, so that no more memory is taken than needed.
         """
-        parts = max(1, -(-rows // self._most(share)))
+        parts = max(1, -(-rows // self._most))
         size = max(16, -(-rows // (16 * parts)) * 16)
         return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
-    def _most(self, share: int) -> int:
-        """How many rows 1/`share` of the budget has room for."""
-        return max(16, self.budget // (4 * self.weight.shape[0] * share) // 16 * 16)
+    @property
+    def _most(self) -> int:
+        """How many rows the budget has room for."""
+        return max(16, self.budget // (4 * self.weight.shape[0]) // 16 * 16)
 
     def fits(self, rows: int) -> bool:
         """Whether a chunk has room for this many rows."""
-        return rows <= self._most(1)
+        return rows <= self._most
 
     def may_stay(self, rows: int) -> bool:
         """Whether the log-probs of this many rows may stay until their gradient has been taken."""

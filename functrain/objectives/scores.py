@@ -20,14 +20,13 @@ from functrain.objectives.chunks import (
     Projection,
     Rows,
     applied,
-    buffer,
     check_targets,
     columns,
     in_dtype,
     widened,
 )
 from functrain.objectives.head_gradients import Gradients, given_once, less_targets, weight_sum
-from functrain.objectives.modes import are_modes_of
+from functrain.objectives.measures import Measured, Measures
 
 
 @attrs.frozen(eq=False)
@@ -123,50 +122,16 @@ class _Options:
     slopes: Slopes | None
 
 
-class _Measures:
-    """Computes the fields of `Scores` from a chunk's logits, which become its log-probs.
-
-    Details take scratch as large as the logits, so they are computed for a part of the budget at a
-    time: on the CPU for a quarter; on an accelerator, where the calls would take longer than what
-    they compute, for all of it.
-    """
-
-    def __init__(self, projection: Projection, *, detailed: bool) -> None:
-        self._projection, self._detailed = projection, detailed
-        self._second: Tensor | None = None
-
-    def of(self, logits: Tensor, targets: Tensor) -> list[tuple[Tensor, ...]]:
-        """The fields of `Scores` by slices, each [rows, 1]; the logits are overwritten."""
-        if not self._detailed:
-            return [self._taken(logits, targets)]
-        slices = self._projection.chunks(len(logits), 4 if logits.device.type == "cpu" else 1)
-        return [self._taken(logits[at], targets[at]) for at in slices]
-
-    def _taken(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        column, valid = columns(targets)
-        correct = are_modes_of(logits, column) & valid
-        level = logits.mean(-1, keepdim=True) if self._detailed else None
-        torch.log_softmax(logits, -1, out=logits)
-        logps = logits.gather(1, column).masked_fill(~valid, 0.0)
-        entropy = collision = level
-        if self._detailed:
-            if self._second is None or len(self._second) < len(logits):
-                self._second = buffer((len(logits), logits.shape[1]), logits, logits.dtype)
-            products = torch.exp(logits, out=self._second[: len(logits)])
-            collision = 2 * torch.linalg.vector_norm(products, dim=-1, keepdim=True).log()
-            logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0·log 0 is 0
-            entropy = -products.mul_(logits).sum(-1, keepdim=True)
-        empty = torch.zeros_like(logps)
-        extras = (
-            empty if each is None else each.masked_fill(~valid, 0.0)
-            for each in (entropy, level, collision)
-        )
-        entropy, level, collision = extras
-        return logps, entropy, correct, level, collision
+def _of_targets(measured: Measured, valid: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `Scores`, [rows, 1] each: 0 where there is no target, or where unmeasured."""
+    logps = measured.logps.masked_fill(~valid, 0.0)
+    details = [each.masked_fill(~valid, 0.0) for each in measured.details]
+    entropy, level, collision = details or [torch.zeros_like(logps)] * 3
+    return logps, entropy, measured.correct & valid, level, collision
 
 
 def _joined(found: list[tuple[Tensor, ...]], hidden: Tensor) -> tuple[Tensor, ...]:
-    """The slices joined into the fields of `Scores`, each [rows]."""
+    """The chunks joined into the fields of `Scores`, each [rows]."""
     if not found:
         none = hidden.new_zeros(0, 1, dtype=widened(hidden.dtype))
         found = [(none, none, none.bool(), none, none)]
@@ -196,27 +161,27 @@ class _Scored(torch.autograd.Function):
         kept = options.kept and any(needed)
         rows = Rows(hidden, weight, bias, projection, every, kept=kept)
         grads = None if slopes is None else Gradients(hidden, weight, bias, needed, options.into)
-        measures = _Measures(projection, detailed=options.detailed)
+        graded = grads is not None or kept
+        measures = Measures(detailed=options.detailed, graded=graded)
         found: list[tuple[Tensor, ...]] = []
         known: list[Tensor] = []
         for index, group in enumerate(options.parts):
-            before, normed = len(found), hidden
+            before, logits = len(found), hidden
             at_once = grads is not None and len(group) == 1
             for at in group:
-                normed = rows.of(hidden, at, graded=at_once)
-                found += measures.of(normed, targets[at])
+                logits = rows.of(hidden, at, graded=at_once)
+                column, valid = columns(targets[at])
+                found.append(_of_targets(measures.of(logits, column), valid))
             if slopes is None or grads is None:
                 continue
             slope = slopes(index, Scores(*_joined(found[before:], hidden)))
             known.append(slope)
             sizes = [at.stop - at.start for at in group]
             for at, scale in zip(group, torch.split(-slope.unsqueeze(1), sizes), strict=True):
-                if at_once:  # its log-probs are still there
-                    probabilities = normed.exp_()
-                else:
+                if not at_once:  # its probabilities are no longer there
                     logits = rows.of(hidden, at, graded=True)
-                    probabilities = torch.softmax(logits, -1, out=logits)
-                rest = less_targets(probabilities, *columns(targets[at]))
+                    torch.softmax(logits, -1, out=logits)
+                rest = less_targets(logits, *columns(targets[at]))
                 grads.add(at, hidden[at], rows.before_finish(rest), scale)
         logps, entropy, correct, level, collision = _joined(found, hidden)
         ahead: list[tuple[Gradients, Tensor]] | None = None
@@ -246,8 +211,8 @@ class _Scored(torch.autograd.Function):
         grads = Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.into)
         kept: list[Tensor] = ctx.kept
         if kept:
-            # The kept log-probs are overwritten, so they can be used once.
-            slope = less_targets(kept.pop().exp_(), *columns(targets))
+            # The kept probabilities are overwritten, so they can be used once.
+            slope = less_targets(kept.pop(), *columns(targets))
             grads.add(slice(0, len(hidden)), hidden, slope, -grad_outputs[0].unsqueeze(1))
             return (*grads.found(), None, None, None)
         rows = Rows(hidden, weight, bias, ctx.projection, ctx.every)

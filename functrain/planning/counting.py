@@ -27,7 +27,7 @@ from functrain.checks import check_integer
 from functrain.errors import ArchitectureError, ConfigError, FunctrainError
 from functrain.flops import counter
 from functrain.forward import forward_buffers
-from functrain.objectives import chunks
+from functrain.objectives import chunks, measures
 from functrain.objectives.base import logits_in
 from functrain.objectives.head import Head, shown
 from functrain.optimizers import Optimizer
@@ -347,7 +347,7 @@ def _head_bytes(rows: int, weight: Tensor, pair: int, scored: bool) -> int:
     Where there are few logits, all exist at once, as in ordinary cross entropy: logits, their
     log-softmax and its gradient. Otherwise there are the logits of one chunk, or of one pair whose
     logits are kept, of `pair` rows (else 0), if that is more. `scored`: log-probs have details, a
-    quarter of a chunk at a time.
+    few rows at a time.
     """
     vocabulary, width = weight.shape
     hidden = rows * width * weight.dtype.itemsize
@@ -355,7 +355,7 @@ def _head_bytes(rows: int, weight: Tensor, pair: int, scored: bool) -> int:
         return 3 * rows * vocabulary * 4 + hidden
     most = min(chunks.BUDGET, rows * vocabulary * 4)
     most = max(most, pair * vocabulary * 4)
-    return most + scored * min(most, chunks.BUDGET // 4) + hidden
+    return most + scored * min(most, 2 * measures.CACHED) + hidden
 
 
 _GROWTH = 1.02

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrain.accumulators import Accumulating, accumulating
 from functrain.errors import ConfigError
-from functrain.objectives import chunks, cross_entropy, scores
+from functrain.objectives import chunks, measures, scores
 from functrain.objectives.chunks import Projection
 from functrain.objectives.cross_entropy import summed_cross_entropy
 from functrain.objectives.head_gradients import Gradients
+from functrain.objectives.measures import Measures
 from functrain.objectives.scores import Scores, scored
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -195,7 +196,7 @@ def test_the_summed_loss_and_its_gradients_are_cross_entropys(
         pytest.MonkeyPatch.context() as patch,
         _taking(ours, direct=direct, factor=scale) as taken,
     ):
-        patch.setattr(cross_entropy, "CACHED", cached)
+        patch.setattr(measures, "CACHED", cached)
         total, correct = summed_cross_entropy(ours[0], case.targets(), case.projection(ours))
         gradients = taken(total, torch.full_like(total, scale))
     expected = _ordinary_loss(case, theirs)
@@ -207,7 +208,7 @@ def test_the_summed_loss_and_its_gradients_are_cross_entropys(
 
 
 def test_a_few_rows_at_a_time_are_nearer_to_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Than `log_softmax`; how many they are is of no matter, nor whether a gradient follows."""
+    """Than `log_softmax`; how many they are is of no matter, nor what else is asked for."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(64, 20_000, generator=generator)
     logits[1, ::2] = -torch.inf
@@ -215,25 +216,27 @@ def test_a_few_rows_at_a_time_are_nearer_to_the_truth(monkeypatch: pytest.Monkey
     column[:3] = torch.tensor([[0], [3], [19_999]])
     exact = logits.double().log_softmax(-1)
     found = []
-    for cached, graded in ((1 << 20, True), (1 << 20, False), (1, True), (logits.nbytes, True)):
-        monkeypatch.setattr(cross_entropy, "CACHED", cached)
+    sizes = [1 << 20, 1 << 20, 1 << 20, 1, logits.nbytes]
+    kinds = [(True, False), (False, False), (True, True), (True, False), (True, False)]
+    for cached, (graded, detailed) in zip(sizes, kinds, strict=True):
+        monkeypatch.setattr(measures, "CACHED", cached)
         given = logits.clone()
-        logps, modes = cross_entropy._measured(given, column, graded=graded)
-        assert torch.equal(modes, logits.argmax(-1, keepdim=True) == column)
+        measured = Measures(graded=graded, detailed=detailed).of(given, column)
+        assert torch.equal(measured.correct, logits.argmax(-1, keepdim=True) == column)
         if graded:
             torch.testing.assert_close(given, exact.exp().float(), rtol=1e-4, atol=1e-9)
-        found.append(logps)
-    ours, ungraded, by_one, whole = found
-    assert torch.equal(ours, ungraded)
-    assert torch.equal(ours, by_one)
+        found.append(measured.logps)
+    ours, *others, whole = found
+    assert all(torch.equal(ours, other) for other in others)
     right = exact.gather(1, column)
     assert float((ours - right).abs().max()) < 3e-6
     assert _error(ours, right) < _error(whole, right)
 
 
+@pytest.mark.parametrize("detailed", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_no_numbers_give_none(
-    value: float, monkeypatch: pytest.MonkeyPatch
+    value: float, detailed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for `log_softmax`: a step whose loss is not finite is skipped."""
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
@@ -241,28 +244,49 @@ def test_logits_that_are_no_numbers_give_none(
     logits[2, 7] = value
     column = torch.tensor([[4], [4], [9]])
     expected = logits.log_softmax(-1)
-    monkeypatch.setattr(cross_entropy, "CACHED", 1)
-    probabilities = logits.clone()
-    logps, _ = cross_entropy._measured(probabilities, column, graded=True)
-    torch.testing.assert_close(logps, expected.gather(1, column), equal_nan=True)
-    torch.testing.assert_close(probabilities, expected.exp(), equal_nan=True)
+    found = []
+    for cached in (1, logits.nbytes):
+        monkeypatch.setattr(measures, "CACHED", cached)
+        probabilities = logits.clone()
+        measured = Measures(graded=True, detailed=detailed).of(probabilities, column)
+        torch.testing.assert_close(measured.logps, expected.gather(1, column), equal_nan=True)
+        torch.testing.assert_close(probabilities, expected.exp(), equal_nan=True)
+        found.append(measured.details)
+    torch.testing.assert_close(*found, equal_nan=True)
 
 
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=1000), detailed=True, direct=True)
-@example(case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16), detailed=True, direct=True)
+@example(
+    case=Case(rows=40, width=3, vocabulary=7, rows_at_once=1000),
+    detailed=True,
+    direct=True,
+    cached=1,
+)
+@example(
+    case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16),
+    detailed=True,
+    direct=True,
+    cached=400,
+)
 @example(
     case=Case(rows=40, width=3, vocabulary=7, rows_at_once=16, finish="cap"),
     detailed=True,
     direct=False,
+    cached=1 << 20,
 )
-@given(case=CASES, detailed=st.booleans(), direct=st.booleans())
+@given(
+    case=CASES,
+    detailed=st.booleans(),
+    direct=st.booleans(),
+    cached=st.sampled_from([1, 400, 1 << 20]),
+)
 def test_scores_and_their_gradients_are_those_of_whole_logits(
-    case: Case, detailed: bool, direct: bool
+    case: Case, detailed: bool, direct: bool, cached: int
 ) -> None:
     """Log-probs with their gradients; entropy, mode, mean logit and log Σ p² without."""
     ours, theirs = case.leaves(), case.leaves()
     targets = case.targets()
-    with _taking(ours, direct=direct) as taken:
+    with pytest.MonkeyPatch.context() as patch, _taking(ours, direct=direct) as taken:
+        patch.setattr(measures, "CACHED", cached)
         found = scored(ours[0], targets, case.projection(ours), detailed=detailed)
         gradients = taken(found.logps, case.upstream())
     logits = case.logits(theirs)
@@ -894,9 +918,18 @@ def test_memory_stays_within_a_few_budgets_beside_the_gradients(
     assert whole > 4 * max(measured for measured, _ in peaks.values())
 
 
+@pytest.fixture
+def few_cached(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many bytes of logits are measured at once, and at most twice as many."""
+    monkeypatch.setattr(measures, "CACHED", 1 << 17)
+    return measures.CACHED
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_stays_for_the_backward_pass_is_two_budgets_at_most(dtype: torch.dtype) -> None:
-    """Beside it a forward pass needs a quarter of one, a backward pass none. Twice in float64."""
+def test_what_stays_for_the_backward_pass_is_two_budgets_at_most(
+    dtype: torch.dtype, few_cached: int
+) -> None:
+    """Beside it a forward pass needs a few rows, a backward pass none. Twice in float64."""
     case = Case(rows=120, width=8, vocabulary=8_000, rows_at_once=64, dtype=dtype)
     budget = 64 * 8_000 * 4
     wide = dtype.itemsize // 4
@@ -908,12 +941,12 @@ def test_what_stays_for_the_backward_pass_is_two_budgets_at_most(dtype: torch.dt
     def score() -> None:
         kept.append(scored(leaves[0], case.targets(), case.projection(leaves)).logps)
 
-    assert _peak(score) <= wide * (chunks.KEPT + 0.25) * budget + small
+    assert _peak(score) <= wide * chunks.KEPT * budget + 2 * few_cached + small
     assert _peak(lambda: kept[0].sum().backward()) <= gradients
 
 
-def test_of_known_slopes_one_group_is_there_at_a_time() -> None:
-    """Beside its logits a quarter of a budget, however many rows there are; and nothing stays."""
+def test_of_known_slopes_one_group_is_there_at_a_time(few_cached: int) -> None:
+    """Beside its logits a few rows, however many there are; and nothing stays."""
     case = Case(rows=640, width=8, vocabulary=8_000, rows_at_once=64, dtype=torch.float32)
     budget = 64 * 8_000 * 4
     leaves = case.leaves()
@@ -933,7 +966,7 @@ def test_of_known_slopes_one_group_is_there_at_a_time() -> None:
         )
         kept.append(found.logps)
 
-    assert _peak(score) <= (80 / 64 + 0.25) * budget + gradients + small
+    assert _peak(score) <= 80 / 64 * budget + 2 * few_cached + gradients + small
     assert _peak(lambda: kept[0].sum().backward()) <= gradients + small
 
 
