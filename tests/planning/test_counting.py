@@ -15,7 +15,7 @@ from functrain.cli import known, steps
 from functrain.cli.config import Optimizer
 from functrain.errors import ConfigError
 from functrain.models import DecoderConfig, bare, decoder
-from functrain.objectives import chunks
+from functrain.objectives import chunks, measures
 from functrain.planning import Job, count
 from functrain.planning.counting import total
 
@@ -229,6 +229,7 @@ def test_operations_and_bytes_of_pairs_are_those_of_a_gradient(
     pair = 2 * (TIME if stays else TIME - 2) * 300 * 4
     monkeypatch.setattr(chunks, "BUDGET", pair // chunks.KEPT)
     monkeypatch.setattr(chunks, "WORTH", 0)
+    monkeypatch.setattr(measures, "CACHED", 1 << 12)
     architecture, params, buffers = ft.split(decoder(SHAPE))
     options: dict[str, Any] = {"microbatches": microbatches}
     step = ft.dpo_step(architecture, SGD, reference=ft.trees.clone(params), **options)
@@ -239,7 +240,7 @@ def test_operations_and_bytes_of_pairs_are_those_of_a_gradient(
     state = step.init(params, buffers)
     logits = 2 * TIME * 300 * 4 if stays else chunks.BUDGET
     hidden = 2 * ROWS * TIME // microbatches * 128 * 4
-    assert work.head == logits + chunks.BUDGET // 4 + hidden
+    assert work.head == logits + 2 * measures.CACHED + hidden
     # The last token of a row predicts nothing, so no logits are made of it.
     products = 4 if stays else 5
     last = products * 2 * 2 * ROWS * 128 * 300
