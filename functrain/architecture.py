@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, get_args
@@ -50,7 +50,7 @@ class Slots:
     `base`: what the architecture holds itself, see `Held.base`. `rotary`: modules that would
     remember the longest batch, and `caching`: configs that may ask for a cache of keys and values
     (`functrain.quirks`). `vacant`: slots of buffers that are None, and whether each is persistent.
-    `shapes`: the shapes of `params`.
+    `every`: the slots of `params` and `buffers`. `shapes`: the shapes of `params`.
     """
 
     params: Mapping[str, tuple[Place, ...]]
@@ -63,7 +63,13 @@ class Slots:
     rotary: tuple[nn.Module, ...] = ()
     caching: tuple[Any, ...] = ()
     vacant: tuple[tuple[Place, bool], ...] = ()
+    every: tuple[Place, ...] = attrs.field(init=False)
     shapes: Mapping[str, torch.Size] = attrs.field(init=False)
+
+    @every.default
+    def _every(self) -> tuple[Place, ...]:
+        groups = (*self.params.values(), *self.buffers.values())
+        return tuple(place for at in groups for place in at)
 
     @shapes.default
     def _shapes(self) -> dict[str, torch.Size]:
@@ -442,7 +448,7 @@ def bound(
         uncached(places.caching),
     ):
         begun = versions(params)
-        before = [(entries, key, entries[key]) for entries, key in _all_places(places)]
+        before = [(entries, key, entries[key]) for entries, key in places.every]
         modes = [module.training for module in places.modules]
 
         def restore() -> None:
@@ -519,12 +525,6 @@ def _set_mode(module: nn.Module, training: bool) -> None:
     # A module's setattr looks for parameters first, which is slow, and most modes stay the same.
     if module.training != training:
         module.training = training
-
-
-def _all_places(places: Slots) -> Iterator[Place]:
-    for group in (places.params, places.buffers):
-        for at in group.values():
-            yield from at
 
 
 def bound_buffers(places: Slots) -> dict[str, Tensor]:

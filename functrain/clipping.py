@@ -53,8 +53,7 @@ def _narrowed(factor: Tensor, leaves: list[Tensor]) -> Tensor:
 
     In float64 it would be converted again for each leaf.
     """
-    plain = all(leaf.dtype == torch.float32 for leaf in leaves)
-    return factor.float() if plain else factor
+    return factor.float() if {leaf.dtype for leaf in leaves} == {torch.float32} else factor
 
 
 def clip_by_value(grads: Mapping[str, Tensor], limit: float) -> Tensors:

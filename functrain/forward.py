@@ -18,7 +18,9 @@ from functrain.trees import Tensors, in_order
 
 def forward_values(params: Mapping[str, Tensor], places: Slots, precision: Precision) -> Tensors:
     """What the forward sees: detached params, which share the params' memory, or casts of them."""
-    kept = params if precision.cast is None else places.statistical
+    if precision.cast is None:
+        return Tensors({name: param.detach() for name, param in params.items()})
+    kept = places.statistical
     return Tensors({n: p.detach() if n in kept else precision.leaf(p) for n, p in params.items()})
 
 

@@ -206,11 +206,10 @@ def owning(items: Tensors, names: Iterable[str] | None = None) -> Tensors:
 
 def writable(items: Tensors, names: Collection[str] | None = None) -> Tensors:
     """`items` with copies of those of `names` (by default all) that it does not own."""
-    wanted = frozenset(items if names is None else names)
-    shared = wanted - items.own
-    if not shared:
+    wanted, kept = items if names is None else names, items.own
+    if kept.issuperset(wanted):
         return items
-    kept = items.own
+    shared = frozenset(wanted) - kept
     copied = Tensors({n: t.detach().clone() if n in shared else t for n, t in items.items()})
     return owning(copied, kept | shared)
 

@@ -154,7 +154,7 @@ class Adam:
 
         With `fused=False` this waits on an accelerator for `applied`.
         """
-        check_update(self.kind, grads, state, params)
+        self._check_given(grads, state, params)
         if held_back(applied, waits=not self.fused):
             return tensors(params), state
         params, slots = owned(params, state.slots, grads, donate)
@@ -168,8 +168,15 @@ class Adam:
         self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
     ) -> None:
         """Raise what `update` would with `donate=True`, and write nothing."""
-        check_update(self.kind, grads, state, params)
+        self._check_given(grads, state, params)
         self._check_slots(state.slots, grads, params)
+
+    def _check_given(
+        self, grads: Mapping[str, Tensor], state: OptimizerState, params: Mapping[str, Tensor]
+    ) -> None:
+        check_update(self.kind, grads, state, params)
+        if not are_like(grads, params):
+            _refuse_sparse(grads)
 
     def _check_slots(
         self,
@@ -182,8 +189,6 @@ class Adam:
             missing = grads.keys() - slots[slot].keys() if slot in slots else set(grads)
             if missing:
                 raise StateError(f"state/{slot}: no {min(missing)}; {_FRESH}")
-        if not are_like(grads, params):
-            _refuse_sparse(grads)
         # Lists are compared, not tensors one by one: a model has hundreds.
         own = [params[name] for name in grads]
         shapes, strides = [p.shape for p in own], [p.stride() for p in own]
@@ -257,7 +262,7 @@ class Adam:
         """What torch's kernels take, in their order."""
         own = [params[n] for n in names]
         given = [grads[n] for n in names]
-        if self.fused:
+        if self.fused and [grad.stride() for grad in given] != [param.stride() for param in own]:
             given = [laid_out(grad, param) for grad, param in zip(given, own, strict=True)]
         maxima = [slots["max_exp_avg_sq"][n] for n in names] if self.amsgrad else []
         first, second = ([slots[slot][n] for n in names] for slot in self._moments[:2])
