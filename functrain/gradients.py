@@ -416,7 +416,7 @@ class ValueAndGrad:
                 f"and {list(other.shape)}, expected one for all micro-batches: 0-d, or [k] for a "
                 "loss of k sums"
             )
-        return torch.stack(found).sum(0)
+        return first if len(found) == 1 else torch.stack(found).sum(0)
 
     def _leaves(self, params: Mapping[str, Tensor]) -> Tensors:
         leaves = self.values(params)

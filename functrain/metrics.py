@@ -84,6 +84,9 @@ class Metrics(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.metric(name).value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._metrics  # `Mapping` would divide to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._metrics)
 

@@ -40,7 +40,7 @@ def all_row_norms(leaves: Sequence[Tensor]) -> Tensor:
     if laid.places is None:
         return norms
     if norms.device.type == "cpu":
-        return norms[torch.from_numpy(laid.places)]
+        return norms.index_select(0, torch.from_numpy(laid.places))
     # Sending the places to the accelerator would make the host wait.
     parts = zip(laid.taken, torch.split_with_sizes(norms, laid.counts), strict=True)
     return torch.cat([part for _, part in sorted(parts, key=operator.itemgetter(0))])
@@ -123,13 +123,13 @@ def _row_norms(rows: Tensor) -> Tensor:
         return _norms(rows)
     # In pieces, since the CPU's kernel copies its argument to float64.
     count = max(2, _PIECE // max(1, rows.shape[1]))
-    if len(rows) <= count:
+    if rows.shape[0] <= count:
         return _norms(rows)
     return torch.cat([_norms(piece) for piece in torch.split(rows, count)])
 
 
 def _norms(rows: Tensor) -> Tensor:
-    if len(rows) == 1:
+    if rows.shape[0] == 1:
         # A single row would be split among threads, and summed in another order.
         return _norms(rows.expand(2, -1))[:1]
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)

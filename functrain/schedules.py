@@ -537,7 +537,8 @@ def learning_rate(schedule: Schedule, count: Tensor, *, bound: int) -> Tensor:
     user's schedule returns no valid learning rate: below 0 a step would silently climb.
     """
     if count.device.type == "cpu":
-        return torch.tensor(_rate(schedule, int(count)), dtype=torch.float64, device="cpu")
+        rate = _rate(schedule, int(count))
+        return torch.scalar_tensor(rate, dtype=torch.float64, device="cpu")
     return _looked_up(schedule, count, bound)
 
 

@@ -400,7 +400,7 @@ class Step:
         """The state after a step; the loss scale follows `finite`: a spike is not an overflow."""
         params, optimizer = update
         counted, scaler, guard = state.scheduler, state.scaler, state.guard
-        count = counted.count + applied.to(counted.count.dtype)
+        count = counted.count + applied
         if scaler is not None:
             scaler = update_loss_scale(scaler, finite)
         if self.guard is not None and guard is not None:
@@ -641,12 +641,12 @@ class Step:
     def _metrics(
         self, norm: Tensor, rate: Tensor, applied: Tensor, scaler: LossScale | None
     ) -> Metrics:
-        scale = 1.0 if scaler is None else scaler.scale
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         return Metrics(
             {
-                "grad_norm": m.mean(norm),
-                "learning_rate": m.mean(rate),
-                "loss_scale": m.mean(scale),
+                "grad_norm": m.mean(norm, one),
+                "learning_rate": m.mean(rate, one),
+                "loss_scale": m.mean(one if scaler is None else scaler.scale, one),
                 "skipped": m.total(~applied),
             }
         )

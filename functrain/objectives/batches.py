@@ -277,11 +277,11 @@ def batch_versions(batches: Sequence[Batch]) -> dict[str, int]:
     found: dict[str, int] = {}
     for batch in batches:
         for name, value in batch.items():
-            inner = batch_versions([value]).values() if isinstance(value, Mapping) else ()
-            # Tensors of inference mode have no version.
-            silent = isinstance(value, Mapping) or value.is_inference()
-            own = 0 if silent else value._version
-            found[name] = found.get(name, 0) + own + sum(inner)
+            if isinstance(value, Mapping):
+                version = sum(batch_versions([value]).values())
+            else:  # tensors of inference mode have none
+                version = 0 if value.is_inference() else value._version
+            found[name] = found.get(name, 0) + version
     return found
 
 

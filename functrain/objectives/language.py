@@ -111,5 +111,5 @@ def _summed(
     total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     column = targets.unsqueeze(1)
     valid = column != IGNORE_INDEX
-    modes = are_modes(logits.detach(), column.masked_fill(~valid, 0))
+    modes = are_modes(logits.detach(), column.clamp(min=0))
     return total, (modes & valid).sum()

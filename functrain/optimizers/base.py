@@ -292,7 +292,7 @@ def zero_count(params: Mapping[str, Tensor]) -> Tensor:
 
 
 def advanced(count: Tensor, applied: Tensor | None) -> Tensor:
-    return count + 1 if applied is None else count + applied.to(count.dtype)
+    return count + (1 if applied is None else applied)
 
 
 def held_back(applied: Tensor | None, *, waits: bool = False) -> bool:
