@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import functrain as ft
 from functrain import data
 from functrain.objectives import LanguageModeling, PreferenceOptimization
+from functrain.objectives.batches import count_padding
 
 BYTES = data.ByteTokenizer()
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -38,6 +39,14 @@ def test_orders_differ_by_key_and_look_shuffled() -> None:
 def _rows(length: int = 100, **options: Any) -> data.TextRows:
     ids = np.arange(length, dtype=np.uint16)
     return data.tokens(ids, **{"time": 8, "batch_size": 4, **options})
+
+
+@given(length=st.integers(2, 300), time=st.integers(2, 60))
+def test_the_padding_of_rows_of_text_is_what_their_batch_has(length: int, time: int) -> None:
+    rows = _rows(length, time=time, shuffle=False)
+    padding, made = count_padding(rows.at(0, len(rows)))
+    assert rows.padding == pytest.approx(int(padding) / made, abs=1e-12)
+    assert rows.padding <= 0.5 or len(rows) == 1
 
 
 SOURCES: dict[str, Any] = {
