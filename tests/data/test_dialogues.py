@@ -643,7 +643,7 @@ def test_a_lone_surrogate_is_a_malformed_record(template: str) -> None:
     given, bad = tokenizer(template), said("a", "b\ud800")
     options: dict[str, Any] = {"time": 512, "batch_size": 1}
     for record in (bad, {"prompt": "a", "completion": "b\ud800"}):
-        with pytest.raises(ft.DataError, match="text: not encodable as UTF-8"):
+        with pytest.raises(ft.DataError, match=r"record 0.*: text: not encodable as UTF-8"):
             ft.data.chat([record], given, **options)
     kept = ft.data.chat([bad, said("a", "b")], given, on_bad_record="skip", **options).counts
     assert (kept.kept, kept.malformed) == (1, 1)

@@ -277,6 +277,9 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
         ('{"a": 1}\n{', r"records.jsonl:2: not JSON"),
         ('{"a": 1}\n[1]', r"records.jsonl:2: expected an object, got list"),
         ("\n", r"records.jsonl: no records"),
+        ('{\n  "a": 1\n}\n', r"records.jsonl:1: not JSON .*; each record is one line of a .jsonl"),
+        ('[{"a": 1},\n{"a": 2}]', r"records.jsonl:1: not JSON .*, and a list is in a .json file"),
+        ('[{"a": 1}]', r"records.jsonl:1: expected an object, got list; each record is one line"),
     ):
         path.write_text(text)
         with pytest.raises(ft.DataError, match=message):
@@ -284,8 +287,15 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(ft.DataError, match="cannot be read"):
         data.records(tmp_path / "nowhere.jsonl")
     path.write_text('{"txt": "a"}')
-    with pytest.raises(ft.DataError, match=r"records\.jsonl:1: no text under 'text'"):
+    with pytest.raises(ft.DataError, match=r"records\.jsonl:1: no text under 'text'; did.*'txt'"):
         data.documents(path)
+    for text, found in (
+        ('{"text": 3}', "got int"),
+        ('{"id": 3, "body": "a"}', "it has 'id'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ft.DataError, match=f"no text under 'text'; {found}"):
+            data.documents(path)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ft.DataError, match="not UTF-8"):
         data.documents(tmp_path / "latin.txt")

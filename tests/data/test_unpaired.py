@@ -186,7 +186,11 @@ def test_a_label_may_be_numpys() -> None:
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no label": ({"prompt": "a", "completion": "b"}, {}, "^record 1: no 'label'; known"),
+    "no label": (
+        {"prompt": "a", "completion": "b"},
+        {},
+        "^record 1: no 'label'; it has 'prompt'",
+    ),
     "a label misspelt": (
         {"prompt": "a", "completion": "b", "lable": True},
         {},
