@@ -537,13 +537,15 @@ def test_of_equal_logits_the_first_is_the_mode_however_they_are_made(
     monkeypatch.setattr(chunks, "WORTH", budget)
     monkeypatch.setattr(chunks, "BUDGET", budget)
     architecture, params, buffers = zoo.split("decoder")
-    zeros = {n: torch.zeros_like(t) if n == "model.embed_tokens.weight" else t for n, t in params.items()}
+    head_name = "model.embed_tokens.weight"
+    zeros = {n: torch.zeros_like(t) if n == head_name else t for n, t in params.items()}
     ids = torch.arange(16).reshape(2, 8) % 3
     batch = {"input_ids": ids, "labels": ids}
     pairs = {"chosen": batch, "rejected": {"input_ids": ids + 1, "labels": ids + 1}}
     expected = float((ids[:, 1:] == 0).float().mean())
-    for make, given in ((ft.pretrain_step, batch), (ft.dpo_step, pairs)):
-        options = {} if make is ft.pretrain_step else {"loss": "simpo"}
-        step = make(architecture, ft.optim.adamw(), head=head, **options)
-        metrics = step(step.init(zeros, buffers), given)[1].to_dict()
+    for step, each in (
+        (ft.pretrain_step(architecture, ft.optim.adamw(), head=head), batch),
+        (ft.dpo_step(architecture, ft.optim.adamw(), loss="simpo", head=head), pairs),
+    ):
+        metrics = step(step.init(zeros, buffers), each)[1].to_dict()
         assert metrics["mean_token_accuracy"] == pytest.approx(expected)
