@@ -49,6 +49,26 @@ def _parquet(path: Path, objects: list[Any]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(objects), path)
 
 
+def test_a_map_in_parquet_is_an_object(tmp_path: Path) -> None:
+    """At any depth, and an empty one too: a tool's arguments may be written as one."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    values = [[("k", "v"), ("n", None)], []]
+    table = {
+        "meta": pyarrow.array(values, kind),
+        "deep": pyarrow.array(
+            [[{"arguments": each}] for each in values],
+            pyarrow.list_(pyarrow.struct([("arguments", kind)])),
+        ),
+    }
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    assert data.records(tmp_path / "a.parquet") == [
+        {"meta": {"k": "v"}, "deep": [{"arguments": {"k": "v"}}]},
+        {"meta": {}, "deep": [{"arguments": {}}]},
+    ]
+
+
 @given(objects=OBJECTS)
 def test_every_form_of_the_same_objects_is_read_the_same(
     tmp_path_factory: pytest.TempPathFactory, objects: list[Any]
