@@ -48,10 +48,24 @@ class Dialogue:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
+def present(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record without those fields of other formats that are null, where it has one of its own.
+
+    JSON that was written from columns has a field for whatever any record has.
+    """
+    known = (key for keys in SHAPES.values() for key in keys)
+    absent = {key for key in known if key in record and record[key] is None}
+    found = record.keys() - absent
+    if not absent or not any(found.issuperset(keys) for keys in SHAPES.values()):
+        return record
+    return {key: value for key, value in record.items() if key in found}
+
+
 def shape_of(record: object, where: str) -> str:
     """The format of a record; `DataError` if it has none, or two."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+    record = present(record)
     found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
     if len(found) == 1:
         return found[0]

@@ -88,6 +88,7 @@ def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
             f"{where}.label: {record['label']}, as of a completion that is desirable or not, and "
             "here each is learnt; train on these with the kto loss, or leave label out"
         )
+    record = dialogues.present(record)
     if "messages" in record and not has_template(tokenizer):
         for other in ("prompt", "completion"):
             if other in record:
