@@ -420,8 +420,8 @@ def bound(
     saves the search. `gathers`: the caller gathers what the architecture holds in shards.
 
     Raises `ArchitectureError` if the names are not the architecture's or `params` are sharded, and
-    on exit if the model has written into `params` or has made a persistent buffer that was None;
-    `ConfigError` for another `mode`.
+    on exit if the model has written into `params` (other than through `.data`, which leaves no
+    trace) or has made a persistent buffer that was None; `ConfigError` for another `mode`.
     """
     check_mode(mode)
     check_tensors("params", params)

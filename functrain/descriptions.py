@@ -15,23 +15,39 @@ from functrain.architecture import held_by
 def vocabulary_of(architecture: nn.Module) -> int | None:
     """The number of token ids of the architecture's input embedding, or None if it is unknown.
 
-    The input embedding is the one that `get_input_embeddings` returns; else the only one besides
-    those of positions and of token types; else the one that is as large as the output projection.
+    The input embedding is the one that `get_input_embeddings` returns; else the one that shares its
+    weight with a projection, or is as large as what `get_output_embeddings` returns; else, by their
+    names, the only one besides those of positions and of token types; else of these the one that is
+    as large as a projection. A wrong number would refuse good batches, so that where these leave a
+    doubt there is none.
     """
-    embedding = getattr(architecture, "get_input_embeddings", None)
-    if callable(embedding):
-        found = embedding()
-        if isinstance(found, nn.Embedding):
-            return found.num_embeddings
+    found = _said(architecture, "get_input_embeddings")
+    if isinstance(found, nn.Embedding):
+        return found.num_embeddings
+    tables = {n: m for n, m in architecture.named_modules() if isinstance(m, nn.Embedding)}
+    linears = [module for module in architecture.modules() if isinstance(module, nn.Linear)]
+    output = _said(architecture, "get_output_embeddings")
+    shown = output.out_features if isinstance(output, nn.Linear) else None
+    tied = {id(linear.weight) for linear in linears}
     sizes = {
-        module.num_embeddings
-        for name, module in architecture.named_modules()
-        if isinstance(module, nn.Embedding) and not _of_others(name)
+        table.num_embeddings
+        for table in tables.values()
+        if id(table.weight) in tied or table.num_embeddings == shown
     }
-    heads = {m.out_features for m in architecture.modules() if isinstance(m, nn.Linear)}
+    if len(sizes) != 1:
+        sizes = {m.num_embeddings for name, m in tables.items() if not _of_others(name)}
     if len(sizes) > 1:
-        sizes &= heads
+        sizes &= {linear.out_features for linear in linears}
     return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def _said(architecture: nn.Module, getter: str) -> object:
+    """What a getter of transformers' returns, or None; some models have it and return nothing."""
+    method = getattr(architecture, getter, None)
+    try:
+        return method() if callable(method) else None
+    except NotImplementedError:
+        return None
 
 
 def description(architecture: nn.Module) -> str:
@@ -89,12 +105,14 @@ def _of_others(name: str) -> bool:
     good token ids would be out of its range.
     """
     *parents, last = name.lower().split(".")
-    if "pos" in last or last in ("wtt", "distance_embedding"):
+    if "pos" in last or last in ("wtt", "distance_embedding") or _OTHERS.search(last):
         return True
-    return any(_OTHERS.search(part) for part in (*parents, last))
+    return not _TOKENS.search(last) and any(_OTHERS.search(part) for part in parents)
 
 
-# As words of a name, and of the names of the modules that it is in: `positions.table`.
+# As words of a name, and of the names of the modules that it is in: `positions.table`, but not
+# `segments.tokens`.
 _OTHERS = re.compile(
-    r"(^|_)(pos|rel)(ition|ative|_|$)|^w?pe$|(^|_)(token_?types?|seg(ment)?s?)(_|$)"
+    r"(^|_)(pos|rel)(ition|ative|_|$)|^w?pe$|(^|_)((token_?)?types?|seg(ment)?s?)(_|$)"
 )
+_TOKENS = re.compile(r"(^|_)(tok(en)?s?|words?|wte)(_|$)")

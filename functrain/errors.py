@@ -79,6 +79,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     Names that begin with it come before names that look like it; case is ignored.
     """
+    names = sorted(known)
+    near = nearest(name, names)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"known: {', '.join(repr(n) for n in names)}"
+
+
+def in_its_place(name: str, given: Iterable[object], expected: Iterable[str] = ()) -> str:
+    """The end of an error message about a name that is missing: what is there that it may be.
+
+    A name that is `expected` itself is not meant by another.
+    """
+    names = [str(each) for each in given]
+    near = nearest(name, set(names) - set(expected))
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"it has {', '.join(repr(n) for n in names)}" if names else "it is empty"
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The known names, three at most, that somebody who wrote `name` may have meant."""
     names, folded = sorted(known), name.casefold()
     near = [each for each in names if each.casefold() == folded]
     if not near and folded:
@@ -87,6 +108,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         cases = {each.casefold(): each for each in names}
         close = difflib.get_close_matches(folded, cases, n=3, cutoff=0.5)
         near = [cases[each] for each in close]
-    if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"known: {', '.join(repr(n) for n in names)}"
+    return near

@@ -491,7 +491,8 @@ def _casts_of_its_own() -> Generator[None]:
 def refuse_written(after: Mapping[str, int], begun: Mapping[str, int]) -> None:
     """Raise `ArchitectureError` if the model has written into its batch, which is the caller's.
 
-    On an accelerator the model wrote into a copy, and is refused all the same.
+    On an accelerator the model wrote into a copy, and is refused all the same. A write through
+    `.data` is not seen.
     """
     names = [name for name, version in begun.items() if after[name] != version]
     if names:

@@ -36,7 +36,7 @@ from functrain.objectives.options import own_tensors
 from functrain.objectives.pairs import SIDES, check_pairs, concatenated, last_target
 from functrain.objectives.reference import reference_scores
 from functrain.objectives.unpaired import UNPAIRED, check_completed
-from functrain.precision import Precision, policy
+from functrain.precision import POLICIES, Precision, policy
 from functrain.state import device_of
 from functrain.trees import Tensors, digest
 from functrain.writing import append
@@ -138,12 +138,20 @@ class AttachReference:
         That is the architecture, the values, the precision and the form (`by_token`). Layout and
         head are not in it, since they change log-probs by rounding only.
         """
-        hasher = hashlib.sha256(f"{self.precision.name}\0{self.by_token}\0".encode())
+        hasher = hashlib.sha256(f"{_computing(self.precision)}\0{self.by_token}\0".encode())
         hasher.update(f"{description(self.architecture)}\0".encode())
         for kind, items in (("params", self.reference), ("buffers", self.buffers)):
             for name, tensor in items.items():
                 hasher.update(f"{kind}/{name}\0{digest(tensor)}\0".encode())
         return hasher.hexdigest()
+
+
+def _computing(precision: Precision) -> str:
+    """What log-probs depend on in a precision: its dtypes, for which the known names stand."""
+    known, dtypes = POLICIES.get(precision.name), (precision.autocast, precision.cast)
+    if known is not None and dtypes == (known.autocast, known.cast):
+        return precision.name
+    return f"autocast={precision.autocast} cast={precision.cast}"
 
 
 def _widened(reference: Tensors, places: Slots) -> Tensors:

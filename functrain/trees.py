@@ -293,7 +293,10 @@ def global_norm(items: Mapping[str, Tensor]) -> Tensor:
 
 
 def versions(params: Mapping[str, Tensor]) -> list[int]:
-    """The tensors' version counters, which change on writes; 0 for inference tensors."""
+    """The tensors' version counters; 0 for inference tensors.
+
+    They change on writes, except on those through `.data`, which go unseen.
+    """
     try:
         return [param._version for param in params.values()]
     except RuntimeError:

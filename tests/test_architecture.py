@@ -641,12 +641,43 @@ class OwnTable(nn.Module):
         return hidden @ self.table.T
 
 
+class Tabled(nn.Module):
+    """Tables of several sizes, whose names say nothing, and one shared with the projection."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(16, 8), nn.Embedding(19, 8)
+        self.inner, self.out = nn.Linear(8, 16), nn.Linear(8, 19, bias=False)
+        if tied:
+            self.out.weight = self.second.weight
+        else:
+            self.get_output_embeddings = lambda: self.out
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError  # as models of transformers without an input embedding
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_projection_tells_the_vocabulary_before_any_name(tied: bool) -> None:
+    assert vocabulary_of(Tabled(tied)) == 19
+    assert vocabulary_of(ft.split(Tabled(tied))[0]) == 19
+
+
+@pytest.mark.parametrize(
+    "name", ["segments.tokens", "segment.word_embeddings", "types.wte", "positions.embed_tokens"]
+)
+def test_an_embedding_that_is_called_tokens_is_the_vocabulary_wherever_it_is(name: str) -> None:
+    within, last = name.split(".")
+    assert vocabulary_of(nn.ModuleDict({within: nn.ModuleDict({last: nn.Embedding(19, 2)})})) == 19
+
+
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize(
     "name",
     [
         *("positions", "pos_emb", "pe", "relative_bias", "rel_bias"),
         *("segment", "seg_embed", "segment_embeddings", "token_type_embeddings", "tokentype_emb"),
+        *("type_embeddings", "types", "embed_type"),
     ],
 )
 def test_an_embedding_of_positions_or_types_is_not_the_vocabulary(name: str, within: bool) -> None:

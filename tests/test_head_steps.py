@@ -526,3 +526,26 @@ def test_chunks_are_used_where_they_are_due(monkeypatch: pytest.MonkeyPatch) -> 
         assert hidden_rows(model, zoo.batch()) is not None
         monkeypatch.undo()
         assert hidden_rows(model, zoo.batch()) is None
+
+
+@pytest.mark.parametrize("budget", [0, chunks.BUDGET], ids=["chunks", "whole"])
+@pytest.mark.parametrize("head", ["auto", "full"])
+def test_of_equal_logits_the_first_is_the_mode_however_they_are_made(
+    head: Any, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a head of zeros all are equal: right are the targets of 0, of either objective."""
+    monkeypatch.setattr(chunks, "WORTH", budget)
+    monkeypatch.setattr(chunks, "BUDGET", budget)
+    architecture, params, buffers = zoo.split("decoder")
+    head_name = "model.embed_tokens.weight"
+    zeros = {n: torch.zeros_like(t) if n == head_name else t for n, t in params.items()}
+    ids = torch.arange(16).reshape(2, 8) % 3
+    batch = {"input_ids": ids, "labels": ids}
+    pairs = {"chosen": batch, "rejected": {"input_ids": ids + 1, "labels": ids + 1}}
+    expected = float((ids[:, 1:] == 0).float().mean())
+    for step, each in (
+        (ft.pretrain_step(architecture, ft.optim.adamw(), head=head), batch),
+        (ft.dpo_step(architecture, ft.optim.adamw(), loss="simpo", head=head), pairs),
+    ):
+        metrics = step(step.init(zeros, buffers), each)[1].to_dict()
+        assert metrics["mean_token_accuracy"] == pytest.approx(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ import zoo
 
 import functrain as ft
 from functrain.objectives import chunks
+from functrain.precision import Precision
 from functrain.references import example_keys
 
 PRECISIONS = ["fp32", "bf16", "fp16", "bf16_params"]
@@ -227,6 +229,59 @@ def test_a_cache_of_something_else_is_refused(what: str, tmp_path: Path) -> None
         ft.ReferenceCache(
             tmp_path / "c.jsonl", ft.attach_reference(architecture, *given, **changed)
         )
+
+
+def test_a_precision_is_known_by_its_dtypes_and_not_by_its_name_alone(tmp_path: Path) -> None:
+    """A policy of the user's own may have any name, and another content tomorrow."""
+    architecture, _, buffers, reference = _parts()
+
+    def attach(precision: Any) -> Any:
+        return ft.attach_reference(architecture, reference, buffers, precision=precision)
+
+    for name in ("mine", "fp32"):
+        own, other = (
+            Precision(name=name, autocast=dtype) for dtype in (torch.bfloat16, torch.float16)
+        )
+        assert attach(own).fingerprint != attach(other).fingerprint
+        assert attach(own).fingerprint != attach("fp32").fingerprint
+    named = attrs.evolve(Precision(name="fp32"), initial_scale=8.0)
+    assert attach(named).fingerprint == attach("fp32").fingerprint
+    with ft.ReferenceCache(tmp_path / "c.jsonl", attach(own)) as cache:
+        cache(zoo.pairs())
+    with pytest.raises(ft.DataError, match="of another reference, architecture, precision"):
+        ft.ReferenceCache(tmp_path / "c.jsonl", attach(other))
+
+
+def test_a_cache_of_other_data_of_the_same_reference_gives_no_wrong_log_prob(
+    tmp_path: Path,
+) -> None:
+    """Another truncation, prompt mask, template or side of the padding makes other examples.
+
+    One file takes them all, and each finds its own log-prob there.
+    """
+    architecture, _, buffers, reference = _parts()
+    attach = ft.attach_reference(architecture, reference, buffers)
+    # The sides have no token in common, so that no truncation makes them equal.
+    tokens = torch.arange(20).reshape(2, 2, 5) % zoo.VOCABULARY
+
+    def side(content: Any, end: int, prompt: int, begin: tuple[int, ...], left: bool) -> Any:
+        start = torch.tensor([begin], dtype=torch.int64).expand(len(content), -1)
+        ids = torch.cat([start, content[:, :end]], 1)
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < prompt, -100)
+        pad = (2, 0) if left else (0, 2)
+        columns = {"input_ids": (ids, 0), "labels": (labels, -100)}
+        columns["attention_mask"] = (torch.ones_like(ids), 0)
+        return {key: F.pad(t, pad, value=value) for key, (t, value) in columns.items()}
+
+    forms = list(itertools.product((3, 4, 5), (1, 2), ((), (3,), (3, 5)), (False, True)))
+    for form in forms:
+        batch = {name: side(tokens[i], *form) for i, name in enumerate(("chosen", "rejected"))}
+        # Opened anew each time, so that what it knows is read back from the disk.
+        with ft.ReferenceCache(tmp_path / "c.jsonl", attach) as cache:
+            found = cache(batch)["reference_logps"]
+        for name, expected in attach(batch)["reference_logps"].items():
+            torch.testing.assert_close(found[name], expected.double())
+    assert len(cache) == 4 * len(forms)
 
 
 FOREIGN = [

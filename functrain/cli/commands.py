@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -225,7 +225,21 @@ def stage_arguments(
             "--train.steps 100 …"
         )
     default = cls() if config is None else cls(config=config)
+    _check_sections(given, toml.flat(default.config))
     return _parsed(cls, command, given, default)
+
+
+def _check_sections(given: Sequence[str], known: Collection[str]) -> None:
+    """Raise `ConfigError` for an option of the wrong section; tyro would not name the right one."""
+    for each in given:
+        name = each.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not each.startswith("--") or "." not in name or name in known:
+            continue
+        key = name.rpartition(".")[2]
+        homes = [other for other in known if other.rpartition(".")[2] == key]
+        if homes:
+            right = " or ".join(f"--{other.replace('_', '-')}" for other in homes)
+            raise ConfigError(f"{name}: unknown option; it is {right}")
 
 
 def _file_in(given: Sequence[str], stage: str) -> str | None:

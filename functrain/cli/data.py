@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from functrain import data
-from functrain.data.dialogues import SHAPES
+from functrain.data.dialogues import SHAPES, shape_of
 from functrain.data.examples import Prompted, read_chat, read_pair, read_unpaired
 from functrain.data.text import IGNORE_INDEX
 from functrain.errors import ConfigError
 
 _TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 _BEGIN, _END = "⟦", "⟧"
+# A terminal would obey control characters (move back, take another colour): their pictures, `␛`,
+# but for the tab and the newline.
+_VISIBLE = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"} | {127: 0x2421}
+_VISIBLE |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 def shown(path: str, *, model: str | None, index: int, color: bool | None) -> str:
@@ -53,14 +57,15 @@ def _tokenizer(path: Path) -> Any:
 
 
 def _read(record: Any, tokenizer: Any, where: str) -> tuple[str, Prompted]:
-    if {"chosen", "rejected"} <= record.keys():
+    there = {key for key, value in record.items() if value is not None}
+    if {"chosen", "rejected"} <= there:
         return "preference", read_pair(record, tokenizer, where)
-    if {"prompt", "completion", "label"} <= record.keys():
+    if {"prompt", "completion", "label"} <= there:
         return "unpaired", read_unpaired(record, tokenizer, where)[0]
     found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
     if not found and {"chosen", "rejected"} & record.keys():
         return "preference", read_pair(record, tokenizer, where)  # which says what is missing
-    return next(iter(found), "unknown"), read_chat(record, tokenizer, where)
+    return shape_of(record, where), read_chat(record, tokenizer, where)
 
 
 def _lines(where: str, shape: str, read: Prompted, tokenizer: Any, colored: bool) -> Iterator[str]:
@@ -87,10 +92,10 @@ def _marked(
             continue
         stretch = list(ids[begin:at])
         if spell is not None:
-            text = spell(stretch)
+            text = spell(stretch).translate(_VISIBLE)
         else:
             ended = stretch[-1] == tokenizer.end
-            text = tokenizer.decode(stretch) + ("¶" if ended else "")
+            text = tokenizer.decode(stretch).translate(_VISIBLE) + ("¶" if ended else "")
         marks = (_TRAINED, _PLAIN) if colored else (_BEGIN, _END)
         yield f"{marks[0]}{text}{marks[1]}" if trained else text
         begin = at

@@ -31,10 +31,14 @@ def compared(given: Sequence[str], to: Path) -> str:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Names for the runs, as short as distinguishes them."""
+    """Names for the runs, as short as distinguishes them; `ConfigError` for one given twice."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        first = seen.setdefault(path.resolve(), path)
+        if first is not path:
+            other = "" if first == path else f", also as {path}"
+            raise ConfigError(f"report: {first} is given twice{other}; name each run once")
     whole = [path.absolute().parts for path in paths]
-    for length in range(1, max(len(parts) for parts in whole) + 1):
-        names = ["/".join(parts[-length:]) for parts in whole]
-        if len(set(names)) == len(names):
-            return names
-    raise ConfigError(f"report: {paths[0]} is given twice")
+    lengths = range(1, max(len(parts) for parts in whole) + 1)
+    every = (["/".join(parts[-length:]) for parts in whole] for length in lengths)
+    return next(names for names in every if len(set(names)) == len(names))

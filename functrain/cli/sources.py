@@ -208,6 +208,14 @@ def notes(source: Source, held_out: Source | None) -> list[str]:
     """What to say about the data before a run begins, one line each."""
     both = (("training", source), ("held-out", held_out))
     notes = [f"{name} text: {x}" for name, each in both for x in getattr(each, "origin", ())]
+    for name, each in both:
+        # More than half can only be of a single row.
+        if isinstance(each, data.TextRows) and each.padding > 0.5:
+            notes.append(
+                f"{name} text: {len(each.ids):,} tokens in one row of data.time {each.time:,}, "
+                f"{each.padding:.1%} of which is padding, computed all the same; a smaller "
+                "data.time wastes less"
+            )
     if isinstance(source, data.Packed):
         notes.append(f"training data: {source.packing}")
     if isinstance(source, data.Padded):

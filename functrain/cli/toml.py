@@ -16,7 +16,7 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, Iterabl
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from functrain.cli.config import DPO, SFT, STAGES, Config, Pretrain, Start
-from functrain.errors import ConfigError, did_you_mean
+from functrain.errors import ConfigError, did_you_mean, nearest
 
 C = TypeVar("C", Pretrain, SFT, DPO)
 _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
@@ -102,26 +102,24 @@ def structured(tables: Mapping[str, Any], cls: type[C], where: str) -> C:
     try:
         return _converter().structure(tables, cls)
     except ClassValidationError as error:
-        lines = [f"{where}: {line}" for line in dict.fromkeys(_complaints(error, ()))]
+        lines = [f"{where}: {line}" for line in dict.fromkeys(_complaints(error, (), cls))]
         raise ConfigError("\n".join(lines)) from error
 
 
-def _complaints(error: BaseException, path: tuple[str, ...]) -> Iterator[str]:
+def _complaints(error: BaseException, path: tuple[str, ...], cls: type) -> Iterator[str]:
+    """A line for each thing that is wrong in a section of `cls`, or at `path` in it."""
     if isinstance(error, ClassValidationError):
         named, others = error.group_exceptions()
         for inner, note in named:
-            yield from _complaints(inner, (*path, note.name.rstrip("_")))
+            yield from _complaints(inner, (*path, note.name.rstrip("_")), cls)
         for each in others:
-            yield from _complaints(each, path)
+            yield from _complaints(each, path, cls)
     elif isinstance(error, IterableValidationError):
         for each in error.exceptions:
-            yield from _complaints(each, path)
+            yield from _complaints(each, path, cls)
     elif isinstance(error, ForbiddenExtraKeysError):
-        known = [field.name.rstrip("_") for field in attrs.fields(error.cl)]
         for extra in sorted(error.extra_fields):
-            # A key at the top level may belong to a section and stand above its header.
-            where = "" if path else " or ".join(_sections(error.cl, extra))
-            way = f"it is of {where}" if where else did_you_mean(extra, known)
+            way = _way(extra, _keys(error.cl), path, cls)
             yield f"{'.'.join((*path, extra))}: unknown key; {way}"
     elif isinstance(error, ConfigError):
         yield str(error)
@@ -131,14 +129,28 @@ def _complaints(error: BaseException, path: tuple[str, ...]) -> Iterator[str]:
         yield f"{'.'.join(path)}: {_expected(path) or error}"
 
 
-def _sections(cls: type, key: str) -> list[str]:
-    """The sections of a config that have such a key, as TOML headers."""
-    hints = {name: kind for name, kind in get_type_hints(cls).items() if attrs.has(kind)}
-    return [
-        f"[{name}]"
-        for name, kind in hints.items()
-        if key in {field.name.rstrip("_") for field in attrs.fields(kind)}
-    ]
+def _way(key: str, own: list[str], path: tuple[str, ...], cls: type) -> str:
+    """What to do about an unknown key at `path`: it may be known in another section of `cls`."""
+    hints = get_type_hints(cls)
+    sections = {name: _keys(hints[name]) for name in _keys(cls) if attrs.has(hints[name])}
+    if path and key in sections:
+        return f"it is a section by itself, [{key}]"
+    if path and key in _keys(cls):
+        return "it is of no section, and belongs above all of them"
+    others = {name: keys for name, keys in sections.items() if (name,) != path}
+    homes = [f"[{name}]" for name, keys in others.items() if key in keys]
+    if homes:
+        return f"it is of {' or '.join(homes)}"
+    begun = any(name.startswith(key) for name in own)
+    best = nearest(key, {*own, *(name for keys in others.values() for name in keys)})[:1]
+    if begun or not best or best[0] in own:
+        return did_you_mean(key, own)
+    found = [f"{best[0]!r} of [{name}]" for name, keys in others.items() if best[0] in keys]
+    return f"did you mean {' or '.join(found)}?"
+
+
+def _keys(cls: type) -> list[str]:
+    return [field.name.rstrip("_") for field in attrs.fields(cls)]
 
 
 def _expected(path: tuple[str, ...]) -> str:
@@ -149,8 +161,7 @@ def _expected(path: tuple[str, ...]) -> str:
             hints = get_type_hints(kind) if attrs.has(kind) else {}
             kind = hints.get(part, hints.get(f"{part}_"))
         if kind is not None and attrs.has(kind):
-            keys = ", ".join(field.name.rstrip("_") for field in attrs.fields(kind))
-            return f"expected a section with {keys}"
+            return f"expected a section with {', '.join(_keys(kind))}"
         if kind is not None and any("tuple" in str(arg) for arg in (kind, *get_args(kind))):
             return f"expected {_listed(kind)}"
     return ""

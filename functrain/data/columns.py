@@ -29,7 +29,8 @@ def rows(path: PathLike) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(os.fspath(path)) as file:
             for batch in file.iter_batches(batch_size=1024):
-                yield from (record(row) for row in batch.to_pylist())
+                # A map is an object, as it would be in JSON, and not a list of pairs.
+                yield from (record(row) for row in batch.to_pylist(maps_as_pydicts="lossy"))
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         if isinstance(error, OSError) and error.errno:  # a damaged file has none

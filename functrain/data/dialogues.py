@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import orjson
 
-from functrain.errors import DataError, did_you_mean
+from functrain.errors import DataError, did_you_mean, in_its_place
 
 Message = Mapping[str, Any]
 SHAPES: Mapping[str, tuple[str, ...]] = {
@@ -48,10 +48,24 @@ class Dialogue:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
+def present(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record without those fields of other formats that are null, where it has one of its own.
+
+    JSON that was written from columns has a field for whatever any record has.
+    """
+    known = (key for keys in SHAPES.values() for key in keys)
+    absent = {key for key in known if key in record and record[key] is None}
+    found = record.keys() - absent
+    if not absent or not any(found.issuperset(keys) for keys in SHAPES.values()):
+        return record
+    return {key: value for key, value in record.items() if key in found}
+
+
 def shape_of(record: object, where: str) -> str:
     """The format of a record; `DataError` if it has none, or two."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+    record = present(record)
     found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
     if len(found) == 1:
         return found[0]
@@ -91,6 +105,9 @@ def dialogue(record: Mapping[str, Any], where: str) -> Dialogue:
     return attrs.evolve(found, tools=called)
 
 
+_KEYS = ("role", "content", "tool_calls", "weight")
+
+
 def message(given: object, where: str, content_key: str = "content") -> Message:
     """A message, which must have a known role, and content or tool calls.
 
@@ -99,8 +116,7 @@ def message(given: object, where: str, content_key: str = "content") -> Message:
     if not isinstance(given, Mapping):
         raise DataError(f"{where}: expected role and content, got {type(given).__name__}")
     if "role" not in given:
-        near = did_you_mean("role", map(str, given)) if given else "it is empty"
-        raise DataError(f"{where}: no 'role'; {near}")
+        raise DataError(f"{where}: no 'role'; {in_its_place('role', given, _KEYS)}")
     role = given["role"]
     if not isinstance(role, str):
         raise DataError(f"{where}.role: expected text, got {type(role).__name__}")
@@ -112,8 +128,7 @@ def message(given: object, where: str, content_key: str = "content") -> Message:
         given = {**given, "tool_calls": calls}
     content = given.get("content")
     if "content" not in given and not calls:
-        near = did_you_mean("content", map(str, given))
-        raise DataError(f"{where}: no 'content'; {near}")
+        raise DataError(f"{where}: no 'content'; {in_its_place('content', given, _KEYS)}")
     if not (isinstance(content, str) or (content is None and calls)):
         raise DataError(f"{where}.{content_key}: expected text, got {type(content).__name__}")
     if role == "assistant" and not content and not calls:

@@ -17,7 +17,7 @@ from functrain.data.templates import Templated, has_template, laid_out
 from functrain.data.text import IGNORE_INDEX, ended
 from functrain.data.tokenizers import Tokenizer, ids_of
 from functrain.data.turns import REASONING
-from functrain.errors import DataError, did_you_mean
+from functrain.errors import DataError, did_you_mean, in_its_place
 
 Record = Mapping[str, Any]
 TokenIds = tuple[int, ...]
@@ -88,6 +88,7 @@ def read_chat(record: Record, tokenizer: Tokenizer, where: str) -> Prompted:
             f"{where}.label: {record['label']}, as of a completion that is desirable or not, and "
             "here each is learnt; train on these with the kto loss, or leave label out"
         )
+    record = dialogues.present(record)
     if "messages" in record and not has_template(tokenizer):
         for other in ("prompt", "completion"):
             if other in record:
@@ -340,5 +341,4 @@ def _check_keys(record: object, keys: Sequence[str], where: str) -> None:
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
     for key in keys:
         if key not in record:
-            near = did_you_mean(key, map(str, record)) if record else "it is empty"
-            raise DataError(f"{where}: no {key!r}; {near}")
+            raise DataError(f"{where}: no {key!r}; {in_its_place(key, record, keys)}")

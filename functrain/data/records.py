@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from functrain.data.files import (
     lines,
     suffix_of,
 )
-from functrain.errors import DataError
+from functrain.errors import DataError, in_its_place
 
 Place = tuple[str, int]
 """A file, and the number from 1 of the line, element or row in it that a record is."""
@@ -177,12 +177,20 @@ def texts(path: Path, skipped: list[str] | None = None) -> Iterator[str]:
             if isinstance(record.get("text"), str):
                 yield record["text"]
             else:
-                _passed_over(DataError(f"{_at(path, number)}: no text under 'text'"), skipped)
+                _passed_over(_no_text(record, _at(path, number)), skipped)
         return
     try:
         yield _decoded(contents(path), str(path))
     except DataError as error:
         _passed_over(error, skipped)
+
+
+def _no_text(record: Mapping[str, Any], where: str) -> DataError:
+    if "text" in record:
+        found = f"got {type(record['text']).__name__}"
+    else:
+        found = in_its_place("text", record)
+    return DataError(f"{where}: no text under 'text'; {found}")
 
 
 def _at(path: PathLike, number: int) -> str:
@@ -227,9 +235,10 @@ def _objects(path: Path, skipped: list[str] | None) -> Iterator[tuple[dict[str, 
         if not is_list and not value.strip():
             continue
         try:
-            record = value if is_list else _parsed(value, where, hint)
+            record = value if is_list else _parsed(value, where, hint or _layout(value))
             if not isinstance(record, dict):
-                raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+                way = _LAID_OUT if not is_list and isinstance(record, list) else ""
+                raise DataError(f"{where}: expected an object, got {type(record).__name__}{way}")
         except DataError as error:
             _passed_over(error, skipped)
         else:
@@ -247,11 +256,39 @@ def _listed(path: Path) -> list[Any]:
     return value
 
 
+_LAID_OUT = "; each record is one line of a .jsonl file, and a list is in a .json file"
+
+
+def _layout(line: bytes) -> str:
+    """A hint, where a line begins what is laid out over several, or a list."""
+    return _LAID_OUT if line.startswith(b"[") or line.strip() == b"{" else ""
+
+
+_SIGNS = {
+    b"\x1f\x8b": "it is compressed with gzip: end its name in .gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it",
+    b"\xfd7zXZ": "it is compressed with xz: unpack it",
+    b"BZh": "it is compressed with bzip2: unpack it",
+    b"PK\x03\x04": "it is a zip archive: unpack it",
+    b"PAR1": "it is a Parquet file: end its name in .parquet",
+    b"\xff\xfe": "it seems to be UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "it seems to be UTF-16; convert it to UTF-8",
+}
+"""What files of other kinds begin with, and what to do about them."""
+
+
+def _sign(data: bytes) -> str | None:
+    return next((way for sign, way in _SIGNS.items() if data.startswith(sign)), None)
+
+
 def _parsed(data: bytes, where: str, hint: str = "") -> Any:
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
         _decoded(data, where)
+        sign = _sign(data)
+        if sign is not None:
+            hint = f"; {sign}"
         raise DataError(f"{where}: not JSON ({error}){hint}") from error
 
 
@@ -259,4 +296,5 @@ def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text ({error}); convert it to UTF-8") from error
+        way = _sign(data) or "convert it to UTF-8"
+        raise DataError(f"{where}: not UTF-8 text ({error}); {way}") from error

@@ -44,6 +44,12 @@ class TextRows(MapSource):
         """Rows in the stream."""
         return -(-(len(self.ids) - 1) // (self.time - 1))
 
+    @property
+    def padding(self) -> float:
+        """The fraction of the rows that is padding, all of it at the end of the last one."""
+        overlaps = len(self) - 1
+        return 1 - (len(self.ids) + overlaps) / (len(self) * self.time)
+
     def first(self, limit: int | None) -> TextRows:
         """The same source over the first `limit` tokens, or over all."""
         if limit is None:

@@ -14,11 +14,13 @@ import numpy.typing as npt
 import torch
 
 from functrain.checks import PathLike
-from functrain.data.files import UnreadableError, files_of, is_compressed
+from functrain.data.files import RECORDS, TEXTS, UnreadableError, files_of, is_compressed, suffix_of
 from functrain.errors import DataError
 
 Ids = npt.NDArray[Any]
 SUFFIXES = (".bin", ".npy")
+# By their names these are something else, whose bytes would be read as ids without a complaint.
+_OTHERS = (*TEXTS, *RECORDS, ".npz", ".pt", ".pth", ".safetensors", ".arrow", ".csv", ".zip")
 # llm.c's data files: the header, its first two numbers, and the dtype of what follows it.
 _HEADER = np.dtype("<i4"), 256
 _MAGIC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
@@ -136,6 +138,11 @@ def _mapped(path: Path, dtype: str) -> Ids:
         raise DataError(f"{path}: compressed, and ids are mapped as they are; unpack it")
     if path.suffix.lower() == ".npy":
         return _npy(path)
+    if suffix_of(path) in _OTHERS:
+        raise DataError(
+            f"{path}: by its name no file of token ids; expected raw {dtype} (.bin), or .npy, by "
+            "numpy.save(path, ids); text and records are for functrain.data.documents and records"
+        )
     with_header = _llm_c(path)
     if with_header is not None:
         return with_header

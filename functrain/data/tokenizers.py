@@ -95,9 +95,14 @@ def check_joinable(tokenizer: Tokenizer) -> None:
 def ids_of(text: str, tokenizer: Any, where: str) -> list[int]:
     """The ids of a text as Python integers; `DataError`, naming `where`, if they are no integers.
 
+    So is any that the tokenizer raises.
+
     A tokenizer of a user's may give an array or a tensor, or a list of the integers of either.
     """
-    given = tokenizer.encode(text)
+    try:
+        given = tokenizer.encode(text)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     given = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(given, Iterable):
         raise _no_ids(where, given)

@@ -141,14 +141,21 @@ class Judged:
     where: str
 
 
+def _is_pair(record: Record) -> bool:
+    """Whether a record is of a pair; of what were columns, the sides of another kind are null."""
+    if any(record.get(side) is not None for side in SIDES):
+        return True
+    return any(side in record for side in SIDES) and record.get("completion") is None
+
+
 def read_judged(
     record: Record, tokenizer: Tokenizer, where: str, drop_identical: bool = False
 ) -> list[Judged]:
     """One example, or the two of a pair, or none where the two are the same."""
-    if not isinstance(record, Mapping) or not any(side in record for side in SIDES):
+    if not isinstance(record, Mapping) or not _is_pair(record):
         return [Judged(*read_unpaired(record, tokenizer, where), where)]
     for other in ("completion", "label"):
-        if other in record:
+        if record.get(other) is not None:
             raise DataError(f"{where}: {other} beside chosen or rejected; give one form")
     pair = read_pair(record, tokenizer, where)
     if not differ(pair, where, drop_identical):

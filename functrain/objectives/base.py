@@ -186,7 +186,7 @@ def advanced(objective: Carrying, running: Tensors, metrics: Metrics) -> Tensors
     """What the objective's `advance` returns.
 
     Raises `ConfigError` if that is not of the form of `running`, by which a checkpoint is read, or
-    if `running` itself, which is the old state's, was written into.
+    if `running` itself, which is the old state's, was written into (other than through `.data`).
     """
     begun = versions(running)
     found: Any = objective.advance(running, metrics)

@@ -13,7 +13,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from functrain.errors import BatchError, did_you_mean
 
 Batch = Mapping[str, Any]
-"""`input_ids`, `labels`, `attention_mask`, `position_ids`: tensors of shape [batch, time]."""
+"""`input_ids`, `labels`, `attention_mask`, `position_ids`: tensors of shape [batch, time].
+
+`labels` are aligned with `input_ids`, and −100 alone says that a position is no target. An
+`attention_mask` of 0 hides a token from the model and leaves its label what it is, and in a row
+that is padded on the left the first real token is a target too, predicted from padding: give both
+labels of −100 where they are not to be trained on. Sources of `functrain.data` pad on the right,
+with labels of −100.
+"""
 
 IGNORE_INDEX = -100
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -273,7 +280,10 @@ def examples_in(batch: Batch) -> int:
 
 
 def batch_versions(batches: Sequence[Batch]) -> dict[str, int]:
-    """By key, a number that changes when a tensor of any of the micro-batches is written to."""
+    """By key, a number that changes when a tensor of any of the micro-batches is written to.
+
+    Writes through `.data` change none.
+    """
     found: dict[str, int] = {}
     for batch in batches:
         for name, value in batch.items():

@@ -34,7 +34,8 @@ class LanguageModeling:
 
     `labels` are aligned with `input_ids`; the shift is inside: position t predicts the label at
     t + 1. A label of −100 is no target, and nothing else says so: an `attention_mask` of 0 leaves a
-    label what it is. The weight is the number of target tokens. Pretraining and SFT differ only in
+    label what it is, and the first token after padding on the left is predicted from padding unless
+    its label is −100. The weight is the number of target tokens. Pretraining and SFT differ only in
     which labels the data leaves. `head`: `auto` makes large logits a few rows at a time, `full`
     never does; the results are the same to rounding.
 
@@ -71,8 +72,10 @@ class LanguageModeling:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The summed cross entropy, with loss, perplexity, accuracy and the number of targets.
 
-        `padding` is the fraction of tokens that is padding. Raises `ArchitectureError` where
-        documents of a packed batch would see each other.
+        `mean_token_accuracy` is the fraction of targets whose logit is the largest; of equal ones
+        the first is taken, as by `argmax`, however the logits are made. `padding` is the fraction
+        of tokens that is padding. Raises `ArchitectureError` where documents of a packed batch
+        would see each other.
         """
         return self.summed(model, batch, model)
 

@@ -330,8 +330,8 @@ def sequence_logps(
 def token_metrics(scores: TokenScores) -> Metrics:
     """Metrics over completion tokens of pairs stacked as chosen, then rejected.
 
-    `entropy` (nats) over both; `mean_token_accuracy` over the chosen; `logits/chosen` and
-    `logits/rejected`, the mean logit.
+    `entropy` (nats) over both; `mean_token_accuracy` over the chosen (of equal logits the first is
+    the largest, as by `argmax`); `logits/chosen` and `logits/rejected`, the mean logit.
     """
     correct = scores.correct.chunk(2)[0]
     level_chosen, level_rejected = scores.level.chunk(2)

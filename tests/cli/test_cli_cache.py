@@ -113,7 +113,7 @@ def test_what_was_passed_over_is_said_of_both_texts(tmp_path: Path, cached: bool
     said = build.build(attrs.evolve(config, data=attrs.evolve(config.data, **more))).notes
     assert "training text: 1 malformed, passed over" in said
     assert "held-out text: 2 malformed, passed over" in said
-    assert f"held-out text: {tmp_path / 'held.jsonl'}:2: no text under 'text'" in said
+    assert f"held-out text: {tmp_path / 'held.jsonl'}:2: no text under 'text'; it is empty" in said
 
 
 def test_what_has_no_records_has_none_that_are_passed_over(tmp_path: Path, capsys: Any) -> None:

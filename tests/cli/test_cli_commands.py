@@ -44,6 +44,28 @@ def test_a_run_needs_no_file() -> None:
     assert arguments.resume
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--train.peak", "3"], "train.peak: unknown option; it is --schedule.peak"),
+        (["--model.batch-size=3"], "--train.batch-size or --evaluation.batch-size"),
+        (["--train.directory", "x"], "train.directory: unknown option; it is --directory"),
+    ],
+)
+def test_an_option_of_the_wrong_section_is_told_the_right_one(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_option_is_of_its_own_section() -> None:
+    """Also one that turns something off, and one whose name is there in two sections."""
+    given = ["--train.no-compile", "--evaluation.batch-size", "3", "--train.batch-size=4"]
+    config = commands.stage_arguments("pretrain", given).config
+    assert (config.evaluation.batch_size, config.train.batch_size) == (3, 4)
+
+
 def test_one_file_is_given(run_toml: Path) -> None:
     other = run_toml.with_name("other.toml")
     with pytest.raises(ConfigError, match=r"other.toml: a second config file, after .*run.toml"):

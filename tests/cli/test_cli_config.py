@@ -171,6 +171,12 @@ BAD = [
     ('stage = "sftt"', "stage: 'sftt', expected 'dpo'; did you mean 'sft'"),
     ("seed = 1", r"run.toml: seed: unknown key; it is of \[train\]"),
     ("dropout = 0.1", r"run.toml: dropout: unknown key; it is of \[lora\]"),
+    ("[model]\nseed = 1", r"run.toml: model.seed: unknown key; it is of \[train\]"),
+    ("[train]\npeak = 1", r"train.peak: unknown key; it is of \[schedule\]"),
+    ("[optimizer]\nwarmpu = 1", r"unknown key; did you mean 'warmup' of \[schedule\]\?"),
+    ("stepz = 1", r"stepz: unknown key; did you mean 'steps' of \[train\]\?"),
+    ('[train]\ndirectory = "x"', "train.directory: unknown key; it is of no section, and belongs"),
+    ("[train.schedule]\npeak = 1", r"unknown key; it is a section by itself, \[schedule\]"),
     ("\ufeff[train]\nsteps = 0", "train.steps: 0, expected an integer of at least 1"),
     ("[train]\nkeep_pages = true\nreturn_pages = true", "what a file has --train.no-return-pages"),
 ]

@@ -545,6 +545,20 @@ def test_other_data_than_the_run_was_begun_with_is_refused(
     assert told in _refused(["verify", str(run), "--replay", "0..2"], capsys)
 
 
+@pytest.mark.parametrize(("time", "told"), [(8, False), (200, False), (201, True), (1024, True)])
+def test_a_row_that_is_mostly_padding_is_told(time: int, told: bool) -> None:
+    ids = np.arange(100, dtype=np.uint16)
+    rows = tokens(ids, time=time, batch_size=2)
+    said = sources.notes(rows, tokens(ids, time=8, batch_size=2))
+    percent = f"{1 - 100 / time:.1%}"
+    line = f"training text: 100 tokens in one row of data.time {time:,}, {percent} of which is pad"
+    assert [line in each for each in said] == ([True] if told else [])
+    # Only what is mostly padding: of several rows the last alone has some.
+    assert sources.notes(tokens(ids, time=8, batch_size=2), rows)[:1] == [
+        each.replace("training", "held-out") for each in said
+    ]
+
+
 @given(st.integers(0, 999), st.booleans())
 def test_a_hash_is_of_every_token(place: int, packing: bool) -> None:
     """Wherever the one is that is another, of rows and of packed documents."""

@@ -514,7 +514,11 @@ def test_a_page_shows_several_runs_in_the_same_charts(
     assert main(["report", str(runs / "a"), "--to", str(page)]) == 0
     assert "All runs" not in page.read_text()
     assert main(["report", str(runs / "a"), str(runs / "a"), "--to", str(page)]) == 2
-    assert "is given twice" in capsys.readouterr().err
+    assert "is given twice; name each run once" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(runs / "a")
+    for again in (runs / "b" / ".." / "a", tmp_path / "link", runs / "a" / "checkpoints"):
+        assert main(["report", str(runs / "a"), str(again), "--to", str(page)]) == 2
+        assert f"{runs / 'a'} is given twice" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--to", str(page)]) == 2
     assert "expected a run" in capsys.readouterr().err
 

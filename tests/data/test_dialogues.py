@@ -643,7 +643,7 @@ def test_a_lone_surrogate_is_a_malformed_record(template: str) -> None:
     given, bad = tokenizer(template), said("a", "b\ud800")
     options: dict[str, Any] = {"time": 512, "batch_size": 1}
     for record in (bad, {"prompt": "a", "completion": "b\ud800"}):
-        with pytest.raises(ft.DataError, match="text: not encodable as UTF-8"):
+        with pytest.raises(ft.DataError, match=r"record 0.*: text: not encodable as UTF-8"):
             ft.data.chat([record], given, **options)
     kept = ft.data.chat([bad, said("a", "b")], given, on_bad_record="skip", **options).counts
     assert (kept.kept, kept.malformed) == (1, 1)
@@ -716,6 +716,41 @@ def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ft.DataError, match=message):
             ft.data.records(path)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "messages": said("a", "b"),
+    "ShareGPT": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "Alpaca": {"instruction": "a", "output": "b"},
+    "prompt-completion": {"prompt": "a", "completion": "b"},
+}
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_whose_fields_are_null_is_absent(
+    name: str, template: str | None, tmp_path: Path, capsys: Any
+) -> None:
+    """As in JSON that was written from columns, with a record of each form."""
+    given = ft.data.ByteTokenizer() if template is None else tokenizer(template)
+    nulls = {key: None for form in FORMS.values() for key in form}
+    nulls |= {"chosen": None, "rejected": None, "label": None}
+    options: dict[str, Any] = {"time": 512, "batch_size": 1}
+    alone = ft.data.chat([FORMS[name]], given, **options)
+    assert ft.data.chat([nulls | FORMS[name]], given, **options).examples == alone.examples
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(nulls | FORMS[name]))
+    assert main(["data", "show", str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}:1: {name}\n")
+
+
+def test_data_show_shows_control_characters_and_does_not_send_them(
+    tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "a\x1b[31m\tb\x9b", "completion": "c\r\n\x00\x7f"}))
+    assert main(["data", "show", str(path)]) == 0
+    assert "a␛[31m\tb\ufffd⟦c␍\n␀␡¶⟧\n" in capsys.readouterr().out
 
 
 def test_data_show_marks_what_is_trained(tmp_path: Path, capsys: Any) -> None:

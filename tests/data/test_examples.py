@@ -289,7 +289,7 @@ RECORDS: dict[str, tuple[dict[Any, Any], str]] = {
         {"prompt": None, "chosen": "a", "rejected": "b"},
         "^record 0.prompt: expected text or messages, got NoneType",
     ),
-    "no rejected": ({"chosen": "b"}, "^record 0: no 'rejected'; known: 'chosen'"),
+    "no rejected": ({"chosen": "b"}, "^record 0: no 'rejected'; it has 'chosen'"),
     "nothing": ({}, "^record 0: no 'chosen'; it is empty"),
     "keys that are no text": ({1: "a", "reject": "b", "chosen": "c"}, "did you mean 'reject'"),
     "a text and messages": (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,26 @@ def _parquet(path: Path, objects: list[Any]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(objects), path)
+
+
+def test_a_map_in_parquet_is_an_object(tmp_path: Path) -> None:
+    """At any depth, and an empty one too: a tool's arguments may be written as one."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    values = [[("k", "v"), ("n", None)], []]
+    table = {
+        "meta": pyarrow.array(values, kind),
+        "deep": pyarrow.array(
+            [[{"arguments": each}] for each in values],
+            pyarrow.list_(pyarrow.struct([("arguments", kind)])),
+        ),
+    }
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    assert data.records(tmp_path / "a.parquet") == [
+        {"meta": {"k": "v"}, "deep": [{"arguments": {"k": "v"}}]},
+        {"meta": {}, "deep": [{"arguments": {}}]},
+    ]
 
 
 @given(objects=OBJECTS)
@@ -308,6 +330,26 @@ def test_what_is_not_utf_8_is_told_so(tmp_path: Path, encoding: str) -> None:
         (tmp_path / name).write_bytes(content.encode(encoding))
         with pytest.raises(ft.DataError, match=rf"{name}.*: not UTF-8 text .*convert it to UTF-8"):
             data.documents(tmp_path / name)
+
+
+PACKED = {
+    "gzip: end its name in .gz": gzip.compress(b'{"text": "a"}\n'),
+    "xz: unpack it": lzma.compress(b'{"text": "a"}\n'),
+    "bzip2: unpack it": bz2.compress(b'{"text": "a"}\n'),
+    "zstd: unpack it": bytes.fromhex("28b52ffd040071000068690a") + b"\xff",
+    "Parquet file: end its name in .parquet": b"PAR1\x15\x04\x15",
+    "zip archive: unpack it": b"PK\x03\x04\x14\x00\x00",
+}
+
+
+@pytest.mark.parametrize("what", sorted(PACKED))
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json"])
+def test_a_file_of_another_kind_is_told_by_how_it_begins(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(PACKED[what])
+    with pytest.raises(ft.DataError, match=rf"{name}.*: not (UTF-8|JSON).*{what}"):
+        data.records(tmp_path / name)
 
 
 @pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "x/" * 5000])

@@ -53,7 +53,9 @@ def test_only_what_the_assistant_says_is_a_target() -> None:
 
 USER = {"role": "user", "content": "x"}
 RECORDS: list[tuple[dict[Any, Any], str]] = [
-    ({"prompt": "a"}, r"record 1: no 'completion'"),
+    ({"prompt": "a"}, r"record 1: no 'completion'; it has 'prompt'$"),
+    ({"prompt": "a", "complete": "b"}, r"record 1: no 'completion'; did you mean 'complete'\?"),
+    ({"prompt": "a", "answer": "b"}, r"record 1: no 'completion'; it has 'prompt', 'answer'$"),
     ({"promt": "a", "completion": "b"}, r"record 1: no 'prompt'; did you mean 'promt'"),
     ({"prompt": 3, "completion": "b"}, r"record 1.prompt: expected text or messages, got int"),
     ({"prompt": "a", "completion": ""}, r"record 1.completion: empty"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import functrain as ft
 from functrain import data
 from functrain.objectives import LanguageModeling, PreferenceOptimization
+from functrain.objectives.batches import count_padding
 
 BYTES = data.ByteTokenizer()
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -38,6 +39,14 @@ def test_orders_differ_by_key_and_look_shuffled() -> None:
 def _rows(length: int = 100, **options: Any) -> data.TextRows:
     ids = np.arange(length, dtype=np.uint16)
     return data.tokens(ids, **{"time": 8, "batch_size": 4, **options})
+
+
+@given(length=st.integers(2, 300), time=st.integers(2, 60))
+def test_the_padding_of_rows_of_text_is_what_their_batch_has(length: int, time: int) -> None:
+    rows = _rows(length, time=time, shuffle=False)
+    padding, made = count_padding(rows.at(0, len(rows)))
+    assert rows.padding == pytest.approx(int(padding) / made, abs=1e-12)
+    assert rows.padding <= 0.5 or len(rows) == 1
 
 
 SOURCES: dict[str, Any] = {
@@ -268,6 +277,9 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
         ('{"a": 1}\n{', r"records.jsonl:2: not JSON"),
         ('{"a": 1}\n[1]', r"records.jsonl:2: expected an object, got list"),
         ("\n", r"records.jsonl: no records"),
+        ('{\n  "a": 1\n}\n', r"records.jsonl:1: not JSON .*; each record is one line of a .jsonl"),
+        ('[{"a": 1},\n{"a": 2}]', r"records.jsonl:1: not JSON .*, and a list is in a .json file"),
+        ('[{"a": 1}]', r"records.jsonl:1: expected an object, got list; each record is one line"),
     ):
         path.write_text(text)
         with pytest.raises(ft.DataError, match=message):
@@ -275,8 +287,15 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(ft.DataError, match="cannot be read"):
         data.records(tmp_path / "nowhere.jsonl")
     path.write_text('{"txt": "a"}')
-    with pytest.raises(ft.DataError, match=r"records\.jsonl:1: no text under 'text'"):
+    with pytest.raises(ft.DataError, match=r"records\.jsonl:1: no text under 'text'; did.*'txt'"):
         data.documents(path)
+    for text, found in (
+        ('{"text": 3}', "got int"),
+        ('{"id": 3, "body": "a"}', "it has 'id'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ft.DataError, match=f"no text under 'text'; {found}"):
+            data.documents(path)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ft.DataError, match="not UTF-8"):
         data.documents(tmp_path / "latin.txt")

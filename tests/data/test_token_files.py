@@ -153,6 +153,16 @@ def test_there_may_be_more_files_than_descriptors(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.PT", "a.txt", "a.jsonl", "a.ndjson", "a.parquet"])
+def test_a_file_of_something_else_is_not_read_as_ids(name: str, tmp_path: Path) -> None:
+    """Any bytes are raw ids; a name tells that they are meant as something else."""
+    (tmp_path / name).write_bytes(bytes(range(200)))
+    with pytest.raises(ft.DataError, match=rf"{name}: by its name no file of token ids; expected"):
+        data.tokens(tmp_path / name, **SIZES)
+    (tmp_path / name).rename(tmp_path / "ids")
+    assert len(data.tokens(tmp_path / "ids", **SIZES).ids) == 100
+
+
 @pytest.mark.parametrize("name", ["a.bin", "a.npy"])
 def test_a_file_that_cannot_be_read_is_named(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

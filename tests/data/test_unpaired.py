@@ -185,8 +185,23 @@ def test_a_label_may_be_numpys() -> None:
     assert batch["desirable"].tolist() == [True, False]
 
 
+def test_the_sides_of_another_kind_may_be_null() -> None:
+    """As in JSON that was written from columns, with pairs and labelled completions."""
+    nulls = dict.fromkeys(["completion", "label", "chosen", "rejected"])
+    labelled = [{**GOOD, "completion": text} for text in ("x", "y")]
+    records = [*labelled, {"prompt": "p", "chosen": "c", "rejected": "d"}]
+    options: dict[str, Any] = {"time": 16, "batch_size": 1}
+    alone = data.unpaired(records, BYTES, **options)
+    beside = data.unpaired([nulls | each for each in records], BYTES, **options)
+    assert beside.examples == alone.examples
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no label": ({"prompt": "a", "completion": "b"}, {}, "^record 1: no 'label'; known"),
+    "no label": (
+        {"prompt": "a", "completion": "b"},
+        {},
+        "^record 1: no 'label'; it has 'prompt'",
+    ),
     "a label misspelt": (
         {"prompt": "a", "completion": "b", "lable": True},
         {},
