@@ -86,6 +86,7 @@ _PASSING = frozenset(
         *("transformers_version", "_name_or_path", "name_or_path", "architectures"),
         *("dtype", "torch_dtype", "_attn_implementation", "attn_implementation"),
         *("_attn_implementation_internal", "_attn_implementation_autoset", "checkpointing"),
+        "use_cache",
     }
 )
 
