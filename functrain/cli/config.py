@@ -440,9 +440,6 @@ class Evaluation:
 
 
 def _services(_record: Any, _field: Any, given: Any) -> None:
-    text = "".join(given)
-    if text in TRACKERS and text not in given:  # it was taken letter by letter
-        raise ConfigError(f"tracking.services: {text!r}, expected a list: [{text!r}]")
     for each in given:
         if each not in TRACKERS:
             raise ConfigError(
