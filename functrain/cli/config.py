@@ -184,6 +184,16 @@ class Data:
     """Whether the data are dialogues in a chat template; written when the run begins."""
 
     def __attrs_post_init__(self) -> None:
+        if self.min_prompt > 1 and self.truncation != "prompt_first":
+            raise ConfigError(
+                f"data.min_prompt: {self.min_prompt} is for data.truncation='prompt_first' alone, "
+                f"and it is {self.truncation!r}; leave it out, or give that"
+            )
+        if self.min_prompt >= self.time:
+            raise ConfigError(
+                f"data.min_prompt: {self.min_prompt} of the {self.time} tokens of data.time leave "
+                "none for a completion; expected less"
+            )
         if self.packing and self.group_by_length:
             raise ConfigError(
                 "data.group_by_length: with data.packing all rows are of one length; leave it out"
@@ -594,6 +604,13 @@ class Pretrain:
     train: Train = attrs.field(factory=Train)
     evaluation: Evaluation = attrs.field(factory=Evaluation)
     tracking: Tracking = attrs.field(factory=Tracking)
+
+    def __attrs_post_init__(self) -> None:
+        if self.model.checkpointing and self.train.checkpoint is not None:
+            raise ConfigError(
+                f"train.checkpoint: {self.train.checkpoint!r}, and model.checkpointing recomputes "
+                "every block already; leave one of them out"
+            )
 
 
 @attrs.frozen(kw_only=True)

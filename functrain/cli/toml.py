@@ -32,7 +32,7 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in _KINDS:
         converter.register_structure_hook(kind, _strict)
-    converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, _items)
+    converter.register_structure_hook_func(_is_tuple, _items)
     renamed = override(rename="from")
     structure = make_dict_structure_fn(
         Start, converter, _cattrs_forbid_extra_keys=True, from_=renamed
@@ -52,6 +52,10 @@ def _strict(value: Any, kind: Any) -> Any:
         return kind(value)
     except OverflowError as error:  # an integer beyond the largest float
         raise TypeError(f"expected {expected} of at most 1.8e308, got one beyond") from error
+
+
+def _is_tuple(kind: Any) -> bool:
+    return get_origin(kind) is tuple
 
 
 def _items(value: Any, kind: Any) -> tuple[Any, ...]:

@@ -154,6 +154,11 @@ BAD = [
     (f"[schedule]\npeak = 1{'0' * 400}", "schedule.peak: expected a number of at most 1.8e308"),
     ("[schedule]\nwarmup = 5\ntotal = 4", "schedule.warmup: 5 is more than schedule.total 4"),
     ("[data]\nmin_prompt = 0", "data.min_prompt: 0, expected an integer of at least 1"),
+    ("[data]\nmin_prompt = 2", "min_prompt: 2 is for data.truncation='prompt_first' alone, and"),
+    (
+        '[data]\ntime = 8\nmin_prompt = 8\ntruncation = "prompt_first"',
+        "min_prompt: 8 of the 8 tokens of data.time leave none for a completion",
+    ),
     ('[preference]\nloss = "sigmoid+ 2*sigmoid"', "preference.loss: 'sigmoid' is there twice"),
     ('[preference]\nloss = "APO"', "'APO' is unknown; did you mean 'apo_down' or 'apo_zero'"),
     ('[preference]\nloss = "TR-DPO"', "'TR-DPO' is unknown; it is any loss with a reference, with"),
