@@ -613,6 +613,14 @@ class Pretrain:
             )
 
 
+def _check_base(lora: Adapters, train: Train) -> None:
+    if lora.rank is not None and train.precision == "bf16_params":
+        raise ConfigError(
+            "train.precision: 'bf16_params' casts a model that is trained whole, and adapters "
+            "(lora.rank) are over a base in float32; give 'bf16'"
+        )
+
+
 @attrs.frozen(kw_only=True)
 class SFT:
     """Supervised fine-tuning: next-token prediction of completions, from a pretrained model."""
@@ -629,6 +637,9 @@ class SFT:
     train: Train = attrs.field(factory=Train)
     evaluation: Evaluation = attrs.field(factory=Evaluation)
     tracking: Tracking = attrs.field(factory=Tracking)
+
+    def __attrs_post_init__(self) -> None:
+        _check_base(self.lora, self.train)
 
 
 @attrs.frozen(kw_only=True)
@@ -650,6 +661,7 @@ class DPO:
     tracking: Tracking = attrs.field(factory=Tracking)
 
     def __attrs_post_init__(self) -> None:
+        _check_base(self.lora, self.train)
         if self.data.packing:
             instead = "preference.layout='padding_free', which computes no padding"
             if self.preference.unpaired:

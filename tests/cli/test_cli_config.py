@@ -154,6 +154,10 @@ BAD = [
     (f"[schedule]\npeak = 1{'0' * 400}", "schedule.peak: expected a number of at most 1.8e308"),
     ("[schedule]\nwarmup = 5\ntotal = 4", "schedule.warmup: 5 is more than schedule.total 4"),
     ("[data]\nmin_prompt = 0", "data.min_prompt: 0, expected an integer of at least 1"),
+    (
+        '[lora]\nrank = 2\n[train]\nprecision = "bf16_params"',
+        "train.precision: 'bf16_params' casts",
+    ),
     ("[data]\nmin_prompt = 2", "min_prompt: 2 is for data.truncation='prompt_first' alone, and"),
     (
         '[data]\ntime = 8\nmin_prompt = 8\ntruncation = "prompt_first"',

@@ -609,6 +609,13 @@ def test_what_cannot_be_gone_on_with_is_said(
     assert "no config.toml in it there is no run to go on with; put that back" in told
 
 
+def test_a_start_that_is_no_run_is_told_by_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = _refused(["sft", "--model.from", str(tmp_path)], capsys)
+    assert f"model.from: {tmp_path}: no run's directory" in told
+
+
 def test_the_config_of_a_run_that_was_moved_begins_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
