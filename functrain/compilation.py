@@ -187,14 +187,11 @@ def paused(architecture: nn.Module) -> Generator[None]:
 def cache_directory(path: str | None) -> Generator[None]:
     """A context in which compiled code is cached at `path`; None leaves the directory as it was.
 
-    Raises `ConfigError` for a path with a space.
+    Raises `ConfigError` for a path with a space, or where no directory can be made.
     """
     whole = None if path is None else str(Path(path).absolute())
-    if whole is not None and len(whole.split()) > 1:
-        raise ConfigError(
-            f"compile_cache: {whole!r} has a space, at which torch cuts it in the command line of "
-            "the compiler; give a path without"
-        )
+    if whole is not None:
+        _check_cache(whole)
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     try:
@@ -206,6 +203,21 @@ def cache_directory(path: str | None) -> Generator[None]:
             os.environ.pop(name, None)
             if before is not None:
                 os.environ[name] = before
+
+
+def _check_cache(path: str) -> None:
+    if any(each.isspace() for each in path):
+        raise ConfigError(
+            f"compile_cache: {path!r} has a space, at which torch cuts it in the command line of "
+            "the compiler; give a path without"
+        )
+    try:  # torch makes it in the first step
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"compile_cache: {path} cannot be made ({error.strerror}); expected a directory, or a "
+            "path where one can be made"
+        ) from error
 
 
 def units(architecture: nn.Module, projection: nn.Module | None) -> dict[str, nn.Module]:

@@ -25,6 +25,9 @@ Schedule = Callable[[int], float]
 Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
+_MOST_WAVES = 2**53
+
+
 def _not_negative(record: object, field: attrs.Attribute[Any], value: float) -> None:
     check_not_negative(f"{_name(record)}.{field.name}", value)
 
@@ -46,6 +49,15 @@ def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], int], None]
 
 _count = _at_least(0)
 _positive_count = _at_least(1)
+
+
+def _waves(record: object, field: attrs.Attribute[Any], value: float) -> None:
+    _positive(record, field, value)
+    if value > _MOST_WAVES:
+        raise ConfigError(
+            f"{_name(record)}.{field.name}: {value!r}, expected at most 2^53: of more waves no "
+            "fraction can be told"
+        )
 
 
 def _fraction(record: object, field: attrs.Attribute[Any], value: float) -> None:
@@ -150,7 +162,7 @@ class Cosine(Linear):
     It is transformers' `cosine`, and with `min_lr` (a learning rate) its `cosine_with_min_lr`.
     """
 
-    cycles: float = attrs.field(default=0.5, validator=_positive, kw_only=True)
+    cycles: float = attrs.field(default=0.5, validator=_waves, kw_only=True)
     min_lr: float = attrs.field(default=0.0, validator=_not_negative, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
@@ -177,7 +189,7 @@ class CosineWithMinLR(Cosine):
 class CosineWithRestarts(Linear):
     """Warmup, then `cycles` descents with hard restarts; transformers' `cosine_with_restarts`."""
 
-    cycles: int = attrs.field(default=1, validator=_positive, kw_only=True)
+    cycles: int = attrs.field(default=1, validator=_waves, kw_only=True)
 
     def after(self, count: int) -> float:
         """A cosine descent in each cycle, and 0 from `total` on."""
@@ -243,7 +255,7 @@ class WarmupStableDecay(Constant):
         default="cosine", validator=_one_of("linear", "cosine", "1-sqrt"), kw_only=True
     )
     min_ratio: float = attrs.field(default=0.0, validator=_not_negative, kw_only=True)
-    cycles: float = attrs.field(default=0.5, validator=_positive, kw_only=True)
+    cycles: float = attrs.field(default=0.5, validator=_waves, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.warmup + self.decay > self.total:

@@ -31,8 +31,13 @@ def write(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write a file, replacing an old one at once.
 
     Raises `OSError` if it cannot be written; then the old file stays, and nothing of the new one.
-    `durable`: the data is on the disk before the file has its name.
+    `durable`: the data is on the disk before the file has its name. A device or a pipe is written
+    to: replaced, /dev/null would be a file from then on, for the whole machine.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as stream:
+            stream.write(data)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

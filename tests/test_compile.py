@@ -443,8 +443,19 @@ def test_the_directory_of_the_cache_is_set_and_put_back(tmp_path: Path) -> None:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with compilation.cache_directory(str(tmp_path)):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
-    with pytest.raises(ft.ConfigError, match="has a space"), compilation.cache_directory("a b"):
-        pass
+    for spaced in ("a b", " "):
+        with (
+            pytest.raises(ft.ConfigError, match="has a space"),
+            compilation.cache_directory(spaced),
+        ):
+            pass
+    (tmp_path / "file").touch()
+    for path in ("file", "file/in"):
+        with (
+            pytest.raises(ft.ConfigError, match=r"cannot be made .*; expected a directory"),
+            compilation.cache_directory(str(tmp_path / path)),
+        ):
+            pass
     with compilation.cache_directory(None):
         assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before

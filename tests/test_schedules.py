@@ -415,6 +415,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: schedules.reduce_on_plateau(1.0, factor="a"), "reduce_on_plateau.factor: 'a', expect"),  # type: ignore[arg-type]
     (lambda: schedules.reduce_on_plateau(1.0, min_lr=2.0), "min_lr: 2.0 is more than the peak 1.0"),
     (lambda: schedules.cosine(1e-3, total=9, min_lr=1e-2), "cosine.min_lr: 0.01 is more than the"),
+    (lambda: schedules.cosine(1e-3, total=9, cycles=1e308), r"cycles: 1e\+308, expected at most 2"),
     (
         lambda: schedules.cosine_with_min_lr(1e-3, total=9, min_lr=1e-2),
         "cosine_with_min_lr.min_lr: 0.01 is more than the peak 0.001; both are learning rates",

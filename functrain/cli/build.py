@@ -15,7 +15,7 @@ from functrain.cli.config import DPO, Config, Pretrain
 from functrain.cli.origins import Origin, origin
 from functrain.cli.restoring import adapted, check_size, model_for
 from functrain.cli.sources import Source, held_out_batches, notes, sources
-from functrain.cli.steps import step_for
+from functrain.cli.steps import schedule, step_for
 from functrain.cli.tokenizers import templated, tokenizer_for, vocabulary_for
 from functrain.data import Tokenizer
 from functrain.data.grouping import width
@@ -81,6 +81,7 @@ def build(config: Config, world: World = ALONE) -> Built:
         )
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: 'cuda', and this machine has none; use 'cpu'")
+    schedule(config.schedule)  # refuses wrong options, before data are read
     return _built(config, world.for_all(lambda: _read(config, world.size)), world)
 
 

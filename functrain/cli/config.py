@@ -184,6 +184,16 @@ class Data:
     """Whether the data are dialogues in a chat template; written when the run begins."""
 
     def __attrs_post_init__(self) -> None:
+        if self.min_prompt > 1 and self.truncation != "prompt_first":
+            raise ConfigError(
+                f"data.min_prompt: {self.min_prompt} is for data.truncation='prompt_first' alone, "
+                f"and it is {self.truncation!r}; leave it out, or give that"
+            )
+        if self.min_prompt >= self.time:
+            raise ConfigError(
+                f"data.min_prompt: {self.min_prompt} of the {self.time} tokens of data.time leave "
+                "none for a completion; expected less"
+            )
         if self.packing and self.group_by_length:
             raise ConfigError(
                 "data.group_by_length: with data.packing all rows are of one length; leave it out"
@@ -440,9 +450,6 @@ class Evaluation:
 
 
 def _services(_record: Any, _field: Any, given: Any) -> None:
-    text = "".join(given)
-    if text in TRACKERS and text not in given:  # it was taken letter by letter
-        raise ConfigError(f"tracking.services: {text!r}, expected a list: [{text!r}]")
     for each in given:
         if each not in TRACKERS:
             raise ConfigError(
@@ -598,6 +605,21 @@ class Pretrain:
     evaluation: Evaluation = attrs.field(factory=Evaluation)
     tracking: Tracking = attrs.field(factory=Tracking)
 
+    def __attrs_post_init__(self) -> None:
+        if self.model.checkpointing and self.train.checkpoint is not None:
+            raise ConfigError(
+                f"train.checkpoint: {self.train.checkpoint!r}, and model.checkpointing recomputes "
+                "every block already; leave one of them out"
+            )
+
+
+def _check_base(lora: Adapters, train: Train) -> None:
+    if lora.rank is not None and train.precision == "bf16_params":
+        raise ConfigError(
+            "train.precision: 'bf16_params' casts a model that is trained whole, and adapters "
+            "(lora.rank) are over a base in float32; give 'bf16'"
+        )
+
 
 @attrs.frozen(kw_only=True)
 class SFT:
@@ -615,6 +637,9 @@ class SFT:
     train: Train = attrs.field(factory=Train)
     evaluation: Evaluation = attrs.field(factory=Evaluation)
     tracking: Tracking = attrs.field(factory=Tracking)
+
+    def __attrs_post_init__(self) -> None:
+        _check_base(self.lora, self.train)
 
 
 @attrs.frozen(kw_only=True)
@@ -636,6 +661,7 @@ class DPO:
     tracking: Tracking = attrs.field(factory=Tracking)
 
     def __attrs_post_init__(self) -> None:
+        _check_base(self.lora, self.train)
         if self.data.packing:
             instead = "preference.layout='padding_free', which computes no padding"
             if self.preference.unpaired:

@@ -109,6 +109,12 @@ def check_files(config: Config) -> None:
             raise ConfigError(
                 f"tracking.services: the package {service} is not installed; pip install {service}"
             )
+    cache = config.preference.cache if isinstance(config, DPO) else None
+    if cache is not None and Path(cache).is_dir():
+        raise ConfigError(
+            f"preference.cache: {cache} is a directory; name a file in it: "
+            f"{Path(cache) / 'reference.jsonl'}"
+        )
     if not isinstance(config, Pretrain):
         start = config.model
         if start.sha256 is not None and not Path(start.from_).exists():

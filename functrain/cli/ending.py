@@ -36,7 +36,7 @@ def ending(built: Built, state: TrainState, given: Sequence[Prompt], world: Worl
     """The end of a run; every worker must call this."""
     return Ending(
         fingerprint=fingerprint(state),
-        words=spoken(built, state, given),
+        words=spoken(built, state, given, ended=True),
         likelier=_likelier(built, state, world),
     )
 

@@ -176,7 +176,10 @@ def origin(given: str, key: str = "model.from") -> Origin:
         )
     if is_model(path):
         return Origin(checkpoint=path, sha256=_hash_of(path, _stamps(path)))
-    run = stage_directory(path)
+    try:
+        run = stage_directory(path)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
     for _ in range(_ATTEMPTS):
         inside = sorted(RunDirectory(run).checkpoints.glob(f"step-{'[0-9]' * 12}"))
         checkpoint = path if _CHECKPOINT.fullmatch(path.name) else (inside[-1] if inside else None)

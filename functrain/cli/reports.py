@@ -23,8 +23,9 @@ def compared(given: Sequence[str], to: Path) -> str:
     runs = [RunDirectory(stage_directory(Path(each))) for each in given]
     names = _names([run.path for run in runs])
     stages = [recorded(run, name) for name, run in zip(names, runs, strict=True)]
+    place = to.resolve() if to.is_file() else to  # a link stays, such as /dev/stdout
     try:
-        report.write_report(to, title=", ".join(names), stages=stages, together=len(stages) > 1)
+        report.write_report(place, title=", ".join(names), stages=stages, together=len(stages) > 1)
     except OSError as error:
         raise ConfigError(f"{to}: cannot be written ({error.strerror})") from error
     return f"{to}: {len(runs)} run{'s' if len(runs) > 1 else ''}"

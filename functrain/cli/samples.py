@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import orjson
 
@@ -11,6 +11,7 @@ from functrain import models
 from functrain.architecture import held_values
 from functrain.cli.build import Built
 from functrain.data import Tokenizer
+from functrain.errors import StateError
 from functrain.loop import world_of
 from functrain.models.generate import continued
 from functrain.objectives.batches import IGNORE_INDEX, Batch
@@ -56,10 +57,13 @@ def bytes_to_gather(built: Built) -> int:
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in items)
 
 
-def spoken(built: Built, state: TrainState, given: Sequence[Prompt]) -> list[str]:
+def spoken(
+    built: Built, state: TrainState, given: Sequence[Prompt], *, ended: bool = False
+) -> list[str]:
     """Complete each prompt greedily; empty without a tokenizer.
 
-    Every worker must call this, and gets worker 0's completions.
+    Every worker must call this, and gets worker 0's completions. `ended`: the run is finished, so
+    where no token can be chosen, the reason stands in place of the words.
     """
     tokenizer, world = built.tokenizer, world_of(built.step)
     if tokenizer is None:
@@ -67,16 +71,19 @@ def spoken(built: Built, state: TrainState, given: Sequence[Prompt]) -> list[str
     architecture = built.step.architecture
     ends = models.ends(architecture, tokenizer.end)
     asked = [prompt or [tokenizer.end] for prompt in given]
+
+    def told(say: Callable[..., list[int]]) -> list[list[int] | str]:
+        return [_told(say, ids, ends, ended=ended) for ids in asked]
+
     if not built.sharded:
         say = functools.partial(models.generate, architecture, state.params, state.buffers)
 
         def said() -> str:
             # As ids: a text that ends within a character cannot be sent.
-            told = [say(ids, max_new_tokens=TOKENS, end=ends) for ids in asked]
-            return orjson.dumps(told).decode()
+            return orjson.dumps(told(say)).decode()
 
         words = orjson.loads(world.from_first(said, "samples"))
-        return [tokenizer.decode(ids) for ids in words]
+        return [_worded(tokenizer, each) for each in words]
     rows = {n: rows_here(t) for n, t in state.params.items()}
     with built.step.value_and_grad.bound(rows, clone(state.buffers), "eval") as model:
         say = functools.partial(
@@ -85,4 +92,20 @@ def spoken(built: Built, state: TrainState, given: Sequence[Prompt]) -> list[str
             device=device_of(rows),
             agreed=lambda token: int(world.numbers([token])[0]),
         )
-        return [tokenizer.decode(say(ids, max_new_tokens=TOKENS, end=ends)) for ids in asked]
+        return [_worded(tokenizer, each) for each in told(say)]
+
+
+def _told(
+    say: Callable[..., list[int]], ids: Sequence[int], ends: Collection[int], *, ended: bool
+) -> list[int] | str:
+    """The ids that follow a prompt; of a finished run, or why there are none."""
+    try:
+        return say(ids, max_new_tokens=TOKENS, end=ends)
+    except StateError as error:
+        if not ended:
+            raise
+        return f"(nothing: {error})"
+
+
+def _worded(tokenizer: Tokenizer, told: list[int] | str) -> str:
+    return told if isinstance(told, str) else tokenizer.decode(told)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
 from torch import nn
 
 from functrain import objectives, optimizers, schedules
-from functrain.cli.config import DPO, SFT, Config, Optimizer, Preference, Schedule
+from functrain.cli.config import DPO, SFT, Config, Optimizer, Preference, Schedule, Train
 from functrain.distributed import World
 from functrain.errors import ConfigError
 from functrain.guards import SpikeGuard
@@ -17,6 +19,17 @@ from functrain.schedules import Plateau
 from functrain.stages import dpo_step, kto_step, pretrain_step, sft_step
 from functrain.steps import Step
 from functrain.trees import Tensors
+
+
+@contextmanager
+def in_section(section: str, keys: Iterable[str]) -> Generator[None]:
+    """Within, a `ConfigError` about an option of the library names the key of the config."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).partition(":")[0] not in keys:
+            raise  # not about an option of this section
+        raise ConfigError(f"{section}.{error}") from error
 
 
 def step_for(config: Config, architecture: nn.Module, params: Tensors, world: World) -> Step:
@@ -39,10 +52,11 @@ def step_for(config: Config, architecture: nn.Module, params: Tensors, world: Wo
         "world": world,
     }
     made = optimizer(config.optimizer, config.schedule.peak, architecture)
-    if isinstance(config, DPO):
-        return _preference_step(config.preference, architecture, params, made, options)
-    make = sft_step if isinstance(config, SFT) else pretrain_step
-    return make(architecture, made, **options)
+    with in_section("train", (field.name for field in attrs.fields(Train))):
+        if isinstance(config, DPO):
+            return _preference_step(config.preference, architecture, params, made, options)
+        make = sft_step if isinstance(config, SFT) else pretrain_step
+        return make(architecture, made, **options)
 
 
 def _preference_step(
@@ -56,7 +70,7 @@ def _preference_step(
     given = attrs.asdict(config)
     kto = {name: given.pop(name) for name in ("desirable_weight", "undesirable_weight")}
     reference = params if given.pop("cache") is None else None
-    try:
+    with in_section("preference", attrs.asdict(config)):
         if config.unpaired:
             return kto_step(
                 architecture, made, reference=reference, beta=config.beta, **kto, **options
@@ -65,10 +79,6 @@ def _preference_step(
         if not any(objectives.LOSSES[name].reference for name in config.mix):
             reference = None
         return dpo_step(architecture, made, reference=reference, **given, **options)
-    except ConfigError as error:
-        if str(error).partition(":")[0] not in attrs.asdict(config):
-            raise  # not about an option of [preference]
-        raise ConfigError(f"preference.{error}") from error
 
 
 def optimizer(config: Optimizer, lr: float, architecture: nn.Module) -> optimizers.Optimizer:
@@ -94,7 +104,13 @@ def schedule(config: Schedule) -> schedules.Schedule | Plateau:
                 f"schedule.cycles: {options['cycles']}, expected a whole number of restarts"
             )
         options["cycles"] = int(options["cycles"])
-    return schedules.named(config.name, config.peak, **options)
+    try:
+        return schedules.named(config.name, config.peak, **options)
+    except ConfigError as error:
+        own, _, field = str(error).partition(".")
+        if own != config.name:
+            raise  # not about a field of the schedule, `cosine.min_lr`
+        raise ConfigError(f"schedule.{field}") from error
 
 
 def rates_after(config: Schedule, steps: int) -> str | None:

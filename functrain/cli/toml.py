@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import attrs
 import cattrs
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from functrain.cli.config import DPO, SFT, STAGES, Config, Pretrain, Start
@@ -32,6 +32,7 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in _KINDS:
         converter.register_structure_hook(kind, _strict)
+    converter.register_structure_hook_func(_is_tuple, _items)
     renamed = override(rename="from")
     structure = make_dict_structure_fn(
         Start, converter, _cattrs_forbid_extra_keys=True, from_=renamed
@@ -47,7 +48,22 @@ def _strict(value: Any, kind: Any) -> Any:
     allowed, expected = _KINDS[kind]
     if type(value) not in allowed:
         raise TypeError(f"expected {expected}, got {_shown(value)}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:  # an integer beyond the largest float
+        raise TypeError(f"expected {expected} of at most 1.8e308, got one beyond") from error
+
+
+def _is_tuple(kind: Any) -> bool:
+    return get_origin(kind) is tuple
+
+
+def _items(value: Any, kind: Any) -> tuple[Any, ...]:
+    """A tuple from a list alone: cattrs would take letters of a text, and keys of a section."""
+    items = get_args(kind)
+    if type(value) is not list or (Ellipsis not in items and len(value) != len(items)):
+        raise TypeError(f"expected {_listed(kind)}, got {_shown(value)}")
+    return tuple(_strict(each, items[0]) for each in value)
 
 
 def _shown(value: Any) -> str:
@@ -114,9 +130,6 @@ def _complaints(error: BaseException, path: tuple[str, ...], cls: type) -> Itera
             yield from _complaints(inner, (*path, note.name.rstrip("_")), cls)
         for each in others:
             yield from _complaints(each, path, cls)
-    elif isinstance(error, IterableValidationError):
-        for each in error.exceptions:
-            yield from _complaints(each, path, cls)
     elif isinstance(error, ForbiddenExtraKeysError):
         for extra in sorted(error.extra_fields):
             way = _way(extra, _keys(error.cl), path, cls)
@@ -162,14 +175,12 @@ def _expected(path: tuple[str, ...]) -> str:
             kind = hints.get(part, hints.get(f"{part}_"))
         if kind is not None and attrs.has(kind):
             return f"expected a section with {', '.join(_keys(kind))}"
-        if kind is not None and any("tuple" in str(arg) for arg in (kind, *get_args(kind))):
-            return f"expected {_listed(kind)}"
     return ""
 
 
 def _listed(kind: Any) -> str:
-    """The kind of list that a field holds: `tuple[float, float]`, `tuple[int, ...]` or None."""
-    items = next(get_args(each) for each in (kind, *get_args(kind)) if get_origin(each) is tuple)
+    """The kind of list that a tuple is made from: `tuple[float, float]` or `tuple[int, ...]`."""
+    items = get_args(kind)
     what = "texts" if str in items else "numbers"
     return f"a list of {what}" if Ellipsis in items else f"a list of {len(items)} {what}"
 

@@ -124,3 +124,12 @@ def test_what_has_no_records_has_none_that_are_passed_over(tmp_path: Path, capsy
     run = ["pretrain", "--directory", str(tmp_path / "run"), "--data.on-bad-record", "skip"]
     assert main([*run, "--data.train", str(tmp_path / "ids.bin"), "--data.vocabulary", "9"]) == 2
     assert "data.on_bad_record: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["dpo", "reference"])
+def test_a_directory_in_the_place_of_a_cache_is_told_before_anything_is_read(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--preference.cache", str(tmp_path)]) == 2
+    said = f"preference.cache: {tmp_path} is a directory; name a file in it: {tmp_path}/reference"
+    assert said in capsys.readouterr().err

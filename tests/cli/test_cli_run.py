@@ -623,6 +623,13 @@ def test_what_cannot_be_gone_on_with_is_said(
     assert "no config.toml in it there is no run to go on with; put that back" in told
 
 
+def test_a_start_that_is_no_run_is_told_by_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = _refused(["sft", "--model.from", str(tmp_path)], capsys)
+    assert f"model.from: {tmp_path}: no run's directory" in told
+
+
 def test_the_config_of_a_run_that_was_moved_begins_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -682,6 +689,50 @@ def test_a_config_that_cannot_be_built_leaves_no_directory(
     assert main(["pretrain", given, "--data.train", str(tmp_path / "empty.jsonl")]) == 2
     assert "empty.jsonl" in capsys.readouterr().err
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--schedule.name", "cosine", "--schedule.min-lr", "1"], "schedule.min_lr: 1.0 is more"),
+        (["--schedule.name", "cosine", "--schedule.cycles", "1e308"], "schedule.cycles: 1e+308"),
+        (["--train.checkpoint", "nope"], "train.checkpoint: no module's name matches 'nope'"),
+        (
+            ["--train.checkpoint", "model.layers.*", "--model.checkpointing"],
+            "train.checkpoint: 'model.layers.*', and model.checkpointing recomputes every block",
+        ),
+    ],
+)
+def test_what_the_library_refuses_is_told_by_the_key_of_the_config(
+    override: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = _config(tmp_path)
+    assert message in _refused(["pretrain", given, *override], capsys)
+    assert not run.exists()
+
+
+def test_the_options_of_a_schedule_are_checked_before_data_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, _ = _config(tmp_path)
+    (tmp_path / "train.txt").write_bytes(b"\xff")  # not UTF-8
+    wrong = ["--schedule.name", "cosine", "--schedule.min-lr", "1"]
+    assert "schedule.min_lr: 1.0 is more" in _refused(["pretrain", given, *wrong], capsys)
+
+
+def test_a_run_whose_params_say_nothing_any_more_ends_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last words are why there are none."""
+    given, run = _config(tmp_path, steps=3)
+    diverging = ["--schedule.name", "constant", "--schedule.warmup", "None"]
+    assert main(["pretrain", given, *diverging, "--schedule.peak", "1e38"]) == 0
+    out = capsys.readouterr().out
+    assert "skipped      2 of 3 steps: their loss or gradients were not finite" in out
+    assert "fingerprint  " in out
+    assert "(nothing: params: the largest logit of the next token is nan" in (
+        run / "report.html"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -513,6 +513,11 @@ def test_a_page_shows_several_runs_in_the_same_charts(
     assert re.search(r'c0"></i>a\s*<i class="c1"></i>b', loss)
     assert main(["report", str(runs / "a"), "--to", str(page)]) == 0
     assert "All runs" not in page.read_text()
+    link = tmp_path / "link.html"
+    link.symlink_to(page)
+    assert main(["report", str(runs / "a"), str(runs / "b"), "--to", str(link)]) == 0
+    assert link.is_symlink()
+    assert "All runs" in page.read_text()
     assert main(["report", str(runs / "a"), str(runs / "a"), "--to", str(page)]) == 2
     assert "is given twice; name each run once" in capsys.readouterr().err
     (tmp_path / "link").symlink_to(runs / "a")
