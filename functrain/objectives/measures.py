@@ -80,7 +80,7 @@ class Measures:
         total = weights.sum(-1, keepdim=True)
         log = total.log()
         collision = 2 * (torch.linalg.vector_norm(weights, dim=-1, keepdim=True).log() - log)
-        inner = torch.linalg.vecdot(weights, _finite(logits)).unsqueeze(-1)
+        inner = _finite(logits).mul_(weights).sum(-1, keepdim=True)
         if self._graded:
             torch.div(weights, total, out=logits)
         return Measured(own - most - log, correct, (log - inner / total, level, collision))
