@@ -51,14 +51,20 @@ def submodules_called() -> Generator[None]:
 
 
 def caching(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """The configs of these modules that may ask for a cache of keys and values (`use_cache`)."""
+    """The configs of transformers' that may ask for a cache of keys and values (`use_cache`).
+
+    Those of other models may be frozen, and mean something else by it.
+    """
     configs = [getattr(module, "config", None) for module in modules]
-    found = {id(each): each for each in configs if type(getattr(each, "use_cache", None)) is bool}
+    theirs = [each for each in configs if hasattr(each, "to_diff_dict")]
+    found = {id(each): each for each in theirs if type(getattr(each, "use_cache", None)) is bool}
     return tuple(found.values())
 
 
-# By the id of a config, which several architectures may share.
+# By the id of a config, which several architectures may share: who keeps its cache off, and the
+# configs that asked for one. These stay until they ask again, in case of an interrupt before that.
 _uncached: dict[int, weakref.WeakSet[_Holder]] = {}
+_asked: dict[int, Any] = {}
 
 
 @contextmanager
@@ -71,21 +77,23 @@ def uncached(configs: Iterable[Any]) -> Generator[None]:
     argument, still gives one.
     """
     own = _Holder()
-    held: list[Any] = []
+    held = [(config, _uncached.setdefault(id(config), weakref.WeakSet())) for config in configs]
     try:
-        for config in configs:
-            holders = _uncached.setdefault(id(config), weakref.WeakSet())
-            if config.use_cache or holders:
-                holders.add(own)
-                held.append(config)
+        for config, holders in held:
+            holders.add(own)
+            if config.use_cache:
+                _asked[id(config)] = config
                 config.use_cache = False
         yield
     finally:
-        for config in held:
-            holders = _uncached[id(config)]
+        for config, holders in held:
             holders.discard(own)
-            if not holders:
+            if not holders and id(config) in _asked:
                 config.use_cache = True
+                if holders:  # another thread has begun just now, and found it off
+                    config.use_cache = False
+                else:
+                    _asked.pop(id(config), None)
 
 
 def dynamic_rotary(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:

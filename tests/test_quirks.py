@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import transformers as tf
@@ -14,6 +17,7 @@ from models import families
 from torch import nn
 
 import functrain as ft
+from functrain import quirks
 from functrain.errors import ArchitectureError
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
@@ -226,6 +230,95 @@ def test_a_config_that_two_models_share_asks_again_when_the_last_binding_ends() 
     leave.set()
     thread.join()
     assert config.use_cache
+
+
+class Noticing:
+    """As a config of transformers; `then` is called when it is about to ask for a cache again."""
+
+    def __init__(self) -> None:
+        self.use_cache, self.then = True, lambda: None
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Says whose config it is."""
+        return {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "use_cache" and value and hasattr(self, "then"):
+            self.then()
+        object.__setattr__(self, name, value)
+
+
+def test_a_binding_that_begins_as_another_threads_ends_has_no_cache() -> None:
+    config, found = Noticing(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with quirks.uncached([config]):
+            inside.set()
+            leave.wait(10)
+            found.append(config.use_cache)
+
+    def begins() -> None:
+        config.then = lambda: None
+        thread.start()
+        assert inside.wait(10)
+
+    thread, config.then = threading.Thread(target=other), begins
+    with quirks.uncached([config]):
+        pass
+    leave.set()
+    thread.join()
+    assert found == [False]
+    assert config.use_cache
+
+
+def _interrupted(at: int, config: Any) -> bool:
+    """Ctrl-C at a line of what keeps the cache off; whether it came to that line."""
+    seen = 0
+
+    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        seen += frame.f_code.co_name == "uncached" and event == "line"
+        if seen == at:
+            seen += 1
+            raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with quirks.uncached([config]):
+            pass
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
+
+
+def test_a_config_asks_again_after_a_binding_that_was_interrupted_or_the_next_one() -> None:
+    at, config = 1, Noticing()
+    while _interrupted(at, config):
+        with quirks.uncached([config]):
+            assert not config.use_cache
+        assert config.use_cache, at
+        at += 1
+    assert at > 10
+
+
+@attrs.frozen
+class Frozen:
+    """A config of a model of one's own."""
+
+    use_cache: bool = True
+
+
+def test_a_config_that_is_not_transformers_is_left_alone() -> None:
+    """It may mean something else, and cannot always be written to."""
+    model = Writing()
+    model.head.config = Frozen()  # type: ignore[assignment]
+    with ft.bound(*ft.split(model)):
+        pass
 
 
 @pytest.fixture(params=["dynamic", "longrope"])

@@ -243,6 +243,8 @@ def _write_transformers(
             setattr(config, name, value)
     path = directory / "config.json"
     values = orjson.loads(path.read_bytes())
+    # A binding turns the cache off, as training did for good: older checkpoints say that it is.
+    values.pop("use_cache", None)
     values["dtype"] = str(dtype).removeprefix("torch.") if dtype else sorted(floating)[0]
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
     path.write_bytes(orjson.dumps(values, option=options))

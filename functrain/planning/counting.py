@@ -347,7 +347,7 @@ def _head_bytes(rows: int, weight: Tensor, pair: int, scored: bool) -> int:
     Where there are few logits, all exist at once, as in ordinary cross entropy: logits, their
     log-softmax and its gradient. Otherwise there are the logits of one chunk, or of one pair whose
     logits are kept, of `pair` rows (else 0), if that is more. `scored`: log-probs have details, a
-    few rows at a time.
+    few rows at a time for each thread.
     """
     vocabulary, width = weight.shape
     hidden = rows * width * weight.dtype.itemsize
@@ -355,7 +355,8 @@ def _head_bytes(rows: int, weight: Tensor, pair: int, scored: bool) -> int:
         return 3 * rows * vocabulary * 4 + hidden
     most = min(chunks.BUDGET, rows * vocabulary * 4)
     most = max(most, pair * vocabulary * 4)
-    return most + scored * min(most, 2 * measures.CACHED) + hidden
+    details = min(most, 2 * measures.CACHED * torch.get_num_threads())
+    return most + scored * details + hidden
 
 
 _GROWTH = 1.02

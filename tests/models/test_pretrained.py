@@ -350,6 +350,17 @@ def test_every_chat_template_goes_along(tmp_path: Path) -> None:
         assert again.fingerprint == found.fingerprint
 
 
+def test_a_model_that_an_older_checkpoint_describes_is_exported_with_its_cache(
+    tmp_path: Path,
+) -> None:
+    """Its config says that the cache is off, because training turned it off."""
+    architecture, params, buffers = families.stirred(families.CONFIGS["llama"]())
+    state = ft.pretrain_step(architecture, ft.optim.sgd(1e-2)).init(params, buffers)
+    architecture.config.use_cache = False
+    out = ft.export(state, architecture, tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(out).use_cache
+
+
 def test_an_export_is_written_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
     saved(tmp_path / "theirs")
     architecture, state = trained(tmp_path / "theirs")

@@ -17,7 +17,7 @@ from functrain.errors import ConfigError
 from functrain.models import DecoderConfig, bare, decoder
 from functrain.objectives import chunks, measures
 from functrain.planning import Job, count
-from functrain.planning.counting import total
+from functrain.planning.counting import _head_bytes, total
 
 ROWS, TIME = 4, 64
 SHAPE = DecoderConfig(vocabulary=300, width=128, layers=2, heads=4, tied=False)
@@ -349,3 +349,16 @@ def test_a_model_that_asks_for_values_is_named() -> None:
 def test_bad_jobs_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         job(lambda: decoder(SHAPE), **options)
+
+
+def test_scratch_for_details_of_scores_is_counted_for_each_thread() -> None:
+    rows, weight = 20_000, torch.empty(2048, 8)
+    torch.set_num_threads(4)
+    try:
+        plain, detailed = (_head_bytes(rows, weight, 0, each) for each in (False, True))
+        measured = measures.Measures(detailed=True, graded=False)
+        measured.of(torch.zeros(3000, 2048), torch.zeros(3000, 1, dtype=torch.int64))
+    finally:
+        torch.set_num_threads(1)
+    assert measured._scratch is not None
+    assert 2 * measures.CACHED < measured._scratch.nbytes <= detailed - plain
