@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import orjson
-from torch import nn
+from torch import Tensor, nn
 
 from functrain.architecture import held_by
 
@@ -28,17 +28,22 @@ def vocabulary_of(architecture: nn.Module) -> int | None:
     linears = [module for module in architecture.modules() if isinstance(module, nn.Linear)]
     output = _said(architecture, "get_output_embeddings")
     shown = output.out_features if isinstance(output, nn.Linear) else None
-    tied = {id(linear.weight) for linear in linears}
+    tied = {id(weight) for linear in linears for weight in _weight(linear)}
     sizes = {
         table.num_embeddings
         for table in tables.values()
-        if id(table.weight) in tied or table.num_embeddings == shown
+        if table.num_embeddings == shown or any(id(weight) in tied for weight in _weight(table))
     }
     if len(sizes) != 1:
         sizes = {m.num_embeddings for name, m in tables.items() if not _of_others(name)}
     if len(sizes) > 1:
         sizes &= {linear.out_features for linear in linears}
     return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def _weight(layer: nn.Module) -> list[Tensor]:
+    """The weight that a layer holds, if it holds one: some compute theirs, anew at each look."""
+    return [t for name, t in layer.named_parameters(recurse=False) if name == "weight"]
 
 
 def _said(architecture: nn.Module, getter: str) -> object:

@@ -663,6 +663,34 @@ def test_the_output_projection_tells_the_vocabulary_before_any_name(tied: bool) 
     assert vocabulary_of(ft.split(Tabled(tied))[0]) == 19
 
 
+class Rebuilt(nn.Linear):
+    """A projection without a weight of its own: it is computed from another, as quantised ones."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 19)
+        self.packed = self.weight
+        del self.weight
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_a_weight_that_is_computed_is_no_tie() -> None:
+    """Each look at it makes a tensor, which may lie where the last one lay."""
+    for _ in range(50):
+        model = nn.ModuleDict({"tokens": nn.Embedding(19, 8), "positions": nn.Embedding(16, 8)})
+        model.update({"inner": nn.Linear(8, 8), "out": nn.Linear(8, 19)})
+        for name in ("positions", "inner", "out"):
+            nn.utils.parametrize.register_parametrization(model[name], "weight", Doubled())
+        assert vocabulary_of(model) == 19
+    model["out"] = Rebuilt()
+    assert vocabulary_of(model) == 19
+
+
 @pytest.mark.parametrize(
     "name", ["segments.tokens", "segment.word_embeddings", "types.wte", "positions.embed_tokens"]
 )

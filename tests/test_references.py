@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import zoo
 
 import functrain as ft
+from functrain.descriptions import description
 from functrain.objectives import chunks
 from functrain.precision import Precision
 from functrain.references import example_keys
@@ -250,6 +251,18 @@ def test_a_precision_is_known_by_its_dtypes_and_not_by_its_name_alone(tmp_path: 
         cache(zoo.pairs())
     with pytest.raises(ft.DataError, match="of another reference, architecture, precision"):
         ft.ReferenceCache(tmp_path / "c.jsonl", attach(other))
+
+
+def test_whether_a_model_keeps_keys_and_values_is_no_part_of_what_it_computes() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 19, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+
+    def described(**more: Any) -> str:
+        config = transformers.LlamaConfig(num_hidden_layers=1, **sizes, **more)
+        return description(transformers.LlamaForCausalLM(config))
+
+    assert described(use_cache=False) == described(use_cache=True)
+    assert described(rms_norm_eps=1e-3) != described()
 
 
 def test_a_cache_of_other_data_of_the_same_reference_gives_no_wrong_log_prob(

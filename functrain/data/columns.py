@@ -29,8 +29,7 @@ def rows(path: PathLike) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(os.fspath(path)) as file:
             for batch in file.iter_batches(batch_size=1024):
-                # A map is an object, as it would be in JSON, and not a list of pairs.
-                yield from (record(row) for row in batch.to_pylist(maps_as_pydicts="lossy"))
+                yield from (record(row) for row in _unpacked(batch))
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         if isinstance(error, OSError) and error.errno:  # a damaged file has none
@@ -41,6 +40,18 @@ def rows(path: PathLike) -> Iterator[dict[str, Any]]:
             f"{path}: holds a value that cannot be read ({type(error).__name__}: {error}); write "
             "the file without its column, or as text in UTF-8"
         ) from error
+
+
+def _unpacked(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; a map is an object, as it would be in JSON, and not a list of pairs.
+
+    But where keys of any map are objects or lists themselves, all are lists of pairs.
+    """
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="lossy")
+    except TypeError:
+        rows = batch.to_pylist()
+    return rows
 
 
 def are_columns(records: object) -> bool:

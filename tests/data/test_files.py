@@ -69,6 +69,16 @@ def test_a_map_in_parquet_is_an_object(tmp_path: Path) -> None:
     ]
 
 
+def test_a_map_whose_keys_are_objects_or_lists_stays_a_list_of_pairs(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    text = pyarrow.string()
+    for kind, key in ((pyarrow.struct([("x", text)]), {"x": "a"}), (pyarrow.list_(text), ["a"])):
+        column = pyarrow.array([[(key, "v")]], pyarrow.map_(kind, text))
+        parquet.write_table(pyarrow.table({"meta": column}), tmp_path / "a.parquet")
+        assert data.records(tmp_path / "a.parquet") == [{"meta": [(key, "v")]}]
+
+
 @given(objects=OBJECTS)
 def test_every_form_of_the_same_objects_is_read_the_same(
     tmp_path_factory: pytest.TempPathFactory, objects: list[Any]
