@@ -129,7 +129,7 @@ def _bits(judge: Outcome, state: TrainState | None = None) -> str:
 def _said(outcomes: Sequence[Outcome]) -> list[Said]:
     """The held-out questions with the answer of each stage's last state."""
     sft = outcomes[1]
-    answers = [spoken(sft.built, outcome.state, sft.prompts) for outcome in outcomes]
+    answers = [spoken(sft.built, outcome.state, sft.prompts, ended=True) for outcome in outcomes]
     stages = [outcome.config.stage for outcome in outcomes]
     return [
         Said(prompt=worded(sft, prompt), answers=tuple(zip(stages, each, strict=True)))
