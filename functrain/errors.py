@@ -7,7 +7,7 @@ All errors derive from `FunctrainError`; those about a value are also `ValueErro
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class FunctrainError(Exception):
@@ -80,10 +80,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Names that begin with it come before names that look like it; case is ignored.
     """
     names = sorted(known)
-    near = nearest(name, names)
-    if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"known: {', '.join(repr(n) for n in names)}"
+    return _meant(nearest(name, names)) or f"known: {', '.join(repr(n) for n in names)}"
 
 
 def in_its_place(name: str, given: Iterable[object], expected: Iterable[str] = ()) -> str:
@@ -92,10 +89,13 @@ def in_its_place(name: str, given: Iterable[object], expected: Iterable[str] = (
     A name that is `expected` itself is not meant by another.
     """
     names = [str(each) for each in given]
-    near = nearest(name, set(names) - set(expected))
-    if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"it has {', '.join(repr(n) for n in names)}" if names else "it is empty"
+    meant = _meant(nearest(name, set(names) - set(expected)))
+    has = f"it has {', '.join(repr(n) for n in names)}" if names else "it is empty"
+    return meant or has
+
+
+def _meant(near: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from functrain import data
-from functrain.data.dialogues import SHAPES, shape_of
+from functrain.data.dialogues import shape_of, shapes_in
 from functrain.data.examples import Prompted, read_chat, read_pair, read_unpaired
 from functrain.data.text import IGNORE_INDEX
 from functrain.errors import ConfigError
@@ -62,8 +62,7 @@ def _read(record: Any, tokenizer: Any, where: str) -> tuple[str, Prompted]:
         return "preference", read_pair(record, tokenizer, where)
     if {"prompt", "completion", "label"} <= there:
         return "unpaired", read_unpaired(record, tokenizer, where)[0]
-    found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
-    if not found and {"chosen", "rejected"} & record.keys():
+    if not shapes_in(record) and {"chosen", "rejected"} & record.keys():
         return "preference", read_pair(record, tokenizer, where)  # which says what is missing
     return shape_of(record, where), read_chat(record, tokenizer, where)
 

@@ -109,7 +109,7 @@ def check_files(config: Config) -> None:
             raise ConfigError(
                 f"tracking.services: the package {service} is not installed; pip install {service}"
             )
-    cache = config.preference.cache if isinstance(config, DPO) else None
+    cache = _cache_of(config)
     if cache is not None and Path(cache).is_dir():
         raise ConfigError(
             f"preference.cache: {cache} is a directory; name a file in it: "
@@ -335,13 +335,25 @@ def resumed(config: C, *, threads: int, device: str) -> C:
     return merged
 
 
+def _cache_of(config: Config) -> str | None:
+    return config.preference.cache if isinstance(config, DPO) else None
+
+
+def lost_cache(config: Config) -> str | None:
+    """The cache of the reference that a begun run has filled, if it is not there or is empty."""
+    cache = _cache_of(config)
+    if cache is None or (Path(cache).is_file() and Path(cache).stat().st_size):
+        return None
+    return cache
+
+
 def _check_cache(run: RunDirectory, config: Config) -> None:
     """Raise `ConfigError` if the cache of the reference that a run has filled is not there.
 
     It would be made anew, from other batches: what they score may differ in its last bits.
     """
-    cache = config.preference.cache if isinstance(config, DPO) else None
-    if cache is not None and not (Path(cache).is_file() and Path(cache).stat().st_size):
+    cache = lost_cache(config)
+    if cache is not None:
         raise ConfigError(
             f"{_absent('preference.cache', cache, begun=True)}; where it is lost, "
             f"`functrain reference {shlex.quote(str(run.config))}` makes another, of the same "

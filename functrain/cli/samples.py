@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import orjson
 
@@ -71,40 +72,47 @@ def spoken(
     architecture = built.step.architecture
     ends = models.ends(architecture, tokenizer.end)
     asked = [prompt or [tokenizer.end] for prompt in given]
-
-    def told(say: Callable[..., list[int]]) -> list[list[int] | str]:
-        return [_told(say, ids, ends, ended=ended) for ids in asked]
-
+    wanted: dict[str, Any] = {"max_new_tokens": TOKENS, "end": ends}
     if not built.sharded:
-        say = functools.partial(models.generate, architecture, state.params, state.buffers)
+        say = functools.partial(
+            models.generate, architecture, state.params, state.buffers, **wanted
+        )
 
         def said() -> str:
             # As ids: a text that ends within a character cannot be sent.
-            return orjson.dumps(told(say)).decode()
+            return orjson.dumps(_told(say, asked, ended)).decode()
 
         words = orjson.loads(world.from_first(said, "samples"))
         return [_worded(tokenizer, each) for each in words]
+
+    def agreed(token: int) -> int:
+        return int(world.numbers([token])[0])
+
     rows = {n: rows_here(t) for n, t in state.params.items()}
     with built.step.value_and_grad.bound(rows, clone(state.buffers), "eval") as model:
         say = functools.partial(
             continued,
             model,
             device=device_of(rows),
-            agreed=lambda token: int(world.numbers([token])[0]),
+            agreed=agreed,
+            **wanted,
         )
-        return [_worded(tokenizer, each) for each in told(say)]
+        return [_worded(tokenizer, each) for each in _told(say, asked, ended)]
 
 
 def _told(
-    say: Callable[..., list[int]], ids: Sequence[int], ends: Collection[int], *, ended: bool
-) -> list[int] | str:
-    """The ids that follow a prompt; of a finished run, or why there are none."""
-    try:
-        return say(ids, max_new_tokens=TOKENS, end=ends)
-    except StateError as error:
-        if not ended:
-            raise
-        return f"(nothing: {error})"
+    say: Callable[[Sequence[int]], list[int]], asked: Sequence[Sequence[int]], ended: bool
+) -> list[list[int] | str]:
+    """The ids that follow each prompt; of a finished run, or why there are none."""
+    told: list[list[int] | str] = []
+    for prompt in asked:
+        try:
+            told.append(say(prompt))
+        except StateError as error:
+            if not ended:
+                raise
+            told.append(f"(nothing: {error})")
+    return told
 
 
 def _worded(tokenizer: Tokenizer, told: list[int] | str) -> str:

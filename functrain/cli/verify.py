@@ -18,7 +18,7 @@ from functrain.checkpoint.manifest import checkpoints, read_manifest, step_of
 from functrain.cli import toml
 from functrain.cli.build import build
 from functrain.cli.config import DPO, SFT, Pretrain
-from functrain.cli.directory import started_from
+from functrain.cli.directory import lost_cache, started_from
 from functrain.cli.facts import logged
 from functrain.cli.origins import STAGE_ORDER, RunDirectory, stage_directory
 from functrain.cli.run import check_data, digests, threads
@@ -126,8 +126,8 @@ def _check_cache(config: SFT | DPO) -> None:
 
     They would be made anew, from other batches, which may change their last bits.
     """
-    cache = config.preference.cache if isinstance(config, DPO) else None
-    if cache is not None and not (Path(cache).is_file() and Path(cache).stat().st_size):
+    cache = lost_cache(config)
+    if cache is not None:
         raise ConfigError(
             f"preference.cache: {cache} is not there, or is empty (looked from {Path.cwd()}); the "
             "run has the reference's log-probs from it; put it back, or a link to where it is now"

@@ -61,12 +61,17 @@ def present(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: value for key, value in record.items() if key in found}
 
 
+def shapes_in(record: Mapping[str, Any]) -> list[str]:
+    """The formats whose fields a record has."""
+    return [name for name, keys in SHAPES.items() if record.keys() >= set(keys)]
+
+
 def shape_of(record: object, where: str) -> str:
     """The format of a record; `DataError` if it has none, or two."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object, got {type(record).__name__}")
     record = present(record)
-    found = [name for name, keys in SHAPES.items() if all(key in record for key in keys)]
+    found = shapes_in(record)
     if len(found) == 1:
         return found[0]
     if found:

@@ -90,7 +90,7 @@ class Projection:
         return rows <= self._most
 
     def may_stay(self, rows: int) -> bool:
-        """Whether the log-probs of this many rows may stay until their gradient has been taken."""
+        """Whether probabilities of this many rows may stay until their gradient has been taken."""
         return not exceeds(rows, len(self.weight), KEPT * self.budget)
 
 

@@ -20,6 +20,11 @@ measures 0.7, and the log-probs had an eighth of the error.
 """
 
 
+def cached() -> int:
+    """Bytes of logits that all threads of a CPU take at once; a block has up to twice as many."""
+    return CACHED * torch.get_num_threads()
+
+
 @attrs.frozen(eq=False)
 class Measured:
     """Of the distribution of each row, [rows, 1]: the log-prob of the target, in nats, and whether
@@ -98,12 +103,12 @@ def _finite(logps: Tensor) -> Tensor:
 
 
 def _blocks(logits: Tensor, column: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """The rows in blocks of `CACHED` bytes for each thread, and up to twice as many.
+    """The rows in blocks of `cached` bytes, and up to twice as many.
 
     Of no block is there one row alone, unless of all: several threads would share its sums, with
     other roundings than where they share the rows.
     """
-    size = max(2, CACHED * torch.get_num_threads() // (logits.shape[1] * logits.itemsize))
+    size = max(2, cached() // (logits.shape[1] * logits.itemsize))
     count = max(1, len(logits) // size)
     return zip(logits.tensor_split(count), column.tensor_split(count), strict=True)
 

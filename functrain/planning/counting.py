@@ -355,7 +355,7 @@ def _head_bytes(rows: int, weight: Tensor, pair: int, scored: bool) -> int:
         return 3 * rows * vocabulary * 4 + hidden
     most = min(chunks.BUDGET, rows * vocabulary * 4)
     most = max(most, pair * vocabulary * 4)
-    details = min(most, 2 * measures.CACHED * torch.get_num_threads())
+    details = min(most, 2 * measures.cached())
     return most + scored * details + hidden
 
 
