@@ -40,6 +40,13 @@ A single product is then little but packing and writing: at a width of 512 and a
 no difference. The bits are the same.
 """
 
+_LINE = 64
+"""Bytes of a cache line, at which rows of logits on the CPU begin.
+
+With rows of 50,257 numbers one after another the products and passes of a cross entropy took 1.02
+to 1.07 times as long. The bits are the same.
+"""
+
 Finish = Callable[[Tensor], Tensor]
 
 
@@ -147,7 +154,7 @@ class Rows:
         most = max((each.stop - each.start for each in self.chunks), default=0)
         size = len(hidden) if kept else most
         make = memory.empty if kept else memory.scratch
-        self._buffer = buffer((size, len(weight)), hidden, hidden.dtype, make)
+        self._buffer = _rows_of_lines((size, len(weight)), hidden, make)
         self.kept = self._buffer if kept else None
         self._widened: Tensor | None = None
         self._raw: Tensor | None = None
@@ -190,6 +197,16 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     size = COLUMNS if narrow else len(weight)
     for at in range(0, len(weight), size):
         torch.mm(hidden, weight[at : at + size].t(), out=out[:, at : at + size])
+
+
+def _rows_of_lines(
+    shape: tuple[int, int], like: Tensor, make: Callable[[tuple[int, int], torch.dtype], Tensor]
+) -> Tensor:
+    """`buffer` in the dtype of `like`, whose rows begin at a cache line on the CPU."""
+    rows, length = shape
+    unit = _LINE // like.dtype.itemsize if like.device.type == "cpu" else 1
+    whole = buffer((rows, -(-length // unit) * unit), like, like.dtype, make)
+    return whole[:, :length]
 
 
 def buffer(

@@ -51,7 +51,7 @@ class Measures:
 
     def of(self, logits: Tensor, column: Tensor) -> Measured:
         """Measure logits [rows, vocabulary] and their targets [rows, 1]; they are overwritten."""
-        if logits.device.type != "cpu" or logits.nbytes <= CACHED:
+        if logits.device.type != "cpu" or (logits.nbytes <= CACHED and logits.is_contiguous()):
             return self._at_once(logits, column)
         return _joined(self._cached(*each) for each in _blocks(logits, column))
 
@@ -97,20 +97,34 @@ class Measures:
         return self._scratch[: len(logits)]
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """The softmax of each row of logits [rows, vocabulary], in their memory."""
+    if logits.device.type != "cpu":
+        return torch.softmax(logits, -1, out=logits)
+    for block in logits.tensor_split(_count(logits)):
+        block.sub_(block.amax(-1, keepdim=True)).exp_()
+        block.div_(block.sum(-1, keepdim=True))
+    return logits
+
+
 def _finite(logps: Tensor) -> Tensor:
     """In place: 0 · log 0 is 0."""
     return logps.clamp_(min=torch.finfo(logps.dtype).min)
 
 
 def _blocks(logits: Tensor, column: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """The rows in blocks of `cached` bytes, and up to twice as many.
+    count = _count(logits)
+    return zip(logits.tensor_split(count), column.tensor_split(count), strict=True)
+
+
+def _count(logits: Tensor) -> int:
+    """How many blocks the rows are taken in: of `cached` bytes, and up to twice as many.
 
     Of no block is there one row alone, unless of all: several threads would share its sums, with
     other roundings than where they share the rows.
     """
     size = max(2, cached() // (logits.shape[1] * logits.itemsize))
-    count = max(1, len(logits) // size)
-    return zip(logits.tensor_split(count), column.tensor_split(count), strict=True)
+    return max(1, len(logits) // size)
 
 
 def _joined(blocks: Iterable[Measured]) -> Measured:

@@ -26,7 +26,7 @@ from functrain.objectives.chunks import (
     widened,
 )
 from functrain.objectives.head_gradients import Gradients, given_once, less_targets, weight_sum
-from functrain.objectives.measures import Measured, Measures
+from functrain.objectives.measures import Measured, Measures, probabilities
 
 
 @attrs.frozen(eq=False)
@@ -180,7 +180,7 @@ class _Scored(torch.autograd.Function):
             for at, scale in zip(group, torch.split(-slope.unsqueeze(1), sizes), strict=True):
                 if not at_once:  # its probabilities are no longer there
                     logits = rows.of(hidden, at, graded=True)
-                    torch.softmax(logits, -1, out=logits)
+                    probabilities(logits)
                 rest = less_targets(logits, *columns(targets[at]))
                 grads.add(at, hidden[at], rows.before_finish(rest), scale)
         logps, entropy, correct, level, collision = _joined(found, hidden)
@@ -220,7 +220,7 @@ class _Scored(torch.autograd.Function):
             for at in rows.chunks:
                 column, valid = columns(targets[at])
                 logits = rows.of(hidden, at, graded=True)
-                slope = less_targets(torch.softmax(logits, -1, out=logits), column, valid)
+                slope = less_targets(probabilities(logits), column, valid)
                 scale = -grad_outputs[0][at].unsqueeze(1)
                 if hidden.dtype == torch.float16:
                     # Scaled before it is narrowed, as a loss scale intends.
