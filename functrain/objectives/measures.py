@@ -98,8 +98,11 @@ class Measures:
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """The softmax of each row of logits [rows, vocabulary], in their memory."""
-    if logits.device.type != "cpu":
+    """The softmax of each row of logits [rows, vocabulary], in their memory.
+
+    Of rows that are not one after another torch's kernel on the CPU would make copies.
+    """
+    if logits.device.type != "cpu" or logits.is_contiguous():
         return torch.softmax(logits, -1, out=logits)
     for block in logits.tensor_split(_count(logits)):
         block.sub_(block.amax(-1, keepdim=True)).exp_()

@@ -548,6 +548,50 @@ def test_chunks_are_every_row_once(rows: int, budget: int) -> None:
     assert len(cut) == -(-rows // max(16, budget // (4 * 10) // 16 * 16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("vocabulary", [7, 16, 301, 320])
+def test_rows_of_logits_begin_at_cache_lines(
+    dtype: torch.dtype, kept: bool, vocabulary: int
+) -> None:
+    """On the CPU; they are the products of each row."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    hidden = torch.randn(40, 8, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, 8, generator=generator).to(dtype)
+    projection = Projection(weight=weight, bias=None, budget=16 * vocabulary * 4)
+    rows = chunks.Rows(hidden, weight, None, projection, list(projection.chunks(40)), kept=kept)
+    assert len(rows.chunks) == 3
+    assert rows._buffer.shape == (40 if kept else 16, vocabulary)
+    assert rows._buffer.stride(0) * dtype.itemsize % 64 == rows._buffer.data_ptr() % 64 == 0
+    for at in rows.chunks:
+        logits = rows.of(hidden, at, graded=False)
+        expected = (hidden[at] @ weight.T).to(logits.dtype)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@given(
+    rows=st.integers(1, 40),
+    length=st.integers(1, 70),
+    apart=st.integers(0, 3),
+    cached=st.sampled_from([0, 1 << 10, 1 << 20]),
+)
+def test_probabilities_are_the_softmax_in_the_memory_of_the_logits(
+    rows: int, length: int, apart: int, cached: int
+) -> None:
+    """With gaps between the rows or without."""
+    generator = torch.Generator().manual_seed(rows * length)
+    whole = 10 * torch.randn(rows, length + apart, generator=generator)
+    beyond = whole[:, length:].clone()
+    logits = whole[:, :length]
+    expected = logits.double().softmax(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "CACHED", cached)
+        found = measures.probabilities(logits)
+    assert found is logits
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-12)
+    assert whole[:, length:].equal(beyond)
+
+
 def test_chunks_are_worth_it_above_a_size_and_above_the_budget() -> None:
     assert chunks.are_worth(chunks.WORTH // 40 + 1, 10)
     assert not chunks.are_worth(chunks.WORTH // 40, 10)
